@@ -1,0 +1,1 @@
+"""The compiler: trace, find, shapes, select, rewrite, merge. Imported as ``tdfx.passes``."""

@@ -1,0 +1,111 @@
+"""What every pass is, and what it hands to the next one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import fx, nn
+
+from tdfx.cost.count import Flow
+from tdfx.errors import PassError
+from tdfx.factors.operation import Operation
+from tdfx.plan import Emit, Plan, Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A place in the model that computes a convolution or a linear map."""
+
+    name: str
+    """Path of the layer in the program's module."""
+    layer: nn.Module
+    """The layer itself, in the program's module."""
+    kind: str
+    """The stock class that the layer is or derives from."""
+    operation: Operation | None
+    """What it computes; None for a kind that no scheme can stand for."""
+    calls: int
+    """Calls in one forward pass, as far as the graphs or a run with example inputs show."""
+    nodes: tuple[fx.Node, ...] = ()
+    """The calls in the graphs."""
+    reason: Reason | None = None
+    """Why it cannot be rewritten, whatever the policy says."""
+    note: str = ""
+    """The reason in words."""
+    flows: tuple[Flow, ...] | None = None
+    """What flows into each call; None without example inputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A model on its way through the passes; no pass changes one, each returns another."""
+
+    module: nn.Module
+    """The model; from ``trace`` on it is a structural copy that shares every tensor with the user's."""
+    graphs: Mapping[str, tuple[fx.Graph, ...]] = field(default_factory=dict)
+    """Path of a submodule ("" for the root) -> its graph, or its graphs in train and in eval mode where they differ."""
+    emit: Emit = "graph"
+    """How a rewritten model will be given back."""
+    notes: tuple[str, ...] = ()
+    """What concerns the whole model, in words."""
+    sites: tuple[Site, ...] = ()
+    """Every convolution and linear layer, from ``find`` on."""
+    plan: Plan | None = None
+    """The decisions, from ``select`` on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that a pass did."""
+
+    site: str
+    """The path that it did it to."""
+    what: str
+    """What it did, in a few words."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a pass hands to the next one."""
+
+    program: Program
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def modified(self) -> bool:
+        """True if anything changed; read from ``changes``, so it cannot disagree."""
+        return bool(self.changes)
+
+
+class Pass(ABC):
+    """A step of the compiler with a contract that is checked at every call."""
+
+    name: ClassVar[str]
+
+    def __call__(self, program: Program) -> PassResult:
+        """Check what the pass requires, run it, and check what it promises."""
+        self.requires(program)
+        result = self.run(program)
+        self.ensures(program, result)
+        return result
+
+    def requires(self, program: Program) -> None:
+        """Raise one of ``tdfx.errors`` if the program cannot go through this pass."""
+
+    @abstractmethod
+    def run(self, program: Program) -> PassResult:
+        """Do the work; ``program`` and its module are left as they were."""
+
+    def ensures(self, before: Program, result: PassResult) -> None:
+        """Raise PassError if the result is not what the pass promises; sees both programs."""
+
+    def check(self, holds: bool, promise: str) -> None:
+        """Raise PassError, naming this pass, unless ``holds``."""
+        if not holds:
+            raise PassError(
+                f"pass {self.name!r} broke its promise: {promise}. This is a defect of tdfx; nothing of the model or the "
+                f"optimizer was changed. Please report it with the model's class."
+            )

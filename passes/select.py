@@ -1,0 +1,205 @@
+"""Sites + policy -> plan: a scheme and ranks for each site, or the reason why it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from tdfx.cost.count import Flow, flops, parameters
+from tdfx.errors import PolicyError, WeightError, nearest
+from tdfx.factors.operation import Operation
+from tdfx.factors.registry import AUTO, scheme_for
+from tdfx.factors.scheme import Scheme
+from tdfx.layers import Factorized
+from tdfx.passes.base import Change, Pass, PassResult, Program, Site
+from tdfx.plan import Plan, Reason, SitePlan
+from tdfx.policy import Policy
+from tdfx.ranks.rule import Choice, round_ranks
+from tdfx.ranks.spectrum import Spectrum, working_dtype
+
+Spectra = dict[str, tuple[Spectrum, ...]]
+"""Site name -> its spectra, so that the rewrite need not compute them again."""
+
+
+class Select(Pass):
+    """Decide for every site by the policy, and write the decision on the graph's nodes."""
+
+    name = "select"
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.spectra: Spectra = {}
+
+    def requires(self, program: Program) -> None:
+        """Every pattern matches some site, and every weight that may be split is finite."""
+        names = [site.name for site in program.sites]
+        for policy in _policies(self.policy):
+            for setting, patterns in policy.patterns().items():
+                for pattern in patterns:
+                    _check_pattern(setting, pattern, names)
+        for site in program.sites:
+            if site.reason is None and self.policy.for_site(site.name) is not None:
+                check_weight(site)
+
+    @torch.no_grad()
+    def run(self, program: Program) -> PassResult:
+        """Decide site by site."""
+        sites = tuple(self._decide(site) for site in program.sites)
+        for site, decision in zip(program.sites, sites, strict=True):
+            for node in site.nodes:
+                node.meta["tdfx"] = decision
+        counted = sum(parameter.numel() for parameter in program.module.parameters() if not _is_lazy(parameter))
+        plan = Plan(
+            sites=sites,
+            emit=program.emit,
+            notes=program.notes,
+            model=type(program.module).__name__,
+            policy=repr(self.policy),
+            other_parameters=counted - sum(one.parameters_before for one in sites),
+        )
+        changes = tuple(Change(one.name, f"{one.scheme} at {one.ranks}") for one in plan.factorized)
+        return PassResult(replace(program, plan=plan), changes)
+
+    def ensures(self, before: Program, result: PassResult) -> None:
+        """Every site has a decision, and no decision asks for what the site cannot give."""
+        plan = result.program.plan
+        self.check(plan is not None, "a plan was made")
+        assert plan is not None
+        self.check([one.name for one in plan] == [site.name for site in before.sites], "every site has a decision")
+        for site, decision in zip(before.sites, plan, strict=True):
+            self.check(not (decision.factorized and site.reason), f"site {site.name!r} may not be rewritten")
+
+    def _decide(self, site: Site) -> SitePlan:
+        policy = self.policy.for_site(site.name)
+        if site.reason is not None:
+            return _kept(site, site.reason, site.note)
+        if policy is None:
+            return _kept(site, Reason.EXCLUDED)
+        assert site.operation is not None
+        scheme = scheme_for(site.operation, policy.scheme)
+        if scheme is None:
+            asked = "no scheme" if policy.scheme == AUTO else policy.scheme
+            return _kept(site, Reason.NO_SCHEME, f"{asked} cannot stand for {_geometry(site.operation)}")
+        return self._rank(site, policy, scheme, site.operation)
+
+    def _rank(self, site: Site, policy: Policy, scheme: Scheme, operation: Operation) -> SitePlan:
+        weight = working_weight(site.layer)
+        spectra = scheme.spectra(weight)
+        full = scheme.full_ranks(operation)
+        choice = policy.rank.choose(site.name, spectra)
+        if choice.kept:
+            return _kept(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
+        ranks = choice.ranks if policy.rank.exact else round_ranks(choice.ranks, full, policy.round_to)
+        chain = scheme.chain(operation, ranks)
+        gain = _gain(policy, operation, chain, site.flows)
+        if gain < policy.min_gain:
+            return replace(_kept(site, Reason.NO_GAIN, _why_no_gain(ranks, choice, policy), full), gain=gain)
+        self.spectra[site.name] = spectra
+        return replace(
+            _kept(site, Reason.NO_GAIN, choice.note, full),
+            scheme=scheme.name,
+            ranks=ranks,
+            reason=None,
+            parameters_after=parameters(chain),
+            flops_after=_flops(chain, site.flows),
+            gain=gain,
+            error=scheme.error(weight, ranks, spectra),
+        )
+
+
+def working_weight(layer: nn.Module) -> Tensor:
+    """Return a layer's weight in the dtype in which it is decomposed, detached."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().to(working_dtype(weight))
+
+
+def check_weight(site: Site) -> None:
+    """Raise WeightError if a site's weight cannot be decomposed."""
+    weight = site.layer.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        raise WeightError(
+            f"The weight of site {site.name!r} is on the meta device and has no values, so its ranks cannot be read. "
+            f"Load the model on a real device first."
+        )
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise WeightError(
+            f"The weight of site {site.name!r} has {bad} values that are NaN or infinite, so it cannot be decomposed; the "
+            f"training has diverged. Go back to a checkpoint from before, or keep the site: exclude=({site.name!r},)."
+        )
+
+
+def _policies(policy: Policy) -> list[Policy]:
+    nested = [one for one in policy.overrides.values() if one is not None]
+    return [policy, *(deeper for one in nested for deeper in _policies(one))]
+
+
+def _check_pattern(setting: str, pattern: str, names: Sequence[str]) -> None:
+    if not any(fnmatchcase(name, pattern) for name in names):
+        known = f"Nearest: {nearest(pattern, names)}." if names else "The model has no convolution or linear layer."
+        raise PolicyError(
+            f"The pattern {pattern!r} in {setting} matches none of the model's {len(names)} sites: a policy that names "
+            f"what is not there was written for another model. {known} tdfx.plan lists them all."
+        )
+
+
+def _kept(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | None = None) -> SitePlan:
+    shape = site.operation.weight_shape if site.operation is not None else _shape(site.layer.weight)
+    count = _count(site.layer)
+    work = _flops([site.operation], site.flows) if site.operation is not None else None
+    return SitePlan(
+        name=site.name,
+        kind=site.kind,
+        shape=shape,
+        calls=site.calls,
+        full_ranks=full,
+        reason=reason,
+        note=note,
+        parameters_before=count,
+        parameters_after=count,
+        flops_before=work,
+        flops_after=work,
+    )
+
+
+def _is_lazy(parameter: object) -> bool:
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
+
+
+def _count(layer: nn.Module) -> int:
+    """Count the values in a layer's weight, or in its factors' where it is factorized."""
+    weights = layer.weights if isinstance(layer, Factorized) else (layer.weight,)
+    return sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and not _is_lazy(weight))
+
+
+def _shape(weight: object) -> tuple[int, ...]:
+    return tuple(weight.shape) if isinstance(weight, Tensor) and not _is_lazy(weight) else ()
+
+
+def _flops(chain: Sequence[Operation], flows: tuple[Flow, ...] | None) -> int | None:
+    return None if flows is None else sum(flops(chain, flow) for flow in flows)
+
+
+def _gain(policy: Policy, dense: Operation, chain: Sequence[Operation], flows: tuple[Flow, ...] | None) -> float:
+    """Return how many times faster the site's step becomes, over all its calls."""
+    each = flows or (None,)
+    before = sum(policy.cost.seconds([dense], flow) for flow in each)
+    after = sum(policy.cost.seconds(chain, flow) for flow in each)
+    return before / after
+
+
+def _why_no_gain(ranks: tuple[int, ...], choice: Choice, policy: Policy) -> str:
+    chosen = f"at ranks {'/'.join(map(str, ranks))}; {policy.min_gain:g}x was asked"
+    return f"{chosen}; {choice.note}" if choice.note else chosen
+
+
+def _geometry(operation: Operation) -> str:
+    kernel = "×".join(map(str, operation.kernel))
+    shape = f"a {kernel} kernel" if operation.dims else "a linear map"
+    return f"{shape} in {operation.groups} groups" if operation.groups > 1 else shape

@@ -1,0 +1,60 @@
+"""Train PyTorch models faster: factorize their layers mid-training, merge them back, and prove it."""
+
+from tdfx.api import merge, plan, rewrite
+from tdfx.cost.modelled import Modelled
+from tdfx.errors import (
+    ExportError,
+    InputError,
+    MergeError,
+    ModelError,
+    ModelReferenceError,
+    OptimizerError,
+    PassError,
+    PlanError,
+    PolicyError,
+    TdfxError,
+    TdfxWarning,
+    TraceError,
+    WeightError,
+)
+from tdfx.layers import Factorized
+from tdfx.plan import Plan, Reason, SitePlan
+from tdfx.policy import Policy
+from tdfx.ranks.energy import Energy
+from tdfx.ranks.fixed import Fixed
+from tdfx.ranks.ratio import Ratio
+from tdfx.ranks.vbmf import VBMF
+from tdfx.verify import VerifyReport, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VBMF",
+    "Energy",
+    "ExportError",
+    "Factorized",
+    "Fixed",
+    "InputError",
+    "MergeError",
+    "Modelled",
+    "ModelError",
+    "ModelReferenceError",
+    "OptimizerError",
+    "PassError",
+    "Plan",
+    "PlanError",
+    "Policy",
+    "PolicyError",
+    "Ratio",
+    "Reason",
+    "SitePlan",
+    "TdfxError",
+    "TdfxWarning",
+    "TraceError",
+    "VerifyReport",
+    "WeightError",
+    "merge",
+    "plan",
+    "rewrite",
+    "verify",
+]

@@ -1,0 +1,233 @@
+"""plan, rewrite, merge: the passes in order, and the optimizer along with them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from tdfx.errors import ModelError, PolicyError, TdfxWarning
+from tdfx.optim import Exchange, ToDense, ToFactors, as_optimizers, prepare
+from tdfx.passes.base import Program
+from tdfx.passes.find import Find
+from tdfx.passes.merge import Join, Merge
+from tdfx.passes.rewrite import Rewrite, Swap
+from tdfx.passes.select import Select
+from tdfx.passes.shapes import Inputs, Shapes
+from tdfx.passes.trace import Trace
+from tdfx.plan import Emit, Plan
+from tdfx.policy import Policy
+
+
+def plan(
+    model: nn.Module,
+    policy: Policy | None = None,
+    *,
+    example_inputs: Inputs | None = None,
+    emit: Emit = "graph",
+) -> Plan:
+    """Say what ``rewrite`` would do, and change nothing.
+
+    Args:
+        model: Any module. It is neither changed nor run in train mode.
+        policy: What to rewrite and how far; ``Policy()`` if left out.
+        example_inputs: Inputs that the model accepts, for the FLOPs and times of each site: a tensor, a tuple of
+            positional arguments, or a mapping of keyword arguments. Without them nominal shapes are assumed.
+        emit: How ``rewrite`` is to give the model back: ``"graph"`` or ``"modules"``.
+
+    Returns:
+        The plan, which prints as a table, and which ``rewrite`` takes in place of the policy.
+
+    Raises:
+        ModelError: The model is not a module, or is wrapped.
+        PolicyError: A pattern matches no site, or given ranks do not fit.
+        InputError: The model does not accept the example inputs.
+        WeightError: A weight that may be split holds NaN or infinity.
+
+    Example:
+        >>> import tdfx, torch
+        >>> made = tdfx.plan(torch.nn.Linear(64, 64), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
+        >>> made.sites[0].scheme, made.sites[0].ranks, made.sites[0].parameters_after
+        ('svd', (16,), 2048)
+    """
+    program, _ = _planned(model, policy, example_inputs, emit)
+    assert program.plan is not None
+    return program.plan
+
+
+def rewrite(
+    model: nn.Module,
+    policy: Policy | Plan | None = None,
+    *,
+    example_inputs: Inputs | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    emit: Emit = "graph",
+) -> nn.Module:
+    """Return the model with its sites factorized, to go on training with.
+
+    The model passed in is left as it was, and shares with the result every parameter that was not factorized. Call this
+    between an optimizer step and the next backward: gradients of the factorized weights are not carried over.
+
+    Args:
+        model: Any module.
+        policy: A policy, or a plan made by ``tdfx.plan`` for this model; ``Policy()`` if left out.
+        example_inputs: As for ``plan``; a plan that is passed in needs none.
+        optimizer: The optimizer that trains the model, or a list of them. Afterwards it holds the parameters of the
+            returned model, in the same groups with the same settings, momentum and step counts carried over.
+        emit: ``"graph"`` for a ``GraphModule`` where the model allows it, ``"modules"`` for the model's own class. A plan
+            that is passed in says this itself.
+
+    Returns:
+        The rewritten model, on the same device, with the same mode, dtypes, hooks and buffers.
+
+    Raises:
+        ModelError, PolicyError, InputError, WeightError: As for ``plan``.
+        PlanError: The plan was made for another model.
+        OptimizerError: The optimizer does not hold the weights to be replaced.
+    """
+    optimizers = as_optimizers(optimizer)
+    if isinstance(policy, Plan):
+        program, spectra = _located(model, policy), None
+    else:
+        program, spectra = _planned(model, policy, example_inputs, emit)
+    step = Rewrite(spectra.spectra if spectra is not None else None)
+    result = step(program).program.module
+    if not optimizers:
+        _warn_of_missing_optimizer(step.swaps)
+    prepare(optimizers, [_split_exchange(swap) for swap in step.swaps]).commit()
+    return result
+
+
+def merge(model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> nn.Module:
+    """Return the original architecture with the factors multiplied out: same class, same state_dict keys.
+
+    The factorized model is left as it was, and shares with the result every parameter that is not a factor.
+
+    Args:
+        model: What ``rewrite`` returned, trained further or not.
+        optimizer: The optimizer that trains it, if training goes on; it then holds the merged model's parameters.
+
+    Raises:
+        MergeError: The model did not come from ``rewrite``.
+        OptimizerError: The optimizer does not hold the factors.
+
+    Example:
+        >>> import tdfx, torch
+        >>> dense = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        >>> small = tdfx.rewrite(dense, tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
+        >>> list(tdfx.merge(small).state_dict()) == list(dense.state_dict())
+        True
+    """
+    optimizers = as_optimizers(optimizer)
+    _check_model(model)
+    step = Merge()
+    result = step(Program(module=model)).program.module
+    prepare(optimizers, [_join_exchange(join) for join in step.joins]).commit()
+    return result
+
+
+def _planned(model: nn.Module, policy: Policy | None, inputs: Inputs | None, emit: Emit) -> tuple[Program, Select]:
+    """Run the passes up to the plan."""
+    wish = Policy() if policy is None else policy
+    if not isinstance(wish, Policy):
+        raise PolicyError(
+            f"policy={wish!r} is a {type(wish).__name__}: it says what to rewrite and how far. "
+            f"Pass tdfx.Policy(rank=...), or a plan to rewrite."
+        )
+    program = _sites(model, emit)
+    if inputs is not None:
+        program = Shapes(inputs)(program).program
+    select = Select(wish)
+    return select(program).program, select
+
+
+def _located(model: nn.Module, given: Plan) -> Program:
+    """Find the sites of a model for a plan that exists already."""
+    program = _sites(model, given.emit)
+    return Program(
+        module=program.module,
+        graphs=program.graphs,
+        emit=program.emit,
+        notes=program.notes,
+        sites=program.sites,
+        plan=given,
+    )
+
+
+def _sites(model: nn.Module, emit: Emit) -> Program:
+    _check_model(model)
+    if emit not in get_args(Emit):
+        raise PolicyError(
+            f"emit={emit!r} is not known: a model is given back as 'graph' (a GraphModule) or as 'modules' (its own class)."
+        )
+    return Find()(Trace()(Program(module=model, emit=emit)).program).program
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module that you train.")
+    for wrapper, inner in ((DistributedDataParallel, "module"), (DataParallel, "module"), (AveragedModel, "module")):
+        if isinstance(model, wrapper):
+            raise ModelError(
+                f"The model is wrapped in {wrapper.__name__}, which holds on to the parameters it was given. Pass "
+                f"model.{inner}, and wrap what comes back again."
+            )
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ModelError(
+            "The model is wrapped by torch.compile, which holds on to the code it compiled. Pass model._orig_mod, and "
+            "compile what comes back again."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("The model is TorchScript, which cannot be rewritten. Pass the module it was made from.")
+
+
+def _warn_of_missing_optimizer(swaps: Sequence[Swap]) -> None:
+    trained = [swap.name for swap in swaps if isinstance(swap.dense.weight, nn.Parameter) and swap.dense.weight.grad is not None]
+    if trained:
+        warnings.warn(
+            f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients ({trained[0]!r} first): "
+            f"the optimizer that trains them would go on with the old weights and never see the factors. Pass "
+            f"optimizer=..., or make a new optimizer from the returned model's parameters.",
+            TdfxWarning,
+            stacklevel=3,
+        )
+
+
+def _split_exchange(swap: Swap) -> Exchange:
+    weight = swap.dense.weight
+    assert isinstance(weight, nn.Parameter)
+    new = swap.factorized.weights
+    carrier = ToFactors(swap.factorized.scheme, new)
+    return Exchange(swap.name, (weight,), new, carrier, lambda name: _factor_names(name, len(new)))
+
+
+def _join_exchange(join: Join) -> Exchange:
+    weight = join.dense.weight
+    assert isinstance(weight, nn.Parameter)
+    carrier = ToDense(join.factorized.scheme, join.factorized.weights)
+    return Exchange(join.name, join.factorized.weights, (weight,), carrier, lambda name: [_dense_name(name)])
+
+
+def _factor_names(name: str, count: int) -> list[str]:
+    """Return the names of the factors of a weight.
+
+    >>> _factor_names("conv.weight", 2)
+    ['conv.factors.0.weight', 'conv.factors.1.weight']
+    """
+    stem = name.removesuffix("weight")
+    return [f"{stem}factors.{index}.weight" for index in range(count)]
+
+
+def _dense_name(name: str) -> str:
+    """Return the name of the weight that a factor belongs to.
+
+    >>> _dense_name("conv.factors.0.weight")
+    'conv.weight'
+    """
+    return f"{name.rpartition('factors.')[0]}weight"

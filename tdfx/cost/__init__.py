@@ -1,0 +1,1 @@
+"""What a site costs, dense and factorized: operations and shapes only, no modules."""

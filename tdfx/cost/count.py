@@ -1,0 +1,56 @@
+"""Counting parameters and floating-point operations of a chain of operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tdfx.factors.operation import Operation
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What flows into a site in one step."""
+
+    samples: int
+    """Positions that are not spatial: the batch, and for a linear map every leading dimension; summed over calls."""
+    size: tuple[int, ...] = ()
+    """Spatial size of the input, in positions; () for a linear map."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCount:
+    """The forward work of one operation."""
+
+    flops: int
+    """Floating-point operations; a multiplication and an addition count as two."""
+    values: int
+    """Numbers read and written once: input, output and weight."""
+
+
+def count_chain(chain: Sequence[Operation], flow: Flow) -> Iterator[StepCount]:
+    """Yield the forward work of each operation of a chain, the first of which receives ``flow``."""
+    size = flow.size
+    for operation in chain:
+        after = operation.out_size(size)
+        read = flow.samples * operation.in_channels * math.prod(size)
+        written = flow.samples * operation.out_channels * math.prod(after)
+        each = 2 * math.prod(operation.weight_shape[1:])
+        yield StepCount(flops=written * each, values=read + written + operation.parameters)
+        size = after
+
+
+def flops(chain: Sequence[Operation], flow: Flow) -> int:
+    """Return the floating-point operations of one forward pass through a chain.
+
+    >>> dense = Operation.pointwise(64, 64, 2)
+    >>> flops([dense], Flow(8, (10, 10)))
+    6553600
+    """
+    return sum(step.flops for step in count_chain(chain, flow))
+
+
+def parameters(chain: Sequence[Operation]) -> int:
+    """Return the weight values of a chain, biases not counted."""
+    return sum(operation.parameters for operation in chain)

@@ -1,0 +1,65 @@
+"""The time of a site by arithmetic alone, for use without a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tdfx.cost.count import Flow, StepCount, count_chain
+from tdfx.errors import PolicyError
+from tdfx.factors.operation import Operation
+
+_NOMINAL_SAMPLES = 32
+_NOMINAL_SIZE = 32
+
+
+class Cost(Protocol):
+    """Anything that can say how long a chain of operations takes in training."""
+
+    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
+        """Return the time of forward and backward through a chain, in seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modelled:
+    """A roofline: each operation takes the longer of its arithmetic and its memory traffic, plus a start-up time.
+
+    Only ratios between chains are used, so what matters is how the three numbers relate, not their absolute size. The
+    defaults lie between a laptop core and a server CPU.
+
+    Source: Williams, Waterman, Patterson, *Roofline: An Insightful Visual Performance Model*, CACM 52 (2009).
+    """
+
+    flops_per_second: float = 5e10
+    """Arithmetic rate in floating-point operations per second, positive."""
+    bytes_per_second: float = 1e10
+    """Memory rate in bytes per second, positive; values are counted as 4 bytes."""
+    seconds_per_call: float = 1e-5
+    """What any operation takes before it computes anything, in seconds, not negative."""
+
+    def __post_init__(self) -> None:
+        if not (self.flops_per_second > 0 and self.bytes_per_second > 0 and self.seconds_per_call >= 0):
+            raise PolicyError(
+                f"{self!r} has a rate that is not positive or a negative time: the first two are amounts per second, "
+                f"the third is in seconds. Leave a field out to take its default."
+            )
+
+    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
+        """Return the modelled time of one training step through a chain, in seconds.
+
+        Backward is counted as twice the forward: one product for the input's gradient, one for the weight's. Without a
+        flow, a nominal batch of 32 and 32 positions in each spatial dimension are assumed.
+        """
+        return sum(3 * self._forward_seconds(step) for step in count_chain(chain, flow or _nominal_flow(chain)))
+
+    def _forward_seconds(self, step: StepCount) -> float:
+        arithmetic = step.flops / self.flops_per_second
+        traffic = 4 * step.values / self.bytes_per_second
+        return max(arithmetic, traffic) + self.seconds_per_call
+
+
+def _nominal_flow(chain: Sequence[Operation]) -> Flow:
+    """Return a batch of 32 whose kernels find 32 positions in each dimension, before stride and padding."""
+    spans = ([step * (taps - 1) for step, taps in zip(one.dilation, one.kernel, strict=True)] for one in chain)
+    return Flow(_NOMINAL_SAMPLES, tuple(_NOMINAL_SIZE + max(reach) for reach in zip(*spans, strict=True)))

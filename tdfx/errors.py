@@ -1,0 +1,69 @@
+"""One class per kind of failure; each is also a subclass of the built-in that a caller would catch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TdfxError(Exception):
+    """Everything that tdfx raises on purpose."""
+
+
+class PolicyError(TdfxError, ValueError):
+    """A policy, a rank rule or a scheme name that cannot be carried out."""
+
+
+class PlanError(TdfxError, ValueError):
+    """A plan that is malformed, or that belongs to another model."""
+
+
+class ModelError(TdfxError, ValueError):
+    """A model that cannot be worked on as it was given: wrapped, empty, or not a module."""
+
+
+class ModelReferenceError(TdfxError, ValueError):
+    """A model named on the command line that cannot be found or built."""
+
+
+class TraceError(TdfxError, RuntimeError):
+    """A model that torch.fx cannot follow where a graph was asked for."""
+
+
+class InputError(TdfxError, ValueError):
+    """Example inputs that the model does not accept."""
+
+
+class WeightError(TdfxError, ValueError):
+    """A weight that cannot be decomposed: NaN, infinite, or without values."""
+
+
+class OptimizerError(TdfxError, ValueError):
+    """An optimizer that does not go with the model."""
+
+
+class MergeError(TdfxError, RuntimeError):
+    """A model that cannot be merged back."""
+
+
+class ExportError(TdfxError, RuntimeError):
+    """A model that torch.onnx cannot export, or an ONNX file that cannot be run."""
+
+
+class PassError(TdfxError, AssertionError):
+    """A compiler pass broke its own contract: a defect of tdfx, never of the model."""
+
+
+class TdfxWarning(UserWarning):
+    """Something that works, but not as the user may think."""
+
+
+def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
+    """Return the closest of ``names`` as a readable list, for the end of an error message.
+
+    >>> nearest("tuker2", ["svd", "tucker2"])
+    "'tucker2'"
+    """
+    known = list(names)
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.4) or known[:count]
+    return ", ".join(repr(one) for one in close)

@@ -1,0 +1,1 @@
+"""Splitting a weight into factors and joining them again: tensors only, no modules."""

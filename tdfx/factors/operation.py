@@ -1,0 +1,76 @@
+"""What a convolution or a linear map does, apart from the values of its weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """The geometry of one linear or convolutional step; a site is one, and each of its factors is one.
+
+    A linear map is the case without spatial dimensions: ``kernel`` and all that goes with it are empty.
+    """
+
+    in_channels: int
+    """Channels (features) of the input."""
+    out_channels: int
+    """Channels (features) of the output."""
+    kernel: tuple[int, ...] = ()
+    """Taps in each spatial dimension; () for a linear map."""
+    stride: tuple[int, ...] = ()
+    """Step in each spatial dimension, in positions."""
+    padding: tuple[int, ...] | str = ()
+    """Positions added at both ends of each spatial dimension, or ``"same"`` or ``"valid"``."""
+    dilation: tuple[int, ...] = ()
+    """Distance between taps in each spatial dimension, in positions."""
+    groups: int = 1
+    """Blocks of channels that do not see one another."""
+    padding_mode: str = "zeros"
+    """What the padding holds: zeros, reflect, replicate or circular."""
+
+    @classmethod
+    def pointwise(cls, in_channels: int, out_channels: int, dims: int) -> Operation:
+        """Return the map that mixes channels at each position on its own, in ``dims`` spatial dimensions."""
+        ones = (1,) * dims
+        return cls(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel=ones,
+            stride=ones,
+            padding=(0,) * dims,
+            dilation=ones,
+        )
+
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions: 0 for a linear map."""
+        return len(self.kernel)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """True if every output position reads one input position."""
+        return math.prod(self.kernel) == 1
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight: (out, in / groups, *kernel)."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+
+    @property
+    def parameters(self) -> int:
+        """Values in the weight; the bias does not count, because no rewrite changes it."""
+        return math.prod(self.weight_shape)
+
+    def out_size(self, in_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the spatial size of the output for a spatial size of the input."""
+        if self.padding == "same":
+            return in_size
+        padding = (0,) * self.dims if isinstance(self.padding, str) else self.padding
+        return tuple(
+            (size + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
+            for size, pad, dilation, taps, stride in zip(
+                in_size, padding, self.dilation, self.kernel, self.stride, strict=True
+            )
+        )

@@ -1,0 +1,61 @@
+"""What every scheme is: a way to write one weight as a chain of smaller ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from tdfx.factors.operation import Operation
+from tdfx.ranks.spectrum import Spectrum
+
+
+class Scheme(ABC):
+    """A chain of operations that stands for one, and the maps between its weight and theirs.
+
+    ``join`` must be built from differentiable torch operations: the optimizer's state is moved by its derivative.
+    A new scheme is one file: subclass this, and add an instance to ``tdfx.factors.registry``.
+
+    Letters in shapes: o output channels, i input channels, p and q their ranks, k... the kernel.
+    """
+
+    name: ClassVar[str]
+    """The word by which users ask for the scheme and by which plans record it."""
+
+    @abstractmethod
+    def fits(self, operation: Operation) -> bool:
+        """Return True if the scheme can stand for this operation exactly."""
+
+    @abstractmethod
+    def full_ranks(self, operation: Operation) -> tuple[int, ...]:
+        """Return the ranks at which nothing is lost; one for each mode that is cut."""
+
+    @abstractmethod
+    def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
+        """Return the operations that the factors compute, in the order of the data."""
+
+    @abstractmethod
+    def spectra(self, weight: Tensor) -> tuple[Spectrum, ...]:
+        """Return one spectrum for each rank, for a weight (o, i, k...) in the working dtype."""
+
+    @abstractmethod
+    def split(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> tuple[Tensor, ...]:
+        """Return the factors' weights in the order of ``chain``; ``spectra`` are those of this very weight."""
+
+    @abstractmethod
+    def join(self, factors: Sequence[Tensor]) -> Tensor:
+        """Return the dense weight (o, i, k...) for which the chain of factors stands."""
+
+    @abstractmethod
+    def project(self, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+        """Return the gradient (o, i, k...) of least norm whose image at the factors is ``gradients``.
+
+        The image is the vector-Jacobian product of ``join``; what it can hold of a gradient is the projection on the
+        tangent space of the weights that the factors can reach. The arguments are in the working dtype.
+        """
+
+    @abstractmethod
+    def error(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
+        """Return the Frobenius norm of what ``split`` loses, relative to the weight's; 0 for a zero weight."""

@@ -1,0 +1,147 @@
+"""The module that stands for one rewritten site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tdfx.factors.registry import get_scheme
+from tdfx.factors.scheme import Scheme
+from tdfx.kinds import build_layer, operation_of
+from tdfx.ranks.spectrum import working_dtype
+from tdfx.structure import shell_of, structural_copy
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a factorized layer was, so that it can be built again."""
+
+    layer: nn.Module
+    """The original layer; its parameters are placeholders on the meta device."""
+    scheme: str
+    """The name of the scheme that split it."""
+    ranks: tuple[int, ...]
+    """The ranks it was split at, in the scheme's order."""
+
+
+class Factorized(nn.Module):
+    """A chain of small layers in place of one convolution or linear layer.
+
+    The factors are stock layers under ``factors``; only the last has a bias, and it is the original's very parameter. What
+    the original said of itself (``in_channels``, ``stride`` and the like) can be read here as well, and ``weight`` is the
+    dense weight for which the factors stand, differentiable but computed at each reading.
+    """
+
+    factors: nn.Sequential
+    origin: Origin
+
+    def __init__(self, factors: nn.Sequential, origin: Origin) -> None:
+        super().__init__()
+        self.factors = factors
+        self.origin = origin
+
+    @classmethod
+    def of(cls, layer: nn.Module, scheme: Scheme, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
+        """Build the chain for a layer, which is left as it was.
+
+        Args:
+            layer: A layer with a stock forward; its bias, hooks, mode, dtype and memory format are taken over.
+            scheme: How ``weights`` were split from the layer's weight.
+            ranks: In the scheme's order.
+            weights: The factors' weights in the order of the data, in any floating dtype.
+        """
+        operation = operation_of(layer)
+        assert operation is not None, f"no scheme stands for {layer}"
+        dense = cast("nn.Parameter", layer.weight)
+        chain = scheme.chain(operation, ranks)
+        biases = [None] * (len(chain) - 1) + [cast("nn.Parameter | None", layer.bias)]
+        factors = nn.Sequential(
+            *(
+                build_layer(step, nn.Parameter(_like(weight, dense), requires_grad=dense.requires_grad), bias)
+                for step, weight, bias in zip(chain, weights, biases, strict=True)
+            )
+        )
+        made = cls(factors, Origin(shell_of(layer), scheme.name, tuple(ranks)))
+        _copy_hooks(layer, made)
+        return made.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the chain."""
+        return cast("Tensor", self.factors(x))
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that joins the factors."""
+        return get_scheme(self.origin.scheme)
+
+    @property
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The factors' weights, in the order of the data."""
+        return tuple(cast("nn.Parameter", factor.weight) for factor in self.factors)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, shape as the original's; joined anew at each reading."""
+        return self.scheme.join(self.weights)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The original's bias, shape (out,), or None."""
+        return cast("nn.Parameter | None", self.factors[-1].bias)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """Return the original layer with the joined weight and the bias of today; this layer is left as it was.
+
+        The product is computed in float64, so that rounding to the layer's dtype happens once.
+        """
+        layer = structural_copy(self.origin.layer)
+        first = self.weights[0]
+        joined = self.scheme.join([weight.to(working_dtype(weight)) for weight in self.weights])
+        layer.weight = nn.Parameter(_like(joined, first), requires_grad=first.requires_grad)
+        layer.bias = self.bias
+        _copy_hooks(self, layer)
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Name the original, the scheme and the ranks."""
+        return f"{self.origin.layer}, scheme={self.origin.scheme!r}, ranks={self.origin.ranks}"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            origin = self.__dict__.get("origin")
+            if origin is None or name.startswith("_") or name not in origin.layer.__dict__:
+                raise
+        return origin.layer.__dict__[name]
+
+
+def _like(weight: Tensor, model: Tensor) -> Tensor:
+    """Return a new tensor of the model's dtype and device, channels last where the model's weight is."""
+    made = weight.detach().to(device=model.device, dtype=model.dtype)
+    for layout, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if made.dim() == dims and model.is_contiguous(memory_format=layout) and not model.is_contiguous():
+            return made.clone(memory_format=layout)
+    return made.clone(memory_format=torch.contiguous_format)
+
+
+def _copy_hooks(old: nn.Module, new: nn.Module) -> None:
+    for name in _HOOKS:
+        value = old.__dict__[name]
+        new.__dict__[name] = value.copy() if hasattr(value, "copy") else value

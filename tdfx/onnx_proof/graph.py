@@ -1,0 +1,201 @@
+"""ONNX model -> ``Graph``: what a comparison looks at, and nothing else.
+
+Left out on purpose: node names as identity (they are kept for messages), documentation strings, metadata such as stack
+traces, shapes of intermediate values, and the values of floating-point initializers, which running the graph settles.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, inliner
+
+from tdfx.errors import ExportError
+from tdfx.onnx_proof.values import Attribute, attributes_of, dtype_name, tensor_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+Source = tuple[str, str | int, int]
+"""Where a value comes from: ("input", position, 0), ("initializer", name, 0), ("constant", value, 0) or
+("node", index, output slot)."""
+
+_MADE_BY_EXPORTER = re.compile(r"(^|[._])(lifted_tensor_\d+|_tensor_constant\d+)$")
+"""Tensors written out in a ``forward``: torch.export and torch.fx number them, so the value identifies them."""
+
+_FLOATS = {
+    TensorProto.DataType.Value(name)
+    for name in TensorProto.DataType.keys()  # noqa: SIM118 (an enum wrapper of protobuf, not a dictionary)
+    if "FLOAT" in name or name in {"DOUBLE", "COMPLEX64", "COMPLEX128"}
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output of the whole graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...] | None
+    """Sizes, with ``?0``, ``?1`` ... for dynamic axes, numbered by first appearance; None if the rank is not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Initializer:
+    """A tensor stored in the graph: a parameter, a buffer, or a constant."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    value: str | None
+    """The value as text; None for floating-point parameters and for what nothing reads."""
+    anonymous: bool
+    """True if the exporter made up the name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation."""
+
+    name: str
+    op: str
+    """Operator, with its domain in front unless it is ONNX's own."""
+    attributes: tuple[Attribute, ...]
+    inputs: tuple[str, ...]
+    """Value names by argument position, "" for one left out; then the values that subgraphs capture."""
+    outputs: tuple[str, ...]
+
+    @property
+    def label(self) -> tuple[object, ...]:
+        """What must agree besides the wiring: operator, attributes, and which inputs and outputs are in use."""
+        return (self.op, self.attributes, tuple(map(bool, self.inputs)), tuple(map(bool, self.outputs)))
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.op})"
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """An ONNX graph, with its nodes in topological order."""
+
+    opsets: dict[str, int]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    initializers: dict[str, Initializer]
+    nodes: tuple[Node, ...]
+    sources: dict[str, Source]
+    """Where each value comes from, by value name."""
+
+    def depth(self) -> int:
+        """Return the number of nodes on the longest path."""
+        depths: dict[str, int] = {}
+        for node in self.nodes:
+            depth = 1 + max((depths.get(name, 0) for name in node.inputs), default=0)
+            depths.update(dict.fromkeys(node.outputs, depth))
+        return max(depths.values(), default=0)
+
+
+def read_graph(model: ModelProto) -> Graph:
+    """Return the graph of ``model``, with model-local functions inlined.
+
+    Raises:
+        ExportError: if a node reads a value that nothing before it makes.
+
+    """
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    nodes = tuple(_read_node(node, index) for index, node in enumerate(model.graph.node))
+    initializers = _read_initializers(model.graph.initializer, {name for node in nodes for name in node.inputs})
+    symbols: dict[str, str] = {}
+    inputs = tuple(_read_port(one, symbols) for one in model.graph.input if one.name not in initializers)
+    outputs = tuple(_read_port(one, symbols) for one in model.graph.output)
+    return Graph(
+        opsets={_domain(one.domain): one.version for one in model.opset_import},
+        inputs=inputs,
+        outputs=outputs,
+        initializers=initializers,
+        nodes=nodes,
+        sources=_sources(inputs, initializers, nodes, outputs),
+    )
+
+
+def compared_by_value(tensor: TensorProto) -> bool:
+    """Return True if this initializer's value is part of the structure: sizes, axes, indices, written constants."""
+    return tensor.data_type not in _FLOATS or _MADE_BY_EXPORTER.search(tensor.name) is not None
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
+def _read_node(node: NodeProto, index: int) -> Node:
+    attributes, captured = attributes_of(node)
+    domain = _domain(node.domain)
+    return Node(
+        name=node.name or f"#{index}",
+        op=f"{domain}::{node.op_type}" if domain else node.op_type,
+        attributes=attributes,
+        inputs=(*_without_tail(node.input), *captured),
+        outputs=_without_tail(node.output),
+    )
+
+
+def _without_tail(names: Iterable[str]) -> tuple[str, ...]:
+    """Drop empty names at the end: an optional argument may be left out in either way."""
+    kept = list(names)
+    while kept and not kept[-1]:
+        kept.pop()
+    return tuple(kept)
+
+
+def _read_initializers(tensors: Iterable[TensorProto], read: set[str]) -> dict[str, Initializer]:
+    return {
+        tensor.name: Initializer(
+            name=tensor.name,
+            dtype=dtype_name(tensor.data_type),
+            shape=tuple(tensor.dims),
+            value=tensor_text(tensor) if tensor.name in read and compared_by_value(tensor) else None,
+            anonymous=_MADE_BY_EXPORTER.search(tensor.name) is not None,
+        )
+        for tensor in tensors
+    }
+
+
+def _read_port(value: ValueInfoProto, symbols: dict[str, str]) -> Port:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        return Port(value.name, str(kind), None)
+    tensor = value.type.tensor_type
+    shape = tuple(_read_size(size, symbols) for size in tensor.shape.dim) if tensor.HasField("shape") else None
+    return Port(value.name, dtype_name(tensor.elem_type), shape)
+
+
+def _read_size(size: onnx.TensorShapeProto.Dimension, symbols: dict[str, str]) -> int | str:
+    if size.HasField("dim_value"):
+        return size.dim_value
+    return symbols.setdefault(size.dim_param, f"?{len(symbols)}") if size.dim_param else "?"
+
+
+def _sources(
+    inputs: Iterable[Port], initializers: dict[str, Initializer], nodes: Iterable[Node], outputs: Iterable[Port]
+) -> dict[str, Source]:
+    sources: dict[str, Source] = {port.name: ("input", position, 0) for position, port in enumerate(inputs)}
+    for one in initializers.values():
+        sources[one.name] = ("constant", one.value or "", 0) if one.anonymous else ("initializer", one.name, 0)
+    for index, node in enumerate(nodes):
+        _check_known(node.inputs, sources, f"node {node}")
+        sources.update({name: ("node", index, slot) for slot, name in enumerate(node.outputs) if name})
+    _check_known([port.name for port in outputs], sources, "the graph's list of outputs")
+    return sources
+
+
+def _check_known(names: Iterable[str], sources: dict[str, Source], where: str) -> None:
+    unknown = [name for name in names if name and name not in sources]
+    if unknown:
+        raise ExportError(
+            f"{where} reads {unknown[0]!r}, which no input, initializer or earlier node makes: this is not a valid "
+            f"ONNX graph. onnx.checker.check_model says more."
+        )

@@ -1,0 +1,252 @@
+"""Carrying optimizer state from weights to their factors, and back.
+
+With W = join(factors), the gradient of each factor is the vector-Jacobian product of ``join`` with the gradient of W. A
+momentum is a sum of gradients, so it moves the same way, exactly for the instant of the switch. A second moment is a sum
+of squares and has no exact form; the estimate used here treats the entries of the gradient as uncorrelated, which turns
+the same product, taken at the squared factors, into the expected square. It is positive, and exact in scale where the
+second moments are all equal and the factors orthogonal. Step counts are kept.
+
+Back at the merge, the first moment of W is the one of least norm whose image is the factors' moments: its projection on
+the tangent space of the low-rank weights. The second moment is the average of the factors' that the estimate above would
+have come from, exact where all are equal.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from tdfx.errors import OptimizerError, TdfxWarning
+from tdfx.factors.scheme import Scheme
+from tdfx.ranks.spectrum import working_dtype
+
+_FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg"})
+_SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+_COUNTS = frozenset({"step"})
+_KNOWN = (SGD, Adam, AdamW)
+
+Moments = tuple[Tensor, ...]
+
+
+class Carrier(Protocol):
+    """How the moments of some parameters become those of the parameters that take their place."""
+
+    def first(self, moments: Moments) -> Moments:
+        """Carry moments that are sums of gradients."""
+
+    def second(self, moments: Moments) -> Moments:
+        """Carry moments that are sums of squared gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToFactors:
+    """From a weight to its factors."""
+
+    scheme: Scheme
+    weights: Moments
+    """The factors' weights."""
+
+    def first(self, moments: Moments) -> Moments:
+        """Return the vector-Jacobian product of ``join`` at the factors."""
+        return _pull_back(self.scheme, self.weights, moments[0])
+
+    def second(self, moments: Moments) -> Moments:
+        """Return the same product at the squared factors."""
+        return _pull_back(self.scheme, tuple(weight.square() for weight in self.weights), moments[0])
+
+
+@dataclass(frozen=True, slots=True)
+class ToDense:
+    """From factors to the weight that they make."""
+
+    scheme: Scheme
+    weights: Moments
+    """The factors' weights."""
+
+    def first(self, moments: Moments) -> Moments:
+        """Return the dense moment of least norm that the factors' moments can come from."""
+        weights = tuple(weight.detach().to(working_dtype(weight)) for weight in self.weights)
+        return (self.scheme.project(weights, moments),)
+
+    def second(self, moments: Moments) -> Moments:
+        """Spread the factors' moments over the weight by the squared factors, and divide by what ones would give."""
+        squares = tuple(weight.detach().to(working_dtype(weight)).square() for weight in self.weights)
+        dense = self.scheme.join(squares)
+        ones = _pull_back(self.scheme, squares, torch.ones_like(dense))
+        spread = _push_forward(self.scheme, squares, moments)
+        return (spread / _push_forward(self.scheme, squares, ones).clamp_min(torch.finfo(dense.dtype).tiny),)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Parameters that leave an optimizer together, and those that take their place."""
+
+    site: str
+    old: tuple[nn.Parameter, ...]
+    new: tuple[nn.Parameter, ...]
+    carrier: Carrier
+    rename: Callable[[str], list[str]]
+    """From the first old parameter's name to the new ones', for optimizers that were made with names."""
+
+
+@dataclass(slots=True)
+class Surgery:
+    """Everything that will be changed in the optimizers, worked out before anything is."""
+
+    lists: list[tuple[list[Any], list[Any]]] = field(default_factory=list)
+    """A list inside an optimizer, and what it will hold."""
+    states: list[tuple[Optimizer, Exchange, list[dict[str, Any]]]] = field(default_factory=list)
+    """An optimizer, an exchange in it, and the state of each new parameter; empty for fresh state."""
+
+    def commit(self) -> None:
+        """Change the optimizers in place; nothing here can fail."""
+        for inside, content in self.lists:
+            inside[:] = content
+        for optimizer, exchange, states in self.states:
+            for parameter in exchange.old:
+                optimizer.state.pop(parameter, None)
+            for parameter, state in zip(exchange.new, states, strict=False):
+                optimizer.state[parameter] = state
+
+
+def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    """Return the optimizers as a tuple.
+
+    Raises:
+        OptimizerError: Something else was passed.
+    """
+    given = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    for one in given:
+        if not isinstance(one, Optimizer):
+            raise OptimizerError(
+                f"optimizer={one!r} is a {type(one).__name__}, not a torch.optim.Optimizer: its parameters and state could "
+                f"not be moved. Pass the optimizer that trains the model, or a list of them."
+            )
+    return given
+
+
+def prepare(optimizers: Sequence[Optimizer], exchanges: Iterable[Exchange]) -> Surgery:
+    """Work out the new groups and states of the optimizers, changing nothing.
+
+    New parameters stand where the first of the old ones stood, so groups keep their order and their settings.
+
+    Raises:
+        OptimizerError: A parameter that is to be replaced is in none of the optimizers, or its parts are spread over
+            several groups.
+    """
+    surgery = Surgery()
+    pending = list(exchanges)
+    if not optimizers:
+        return surgery
+    home = {
+        id(parameter): (optimizer, index)
+        for optimizer in optimizers
+        for index, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
+    _check_homes(pending, home)
+    for optimizer in optimizers:
+        mine = [exchange for exchange in pending if home[id(exchange.old[0])][0] is optimizer]
+        for group in optimizer.param_groups:
+            _plan_group(group, mine, surgery)
+        surgery.states.extend((optimizer, exchange, _new_states(optimizer, exchange)) for exchange in mine)
+        _warn_of_lost_state(optimizer, mine)
+    return surgery
+
+
+def _check_homes(exchanges: Sequence[Exchange], home: dict[int, tuple[Optimizer, int]]) -> None:
+    missing = [one.site for one in exchanges if any(id(parameter) not in home for parameter in one.old)]
+    if missing:
+        raise OptimizerError(
+            f"The weights of {len(missing)} sites are in none of the optimizers given, the first being {missing[0]!r}: the "
+            f"optimizer belongs to another model, or trains only a part of this one. Pass the optimizer (or all of them, "
+            f"as a list) that holds this model's parameters, or keep those sites: Policy(exclude=({missing[0]!r}, ...))."
+        )
+    for one in exchanges:
+        places = {(id(home[id(parameter)][0]), home[id(parameter)][1]) for parameter in one.old}
+        if len(places) > 1:
+            raise OptimizerError(
+                f"The factors of site {one.site!r} are in {len(places)} parameter groups, so the merged weight has no one "
+                f"place to go to. Put them into one group first."
+            )
+
+
+def _plan_group(group: dict[str, Any], exchanges: Sequence[Exchange], surgery: Surgery) -> None:
+    """Note what a group's list of parameters, and of names where it has one, will hold."""
+    by_first = {id(one.old[0]): one for one in exchanges}
+    leaving = {id(parameter) for one in exchanges for parameter in one.old}
+    names = group.get("param_names")
+    parameters: list[nn.Parameter] = []
+    new_names: list[str] = []
+    for position, parameter in enumerate(group["params"]):
+        exchange = by_first.get(id(parameter))
+        if exchange is not None:
+            parameters.extend(exchange.new)
+            new_names.extend(exchange.rename(names[position]) if names else [])
+        elif id(parameter) not in leaving:
+            parameters.append(parameter)
+            new_names.extend([names[position]] if names else [])
+    surgery.lists.append((group["params"], parameters))
+    if names:
+        surgery.lists.append((names, new_names))
+
+
+def _new_states(optimizer: Optimizer, exchange: Exchange) -> list[dict[str, Any]]:
+    """Return the state of each new parameter; nothing where there is none yet, or none that can be carried."""
+    old = [optimizer.state.get(parameter, {}) for parameter in exchange.old]
+    if not all(old) or not _can_carry(optimizer, old[0]):
+        return []
+    states: list[dict[str, Any]] = [{} for _ in exchange.new]
+    for key, value in old[0].items():
+        for state, carried in zip(states, _carry(key, [one[key] for one in old], value, exchange), strict=True):
+            state[key] = carried
+    return states
+
+
+def _carry(key: str, values: list[Any], value: Any, exchange: Exchange) -> list[Any]:
+    if key in _COUNTS or value is None:
+        return [value.clone() if isinstance(value, Tensor) else value for _ in exchange.new]
+    moments = tuple(moment.detach().to(working_dtype(moment)) for moment in values)
+    carry = exchange.carrier.first if key in _FIRST_MOMENTS else exchange.carrier.second
+    return [
+        torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(moment.reshape(parameter.shape))
+        for parameter, moment in zip(exchange.new, carry(moments), strict=True)
+    ]
+
+
+def _can_carry(optimizer: Optimizer, state: dict[str, Any]) -> bool:
+    return isinstance(optimizer, _KNOWN) and set(state) <= _FIRST_MOMENTS | _SECOND_MOMENTS | _COUNTS
+
+
+def _warn_of_lost_state(optimizer: Optimizer, exchanges: Sequence[Exchange]) -> None:
+    states = [optimizer.state[one.old[0]] for one in exchanges if one.old[0] in optimizer.state]
+    lost = [state for state in states if state and not _can_carry(optimizer, state)]
+    if lost:
+        warnings.warn(
+            f"tdfx does not know what the state of {type(optimizer).__name__} means ({', '.join(map(str, lost[0]))}), so the "
+            f"{len(lost)} rewritten weights start with fresh state; all others keep theirs. "
+            f"SGD, Adam and AdamW are carried over.",
+            TdfxWarning,
+            stacklevel=5,
+        )
+
+
+def _pull_back(scheme: Scheme, weights: Moments, moment: Tensor) -> Moments:
+    """Return the vector-Jacobian product of ``join`` at the factors, one tensor for each factor."""
+    detached = tuple(weight.detach().to(moment.dtype) for weight in weights)
+    _, pull = torch.func.vjp(lambda *factors: scheme.join(factors), *detached)
+    pulled: Moments = pull(moment)
+    return pulled
+
+
+def _push_forward(scheme: Scheme, weights: Moments, moments: Moments) -> Tensor:
+    """Return the Jacobian-vector product of ``join``: the change of the weight that changes of the factors make."""
+    _, pushed = torch.func.jvp(lambda *factors: scheme.join(factors), weights, moments)
+    assert isinstance(pushed, Tensor)
+    return pushed

@@ -1,0 +1,119 @@
+"""The user's wish: which rank rule and scheme, for which sites, and when a rewrite is worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from tdfx.cost.modelled import Cost, Modelled
+from tdfx.errors import PolicyError
+from tdfx.factors.registry import AUTO, get_scheme
+from tdfx.ranks.rule import RankRule
+from tdfx.ranks.vbmf import VBMF
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What to rewrite and how far; checked when it is made, so that a mistake never reaches a model.
+
+    Site names are the paths of the layers, such as ``layer1.0.conv2``; patterns are globs over them, case-sensitive.
+
+    Example:
+        >>> import tdfx
+        >>> tdfx.Policy(rank=tdfx.Energy(share=0.8), exclude=("fc",)).wants("layer1.0.conv1")
+        True
+    """
+
+    rank: RankRule = field(default_factory=VBMF)
+    """The rule that reads a rank from each weight."""
+    scheme: str = AUTO
+    """How weights are split: ``"auto"`` for the first scheme that fits each site, or a scheme's name."""
+    include: tuple[str, ...] = ("*",)
+    """Patterns of the sites that may be rewritten."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of the sites that are kept, whatever ``include`` says."""
+    overrides: Mapping[str, Policy | None] = field(default_factory=dict)
+    """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts."""
+    min_gain: float = 1.05
+    """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every
+    site whatever it costs."""
+    round_to: int = 8
+    """Ranks are rounded up to a multiple of this, at least 1, since hardware computes channels in blocks. Ranks at full
+    rank and ranks given by ``Fixed`` are left alone."""
+    cost: Cost = field(default_factory=Modelled)
+    """What says how long a site takes, dense and factorized."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, RankRule):
+            raise PolicyError(
+                f"rank={self.rank!r} is not a rank rule: it decides how much of each weight is kept. "
+                f"Pass for example rank=tdfx.Energy(share=0.9) or rank=tdfx.Ratio(of=0.25)."
+            )
+        if self.scheme != AUTO:
+            get_scheme(self.scheme)
+        object.__setattr__(self, "include", _patterns("include", self.include))
+        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        object.__setattr__(self, "overrides", _overrides(self.overrides))
+        if not self._is_number(self.min_gain) or self.min_gain < 0:
+            raise PolicyError(
+                f"min_gain={self.min_gain!r} is not a number of at least 0: it is how many times faster a site must "
+                f"get to be rewritten. Pass 1.05 for five percent, or 0 to rewrite every site whatever it costs."
+            )
+        if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
+            raise PolicyError(
+                f"round_to={self.round_to!r} is not a whole number of at least 1: ranks are rounded up to a multiple "
+                f"of it. Pass 1 for no rounding."
+            )
+
+    @staticmethod
+    def _is_number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+    def __hash__(self) -> int:
+        return hash((self.rank, self.scheme, self.include, self.exclude, self.min_gain, self.round_to))
+
+    def wants(self, site: str) -> bool:
+        """Return True if ``include`` names the site and ``exclude`` does not; overrides are not looked at."""
+        included = any(fnmatchcase(site, pattern) for pattern in self.include)
+        return included and not any(fnmatchcase(site, pattern) for pattern in self.exclude)
+
+    def for_site(self, site: str) -> Policy | None:
+        """Return the policy in force for a site, overrides looked up; None if the site is to be kept."""
+        if not self.wants(site):
+            return None
+        for pattern, policy in self.overrides.items():
+            if fnmatchcase(site, pattern):
+                return policy.for_site(site) if policy is not None else None
+        return self
+
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        """Return every pattern that the policy mentions, by the setting it stands in; the default include is left out."""
+        include = () if self.include == ("*",) else self.include
+        return {
+            "include": include,
+            "exclude": self.exclude,
+            "overrides": tuple(self.overrides),
+            "rank": self.rank.patterns(),
+        }
+
+
+def _patterns(name: str, given: object) -> tuple[str, ...]:
+    """Return patterns as a tuple; a bare string is the mistake that would be read letter by letter."""
+    if isinstance(given, str) or not isinstance(given, tuple | list) or any(not isinstance(one, str) for one in given):
+        raise PolicyError(
+            f"{name}={given!r} is not a tuple of patterns: each is a glob over site names. "
+            f"Pass for example {name}=('layer1.*', 'fc')."
+        )
+    return tuple(given)
+
+
+def _overrides(given: object) -> dict[str, Policy | None]:
+    if not isinstance(given, Mapping) or any(
+        not isinstance(key, str) or not isinstance(value, Policy | None) for key, value in given.items()
+    ):
+        raise PolicyError(
+            f"overrides={given!r} does not map patterns to policies: each pattern gets a Policy, or None to keep its "
+            f"sites. Pass for example overrides={{'layer4.*': tdfx.Policy(rank=tdfx.Ratio(of=0.5)), 'fc': None}}."
+        )
+    return dict(given)

@@ -1,0 +1,1 @@
+"""Spectra and the rules that read a rank from them: tensors only, no modules."""

@@ -1,0 +1,41 @@
+"""Ranks by the share of the squared singular values that they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tdfx.ranks.rule import Choice, RankRule, check_share
+from tdfx.ranks.signal import NO_SIGNAL, has_signal
+from tdfx.ranks.spectrum import Spectrum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Energy(RankRule):
+    """Keep the fewest singular values that hold a given share of the energy, in every mode of the weight.
+
+    A weight whose spectrum is that of noise is kept as it is: its ranks would say nothing of what it is about to learn.
+    """
+
+    share: float = 0.9
+    """Share of ``sum(s**2)`` to keep, in (0, 1]; no unit."""
+
+    def __post_init__(self) -> None:
+        check_share(
+            "share",
+            self.share,
+            "the part of the squared singular values to keep",
+            "For 95 percent pass share=0.95.",
+        )
+
+    def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
+        """Return, for each spectrum, the smallest rank whose energy reaches ``share``."""
+        if not has_signal(spectra):
+            return Choice((), kept=NO_SIGNAL, signal=False)
+        return Choice(tuple(self._rank(one) for one in spectra))
+
+    def _rank(self, spectrum: Spectrum) -> int:
+        # The last sum of a float series may lie an ulp below 1, where share=1.0 must still mean every value.
+        reached = spectrum.energy() >= self.share * (1 - 1e-12)
+        below = int((~reached).sum())
+        return min(below + 1, spectrum.full_rank)

@@ -1,0 +1,88 @@
+"""The analytic solution of empirical variational Bayesian matrix factorization, from singular values alone.
+
+Source: Nakajima, Sugiyama, Babacan, Tomioka, *Global Analytic Solution of Fully-observed Variational Bayesian Matrix
+Factorization*, JMLR 14 (2013), 1-37: Theorem 2 (the threshold), Theorem 3 and Corollary 3 (the noise variance).
+Symbols are the paper's: L <= M the sides of the matrix, alpha = L / M, tau, x = s**2 / (M sigma**2).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import brentq, minimize_scalar
+from torch import Tensor
+
+Floats = npt.NDArray[np.float64]
+
+_GRID = 256
+"""Trial values of the noise variance: the free energy has several minima, and a bounded search alone may miss the best."""
+_TINY = 1e-16
+"""Values below this part of the largest squared singular value are rounding, not noise."""
+
+
+def evbmf_rank(values: Tensor, rows: int, cols: int) -> int:
+    """Return the number of components that EVBMF keeps, with the noise variance estimated from the same values.
+
+    The result does not depend on the scale of the matrix, nor on which side is the longer.
+
+    Args:
+        values: All min(m, n) singular values, shape (r,), any order, finite.
+        rows: m, at least 1.
+        cols: n, at least 1.
+
+    Returns:
+        The rank, in [0, r]; 0 means that nothing stands above the noise.
+    """
+    short, long = sorted((rows, cols))
+    squared = np.sort(values.detach().double().cpu().numpy().astype(np.float64) ** 2)[::-1][:short]
+    if squared.size == 0 or squared[0] <= 0:
+        return 0
+    x_h = squared / squared[0] / long
+    alpha = short / long
+    bar = _threshold(alpha)
+    variance = _noise_variance(x_h, short, alpha, bar)
+    return int((x_h > variance * bar).sum())
+
+
+@lru_cache(maxsize=1024)
+def _threshold(alpha: float) -> float:
+    """Return the value of x above which a component is kept (Theorem 2): the root of the paper's Xi, then x(tau)."""
+
+    def phi(z: float) -> float:
+        return math.log1p(z) / z - 0.5
+
+    tau = float(brentq(lambda tau: phi(tau) + phi(tau / alpha), 2.4 * alpha, 2.6, xtol=1e-14))
+    return (1 + tau) * (1 + alpha / tau)
+
+
+def _noise_variance(x_h: Floats, short: int, alpha: float, bar: float) -> float:
+    """Minimise the free energy over sigma**2 between the bounds of Corollary 3; x_h = s**2 / M, largest first."""
+    most_kept = min(math.ceil(short / (1 + alpha)) - 1, x_h.size - 1)
+    tail = x_h[max(most_kept, 0) :]
+    upper = float(x_h.sum()) / short
+    lower = max(float(tail[0]) / bar, float(tail.mean()), _TINY * upper)
+    if lower >= upper:
+        return upper
+    grid = np.geomspace(lower, upper, _GRID)
+    best = int(np.argmin(_free_energy(grid, x_h, alpha, bar)))
+    found = minimize_scalar(
+        lambda log_variance: float(_free_energy(np.exp(np.array([log_variance])), x_h, alpha, bar)[0]),
+        bounds=(math.log(grid[max(best - 1, 0)]), math.log(grid[min(best + 1, _GRID - 1)])),
+        method="bounded",
+        options={"xatol": 1e-12},
+    )
+    return math.exp(float(found.x))
+
+
+def _free_energy(variance: Floats, x_h: Floats, alpha: float, bar: float) -> Floats:
+    """Return the free energy, up to a constant, for each trial variance, shape (g,) (Theorem 3)."""
+    x = np.maximum(x_h[None, :] / variance[:, None], 1e-300)
+    kept = x > bar
+    excess = np.where(kept, x, bar) - (1 + alpha)
+    tau = 0.5 * (excess + np.sqrt(np.maximum(excess**2 - 4 * alpha, 0)))
+    gain = np.log1p(tau) + alpha * np.log1p(tau / alpha) - tau
+    energy: Floats = (x - np.log(x) + np.where(kept, gain, 0.0)).sum(axis=1)
+    return energy

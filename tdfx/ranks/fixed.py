@@ -1,0 +1,75 @@
+"""Ranks given by hand, by site name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+from tdfx.errors import PolicyError
+from tdfx.ranks.rule import Choice, RankRule
+from tdfx.ranks.spectrum import Spectrum
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed(RankRule):
+    """Use the ranks given for each site; a site that no pattern names is kept.
+
+    Example:
+        >>> Fixed({"layer4.*": 64, "fc": (16,)}).patterns()
+        ('layer4.*', 'fc')
+    """
+
+    ranks: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
+    """Glob over site names -> one rank for every mode, or one rank for each mode (tucker2: output, input); at least 1.
+    The first pattern that matches a site is used. Ranks are taken as they are, never rounded."""
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ranks, Mapping) or not self.ranks:
+            raise PolicyError(
+                f"Fixed({self.ranks!r}) names no site: it takes a mapping from site patterns to ranks. "
+                f"For example Fixed({{'layer4.*': 64}})."
+            )
+        for pattern, given in self.ranks.items():
+            each = given if isinstance(given, tuple | list) else (given,)
+            if not each or any(not isinstance(one, int) or isinstance(one, bool) or one < 1 for one in each):
+                raise PolicyError(
+                    f"Fixed rank {given!r} for {pattern!r} is not a whole number of at least 1, nor a tuple of them. "
+                    f"To keep a site as it is, name it in Policy(exclude=...) instead."
+                )
+        # A private copy: the rule is frozen, and the caller's dictionary is not.
+        object.__setattr__(
+            self, "ranks", {key: tuple(one) if isinstance(one, list) else one for key, one in self.ranks.items()}
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.ranks.items()))
+
+    def patterns(self) -> tuple[str, ...]:
+        """Return the patterns that ranks were given for."""
+        return tuple(self.ranks)
+
+    def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
+        """Return the ranks of the first pattern that matches ``site``.
+
+        Raises:
+            PolicyError: The number of ranks is not the scheme's, or a rank is above the full rank.
+        """
+        given = next((ranks for pattern, ranks in self.ranks.items() if fnmatchcase(site, pattern)), None)
+        if given is None:
+            return Choice((), kept="no pattern of Fixed names it")
+        full = tuple(one.full_rank for one in spectra)
+        ranks = given if isinstance(given, tuple) else tuple(min(given, most) for most in full)
+        if len(ranks) != len(full):
+            raise PolicyError(
+                f"Fixed gives {len(ranks)} ranks {ranks} for site {site!r}, whose scheme takes {len(full)}. "
+                f"Its full ranks are {full}: give one number for all modes, or a tuple of {len(full)}."
+            )
+        if any(rank > most for rank, most in zip(ranks, full, strict=True)):
+            raise PolicyError(
+                f"Fixed ranks {ranks} for site {site!r} are above its full ranks {full}. "
+                f"Give ranks of at most {full}."
+            )
+        return Choice(ranks)

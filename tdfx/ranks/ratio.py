@@ -1,0 +1,24 @@
+"""Ranks as a fixed share of the full rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tdfx.ranks.rule import Choice, RankRule, check_share
+from tdfx.ranks.spectrum import Spectrum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio(RankRule):
+    """Keep a share of the site's full rank in each mode, whatever the weight holds."""
+
+    of: float = 0.25
+    """Share of the full rank to keep in each mode, in (0, 1]; 1.0 keeps every rank, so the rewrite is exact."""
+
+    def __post_init__(self) -> None:
+        check_share("of", self.of, "the part of each full rank to keep", "For a quarter of the ranks pass of=0.25.")
+
+    def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
+        """Return ``of`` times each full rank, rounded to the nearest whole rank, at least 1."""
+        return Choice(tuple(max(1, round(self.of * one.full_rank)) for one in spectra))

@@ -1,0 +1,86 @@
+"""The singular values and one singular basis of a matrix, from the eigenvalues of its Gram matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LARGE = 2048
+"""Sides above this are decomposed with all threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """One unfolding of a weight, seen through its singular value decomposition.
+
+    Shapes: m rows, n columns, d the length of the side that was decomposed (m or n), r = min(m, n).
+    """
+
+    values: Tensor
+    """Singular values, shape (r,), descending, in the working dtype."""
+    basis: Tensor
+    """Orthonormal singular vectors of the decomposed side as columns, shape (d, r)."""
+    rows: int
+    """m, the rows of the unfolding."""
+    cols: int
+    """n, the columns of the unfolding."""
+
+    @property
+    def full_rank(self) -> int:
+        """The most ranks that the unfolding can have: min(m, n)."""
+        return min(self.rows, self.cols)
+
+    def energy(self) -> Tensor:
+        """Return the share of ``sum(s**2)`` held by the first 1, 2, ... values, shape (r,); zeros for a zero matrix."""
+        squared = self.values.square()
+        total = squared.sum()
+        return squared.cumsum(0) / total if total > 0 else torch.zeros_like(squared)
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which a weight is decomposed: float64, or float32 where the device has no float64."""
+    return torch.float32 if weight.device.type == "mps" else torch.float64
+
+
+def spectrum(matrix: Tensor, *, rows_side: bool | None = None) -> Spectrum:
+    """Decompose a matrix by the eigenvectors of its Gram matrix.
+
+    This is 4 to 5 times faster than a full SVD and never forms the longer side's vectors. Values below about 1e-8 of the
+    largest are rounding noise, because the Gram matrix holds their squares; no rank rule looks that deep.
+
+    Args:
+        matrix: Shape (m, n), real, finite.
+        rows_side: Decompose the row space (True), the column space (False), or the shorter side (None).
+
+    Returns:
+        The spectrum, in the matrix's dtype and on its device. The sign of each vector is fixed, so that equal weights
+        give equal vectors on every process.
+    """
+    rows, cols = matrix.shape
+    left = rows <= cols if rows_side is None else rows_side
+    gram = matrix @ matrix.mT if left else matrix.mT @ matrix
+    eigenvalues, vectors = symmetric_eigen(gram)
+    keep = min(rows, cols)
+    values = eigenvalues.flip(0)[:keep].clamp_min(0).sqrt()
+    basis = vectors.flip(1)[:, :keep]
+    peak = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    return Spectrum(values, basis * torch.where(peak < 0, -1.0, 1.0), rows, cols)
+
+
+def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ascending eigenvalues (d,) and the eigenvectors (d, d), as columns, of a symmetric matrix.
+
+    On a CPU whose cores are busy, as they are beside data-loading workers, LAPACK's threads wait for one another at every
+    step: measured, 2.8 s instead of 0.09 s for d = 512 on two cores. Two threads gain a third at best at such sizes, so one
+    thread does the work; the process's setting is put back before returning.
+    """
+    if gram.device.type != "cpu" or gram.shape[0] > _LARGE:
+        return torch.linalg.eigh(gram)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return torch.linalg.eigh(gram)
+    finally:
+        torch.set_num_threads(threads)
