@@ -1,0 +1,175 @@
+"""The command line: ``tdfx inspect``, ``tdfx demo``, ``tdfx verify``.
+
+Exit codes: 0 for success (and for two graphs that match), 1 for a proof that failed, 2 for anything that stopped the
+command, with one message and no traceback unless ``--debug`` is given.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+import tdfx
+from tdfx.demo import DEFAULT_EPOCHS, run_demo
+from tdfx.demo_table import demo_view
+from tdfx.errors import InputError, ModelReferenceError, TdfxError
+from tdfx.plan_table import plan_view
+from tdfx.ranks.registry import parse_rule
+from tdfx.references import build_model
+
+FAILED = 1
+STOPPED = 2
+
+
+class _Commands(click.Group):
+    """Turns the errors that tdfx raises on purpose into one message."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TdfxError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(STOPPED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(tdfx.__version__, prog_name="tdfx")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Train PyTorch models faster by factorizing their layers mid-training."""
+
+
+@main.command()
+@click.argument("model")
+@click.option("--input", "inputs", multiple=True, metavar="SHAPE", help="Shape of an input, such as 8,3,224,224 or int64:2,16.")
+@click.option("--policy", "rule", default="vbmf", show_default=True, help="vbmf[:floor], energy[:share] or ratio[:of].")
+@click.option("--include", multiple=True, metavar="GLOB", help="Rewrite only these sites.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Keep these sites.")
+@click.option("--min-gain", type=float, default=tdfx.Policy().min_gain, show_default=True, help="Least speed-up of a site.")
+@click.option("--weights", type=click.Path(dir_okay=False, path_type=Path), help="A state_dict to load; no code in it is run.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan to a file.")
+def inspect(
+    model: str,
+    inputs: tuple[str, ...],
+    rule: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    min_gain: float,
+    weights: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Show which layers of MODEL would be rewritten, and why not where not.
+
+    MODEL is torchvision:NAME, package.module:factory or path/to/file.py:factory. Without --weights the model is untrained,
+    and a rule that reads its weights (vbmf, energy) finds no signal in them; ratio:0.25 shows what a quarter of the ranks
+    would bring.
+    """
+    policy = tdfx.Policy(rank=parse_rule(rule), include=include or ("*",), exclude=exclude, min_gain=min_gain)
+    examples = tuple(_parse_input(one) for one in inputs) or None
+    built = build_model(model)
+    if weights is not None:
+        _load_weights(built, weights)
+    plan = tdfx.plan(built, policy, example_inputs=examples)
+    if json_file is not None:
+        _write(json_file, plan.to_json())
+    _console().print(plan_view(plan))
+
+
+@main.command()
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights and data order, for both runs.")
+@click.option("--epochs", type=int, default=DEFAULT_EPOCHS, show_default=True, help="Epochs of each run.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to a file.")
+def demo(seed: int, epochs: int, json_file: Path | None) -> None:
+    """Train a network on real digits as it is and with tdfx, merge it back, and prove it."""
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("epoch {task.completed}/{task.total}")
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        tasks = {name: bars.add_task(label, total=epochs, start=False) for name, label in _RUNS.items()}
+
+        def tick(name: str, done: int, total: int) -> None:
+            if done == 0:
+                bars.start_task(tasks[name])
+            bars.update(tasks[name], completed=done, total=total)
+
+        result = run_demo(seed=seed, epochs=epochs, tick=tick)
+    if json_file is not None:
+        _write(json_file, json.dumps(result.to_dict(), indent=2))
+    _console().print(demo_view(result))
+    if not result.verified:
+        sys.exit(FAILED)
+
+
+_RUNS = {"full": "full training", "tdfx": "with tdfx    "}
+
+
+@main.command()
+@click.argument("model", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("reference", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to a file.")
+def verify(model: Path, reference: Path, json_file: Path | None) -> None:
+    """Compare two ONNX files: the same graph, and the same numbers on random inputs?"""
+    report = tdfx.verify(model, reference)
+    if json_file is not None:
+        _write(json_file, json.dumps(report.to_dict(), indent=2))
+    click.echo(str(report))
+    if not report.ok:
+        sys.exit(FAILED)
+
+
+def _console() -> Console:
+    """Return a console as wide as the terminal, and wide enough for a whole table where there is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _parse_input(text: str) -> Tensor:
+    """Return a tensor for a shape: random where the dtype is floating, zeros where it is not.
+
+    >>> _parse_input("int64:2,3").shape, _parse_input("2,3").dtype
+    (torch.Size([2, 3]), torch.float32)
+    """
+    kind, colon, shape = text.rpartition(":")
+    dtype = getattr(torch, kind, None) if colon else torch.float32
+    sizes = shape.split(",")
+    if not isinstance(dtype, torch.dtype) or not all(size.strip().isdecimal() for size in sizes):
+        raise InputError(
+            f"--input {text!r} is not a shape: it takes whole numbers with commas, with a dtype before a colon where it is "
+            f"not float32. Write for example 8,3,224,224 or int64:2,16."
+        )
+    dims = [int(size) for size in sizes]
+    return torch.rand(dims).to(dtype) if dtype.is_floating_point else torch.zeros(dims, dtype=dtype)
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state_dict, also one that lies under the key ``state_dict`` or ``model`` of a checkpoint."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many classes for a file that is missing, damaged or not weights
+        raise ModelReferenceError(
+            f"The weights {str(path)!r} could not be read: {type(error).__name__}: {str(error).splitlines()[0]} Save them with "
+            f"torch.save(model.state_dict(), path)."
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    try:
+        model.load_state_dict(found)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ModelReferenceError(
+            f"The weights {str(path)!r} do not fit {type(model).__name__}: {error}. Name the model they were saved from."
+        ) from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TdfxError(f"Cannot write {str(path)!r}: {error.strerror}. Name a file in a folder that exists.") from error

@@ -1,0 +1,104 @@
+"""Models named on the command line: ``torchvision:NAME``, ``package.module:factory`` or ``path/to/file.py:factory``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from tdfx.errors import ModelReferenceError, nearest
+
+_FORMS = "Write torchvision:resnet50, package.module:factory, or path/to/file.py:factory."
+
+
+def build_model(reference: str) -> nn.Module:
+    """Import what a reference names and build the model, untrained.
+
+    Args:
+        reference: ``torchvision:NAME`` for a model of torchvision, else a module or a file, a colon, and the name of a
+            function or class that is called without arguments, or of a module object.
+
+    Raises:
+        ModelReferenceError: There is no such thing, or it does not give an nn.Module.
+    """
+    source, colon, name = reference.rpartition(":")
+    if not colon or not source or not name:
+        raise ModelReferenceError(f"{reference!r} does not name a model: it lacks a part before or after the colon. {_FORMS}")
+    if source == "torchvision":
+        return _from_torchvision(name)
+    module = _from_file(Path(source)) if source.endswith(".py") else _from_package(source)
+    return _call(reference, _attribute(reference, module, name))
+
+
+def _from_torchvision(name: str) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models()
+    if name not in known:
+        raise ModelReferenceError(
+            f"torchvision has no model {name!r} among its {len(known)}. Nearest: {nearest(name, known)}."
+        )
+    # Detection models would otherwise download a backbone.
+    backbone = {"weights_backbone": None} if name in models.list_models(module=models.detection) else {}
+    model: nn.Module = models.get_model(name, weights=None, **backbone)
+    return model
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ModelReferenceError(f"There is no file {str(path)!r} to take a model from. {_FORMS}")
+    name = f"_tdfx_reference_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, f"no loader for {path}"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's file can raise anything when it is run
+        del sys.modules[name]
+        raise ModelReferenceError(
+            f"The file {str(path)!r} could not be run: {type(error).__name__}: {error}. It is imported as a module, so it "
+            f"must run on its own."
+        ) from error
+    return module
+
+
+def _from_package(source: str) -> ModuleType:
+    try:
+        return importlib.import_module(source)
+    except Exception as error:  # importing runs a user's code
+        raise ModelReferenceError(
+            f"The module {source!r} could not be imported: {type(error).__name__}: {error}. Is it installed, or on "
+            f"PYTHONPATH? {_FORMS}"
+        ) from error
+
+
+def _attribute(reference: str, module: ModuleType, name: str) -> Any:
+    if not hasattr(module, name):
+        public = [one for one in vars(module) if not one.startswith("_")]
+        raise ModelReferenceError(f"{reference!r}: there is no {name!r} in it. Nearest: {nearest(name, public)}.")
+    return getattr(module, name)
+
+
+def _call(reference: str, found: Any) -> nn.Module:
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise ModelReferenceError(f"{reference!r} is a {type(found).__name__}, not a function that builds a model. {_FORMS}")
+    try:
+        model = found()
+    except Exception as error:  # a user's factory can raise anything
+        raise ModelReferenceError(
+            f"{reference!r} could not be called without arguments: {type(error).__name__}: {error}. Write a small function "
+            f"that takes none and returns the model."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ModelReferenceError(
+            f"{reference!r} returned a {type(model).__name__}, not a torch.nn.Module. Name the function that returns the model."
+        )
+    return model
