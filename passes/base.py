@@ -14,6 +14,9 @@ from tdfx.errors import PassError
 from tdfx.factors.operation import Operation
 from tdfx.plan import Emit, Plan, Reason
 
+PLAN_ATTRIBUTE = "_tdfx_plan"
+"""Where a rewritten model keeps its plan; this is also how a merge knows of a rewrite that kept every site."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from tdfx.kinds import has_stock_forward, is_candidate, kind_of, operation_of
 from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program, Site
-from tdfx.passes.trace import is_site_or_leaf
+from tdfx.passes.tracer import is_site_or_leaf
 from tdfx.plan import Reason
 
 
@@ -27,7 +27,9 @@ class Find(Pass):
         uses = _uses(program)
         inside = _inside(program.module)
         sites = tuple(
-            _site(name, layer, uses, inside) for name, layer in program.module.named_modules() if _is_listed(layer, inside)
+            _site(name, layer, uses, inside)
+            for name, layer in program.module.named_modules()
+            if _is_listed(layer, inside)
         )
         changes = tuple(Change(site.name, "found") for site in sites)
         return PassResult(replace(program, sites=sites), changes)
@@ -159,5 +161,8 @@ def _obstacle(layer: nn.Module, calls: int, uses: _Uses, inside: Mapping[int, st
     if not weight.requires_grad:
         return Reason.FROZEN, "its weight has requires_grad=False"
     if operation_of(layer) is None or weight.numel() == 0 or not weight.is_floating_point():
-        return Reason.NO_SCHEME, f"no scheme for {kind_of(layer)} with a {weight.dtype} weight of {weight.numel()} values"
+        return (
+            Reason.NO_SCHEME,
+            f"no scheme for {kind_of(layer)} with a {weight.dtype} weight of {weight.numel()} values",
+        )
     return None, ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from tdfx.passes.trace import trace_once
+from tdfx.passes.tracer import trace_once
 
 _MODULE_STATE = tuple(nn.Module().__dict__)
 """What every nn.Module holds: parameters, buffers, children, hooks, mode."""

@@ -9,9 +9,8 @@ from torch import nn
 
 from tdfx.errors import MergeError
 from tdfx.layers import Factorized
-from tdfx.passes.base import Change, Pass, PassResult, Program
+from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program
 from tdfx.passes.graph_module import FactorizedGraphModule
-from tdfx.passes.rewrite import PLAN_ATTRIBUTE
 from tdfx.structure import structural_copy
 
 

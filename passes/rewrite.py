@@ -12,14 +12,11 @@ from torch import fx, nn
 from tdfx.errors import PlanError, nearest
 from tdfx.factors.registry import get_scheme
 from tdfx.layers import Factorized
-from tdfx.passes.base import Change, Pass, PassResult, Program, Site
+from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site
 from tdfx.passes.graph_module import FactorizedGraphModule
-from tdfx.passes.select import Spectra, check_weight, working_weight
+from tdfx.passes.weights import Spectra, check_weight, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.structure import structural_copy
-
-PLAN_ATTRIBUTE = "_tdfx_plan"
-"""Where a rewritten model keeps its plan; this is also how a merge knows that a rewrite kept every site."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,8 @@ class Rewrite(Pass):
             module.graph.lint()
 
     def _swap(self, site: Site, decision: SitePlan) -> Swap:
-        assert decision.scheme is not None and decision.ranks is not None
+        assert decision.scheme is not None
+        assert decision.ranks is not None
         scheme = get_scheme(decision.scheme)
         weight = working_weight(site.layer)
         spectra = self.spectra.get(site.name) or scheme.spectra(weight)
@@ -102,7 +100,8 @@ def check_plan(plan: Plan, program: Program) -> None:
 
 
 def _check_decision(decision: SitePlan, site: Site) -> None:
-    assert decision.scheme is not None and decision.ranks is not None
+    assert decision.scheme is not None
+    assert decision.ranks is not None
     scheme = get_scheme(decision.scheme)
     if isinstance(site.layer, Factorized):
         _check_factorized(decision, site.layer)
@@ -115,15 +114,15 @@ def _check_decision(decision: SitePlan, site: Site) -> None:
     shape = site.operation.weight_shape if site.operation is not None else ()
     if site.operation is None or shape != decision.shape or not scheme.fits(site.operation):
         raise PlanError(
-            f"The plan has a {decision.kind} of shape {decision.shape} split by {decision.scheme} at site {site.name!r}, and "
-            f"the model has a {site.kind} of shape {shape} there. Make the plan again for this model."
+            f"The plan has a {decision.kind} of shape {decision.shape} split by {decision.scheme} at site {site.name!r}, "
+            f"and the model has a {site.kind} of shape {shape} there. Make the plan again for this model."
         )
     full = scheme.full_ranks(site.operation)
     ranks = decision.ranks
     if len(ranks) != len(full) or any(not 1 <= rank <= most for rank, most in zip(ranks, full, strict=False)):
         raise PlanError(
-            f"The plan gives site {site.name!r} the ranks {ranks}, and {scheme.name} takes {len(full)} ranks from 1 to {full} "
-            f"there. Change the plan's ranks."
+            f"The plan gives site {site.name!r} the ranks {ranks}, and {scheme.name} takes {len(full)} ranks there, "
+            f"from 1 to {full}. Change the plan's ranks."
         )
     check_weight(site)
 
@@ -132,6 +131,6 @@ def _check_factorized(decision: SitePlan, layer: Factorized) -> None:
     """A site that is already what the plan says is left alone, so that rewriting twice is rewriting once."""
     if (layer.origin.scheme, layer.origin.ranks) != (decision.scheme, decision.ranks):
         raise PlanError(
-            f"Site {decision.name!r} is factorized already, by {layer.origin.scheme} at {layer.origin.ranks}, and the plan asks "
-            f"for {decision.scheme} at {decision.ranks} ({Reason.FACTORIZED}). Merge the model first: tdfx.merge(model)."
+            f"Site {decision.name!r} is factorized already, by {layer.origin.scheme} at {layer.origin.ranks}, and the plan "
+            f"asks for {decision.scheme} at {decision.ranks} ({Reason.FACTORIZED}). Merge the model first: tdfx.merge(model)."
         )

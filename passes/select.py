@@ -10,19 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from tdfx.cost.count import Flow, flops, parameters
-from tdfx.errors import PolicyError, WeightError, nearest
+from tdfx.errors import PolicyError, nearest
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import AUTO, scheme_for
 from tdfx.factors.scheme import Scheme
 from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program, Site
+from tdfx.passes.weights import Spectra, check_weight, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.rule import Choice, round_ranks
-from tdfx.ranks.spectrum import Spectrum, working_dtype
-
-Spectra = dict[str, tuple[Spectrum, ...]]
-"""Site name -> its spectra, so that the rewrite need not compute them again."""
 
 
 class Select(Pass):
@@ -108,30 +105,6 @@ class Select(Pass):
             flops_after=_flops(chain, site.flows),
             gain=gain,
             error=scheme.error(weight, ranks, spectra),
-        )
-
-
-def working_weight(layer: nn.Module) -> Tensor:
-    """Return a layer's weight in the dtype in which it is decomposed, detached."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().to(working_dtype(weight))
-
-
-def check_weight(site: Site) -> None:
-    """Raise WeightError if a site's weight cannot be decomposed."""
-    weight = site.layer.weight
-    assert isinstance(weight, Tensor)
-    if weight.is_meta:
-        raise WeightError(
-            f"The weight of site {site.name!r} is on the meta device and has no values, so its ranks cannot be read. "
-            f"Load the model on a real device first."
-        )
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise WeightError(
-            f"The weight of site {site.name!r} has {bad} values that are NaN or infinite, so it cannot be decomposed; the "
-            f"training has diverged. Go back to a checkpoint from before, or keep the site: exclude=({site.name!r},)."
         )
 
 

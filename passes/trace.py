@@ -11,26 +11,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from tdfx.kinds import has_stock_forward, is_candidate
-from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program
+from tdfx.passes.tracer import is_site_or_leaf, trace_once
 from tdfx.structure import structural_copy
 
 _TORCH = Path(torch.__file__).parent
 _OWN_METHODS = frozenset({"__init__", "forward", "extra_repr"})
 """What a module class may define for itself without changing how a module behaves otherwise."""
-
-
-class SiteTracer(fx.Tracer):
-    """Keeps every layer that can be a site, and every factorized one, as one call in the graph."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Treat stock layers, subclasses of them that keep the stock forward, and factorized layers as one call."""
-        if isinstance(m, Factorized):
-            return True
-        if is_candidate(m):
-            return has_stock_forward(m)
-        return bool(super().is_leaf_module(m, module_qualified_name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +57,6 @@ class Trace(Pass):
         )
 
 
-def trace_once(module: nn.Module) -> tuple[fx.Graph, nn.Module]:
-    """Return the graph of a module as it is, and the throwaway copy that was traced; torch.fx may leave tensors on it."""
-    copy = structural_copy(module)
-    return SiteTracer().trace(copy), copy
-
-
 def attempt_trace(module: nn.Module) -> Attempt:
     """Trace a module in both modes and say whether the graph can stand for it."""
     graphs: list[fx.Graph] = []
@@ -110,11 +91,6 @@ def _attempts(module: nn.Module, path: str) -> list[tuple[str, Attempt]]:
         for found in _attempts(child, f"{path}.{name}" if path else name)
     ]
     return [(path, attempt), *below]
-
-
-def is_site_or_leaf(module: nn.Module) -> bool:
-    """Return True for modules that no graph looks into: single layers, factorized layers, and torch.nn's own."""
-    return SiteTracer().is_leaf_module(module, "")
 
 
 def _code(graph: fx.Graph) -> str:
@@ -156,12 +132,7 @@ def _overridden(kind: type[nn.Module]) -> list[str]:
     """Return the methods of nn.Module that a class or its bases redefine."""
     bases = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base not in {nn.Module, nn.Sequential}]
     plumbing = set(vars(nn.Module)) - _OWN_METHODS
-    return sorted(
-        name
-        for base in bases
-        for name, value in vars(base).items()
-        if name in plumbing and callable(value)
-    )
+    return sorted(name for base in bases for name, value in vars(base).items() if name in plumbing and callable(value))
 
 
 def _why_not(error: Exception) -> str:
@@ -169,7 +140,9 @@ def _why_not(error: Exception) -> str:
     frames: list[Any] = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
     where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     message = str(error).strip().splitlines()
-    return f"torch.fx cannot follow its forward{where}: {type(error).__name__}: {message[0] if message else 'no message'}"
+    return (
+        f"torch.fx cannot follow its forward{where}: {type(error).__name__}: {message[0] if message else 'no message'}"
+    )
 
 
 def _is_users(filename: str) -> bool:
@@ -177,7 +150,7 @@ def _is_users(filename: str) -> bool:
     return path != Path(__file__) and _TORCH not in path.parents and path.name != "structure.py"
 
 
-_GRAPH_MODULE_NAMES = (
-    set(fx.GraphModule(nn.Module(), fx.Graph()).__dict__) | set(vars(fx.GraphModule))
-) - set(nn.Module().__dict__)
+_GRAPH_MODULE_NAMES = (set(fx.GraphModule(nn.Module(), fx.Graph()).__dict__) | set(vars(fx.GraphModule))) - set(
+    nn.Module().__dict__
+)
 """Attributes by which a GraphModule holds its own state; a model that uses one of them cannot become a graph."""

@@ -188,11 +188,15 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _warn_of_missing_optimizer(swaps: Sequence[Swap]) -> None:
-    trained = [swap.name for swap in swaps if isinstance(swap.dense.weight, nn.Parameter) and swap.dense.weight.grad is not None]
+    trained = [
+        swap.name
+        for swap in swaps
+        if isinstance(swap.dense.weight, nn.Parameter) and swap.dense.weight.grad is not None
+    ]
     if trained:
         warnings.warn(
-            f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients ({trained[0]!r} first): "
-            f"the optimizer that trains them would go on with the old weights and never see the factors. Pass "
+            f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients, {trained[0]!r} "
+            f"first: the optimizer that trains them would go on with the old weights and never see the factors. Pass "
             f"optimizer=..., or make a new optimizer from the returned model's parameters.",
             TdfxWarning,
             stacklevel=3,

@@ -51,12 +51,18 @@ def main(debug: bool) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--input", "inputs", multiple=True, metavar="SHAPE", help="Shape of an input, such as 8,3,224,224 or int64:2,16.")
+@click.option(
+    "--input", "inputs", multiple=True, metavar="SHAPE", help="Shape of an input, such as 8,3,224,224 or int64:2,16."
+)
 @click.option("--policy", "rule", default="vbmf", show_default=True, help="vbmf[:floor], energy[:share] or ratio[:of].")
 @click.option("--include", multiple=True, metavar="GLOB", help="Rewrite only these sites.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Keep these sites.")
-@click.option("--min-gain", type=float, default=tdfx.Policy().min_gain, show_default=True, help="Least speed-up of a site.")
-@click.option("--weights", type=click.Path(dir_okay=False, path_type=Path), help="A state_dict to load; no code in it is run.")
+@click.option(
+    "--min-gain", type=float, default=tdfx.Policy().min_gain, show_default=True, help="Least speed-up of a site."
+)
+@click.option(
+    "--weights", type=click.Path(dir_okay=False, path_type=Path), help="A state_dict to load; no code in it is run."
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan to a file.")
 def inspect(
     model: str,
@@ -88,7 +94,9 @@ def inspect(
 @main.command()
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights and data order, for both runs.")
 @click.option("--epochs", type=int, default=DEFAULT_EPOCHS, show_default=True, help="Epochs of each run.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to a file.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to a file."
+)
 def demo(seed: int, epochs: int, json_file: Path | None) -> None:
     """Train a network on real digits as it is and with tdfx, merge it back, and prove it."""
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("epoch {task.completed}/{task.total}")
@@ -114,7 +122,9 @@ _RUNS = {"full": "full training", "tdfx": "with tdfx    "}
 @main.command()
 @click.argument("model", type=click.Path(dir_okay=False, path_type=Path))
 @click.argument("reference", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to a file.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to a file."
+)
 def verify(model: Path, reference: Path, json_file: Path | None) -> None:
     """Compare two ONNX files: the same graph, and the same numbers on random inputs?"""
     report = tdfx.verify(model, reference)
@@ -153,9 +163,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes for a file that is missing, damaged or not weights
+        first_line = str(error).partition("\n")[0].rstrip(".")
         raise ModelReferenceError(
-            f"The weights {str(path)!r} could not be read: {type(error).__name__}: {str(error).splitlines()[0]} Save them with "
-            f"torch.save(model.state_dict(), path)."
+            f"The weights {str(path)!r} could not be read: {type(error).__name__}: {first_line}. "
+            f"Save them with torch.save(model.state_dict(), path)."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
@@ -172,4 +183,6 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise TdfxError(f"Cannot write {str(path)!r}: {error.strerror}. Name a file in a folder that exists.") from error
+        raise TdfxError(
+            f"Cannot write {str(path)!r}: {error.strerror}. Name a file in a folder that exists."
+        ) from error

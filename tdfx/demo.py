@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -132,12 +133,12 @@ def build_model(width: int = 128) -> nn.Module:
     """Return a VGG-like network of six 3×3 convolutions, with ``width`` to four times as many channels."""
     channels = (1, width, width, 2 * width, 2 * width, 4 * width, 4 * width)
     layers: list[nn.Module] = []
-    for index, (inner, outer) in enumerate(zip(channels, channels[1:], strict=False)):
+    for index, (inner, outer) in enumerate(pairwise(channels)):
         layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
         if index in {1, 3}:
             layers.append(nn.MaxPool2d(2))
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 10)]
-    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
 def run_demo(*, seed: int = 0, epochs: int = DEFAULT_EPOCHS, tick: Ticker | None = None) -> DemoResult:
@@ -228,7 +229,7 @@ class _Trainer:
         self.tick(name, epochs.start, self.epochs)
         for epoch in epochs:
             order = torch.randperm(len(self.digits.train_x), generator=self.order)
-            for chosen in order.split(BATCH)[: self.batches]:
+            for chosen in torch.split(order, BATCH)[: self.batches]:
                 images = jitter(self.digits.train_x[chosen], self.order)
                 loss = F.cross_entropy(model(images), self.digits.train_y[chosen])
                 self.optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ def build_layer(operation: Operation, weight: nn.Parameter, bias: nn.Parameter |
             dilation=cast("tuple[int, int]", operation.dilation),
             groups=operation.groups,
             bias=bias is not None,
-            padding_mode=operation.padding_mode,
+            padding_mode=cast("Literal['zeros']", operation.padding_mode),
             device=meta,
         )
     layer.weight = weight

@@ -111,10 +111,11 @@ class Factorized(nn.Module):
         The product is computed in float64, so that rounding to the layer's dtype happens once.
         """
         layer = structural_copy(self.origin.layer)
-        first = self.weights[0]
+        # The memory format shows on the factor that has the kernel; on a pointwise one it cannot be told.
+        core = max(self.weights, key=lambda weight: weight[0, 0].numel())
         joined = self.scheme.join([weight.to(working_dtype(weight)) for weight in self.weights])
-        layer.weight = nn.Parameter(_like(joined, first), requires_grad=first.requires_grad)
-        layer.bias = self.bias
+        layer.weight = nn.Parameter(_like(joined, core), requires_grad=core.requires_grad)
+        layer.register_parameter("bias", self.bias)
         _copy_hooks(self, layer)
         return layer.train(self.training)
 

@@ -229,8 +229,8 @@ def _warn_of_lost_state(optimizer: Optimizer, exchanges: Sequence[Exchange]) -> 
     lost = [state for state in states if state and not _can_carry(optimizer, state)]
     if lost:
         warnings.warn(
-            f"tdfx does not know what the state of {type(optimizer).__name__} means ({', '.join(map(str, lost[0]))}), so the "
-            f"{len(lost)} rewritten weights start with fresh state; all others keep theirs. "
+            f"tdfx does not know what the state of {type(optimizer).__name__} means ({', '.join(map(str, lost[0]))}), so "
+            f"the {len(lost)} rewritten weights start with fresh state; all others keep theirs. "
             f"SGD, Adam and AdamW are carried over.",
             TdfxWarning,
             stacklevel=5,
@@ -240,13 +240,13 @@ def _warn_of_lost_state(optimizer: Optimizer, exchanges: Sequence[Exchange]) -> 
 def _pull_back(scheme: Scheme, weights: Moments, moment: Tensor) -> Moments:
     """Return the vector-Jacobian product of ``join`` at the factors, one tensor for each factor."""
     detached = tuple(weight.detach().to(moment.dtype) for weight in weights)
-    _, pull = torch.func.vjp(lambda *factors: scheme.join(factors), *detached)
+    pull = torch.func.vjp(lambda *factors: scheme.join(factors), *detached)[1]
     pulled: Moments = pull(moment)
     return pulled
 
 
 def _push_forward(scheme: Scheme, weights: Moments, moments: Moments) -> Tensor:
     """Return the Jacobian-vector product of ``join``: the change of the weight that changes of the factors make."""
-    _, pushed = torch.func.jvp(lambda *factors: scheme.join(factors), weights, moments)
+    pushed = torch.func.jvp(lambda *factors: scheme.join(factors), weights, moments)[1]
     assert isinstance(pushed, Tensor)
     return pushed

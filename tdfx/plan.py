@@ -167,7 +167,9 @@ class Plan:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise PlanError(f"This is not a plan: it is not JSON ({error}). Pass the text that Plan.to_json gave.") from error
+            raise PlanError(
+                f"This is not a plan: it is not JSON ({error}). Pass the text that Plan.to_json gave."
+            ) from error
         found = data.pop("format", None) if isinstance(data, dict) else None
         if found != _FORMAT:
             raise PlanError(
@@ -208,7 +210,9 @@ def _read_site(data: dict[str, Any]) -> SitePlan:
         raise PlanError(
             f"Site {data.get('name')!r} has the unknown field {min(unknown)!r}. Nearest: {nearest(min(unknown), known)}."
         )
-    values = {key: _whole_numbers(key, one) if key in tuples and one is not None else one for key, one in data.items()}
+    values: dict[str, Any] = {
+        key: _whole_numbers(key, one) if key in tuples and one is not None else one for key, one in data.items()
+    }
     reason = data.get("reason")
     return SitePlan(**{**values, "reason": Reason(reason) if reason is not None else None})
 

@@ -28,7 +28,9 @@ def build_model(reference: str) -> nn.Module:
     """
     source, colon, name = reference.rpartition(":")
     if not colon or not source or not name:
-        raise ModelReferenceError(f"{reference!r} does not name a model: it lacks a part before or after the colon. {_FORMS}")
+        raise ModelReferenceError(
+            f"{reference!r} does not name a model: it lacks a part before or after the colon. {_FORMS}"
+        )
     if source == "torchvision":
         return _from_torchvision(name)
     module = _from_file(Path(source)) if source.endswith(".py") else _from_package(source)
@@ -54,7 +56,8 @@ def _from_file(path: Path) -> ModuleType:
         raise ModelReferenceError(f"There is no file {str(path)!r} to take a model from. {_FORMS}")
     name = f"_tdfx_reference_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, f"no loader for {path}"
+    assert spec is not None, f"no loader for {path}"
+    assert spec.loader is not None, f"no loader for {path}"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -89,7 +92,9 @@ def _call(reference: str, found: Any) -> nn.Module:
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
-        raise ModelReferenceError(f"{reference!r} is a {type(found).__name__}, not a function that builds a model. {_FORMS}")
+        raise ModelReferenceError(
+            f"{reference!r} is a {type(found).__name__}, not a function that builds a model. {_FORMS}"
+        )
     try:
         model = found()
     except Exception as error:  # a user's factory can raise anything
@@ -99,6 +104,7 @@ def _call(reference: str, found: Any) -> nn.Module:
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelReferenceError(
-            f"{reference!r} returned a {type(model).__name__}, not a torch.nn.Module. Name the function that returns the model."
+            f"{reference!r} returned a {type(model).__name__}, not a torch.nn.Module. "
+            f"Name the function that returns the model."
         )
     return model

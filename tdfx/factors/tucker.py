@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -83,7 +84,9 @@ class Tucker2(Scheme):
         inverse_iq, inverse_po = pseudo_inverse(first_qi), pseudo_inverse(last_op)
         inside = _outer_product(inverse_po.mT, by_core, inverse_iq.mT)
         out_part = _outside(last_op, inverse_po, by_last.flatten(1), _mode_product(core, first_qi, 1))
-        in_part = _outside(first_qi.mT, inverse_iq.mT, by_first.flatten(1).mT, _mode_product(core, last_op.mT, 0).transpose(0, 1))
+        in_part = _outside(
+            first_qi.mT, inverse_iq.mT, by_first.flatten(1).mT, _mode_product(core, last_op.mT, 0).transpose(0, 1)
+        )
         return inside + out_part + in_part.transpose(0, 1)
 
     def error(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
@@ -100,7 +103,7 @@ class Tucker2(Scheme):
         if lost < 1e-6:
             joined = _outer_product(last_op, core_pqk, first_iq.mT)
             return float((weight - joined).norm() / total)
-        return lost**0.5
+        return math.sqrt(lost)
 
 
 def _project(weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +120,8 @@ def _outer_product(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
 
 def _mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Replace the mode of length a by one of length x, for a matrix (a, x)."""
-    return torch.tensordot(tensor, matrix, dims=([mode], [0])).movedim(-1, mode)
+    product: Tensor = torch.tensordot(tensor, matrix, dims=([mode], [0]))
+    return product.movedim(-1, mode)
 
 
 def _outside(basis: Tensor, inverse: Tensor, gradient: Tensor, rest: Tensor) -> Tensor:

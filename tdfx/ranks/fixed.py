@@ -69,7 +69,6 @@ class Fixed(RankRule):
             )
         if any(rank > most for rank, most in zip(ranks, full, strict=True)):
             raise PolicyError(
-                f"Fixed ranks {ranks} for site {site!r} are above its full ranks {full}. "
-                f"Give ranks of at most {full}."
+                f"Fixed ranks {ranks} for site {site!r} are above its full ranks {full}. Give ranks of at most {full}."
             )
         return Choice(ranks)

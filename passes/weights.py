@@ -1,0 +1,37 @@
+"""The weights of sites, as select and rewrite decompose them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tdfx.errors import WeightError
+from tdfx.passes.base import Site
+from tdfx.ranks.spectrum import Spectrum, working_dtype
+
+Spectra = dict[str, tuple[Spectrum, ...]]
+"""Site name -> its spectra, so that the rewrite need not compute them again."""
+
+
+def working_weight(layer: nn.Module) -> Tensor:
+    """Return a layer's weight in the dtype in which it is decomposed, detached."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().to(working_dtype(weight))
+
+
+def check_weight(site: Site) -> None:
+    """Raise WeightError if a site's weight cannot be decomposed."""
+    weight = site.layer.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        raise WeightError(
+            f"The weight of site {site.name!r} is on the meta device and has no values, so its ranks cannot be read. "
+            f"Load the model on a real device first."
+        )
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise WeightError(
+            f"The weight of site {site.name!r} has {bad} values that are NaN or infinite, so it cannot be decomposed; the "
+            f"training has diverged. Go back to a checkpoint from before, or keep the site: exclude=({site.name!r},)."
+        )
