@@ -29,7 +29,7 @@ class FactorizedGraphModule(fx.GraphModule):
         self.__dict__["_body_class"] = type(body)
         self.__dict__.update(body.__dict__)
 
-    def body(self) -> nn.Module:
+    def _tdfx_body(self) -> nn.Module:
         """Return an instance of the original class with this module's children, parameters, attributes and mode."""
         own = self.__dict__["_graph_state"] | {"_graph_state", "_body_class"}
         module: nn.Module = object.__new__(self.__dict__["_body_class"])
@@ -49,16 +49,16 @@ class FactorizedGraphModule(fx.GraphModule):
         return types.MethodType(found, self) if inspect.isfunction(found) else getattr(body_class, name)
 
     def __copy__(self) -> FactorizedGraphModule:
-        return FactorizedGraphModule(self.body(), self.graph)
+        return FactorizedGraphModule(self._tdfx_body(), self.graph)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FactorizedGraphModule:
-        made = FactorizedGraphModule(copy.deepcopy(self.body(), memo), copy.deepcopy(self.graph, memo))
+        made = FactorizedGraphModule(copy.deepcopy(self._tdfx_body(), memo), copy.deepcopy(self.graph, memo))
         memo[id(self)] = made
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A graph does not pickle; the body does, and tracing it again gives the same graph.
-        return _from_body, (self.body(),)
+        return _from_body, (self._tdfx_body(),)
 
 
 def _from_body(body: nn.Module) -> FactorizedGraphModule:

@@ -51,7 +51,7 @@ class Merge(Pass):
         graphs = [one for one in module.modules() if isinstance(one, FactorizedGraphModule)]
         # Innermost first: a body that is put in place may itself lie inside another graph.
         for graph in reversed(graphs):
-            dense[graph] = structural_copy(graph.body(), dense)
+            dense[graph] = structural_copy(graph._tdfx_body(), dense)
         merged = dense[module] if module in dense else structural_copy(module, dense)
         changes = tuple(Change(join.name, f"Factorized -> {type(join.dense).__name__}") for join in self.joins)
         return PassResult(replace(program, module=_plain(merged)), changes)

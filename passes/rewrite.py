@@ -15,7 +15,7 @@ from tdfx.layers import Factorized
 from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site
 from tdfx.passes.graph_module import FactorizedGraphModule
 from tdfx.passes.weights import Spectra, check_weight, working_weight
-from tdfx.plan import Plan, Reason, SitePlan
+from tdfx.plan import Plan, SitePlan
 from tdfx.structure import structural_copy
 
 
@@ -132,5 +132,5 @@ def _check_factorized(decision: SitePlan, layer: Factorized) -> None:
     if (layer.origin.scheme, layer.origin.ranks) != (decision.scheme, decision.ranks):
         raise PlanError(
             f"Site {decision.name!r} is factorized already, by {layer.origin.scheme} at {layer.origin.ranks}, and the plan "
-            f"asks for {decision.scheme} at {decision.ranks} ({Reason.FACTORIZED}). Merge the model first: tdfx.merge(model)."
+            f"asks for {decision.scheme} at {decision.ranks}. Merge the model first: tdfx.merge(model)."
         )

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from tdfx.passes.base import Change, Pass, PassResult, Program
 from tdfx.passes.tracer import is_site_or_leaf, trace_once
-from tdfx.structure import structural_copy
+from tdfx.structure import HOOKS, structural_copy
 
 _TORCH = Path(torch.__file__).parent
 _OWN_METHODS = frozenset({"__init__", "forward", "extra_repr"})
@@ -110,7 +110,7 @@ def _doubt(module: nn.Module) -> str:
     if isinstance(module, fx.GraphModule):
         return ""
     inner = [child for child in module.modules() if child is not module and not is_site_or_leaf(child)]
-    if any(child._forward_hooks or child._forward_pre_hooks or child._backward_hooks for child in inner):
+    if any(child.__dict__[name] for child in inner for name in HOOKS):
         return "a block inside it has hooks, which a graph would not call"
     optional = [
         parameter.name
@@ -122,7 +122,8 @@ def _doubt(module: nn.Module) -> str:
     overridden = _overridden(type(module))
     if overridden:
         return f"{type(module).__name__} has its own {overridden[0]}(), which a graph would not have"
-    taken = sorted(set(module.__dict__) & _GRAPH_MODULE_NAMES)
+    own = {*module.__dict__, *module._modules, *module._parameters, *module._buffers}
+    taken = sorted(own & _GRAPH_MODULE_NAMES)
     if taken:
         return f"its attribute {taken[0]!r} has a name that GraphModule uses itself"
     return ""

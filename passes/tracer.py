@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from tdfx.kinds import has_stock_forward, is_candidate
 from tdfx.layers import Factorized
-from tdfx.structure import structural_copy
+from tdfx.structure import HOOKS, structural_copy
 
 
 class SiteTracer(fx.Tracer):
@@ -24,6 +24,11 @@ class SiteTracer(fx.Tracer):
 def trace_once(module: nn.Module) -> tuple[fx.Graph, nn.Module]:
     """Return the graph of a module as it is, and the throwaway copy that was traced; torch.fx may leave tensors on it."""
     copy = structural_copy(module)
+    for one in copy.modules():
+        # A hook is the user's own code; it must not be called with a Proxy, nor once more than the user calls the model.
+        for name in HOOKS:
+            value = one.__dict__[name]
+            one.__dict__[name] = type(value)() if hasattr(value, "clear") else value
     return SiteTracer().trace(copy), copy
 
 

@@ -18,7 +18,7 @@ from tdfx.errors import (
     WeightError,
 )
 from tdfx.layers import Factorized
-from tdfx.plan import Plan, Reason, SitePlan
+from tdfx.plan import Emit, Plan, Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.fixed import Fixed
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VBMF",
+    "Emit",
     "Energy",
     "ExportError",
     "Factorized",

@@ -13,18 +13,7 @@ from tdfx.factors.registry import get_scheme
 from tdfx.factors.scheme import Scheme
 from tdfx.kinds import build_layer, operation_of
 from tdfx.ranks.spectrum import working_dtype
-from tdfx.structure import shell_of, structural_copy
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+from tdfx.structure import HOOKS, shell_of, structural_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +132,6 @@ def _like(weight: Tensor, model: Tensor) -> Tensor:
 
 
 def _copy_hooks(old: nn.Module, new: nn.Module) -> None:
-    for name in _HOOKS:
+    for name in HOOKS:
         value = old.__dict__[name]
         new.__dict__[name] = value.copy() if hasattr(value, "copy") else value

@@ -121,14 +121,16 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
     Raises:
         OptimizerError: Something else was passed.
     """
-    given = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    given = list(optimizer) if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
+    found: list[Optimizer] = []
     for one in given:
         if not isinstance(one, Optimizer):
             raise OptimizerError(
                 f"optimizer={one!r} is a {type(one).__name__}, not a torch.optim.Optimizer: its parameters and state could "
                 f"not be moved. Pass the optimizer that trains the model, or a list of them."
             )
-    return given
+        found.append(one)
+    return tuple(found)
 
 
 def prepare(optimizers: Sequence[Optimizer], exchanges: Iterable[Exchange]) -> Surgery:

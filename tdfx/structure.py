@@ -10,6 +10,18 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+"""The attributes in which a module keeps the hooks of its calls."""
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 

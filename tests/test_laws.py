@@ -1,0 +1,289 @@
+"""The promises that cross files: full rank changes nothing, merge is exact, the input is left alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torchvision.models import resnet18
+
+import tdfx
+
+FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
+LOW = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)
+
+# A chain of d layers rounds about d times; each product of up to 4608 terms loses a factor of its square root.
+TOLERANCE = 1e5 * torch.finfo(torch.float64).eps
+
+
+def conv_net() -> nn.Module:
+    """Every geometry that the schemes take: stride, padding, dilation, "same", no bias, one tap, uneven kernels."""
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, stride=2, padding=1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, (3, 5), padding="same", dilation=2, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(16, 10, 1, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(10, 14, 3, padding=2, padding_mode="circular"),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        nn.Linear(14 * 64, 9),
+        nn.ReLU(),
+        nn.Linear(9, 5, bias=False),
+    )
+
+
+class Residual(nn.Module):
+    """Two blocks with skips, one layer called twice, and an attribute and a method that a training loop might use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+        self.classes = 4
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.norm(self.body(x)).relu()
+        x = x + self.body(x).tanh()
+        return x.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))  # type: ignore[no-any-return]
+
+    @property
+    def width(self) -> int:
+        return self.head.in_features
+
+
+Build = Callable[[], nn.Module]
+NETS: dict[str, Build] = {"conv_net": conv_net, "residual": Residual, "resnet18": lambda: resnet18(num_classes=10)}
+EMITS = ("graph", "modules")
+
+
+def inputs() -> Tensor:
+    return torch.rand(4, 3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    one, other = one.detach(), other.detach()
+    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
+
+
+def run(model: nn.Module, mode: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the output and the gradients of the parameters, from a copy so that running statistics do not move."""
+    copied = copy.deepcopy(model).train(mode)
+    torch.manual_seed(11)
+    x = inputs().requires_grad_()
+    output = copied(x)
+    output.square().sum().backward()
+    assert x.grad is not None
+    gradients = {name: one.grad for name, one in copied.named_parameters() if one.grad is not None}
+    return output.detach(), {**gradients, "(input)": x.grad}
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Everything of a model that must not change: tensors by identity and by value, modes, attributes, hooks."""
+    return {
+        "tensors": [(name, id(one)) for name, one in [*model.named_parameters(), *model.named_buffers()]],
+        "values": [one.detach().clone().numpy().tobytes() for one in model.state_dict().values()],
+        "modes": [(name, one.training) for name, one in model.named_modules()],
+        "attributes": [(name, sorted(one.__dict__)) for name, one in model.named_modules()],
+        "modules": [(name, id(one)) for name, one in model.named_modules()],
+    }
+
+
+@pytest.mark.parametrize("emit", EMITS)
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_full_rank_changes_nothing(name: str, emit: tdfx.Emit, mode: bool) -> None:
+    dense = NETS[name]().double()
+    full = tdfx.rewrite(dense, FULL, emit=emit)
+    assert sum(isinstance(one, tdfx.Factorized) for one in full.modules()) == len(tdfx.plan(dense, FULL)) >= 3
+    expected, dense_gradients = run(dense, mode)
+    found, gradients = run(full, mode)
+    assert distance(found, expected) < TOLERANCE
+    for key in dense_gradients.keys() & gradients.keys():
+        assert distance(gradients[key], dense_gradients[key]) < TOLERANCE, key
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_full_rank_gradients_of_factors_are_those_of_the_weight(name: str) -> None:
+    dense = NETS[name]().double()
+    full = tdfx.rewrite(dense, FULL)
+    _, dense_gradients = run(dense, True)
+    _, gradients = run(full, True)
+    for path, layer in full.named_modules():
+        if isinstance(layer, tdfx.Factorized):
+            layer.weight.backward(dense_gradients[f"{path}.weight"])
+            for index, weight in enumerate(layer.weights):
+                assert weight.grad is not None
+                assert distance(gradients[f"{path}.factors.{index}.weight"], weight.grad) < TOLERANCE, path
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_low_rank_changes_the_output(name: str) -> None:
+    dense = NETS[name]().double()
+    assert distance(run(tdfx.rewrite(dense, LOW), True)[0], run(dense, True)[0]) > 1e-2
+
+
+@pytest.mark.parametrize("emit", EMITS)
+@pytest.mark.parametrize("name", NETS)
+def test_merge_is_exact_after_training(name: str, emit: tdfx.Emit) -> None:
+    dense = NETS[name]().double()
+    low = tdfx.rewrite(dense, LOW, emit=emit)
+    optimizer = torch.optim.SGD(low.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        low(inputs()).square().mean().backward()
+        optimizer.step()
+    merged = tdfx.merge(low)
+    assert type(merged) is type(dense)
+    assert not any(isinstance(one, tdfx.Factorized) for one in merged.modules())
+    for mode in (True, False):
+        assert distance(run(merged, mode)[0], run(low, mode)[0]) < TOLERANCE
+    described = [(key, one.shape, one.dtype) for key, one in merged.state_dict().items()]
+    assert described == [(key, one.shape, one.dtype) for key, one in dense.state_dict().items()]
+    NETS[name]().double().load_state_dict(merged.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("emit", EMITS)
+@pytest.mark.parametrize("name", NETS)
+def test_the_models_passed_in_are_left_alone(name: str, emit: tdfx.Emit) -> None:
+    dense = NETS[name]().double()
+    dense[1].eval() if isinstance(dense, nn.Sequential) else dense.eval()
+    before = snapshot(dense)
+    low = tdfx.rewrite(dense, LOW, emit=emit, example_inputs=(inputs(),))
+    assert snapshot(dense) == before
+    during = snapshot(low)
+    tdfx.merge(low)
+    assert snapshot(low) == during
+    assert snapshot(dense) == before
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_not_factorized_is_shared(name: str) -> None:
+    dense = NETS[name]().double()
+    low = tdfx.rewrite(dense, LOW)
+    owned = {id(one) for one in low.parameters()}
+    weights = {f"{site.name}.weight" for site in tdfx.plan(dense, LOW).factorized}
+    for key, parameter in dense.named_parameters():
+        assert (id(parameter) in owned) == (key not in weights), key
+    assert [id(one) for one in low.buffers()] == [id(one) for one in dense.buffers()]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_same_plan_gives_the_same_bits(name: str) -> None:
+    dense = NETS[name]().double()
+    plan = tdfx.plan(dense, LOW)
+    one = tdfx.rewrite(dense, plan)
+    other = tdfx.rewrite(copy.deepcopy(dense), tdfx.Plan.from_json(plan.to_json()))
+    direct = tdfx.rewrite(dense, LOW)
+    for left, middle, right in zip(one.parameters(), other.parameters(), direct.parameters(), strict=True):
+        assert torch.equal(left, middle)
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("emit", EMITS)
+def test_rewriting_twice_is_rewriting_once(emit: tdfx.Emit) -> None:
+    plan = tdfx.plan(dense := Residual().double(), LOW, emit=emit)
+    once = tdfx.rewrite(dense, plan)
+    twice = tdfx.rewrite(once, plan)
+    assert [id(one) for one in twice.parameters()] == [id(one) for one in once.parameters()]
+    assert distance(run(twice, True)[0], run(once, True)[0]) == 0
+    assert type(tdfx.merge(twice)) is Residual
+    assert {site.reason for site in tdfx.plan(once, LOW)} == {tdfx.Reason.FACTORIZED}
+
+
+def test_a_layer_called_twice_is_one_site_with_two_calls() -> None:
+    plan = tdfx.plan(Residual(), LOW, example_inputs=(torch.rand(1, 3, 8, 8),))
+    assert plan["body"].calls == 2
+    assert plan["body"].flops_before == 2 * (2 * 8 * 8 * 9 * 64)
+
+
+def test_a_graph_keeps_attributes_methods_and_properties_of_the_original() -> None:
+    graph = tdfx.rewrite(Residual().double(), FULL)
+    assert isinstance(graph, fx.GraphModule)
+    assert graph.classes == 4
+    assert graph.width == 8
+    assert graph.features(inputs()).shape == (4, 8)
+    assert distance(graph.head(graph.features(inputs())), graph(inputs())) < TOLERANCE
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = graph.nonsense
+
+
+def test_a_graph_follows_train_and_eval() -> None:
+    dense = conv_net().double()
+    graph = tdfx.rewrite(dense, FULL)
+    assert isinstance(graph, fx.GraphModule)
+    graph.train()
+    assert distance(graph(inputs()), graph(inputs())) > 1e-6, "dropout draws anew in train mode"
+    graph.eval()
+    assert distance(graph(inputs()), graph(inputs())) == 0
+    assert distance(graph(inputs()), dense.eval()(inputs())) < TOLERANCE
+
+
+@pytest.mark.parametrize("emit", EMITS)
+def test_a_rewritten_model_copies_pickles_and_loads(emit: tdfx.Emit) -> None:
+    low = tdfx.rewrite(Residual().double(), LOW, emit=emit)
+    expected = run(low, True)[0]
+    for twin in (copy.deepcopy(low), pickle.loads(pickle.dumps(low)), copy.copy(low)):
+        assert type(twin).__mro__[1:] == type(low).__mro__[1:]
+        assert list(twin.state_dict()) == list(low.state_dict())
+        assert distance(run(twin, True)[0], expected) == 0
+        assert type(tdfx.merge(twin)) is Residual
+    deep = copy.deepcopy(low)
+    assert not {id(one) for one in deep.parameters()} & {id(one) for one in low.parameters()}
+    other = tdfx.rewrite(Residual().double(), LOW, emit=emit)
+    other.load_state_dict(low.state_dict(), strict=True)
+    other.load_state_dict({key: one.clone() for key, one in low.state_dict().items()}, strict=True)
+    assert distance(run(other, False)[0], run(low, False)[0]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_dtype_is_kept_through_rewrite_and_merge(dtype: torch.dtype) -> None:
+    dense = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 6)).to(dtype)
+    full = tdfx.rewrite(dense, FULL)
+    assert {one.dtype for one in full.parameters()} == {dtype}
+    merged = tdfx.merge(full)
+    # Each factor is rounded once to the dtype; a product of three of them is off by a few units in the last place.
+    for found, expected in zip(merged.parameters(), dense.parameters(), strict=True):
+        assert distance(found.double(), expected.double()) < 30 * torch.finfo(dtype).eps
+
+
+def test_a_model_that_is_itself_a_layer() -> None:
+    dense = nn.Conv2d(4, 8, 3, padding=1).double()
+    x = torch.rand(2, 4, 6, 6, dtype=torch.float64)
+    full = tdfx.rewrite(dense, FULL)
+    assert isinstance(full, tdfx.Factorized)
+    assert distance(full(x), dense(x)) < TOLERANCE
+    merged = tdfx.merge(full)
+    assert type(merged) is nn.Conv2d
+    assert distance(merged(x), dense(x)) < TOLERANCE
+    assert list(merged.state_dict()) == ["weight", "bias"]
+
+
+def test_a_rewrite_that_keeps_every_site_merges_back() -> None:
+    dense = Residual()
+    kept = tdfx.rewrite(dense, tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=100))
+    assert not any(isinstance(one, tdfx.Factorized) for one in kept.modules())
+    merged = tdfx.merge(kept)
+    assert type(merged) is Residual
+    assert [id(one) for one in merged.parameters()] == [id(one) for one in dense.parameters()]
+
+
+def test_a_rewritten_backbone_inside_a_larger_model_merges() -> None:
+    backbone = Residual().double()
+    whole = nn.Sequential(tdfx.rewrite(backbone, LOW), nn.Linear(4, 2).double())
+    merged = tdfx.merge(whole)
+    assert isinstance(merged, nn.Sequential)
+    assert type(merged[0]) is Residual
+    assert distance(merged(inputs()), whole(inputs())) < TOLERANCE
