@@ -208,14 +208,30 @@ def _split_exchange(swap: Swap) -> Exchange:
     assert isinstance(weight, nn.Parameter)
     new = swap.factorized.weights
     carrier = ToFactors(swap.factorized.scheme, new)
-    return Exchange(swap.name, (weight,), new, carrier, lambda name: _factor_names(name, len(new)))
+    return Exchange(
+        site=swap.name,
+        old=(weight,),
+        new=new,
+        carrier=carrier,
+        rename=lambda name: _factor_names(name, len(new)),
+        bias=swap.factorized.bias,
+        rename_bias=lambda name: f"{name.removesuffix('bias')}factors.{len(new) - 1}.bias",
+    )
 
 
 def _join_exchange(join: Join) -> Exchange:
     weight = join.dense.weight
     assert isinstance(weight, nn.Parameter)
     carrier = ToDense(join.factorized.scheme, join.factorized.weights)
-    return Exchange(join.name, join.factorized.weights, (weight,), carrier, lambda name: [_dense_name(name)])
+    return Exchange(
+        site=join.name,
+        old=join.factorized.weights,
+        new=(weight,),
+        carrier=carrier,
+        rename=lambda name: [_dense_name(name, "weight")],
+        bias=join.factorized.bias,
+        rename_bias=lambda name: _dense_name(name, "bias"),
+    )
 
 
 def _factor_names(name: str, count: int) -> list[str]:
@@ -228,10 +244,10 @@ def _factor_names(name: str, count: int) -> list[str]:
     return [f"{stem}factors.{index}.weight" for index in range(count)]
 
 
-def _dense_name(name: str) -> str:
-    """Return the name of the weight that a factor belongs to.
+def _dense_name(name: str, role: str) -> str:
+    """Return the name of the weight or bias that a factor's belongs to.
 
-    >>> _dense_name("conv.factors.0.weight")
+    >>> _dense_name("conv.factors.0.weight", "weight")
     'conv.weight'
     """
-    return f"{name.rpartition('factors.')[0]}weight"
+    return f"{name.rpartition('factors.')[0]}{role}"

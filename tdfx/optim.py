@@ -93,6 +93,10 @@ class Exchange:
     carrier: Carrier
     rename: Callable[[str], list[str]]
     """From the first old parameter's name to the new ones', for optimizers that were made with names."""
+    bias: nn.Parameter | None = None
+    """The bias that stays, under another name."""
+    rename_bias: Callable[[str], str] = str
+    """From the bias's old name to its new one."""
 
 
 @dataclass(slots=True)
@@ -146,23 +150,29 @@ def prepare(optimizers: Sequence[Optimizer], exchanges: Iterable[Exchange]) -> S
     pending = list(exchanges)
     if not optimizers:
         return surgery
-    home = {
-        id(parameter): (optimizer, index)
-        for optimizer in optimizers
-        for index, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
-    }
+    home = _homes(optimizers)
     _check_homes(pending, home)
     for optimizer in optimizers:
-        mine = [exchange for exchange in pending if home[id(exchange.old[0])][0] is optimizer]
+        mine = [exchange for exchange in pending if home[id(exchange.old[0])][0][0] is optimizer]
         for group in optimizer.param_groups:
-            _plan_group(group, mine, surgery)
+            # A bias may lie in another optimizer than its weight, so each group is asked for every exchange's.
+            _plan_group(group, pending, surgery)
         surgery.states.extend((optimizer, exchange, _new_states(optimizer, exchange)) for exchange in mine)
         _warn_of_lost_state(optimizer, mine)
     return surgery
 
 
-def _check_homes(exchanges: Sequence[Exchange], home: dict[int, tuple[Optimizer, int]]) -> None:
+def _homes(optimizers: Sequence[Optimizer]) -> dict[int, list[tuple[Optimizer, int]]]:
+    """Return for each parameter the optimizers that hold it and the index of its group there."""
+    home: dict[int, list[tuple[Optimizer, int]]] = {}
+    for optimizer in optimizers:
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                home.setdefault(id(parameter), []).append((optimizer, index))
+    return home
+
+
+def _check_homes(exchanges: Sequence[Exchange], home: dict[int, list[tuple[Optimizer, int]]]) -> None:
     missing = [one.site for one in exchanges if any(id(parameter) not in home for parameter in one.old)]
     if missing:
         raise OptimizerError(
@@ -171,7 +181,13 @@ def _check_homes(exchanges: Sequence[Exchange], home: dict[int, tuple[Optimizer,
             f"as a list) that holds this model's parameters, or keep those sites: Policy(exclude=({missing[0]!r}, ...))."
         )
     for one in exchanges:
-        places = {(id(home[id(parameter)][0]), home[id(parameter)][1]) for parameter in one.old}
+        shared = [parameter for parameter in one.old if len(home[id(parameter)]) > 1]
+        if shared:
+            raise OptimizerError(
+                f"The weight of site {one.site!r} is held by {len(home[id(shared[0])])} of the optimizers given, so its state "
+                f"has no one place to go to. Give each parameter to one optimizer."
+            )
+        places = {(id(optimizer), index) for parameter in one.old for optimizer, index in home[id(parameter)]}
         if len(places) > 1:
             raise OptimizerError(
                 f"The factors of site {one.site!r} are in {len(places)} parameter groups, so the merged weight has no one "
@@ -183,6 +199,7 @@ def _plan_group(group: dict[str, Any], exchanges: Sequence[Exchange], surgery: S
     """Note what a group's list of parameters, and of names where it has one, will hold."""
     by_first = {id(one.old[0]): one for one in exchanges}
     leaving = {id(parameter) for one in exchanges for parameter in one.old}
+    renamed = {id(one.bias): one.rename_bias for one in exchanges if one.bias is not None}
     names = group.get("param_names")
     parameters: list[nn.Parameter] = []
     new_names: list[str] = []
@@ -193,7 +210,7 @@ def _plan_group(group: dict[str, Any], exchanges: Sequence[Exchange], surgery: S
             new_names.extend(exchange.rename(names[position]) if names else [])
         elif id(parameter) not in leaving:
             parameters.append(parameter)
-            new_names.extend([names[position]] if names else [])
+            new_names.extend([renamed.get(id(parameter), str)(names[position])] if names else [])
     surgery.lists.append((group["params"], parameters))
     if names:
         surgery.lists.append((names, new_names))
@@ -248,7 +265,11 @@ def _pull_back(scheme: Scheme, weights: Moments, moment: Tensor) -> Moments:
 
 
 def _push_forward(scheme: Scheme, weights: Moments, moments: Moments) -> Tensor:
-    """Return the Jacobian-vector product of ``join``: the change of the weight that changes of the factors make."""
-    pushed = torch.func.jvp(lambda *factors: scheme.join(factors), weights, moments)[1]
+    """Return the Jacobian-vector product of ``join``: the change of the weight that changes of the factors make.
+
+    The vector-Jacobian product is linear in its vector, so its own vector-Jacobian product is the one that is wanted.
+    """
+    dense, pull = torch.func.vjp(lambda *factors: scheme.join(factors), *weights)[:2]
+    pushed = torch.func.vjp(pull, torch.zeros_like(dense))[1](moments)[0]
     assert isinstance(pushed, Tensor)
     return pushed

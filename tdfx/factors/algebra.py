@@ -11,10 +11,11 @@ from tdfx.ranks.spectrum import symmetric_eigen
 def root_scale(norms: Tensor) -> Tensor:
     """Return the square root of each component's norm, and 1 where a component is zero, shape (r,).
 
-    Dividing one factor by it and multiplying the other gives both the same share. A component that is exactly zero stays
-    with one zero side only: with two of them its gradient would be zero for ever.
+    Dividing one factor by it and multiplying the other gives both the same share. A component that is zero, up to
+    rounding, stays with one zero side only: with two of them its gradient would be zero for ever.
     """
-    return norms.sqrt().where(norms > 0, norms.new_ones(()))
+    least = 1e3 * torch.finfo(norms.dtype).eps * norms.max()
+    return norms.sqrt().where(norms > least, norms.new_ones(()))
 
 
 def pseudo_inverse(matrix: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def get_scheme(name: str) -> Scheme:
     Raises:
         PolicyError: No scheme has this name.
     """
-    if name not in _SCHEMES:
+    if not isinstance(name, str) or name not in _SCHEMES:
         raise PolicyError(
             f"scheme={name!r} is not known: the schemes are {', '.join(_SCHEMES)}, or {AUTO!r} to choose for each site. "
             f"Nearest: {nearest(str(name), _SCHEMES, 1)}."

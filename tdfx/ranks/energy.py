@@ -35,7 +35,7 @@ class Energy(RankRule):
         return Choice(tuple(self._rank(one) for one in spectra))
 
     def _rank(self, spectrum: Spectrum) -> int:
-        # The last sum of a float series may lie an ulp below 1, where share=1.0 must still mean every value.
-        reached = spectrum.energy() >= self.share * (1 - 1e-12)
-        below = int((~reached).sum())
+        if self.share == 1:
+            return spectrum.full_rank
+        below = int((spectrum.energy() < self.share).sum())
         return min(below + 1, spectrum.full_rank)

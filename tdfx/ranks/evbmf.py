@@ -19,8 +19,8 @@ Floats = npt.NDArray[np.float64]
 
 _GRID = 256
 """Trial values of the noise variance: the free energy has several minima, and a bounded search alone may miss the best."""
-_TINY = 1e-16
-"""Values below this part of the largest squared singular value are rounding, not noise."""
+_ROUNDING = float(np.finfo(np.float64).eps)
+"""Times the longer side: the part of the largest squared singular value below which there is rounding only."""
 
 
 def evbmf_rank(values: Tensor, rows: int, cols: int) -> int:
@@ -40,7 +40,8 @@ def evbmf_rank(values: Tensor, rows: int, cols: int) -> int:
     squared = np.sort(values.detach().double().cpu().numpy().astype(np.float64) ** 2)[::-1][:short]
     if squared.size == 0 or squared[0] <= 0:
         return 0
-    x_h = squared / squared[0] / long
+    # What a Gram matrix or float32 arithmetic leaves of a zero counts as that much noise; a true zero likewise.
+    x_h = np.maximum(squared / squared[0], long * _ROUNDING) / long
     alpha = short / long
     bar = _threshold(alpha)
     variance = _noise_variance(x_h, short, alpha, bar)
@@ -63,7 +64,7 @@ def _noise_variance(x_h: Floats, short: int, alpha: float, bar: float) -> float:
     most_kept = min(math.ceil(short / (1 + alpha)) - 1, x_h.size - 1)
     tail = x_h[max(most_kept, 0) :]
     upper = float(x_h.sum()) / short
-    lower = max(float(tail[0]) / bar, float(tail.mean()), _TINY * upper)
+    lower = max(float(tail[0]) / bar, float(tail.mean()))
     if lower >= upper:
         return upper
     grid = np.geomspace(lower, upper, _GRID)
@@ -79,7 +80,7 @@ def _noise_variance(x_h: Floats, short: int, alpha: float, bar: float) -> float:
 
 def _free_energy(variance: Floats, x_h: Floats, alpha: float, bar: float) -> Floats:
     """Return the free energy, up to a constant, for each trial variance, shape (g,) (Theorem 3)."""
-    x = np.maximum(x_h[None, :] / variance[:, None], 1e-300)
+    x = x_h[None, :] / variance[:, None]
     kept = x > bar
     excess = np.where(kept, x, bar) - (1 + alpha)
     tau = 0.5 * (excess + np.sqrt(np.maximum(excess**2 - 4 * alpha, 0)))
