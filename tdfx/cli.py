@@ -7,6 +7,7 @@ command, with one message and no traceback unless ``--debug`` is given.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,15 @@ def inspect(
     and a rule that reads its weights (vbmf, energy) finds no signal in them; ratio:0.25 shows what a quarter of the ranks
     would bring.
     """
+    _check_writable(json_file)
     policy = tdfx.Policy(rank=parse_rule(rule), include=include or ("*",), exclude=exclude, min_gain=min_gain)
     examples = tuple(_parse_input(one) for one in inputs) or None
     built = build_model(model)
     if weights is not None:
         _load_weights(built, weights)
     plan = tdfx.plan(built, policy, example_inputs=examples)
-    if json_file is not None:
-        _write(json_file, plan.to_json())
     _console().print(plan_view(plan))
+    _write(json_file, plan.to_json())
 
 
 @main.command()
@@ -99,6 +100,7 @@ def inspect(
 )
 def demo(seed: int, epochs: int, json_file: Path | None) -> None:
     """Train a network on real digits as it is and with tdfx, merge it back, and prove it."""
+    _check_writable(json_file)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("epoch {task.completed}/{task.total}")
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
         tasks = {name: bars.add_task(label, total=epochs, start=False) for name, label in _RUNS.items()}
@@ -109,9 +111,8 @@ def demo(seed: int, epochs: int, json_file: Path | None) -> None:
             bars.update(tasks[name], completed=done, total=total)
 
         result = run_demo(seed=seed, epochs=epochs, tick=tick)
-    if json_file is not None:
-        _write(json_file, json.dumps(result.to_dict(), indent=2))
     _console().print(demo_view(result))
+    _write(json_file, json.dumps(result.to_dict(), indent=2))
     if not result.verified:
         sys.exit(FAILED)
 
@@ -127,10 +128,10 @@ _RUNS = {"full": "full training", "tdfx": "with tdfx    "}
 )
 def verify(model: Path, reference: Path, json_file: Path | None) -> None:
     """Compare two ONNX files: the same graph, and the same numbers on random inputs?"""
+    _check_writable(json_file)
     report = tdfx.verify(model, reference)
-    if json_file is not None:
-        _write(json_file, json.dumps(report.to_dict(), indent=2))
     click.echo(str(report))
+    _write(json_file, json.dumps(report.to_dict(), indent=2))
     if not report.ok:
         sys.exit(FAILED)
 
@@ -138,6 +139,12 @@ def verify(model: Path, reference: Path, json_file: Path | None) -> None:
 def _console() -> Console:
     """Return a console as wide as the terminal, and wide enough for a whole table where there is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+_INPUT_DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
 
 
 def _parse_input(text: str) -> Tensor:
@@ -149,13 +156,19 @@ def _parse_input(text: str) -> Tensor:
     kind, colon, shape = text.rpartition(":")
     dtype = getattr(torch, kind, None) if colon else torch.float32
     sizes = shape.split(",")
-    if not isinstance(dtype, torch.dtype) or not all(size.strip().isdecimal() for size in sizes):
+    if dtype not in _INPUT_DTYPES or not all(size.strip().isdecimal() for size in sizes):
         raise InputError(
             f"--input {text!r} is not a shape: it takes whole numbers with commas, with a dtype before a colon where it is "
             f"not float32. Write for example 8,3,224,224 or int64:2,16."
         )
-    dims = [int(size) for size in sizes]
-    return torch.rand(dims).to(dtype) if dtype.is_floating_point else torch.zeros(dims, dtype=dtype)
+    try:
+        dims = [int(size) for size in sizes]
+        return torch.rand(dims).to(dtype) if dtype.is_floating_point else torch.zeros(dims, dtype=dtype)
+    except (RuntimeError, OverflowError, ValueError, TypeError) as error:
+        first_line = str(error).partition("\n")[0].rstrip(".")
+        raise InputError(
+            f"--input {text!r} cannot be made: {type(error).__name__}: {first_line}. Give a smaller shape, or another dtype."
+        ) from error
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -179,10 +192,12 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-def _write(path: Path, text: str) -> None:
-    try:
+def _check_writable(path: Path | None) -> None:
+    """Raise TdfxError before the work, not after it, if its result cannot be written."""
+    if path is not None and not (path.parent.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)):
+        raise TdfxError(f"Cannot write {str(path)!r}. Name a file in a folder that exists and that you may write to.")
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is not None:
         path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise TdfxError(
-            f"Cannot write {str(path)!r}: {error.strerror}. Name a file in a folder that exists."
-        ) from error

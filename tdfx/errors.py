@@ -64,6 +64,8 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     >>> nearest("tuker2", ["svd", "tucker2"])
     "'tucker2'"
     """
-    known = list(names)
+    known = sorted(names)
+    if not known:
+        return "none"
     close = difflib.get_close_matches(name, known, n=count, cutoff=0.4) or known[:count]
     return ", ".join(repr(one) for one in close)

@@ -184,8 +184,8 @@ def _check_homes(exchanges: Sequence[Exchange], home: dict[int, list[tuple[Optim
         shared = [parameter for parameter in one.old if len(home[id(parameter)]) > 1]
         if shared:
             raise OptimizerError(
-                f"The weight of site {one.site!r} is held by {len(home[id(shared[0])])} of the optimizers given, so its state "
-                f"has no one place to go to. Give each parameter to one optimizer."
+                f"The weight of site {one.site!r} is held by {len(home[id(shared[0])])} of the optimizers given, so its "
+                f"state has no one place to go to. Give each parameter to one optimizer."
             )
         places = {(id(optimizer), index) for parameter in one.old for optimizer, index in home[id(parameter)]}
         if len(places) > 1:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from tdfx.errors import PlanError, nearest
 from tdfx.plan_table import render_plan
@@ -166,17 +167,20 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise PlanError(
                 f"This is not a plan: it is not JSON ({error}). Pass the text that Plan.to_json gave."
             ) from error
         found = data.pop("format", None) if isinstance(data, dict) else None
-        if found != _FORMAT:
+        if type(found) is not int or found != _FORMAT:
             raise PlanError(
                 f"This plan has format {found!r}, and this tdfx reads format {_FORMAT}: it is no plan, or another version "
                 f"wrote it. Write it again with Plan.to_json of this version."
             )
-        return _read_plan(data)
+        if not isinstance(data.get("sites"), list):
+            raise PlanError("This plan has no list of 'sites'. Pass the text that Plan.to_json gave, unchanged.")
+        sites = tuple(_read(SitePlan, one) for one in data["sites"])
+        return _read(Plan, {**data, "sites": sites})
 
     def __str__(self) -> str:
         return render_plan(self)
@@ -187,37 +191,68 @@ def _total(counts: list[int | None]) -> int | None:
     return sum(known) if counts and len(known) == len(counts) else None
 
 
-def _read_plan(data: dict[str, Any]) -> Plan:
+Record = TypeVar("Record", Plan, SitePlan)
+
+
+def _read(kind: type[Record], data: object) -> Record:
+    """Build a record from what JSON gave, every field held to its declared type.
+
+    Raises:
+        PlanError: A field is unknown, missing, or of another type.
+    """
+    if not isinstance(data, dict):
+        raise PlanError(f"{data!r} is no {kind.__name__}: it is a mapping of its fields.")
+    hints = get_type_hints(kind)
+    owner = f"Site {data.get('name')!r}" if kind is SitePlan else "The plan"
+    if unknown := sorted(set(data) - set(hints)):
+        raise PlanError(f"{owner} has the unknown field {unknown[0]!r}. Nearest: {nearest(unknown[0], hints)}.")
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        for choice in get_args(hints[key]) if get_origin(hints[key]) is types.UnionType else (hints[key],):
+            if _fits(value, choice):
+                values[key] = tuple(value) if isinstance(value, list) else Reason(value) if choice is Reason else value
+                break
+        else:
+            raise PlanError(
+                f"{owner} has {key}={value!r}, which is not {_in_words(hints[key])}. Pass the text that Plan.to_json gave, "
+                f"unchanged."
+            )
     try:
-        sites = tuple(_read_site(one) for one in data.pop("sites"))
-        plan = Plan(**{**data, "sites": sites, "notes": tuple(data.get("notes", ()))})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, PlanError):
-            raise
-        raise PlanError(
-            f"This plan cannot be read: {error}. Its fields are those of tdfx.Plan and tdfx.SitePlan; pass the text "
-            f"that Plan.to_json gave, unchanged."
-        ) from error
-    if plan.emit not in get_args(Emit):
-        raise PlanError(f"This plan says emit={plan.emit!r}, which is not one of {', '.join(get_args(Emit))}.")
-    return plan
+        return kind(**values)
+    except TypeError as error:
+        raise PlanError(f"{owner} is incomplete: {error}. Pass the text that Plan.to_json gave, unchanged.") from error
 
 
-def _read_site(data: dict[str, Any]) -> SitePlan:
-    tuples = {"shape", "ranks", "full_ranks"}
-    known = {field.name for field in fields(SitePlan)}
-    if unknown := set(data) - known:
-        raise PlanError(
-            f"Site {data.get('name')!r} has the unknown field {min(unknown)!r}. Nearest: {nearest(min(unknown), known)}."
-        )
-    values: dict[str, Any] = {
-        key: _whole_numbers(key, one) if key in tuples and one is not None else one for key, one in data.items()
-    }
-    reason = data.get("reason")
-    return SitePlan(**{**values, "reason": Reason(reason) if reason is not None else None})
+def _fits(value: object, kind: Any) -> bool:
+    """Return True if JSON's value is of a declared type."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_is_a(one, get_args(kind)[0]) for one in value)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is Reason:
+        return isinstance(value, str) and value in set(Reason)
+    return _is_a(value, kind)
 
 
-def _whole_numbers(key: str, given: object) -> tuple[int, ...]:
-    if not isinstance(given, list) or any(not isinstance(one, int) or isinstance(one, bool) for one in given):
-        raise PlanError(f"{key}={given!r} is not a list of whole numbers.")
-    return tuple(given)
+def _is_a(value: object, kind: type[object]) -> bool:
+    """Return True for a value of a JSON type: a bool is no number, and a whole number is a float too."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
+
+
+def _in_words(hint: Any) -> str:
+    """Return a declared type as a person would say it.
+
+    >>> _in_words(tuple[int, ...] | None)
+    'a list of whole numbers or null'
+    """
+    if get_origin(hint) is types.UnionType:
+        return " or ".join(_in_words(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list of {_WORDS.get(get_args(hint)[0], 'site').removeprefix('a ')}s"
+    known = Reason if hint is Reason else get_args(hint)
+    return f"one of {', '.join(known)}" if known else _WORDS[hint]

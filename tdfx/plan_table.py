@@ -37,7 +37,8 @@ def plan_view(plan: Plan) -> Group:
     table.add_column("gain", justify="right", no_wrap=True)
     table.add_column("why")
     for site in plan.sites:
-        table.add_row(*_row(site), style=None if site.factorized else "dim")
+        # As Text, because a name may hold what rich reads as markup.
+        table.add_row(*map(Text, _row(site)), style=None if site.factorized else "dim")
     return Group(table, Text(), *(Text(line) for line in _summary(plan)))
 
 

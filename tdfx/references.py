@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -45,8 +46,9 @@ def _from_torchvision(name: str) -> nn.Module:
         raise ModelReferenceError(
             f"torchvision has no model {name!r} among its {len(known)}. Nearest: {nearest(name, known)}."
         )
-    # Detection models would otherwise download a backbone.
-    backbone = {"weights_backbone": None} if name in models.list_models(module=models.detection) else {}
+    # Detection and segmentation models would otherwise download the weights of a backbone.
+    takes_backbone = "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters
+    backbone = {"weights_backbone": None} if takes_backbone else {}
     model: nn.Module = models.get_model(name, weights=None, **backbone)
     return model
 
@@ -62,7 +64,7 @@ def _from_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a user's file can raise anything when it is run
+    except (Exception, SystemExit) as error:  # a user's file can raise anything when it is run, and stop the program
         del sys.modules[name]
         raise ModelReferenceError(
             f"The file {str(path)!r} could not be run: {type(error).__name__}: {error}. It is imported as a module, so it "
@@ -74,7 +76,7 @@ def _from_file(path: Path) -> ModuleType:
 def _from_package(source: str) -> ModuleType:
     try:
         return importlib.import_module(source)
-    except Exception as error:  # importing runs a user's code
+    except (Exception, SystemExit) as error:  # importing runs a user's code
         raise ModelReferenceError(
             f"The module {source!r} could not be imported: {type(error).__name__}: {error}. Is it installed, or on "
             f"PYTHONPATH? {_FORMS}"
@@ -84,7 +86,8 @@ def _from_package(source: str) -> ModuleType:
 def _attribute(reference: str, module: ModuleType, name: str) -> Any:
     if not hasattr(module, name):
         public = [one for one in vars(module) if not one.startswith("_")]
-        raise ModelReferenceError(f"{reference!r}: there is no {name!r} in it. Nearest: {nearest(name, public)}.")
+        hint = f"Nearest: {nearest(name, public)}." if public else "It defines nothing."
+        raise ModelReferenceError(f"{reference!r}: there is no {name!r} in it. {hint}")
     return getattr(module, name)
 
 
@@ -97,7 +100,7 @@ def _call(reference: str, found: Any) -> nn.Module:
         )
     try:
         model = found()
-    except Exception as error:  # a user's factory can raise anything
+    except (Exception, SystemExit) as error:  # a user's factory can raise anything
         raise ModelReferenceError(
             f"{reference!r} could not be called without arguments: {type(error).__name__}: {error}. Write a small function "
             f"that takes none and returns the model."

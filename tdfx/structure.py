@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -49,9 +51,9 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
         else:
             twins[id(old)] = object.__new__(type(old))
             fresh.append((old, twins[id(old)]))
+    translator = _Translator(twins)
     for old, new in fresh:
-        for key, value in old.__dict__.items():
-            new.__dict__[key] = _translate(value, twins)
+        new.__dict__.update({key: translator(value) for key, value in old.__dict__.items()})
     return twins[id(model)]
 
 
@@ -82,22 +84,63 @@ def _modules_outside(model: nn.Module, replace: Mapping[nn.Module, nn.Module]) -
             waiting.extend(child for child in module._modules.values() if child is not None)
 
 
-def _translate(value: object, twins: Mapping[int, nn.Module]) -> object:
-    """Return an attribute's value with every module of the original model replaced by its twin."""
-    if isinstance(value, nn.Module):
-        return twins.get(id(value), value)
-    if isinstance(value, types.MethodType) and id(value.__self__) in twins:
-        return types.MethodType(value.__func__, twins[id(value.__self__)])
-    if type(value) is functools.partial:
-        arguments = [_translate(one, twins) for one in value.args]
-        named = {key: _translate(one, twins) for key, one in value.keywords.items()}
-        return functools.partial(cast("types.FunctionType", _translate(value.func, twins)), *arguments, **named)
-    if type(value) in {list, tuple, set}:
-        return type(value)(_translate(one, twins) for one in value)  # type: ignore[call-arg, attr-defined]
-    if isinstance(value, dict):
-        # A shallow copy keeps subclasses such as OrderedDict and defaultdict; then each value is translated in place.
-        copied = value.copy()
-        for key, one in value.items():
-            copied[key] = _translate(one, twins)
+class _Translator:
+    """Copies the value of an attribute so that every module of the original model in it becomes its twin.
+
+    Containers are copied, each once, so that two attributes that hold one list hold one list again. Objects of a user's
+    own classes, other than containers, are shared.
+    """
+
+    def __init__(self, twins: Mapping[int, nn.Module]) -> None:
+        self.twins = twins
+        self.done: dict[int, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return self.twins.get(id(value), value)
+        if isinstance(value, types.MethodType) and id(value.__self__) in self.twins:
+            return types.MethodType(value.__func__, self.twins[id(value.__self__)])
+        if not isinstance(value, (dict, list, tuple, set, frozenset, deque, functools.partial)):
+            return value
+        if id(value) not in self.done:
+            self.done[id(value)] = self._container(value)
+        return self.done[id(value)]
+
+    def _container(self, value: Any) -> Any:
+        if isinstance(value, functools.partial):
+            named = {key: self(one) for key, one in value.keywords.items()}
+            return type(value)(self(value.func), *map(self, value.args), **named)
+        if isinstance(value, (tuple, frozenset)):
+            items = [self(one) for one in value]
+            if all(new is old for new, old in zip(items, value, strict=True)):
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return self._mutable(value)
+
+    def _mutable(self, value: Any) -> Any:
+        """Copy first and fill afterwards, so that a container may hold itself; subclasses keep what else they hold."""
+        copied = self.done[id(value)] = _shallow_copy(value)
+        if isinstance(value, dict):
+            # By the base class's methods, because a subclass may refuse to be changed.
+            base = OrderedDict if isinstance(value, OrderedDict) else dict
+            items = [(self(key), self(one)) for key, one in base.items(value)]
+            base.clear(copied)
+            for key, one in items:
+                base.__setitem__(copied, key, one)
+        elif isinstance(value, list):
+            list.__setitem__(copied, slice(None), [self(one) for one in value])
+        else:
+            contents = [self(one) for one in value]
+            copied.clear()
+            (copied.update if isinstance(value, set) else copied.extend)(contents)
         return copied
-    return value
+
+
+def _shallow_copy(value: Any) -> Any:
+    """Copy a container with its class; a subclass of dict comes back empty, since it may refuse to be filled."""
+    if not isinstance(value, dict) or hasattr(type(value), "__copy__"):
+        return copy.copy(value)
+    made = type(value).__new__(type(value))
+    if hasattr(value, "__dict__"):
+        made.__dict__.update(value.__dict__)
+    return made

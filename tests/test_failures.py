@@ -45,7 +45,8 @@ Case = tuple[type[tdfx.TdfxError], str, dict[str, Any]]
 CASES: dict[str, Case] = {
     "input shape": (
         tdfx.InputError,
-        r"Sequential does not accept the example inputs \(float32 \(2, 4, 6, 6\) on cpu\): RuntimeError: .*Pass example_inputs=\(x,\)",
+        r"Sequential does not accept the example inputs \(float32 \(2, 4, 6, 6\) on cpu\): "
+        r"RuntimeError: .*Pass example_inputs=\(x,\)",
         {"policy": QUARTER, "example_inputs": (torch.rand(2, 4, 6, 6),)},
     ),
     "include matches nothing": (
@@ -136,7 +137,7 @@ def test_an_error_says_what_to_do_and_changes_nothing(name: str) -> None:
 def test_a_weight_that_is_not_finite(value: float) -> None:
     model, optimizer = trained()
     with torch.no_grad():
-        model[3].weight[0, 0] = value
+        model.get_parameter("3.weight")[0, 0] = value
     plan = tdfx.plan(trained()[0], QUARTER)
     before = frozen_state(model, optimizer)
     for wish in (QUARTER, plan):
@@ -155,7 +156,7 @@ def test_a_weight_on_the_meta_device() -> None:
 
 
 def test_an_unknown_scheme() -> None:
-    with pytest.raises(tdfx.PolicyError, match="scheme='tucker' is not known.* Nearest: 'tucker2'"):
+    with pytest.raises(tdfx.PolicyError, match=r"scheme='tucker' is not known.* Nearest: 'tucker2'"):
         tdfx.Policy(scheme="tucker")
 
 

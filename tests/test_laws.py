@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_full_rank_gradients_of_factors_are_those_of_the_weight(name: str) -> No
     _, gradients = run(full, True)
     for path, layer in full.named_modules():
         if isinstance(layer, tdfx.Factorized):
-            layer.weight.backward(dense_gradients[f"{path}.weight"])
+            layer.weight.backward(dense_gradients[f"{path}.weight"])  # type: ignore[no-untyped-call]
             for index, weight in enumerate(layer.weights):
                 assert weight.grad is not None
                 assert distance(gradients[f"{path}.factors.{index}.weight"], weight.grad) < TOLERANCE, path
@@ -214,8 +215,9 @@ def test_a_graph_keeps_attributes_methods_and_properties_of_the_original() -> No
     assert isinstance(graph, fx.GraphModule)
     assert graph.classes == 4
     assert graph.width == 8
-    assert graph.features(inputs()).shape == (4, 8)
-    assert distance(graph.head(graph.features(inputs())), graph(inputs())) < TOLERANCE
+    features = cast("Callable[[Tensor], Tensor]", graph.features)
+    assert features(inputs()).shape == (4, 8)
+    assert distance(graph.get_submodule("head")(features(inputs())), graph(inputs())) < TOLERANCE
     with pytest.raises(AttributeError, match="nonsense"):
         _ = graph.nonsense
 

@@ -57,7 +57,7 @@ class Optional(Wrapper):
 class Frozen(Wrapper):
     def train(self, mode: bool = True) -> Frozen:
         super().train(mode)
-        self.layer.eval()  # type: ignore[operator]
+        self.get_submodule("layer").eval()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def test_hooks_on_a_block_keep_the_class_so_that_they_are_called() -> None:
     seen: list[str] = []
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.ReLU())
     model[0].register_forward_hook(lambda *_: seen.append("block"))
-    model[0][0].register_forward_hook(lambda *_: seen.append("layer"))
+    model.get_submodule("0.0").register_forward_hook(lambda *_: seen.append("layer"))
     low = tdfx.rewrite(model, QUARTER)
     low(torch.rand(2, 8))
     assert type(low) is nn.Sequential
@@ -156,7 +156,7 @@ def test_every_layer_is_a_site_or_has_its_reason() -> None:
         nn.ConvTranspose1d(4, 4, 1),
     )
     model.add_module("unused", Wrapper(layer=nn.Linear(8, 8)))
-    model[-1].forward = lambda x: x  # type: ignore[assignment, method-assign, operator]
+    model[-1].forward = lambda x: x
     found = {name: site.reason for name, site in sites(model).items()}
     reason = tdfx.Reason
     assert found == {

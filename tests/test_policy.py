@@ -23,7 +23,7 @@ def test_rank_must_be_a_rule(rank: Any) -> None:
         Policy(rank=rank)
 
 
-@pytest.mark.parametrize(("scheme", "near"), [("tuker2", "tucker2"), ("SVD", "tucker2"), ("svdd", "svd")])
+@pytest.mark.parametrize(("scheme", "near"), [("tuker2", "tucker2"), ("SVD", "svd"), ("svdd", "svd")])
 def test_scheme_must_be_known(scheme: str, near: str) -> None:
     with pytest.raises(
         PolicyError,

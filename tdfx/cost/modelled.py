@@ -23,19 +23,19 @@ class Cost(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Modelled:
-    """A roofline: each operation takes the longer of its arithmetic and its memory traffic, plus a start-up time.
+    """Each operation takes the sum of its arithmetic, its memory traffic and a start-up time.
 
     Only ratios between chains are used, so what matters is how the three numbers relate, not their absolute size. The
-    defaults lie between a laptop core and a server CPU.
-
-    Source: Williams, Waterman, Patterson, *Roofline: An Insightful Visual Performance Model*, CACM 52 (2009).
+    defaults are those of one core of a server CPU in float32. A roofline, which takes the larger of the first two instead
+    of their sum, is too kind to small layers: measured on such a core, a quarter of the ranks of a 3×3 convolution of 64
+    channels, at 8×8 positions and batch 32, is 2.7 times faster than dense; this sum says 2.7, the roofline 7.8.
     """
 
-    flops_per_second: float = 5e10
+    flops_per_second: float = 1.5e11
     """Arithmetic rate in floating-point operations per second, positive."""
     bytes_per_second: float = 1e10
     """Memory rate in bytes per second, positive; values are counted as 4 bytes."""
-    seconds_per_call: float = 1e-5
+    seconds_per_call: float = 5e-5
     """What any operation takes before it computes anything, in seconds, not negative."""
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Modelled:
     def _forward_seconds(self, step: StepCount) -> float:
         arithmetic = step.flops / self.flops_per_second
         traffic = 4 * step.values / self.bytes_per_second
-        return max(arithmetic, traffic) + self.seconds_per_call
+        return arithmetic + traffic + self.seconds_per_call
 
 
 def _nominal_flow(chain: Sequence[Operation]) -> Flow:

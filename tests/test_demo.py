@@ -1,0 +1,187 @@
+"""The demo on the real digits, at a width at which it takes no time."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from sklearn import datasets
+from torch import nn
+
+import tdfx
+from tdfx import demo
+from tdfx.cli import main
+from tdfx.demo import DemoResult, Digits, jitter, load_digits, run_demo
+from tdfx.errors import PolicyError, TdfxError
+
+WIDTH = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _narrow() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "build_model", functools.partial(demo.build_model, WIDTH))
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return load_digits()
+
+
+@pytest.fixture(scope="module")
+def by_default(_narrow: None) -> DemoResult:
+    """Return the demo with the policy it really has."""
+    return run_demo(epochs=2)
+
+
+@pytest.fixture(scope="module")
+def forced(_narrow: None) -> tuple[DemoResult, list[tuple[str, int, int]]]:
+    """Return the demo with every site factorized, and the ticks that it gave."""
+    ticks: list[tuple[str, int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "Policy", half_of_all_ranks)
+        return run_demo(epochs=2, tick=lambda *tick: ticks.append(tick)), ticks
+
+
+def half_of_all_ranks() -> tdfx.Policy:
+    return tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0)
+
+
+def check(result: DemoResult) -> None:
+    """Hold the figures to one another."""
+    figures = json.loads(json.dumps(result.to_dict()))
+    assert figures["full"]["seconds"] > 0
+    assert figures["tdfx"]["seconds"] > figures["tdfx"]["switch_seconds"] > 0
+    assert figures["speedup"] == pytest.approx(figures["full"]["seconds"] / figures["tdfx"]["seconds"])
+    held_out = 599
+    for run in ("full", "tdfx", "merged"):
+        right = figures[run]["accuracy"] / 100 * held_out
+        assert 0 <= right <= held_out
+        assert right == pytest.approx(round(right), abs=1e-3)
+    assert figures["full"]["accuracy"] > 50  # in percent, and far above the 10 of a guess
+    assert figures["merged"]["accuracy"] == figures["tdfx"]["accuracy"]
+    assert figures["merged"]["error"] == result.merge_error <= result.numbers.tolerance
+    assert figures["verified"] is True
+    assert figures["sites"] == {"factorized": len(result.plan.factorized), "all": 7}
+    assert figures["parameters"]["before"] == sum(one.numel() for one in demo.build_model().parameters())
+    assert figures["onnx"]["original"]["ok"]
+    assert figures["onnx"]["factorized"]["numbers_match"]
+    assert (figures["seed"], figures["epochs"], figures["switch_epoch"]) == (0, 2, 1)
+
+
+def test_the_default_policy_keeps_what_shows_no_signal_yet(by_default: DemoResult) -> None:
+    check(by_default)
+    # After one epoch at this width nearly every weight is still noise, and the demo says so instead of splitting it.
+    assert by_default.plan.kept
+    assert {str(one.reason) for one in by_default.plan.kept} <= {"no_signal", "no_gain"}
+    assert all(one.gain is not None and one.gain >= tdfx.Policy().min_gain for one in by_default.plan.factorized)
+
+
+def test_a_forced_policy_factorizes_every_site_and_is_proved(
+    forced: tuple[DemoResult, list[tuple[str, int, int]]],
+) -> None:
+    result, _ = forced
+    check(result)
+    assert not result.plan.kept
+    assert result.plan.parameters_after < result.plan.parameters_before
+    assert not result.numbers.graphs_match  # the factorized model has other layers, and the proof can tell
+    assert result.merge_error > 0
+
+
+def test_every_epoch_of_both_runs_is_told(forced: tuple[DemoResult, list[tuple[str, int, int]]]) -> None:
+    assert forced[1] == [
+        ("full", 0, 2),
+        ("full", 1, 2),
+        ("full", 2, 2),
+        ("tdfx", 0, 2),
+        ("tdfx", 1, 2),
+        ("tdfx", 1, 2),
+        ("tdfx", 2, 2),
+    ]
+
+
+def test_the_command_gives_the_same_accuracies_for_the_same_seed(
+    forced: tuple[DemoResult, list[tuple[str, int, int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "Policy", half_of_all_ranks)
+    result = CliRunner().invoke(main, ["demo", "--epochs", "2", "--json", str(tmp_path / "figures.json")])
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    expected = forced[0].to_dict()
+    for run in ("full", "tdfx", "merged"):
+        assert figures[run]["accuracy"] == expected[run]["accuracy"]
+    assert expected["full"]["accuracy"] != expected["tdfx"]["accuracy"]
+    assert f"{figures['tdfx']['accuracy']:.2f} %" in result.stdout
+    assert "7 of 7 sites factorized after epoch 1 of 2" in result.stdout
+    assert "ONNX: merged model: the same graph as the original" in result.stdout
+
+
+def test_a_failed_proof_is_an_exit_code_of_1(by_default: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = {name: getattr(by_default, name) for name in DemoResult.__dataclass_fields__}
+    failed["report"] = tdfx.verify(nn.ReLU(), nn.Sigmoid(), example_inputs=(torch.ones(2),))
+    monkeypatch.setattr("tdfx.cli.run_demo", lambda **_: DemoResult(**failed))
+    result = CliRunner().invoke(main, ["demo", "--epochs", "2"])
+    assert result.exit_code == 1
+    assert "ONNX: merged model: FAILED: NOT verified" in result.stdout
+
+
+def test_another_seed_is_another_run(digits: Digits) -> None:
+    torch.manual_seed(0)
+    one = demo.build_model()
+    torch.manual_seed(1)
+    assert demo.accuracy(one, digits) != demo.accuracy(demo.build_model(), digits)
+
+
+@pytest.mark.parametrize("epochs", [1, 0, -3])
+def test_too_few_epochs_are_refused(epochs: int) -> None:
+    with pytest.raises(PolicyError, match=f"epochs={epochs} leaves nothing to train after the switch"):
+        run_demo(epochs=epochs)
+    result = CliRunner().invoke(main, ["demo", "--epochs", str(epochs)])
+    assert result.exit_code == 2
+    assert "Pass at least 2; the default is 15." in result.stderr
+
+
+def test_the_split_covers_every_image_once(digits: Digits) -> None:
+    bunch = datasets.load_digits()
+    assert (len(digits.train_x), len(digits.test_x)) == (1198, 599)
+    found = torch.cat([digits.train_x, digits.test_x]).flatten(1) * 16
+    labels = torch.cat([digits.train_y, digits.test_y])
+    pairs = sorted((*map(int, image), int(label)) for image, label in zip(found, labels, strict=True))
+    expected = sorted((*map(int, image), int(label)) for image, label in zip(bunch.data, bunch.target, strict=True))
+    assert pairs == expected
+    assert len(pairs) == 1797
+    assert digits.train_x.shape[1:] == (1, 8, 8)
+    assert (float(found.min()), float(found.max())) == (0.0, 16.0)
+    assert torch.equal(load_digits().test_y, digits.test_y)
+
+
+def test_jitter_keeps_the_shape_and_treats_each_image_by_itself(digits: Digits) -> None:
+    same = digits.train_x[:1].repeat(4, 1, 1, 1)
+    moved = jitter(same, torch.Generator().manual_seed(0))
+    assert moved.shape == same.shape
+    assert not any(torch.equal(moved[i], moved[j]) for i in range(4) for j in range(i))
+    assert torch.equal(moved, jitter(same, torch.Generator().manual_seed(0)))
+    assert not torch.equal(moved, jitter(same, torch.Generator().manual_seed(1)))
+
+
+def test_jitter_by_nothing_is_the_identity(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TURN", "ZOOM", "SHIFT"):
+        assert getattr(demo, name) > 0
+        monkeypatch.setattr(demo, name, 0)
+    x = digits.train_x[:8]
+    # A grid of 8 positions is rounded to float32, and pixels differ by at most 1 over one position.
+    torch.testing.assert_close(jitter(x, torch.Generator().manual_seed(0)), x, rtol=0, atol=8 * 2**-23 * 4)
+
+
+def test_without_scikit_learn_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(TdfxError, match=r"scikit-learn, which is not installed. .* pip install 'tdfx\[demo\]'"):
+        load_digits()
+    assert CliRunner().invoke(main, ["demo"]).exit_code == 2
