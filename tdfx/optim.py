@@ -220,12 +220,21 @@ def _new_states(optimizer: Optimizer, exchange: Exchange) -> list[dict[str, Any]
     """Return the state of each new parameter; nothing where there is none yet, or none that can be carried."""
     old = [optimizer.state.get(parameter, {}) for parameter in exchange.old]
     if not all(old) or not _can_carry(optimizer, old[0]):
-        return []
+        return _fresh_states(optimizer, exchange.new)
     states: list[dict[str, Any]] = [{} for _ in exchange.new]
     for key, value in old[0].items():
         for state, carried in zip(states, _carry(key, [one[key] for one in old], value, exchange), strict=True):
             state[key] = carried
     return states
+
+
+def _fresh_states(optimizer: Optimizer, new: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return the state that the optimizer's constructor makes, for those that do not wait for the first step."""
+    try:
+        twin = type(optimizer)(list(new), **optimizer.defaults)
+    except Exception:  # a class of somebody else's may want other arguments; then it starts with no state
+        return []
+    return [dict(twin.state[parameter]) for parameter in new if parameter in twin.state]
 
 
 def _carry(key: str, values: list[Any], value: Any, exchange: Exchange) -> list[Any]:

@@ -160,6 +160,7 @@ def test_an_unknown_scheme() -> None:
         tdfx.Policy(scheme="tucker")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own, in torch 2.11
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
