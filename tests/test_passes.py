@@ -51,7 +51,7 @@ class Noisy(Wrapper):
 class Optional(Wrapper):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = self.layer(x)  # type: ignore[operator]
-        return y if mask is None else y * mask
+        return y if mask is None else y * mask  # type: ignore[no-any-return]
 
 
 class Frozen(Wrapper):
