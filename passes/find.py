@@ -88,24 +88,24 @@ def _attribute(root: nn.Module, target: str) -> object:
     return value
 
 
-def _inside(module: nn.Module) -> dict[int, str]:
+def _inside(module: nn.Module) -> dict[int, type[nn.Module]]:
     """Return the layers that lie inside a module which no graph looks into, with that module's class."""
-    found: dict[int, str] = {}
+    found: dict[int, type[nn.Module]] = {}
     for outer in module.modules():
         if is_site_or_leaf(outer):
             for inner in outer.modules():
                 if inner is not outer:
-                    found.setdefault(id(inner), type(outer).__name__)
+                    found[id(inner)] = type(outer)
     return found
 
 
-def _is_listed(layer: nn.Module, inside: Mapping[int, str]) -> bool:
+def _is_listed(layer: nn.Module, inside: Mapping[int, type[nn.Module]]) -> bool:
     if isinstance(layer, Factorized):
         return True
-    return is_candidate(layer) and inside.get(id(layer)) != Factorized.__name__
+    return is_candidate(layer) and inside.get(id(layer)) is not Factorized
 
 
-def _site(name: str, layer: nn.Module, uses: _Uses, inside: Mapping[int, str]) -> Site:
+def _site(name: str, layer: nn.Module, uses: _Uses, inside: Mapping[int, type[nn.Module]]) -> Site:
     nodes = uses.calls.get(id(layer), ())
     # Outside every graph nobody can say how often a layer is called; a run with example inputs will.
     calls = _calls_per_pass(nodes) if id(layer) in uses.traced else 1
@@ -141,17 +141,21 @@ def _calls_per_pass(nodes: tuple[fx.Node, ...]) -> int:
     return max(each.values(), default=0)
 
 
-def _obstacle(layer: nn.Module, calls: int, uses: _Uses, inside: Mapping[int, str]) -> tuple[Reason | None, str]:
+def _obstacle(
+    layer: nn.Module, calls: int, uses: _Uses, inside: Mapping[int, type[nn.Module]]
+) -> tuple[Reason | None, str]:
     """Return the first reason why no policy may rewrite a layer, and the reason in words."""
     weight = layer._parameters.get("weight")
     if isinstance(weight, UninitializedParameter):
         return Reason.UNINITIALIZED, "run one batch through the model first"
     if weight is None or parametrize.is_parametrized(layer):
         return Reason.PARAMETRIZED, "its weight is computed from other tensors"
+    if layer._buffers or layer._modules or not set(layer._parameters) <= {"weight", "bias"}:
+        return Reason.CUSTOM_FORWARD, f"{type(layer).__name__} holds more than a weight and a bias"
     if not has_stock_forward(layer):
         return Reason.CUSTOM_FORWARD, f"{type(layer).__name__} does not compute what {kind_of(layer)} does"
     if id(layer) in inside:
-        return Reason.READ_ELSEWHERE, f"{inside[id(layer)]} reads its weight without calling it"
+        return Reason.READ_ELSEWHERE, f"{inside[id(layer)].__name__} may read its weight without calling it"
     if uses.owners[id(weight)] > 1:
         return Reason.TIED, f"{uses.owners[id(weight)]} layers hold its weight"
     if id(weight) in uses.reads:

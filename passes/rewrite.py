@@ -80,6 +80,8 @@ class Rewrite(Pass):
 
 def _emit(program: Program, swapped: Mapping[nn.Module, nn.Module]) -> nn.Module:
     body = structural_copy(program.module, swapped)
+    if isinstance(body, FactorizedGraphModule):
+        return copy.copy(body)
     if program.emit == "modules" or isinstance(body, fx.GraphModule):
         return body
     (graph,) = program.graphs[""]

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tdfx.cost.count import Flow
 from tdfx.errors import InputError
 from tdfx.factors.operation import Operation
 from tdfx.passes.base import Change, Pass, PassResult, Program, Site
+from tdfx.passes.tracer import throwaway
 from tdfx.plan import Reason
-from tdfx.structure import structural_copy
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: the positional arguments of the model, one tensor for a single one, or keyword arguments by name."""
@@ -52,11 +53,13 @@ class Shapes(Pass):
 def _observe(program: Program, inputs: Inputs) -> dict[str, list[Flow]]:
     """Return what entered each site in one forward pass of a copy."""
     seen: defaultdict[str, list[Flow]] = defaultdict(list)
-    copy = structural_copy(program.module).eval()
+    copy = throwaway(program.module, mode=False)
     for site in program.sites:
         if site.operation is not None:
-            copy.get_submodule(site.name).register_forward_pre_hook(_recorder(seen[site.name], site.operation))
-    arguments, named = _arguments(inputs)
+            copy.get_submodule(site.name).register_forward_pre_hook(
+                _recorder(seen[site.name], site.operation), with_kwargs=True
+            )
+    arguments, named = tree_map_only(Tensor, Tensor.clone, _arguments(inputs))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(copy)):
             copy(*arguments, **named)
@@ -70,9 +73,10 @@ def _observe(program: Program, inputs: Inputs) -> dict[str, list[Flow]]:
 
 
 def _recorder(flows: list[Flow], operation: Operation) -> Any:
-    def record(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if arguments and isinstance(arguments[0], Tensor):
-            flows.append(flow_of(tuple(arguments[0].shape), operation))
+    def record(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        entering = arguments[0] if arguments else named.get("input")
+        if isinstance(entering, Tensor):
+            flows.append(flow_of(tuple(entering.shape), operation))
 
     return record
 

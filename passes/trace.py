@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from tdfx.errors import ModelError
+from tdfx.kinds import is_candidate
+from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program
-from tdfx.passes.tracer import is_site_or_leaf, trace_once
-from tdfx.structure import HOOKS, structural_copy
+from tdfx.passes.faithful import Watch, static_doubt
+from tdfx.passes.tracer import SiteTracer, is_site_or_leaf, throwaway, without_hooks
+from tdfx.structure import structural_copy
 
 _TORCH = Path(torch.__file__).parent
-_OWN_METHODS = frozenset({"__init__", "forward", "extra_repr"})
-"""What a module class may define for itself without changing how a module behaves otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Trace(Pass):
         module = structural_copy(program.module)
         attempts = dict(_attempts(module, ""))
         graphs = {path: attempt.graphs for path, attempt in attempts.items() if attempt.graphs}
-        root = attempts.get("", Attempt(doubt="the model is itself one layer"))
+        root = attempts.get("", Attempt(doubt=_one_layer(module)))
         notes = program.notes
         emit = program.emit
         if root.doubt and emit == "graph":
@@ -60,20 +61,29 @@ class Trace(Pass):
 def attempt_trace(module: nn.Module) -> Attempt:
     """Trace a module in both modes and say whether the graph can stand for it."""
     graphs: list[fx.Graph] = []
-    constants = False
+    doubts: list[str] = []
     for mode in (True, False):
-        copy = structural_copy(module).train(mode)
+        copy = without_hooks(throwaway(module, mode))
+        watch = Watch(copy)
         try:
-            graph, traced = trace_once(copy)
+            with torch.random.fork_rng(devices=[]):
+                graphs.append(SiteTracer().trace(copy))
+                doubts.append(watch.doubt())
         except Exception as error:  # what a user's forward raises when it meets a Proxy can be of any class
+            _refuse_hidden_layers(module, error)
             return Attempt(doubt=_why_not(error))
-        graphs.append(graph)
-        constants |= set(traced.__dict__) != set(copy.__dict__) or len(_tensors(traced)) != len(_tensors(copy))
     if _code(graphs[0]) != _code(graphs[1]):
         return Attempt(tuple(graphs), "its forward is not the same in train and in eval mode")
-    if constants:
-        return Attempt((graphs[0],), "its forward makes tensors that a graph would freeze")
-    return Attempt((graphs[0],), _doubt(module))
+    return Attempt((graphs[0],), next(filter(None, doubts), "") or static_doubt(module))
+
+
+def _refuse_hidden_layers(module: nn.Module, error: Exception) -> None:
+    """Raise ModelError where forward calls a layer through an object that was shared, not copied."""
+    if isinstance(error, NameError) and "not installed as a submodule" in str(error):
+        raise ModelError(
+            f"{type(module).__name__} calls a layer that it reaches through an object of its own, not as a submodule, so it "
+            f"would go on calling the old layer after a rewrite. Hold the layer as an attribute of a module."
+        ) from error
 
 
 def _attempts(module: nn.Module, path: str) -> list[tuple[str, Attempt]]:
@@ -93,6 +103,12 @@ def _attempts(module: nn.Module, path: str) -> list[tuple[str, Attempt]]:
     return [(path, attempt), *below]
 
 
+def _one_layer(module: nn.Module) -> str:
+    if is_candidate(module) or isinstance(module, Factorized):
+        return "the model is itself one layer"
+    return f"torch.fx does not look inside {type(module).__name__}, which torch.nn runs as a whole"
+
+
 def _code(graph: fx.Graph) -> str:
     return str(graph.python_code("self").src)
 
@@ -103,37 +119,6 @@ def _tensors(module: nn.Module) -> list[tuple[str, int]]:
         *module.named_buffers(remove_duplicate=False),
     ]
     return [(name, id(tensor)) for name, tensor in named]
-
-
-def _doubt(module: nn.Module) -> str:
-    """Return why a GraphModule could not stand for this module although its forward traces; "" if it can."""
-    if isinstance(module, fx.GraphModule):
-        return ""
-    inner = [child for child in module.modules() if child is not module and not is_site_or_leaf(child)]
-    if any(child.__dict__[name] for child in inner for name in HOOKS):
-        return "a block inside it has hooks, which a graph would not call"
-    optional = [
-        parameter.name
-        for parameter in inspect.signature(module.forward).parameters.values()
-        if parameter.default is not inspect.Parameter.empty
-    ]
-    if optional:
-        return f"its forward has the optional argument {optional[0]!r}, and a graph would fix one case of it"
-    overridden = _overridden(type(module))
-    if overridden:
-        return f"{type(module).__name__} has its own {overridden[0]}(), which a graph would not have"
-    own = {*module.__dict__, *module._modules, *module._parameters, *module._buffers}
-    taken = sorted(own & _GRAPH_MODULE_NAMES)
-    if taken:
-        return f"its attribute {taken[0]!r} has a name that GraphModule uses itself"
-    return ""
-
-
-def _overridden(kind: type[nn.Module]) -> list[str]:
-    """Return the methods of nn.Module that a class or its bases redefine."""
-    bases = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base not in {nn.Module, nn.Sequential}]
-    plumbing = set(vars(nn.Module)) - _OWN_METHODS
-    return sorted(name for base in bases for name, value in vars(base).items() if name in plumbing and callable(value))
 
 
 def _why_not(error: Exception) -> str:
@@ -149,9 +134,3 @@ def _why_not(error: Exception) -> str:
 def _is_users(filename: str) -> bool:
     path = Path(filename)
     return path != Path(__file__) and _TORCH not in path.parents and path.name != "structure.py"
-
-
-_GRAPH_MODULE_NAMES = (set(fx.GraphModule(nn.Module(), fx.Graph()).__dict__) | set(vars(fx.GraphModule))) - set(
-    nn.Module().__dict__
-)
-"""Attributes by which a GraphModule holds its own state; a model that uses one of them cannot become a graph."""

@@ -14,7 +14,6 @@ from tdfx.errors import (
     PolicyError,
     TdfxError,
     TdfxWarning,
-    TraceError,
     WeightError,
 )
 from tdfx.layers import Factorized
@@ -51,7 +50,6 @@ __all__ = [
     "SitePlan",
     "TdfxError",
     "TdfxWarning",
-    "TraceError",
     "VerifyReport",
     "WeightError",
     "merge",

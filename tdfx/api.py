@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -93,11 +94,13 @@ def rewrite(
     """
     optimizers = as_optimizers(optimizer)
     if isinstance(policy, Plan):
-        program, spectra = _located(model, policy), None
+        step = Rewrite()
+        program = replace(_sites(model, policy.emit), plan=policy)
     else:
-        program, spectra = _planned(model, policy, example_inputs, emit)
-    step = Rewrite(spectra.spectra if spectra is not None else None)
+        program, select = _planned(model, policy, example_inputs, emit)
+        step = Rewrite(select.spectra)
     result = step(program).program.module
+    _warn_of_lost_attachments(step.swaps)
     if not optimizers:
         _warn_of_missing_optimizer(step.swaps)
     prepare(optimizers, [_split_exchange(swap) for swap in step.swaps]).commit()
@@ -147,19 +150,6 @@ def _planned(model: nn.Module, policy: Policy | None, inputs: Inputs | None, emi
     return select(program).program, select
 
 
-def _located(model: nn.Module, given: Plan) -> Program:
-    """Find the sites of a model for a plan that exists already."""
-    program = _sites(model, given.emit)
-    return Program(
-        module=program.module,
-        graphs=program.graphs,
-        emit=program.emit,
-        notes=program.notes,
-        sites=program.sites,
-        plan=given,
-    )
-
-
 def _sites(model: nn.Module, emit: Emit) -> Program:
     _check_model(model)
     if emit not in get_args(Emit):
@@ -178,13 +168,29 @@ def _check_model(model: nn.Module) -> None:
                 f"The model is wrapped in {wrapper.__name__}, which holds on to the parameters it was given. Pass "
                 f"model.{inner}, and wrap what comes back again."
             )
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    compiled = [name for name, one in model.named_modules() if isinstance(one, torch._dynamo.OptimizedModule)]
+    if compiled:
+        where = f"Its part {compiled[0]!r}" if compiled[0] else "The model"
         raise ModelError(
-            "The model is wrapped by torch.compile, which holds on to the code it compiled. Pass model._orig_mod, and "
-            "compile what comes back again."
+            f"{where} is wrapped by torch.compile, which holds on to the code it compiled. Pass model._orig_mod, or "
+            f"the model before it was compiled, and compile what comes back again."
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("The model is TorchScript, which cannot be rewritten. Pass the module it was made from.")
+
+
+def _warn_of_lost_attachments(swaps: Sequence[Swap]) -> None:
+    """Warn where a weight carries hooks or attributes of the user's, which no factor can take over."""
+    for swap in swaps:
+        weight = swap.dense.weight
+        hooks = (getattr(weight, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+        if any(hooks) or getattr(weight, "__dict__", None):
+            warnings.warn(
+                f"The weight of site {swap.name!r} has hooks or attributes of its own, which its factors do not get. Keep "
+                f"the site, exclude=({swap.name!r},), or attach them anew.",
+                TdfxWarning,
+                stacklevel=3,
+            )
 
 
 def _warn_of_missing_optimizer(swaps: Sequence[Swap]) -> None:

@@ -26,10 +26,6 @@ class ModelReferenceError(TdfxError, ValueError):
     """A model named on the command line that cannot be found or built."""
 
 
-class TraceError(TdfxError, RuntimeError):
-    """A model that torch.fx cannot follow where a graph was asked for."""
-
-
 class InputError(TdfxError, ValueError):
     """Example inputs that the model does not accept."""
 

@@ -69,9 +69,9 @@ class Factorized(nn.Module):
         _copy_hooks(layer, made)
         return made.train(layer.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the name that stock layers give it
         """Run the chain."""
-        return cast("Tensor", self.factors(x))
+        return cast("Tensor", self.factors(input))
 
     @property
     def scheme(self) -> Scheme:
@@ -85,7 +85,7 @@ class Factorized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, shape as the original's; joined anew at each reading."""
+        """The dense weight, shape as the original's: a value joined anew at each reading, so writing to it is lost."""
         return self.scheme.join(self.weights)
 
     @property

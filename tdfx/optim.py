@@ -4,7 +4,8 @@ With W = join(factors), the gradient of each factor is the vector-Jacobian produ
 momentum is a sum of gradients, so it moves the same way, exactly for the instant of the switch. A second moment is a sum
 of squares and has no exact form; the estimate used here treats the entries of the gradient as uncorrelated, which turns
 the same product, taken at the squared factors, into the expected square. It is positive, and exact in scale where the
-second moments are all equal and the factors orthogonal. Step counts are kept.
+second moments are all equal and the factors orthogonal; it is never let below the square of the first moment. Step
+counts are kept.
 
 Back at the merge, the first moment of W is the one of least norm whose image is the factors' moments: its projection on
 the tangent space of the low-rank weights. The second moment is the average of the factors' that the estimate above would
@@ -225,7 +226,20 @@ def _new_states(optimizer: Optimizer, exchange: Exchange) -> list[dict[str, Any]
     for key, value in old[0].items():
         for state, carried in zip(states, _carry(key, [one[key] for one in old], value, exchange), strict=True):
             state[key] = carried
+    for state in states:
+        _keep_above_square(state)
     return states
+
+
+def _keep_above_square(state: dict[str, Any]) -> None:
+    """Hold second moments at or above the square of the first, as E[g**2] >= E[g]**2 demands.
+
+    The estimate takes the gradient's entries as uncorrelated. Where they agree, it is too small, and Adam's first steps
+    after the switch would be several times too long.
+    """
+    if "exp_avg" in state:
+        for key in _SECOND_MOMENTS & state.keys():
+            state[key] = torch.maximum(state[key], state["exp_avg"].square().to(state[key].dtype))
 
 
 def _fresh_states(optimizer: Optimizer, new: Sequence[nn.Parameter]) -> list[dict[str, Any]]:

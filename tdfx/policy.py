@@ -52,6 +52,11 @@ class Policy:
             )
         if self.scheme != AUTO:
             get_scheme(self.scheme)
+        if isinstance(self.cost, type) or not callable(getattr(self.cost, "seconds", None)):
+            raise PolicyError(
+                f"cost={self.cost!r} cannot say how long a site takes: it needs a method seconds(chain, flow). "
+                f"Pass an object, such as cost=tdfx.Modelled()."
+            )
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         object.__setattr__(self, "overrides", _overrides(self.overrides))

@@ -24,6 +24,9 @@ HOOKS = (
 )
 """The attributes in which a module keeps the hooks of its calls."""
 
+_COMPILED = "_compiled_call_impl"
+"""What ``module.compile()`` leaves: code for the module that it was called on, and for no copy of it."""
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -32,7 +35,8 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
 
     Class, attributes, hooks, names and their order, and the train or eval state of each submodule are kept. Containers
     held as attributes are copied, and what they say of a submodule (a list of layers, a bound method) says it of the
-    copy. TorchScript modules cannot be taken apart and are shared.
+    copy; so does a function that closes over one. Code from ``compile()`` is left behind. TorchScript modules cannot be
+    taken apart and are shared.
 
     Args:
         model: Any module; it is left as it was.
@@ -53,7 +57,7 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
             fresh.append((old, twins[id(old)]))
     translator = _Translator(twins)
     for old, new in fresh:
-        new.__dict__.update({key: translator(value) for key, value in old.__dict__.items()})
+        new.__dict__.update({key: translator(value) for key, value in old.__dict__.items() if key != _COMPILED})
     return twins[id(model)]
 
 
@@ -100,11 +104,28 @@ class _Translator:
             return self.twins.get(id(value), value)
         if isinstance(value, types.MethodType) and id(value.__self__) in self.twins:
             return types.MethodType(value.__func__, self.twins[id(value.__self__)])
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
         if not isinstance(value, (dict, list, tuple, set, frozenset, deque, functools.partial)):
             return value
         if id(value) not in self.done:
             self.done[id(value)] = self._container(value)
         return self.done[id(value)]
+
+    def _function(self, value: types.FunctionType) -> types.FunctionType:
+        """Bind a function that closes over a module, as a lambda made in a constructor does, to the twin."""
+        cells = value.__closure__ or ()
+        try:
+            contents = [cell.cell_contents for cell in cells]
+        except ValueError:  # a name that was never given a value
+            return value
+        if not any(isinstance(one, nn.Module) and id(one) in self.twins for one in contents):
+            return value
+        closure = tuple(types.CellType(self(one)) for one in contents)
+        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+        made.__kwdefaults__ = value.__kwdefaults__
+        made.__dict__.update(value.__dict__)
+        return made
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, functools.partial):

@@ -11,10 +11,10 @@ from tdfx.factors.operation import Operation
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What flows into a site in one step."""
+    """What flows into a site in one call."""
 
     samples: int
-    """Positions that are not spatial: the batch, and for a linear map every leading dimension; summed over calls."""
+    """Positions that are not spatial: the batch, and for a linear map every leading dimension."""
     size: tuple[int, ...] = ()
     """Spatial size of the input, in positions; () for a linear map."""
 

@@ -12,4 +12,9 @@ NO_SIGNAL = "its spectrum is still that of noise: train longer before it is deco
 
 def has_signal(spectra: Sequence[Spectrum]) -> bool:
     """Return True if EVBMF finds at least one component above the noise in every unfolding."""
-    return all(evbmf_rank(one.values, one.rows, one.cols) > 0 for one in spectra)
+    return all(signal_rank(one) > 0 for one in spectra)
+
+
+def signal_rank(spectrum: Spectrum) -> int:
+    """Return the EVBMF rank; 1 where there is but one component, which no spectrum can tell from noise."""
+    return 1 if spectrum.full_rank == 1 else evbmf_rank(spectrum.values, spectrum.rows, spectrum.cols)

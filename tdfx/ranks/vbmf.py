@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tdfx.ranks.evbmf import evbmf_rank
 from tdfx.ranks.rule import Choice, RankRule, check_share
-from tdfx.ranks.signal import NO_SIGNAL
+from tdfx.ranks.signal import NO_SIGNAL, signal_rank
 from tdfx.ranks.spectrum import Spectrum
 
 
@@ -38,7 +37,7 @@ class VBMF(RankRule):
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
         """Return the EVBMF rank of each spectrum, floored; no ranks where any of them shows no signal."""
-        found = tuple(evbmf_rank(one.values, one.rows, one.cols) for one in spectra)
+        found = tuple(signal_rank(one) for one in spectra)
         if min(found) == 0:
             return Choice((), kept=NO_SIGNAL, signal=False)
         least = tuple(math.ceil(self.floor * one.full_rank) for one in spectra)

@@ -1,0 +1,257 @@
+"""What a graph would not do as the model does keeps the model's class; and planning touches nothing of the user's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+import tdfx
+
+FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
+QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
+TOLERANCE = 1e4 * torch.finfo(torch.float64).eps
+
+
+class Base(nn.Module):
+    """One layer, a counter and an attribute."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("count", torch.zeros(()))
+        self.steps = 1
+        self.auxiliary: Tensor | None = None
+
+
+class CountsInABuffer(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+class KeepsAnOutput(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        self.auxiliary = y.pow(2).mean()
+        return y
+
+
+class CountsInPython(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return self.layer(x) / self.steps  # type: ignore[no-any-return]
+
+
+class StopsGradients(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = self.layer(x)
+        return y
+
+
+class Casts(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layer(x)  # type: ignore[no-any-return]
+
+
+class Skips(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if torch.rand(1).item() < 0.5 else self.layer(x)
+
+
+class Checkpoints(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+class AsksForTheClass(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * 2 if isinstance(x, Tensor) else x)  # type: ignore[no-any-return]
+
+
+class TakesTheName(Base):
+    def graph(self) -> str:
+        return "mine"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (CountsInABuffer, "changes a buffer"),
+        (KeepsAnOutput, "changes its own attribute 'auxiliary'"),
+        (CountsInPython, "changes its own attribute 'steps'"),
+        (StopsGradients, "uses no_grad"),
+        (Casts, "uses autocast"),
+        (Skips, "draws random numbers"),
+        (Checkpoints, "uses checkpoint"),
+        (AsksForTheClass, r"uses isinstance"),
+        (TakesTheName, "'graph' has a name that GraphModule uses"),
+    ],
+)
+def test_what_a_graph_would_freeze_keeps_the_class(build: Callable[[], Base], why: str) -> None:
+    model = build().double()
+    before = copy.deepcopy(model.state_dict())
+    plan = tdfx.plan(model, FULL, example_inputs=torch.rand(2, 8, dtype=torch.float64))
+    assert plan.emit == "modules"
+    assert why in plan.notes[0]
+    assert model.steps == 1
+    assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+    full = tdfx.rewrite(model, FULL)
+    assert type(full) is build
+    x = torch.rand(4, 8, dtype=torch.float64)
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    # Both count in one buffer, or each in its own attribute; the outputs are equal in any case.
+    tolerance = 1e-1 if build is Casts else TOLERANCE
+    assert float((full(x) - expected).detach().abs().max()) <= tolerance
+
+
+class Listed(nn.Module):
+    """Layers in the containers that compute nothing themselves."""
+
+    def __init__(self, traceable: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.heads = nn.ModuleDict({"a": nn.Linear(8, 8)})
+        self.traceable = traceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.traceable and x.sum() > 1e9:
+            return x
+        for block in self.blocks:
+            x = block(x).relu()
+        return self.heads["a"](x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_layers_in_lists_and_dictionaries_of_modules_are_sites(traceable: bool) -> None:
+    plan = tdfx.plan(Listed(traceable), QUARTER)
+    assert [site.name for site in plan.factorized] == ["blocks.0", "blocks.1", "heads.a"]
+    assert plan.emit == ("graph" if traceable else "modules")
+
+
+class Closes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.call = lambda x: self.layer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize("emit", ["graph", "modules"])
+def test_a_function_that_closes_over_the_model_calls_the_new_layer(emit: tdfx.Emit) -> None:
+    low = tdfx.rewrite(Closes(), QUARTER, emit=emit)
+    low(torch.rand(2, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in low.parameters())
+
+
+class Hides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.box = type("Box", (), {})()
+        self.box.layer = self.layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.box.layer(x)  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_a_rewrite_could_not_reach_is_refused() -> None:
+    with pytest.raises(tdfx.ModelError, match="Hides calls a layer that it reaches through an object of its own"):
+        tdfx.rewrite(Hides(), QUARTER)
+
+
+def test_compiled_code_is_left_behind() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model._compiled_call_impl = lambda *_: pytest.fail("the old code was called")
+    low = tdfx.rewrite(model, QUARTER)
+    low(torch.rand(2, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in low.parameters())
+
+
+class NamesTheArgument(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)  # type: ignore[no-any-return]
+
+
+def test_a_layer_called_by_keyword() -> None:
+    low = tdfx.rewrite(NamesTheArgument(), QUARTER, example_inputs=torch.rand(3, 8))
+    assert low(torch.rand(3, 8)).shape == (3, 8)
+    assert tdfx.plan(NamesTheArgument(), QUARTER, example_inputs=torch.rand(3, 8)).flops_before == 2 * 3 * 64
+
+
+class ChangesWeightsWithTheMode(Base):
+    def train(self, mode: bool = True) -> ChangesWeightsWithTheMode:
+        self.layer.weight.data += 1
+        self.layer.requires_grad_(mode)
+        self.training = mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+def test_planning_does_not_call_the_models_own_train() -> None:
+    model = ChangesWeightsWithTheMode()
+    weight = model.layer.weight.detach().clone()
+    tdfx.plan(model, QUARTER, example_inputs=torch.rand(2, 8))
+    assert torch.equal(model.layer.weight, weight)
+    assert model.layer.weight.requires_grad
+
+
+def test_example_inputs_are_not_changed() -> None:
+    x = torch.randn(4, 8)
+    before = x.clone()
+    tdfx.plan(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)), QUARTER, example_inputs=x)
+    assert torch.equal(x, before)
+
+
+class Scaled(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.gain = nn.Parameter(torch.ones(1))
+
+
+def test_a_layer_that_holds_more_than_a_weight_and_a_bias_is_kept() -> None:
+    (site,) = tdfx.plan(nn.Sequential(Scaled()), QUARTER)
+    assert site.reason is tdfx.Reason.CUSTOM_FORWARD
+    assert site.note == "Scaled holds more than a weight and a bias"
+
+
+def test_what_hangs_on_a_weight_is_warned_of() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.get_parameter("0.weight").register_hook(lambda gradient: gradient * 0)
+    with pytest.warns(tdfx.TdfxWarning, match="weight of site '0' has hooks or attributes of its own"):
+        tdfx.rewrite(model, QUARTER)
+
+
+def test_an_encoder_that_torch_runs_as_a_whole_says_so() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    plan = tdfx.plan(layer, QUARTER)
+    assert {site.reason for site in plan} == {tdfx.Reason.READ_ELSEWHERE}
+    assert "torch.fx does not look inside TransformerEncoderLayer" in plan.notes[0]
+
+
+def test_the_result_compiles_and_exports() -> None:
+    graph = tdfx.rewrite(Listed(True).double(), QUARTER)
+    assert isinstance(graph, fx.GraphModule)
+    x = torch.rand(3, 8, dtype=torch.float64)
+    exported: Any = torch.export.export(graph.eval(), (x,)).module()
+    assert float((exported(x) - graph(x)).detach().abs().max()) < TOLERANCE
+    assert F.mse_loss(exported(x), graph(x)) < TOLERANCE
