@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ import tdfx
 from tdfx.demo import DEFAULT_EPOCHS, run_demo
 from tdfx.demo_table import demo_view
 from tdfx.errors import InputError, ModelReferenceError, TdfxError
-from tdfx.plan_table import plan_view
+from tdfx.plan_table import plan_view, render_plain
 from tdfx.ranks.registry import parse_rule
 from tdfx.references import build_model
 
@@ -88,7 +88,7 @@ def inspect(
     if weights is not None:
         _load_weights(built, weights)
     plan = tdfx.plan(built, policy, example_inputs=examples)
-    _console().print(plan_view(plan))
+    _show(plan_view(plan))
     _write(json_file, plan.to_json())
 
 
@@ -111,7 +111,7 @@ def demo(seed: int, epochs: int, json_file: Path | None) -> None:
             bars.update(tasks[name], completed=done, total=total)
 
         result = run_demo(seed=seed, epochs=epochs, tick=tick)
-    _console().print(demo_view(result))
+    _show(demo_view(result))
     _write(json_file, json.dumps(result.to_dict(), indent=2))
     if not result.verified:
         sys.exit(FAILED)
@@ -136,9 +136,12 @@ def verify(model: Path, reference: Path, json_file: Path | None) -> None:
         sys.exit(FAILED)
 
 
-def _console() -> Console:
-    """Return a console as wide as the terminal, and wide enough for a whole table where there is no terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
+def _show(view: Group) -> None:
+    """Print a view, in colour and as wide as the terminal where there is one."""
+    if sys.stdout.isatty():
+        Console().print(view)
+    else:
+        click.echo(render_plain(view))
 
 
 _INPUT_DTYPES = {

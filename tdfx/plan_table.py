@@ -17,9 +17,14 @@ _PLAIN_WIDTH = 160
 
 
 def render_plan(plan: Plan) -> str:
-    """Return the table as plain text, wide enough that nothing is cut."""
+    """Return the plan's table as plain text."""
+    return render_plain(plan_view(plan))
+
+
+def render_plain(view: Group) -> str:
+    """Return a view as plain text, wide enough that nothing is cut, without blanks at the ends of lines."""
     console = Console(file=io.StringIO(), width=_PLAIN_WIDTH, color_system=None, legacy_windows=False)
-    console.print(plan_view(plan))
+    console.print(view)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 

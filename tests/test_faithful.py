@@ -236,7 +236,7 @@ def test_a_layer_that_holds_more_than_a_weight_and_a_bias_is_kept() -> None:
 
 def test_what_hangs_on_a_weight_is_warned_of() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    model.get_parameter("0.weight").register_hook(lambda gradient: gradient * 0)
+    model.get_parameter("0.weight").register_hook(lambda gradient: gradient * 0)  # type: ignore[no-untyped-call]
     with pytest.warns(tdfx.TdfxWarning, match="weight of site '0' has hooks or attributes of its own"):
         tdfx.rewrite(model, QUARTER)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tdfx.ranks.evbmf import evbmf_rank
 from tdfx.ranks.spectrum import Spectrum
 
-NO_SIGNAL = "its spectrum is still that of noise: train longer before it is decomposed, or give its ranks with Ratio"
+NO_SIGNAL = "its spectrum is still that of noise: train longer, or use Ratio"
 
 
 def has_signal(spectra: Sequence[Spectrum]) -> bool:
