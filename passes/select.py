@@ -79,8 +79,8 @@ class Select(Pass):
         assert site.operation is not None
         scheme = scheme_for(site.operation, policy.scheme)
         if scheme is None:
-            asked = "no scheme" if policy.scheme == AUTO else policy.scheme
-            return _kept(site, Reason.NO_SCHEME, f"{asked} cannot stand for {_geometry(site.operation)}")
+            asked = "no scheme stands" if policy.scheme == AUTO else f"{policy.scheme} does not stand"
+            return _kept(site, Reason.NO_SCHEME, f"{asked} for {_geometry(site.operation)}")
         return self._rank(site, policy, scheme, site.operation)
 
     def _rank(self, site: Site, policy: Policy, scheme: Scheme, operation: Operation) -> SitePlan:

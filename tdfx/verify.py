@@ -142,9 +142,9 @@ def _check_inputs(given: object, needed: bool) -> tuple[Tensor, ...] | None:
         return None
     inputs = (given,) if isinstance(given, Tensor) else given
     if not isinstance(inputs, (tuple, list)) or not all(isinstance(one, Tensor) for one in inputs):
-        raise InputError(
-            f"example_inputs must be a tuple of tensors, not a {type(given).__name__}: pass example_inputs=(x,)."
-        )
+        kinds = ", ".join(type(one).__name__ for one in inputs) if isinstance(inputs, (tuple, list)) else ""
+        found = f"({kinds})" if kinds else f"a {type(given).__name__}"
+        raise InputError(f"example_inputs must be a tuple of tensors, not {found}: pass example_inputs=(x,).")
     return tuple(inputs)
 
 

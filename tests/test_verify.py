@@ -738,7 +738,7 @@ def test_random_numbers_go_on_as_before(x: Tensor) -> None:
     ("inputs", "text"),
     [
         (None, r"^example_inputs is missing: a module is exported by running it.*Pass example_inputs=\(x,\)"),
-        ((3,), r"^example_inputs must be a tuple of tensors, not \(3,\): pass example_inputs=\(x,\)\.$"),
+        ((3,), r"^example_inputs must be a tuple of tensors, not \(int\): pass example_inputs=\(x,\)\.$"),
     ],
 )
 def test_bad_inputs_are_refused(inputs: object, text: str) -> None:
