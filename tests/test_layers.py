@@ -120,10 +120,10 @@ def test_merging_gives_the_weight_back(case: tuple[nn.Module, Tensor]) -> None:
     assert type(merged) is type(layer)
     assert list(merged.state_dict()) == list(layer.state_dict())
     assert repr(merged) == repr(layer)
-    terms = sum(weight[0].numel() for weight in made.weights)
-    assert largest(weight_of(merged) - weight_of(layer)) <= terms * torch.finfo(torch.float64).eps * largest(
-        weight_of(layer)
-    )
+    # Eigenvectors are orthonormal to some ten eps for each of their entries; each product adds one for each of its terms.
+    terms = 10 * sum(weight[0].numel() for weight in made.weights)
+    bound = terms * torch.finfo(torch.float64).eps * largest(weight_of(layer))
+    assert largest(weight_of(merged) - weight_of(layer)) <= bound
 
 
 def test_merged_and_factorized_agree_at_a_low_rank(case: tuple[nn.Module, Tensor]) -> None:
