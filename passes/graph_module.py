@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 _MODULE_STATE = frozenset(nn.Module().__dict__)
 """What every nn.Module holds: parameters, buffers, children, hooks, mode."""
@@ -44,10 +46,39 @@ class FactorizedGraphModule(fx.GraphModule):
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A graph does not pickle: GraphModule pickles its code instead. The original's class is kept beside it.
-        plain = fx.GraphModule(self._tdfx_body(), self.graph)
-        return _restore, (self._tdfx_body(), plain)
+        return _restore, (self._tdfx_body(), _pack(self.graph))
 
 
-def _restore(body: nn.Module, plain: fx.GraphModule) -> FactorizedGraphModule:
-    return FactorizedGraphModule(body, plain.graph)
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """The place of a node in its graph, where a packed node has another one as an argument."""
+
+    index: int
+
+
+def _pack(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """Return a graph as plain tuples, which pickle, as a graph does not."""
+    places = {node: _Reference(index) for index, node in enumerate(graph.nodes)}
+
+    def reference(one: Any) -> Any:
+        return places[one] if isinstance(one, fx.Node) else one
+
+    def pack(arguments: Any) -> Any:
+        return map_aggregate(arguments, reference)
+
+    return [(node.op, node.target, pack(node.args), pack(node.kwargs), node.name, node.type) for node in graph.nodes]
+
+
+def _restore(body: nn.Module, packed: list[tuple[Any, ...]]) -> FactorizedGraphModule:
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+
+    def node_of(one: Any) -> Any:
+        return nodes[one.index] if isinstance(one, _Reference) else one
+
+    def unpack(arguments: Any) -> Any:
+        return map_aggregate(arguments, node_of)
+
+    for op, target, args, kwargs, name, kind in packed:
+        nodes.append(graph.create_node(op, target, unpack(args), unpack(kwargs), name, kind))
+    return FactorizedGraphModule(body, graph)
