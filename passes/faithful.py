@@ -15,9 +15,8 @@ from torch import fx, nn
 from torch.nn.parameter import UninitializedBuffer
 
 from tdfx.passes.tracer import is_site_or_leaf
-from tdfx.structure import HOOKS
+from tdfx.structure import HOOKS, MODULE_STATE
 
-_MODULE_STATE = frozenset(nn.Module().__dict__)
 _OWN_METHODS = frozenset({"__init__", "forward", "extra_repr"})
 """What a module class may define for itself without changing how a module behaves otherwise."""
 _UNSEEN = frozenset(
@@ -33,7 +32,7 @@ _GRAPH_NAMES = _COPYING | {
         "_graph_state",
         "_body_class",
     }
-    if not name.startswith("__") and name not in _MODULE_STATE and name not in vars(nn.Module)
+    if not name.startswith("__") and name not in MODULE_STATE and name not in vars(nn.Module)
 }
 """Names by which a GraphModule holds its own state; a model that uses one of them cannot become a graph."""
 
@@ -140,7 +139,7 @@ def _attributes(module: nn.Module) -> dict[tuple[str, str], tuple[int, int]]:
         (path, name): (id(value), len(value) if isinstance(value, list | dict | set) else 0)
         for path, one in module.named_modules()
         for name, value in one.__dict__.items()
-        if name not in _MODULE_STATE
+        if name not in MODULE_STATE
     }
 
 

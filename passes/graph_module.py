@@ -9,8 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-_MODULE_STATE = frozenset(nn.Module().__dict__)
-"""What every nn.Module holds: parameters, buffers, children, hooks, mode."""
+from tdfx.structure import MODULE_STATE
 
 
 class FactorizedGraphModule(fx.GraphModule):
@@ -23,7 +22,7 @@ class FactorizedGraphModule(fx.GraphModule):
     def __init__(self, body: nn.Module, graph: fx.Graph) -> None:
         """Wrap a module, the ``body``, whose forward is what ``graph`` computes; the body's children are shared."""
         super().__init__(body, graph, class_name=type(body).__name__)
-        self.__dict__["_graph_state"] = frozenset(self.__dict__) - _MODULE_STATE
+        self.__dict__["_graph_state"] = frozenset(self.__dict__) - MODULE_STATE
         self.__dict__["_body_class"] = type(body)
         self.__dict__.update(body.__dict__)
         # Only now, because GraphModule's constructor would call that of the original's class.

@@ -162,11 +162,11 @@ def _sites(model: nn.Module, emit: Emit) -> Program:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module that you train.")
-    for wrapper, inner in ((DistributedDataParallel, "module"), (DataParallel, "module"), (AveragedModel, "module")):
+    for wrapper in (DistributedDataParallel, DataParallel, AveragedModel):
         if isinstance(model, wrapper):
             raise ModelError(
                 f"The model is wrapped in {wrapper.__name__}, which holds on to the parameters it was given. Pass "
-                f"model.{inner}, and wrap what comes back again."
+                f"model.module, and wrap what comes back again."
             )
     compiled = [name for name, one in model.named_modules() if isinstance(one, torch._dynamo.OptimizedModule)]
     if compiled:

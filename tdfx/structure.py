@@ -24,6 +24,9 @@ HOOKS = (
 )
 """The attributes in which a module keeps the hooks of its calls."""
 
+MODULE_STATE = frozenset(nn.Module().__dict__)
+"""The attributes in which every module keeps its own state: parameters, buffers, children, hooks, mode."""
+
 _COMPILED = "_compiled_call_impl"
 """What ``module.compile()`` leaves: code for the module that it was called on, and for no copy of it."""
 

@@ -417,3 +417,19 @@ def test_a_weight_held_by_two_optimizers_is_an_error() -> None:
     with pytest.raises(tdfx.OptimizerError, match="weight of site '0' is held by 2 of the optimizers given"):
         tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0), optimizer=both)
     assert [one.param_groups[0]["params"][0] is model[0].weight for one in both] == [True, True]
+
+
+def test_second_moments_are_not_below_the_squares_of_the_first() -> None:
+    model = nn.Sequential(nn.Linear(16, 16)).double()
+    weight = model.get_parameter("0.weight")
+    optimizer = torch.optim.Adam(model.parameters())
+    loss = model(torch.ones(4, 16, dtype=torch.float64)).sum()
+    loss.backward()
+    optimizer.step()
+    # Entries that all agree, the case in which the estimate from uncorrelated entries is too small.
+    optimizer.state[weight]["exp_avg"].fill_(1.0)
+    optimizer.state[weight]["exp_avg_sq"].fill_(1.0)
+    small = tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0), optimizer=optimizer)
+    for factor in small.get_submodule("0.factors").children():
+        state = optimizer.state[factor.get_parameter("weight")]
+        assert bool((state["exp_avg_sq"] >= state["exp_avg"].square()).all())

@@ -47,7 +47,7 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 def spectrum(matrix: Tensor, *, rows_side: bool | None = None) -> Spectrum:
     """Decompose a matrix by the eigenvectors of its Gram matrix.
 
-    This is 4 to 5 times faster than a full SVD and never forms the longer side's vectors. Values below about 1e-8 of the
+    This never forms the longer side's vectors, as a full SVD does. Values below about 1e-8 of the
     largest are rounding noise, because the Gram matrix holds their squares; no rank rule looks that deep.
 
     Args:
