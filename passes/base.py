@@ -7,15 +7,48 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from tdfx.cost.count import Flow
 from tdfx.errors import PassError
 from tdfx.factors.operation import Operation
+from tdfx.kinds.registry import find_kind, kind_of
+from tdfx.layers import Factorized
 from tdfx.plan import Emit, Plan, Reason
 
 PLAN_ATTRIBUTE = "_tdfx_plan"
 """Where a rewritten model keeps its plan; this is also how a merge knows of a rewrite that kept every site."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What torch.fx made of one module."""
+
+    graphs: tuple[fx.Graph, ...]
+    """One graph, or one in train and one in eval mode where they differ in more than constants."""
+    doubt: str = ""
+    """Why they cannot stand for the module; "" if they can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of a parameter that functional calls use as a weight."""
+
+    owner: str
+    """Path of the module that holds it."""
+    name: str
+    """Its name there."""
+
+    @classmethod
+    def of(cls, path: str) -> Slot:
+        """Return the place of the parameter at a path."""
+        owner, _, name = path.rpartition(".")
+        return cls(owner, name)
+
+    @property
+    def path(self) -> str:
+        """The parameter's own path."""
+        return f"{self.owner}.{self.name}" if self.owner else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,11 +56,11 @@ class Site:
     """A place in the model that computes a convolution or a linear map."""
 
     name: str
-    """Path of the layer in the program's module."""
+    """Path of the layer in the program's module, or of the parameter where no layer kind holds it."""
     layer: nn.Module
-    """The layer itself, in the program's module."""
+    """The layer itself, in the program's module; or the module that holds the parameter."""
     kind: str
-    """The stock class that the layer is or derives from."""
+    """The layer kind, or the function that takes the parameter as its weight."""
     operation: Operation | None
     """What it computes; None for a kind that no scheme can stand for."""
     calls: int
@@ -38,8 +71,27 @@ class Site:
     """Why it cannot be rewritten, whatever the policy says."""
     note: str = ""
     """The reason in words."""
+    slot: Slot | None = None
+    """The parameter that a rewrite replaces, where functions take it as their weight and the layer stays."""
     flows: tuple[Flow, ...] | None = None
     """What flows into each call; None without example inputs."""
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The parameter that holds the weight; None where that is computed, or factorized."""
+        if isinstance(self.layer, Factorized):
+            return None
+        if self.slot is not None:
+            return self.layer._parameters[self.slot.name]
+        kind = find_kind(self.layer)
+        return self.layer._parameters.get(kind.weight) if kind is not None else None
+
+    @property
+    def dense(self) -> Tensor:
+        """The weight, detached, in the shape (out, in / groups, *kernel)."""
+        weight = self.weight
+        assert weight is not None, f"site {self.name!r} has no weight of its own"
+        return weight.detach() if self.slot is not None else kind_of(self.layer).to_dense(weight.detach())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +100,8 @@ class Program:
 
     module: nn.Module
     """The model; from ``trace`` on it is a structural copy that shares every tensor with the user's."""
-    graphs: Mapping[str, tuple[fx.Graph, ...]] = field(default_factory=dict)
-    """Path of a submodule ("" for the root) -> its graph, or its graphs in train and in eval mode where they differ."""
+    graphs: Mapping[str, Traced] = field(default_factory=dict)
+    """Path of a submodule ("" for the root) -> its graphs; a submodule has its own where no graph above shows its inside."""
     emit: Emit = "graph"
     """How a rewritten model will be given back."""
     notes: tuple[str, ...] = ()

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import ast
 import inspect
-import random
 import textwrap
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
-import numpy as np
-import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer
 
-from tdfx.passes.tracer import is_site_or_leaf
+from tdfx.passes.tracer import random_states
 from tdfx.structure import HOOKS, MODULE_STATE
 
-_OWN_METHODS = frozenset({"__init__", "forward", "extra_repr"})
-"""What a module class may define for itself without changing how a module behaves otherwise."""
-_UNSEEN = frozenset(
-    {"autocast", "no_grad", "enable_grad", "inference_mode", "set_grad_enabled", "is_grad_enabled", "checkpoint"}
-)
+_CALLING = frozenset({"__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "_compiled_call_impl"})
+"""Methods of nn.Module by which it is called; a graph calls none of its blocks by them."""
+_UNSEEN = frozenset({"is_grad_enabled", "checkpoint"})
 """Names in a model's code that change how it runs and leave no trace in a graph."""
 _COPYING = frozenset({"__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__"})
 _GRAPH_NAMES = _COPYING | {
@@ -44,30 +39,29 @@ class Watch:
         self.module = module
         self.attributes = _attributes(module)
         self.versions = _versions(module)
-        self.random = _random_states()
+        self.random = random_states()
 
-    def doubt(self) -> str:
-        """Return what the forward did while it was traced that a graph would not do again; "" if nothing."""
+    def doubts(self) -> dict[str, str]:
+        """Return what the forward did while it was traced that a graph would not do again, by the module it concerns."""
+        found: dict[str, str] = {}
         now = _attributes(self.module)
-        if any(name.startswith("_tensor_constant") for _, name in now.keys() - self.attributes.keys()):
-            return "its forward makes tensors that a graph would freeze"
-        if now != self.attributes:
-            changed = min(name for (_, name), _ in set(now.items()) ^ set(self.attributes.items()))
-            return f"its forward changes its own attribute {changed!r}"
-        if _versions(self.module) != self.versions:
-            return "its forward changes a buffer"
-        if _random_states() != self.random:
-            return "its forward draws random numbers that a graph would freeze"
-        return ""
+        for path, name in sorted(key for key, _ in set(now.items()) ^ set(self.attributes.items())):
+            if not name.startswith("_tensor_constant"):  # the tracer's own, and noted by it
+                found.setdefault(path, f"its forward changes its own attribute {name!r}")
+        for path, version in _versions(self.module).items():
+            if version != self.versions[path]:
+                found.setdefault(path, "its forward changes a buffer")
+        return found
+
+    def drew(self) -> bool:
+        """Return True if random numbers were drawn."""
+        return random_states() != self.random
 
 
-def static_doubt(module: nn.Module) -> str:
+def doubt_of_root(module: nn.Module) -> str:
     """Return why a graph could not stand for a module although its forward traces; "" if it can."""
     if isinstance(module, fx.GraphModule):
         return ""
-    inner = [child for child in module.modules() if not is_site_or_leaf(child)]
-    if any(child.__dict__[name] for child in inner if child is not module for name in HOOKS):
-        return "a block inside it has hooks, which a graph would not call"
     optional = [
         parameter.name
         for parameter in inspect.signature(module.forward).parameters.values()
@@ -75,34 +69,32 @@ def static_doubt(module: nn.Module) -> str:
     ]
     if optional:
         return f"its forward has the optional argument {optional[0]!r}, and a graph would fix one case of it"
-    kinds: dict[type, None] = {type(child): None for child in inner}
-    for kind in kinds:
-        if overridden := _overridden(kind):
-            return f"{kind.__name__} has its own {overridden}(), which a graph would not call"
-        if unseen := _unseen(kind):
-            return f"{kind.__name__} uses {unseen}, which leaves no trace in a graph"
     own = {name for base in _user_classes(type(module)) for name in vars(base)}
     own |= {*module.__dict__, *module._modules, *module._parameters, *module._buffers}
     if taken := sorted(own & _GRAPH_NAMES):
         return f"its attribute {taken[0]!r} has a name that GraphModule uses itself"
+    return _doubt_of_code(module)
+
+
+def doubt_of_block(module: nn.Module) -> str:
+    """Return why a module inside a graph must be called as it is; "" if the graph may do what its forward does."""
+    if any(module.__dict__[name] for name in HOOKS):
+        return "it has hooks, which a graph would not call"
+    return _doubt_of_code(module)
+
+
+def _doubt_of_code(module: nn.Module) -> str:
+    kind: type = type(module)
+    if own := _CALLING & {name for base in _user_classes(kind) for name in vars(base)}:
+        return f"{kind.__name__} has its own {min(own)}(), which a graph would not call"
+    if unseen := _unseen(kind):
+        return f"{kind.__name__} uses {unseen}, which leaves no trace in a graph"
     return ""
 
 
 def _user_classes(kind: type) -> list[type]:
     """Return a class and its bases as far as they are not torch's own."""
     return [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.nn")]
-
-
-def _overridden(kind: type) -> str:
-    """Return a method of nn.Module that a class or its bases redefine."""
-    plumbing = set(vars(nn.Module)) - _OWN_METHODS
-    found = [
-        name
-        for base in _user_classes(kind)
-        for name, value in vars(base).items()
-        if name in plumbing and inspect.isfunction(value)
-    ]
-    return min(found, default="")
 
 
 @lru_cache(maxsize=1024)
@@ -130,6 +122,8 @@ def _unseen_in(function: Any) -> str:
             and "Tensor" in ast.unparse(node.args[1])
         ):
             return "isinstance(..., Tensor)"
+        if isinstance(node, ast.Compare) and "training is " in ast.unparse(node):
+            return "`training is`"
     return ""
 
 
@@ -143,9 +137,13 @@ def _attributes(module: nn.Module) -> dict[tuple[str, str], tuple[int, int]]:
     }
 
 
-def _versions(module: nn.Module) -> list[int]:
-    return [buffer._version for buffer in module.buffers() if not isinstance(buffer, UninitializedBuffer)]
+def _versions(module: nn.Module) -> dict[str, int]:
+    """Return how often the buffers of each submodule were changed in place."""
+    return {
+        path: sum(buffer._version for buffer in one._buffers.values() if _has_version(buffer))
+        for path, one in module.named_modules()
+    }
 
 
-def _random_states() -> tuple[bytes, object, str]:
-    return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), str(np.random.get_state(legacy=True))
+def _has_version(buffer: Tensor | None) -> TypeGuard[Tensor]:
+    return buffer is not None and not isinstance(buffer, UninitializedBuffer)

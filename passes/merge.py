@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from tdfx.errors import MergeError
-from tdfx.layers import Factorized
+from tdfx.layers import Factorized, weight_of
+from tdfx.parameters import FactorizedParameter, restore_parameter
 from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program
 from tdfx.passes.graph_module import FactorizedGraphModule
 from tdfx.structure import structural_copy
@@ -19,8 +21,15 @@ class Join:
     """One factorized layer and the layer it becomes."""
 
     name: str
+    """Path of the factorized module."""
     factorized: Factorized
     dense: nn.Module
+    """The layer with the joined weight; a stand-in, where a parameter was factorized and not a layer."""
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The joined weight."""
+        return weight_of(self.dense)
 
 
 class Merge(Pass):
@@ -53,6 +62,7 @@ class Merge(Pass):
         for graph in reversed(graphs):
             dense[graph] = structural_copy(graph._tdfx_body(), dense)
         merged = dense[module] if module in dense else structural_copy(module, dense)
+        _restore_slots(merged, {id(join.dense): join for join in self.joins})
         changes = tuple(Change(join.name, f"Factorized -> {type(join.dense).__name__}") for join in self.joins)
         return PassResult(replace(program, module=_plain(merged)), changes)
 
@@ -60,7 +70,7 @@ class Merge(Pass):
         """No factor is left, and the keys are the original's, in the original's order."""
         merged = result.program.module
         self.check(not any(isinstance(one, Factorized) for one in merged.modules()), "no factorized layer is left")
-        expected = _merged_keys(before.module)
+        expected = list(_merged_keys(before.module))
         found = [name for name, _ in merged.named_parameters(remove_duplicate=False)]
         self.check(found == expected, "parameters have the original names, in the original order")
         self.check(not isinstance(merged, FactorizedGraphModule), "the class is the original's")
@@ -71,14 +81,26 @@ def _plain(module: nn.Module) -> nn.Module:
     return module
 
 
-def _merged_keys(module: nn.Module) -> list[str]:
-    """Return the parameter names that a factorized model will have once its layers are whole again."""
-    paths = {name for name, one in module.named_modules(remove_duplicate=False) if isinstance(one, Factorized)}
-    keys: list[str] = []
-    for name, _ in module.named_parameters(remove_duplicate=False):
-        path, found, factor = name.rpartition("factors.")
-        owner = path.removesuffix(".")
-        key = f"{path}{factor.partition('.')[2]}" if found and owner in paths else name
-        if key not in keys[-2:]:
-            keys.append(key)
-    return keys
+def _restore_slots(module: nn.Module, joins: Mapping[int, Join]) -> None:
+    """Make parameters again of what stands for a parameter."""
+    for owner in list(module.modules()):
+        found = {name: joins[id(child)] for name, child in owner._modules.items() if id(child) in joins}
+        slots = {name: join for name, join in found.items() if isinstance(join.factorized, FactorizedParameter)}
+        for name, join in slots.items():
+            restore_parameter(owner, name, join.weight, join.factorized.siblings)
+
+
+def _merged_keys(module: nn.Module, path: str = "") -> Iterator[str]:
+    """Yield the parameter names that a factorized model will have once its layers are whole again."""
+    if isinstance(module, Factorized):
+        own, children = list(module.origin.layer._parameters), []
+        own = [name for name in own if name != module.kind.bias or module.bias is not None]
+    else:
+        slots = {name: one for name, one in module._modules.items() if isinstance(one, FactorizedParameter)}
+        held = [name for name, one in module._parameters.items() if one is not None]
+        siblings = next((one.siblings for one in slots.values()), ())
+        own = sorted([*held, *slots], key=lambda name: siblings.index(name) if name in siblings else len(siblings))
+        children = [(name, child) for name, child in module._modules.items() if name not in slots and child is not None]
+    yield from (f"{path}{name}" for name in own)
+    for name, child in children:
+        yield from _merged_keys(child, f"{path}{name}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,21 +11,35 @@ from torch import fx, nn
 
 from tdfx.errors import PlanError, nearest
 from tdfx.factors.registry import get_scheme
+from tdfx.kinds.functional import Call, parse_call
+from tdfx.kinds.stock import build_layer
 from tdfx.layers import Factorized
-from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site
+from tdfx.parameters import FactorizedParameter
+from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site, Slot
 from tdfx.passes.graph_module import FactorizedGraphModule
 from tdfx.passes.weights import Spectra, check_weight, working_weight
-from tdfx.plan import Plan, SitePlan
+from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.structure import structural_copy
+
+_UNSEEN = (Reason.READ_ELSEWHERE, Reason.CUSTOM_FORWARD)
+"""Reasons for which a site is kept as long as no run has shown that functions take its weight and nothing else does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """One layer and what takes its place."""
+    """One weight and what takes its place."""
 
-    name: str
-    dense: nn.Module
+    site: str
+    """Name of the site."""
+    path: str
+    """Path of the factorized module in the rewritten model."""
+    weight: nn.Parameter
+    """The dense weight, as the site's layer holds it."""
     factorized: Factorized
+    layer: nn.Module
+    """The layer that goes, or the one whose parameter goes."""
+    slot: Slot | None
+    """The place of the parameter, where the layer stays."""
 
 
 class Rewrite(Pass):
@@ -46,13 +60,12 @@ class Rewrite(Pass):
     def run(self, program: Program) -> PassResult:
         """Split each weight, then build the whole model once."""
         assert program.plan is not None
-        sites = {site.name: site for site in program.sites}
+        sites = _planned_sites(program.plan, program)
         todo = [one for one in program.plan.factorized if not isinstance(sites[one.name].layer, Factorized)]
         self.swaps = tuple(self._swap(sites[decision.name], decision) for decision in todo)
-        swapped: dict[nn.Module, nn.Module] = {swap.dense: swap.factorized for swap in self.swaps}
-        module = _emit(program, swapped)
+        module = _emit(program, self.swaps)
         module.__dict__[PLAN_ATTRIBUTE] = program.plan
-        changes = tuple(Change(swap.name, f"{type(swap.dense).__name__} -> Factorized") for swap in self.swaps)
+        changes = tuple(Change(swap.path, f"{sites[swap.site].kind} -> Factorized") for swap in self.swaps)
         return PassResult(replace(program, module=module), changes)
 
     def ensures(self, before: Program, result: PassResult) -> None:
@@ -60,39 +73,94 @@ class Rewrite(Pass):
         module = result.program.module
         for change in result.changes:
             self.check(isinstance(module.get_submodule(change.site), Factorized), f"{change.site!r} is factorized")
-        dense = {id(swap.dense.weight) for swap in self.swaps}
+        dense = {id(swap.weight) for swap in self.swaps}
         factors = {id(weight) for swap in self.swaps for weight in swap.factorized.weights}
         kept = [id(parameter) for parameter in before.module.parameters() if id(parameter) not in dense]
         now = [id(parameter) for parameter in module.parameters() if id(parameter) not in factors]
         self.check(kept == now, "every parameter that was not factorized is shared, in the same order")
-        if isinstance(module, FactorizedGraphModule):
-            module.graph.lint()
 
     def _swap(self, site: Site, decision: SitePlan) -> Swap:
         assert decision.scheme is not None
         assert decision.ranks is not None
+        assert site.weight is not None
+        assert site.operation is not None
         scheme = get_scheme(decision.scheme)
-        weight = working_weight(site.layer)
+        weight = working_weight(site)
         spectra = self.spectra.get(site.name) or scheme.spectra(weight)
         factors = scheme.split(weight, decision.ranks, spectra)
-        return Swap(site.name, site.layer, Factorized.of(site.layer, scheme, decision.ranks, factors))
+        if site.slot is None:
+            made = Factorized.of(site.layer, scheme, decision.ranks, factors)
+            return Swap(site.name, site.name, site.weight, made, site.layer, None)
+        stand_in = build_layer(site.operation, site.weight, None).train(site.layer.training)
+        parameter = FactorizedParameter.of(stand_in, scheme, decision.ranks, factors)
+        parameter.__dict__["siblings"] = tuple(site.layer._parameters)
+        return Swap(site.name, site.slot.path, site.weight, parameter, site.layer, site.slot)
 
 
-def _emit(program: Program, swapped: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    body = structural_copy(program.module, swapped)
+def _emit(program: Program, swaps: Sequence[Swap]) -> nn.Module:
+    """Build the rewritten model: a graph where the program says so and a graph can stand for the model."""
+    body = structural_copy(program.module, {swap.layer: swap.factorized for swap in swaps if swap.slot is None})
+    slots = {swap.path: swap for swap in swaps if swap.slot is not None}
+    for swap in slots.values():
+        assert swap.slot is not None
+        owner = body.get_submodule(swap.slot.owner)
+        del owner._parameters[swap.slot.name]
+        owner._modules[swap.slot.name] = swap.factorized
     if isinstance(body, FactorizedGraphModule):
-        return copy.copy(body)
-    if program.emit == "modules" or isinstance(body, fx.GraphModule):
+        graphs: Sequence[fx.Graph] = body._tdfx_graphs()
+        body = body._tdfx_body()
+    elif program.emit == "modules" or isinstance(body, fx.GraphModule):
         return body
-    (graph,) = program.graphs[""]
-    return FactorizedGraphModule(body, copy.deepcopy(graph))
+    else:
+        graphs = program.graphs[""].graphs
+    return FactorizedGraphModule(body, [_with_calls(copy.deepcopy(graph), slots) for graph in graphs])
+
+
+def _with_calls(graph: fx.Graph, paths: Collection[str]) -> fx.Graph:
+    """Turn calls of functions whose weight is factorized into calls of what stands for it."""
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or node.target not in paths:
+            continue
+        for user in list(node.users):
+            call = parse_call(user.target, user.args, user.kwargs) if user.op == "call_function" else None
+            if call is None or call.weight is not node:
+                continue
+            with graph.inserting_before(user):
+                made = graph.call_module(node.target, kwargs=dict(call.rest))
+            made.meta = user.meta
+            user.replace_all_uses_with(made)
+            graph.erase_node(user)
+        if not node.users:
+            graph.erase_node(node)
+    return graph
+
+
+def _planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
+    """Return the program's sites by name, with those that the plan knows from example inputs."""
+    sites = {site.name: site for site in program.sites}
+    parameters = dict(program.module.named_parameters())
+    for decision in plan.factorized:
+        found = sites.get(decision.name)
+        if decision.parameter not in parameters or (found is not None and found.reason not in _UNSEEN):
+            continue
+        slot = Slot.of(decision.parameter)
+        call = Call(decision.kind, len(decision.shape) - 2, False, None)
+        sites[decision.name] = Site(
+            name=decision.name,
+            layer=program.module.get_submodule(slot.owner),
+            kind=decision.kind,
+            operation=call.operation(parameters[decision.parameter].shape),
+            calls=decision.calls,
+            slot=slot,
+        )
+    return sites
 
 
 def check_plan(plan: Plan, program: Program) -> None:
     """Raise PlanError unless the plan can be carried out on this program, WeightError where a weight is not finite."""
-    sites = {site.name: site for site in program.sites}
+    sites = _planned_sites(plan, program)
     for decision in plan:
-        if decision.name not in sites:
+        if decision.name not in sites and (decision.factorized or decision.parameter is None):
             raise PlanError(
                 f"The plan names site {decision.name!r}, which {type(program.module).__name__} does not have: the plan was "
                 f"made for another model. Nearest: {nearest(decision.name, sites)}. Make it again with tdfx.plan."

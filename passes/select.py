@@ -84,7 +84,7 @@ class Select(Pass):
         return self._rank(site, policy, scheme, site.operation)
 
     def _rank(self, site: Site, policy: Policy, scheme: Scheme, operation: Operation) -> SitePlan:
-        weight = working_weight(site.layer)
+        weight = working_weight(site)
         spectra = scheme.spectra(weight)
         full = scheme.full_ranks(operation)
         choice = policy.rank.choose(site.name, spectra)
@@ -123,12 +123,13 @@ def _check_pattern(setting: str, pattern: str, names: Sequence[str]) -> None:
 
 
 def _kept(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | None = None) -> SitePlan:
-    shape = site.operation.weight_shape if site.operation is not None else _shape(site.layer.weight)
-    count = _count(site.layer)
+    shape = site.operation.weight_shape if site.operation is not None else _shape(site.weight)
+    count = _count(site)
     work = _flops([site.operation], site.flows) if site.operation is not None else None
     return SitePlan(
         name=site.name,
         kind=site.kind,
+        parameter=site.slot.path if site.slot is not None else None,
         shape=shape,
         calls=site.calls,
         full_ranks=full,
@@ -145,9 +146,9 @@ def _is_lazy(parameter: object) -> bool:
     return isinstance(parameter, nn.parameter.UninitializedParameter)
 
 
-def _count(layer: nn.Module) -> int:
-    """Count the values in a layer's weight, or in its factors' where it is factorized."""
-    weights = layer.weights if isinstance(layer, Factorized) else (layer.weight,)
+def _count(site: Site) -> int:
+    """Count the values in a site's weight, or in its factors' where it is factorized."""
+    weights = site.layer.weights if isinstance(site.layer, Factorized) else (site.weight,)
     return sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and not _is_lazy(weight))
 
 

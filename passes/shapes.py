@@ -1,30 +1,30 @@
-"""What flows through each site, from one forward pass with example inputs."""
+"""What flows through each site, from forward passes with example inputs; and the sites that only a run shows."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from tdfx.cost.count import Flow
 from tdfx.errors import InputError
 from tdfx.factors.operation import Operation
-from tdfx.passes.base import Change, Pass, PassResult, Program, Site
-from tdfx.passes.tracer import throwaway
+from tdfx.kinds.registry import is_candidate, kind_of
+from tdfx.passes.base import Change, Pass, PassResult, Program, Site, Slot
+from tdfx.passes.observe import Inputs, Observed, observe, split_inputs
+from tdfx.passes.obstacles import layers_inside_leaves, obstacle
+from tdfx.passes.uses import Uses, uses_of
 from tdfx.plan import Reason
-
-Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-"""Example inputs: the positional arguments of the model, one tensor for a single one, or keyword arguments by name."""
 
 
 class Shapes(Pass):
-    """Run the model once in eval mode, without gradients, and note the shape of what enters each site."""
+    """Run the model in eval mode, without gradients, and note the shape of what enters each site.
+
+    A parameter that was passed to a function, in code that no graph shows, becomes a site if a second run, in train mode,
+    shows no other use of it.
+    """
 
     name = "shapes"
 
@@ -33,52 +33,119 @@ class Shapes(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Attach the flows to the sites and their shapes to the graphs' nodes."""
-        seen = _observe(program, self.inputs)
-        in_graph = {id(site.layer) for site in program.sites if site.nodes}
-        sites = tuple(_with_flows(site, seen.get(site.name, []), id(site.layer) in in_graph) for site in program.sites)
+        try:
+            seen = observe(program.module, self.inputs, training=False)
+        except Exception as error:  # whatever the model raises, it is about these inputs
+            raise InputError(
+                f"{type(program.module).__name__} does not accept the example inputs {_describe(self.inputs)}: "
+                f"{type(error).__name__}: {error}. Pass example_inputs=(x,) with the shape, dtype and device that its "
+                f"forward takes, or leave them out to plan without shapes."
+            ) from error
+        uses = uses_of(program)
+        sites = _with_functional(program, self.inputs, seen, uses)
+        sites = [_with_flows(site, seen, id(site.layer) in uses.traced and bool(site.nodes)) for site in sites]
         for site in sites:
             for node in site.nodes:
                 node.meta["tdfx_flows"] = site.flows
         changes = tuple(Change(site.name, "shape known") for site in sites if site.flows)
-        return PassResult(replace(program, sites=sites), changes)
+        return PassResult(replace(program, sites=tuple(sites)), changes)
 
     def ensures(self, before: Program, result: PassResult) -> None:
-        """No site is lost and each site that was run has a flow for each of its calls."""
-        self.check(
-            [site.name for site in before.sites] == [site.name for site in result.program.sites],
-            "the sites are those that were found",
-        )
+        """No site is lost, none is listed twice, and those that were found stay in their order."""
+        found = [site.name for site in before.sites]
+        now = [site.name for site in result.program.sites]
+        self.check([name for name in now if name in set(found)] == found, "the sites that were found are still there")
+        self.check(len(now) == len(set(now)), "every site is listed once")
 
 
-def _observe(program: Program, inputs: Inputs) -> dict[str, list[Flow]]:
-    """Return what entered each site in one forward pass of a copy."""
-    seen: defaultdict[str, list[Flow]] = defaultdict(list)
-    copy = throwaway(program.module, mode=False)
-    for site in program.sites:
-        if site.operation is not None:
-            copy.get_submodule(site.name).register_forward_pre_hook(
-                _recorder(seen[site.name], site.operation), with_kwargs=True
-            )
-    arguments, named = tree_map_only(Tensor, Tensor.clone, _arguments(inputs))
+def _with_functional(program: Program, inputs: Inputs, seen: Observed, uses: Uses) -> list[Site]:
+    """Return the sites with those that only the run showed to be functional calls."""
+    inside = layers_inside_leaves(program.module)
+    slots = [
+        slot
+        for slot in _slots(program.module)
+        if id(_parameter(program.module, slot)) in seen.functional
+        and id(_parameter(program.module, slot)) not in uses.functional
+        and id(program.module.get_submodule(slot.owner)) not in inside
+    ]
+    if not slots:
+        return list(program.sites)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(copy)):
-            copy(*arguments, **named)
-    except Exception as error:  # whatever the model raises, it is about these inputs
-        raise InputError(
-            f"{type(program.module).__name__} does not accept the example inputs {_describe(inputs)}: "
-            f"{type(error).__name__}: {error}. Pass example_inputs=(x,) with the shape, dtype and device that its forward "
-            f"takes, or leave them out to plan without shapes."
-        ) from error
-    return dict(seen)
+        reads = seen.reads | observe(program.module, inputs, training=True).reads
+    except Exception as error:  # in train mode a model may want targets too, or larger batches
+        reads, unknown = (
+            seen.reads,
+            f"in train mode the model does not run on the example inputs: {type(error).__name__}",
+        )
+    else:
+        unknown = ""
+    only_weights = replace(uses, reads=frozenset(reads))
+    made = {site.name: site for slot in slots for site in _site(program.module, slot, seen, only_weights, unknown)}
+    sites = [made.pop(site.name, site) for site in program.sites]
+    return _in_order(program.module, [*sites, *made.values()])
 
 
-def _recorder(flows: list[Flow], operation: Operation) -> Any:
-    def record(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        entering = arguments[0] if arguments else named.get("input")
-        if isinstance(entering, Tensor):
-            flows.append(flow_of(tuple(entering.shape), operation))
+def _site(root: nn.Module, slot: Slot, seen: Observed, uses: Uses, unknown: str) -> Iterator[Site]:
+    owner = root.get_submodule(slot.owner)
+    parameter = owner._parameters[slot.name]
+    assert parameter is not None
+    calls = seen.functional[id(parameter)]
+    layer_kind = kind_of(owner) if is_candidate(owner) else None
+    if layer_kind is not None and slot.name != layer_kind.weight:
+        return
+    kind = layer_kind.name if layer_kind is not None else calls[0][0].name
+    operation = calls[0][0].operation(parameter.shape)
+    reason, note = obstacle(parameter, kind, operation, uses)
+    if reason is None and unknown:
+        reason, note = Reason.READ_ELSEWHERE, unknown
+    yield Site(
+        name=slot.owner if layer_kind is not None else slot.path,
+        layer=owner,
+        kind=kind,
+        operation=operation,
+        calls=len(calls),
+        reason=reason,
+        note=note,
+        slot=slot,
+    )
 
-    return record
+
+def _slots(root: nn.Module) -> list[Slot]:
+    """Return the places of all parameters, each under its first name."""
+    return [Slot.of(name) for name, _ in root.named_parameters()]
+
+
+def _parameter(root: nn.Module, slot: Slot) -> object:
+    return root.get_submodule(slot.owner)._parameters[slot.name]
+
+
+def _in_order(root: nn.Module, sites: list[Site]) -> list[Site]:
+    """Sort sites as Find lists them: by the module, then by its parameters."""
+    places = {path: index for index, (path, _) in enumerate(root.named_modules())}
+
+    def place(site: Site) -> tuple[int, int]:
+        if site.slot is None:
+            return places[site.name], 0
+        names = list(root.get_submodule(site.slot.owner)._parameters)
+        return places[site.slot.owner], names.index(site.slot.name) if site.slot.name in names else 0
+
+    return sorted(sites, key=place)
+
+
+def _with_flows(site: Site, seen: Observed, in_graph: bool) -> Site:
+    if site.slot is not None and site.slot.path in seen.entering:  # factorized already
+        shapes = seen.entering[site.slot.path]
+    elif site.slot is not None:
+        shapes = [shape for _, shape in seen.functional.get(id(site.weight), ())]
+    else:
+        shapes = seen.entering.get(site.name, [])
+    flows = tuple(flow_of(shape, site.operation) for shape in shapes) if site.operation is not None else ()
+    if site.reason is None and id(site.weight) in seen.reads:
+        note = "forward reads its weight besides calling it" if shapes else "forward reads its weight without calling it"
+        return replace(site, flows=flows, calls=len(shapes), reason=Reason.READ_ELSEWHERE, note=note)
+    if flows or in_graph or site.reason is not None:
+        return replace(site, flows=flows, calls=max(site.calls, len(shapes)) if in_graph else len(shapes))
+    return replace(site, flows=(), calls=0, reason=Reason.NOT_CALLED, note="the example inputs do not reach it")
 
 
 def flow_of(shape: tuple[int, ...], operation: Operation) -> Flow:
@@ -94,22 +161,8 @@ def flow_of(shape: tuple[int, ...], operation: Operation) -> Flow:
     return Flow(math.prod(shape[: -operation.dims - 1]), shape[len(shape) - operation.dims :])
 
 
-def _with_flows(site: Site, flows: list[Flow], in_graph: bool) -> Site:
-    if flows or in_graph or site.reason is not None:
-        return replace(site, flows=tuple(flows), calls=max(site.calls, len(flows)) if in_graph else len(flows))
-    return replace(site, flows=(), calls=0, reason=Reason.NOT_CALLED, note="the example inputs do not reach it")
-
-
-def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return tuple(inputs), {}
-
-
 def _describe(inputs: Inputs) -> str:
-    arguments, named = _arguments(inputs)
+    arguments, named = split_inputs(inputs)
     parts = [_describe_one(one) for one in arguments] + [f"{key}={_describe_one(one)}" for key, one in named.items()]
     return f"({', '.join(parts)})"
 
@@ -118,7 +171,3 @@ def _describe_one(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     return type(value).__name__
-
-
-def _cuda_devices(module: nn.Module) -> list[torch.device]:
-    return list({parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"})

@@ -1,44 +1,125 @@
-"""The torch.fx tracer that keeps every site as one call."""
+"""The torch.fx tracer that keeps every site as one call, and notes what a graph would not do again."""
 
 from __future__ import annotations
 
-import torch
-from torch import fx, nn
-from torch.nn.parameter import UninitializedBuffer
+import copy
+import random
+from collections.abc import Collection
+from typing import Any
 
-from tdfx.kinds import has_stock_forward, is_candidate
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from tdfx.kinds.registry import find_kind
 from tdfx.layers import Factorized
+from tdfx.passes.modes import Mode
 from tdfx.structure import HOOKS, structural_copy
 
 
 class SiteTracer(fx.Tracer):
-    """Keeps every layer that can be a site, and every factorized one, as one call in the graph."""
+    """Keeps every layer that can be a site, and every factorized one, as one call in the graph.
+
+    Args:
+        whole: Classes of modules to keep as one call besides.
+        whole_paths: Paths of such modules.
+    """
+
+    def __init__(self, whole: Collection[type[nn.Module]] = (), whole_paths: Collection[str] = ()) -> None:
+        super().__init__()
+        self.whole = whole
+        self.whole_paths = whole_paths
+        self.kept_whole: dict[str, nn.Module] = {}
+        """The modules that were kept as one call for these arguments' sake, by path."""
+        self.doubts: dict[str, str] = {}
+        """Path of a module -> what it did while it was traced that a graph would not do again."""
+        self.deciders: set[str] = set()
+        """Paths of the modules whose mode decided something."""
+        self.failed_at: str | None = None
+        """The path of the innermost module whose forward raised an error; None for the root."""
+        self._open: list[str] = []
+        self._contexts = _contexts()
+
+    def trace_in_mode(self, root: nn.Module, training: bool) -> fx.Graph:
+        """Trace a throwaway copy in a mode; each of its modules notes when its own mode decides something."""
+        for path, one in root.named_modules():
+            one.__dict__["training"] = Mode(training, path, self.deciders.add)
+        return self.trace(root)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Treat stock layers, subclasses of them that keep the stock forward, and factorized layers as one call."""
-        if isinstance(m, Factorized):
+        """Treat sites, factorized layers, torch.nn's own layers, and what was asked for as one call."""
+        if is_site_or_leaf(m):
             return True
-        if type(m).forward is nn.Module.forward and "forward" not in m.__dict__:
-            # A list or a dictionary of modules computes nothing itself; what it holds is called by others.
-            return False
-        if is_candidate(m):
-            return has_stock_forward(m)
-        return bool(super().is_leaf_module(m, module_qualified_name))
+        if type(m) in self.whole or module_qualified_name in self.whole_paths:
+            self.kept_whole[module_qualified_name] = m
+            return True
+        return False
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Keep count of where the trace is, and note a forward that draws random numbers by itself."""
+        self._open.append(self.path_of_module(m))
+        known, states = len(self.doubts), random_states()
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            if len(self.doubts) == known and random_states() != states:
+                self.doubt("draws random numbers that a graph would freeze")
+        except Exception:
+            self.failed_at = self.failed_at or self._open[-1]
+            raise
+        finally:
+            self._open.pop()
+        return result
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Note an operation that runs under a gradient mode or an autocast of the forward's own."""
+        if _contexts() != self._contexts:
+            self.doubt("switches autocast or gradients on or off")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """Note a tensor that the forward makes, which would stand in the graph as a constant."""
+        made = super().create_arg(a)
+        if isinstance(a, Tensor) and isinstance(made, fx.Node) and "_tensor_constant" in str(made.target):
+            self.doubt("makes tensors that a graph would freeze")
+        return made
+
+    def doubt(self, why: str) -> None:
+        """Note a doubt about the module whose forward is running."""
+        self.doubts.setdefault(self._open[-1] if self._open else "", f"its forward {why}")
+
+
+def is_site_or_leaf(module: nn.Module) -> bool:
+    """Return True for modules that no graph looks into: single layers, factorized layers, and torch.nn's own."""
+    if isinstance(module, Factorized):
+        return True
+    if type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
+        # A list or a dictionary of modules computes nothing itself; what it holds is called by others.
+        return False
+    kind = find_kind(module)
+    if kind is not None:
+        return kind.is_intact(module)
+    return bool(fx.Tracer().is_leaf_module(module, ""))
 
 
 def throwaway(module: nn.Module, mode: bool) -> nn.Module:
     """Return a structural copy to run or trace: in the given mode, with buffers of its own.
 
-    The mode is set on each module by itself, since a user's own ``train`` may change the tensors that the copy shares.
+    What a lazy layer will make real at its first run is the copy's own, too. The mode is set on each module by itself,
+    since a user's own ``train`` may change the tensors that the copy shares.
     """
-    copy = structural_copy(module)
+    made = structural_copy(module)
     buffers: dict[int, torch.Tensor] = {}
-    for one in copy.modules():
+    for one in made.modules():
         one.training = mode
         for name, buffer in one._buffers.items():
-            if buffer is not None and not isinstance(buffer, UninitializedBuffer):
-                one._buffers[name] = buffers.setdefault(id(buffer), buffer.clone())
-    return copy
+            if buffer is not None:
+                own = copy.deepcopy(buffer) if isinstance(buffer, UninitializedBuffer) else buffer.clone()
+                one._buffers[name] = buffers.setdefault(id(buffer), own)
+        for name, parameter in one._parameters.items():
+            if isinstance(parameter, UninitializedParameter):
+                one._parameters[name] = copy.deepcopy(parameter)
+    return made
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
@@ -50,6 +131,13 @@ def without_hooks(module: nn.Module) -> nn.Module:
     return module
 
 
-def is_site_or_leaf(module: nn.Module) -> bool:
-    """Return True for modules that no graph looks into: single layers, factorized layers, and torch.nn's own."""
-    return SiteTracer().is_leaf_module(module, "")
+def _contexts() -> tuple[bool, ...]:
+    """Return what decides how an operation runs besides its arguments."""
+    autocast = (torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+def random_states() -> tuple[object, ...]:
+    """Return the states of the random generators of torch (CPU), Python and NumPy, to be compared."""
+    _, keys, *rest = np.random.get_state(legacy=True)
+    return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(keys).tobytes(), rest

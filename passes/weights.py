@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdfx.errors import WeightError
 from tdfx.passes.base import Site
@@ -13,17 +13,14 @@ Spectra = dict[str, tuple[Spectrum, ...]]
 """Site name -> its spectra, so that the rewrite need not compute them again."""
 
 
-def working_weight(layer: nn.Module) -> Tensor:
-    """Return a layer's weight in the dtype in which it is decomposed, detached."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().to(working_dtype(weight))
+def working_weight(site: Site) -> Tensor:
+    """Return a site's weight (out, in / groups, *kernel) in the dtype in which it is decomposed, detached."""
+    return site.dense.to(working_dtype(site.dense))
 
 
 def check_weight(site: Site) -> None:
     """Raise WeightError if a site's weight cannot be decomposed."""
-    weight = site.layer.weight
-    assert isinstance(weight, Tensor)
+    weight = site.dense
     if weight.is_meta:
         raise WeightError(
             f"The weight of site {site.name!r} is on the meta device and has no values, so its ranks cannot be read. "

@@ -5,6 +5,7 @@ from tdfx.cost.modelled import Modelled
 from tdfx.errors import (
     ExportError,
     InputError,
+    KindError,
     MergeError,
     ModelError,
     ModelReferenceError,
@@ -16,6 +17,9 @@ from tdfx.errors import (
     TdfxWarning,
     WeightError,
 )
+from tdfx.factors.operation import Operation
+from tdfx.kinds.kind import LayerKind
+from tdfx.kinds.registry import register_kind
 from tdfx.layers import Factorized
 from tdfx.plan import Emit, Plan, Reason, SitePlan
 from tdfx.policy import Policy
@@ -35,10 +39,13 @@ __all__ = [
     "Factorized",
     "Fixed",
     "InputError",
+    "KindError",
+    "LayerKind",
     "MergeError",
     "ModelError",
     "ModelReferenceError",
     "Modelled",
+    "Operation",
     "OptimizerError",
     "PassError",
     "Plan",
@@ -54,6 +61,7 @@ __all__ = [
     "WeightError",
     "merge",
     "plan",
+    "register_kind",
     "rewrite",
     "verify",
 ]

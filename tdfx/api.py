@@ -15,12 +15,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from tdfx.errors import ModelError, PolicyError, TdfxWarning
 from tdfx.optim import Exchange, ToDense, ToFactors, as_optimizers, prepare
+from tdfx.parameters import FactorizedParameter
 from tdfx.passes.base import Program
 from tdfx.passes.find import Find
 from tdfx.passes.merge import Join, Merge
+from tdfx.passes.observe import Inputs
 from tdfx.passes.rewrite import Rewrite, Swap
 from tdfx.passes.select import Select
-from tdfx.passes.shapes import Inputs, Shapes
+from tdfx.passes.shapes import Shapes
 from tdfx.passes.trace import Trace
 from tdfx.plan import Emit, Plan
 from tdfx.policy import Policy
@@ -182,23 +184,19 @@ def _check_model(model: nn.Module) -> None:
 def _warn_of_lost_attachments(swaps: Sequence[Swap]) -> None:
     """Warn where a weight carries hooks or attributes of the user's, which no factor can take over."""
     for swap in swaps:
-        weight = swap.dense.weight
+        weight = swap.weight
         hooks = (getattr(weight, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
         if any(hooks) or getattr(weight, "__dict__", None):
             warnings.warn(
-                f"The weight of site {swap.name!r} has hooks or attributes of its own, which its factors do not get. Keep "
-                f"the site, exclude=({swap.name!r},), or attach them anew.",
+                f"The weight of site {swap.site!r} has hooks or attributes of its own, which its factors do not get. Keep "
+                f"the site, exclude=({swap.site!r},), or attach them anew.",
                 TdfxWarning,
                 stacklevel=3,
             )
 
 
 def _warn_of_missing_optimizer(swaps: Sequence[Swap]) -> None:
-    trained = [
-        swap.name
-        for swap in swaps
-        if isinstance(swap.dense.weight, nn.Parameter) and swap.dense.weight.grad is not None
-    ]
+    trained = [swap.site for swap in swaps if swap.weight.grad is not None]
     if trained:
         warnings.warn(
             f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients, {trained[0]!r} "
@@ -210,50 +208,48 @@ def _warn_of_missing_optimizer(swaps: Sequence[Swap]) -> None:
 
 
 def _split_exchange(swap: Swap) -> Exchange:
-    weight = swap.dense.weight
-    assert isinstance(weight, nn.Parameter)
     new = swap.factorized.weights
-    carrier = ToFactors(swap.factorized.scheme, new)
+    attribute = swap.slot.name if swap.slot is not None else swap.factorized.kind.weight
+    stem = f"{attribute}." if swap.slot is not None else ""
+    bias = swap.factorized.kind.bias or ""
     return Exchange(
-        site=swap.name,
-        old=(weight,),
+        site=swap.site,
+        old=(swap.weight,),
         new=new,
-        carrier=carrier,
-        rename=lambda name: _factor_names(name, len(new)),
+        carrier=ToFactors(swap.factorized.scheme, new, swap.factorized.kind),
+        rename=lambda name: _factor_names(name.removesuffix(attribute) + stem, len(new)),
         bias=swap.factorized.bias,
-        rename_bias=lambda name: f"{name.removesuffix('bias')}factors.{len(new) - 1}.bias",
+        rename_bias=lambda name: f"{name.removesuffix(bias)}factors.{len(new) - 1}.bias",
     )
 
 
 def _join_exchange(join: Join) -> Exchange:
-    weight = join.dense.weight
-    assert isinstance(weight, nn.Parameter)
-    carrier = ToDense(join.factorized.scheme, join.factorized.weights)
+    kind = join.factorized.kind
+    slot = isinstance(join.factorized, FactorizedParameter)
     return Exchange(
         site=join.name,
         old=join.factorized.weights,
-        new=(weight,),
-        carrier=carrier,
-        rename=lambda name: [_dense_name(name, "weight")],
+        new=(join.weight,),
+        carrier=ToDense(join.factorized.scheme, join.factorized.weights, kind),
+        rename=lambda name: [_dense_name(name, "" if slot else kind.weight)],
         bias=join.factorized.bias,
-        rename_bias=lambda name: _dense_name(name, "bias"),
+        rename_bias=lambda name: _dense_name(name, kind.bias or ""),
     )
 
 
-def _factor_names(name: str, count: int) -> list[str]:
+def _factor_names(stem: str, count: int) -> list[str]:
     """Return the names of the factors of a weight.
 
-    >>> _factor_names("conv.weight", 2)
+    >>> _factor_names("conv.", 2)
     ['conv.factors.0.weight', 'conv.factors.1.weight']
     """
-    stem = name.removesuffix("weight")
     return [f"{stem}factors.{index}.weight" for index in range(count)]
 
 
 def _dense_name(name: str, role: str) -> str:
     """Return the name of the weight or bias that a factor's belongs to.
 
-    >>> _dense_name("conv.factors.0.weight", "weight")
-    'conv.weight'
+    >>> _dense_name("conv.factors.0.weight", "weight"), _dense_name("net.kernel.factors.0.weight", "")
+    ('conv.weight', 'net.kernel')
     """
-    return f"{name.rpartition('factors.')[0]}{role}"
+    return f"{name.rpartition('factors.')[0]}{role}".removesuffix(".")

@@ -30,6 +30,10 @@ class InputError(TdfxError, ValueError):
     """Example inputs that the model does not accept."""
 
 
+class KindError(TdfxError, TypeError):
+    """A layer kind that does not say what its layers are, or that is not registered."""
+
+
 class WeightError(TdfxError, ValueError):
     """A weight that cannot be decomposed: NaN, infinite, or without values."""
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from tdfx.factors.registry import get_scheme
 from tdfx.factors.scheme import Scheme
-from tdfx.kinds import build_layer, operation_of
+from tdfx.kinds.kind import LayerKind
+from tdfx.kinds.registry import kind_of, operation_of
+from tdfx.kinds.stock import build_layer
 from tdfx.ranks.spectrum import working_dtype
 from tdfx.structure import HOOKS, shell_of, structural_copy
 
@@ -56,9 +58,11 @@ class Factorized(nn.Module):
         """
         operation = operation_of(layer)
         assert operation is not None, f"no scheme stands for {layer}"
-        dense = cast("nn.Parameter", layer.weight)
+        kind = kind_of(layer)
+        dense = weight_of(layer)
         chain = scheme.chain(operation, ranks)
-        biases = [None] * (len(chain) - 1) + [cast("nn.Parameter | None", layer.bias)]
+        bias = layer._parameters.get(kind.bias) if kind.bias else None
+        biases = [None] * (len(chain) - 1) + [bias]
         factors = nn.Sequential(
             *(
                 build_layer(step, nn.Parameter(_like(weight, dense), requires_grad=dense.requires_grad), bias)
@@ -84,9 +88,14 @@ class Factorized(nn.Module):
         return tuple(cast("nn.Parameter", factor.weight) for factor in self.factors)
 
     @property
+    def kind(self) -> LayerKind:
+        """What the original layer was."""
+        return kind_of(self.origin.layer)
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight, shape as the original's: a value joined anew at each reading, so writing to it is lost."""
-        return self.scheme.join(self.weights)
+        return self.kind.from_dense(self.scheme.join(self.weights))
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -103,8 +112,10 @@ class Factorized(nn.Module):
         # The memory format shows on the factor that has the kernel; on a pointwise one it cannot be told.
         core = max(self.weights, key=lambda weight: weight[0, 0].numel())
         joined = self.scheme.join([weight.to(working_dtype(weight)) for weight in self.weights])
-        layer.weight = nn.Parameter(_like(joined, core), requires_grad=core.requires_grad)
-        layer.register_parameter("bias", self.bias)
+        weight = _like(self.kind.from_dense(joined), core)
+        layer._parameters[self.kind.weight] = nn.Parameter(weight, requires_grad=core.requires_grad)
+        if self.kind.bias:
+            layer._parameters[self.kind.bias] = self.bias
         _copy_hooks(self, layer)
         return layer.train(self.training)
 
@@ -117,9 +128,20 @@ class Factorized(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             origin = self.__dict__.get("origin")
-            if origin is None or name.startswith("_") or name not in origin.layer.__dict__:
+            if origin is None or name.startswith("_"):
+                raise
+            if name in (self.kind.weight, self.kind.bias):
+                return self.weight if name == self.kind.weight else self.bias
+            if name not in origin.layer.__dict__:
                 raise
         return origin.layer.__dict__[name]
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """Return the parameter that holds a layer's weight."""
+    weight = layer._parameters[kind_of(layer).weight]
+    assert weight is not None
+    return weight
 
 
 def _like(weight: Tensor, model: Tensor) -> Tensor:

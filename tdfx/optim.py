@@ -25,6 +25,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tdfx.errors import OptimizerError, TdfxWarning
 from tdfx.factors.scheme import Scheme
+from tdfx.kinds.kind import LayerKind
 from tdfx.ranks.spectrum import working_dtype
 
 _FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg"})
@@ -52,14 +53,17 @@ class ToFactors:
     scheme: Scheme
     weights: Moments
     """The factors' weights."""
+    kind: LayerKind
+    """The kind of layer that holds the dense weight, which says how it is laid out."""
 
     def first(self, moments: Moments) -> Moments:
         """Return the vector-Jacobian product of ``join`` at the factors."""
-        return _pull_back(self.scheme, self.weights, moments[0])
+        return _pull_back(self.scheme, self.weights, self.kind.to_dense(moments[0]))
 
     def second(self, moments: Moments) -> Moments:
         """Return the same product at the squared factors."""
-        return _pull_back(self.scheme, tuple(weight.square() for weight in self.weights), moments[0])
+        squares = tuple(weight.square() for weight in self.weights)
+        return _pull_back(self.scheme, squares, self.kind.to_dense(moments[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +73,13 @@ class ToDense:
     scheme: Scheme
     weights: Moments
     """The factors' weights."""
+    kind: LayerKind
+    """The kind of layer that will hold the dense weight, which says how it is laid out."""
 
     def first(self, moments: Moments) -> Moments:
         """Return the dense moment of least norm that the factors' moments can come from."""
         weights = tuple(weight.detach().to(working_dtype(weight)) for weight in self.weights)
-        return (self.scheme.project(weights, moments),)
+        return (self.kind.from_dense(self.scheme.project(weights, moments)),)
 
     def second(self, moments: Moments) -> Moments:
         """Spread the factors' moments over the weight by the squared factors, and divide by what ones would give."""
@@ -81,7 +87,8 @@ class ToDense:
         dense = self.scheme.join(squares)
         ones = _pull_back(self.scheme, squares, torch.ones_like(dense))
         spread = _push_forward(self.scheme, squares, moments)
-        return (spread / _push_forward(self.scheme, squares, ones).clamp_min(torch.finfo(dense.dtype).tiny),)
+        average = spread / _push_forward(self.scheme, squares, ones).clamp_min(torch.finfo(dense.dtype).tiny)
+        return (self.kind.from_dense(average),)
 
 
 @dataclass(frozen=True, slots=True)

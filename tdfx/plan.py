@@ -52,13 +52,15 @@ class SitePlan:
     """The decision for one site."""
 
     name: str
-    """Path of the layer in the model; "" for a model that is itself the layer."""
+    """Path of the layer in the model, "" for a model that is itself the layer; or path of the parameter."""
     kind: str
-    """The stock class of the layer, such as ``Conv2d``."""
+    """The layer kind, such as ``Conv2d``, or a function, such as ``F.linear``."""
     shape: tuple[int, ...]
     """Shape of the weight: (out, in / groups, *kernel); () where it is not known yet."""
     calls: int
     """How many times one forward pass calls the layer, where that is known; 0 if never."""
+    parameter: str | None = None
+    """Path of the parameter that functions take as their weight, where the site is such calls; None for a layer."""
     scheme: str | None = None
     """The scheme, or None where the site is kept."""
     ranks: tuple[int, ...] | None = None

@@ -14,7 +14,7 @@ from tdfx import Factorized, Modelled, PolicyError
 from tdfx.cost.count import Flow, count_chain, flops, parameters
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import scheme_for
-from tdfx.kinds import operation_of
+from tdfx.kinds.registry import operation_of
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(24, 40), (8, 24)),

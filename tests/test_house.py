@@ -34,6 +34,7 @@ LAYERS = (
     {"structure"},
     {"kinds"},
     {"layers"},
+    {"parameters"},
     {"passes"},
     {"optim"},
     {"onnx_proof"},

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdfx.factors.registry import get_scheme
-from tdfx.kinds import operation_of
+from tdfx.kinds.registry import operation_of
 from tdfx.layers import Factorized
 
 

@@ -1,0 +1,126 @@
+"""Running a model on example inputs to see what enters each site, and which parameters functions take as weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tdfx.kinds.functional import Call, parse_call
+from tdfx.kinds.registry import is_candidate, kind_of
+from tdfx.layers import Factorized
+from tdfx.parameters import FactorizedParameter
+from tdfx.passes.tracer import throwaway
+from tdfx.passes.uses import METADATA
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""Example inputs: the positional arguments of the model, one tensor for a single one, or keyword arguments by name."""
+
+_ASKS = frozenset(
+    method if callable(method) else method.__get__ for method in (getattr(Tensor, name) for name in METADATA)
+)
+"""Functions that ask a tensor for what it can be asked without its values."""
+
+
+@dataclass(slots=True)
+class Observed:
+    """What one forward pass did."""
+
+    entering: defaultdict[str, list[tuple[int, ...]]] = field(default_factory=lambda: defaultdict(list))
+    """Path of a layer -> the shapes of what entered it, call by call."""
+    functional: defaultdict[int, list[tuple[Call, tuple[int, ...]]]] = field(default_factory=lambda: defaultdict(list))
+    """Parameter, by its identity -> the calls of functions that took it as their weight, with the shapes of their inputs."""
+    reads: set[int] = field(default_factory=set)
+    """Parameters, by identity, that were read for anything else, outside of the layers that hold them."""
+
+
+@torch.no_grad()
+def observe(module: nn.Module, inputs: Inputs, *, training: bool) -> Observed:
+    """Run a throwaway copy of a module once, and return what it did.
+
+    Args:
+        module: It is left as it was, and so is the stream of random numbers.
+        inputs: They are cloned, since a model may write to them.
+        training: The mode to run it in.
+    """
+    observed = Observed()
+    copy = throwaway(module, mode=training)
+    watching = _Watching(observed)
+    for path, layer in copy.named_modules():
+        if is_candidate(layer) or isinstance(layer, Factorized):
+            watching.attach(path, layer)
+    arguments, named = tree_map_only(Tensor, Tensor.clone, split_inputs(inputs))
+    with torch.random.fork_rng(devices=_cuda_devices(copy)), watching:
+        copy(*arguments, **named)
+    return observed
+
+
+def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs as positional and keyword arguments."""
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return tuple(inputs), {}
+
+
+class _Watching(TorchFunctionMode):
+    """Sees every function of torch that is called, and knows which of them a stock layer calls for itself."""
+
+    def __init__(self, observed: Observed) -> None:
+        super().__init__()
+        self.observed = observed
+        self.inside = 0
+        self.paths: dict[int, str] = {}
+
+    def attach(self, path: str, layer: nn.Module) -> None:
+        """Note what enters a layer, and where one that does what its kind does begins and ends."""
+        self.paths[id(layer)] = path
+        own = isinstance(layer, Factorized) or kind_of(layer).is_intact(layer)
+
+        def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self.inside += own
+            entering = arguments[0] if arguments else named.get("input")
+            if isinstance(entering, Tensor):
+                self.observed.entering[path].append(tuple(entering.shape))
+
+        def after(*_: Any) -> None:
+            self.inside -= own
+
+        layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        layer.register_forward_hook(after, always_call=True)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if not self.inside:
+            self._note(func, args, named)
+        return func(*args, **named)
+
+    def _note(self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        call = parse_call(func, args, named)
+        if call is None:
+            if func not in _ASKS:
+                self._note_reads((args, named))
+            return
+        entering = call.rest.get("input")
+        if isinstance(call.weight, nn.Parameter) and isinstance(entering, Tensor):
+            self.observed.functional[id(call.weight)].append((call, tuple(entering.shape)))
+        elif isinstance(call.weight, FactorizedParameter) and isinstance(entering, Tensor):
+            self.observed.entering[self.paths[id(call.weight)]].append(tuple(entering.shape))
+        self._note_reads(call.rest)
+
+    def _note_reads(self, values: Any) -> None:
+        found: Iterable[Any] = tree_leaves(values)
+        self.observed.reads.update(id(one) for one in found if isinstance(one, nn.Parameter))
+
+
+def _cuda_devices(module: nn.Module) -> list[torch.device]:
+    return list({parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"})

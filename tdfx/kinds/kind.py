@@ -1,0 +1,86 @@
+"""What tdfx must know of a class of layers to factorize them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from tdfx.factors.operation import Operation
+
+
+class LayerKind(ABC):
+    """A class of layers that compute a convolution or a linear map of their one input.
+
+    Calling such a layer must do no more than apply ``operation(layer)`` with its weight to the input and add its bias: to
+    the last dimension for a linear map, to dimension -1 - dims for a convolution. A new kind is one small class:
+
+    Example:
+        >>> import tdfx, torch
+        >>> class Projection(torch.nn.Module):
+        ...     def __init__(self, n_in, n_out):
+        ...         super().__init__()
+        ...         self.kernel = torch.nn.Parameter(torch.randn(n_in, n_out))
+        ...
+        ...     def forward(self, x):
+        ...         return x @ self.kernel
+        >>> @tdfx.register_kind
+        ... class ProjectionKind(tdfx.LayerKind):
+        ...     layer = Projection
+        ...     weight = "kernel"
+        ...     bias = None
+        ...
+        ...     def operation(self, layer):
+        ...         return tdfx.Operation(in_channels=layer.kernel.shape[0], out_channels=layer.kernel.shape[1])
+        ...
+        ...     def to_dense(self, weight):
+        ...         return weight.mT
+        ...
+        ...     def from_dense(self, weight):
+        ...         return weight.mT
+        >>> (site,) = tdfx.plan(Projection(64, 64), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
+        >>> site.kind, site.scheme, site.ranks
+        ('Projection', 'svd', (16,))
+    """
+
+    layer: ClassVar[type[nn.Module] | str]
+    """The class, or its dotted name (``"package.module.Class"``) for a class that need not be imported here."""
+    weight: ClassVar[str] = "weight"
+    """The name of the parameter that holds the weight."""
+    bias: ClassVar[str | None] = "bias"
+    """The name of the parameter that holds the bias, shape (out,), which may be None in a layer; None if there is none."""
+    methods: ClassVar[tuple[str, ...]] = ("forward",)
+    """The methods that compute the output; a subclass that has its own is not of this kind."""
+
+    @abstractmethod
+    def operation(self, layer: nn.Module) -> Operation | None:
+        """Return what a layer computes, or None for a case that no scheme can stand for."""
+
+    def to_dense(self, weight: Tensor) -> Tensor:
+        """Return a view of the parameter (or of its moments) in the shape ``operation(layer).weight_shape``."""
+        return weight
+
+    def from_dense(self, weight: Tensor) -> Tensor:
+        """Return a tensor of that shape in the layout of the parameter: the inverse of ``to_dense``."""
+        return weight
+
+    @property
+    def name(self) -> str:
+        """The word by which plans name the kind: the class's own name."""
+        return self.layer.rpartition(".")[2] if isinstance(self.layer, str) else self.layer.__name__
+
+    def base(self, layer: type) -> type | None:
+        """Return the class of this kind that a class is or derives from, None if it does not."""
+        return next((one for one in layer.__mro__ if one is self.layer or _dotted(one) == self.layer), None)
+
+    def is_intact(self, layer: nn.Module) -> bool:
+        """Return True if calling the layer does what its kind does, so that another module can stand in for it."""
+        base = self.base(type(layer))
+        if "forward" in layer.__dict__ or type(layer).__call__ is not nn.Module.__call__:
+            return False
+        return all(getattr(type(layer), name) is getattr(base, name) for name in self.methods)
+
+
+def _dotted(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

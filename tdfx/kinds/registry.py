@@ -1,0 +1,103 @@
+"""The layer kinds that are known, and what they say of a layer."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from tdfx.errors import KindError
+from tdfx.factors.operation import Operation
+from tdfx.kinds.kind import LayerKind
+from tdfx.kinds.stock import STOCK
+from tdfx.kinds.transformers import TRANSFORMERS
+
+_BUILT_IN = (*STOCK, *TRANSFORMERS)
+_kinds: dict[type[nn.Module] | str, LayerKind] = {kind.layer: kind for kind in _BUILT_IN}
+
+KindT = TypeVar("KindT", bound=type[LayerKind])
+
+
+def register_kind(kind: KindT) -> KindT:
+    """Make a layer kind known to tdfx; a decorator for a subclass of ``LayerKind``.
+
+    Registering a kind for the same layer class again replaces the former one.
+
+    Raises:
+        KindError: It is no subclass of LayerKind, names no layer class, or names one that tdfx knows by itself.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, LayerKind)):
+        raise KindError(f"{kind!r} is not a subclass of tdfx.LayerKind. Write a class that derives from it.")
+    layer = getattr(kind, "layer", None)
+    if not (isinstance(layer, str) and "." in layer) and not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+        raise KindError(
+            f"{kind.__name__}.layer is {layer!r}, which names no class of layers. Set it to a subclass of "
+            f"torch.nn.Module, or to its dotted name as text."
+        )
+    if any(layer == one.layer for one in _BUILT_IN):
+        raise KindError(
+            f"{kind.__name__} is for {layer!r}, which tdfx knows by itself. To treat some of these layers otherwise, derive "
+            f"a class from it that has its own forward, and register a kind for that class."
+        )
+    made = kind()
+    _kinds[made.layer] = made
+    _kind_of_class.cache_clear()
+    return kind
+
+
+def find_kind(layer: nn.Module) -> LayerKind | None:
+    """Return the kind of a layer, or None for a module of no known kind."""
+    kind: type = type(layer)
+    return _kind_of_class(kind)
+
+
+@lru_cache(maxsize=4096)
+def _kind_of_class(layer: type) -> LayerKind | None:
+    """Return the kind of the nearest base class that has one."""
+    known = [kind for kind in _kinds.values() if kind.base(layer) is not None]
+    return min(known, key=lambda kind: layer.__mro__.index(kind.base(layer)), default=None)
+
+
+def kind_of(layer: nn.Module) -> LayerKind:
+    """Return the kind of a layer.
+
+    Raises:
+        KindError: It is of no known kind.
+    """
+    kind = find_kind(layer)
+    if kind is None:
+        raise KindError(
+            f"No layer kind is registered for {type(layer).__name__}, though one was when the model was rewritten. Import "
+            f"the code that calls tdfx.register_kind for it."
+        )
+    return kind
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Return True for every convolution and linear layer, whether or not it can be rewritten."""
+    return find_kind(module) is not None
+
+
+def operation_of(layer: nn.Module) -> Operation | None:
+    """Return what a layer computes, or None for a case that no scheme can stand for.
+
+    Raises:
+        KindError: What its kind says does not go with the shape of its weight.
+    """
+    kind = kind_of(layer)
+    operation = kind.operation(layer)
+    weight = layer._parameters.get(kind.weight)
+    if operation is not None and weight is not None:
+        _check_shapes(kind, operation, weight)
+    return operation
+
+
+def _check_shapes(kind: LayerKind, operation: Operation, weight: Tensor) -> None:
+    dense = kind.to_dense(weight)
+    if tuple(dense.shape) != operation.weight_shape or kind.from_dense(dense).shape != weight.shape:
+        raise KindError(
+            f"{type(kind).__name__} says that a {kind.name} computes {operation}, whose weight has the shape "
+            f"{operation.weight_shape}; its to_dense gives {tuple(dense.shape)} for a parameter of shape "
+            f"{tuple(weight.shape)}, and from_dense gives {tuple(kind.from_dense(dense).shape)} back. Mend the kind."
+        )

@@ -1,0 +1,449 @@
+"""The zoo's checks on a dozen models of different families, and that each of the checks can fail."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import tdfx
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+pytestmark = pytest.mark.skipif(
+    not (TOOLS / "zoo.py").is_file(), reason="the checkout's tools are not beside these tests"
+)
+
+DOZEN = (
+    "resnet18",
+    "squeezenet1_1",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x0_5",
+    "googlenet",
+    "efficientnet_b0",
+    "swin_t",
+    "densenet121",
+    "lraspp_mobilenet_v3_large",
+    "mc3_18",
+    "ssdlite320_mobilenet_v3_large",
+    "raft_small",
+)
+"""Plain, depthwise, another forward in train mode, stochastic depth, windows, segmentation, video, detection, flow."""
+
+FACTORIES = """
+import os, torch, tdfx
+from torch import nn
+from torchvision.models import VisionTransformer
+
+def small():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+                          nn.Flatten(), nn.Linear(128, 8), nn.Linear(8, 4))
+    model.example_inputs = torch.randn(4, 3, 8, 8)
+    return model
+
+def small_vit():
+    model = VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64)
+    model.example_inputs = (torch.randn(2, 3, 32, 32),)
+    return model
+
+def renamed():
+    merge = tdfx.merge
+    def wrong(model):
+        merged = merge(model)
+        merged.add_module("other", merged[7])
+        return merged
+    tdfx.merge = wrong
+    return small()
+
+class Single(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 4)
+    def forward(self, x):
+        return self.second(self.first(x) @ torch.ones(16, 16, dtype=torch.float32))
+
+def single():
+    model = Single()
+    model.example_inputs = {"x": torch.randn(2, 16)}
+    return model
+
+def dies():
+    os._exit(9)
+
+def silent():
+    return nn.Linear(3, 3)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        yield
+
+
+def tool(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def factories(tmp_path: Path) -> Path:
+    path = tmp_path / "factories.py"
+    path.write_text(FACTORIES, encoding="utf-8")
+    return path
+
+
+def examine(reference: str) -> Any:
+    return tool("zoo_checks").examine(reference)
+
+
+def complaints(verdict: Any) -> str:
+    return "\n".join(tool("zoo").complaints(verdict))
+
+
+def failed(verdict: Any) -> set[str]:
+    assert not verdict.error
+    return {name for name, check in verdict.checks.items() if check.ok is False}
+
+
+@pytest.mark.parametrize("name", DOZEN)
+def test_a_model_of_torchvision_passes(name: str) -> None:
+    verdict = examine(f"torchvision:{name}")
+    assert verdict.ok, complaints(verdict)
+    assert set(verdict.checks) == set(tool("zoo_checks").CHECKS)
+    assert all(check.ok for check in verdict.checks.values())
+    assert verdict.facts["factorized"] > 0
+
+
+def test_a_small_vision_transformer_passes(factories: Path) -> None:
+    verdict = examine(f"{factories}:small_vit")
+    assert verdict.ok, complaints(verdict)
+    assert verdict.checks["accounted"].figures["parameters"] == 1 + 2 * 4 + 1
+
+
+def test_a_verdict_survives_json(factories: Path) -> None:
+    verdict = examine(f"{factories}:small")
+    assert verdict.ok, complaints(verdict)
+    text = json.dumps(verdict.to_dict())
+    assert type(verdict).from_dict(json.loads(text)).to_dict() == json.loads(text)
+
+
+@pytest.mark.parametrize("name", ["zoo", "zoo_run", "zoo_inputs"])
+def test_the_tools_examples_run(name: str) -> None:
+    result = doctest.testmod(tool(name))
+    assert (result.failed, result.attempted > 0) == (0, True)
+
+
+# Each check fails where it should, and only there.
+
+Wrong = Callable[[nn.Module, nn.Module], nn.Module]
+"""What a faulty rewrite does: (what was passed in, what the real rewrite made of it) -> what it returns."""
+
+
+def move_a_factor(original: nn.Module, rewritten: nn.Module) -> nn.Module:
+    layers = [one for one in rewritten.modules() if isinstance(one, tdfx.Factorized)]
+    with torch.no_grad():
+        layers[2].weights[0].mul_(1 + 1e-6)
+    return rewritten
+
+
+def detach_a_factor(original: nn.Module, rewritten: nn.Module) -> nn.Module:
+    layers = [one for one in rewritten.modules() if isinstance(one, tdfx.Factorized)]
+    layers[2].factors[0].register_forward_hook(lambda module, arguments, output: output.detach())
+    return rewritten
+
+
+def move_the_original(original: nn.Module, rewritten: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        weight = next(original.parameters())
+        weight.copy_(torch.nextafter(weight, weight + 1))
+    return rewritten
+
+
+def leave_in_eval_mode(original: nn.Module, rewritten: nn.Module) -> nn.Module:
+    original.eval()
+    return rewritten
+
+
+class Wrapped(nn.Module):
+    """Returns the right numbers in another structure."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.inner(x)]
+
+
+def wrap(original: nn.Module, rewritten: nn.Module) -> nn.Module:
+    wrapped = Wrapped(rewritten)
+    wrapped.__dict__["_tdfx_plan"] = rewritten.__dict__["_tdfx_plan"]
+    return wrapped
+
+
+def raise_an_error(original: nn.Module, rewritten: nn.Module) -> nn.Module:
+    raise RuntimeError("no room")
+
+
+FULL_ONLY: dict[Wrong, set[str]] = {
+    move_a_factor: {"full_train", "full_eval", "gradients"},
+    detach_a_factor: {"gradients"},
+    move_the_original: {"untouched"},
+    leave_in_eval_mode: {"untouched"},
+    wrap: {"full_train", "full_eval"},
+    raise_an_error: {"accounted", "full_train", "full_eval", "gradients"},
+}
+"""A fault in the rewrite at full rank -> the checks that see it."""
+
+
+@pytest.mark.parametrize("wrong", FULL_ONLY, ids=lambda one: one.__name__)
+def test_a_fault_of_the_rewrite_is_seen(wrong: Wrong, factories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tdfx.rewrite
+
+    def rewrite(model: nn.Module, policy: tdfx.Policy, **options: Any) -> nn.Module:
+        made = right(model, policy, **options)
+        return wrong(model, made) if policy.rank == tdfx.Ratio(of=1.0) else made
+
+    monkeypatch.setattr(tdfx, "rewrite", rewrite)
+    verdict = examine(f"{factories}:small")
+    assert not verdict.ok
+    assert failed(verdict) == FULL_ONLY[wrong]
+
+
+def test_a_low_rank_that_changes_nothing_is_seen(factories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tdfx.rewrite
+    full = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
+    monkeypatch.setattr(tdfx, "rewrite", lambda model, policy, **options: right(model, full, **options))
+    assert failed(examine(f"{factories}:small")) == {"control"}
+
+
+def rename_a_key(merged: nn.Module) -> None:
+    merged.add_module("other", merged.get_submodule("7"))
+
+
+def reorder_the_keys(merged: nn.Module) -> None:
+    merged._modules["0"] = merged._modules.pop("0")
+
+
+def change_the_class(merged: nn.Module) -> None:
+    merged.__class__ = type("Other", (nn.Sequential,), {})
+
+
+def move_a_weight(merged: nn.Module) -> None:
+    with torch.no_grad():
+        merged.get_parameter("6.weight").mul_(1 + 1e-9)
+
+
+@pytest.mark.parametrize("wrong", [rename_a_key, reorder_the_keys, change_the_class, move_a_weight])
+def test_a_fault_of_the_merge_is_seen(
+    wrong: Callable[[nn.Module], None], factories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = tdfx.merge
+
+    def merge(model: nn.Module) -> nn.Module:
+        merged = right(model)
+        wrong(merged)
+        return merged
+
+    monkeypatch.setattr(tdfx, "merge", merge)
+    assert failed(examine(f"{factories}:small")) == {"merge"}
+
+
+# The account of what data are multiplied by.
+
+
+class Products(nn.Module):
+    """Every way in which a parameter meets data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.functional = nn.Parameter(torch.randn(4, 4))
+        self.packed = nn.Parameter(torch.randn(8, 4))
+        self.transposed = nn.Parameter(torch.randn(4, 4))
+        self.scaled = nn.Parameter(torch.randn(4, 4))
+        self.kernel = nn.Parameter(torch.randn(4, 1, 3))
+        self.query = nn.Parameter(torch.randn(4, 4))
+        self.gain = nn.Parameter(torch.randn(4))
+        self.table = nn.Parameter(torch.randn(3, 4))
+        self.unused = nn.Parameter(torch.randn(4, 4))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x) + F.linear(x, self.functional, self.gain)
+        left, right = self.packed.chunk(2)
+        x = F.linear(x, left) + F.linear(x, right)
+        x = x @ self.transposed + x @ (self.scaled / self.scaled.norm()).clone()
+        x = F.conv1d(x[:, :, None].expand(-1, -1, 3), self.kernel, groups=4).squeeze(2)
+        x = x * self.gain + self.table[0] + self.layer(self.query).mean(0)
+        attended: Tensor = self.attention(x[None], x[None], x[None])[0]
+        return x + attended[0]
+
+
+SEEN = [
+    "attention.in_proj_weight",
+    "attention.out_proj.weight",
+    "functional",
+    "kernel",
+    "layer.weight",
+    "packed",
+    "query",
+    "scaled",
+    "transposed",
+]
+
+
+def account_of(model: nn.Module) -> Any:
+    call = tool("zoo_inputs").Call((torch.randn(5, 4),))
+    return tool("zoo_account").account(model, tool("zoo_inputs").Example(call, call))
+
+
+def sites(*names: str) -> list[SimpleNamespace]:
+    return [SimpleNamespace(name=name, factorized=True, reason=None) for name in names]
+
+
+def test_every_parameter_that_data_are_multiplied_by_is_seen() -> None:
+    assert account_of(Products()).names == SEEN
+
+
+def test_a_parameter_belongs_to_a_layer_a_parameter_or_a_named_path() -> None:
+    found = account_of(Products())
+    listed = sites("layer", "functional", "packed", "transposed", "kernel", "attention.out_proj", "scaled")
+    assert found.missed(listed) == ["attention.in_proj_weight"], "the query is data of the layer"
+    listed.append(SimpleNamespace(name="attention.in", parameter="attention.in_proj_weight"))
+    assert found.missed(listed) == []
+
+
+@pytest.mark.parametrize("name", [name for name in SEEN if name != "query"])
+def test_a_site_that_a_plan_lacks_is_seen(name: str) -> None:
+    others = [one.removesuffix(".weight") for one in SEEN if one not in (name, "query")]
+    check = tool("zoo_checks").accounted(account_of(Products()), sites(*others))
+    assert check.ok is False
+    assert name in check.detail
+
+
+def test_a_site_kept_without_a_reason_is_seen() -> None:
+    listed = [*sites(*(one.removesuffix(".weight") for one in SEEN))]
+    assert tool("zoo_checks").accounted(account_of(Products()), listed).ok
+    listed[0].factorized = False
+    assert tool("zoo_checks").accounted(account_of(Products()), listed).detail == f"kept without a reason: {SEEN[0]}"
+
+
+# The comparison.
+
+
+class Jumps(nn.Module):
+    """One output that rounding alone throws about, and one that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        y = self.layer(x)
+        return OrderedDict(steady=y, jumping=(1e14 * y).sin())
+
+
+def test_what_jumps_under_rounding_is_named_and_not_compared() -> None:
+    run, model = tool("zoo_run"), Jumps().double()
+    call = tool("zoo_inputs").Call((torch.randn(3, 4, dtype=torch.float64),))
+    seen = {"eval": run.observe(model, call, mode=False)}
+    again = {"eval": lambda moved: {"eval": run.observe(moved, call, mode=False)}}
+    response = run.rounding_response(model, seen, ["layer.weight"], again["eval"])["eval"]
+    gap = run.gap_of(seen["eval"].outputs, seen["eval"].outputs, response)
+    assert (gap.unstable, gap.compared, gap.share) == (("['jumping']",), 1, 0.0)
+    unmoved = run.rounding_response(model, seen, [], again["eval"])["eval"]
+    assert set(unmoved.values()) == {0.0}
+
+
+def test_the_type_of_a_structure_counts() -> None:
+    flatten = tool("zoo_run").flatten
+    x = torch.zeros(2)
+    words = [flatten(one)[1] for one in ({"a": x}, OrderedDict(a=x), [x], (x,), x, x.double())]
+    assert len(set(words)) == len(words)
+
+
+def test_running_a_model_leaves_it_as_it_was() -> None:
+    run, checks = tool("zoo_run"), tool("zoo_checks")
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout().eval())
+    call = tool("zoo_inputs").Call((torch.randn(5, 4),))
+    before = checks._fingerprint(model)
+    seen = run.observe(model, call, mode=True, wanted=dict(model.named_parameters()))
+    assert checks._fingerprint(model) == before
+    assert not torch.equal(seen.buffers["1.running_mean"], model.get_buffer("1.running_mean"))
+    assert set(seen.gradients) == {"(input 0)", "0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_a_model_that_does_not_fit_is_examined_with_less() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
+    call = tool("zoo_inputs").Call((torch.randn(20, 64),))
+    found = tool("zoo_account").account(model, tool("zoo_inputs").Example(call, call))
+    memory, ladder = 1.0, []
+    for _ in range(4):
+        dtype, gradients, needed = tool("zoo_checks")._precision(model, found, memory)
+        ladder.append((dtype, gradients))
+        assert needed < memory or dtype is None
+        memory = 0.999 * needed
+    assert ladder == [(torch.float64, True), (torch.float32, True), (torch.float32, False), (None, False)]
+
+
+def test_a_model_that_does_not_fit_at_all_is_still_accounted_for(factories: Path) -> None:
+    verdict = tool("zoo_checks").examine(f"{factories}:small", memory=1e-9)
+    assert verdict.ok, complaints(verdict)
+    assert verdict.facts["dtype"] == "structure only"
+    assert verdict.checks["accounted"].figures == {"parameters": 4, "missed": 0}
+    assert {check.ok for name, check in verdict.checks.items() if name != "accounted"} == {None}
+
+
+def test_a_model_with_float32_constants_is_examined_in_float32(factories: Path) -> None:
+    verdict = examine(f"{factories}:single")
+    assert verdict.ok, complaints(verdict)
+    assert verdict.facts["dtype"] == "float32"
+    assert "does not run in float64" in verdict.facts["dtype_note"]
+
+
+# The command.
+
+
+def test_the_command_goes_on_after_a_failure_and_says_so(factories: Path, tmp_path: Path) -> None:
+    written = tmp_path / "zoo.json"
+    references = [f"{factories}:{name}" for name in ("dies", "silent", "small", "renamed")]
+    result = CliRunner().invoke(tool("zoo").main, [*references, "--json", str(written)])
+    assert result.exit_code == 1, result.output
+    verdicts = json.loads(written.read_text(encoding="utf-8"))
+    assert [one["ok"] for one in verdicts] == [False, False, True, False]
+    assert "its process ended with code 9" in verdicts[0]["error"]
+    assert "does not say what its model is called with" in verdicts[1]["error"]
+    assert verdicts[3]["checks"]["merge"]["ok"] is False
+    assert "the state_dict differs" in verdicts[3]["checks"]["merge"]["detail"]
+    assert "1 of 4 models pass" in result.output
+
+
+def test_the_command_takes_inputs_and_succeeds(factories: Path) -> None:
+    result = CliRunner().invoke(tool("zoo").main, [f"{factories}:silent", "--input", "2,3"])
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 models pass" in result.output
+
+
+def test_a_glob_that_matches_nothing_is_an_error() -> None:
+    result = CliRunner().invoke(tool("zoo").main, ["--models", "nonsense*"])
+    assert result.exit_code == 2
+    assert "matches none of torchvision's" in result.output
+
+
+def test_help_says_what_is_checked() -> None:
+    result = CliRunner().invoke(tool("zoo").main, ["--help"])
+    assert result.exit_code == 0
+    assert all(name.replace("_", " ") in result.output for name in tool("zoo_checks").CHECKS)

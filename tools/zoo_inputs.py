@@ -1,0 +1,177 @@
+"""What each model of the zoo is called with: small inputs of its family, or those that a factory or an option gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+ATTRIBUTE = "example_inputs"
+"""A factory may leave its model's inputs under this name: a tensor, a tuple of arguments, or a mapping of named ones."""
+
+_SIZES = {
+    "inception": (2, 3, 299, 299),  # its auxiliary head needs a map of 17×17
+    "vit_": (1, 3, 224, 224),
+    "maxvit": (1, 3, 224, 224),
+    "mvit": (1, 3, 16, 224, 224),
+    "s3d": (1, 3, 16, 224, 224),
+    "swin3d": (1, 3, 4, 64, 64),
+    "r3d": (2, 3, 4, 32, 32),
+    "mc3": (2, 3, 4, 32, 32),
+    "r2plus1d": (2, 3, 4, 32, 32),
+    "raft": (1, 3, 128, 128),
+}
+"""Start of a model's name -> shape of its input; the first match counts."""
+_SIZE = (2, 3, 64, 64)
+_PICTURE = 128
+"""Side of the pictures for detectors, in pixels; those that resize to 800 are told to stay at this size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one call of a model."""
+
+    arguments: tuple[Any, ...] = ()
+    named: dict[str, Any] = field(default_factory=dict)
+
+    def cast(self, dtype: torch.dtype) -> Call:
+        """Return the call with floating tensors in another dtype."""
+        return self._mapped(lambda one: one.to(dtype) if one.is_floating_point() else one)
+
+    def fresh(self) -> tuple[Call, list[Tensor]]:
+        """Return the call on copies, so that a model may write to them, and the leaves that collect gradients."""
+        leaves: list[Tensor] = []
+
+        def copied(one: Tensor) -> Tensor:
+            if not one.is_floating_point():
+                return one.clone()
+            leaves.append(one.detach().clone().requires_grad_())
+            return leaves[-1].clone()
+
+        return self._mapped(copied), leaves
+
+    def example(self) -> Any:
+        """Return what ``example_inputs=`` of tdfx takes."""
+        return self.named or self.arguments
+
+    def __str__(self) -> str:
+        return " ".join(_describe(one) for one in [*self.arguments, *self.named.values()])
+
+    def _mapped(self, change: Any) -> Call:
+        arguments, named = tree_map_only(Tensor, change, (self.arguments, self.named))
+        return Call(arguments, named)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """The calls in the two modes, and where to look besides at what the model returns."""
+
+    train: Call
+    eval: Call
+    watched: tuple[str, ...] = ()
+    """Submodules whose outputs are compared as well, since a detector's final boxes say little about its layers."""
+
+    def cast(self, dtype: torch.dtype) -> Example:
+        """Return the calls with floating tensors in another dtype."""
+        return Example(self.train.cast(dtype), self.eval.cast(dtype), self.watched)
+
+
+def example_for(reference: str, model: nn.Module, given: tuple[Tensor, ...] = ()) -> Example:
+    """Return the inputs of a model.
+
+    Args:
+        reference: What ``tdfx.references.build_model`` built the model from.
+        model: The model; an attribute ``example_inputs`` is taken off it, and a detector is told to keep its pictures small.
+        given: Inputs from the command line; the attribute goes before them, for models that are not torchvision's.
+    """
+    source, _, name = reference.rpartition(":")
+    if source == "torchvision":
+        return _detection(name, model) if _is_detector(model) else _both(_pictures(name))
+    own = model.__dict__.pop(ATTRIBUTE, None)
+    if own is None and not given:
+        raise ValueError(
+            f"{reference!r} does not say what its model is called with: pass --input 2,3,64,64, or let the factory set "
+            f"model.{ATTRIBUTE} to a tensor, a tuple or a mapping."
+        )
+    return _both(given if own is None else own)
+
+
+def parse_input(text: str) -> Tensor:
+    """Return a tensor for a shape: random where the dtype is floating, zeros where it is not.
+
+    >>> parse_input("int64:2,3").shape, parse_input("2,3").dtype
+    (torch.Size([2, 3]), torch.float32)
+    """
+    kind, colon, shape = text.rpartition(":")
+    dtype = getattr(torch, kind, None) if colon else torch.float32
+    sizes = shape.split(",")
+    if not isinstance(dtype, torch.dtype) or not all(size.strip().isdecimal() for size in sizes):
+        raise click.BadParameter(f"--input {text!r} is not a shape: write for example 2,3,64,64 or int64:2,16.")
+    dims = [int(size) for size in sizes]
+    return torch.randn(dims, dtype=dtype) if dtype.is_floating_point else torch.zeros(dims, dtype=dtype)
+
+
+def _both(inputs: Any) -> Example:
+    if isinstance(inputs, Mapping):
+        call = Call(named=dict(inputs))
+    else:
+        call = Call((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+    return Example(call, call)
+
+
+def _pictures(name: str) -> tuple[Tensor, ...]:
+    """Return one picture or clip, and two for optical flow."""
+    base = name.removeprefix("quantized_")
+    shape = next((size for start, size in _SIZES.items() if base.startswith(start)), _SIZE)
+    source = torch.Generator().manual_seed(1)
+    count = 2 if base.startswith("raft") else 1
+    return tuple(torch.randn(shape, generator=source) for _ in range(count))
+
+
+def _is_detector(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("torchvision.models.detection")
+
+
+def _detection(name: str, model: nn.Module) -> Example:
+    """Return two pictures with two objects each; the targets have masks and key points where the model wants them."""
+    transform: Any = model.transform
+    if transform.fixed_size is None:
+        transform.min_size, transform.max_size = (_PICTURE,), 2 * _PICTURE
+    source = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, _PICTURE, _PICTURE, generator=source) for _ in range(2)]
+    targets = [_target(name) for _ in images]
+    names = {path for path, _ in model.named_modules()}
+    watched = [path for path in ("backbone", "head", "rpn.head") if path in names]
+    watched += sorted(path for path in names if path.startswith("roi_heads.") and path.count(".") == 1)
+    layers = [path for path in watched if not path.endswith("_pool")]
+    return Example(Call((images, targets)), Call((images,)), tuple(layers))
+
+
+def _target(name: str) -> dict[str, Tensor]:
+    boxes = torch.tensor([[8.0, 8.0, 72.0, 64.0], [40.0, 30.0, 120.0, 110.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([1, 1])}
+    if name.startswith("maskrcnn"):
+        target["masks"] = (torch.arange(_PICTURE) % 3 > 0).byte().expand(2, _PICTURE, _PICTURE).contiguous()
+    if name.startswith("keypointrcnn"):
+        inside = boxes[:, None, :2] + 0.5 * (boxes[:, None, 2:] - boxes[:, None, :2])
+        points = inside + torch.arange(17)[None, :, None]
+        target["keypoints"] = torch.cat([points, torch.ones(2, 17, 1)], dim=2)
+    return target
+
+
+def _describe(value: object) -> str:
+    """Return the shape of an argument in a few characters.
+
+    >>> _describe(torch.zeros(2, 3)), _describe([torch.zeros(4)])
+    ('2×3', '[4]')
+    """
+    if isinstance(value, Tensor):
+        return "×".join(map(str, value.shape))
+    if isinstance(value, list | tuple):
+        return f"[{' '.join(_describe(one) for one in value)}]"
+    return type(value).__name__
