@@ -71,10 +71,17 @@ class Site:
     """Why it cannot be rewritten, whatever the policy says."""
     note: str = ""
     """The reason in words."""
+    aliases: tuple[str, ...] = ()
+    """Other paths at which the model holds the same layer."""
     slot: Slot | None = None
     """The parameter that a rewrite replaces, where functions take it as their weight and the layer stays."""
     flows: tuple[Flow, ...] | None = None
     """What flows into each call; None without example inputs."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names by which a policy may speak of it."""
+        return (self.name, *self.aliases)
 
     @property
     def weight(self) -> nn.Parameter | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -28,7 +28,10 @@ class Find(Pass):
         """Look at every layer and every parameter once; a layer called twice is one site with two calls."""
         uses = uses_of(program)
         inside = layers_inside_leaves(program.module)
-        sites = tuple(_sites(program.module, uses, inside))
+        aliases = _aliases(program.module)
+        sites = tuple(
+            replace(site, aliases=aliases.get(site.name, ())) for site in _sites(program.module, uses, inside)
+        )
         changes = tuple(Change(site.name, "found") for site in sites)
         return PassResult(replace(program, sites=sites), changes)
 
@@ -60,6 +63,14 @@ def _sites(root: nn.Module, uses: Uses, inside: Mapping[int, type[nn.Module]]) -
                 if parameter is not None and id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield from _parameter_site(Slot(path, name), module, parameter, uses)
+
+
+def _aliases(root: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the further paths of every module that is held at several, by its first path."""
+    paths: defaultdict[int, list[str]] = defaultdict(list)
+    for path, module in root.named_modules(remove_duplicate=False):
+        paths[id(module)].append(path)
+    return {first: tuple(others) for first, *others in paths.values() if others}
 
 
 def _layer_site(path: str, layer: nn.Module, uses: Uses, inside: Mapping[int, type[nn.Module]]) -> Site:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -56,7 +57,8 @@ def observe(module: nn.Module, inputs: Inputs, *, training: bool) -> Observed:
         if is_candidate(layer) or isinstance(layer, Factorized):
             watching.attach(path, layer)
     arguments, named = tree_map_only(Tensor, Tensor.clone, split_inputs(inputs))
-    with torch.random.fork_rng(devices=_cuda_devices(copy)), watching:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=_cuda_devices(copy)), watching:
+        warnings.simplefilter("ignore")
         copy(*arguments, **named)
     return observed
 

@@ -19,7 +19,7 @@ from tdfx.passes.base import Change, Pass, PassResult, Program, Site
 from tdfx.passes.weights import Spectra, check_weight, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
-from tdfx.ranks.rule import Choice, round_ranks
+from tdfx.ranks.rule import RankRule, round_ranks
 
 
 class Select(Pass):
@@ -33,13 +33,13 @@ class Select(Pass):
 
     def requires(self, program: Program) -> None:
         """Every pattern matches some site, and every weight that may be split is finite."""
-        names = [site.name for site in program.sites]
+        names = [name for site in program.sites for name in site.names]
         for policy in _policies(self.policy):
             for setting, patterns in policy.patterns().items():
                 for pattern in patterns:
                     _check_pattern(setting, pattern, names)
         for site in program.sites:
-            if site.reason is None and self.policy.for_site(site.name) is not None:
+            if site.reason is None and self.policy.for_site(*site.names) is not None:
                 check_weight(site)
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class Select(Pass):
             self.check(not (decision.factorized and site.reason), f"site {site.name!r} may not be rewritten")
 
     def _decide(self, site: Site) -> SitePlan:
-        policy = self.policy.for_site(site.name)
+        policy = self.policy.for_site(*site.names)
         if site.reason is not None:
             return _kept(site, site.reason, site.note)
         if policy is None:
@@ -84,17 +84,21 @@ class Select(Pass):
         return self._rank(site, policy, scheme, site.operation)
 
     def _rank(self, site: Site, policy: Policy, scheme: Scheme, operation: Operation) -> SitePlan:
+        full = scheme.full_ranks(operation)
+        lowest = round_ranks([1] * len(full), full, policy.round_to)
+        most = _gain(policy, operation, scheme.chain(operation, lowest), site.flows)
+        if most < policy.min_gain and not policy.rank.exact:
+            return replace(_kept(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
         weight = working_weight(site)
         spectra = scheme.spectra(weight)
-        full = scheme.full_ranks(operation)
-        choice = policy.rank.choose(site.name, spectra)
+        choice = policy.rank.choose(_name_for(policy.rank, site), spectra)
         if choice.kept:
             return _kept(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
         ranks = choice.ranks if policy.rank.exact else round_ranks(choice.ranks, full, policy.round_to)
         chain = scheme.chain(operation, ranks)
         gain = _gain(policy, operation, chain, site.flows)
         if gain < policy.min_gain:
-            return replace(_kept(site, Reason.NO_GAIN, _why_no_gain(ranks, choice, policy), full), gain=gain)
+            return replace(_kept(site, Reason.NO_GAIN, _why_no_gain(ranks, choice.note, policy), full), gain=gain)
         self.spectra[site.name] = spectra
         return replace(
             _kept(site, Reason.NO_GAIN, choice.note, full),
@@ -168,9 +172,15 @@ def _gain(policy: Policy, dense: Operation, chain: Sequence[Operation], flows: t
     return before / after
 
 
-def _why_no_gain(ranks: tuple[int, ...], choice: Choice, policy: Policy) -> str:
+def _why_no_gain(ranks: tuple[int, ...], note: str, policy: Policy) -> str:
     chosen = f"at ranks {'/'.join(map(str, ranks))}; {policy.min_gain:g}x was asked"
-    return f"{chosen}; {choice.note}" if choice.note else chosen
+    return f"{chosen}; {note}" if note else chosen
+
+
+def _name_for(rule: RankRule, site: Site) -> str:
+    """Return the name of a site by which a rule speaks of it."""
+    spoken = (name for name in site.names if any(fnmatchcase(name, pattern) for pattern in rule.patterns()))
+    return next(spoken, site.name)
 
 
 def _geometry(operation: Operation) -> str:

@@ -141,7 +141,9 @@ def _with_flows(site: Site, seen: Observed, in_graph: bool) -> Site:
         shapes = seen.entering.get(site.name, [])
     flows = tuple(flow_of(shape, site.operation) for shape in shapes) if site.operation is not None else ()
     if site.reason is None and id(site.weight) in seen.reads:
-        note = "forward reads its weight besides calling it" if shapes else "forward reads its weight without calling it"
+        note = (
+            "forward reads its weight besides calling it" if shapes else "forward reads its weight without calling it"
+        )
         return replace(site, flows=flows, calls=len(shapes), reason=Reason.READ_ELSEWHERE, note=note)
     if flows or in_graph or site.reason is not None:
         return replace(site, flows=flows, calls=max(site.calls, len(shapes)) if in_graph else len(shapes))

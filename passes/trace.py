@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,7 +94,8 @@ class _Run:
         copy = without_hooks(throwaway(module, training))
         watch = Watch(copy)
         try:
-            with torch.random.fork_rng(devices=[]):
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter("ignore")
                 self.graph = self.tracer.trace_in_mode(copy, training)
                 if watch.drew() and not self.tracer.doubts:
                     self.doubts[""] = "its forward draws random numbers that a graph would freeze"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from tdfx.kinds.registry import find_kind
@@ -72,13 +74,17 @@ class SiteTracer(fx.Tracer):
         return result
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Note an operation that runs under a gradient mode or an autocast of the forward's own."""
+        """Note an operation that runs under a gradient mode, an autocast or a checkpoint of the forward's own."""
         if _contexts() != self._contexts:
-            self.doubt("switches autocast or gradients on or off")
+            self.doubt("switches autocast, gradients or checkpointing on or off")
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        """Note a tensor that the forward makes, which would stand in the graph as a constant."""
+        """Note a tensor that the forward makes, which would stand in the graph as a constant; keep a container's class."""
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
+        if isinstance(a, dict | list) and type(a) not in {dict, list, immutable_dict, immutable_list}:
+            raise TypeError(f"a {type(a).__name__} would become a plain {'dict' if isinstance(a, dict) else 'list'}")
         made = super().create_arg(a)
         if isinstance(a, Tensor) and isinstance(made, fx.Node) and "_tensor_constant" in str(made.target):
             self.doubt("makes tensors that a graph would freeze")
@@ -131,10 +137,11 @@ def without_hooks(module: nn.Module) -> nn.Module:
     return module
 
 
-def _contexts() -> tuple[bool, ...]:
-    """Return what decides how an operation runs besides its arguments."""
+def _contexts() -> tuple[object, ...]:
+    """Return what decides how an operation runs, and what is kept of it for backward, besides its arguments."""
     autocast = (torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    checkpoint = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, checkpoint
 
 
 def random_states() -> tuple[object, ...]:

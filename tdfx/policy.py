@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -78,18 +79,21 @@ class Policy:
     def __hash__(self) -> int:
         return hash((self.rank, self.scheme, self.include, self.exclude, self.min_gain, self.round_to))
 
-    def wants(self, site: str) -> bool:
-        """Return True if ``include`` names the site and ``exclude`` does not; overrides are not looked at."""
-        included = any(fnmatchcase(site, pattern) for pattern in self.include)
-        return included and not any(fnmatchcase(site, pattern) for pattern in self.exclude)
+    def wants(self, *names: str) -> bool:
+        """Return True if ``include`` names a site, by any of its names, and ``exclude`` does not; overrides do not count."""
+        return _names_any(self.include, names) and not _names_any(self.exclude, names)
 
-    def for_site(self, site: str) -> Policy | None:
-        """Return the policy in force for a site, overrides looked up; None if the site is to be kept."""
-        if not self.wants(site):
+    def for_site(self, *names: str) -> Policy | None:
+        """Return the policy in force for a site, overrides looked up; None if the site is to be kept.
+
+        Args:
+            names: All names of the site; a layer that a model holds under two paths has two.
+        """
+        if not self.wants(*names):
             return None
         for pattern, policy in self.overrides.items():
-            if fnmatchcase(site, pattern):
-                return policy.for_site(site) if policy is not None else None
+            if _names_any((pattern,), names):
+                return policy.for_site(*names) if policy is not None else None
         return self
 
     def patterns(self) -> dict[str, tuple[str, ...]]:
@@ -101,6 +105,10 @@ class Policy:
             "overrides": tuple(self.overrides),
             "rank": self.rank.patterns(),
         }
+
+
+def _names_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern, name in itertools.product(patterns, names))
 
 
 def _patterns(name: str, given: object) -> tuple[str, ...]:

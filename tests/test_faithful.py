@@ -74,6 +74,11 @@ class Checkpoints(Base):
         return checkpoint(self.layer, x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
+class ChecksReentrantly(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+
 class AsksForTheClass(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x * 2 if isinstance(x, Tensor) else x)  # type: ignore[no-any-return]
@@ -93,10 +98,11 @@ class TakesTheName(Base):
         (CountsInABuffer, "changes a buffer"),
         (KeepsAnOutput, "changes its own attribute 'auxiliary'"),
         (CountsInPython, "changes its own attribute 'steps'"),
-        (StopsGradients, "switches autocast or gradients on or off"),
-        (Casts, "switches autocast or gradients on or off"),
+        (StopsGradients, "switches autocast, gradients or checkpointing"),
+        (Casts, "switches autocast, gradients or checkpointing"),
         (Skips, "draws random numbers"),
-        (Checkpoints, "uses checkpoint"),
+        (Checkpoints, "switches autocast, gradients or checkpointing"),
+        (ChecksReentrantly, "switches autocast, gradients or checkpointing"),
         (AsksForTheClass, r"uses isinstance"),
         (TakesTheName, "'graph' has a name that GraphModule uses"),
     ],
@@ -111,7 +117,7 @@ def test_what_a_graph_would_freeze_keeps_the_class(build: Callable[[], Base], wh
     assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
     full = tdfx.rewrite(model, FULL)
     assert type(full) is build
-    x = torch.rand(4, 8, dtype=torch.float64)
+    x = torch.rand(4, 8, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(1)
     expected = model(x)
     torch.manual_seed(1)

@@ -220,12 +220,12 @@ def test_untrained_weights_are_kept_for_want_of_signal() -> None:
 
 
 def test_a_site_that_would_not_gain_is_kept_with_the_gain() -> None:
-    plan = tdfx.plan(nn.Sequential(nn.Linear(8, 8)), tdfx.Policy(rank=tdfx.Ratio(of=1.0)))
-    (site,) = plan
-    assert site.reason is tdfx.Reason.NO_GAIN
-    assert site.gain is not None
-    assert site.gain < 1
-    assert "1.05x was asked" in site.note
+    plan = tdfx.plan(nn.Sequential(nn.Linear(8, 8), nn.Linear(512, 512)), tdfx.Policy(rank=tdfx.Ratio(of=1.0)))
+    assert [site.reason for site in plan] == [tdfx.Reason.TOO_SMALL, tdfx.Reason.NO_GAIN]
+    for site, ranks in zip(plan, (8, 512), strict=True):
+        assert site.gain is not None
+        assert site.gain < 1
+        assert site.note == f"at ranks {ranks}; 1.05x was asked"
 
 
 def test_overrides_and_patterns_decide_by_name() -> None:
