@@ -28,6 +28,8 @@ class Traced:
     """One graph, or one in train and one in eval mode where they differ in more than constants."""
     doubt: str = ""
     """Why they cannot stand for the module; "" if they can."""
+    blocks: frozenset[str] = frozenset()
+    """Paths inside it of the modules that they call as they are, and do not look into."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,11 @@ class Trace(Pass):
         module = structural_copy(program.module)
         whole: dict[type[nn.Module], str] = {}
         attempts = dict(_attempts(module, "", whole))
-        graphs = {path: Traced(attempt.graphs, attempt.doubt) for path, attempt in attempts.items() if attempt.graphs}
+        graphs = {
+            path: Traced(attempt.graphs, attempt.doubt, frozenset(attempt.blocks))
+            for path, attempt in attempts.items()
+            if attempt.graphs
+        }
         root = attempts.get("", Attempt(doubt=_one_layer(module)))
         emit = program.emit
         notes = program.notes

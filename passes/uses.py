@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -76,7 +76,7 @@ def uses_of(program: Program) -> Uses:
         root = program.module.get_submodule(path)
         # A module that some graph calls runs as often as it is called; of the others nobody can say.
         often = uses.count(calls[id(root)]) if id(root) in traced else 1
-        traced.update(id(one) for one in root.modules())
+        traced.update(id(one) for one in _shown(root, program.graphs[path].blocks))
         for graph in program.graphs[path].graphs:
             runs[id(graph)] = (path, often)
             for node in graph.nodes:
@@ -96,6 +96,13 @@ def uses_of(program: Program) -> Uses:
         owners=_owners(program.module),
         runs=runs,
     )
+
+
+def _shown(root: nn.Module, blocks: Collection[str]) -> Iterator[nn.Module]:
+    """Yield the modules whose calls a graph shows: all of them but for what lies inside the blocks it calls as they are."""
+    inside = {id(one) for path in blocks for one in root.get_submodule(path).modules()}
+    inside -= {id(root.get_submodule(path)) for path in blocks}
+    return (one for one in root.modules() if id(one) not in inside)
 
 
 def _functional_uses(node: fx.Node) -> Iterator[FunctionalUse]:

@@ -170,6 +170,13 @@ def _check_model(model: nn.Module) -> None:
                 f"The model is wrapped in {wrapper.__name__}, which holds on to the parameters it was given. Pass "
                 f"model.module, and wrap what comes back again."
             )
+    sharded = [name for name, one in model.named_modules() if _is_sharded(one)]
+    if sharded:
+        where = f"Its part {sharded[0]!r}" if sharded[0] else "The model"
+        raise ModelError(
+            f"{where} is wrapped in FullyShardedDataParallel, which keeps the weights as slices of one flat parameter. "
+            f"Rewrite the model before it is wrapped."
+        )
     compiled = [name for name, one in model.named_modules() if isinstance(one, torch._dynamo.OptimizedModule)]
     if compiled:
         where = f"Its part {compiled[0]!r}" if compiled[0] else "The model"
@@ -179,6 +186,11 @@ def _check_model(model: nn.Module) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("The model is TorchScript, which cannot be rewritten. Pass the module it was made from.")
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    # By name, because importing the class takes longer than all of tdfx.
+    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
 
 
 def _warn_of_lost_attachments(swaps: Sequence[Swap]) -> None:

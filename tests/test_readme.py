@@ -24,7 +24,7 @@ def text() -> str:
 
 def test_the_python_blocks_run_one_after_the_other(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -33,6 +33,8 @@ def test_the_python_blocks_run_one_after_the_other(text: str, capsys: pytest.Cap
     held = {id(one) for group in names["optimizer"].param_groups for one in group["params"]}
     assert held == {id(one) for one in names["model"].parameters()}
     assert isinstance(names["model"], torch.nn.Module)
+    (site,) = tdfx.plan(names["Projection"](64, 64), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
+    assert (site.kind, site.ranks) == ("Projection", (16,))
 
 
 def test_every_reason_is_explained(text: str) -> None:
