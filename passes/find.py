@@ -19,6 +19,10 @@ from tdfx.passes.uses import Uses, uses_of
 from tdfx.plan import Reason
 
 
+_WITHOUT_LAYERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+"""Modules of torch.nn that compute linear maps with parameters of their own, in a way that nothing can stand in for."""
+
+
 class Find(Pass):
     """List the sites of a traced program in the order of its state_dict."""
 
@@ -105,11 +109,11 @@ def _parameter_site(slot: Slot, owner: nn.Module, parameter: nn.Parameter, uses:
     found = uses.functional.get(id(parameter))
     if found:
         yield functional_site(slot.path, found[0].call.name, slot, owner, uses)
-    elif isinstance(owner, nn.MultiheadAttention) and slot.name.endswith("proj_weight"):
+    elif isinstance(owner, _WITHOUT_LAYERS) and "weight" in slot.name and parameter.dim() == 2:
         yield Site(
             name=slot.path,
             layer=owner,
-            kind="F.linear",
+            kind=type(owner).__name__,
             operation=Operation(in_channels=parameter.shape[1], out_channels=parameter.shape[0]),
             calls=0,
             reason=Reason.READ_ELSEWHERE,

@@ -139,6 +139,8 @@ def _with_flows(site: Site, seen: Observed, in_graph: bool) -> Site:
         shapes = [shape for _, shape in seen.functional.get(id(site.weight), ())]
     else:
         shapes = seen.entering.get(site.name, [])
+    if not shapes and site.reason is Reason.READ_ELSEWHERE and not site.nodes:
+        return site  # what enters it is known to nobody
     flows = tuple(flow_of(shape, site.operation) for shape in shapes) if site.operation is not None else ()
     if site.reason is None and id(site.weight) in seen.reads:
         note = (

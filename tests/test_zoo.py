@@ -407,11 +407,11 @@ def test_a_model_that_does_not_fit_at_all_is_still_accounted_for(factories: Path
     assert {check.ok for name, check in verdict.checks.items() if name != "accounted"} == {None}
 
 
-def test_a_model_with_float32_constants_is_examined_in_float32(factories: Path) -> None:
+def test_a_model_with_float32_constants_is_examined_in_float64_all_the_same(factories: Path) -> None:
     verdict = examine(f"{factories}:single")
     assert verdict.ok, complaints(verdict)
-    assert verdict.facts["dtype"] == "float32"
-    assert "does not run in float64" in verdict.facts["dtype_note"]
+    assert verdict.facts["dtype"] == "float64"
+    assert "float32 in its code is read as float64" in verdict.facts["dtype_note"]
 
 
 # The command.

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from zoo_account import Account, account
 from zoo_inputs import Example, example_for
-from zoo_run import Gap, Seen, gap_of, largest, observe, preserved, rounding_response, spread, stir, warm_up
+from zoo_run import Gap, Seen, Widened, gap_of, largest, observe, preserved, rounding_response, spread, stir, warm_up
 
 import tdfx
 from tdfx.errors import TdfxWarning
@@ -167,7 +168,10 @@ class _Examination:
         if self.dtype is None:
             self._structure_only()
             return
-        self._settle()
+        with Widened() if self._settle() else nullcontext():
+            self._all_checks()
+
+    def _all_checks(self) -> None:
         before = _fingerprint(self.model)
         self._time_planning()
         self._full_rank()
@@ -175,18 +179,20 @@ class _Examination:
         self._low_rank()
         self._check("untouched", lambda: _untouched(before, _fingerprint(self.model)))
 
-    def _settle(self) -> None:
-        """Bring the model to its dtype and real statistics; one that holds float32 constants stays in float32."""
+    def _settle(self) -> bool:
+        """Bring the model to its dtype and to real statistics, and say whether float32 in its code must be widened."""
+        self.model.to(self.dtype)
         try:
-            warm_up(self.model.to(self.dtype), self.example.train)
+            warm_up(self.model, self.example.train)
             self._run(self.model, False)
+            return False
         except RuntimeError as error:
             if self.dtype is torch.float32:
                 raise
-            self.verdict.facts |= {"dtype": "float32", "dtype_note": f"does not run in float64: {_words(error)}"}
-            self.dtype = torch.float32
-            self.example = self.example.cast(self.dtype)
-            warm_up(self.model.to(self.dtype), self.example.train)
+            self.verdict.facts["dtype_note"] = f"float32 in its code is read as float64: {_words(error)}"
+        with Widened():
+            warm_up(self.model, self.example.train)
+        return True
 
     def _check(self, name: str, look: Callable[[], Check]) -> None:
         try:

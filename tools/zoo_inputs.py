@@ -31,6 +31,9 @@ _SIZE = (2, 3, 64, 64)
 _PICTURE = 128
 """Side of the pictures for detectors, in pixels; those that resize to 800 are told to stay at this size."""
 
+_BOXES = 32
+"""Boxes that the second stage of a detector looks at, per picture and level."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -40,8 +43,13 @@ class Call:
     named: dict[str, Any] = field(default_factory=dict)
 
     def cast(self, dtype: torch.dtype) -> Call:
-        """Return the call with floating tensors in another dtype."""
-        return self._mapped(lambda one: one.to(dtype) if one.is_floating_point() else one)
+        """Return the call with floating tensors in another dtype; key points stay in float32, the only one they may have."""
+        cast = self._mapped(lambda one: one.to(dtype) if one.is_floating_point() else one)
+        for targets in cast.arguments[1:]:
+            for target in targets if isinstance(targets, list) else ():
+                if "keypoints" in target:
+                    target["keypoints"] = target["keypoints"].float()
+        return cast
 
     def fresh(self) -> tuple[Call, list[Tensor]]:
         """Return the call on copies, so that a model may write to them, and the leaves that collect gradients."""
@@ -86,7 +94,8 @@ def example_for(reference: str, model: nn.Module, given: tuple[Tensor, ...] = ()
 
     Args:
         reference: What ``tdfx.references.build_model`` built the model from.
-        model: The model; an attribute ``example_inputs`` is taken off it, and a detector is told to keep its pictures small.
+        model: The model; an attribute ``example_inputs`` is taken off it, and a detector is told to keep its pictures small
+            and its boxes few.
         given: Inputs from the command line; the attribute goes before them, for models that are not torchvision's.
     """
     source, _, name = reference.rpartition(":")
@@ -142,6 +151,8 @@ def _detection(name: str, model: nn.Module) -> Example:
     transform: Any = model.transform
     if transform.fixed_size is None:
         transform.min_size, transform.max_size = (_PICTURE,), 2 * _PICTURE
+    if hasattr(model, "rpn"):
+        _propose_few(model)
     source = torch.Generator().manual_seed(1)
     images = [torch.rand(3, _PICTURE, _PICTURE, generator=source) for _ in range(2)]
     targets = [_target(name) for _ in images]
@@ -150,6 +161,13 @@ def _detection(name: str, model: nn.Module) -> Example:
     watched += sorted(path for path in names if path.startswith("roi_heads.") and path.count(".") == 1)
     layers = [path for path in watched if not path.endswith("_pool")]
     return Example(Call((images, targets)), Call((images,)), tuple(layers))
+
+
+def _propose_few(model: Any) -> None:
+    """Let a two-stage detector look at tens of boxes and not at thousands, of which each costs as much as a picture."""
+    model.rpn._pre_nms_top_n = model.rpn._post_nms_top_n = {"training": _BOXES, "testing": _BOXES}
+    model.roi_heads.fg_bg_sampler.batch_size_per_image = _BOXES
+    model.roi_heads.detections_per_img = _BOXES // 4
 
 
 def _target(name: str) -> dict[str, Tensor]:

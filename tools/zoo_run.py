@@ -31,10 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import keystr, tree_flatten_with_path
 from zoo_inputs import Call
 
-SAFETY = 16.0
+SAFETY = 8.0
 """How many times further than under a random draw a rewritten model may be; no unit."""
 FLOOR = 16.0
 """Rounding of what is compared, in units of eps times its norm."""
@@ -120,6 +121,20 @@ def warm_up(model: nn.Module, call: Call, steps: int = 2) -> None:
         norm.momentum = momentum
     for module, mode in modes:
         module.training = mode
+
+
+class Widened(TorchFunctionMode):
+    """Reads float32 as float64 wherever a model's code says it: RAFT makes its grid of coordinates so.
+
+    In float32 a handful of ReLUs switch sides under rounding, which moves gradients by steps that no tolerance foresees.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation with the other dtype."""
+        if func is torch.Tensor.float:
+            return args[0].double()
+        wide = {key: torch.float64 if one is torch.float32 else one for key, one in (kwargs or {}).items()}
+        return func(*(torch.float64 if one is torch.float32 else one for one in args), **wide)
 
 
 @torch.no_grad()
