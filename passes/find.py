@@ -18,7 +18,6 @@ from tdfx.passes.obstacles import layers_inside_leaves, obstacle, obstacle_of_la
 from tdfx.passes.uses import Uses, uses_of
 from tdfx.plan import Reason
 
-
 _WITHOUT_LAYERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 """Modules of torch.nn that compute linear maps with parameters of their own, in a way that nothing can stand in for."""
 
@@ -100,7 +99,7 @@ def _layer_site(path: str, layer: nn.Module, uses: Uses, inside: Mapping[int, ty
 
 def _is_called_as_a_function(layer: nn.Module, weight: Tensor | None, uses: Uses) -> bool:
     """Return True where the graphs pass the layer's weight to a function and never call the layer."""
-    if weight is None or uses.calls.get(id(layer)):
+    if weight is None or (uses.calls.get(id(layer)) and kind_of(layer).is_intact(layer)):
         return False
     return bool(uses.functional.get(id(weight))) and not parametrize.is_parametrized(layer)
 

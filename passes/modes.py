@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from torch import fx
+from torch.fx.node import map_arg
 
 ValueT = TypeVar("ValueT")
 
@@ -34,6 +35,21 @@ class Mode(int):
 
     def __fx_create_arg__(self, tracer: fx.Tracer) -> fx.Node:
         return tracer.create_node("get_attr", _flag_of(self.path), (), {})
+
+
+def _asking(name: str) -> Callable[..., Any]:
+    def operator(self: Mode, *args: Any) -> Any:
+        self.asked(self.path)
+        return getattr(int, name)(self, *args)
+
+    return operator
+
+
+# Arithmetic and comparisons with a flag decide something too.
+_ARITHMETIC = "add radd sub rsub mul rmul truediv rtruediv pow eq ne lt gt xor and or"
+for _name in _ARITHMETIC.split():
+    setattr(Mode, f"__{_name}__", _asking(f"__{_name}__"))
+Mode.__hash__ = int.__hash__  # type: ignore[method-assign]
 
 
 def by_mode(training: bool, in_train: ValueT, in_eval: ValueT) -> ValueT:
@@ -72,7 +88,7 @@ def _unify_node(node: fx.Node, other: fx.Node, twins: dict[fx.Node, fx.Node], de
     owners = [path for path in deciders if path in here]
 
     def choose(in_train: Any, in_eval: Any) -> Any:
-        if len(owners) != 1 or isinstance(in_train, fx.Node) or isinstance(in_eval, fx.Node):
+        if len(owners) != 1 or _holds_nodes(in_train) or _holds_nodes(in_eval):
             raise _DifferenceError
         with node.graph.inserting_before(node):
             flag = node.graph.create_node("get_attr", _flag_of(owners[0]))
@@ -81,6 +97,8 @@ def _unify_node(node: fx.Node, other: fx.Node, twins: dict[fx.Node, fx.Node], de
     def unified(mine: Any, theirs: Any) -> Any:
         if isinstance(theirs, fx.Node) and twins[theirs] is mine:
             return mine
+        if isinstance(mine, slice) and isinstance(theirs, slice):
+            return slice(*(unified(getattr(mine, key), getattr(theirs, key)) for key in ("start", "stop", "step")))
         if type(mine) is type(theirs) and isinstance(mine, tuple | list) and len(mine) == len(theirs):
             return type(mine)(unified(one, its) for one, its in zip(mine, theirs, strict=True))
         if isinstance(mine, dict) and isinstance(theirs, dict) and list(mine) == list(theirs):
@@ -88,8 +106,16 @@ def _unify_node(node: fx.Node, other: fx.Node, twins: dict[fx.Node, fx.Node], de
         same = type(mine) is type(theirs) and not isinstance(mine, fx.Node) and mine == theirs
         return mine if same else choose(mine, theirs)
 
+    if len(node.args) != len(other.args) or list(node.kwargs) != list(other.kwargs):
+        raise _DifferenceError
     node.args = unified(tuple(node.args), tuple(other.args))
     node.kwargs = unified(dict(node.kwargs), dict(other.kwargs))
+
+
+def _holds_nodes(value: Any) -> bool:
+    found: list[fx.Node] = []
+    map_arg(value, found.append)
+    return bool(found)
 
 
 def _flag_of(path: str) -> str:

@@ -17,6 +17,8 @@ from tdfx.layers import Factorized
 from tdfx.parameters import FactorizedParameter
 from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site, Slot
 from tdfx.passes.graph_module import FactorizedGraphModule
+from tdfx.passes.obstacles import obstacle
+from tdfx.passes.uses import uses_of
 from tdfx.passes.weights import Spectra, check_weight, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.structure import structural_copy
@@ -93,7 +95,9 @@ class Rewrite(Pass):
             return Swap(site.name, site.name, site.weight, made, site.layer, None)
         stand_in = build_layer(site.operation, site.weight, None).train(site.layer.training)
         parameter = FactorizedParameter.of(stand_in, scheme, decision.ranks, factors)
-        parameter.__dict__["siblings"] = tuple(site.layer._parameters)
+        stand_ins = (one for one in site.layer._modules.values() if isinstance(one, FactorizedParameter))
+        earlier = next((one.siblings for one in stand_ins), ())
+        parameter.__dict__["siblings"] = earlier or tuple(site.layer._parameters)
         return Swap(site.name, site.slot.path, site.weight, parameter, site.layer, site.slot)
 
 
@@ -123,7 +127,7 @@ def _with_calls(graph: fx.Graph, paths: Collection[str]) -> fx.Graph:
             continue
         for user in list(node.users):
             call = parse_call(user.target, user.args, user.kwargs) if user.op == "call_function" else None
-            if call is None or call.weight is not node:
+            if call is None or call.weight is not node or call.transposed:
                 continue
             with graph.inserting_before(user):
                 made = graph.call_module(node.target, kwargs=dict(call.rest))
@@ -139,18 +143,24 @@ def _planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
     """Return the program's sites by name, with those that the plan knows from example inputs."""
     sites = {site.name: site for site in program.sites}
     parameters = dict(program.module.named_parameters())
+    # What reads them besides was asked when the plan was made, with example inputs.
+    unread = replace(uses_of(program), reads=frozenset())
     for decision in plan.factorized:
         found = sites.get(decision.name)
         if decision.parameter not in parameters or (found is not None and found.reason not in _UNSEEN):
             continue
         slot = Slot.of(decision.parameter)
-        call = Call(decision.kind, len(decision.shape) - 2, False, None)
+        weight = parameters[decision.parameter]
+        operation = Call(decision.kind, len(decision.shape) - 2, False, None).operation(weight.shape)
+        reason, note = obstacle(weight, decision.kind, operation, unread)
         sites[decision.name] = Site(
             name=decision.name,
             layer=program.module.get_submodule(slot.owner),
             kind=decision.kind,
-            operation=call.operation(parameters[decision.parameter].shape),
+            operation=operation,
             calls=decision.calls,
+            reason=reason,
+            note=note,
             slot=slot,
         )
     return sites

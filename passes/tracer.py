@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._pytree import tree_leaves
 
 from tdfx.kinds.registry import find_kind
 from tdfx.layers import Factorized
@@ -46,7 +47,7 @@ class SiteTracer(fx.Tracer):
     def trace_in_mode(self, root: nn.Module, training: bool) -> fx.Graph:
         """Trace a throwaway copy in a mode; each of its modules notes when its own mode decides something."""
         for path, one in root.named_modules():
-            one.__dict__["training"] = Mode(training, path, self.deciders.add)
+            one.__dict__["training"] = Mode(training, path, self._decided)
         return self.trace(root)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -60,10 +61,16 @@ class SiteTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep count of where the trace is, and note a forward that draws random numbers by itself."""
-        self._open.append(self.path_of_module(m))
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            # Its forward is not run; what holds now was brought about by the module that calls it.
+            return super().call_module(m, forward, args, kwargs)
+        self._open.append(path)
         known, states = len(self.doubts), random_states()
         try:
             result = super().call_module(m, forward, args, kwargs)
+            if self._hands_out_a_decision(path, result):
+                self.doubt("gives back a number that its mode may have decided")
             if len(self.doubts) == known and random_states() != states:
                 self.doubt("draws random numbers that a graph would freeze")
         except Exception:
@@ -89,6 +96,17 @@ class SiteTracer(fx.Tracer):
         if isinstance(a, Tensor) and isinstance(made, fx.Node) and "_tensor_constant" in str(made.target):
             self.doubt("makes tensors that a graph would freeze")
         return made
+
+    def _decided(self, path: str) -> None:
+        """Note that a module's mode decided something; a graph has no place for that of one whose forward is not running."""
+        self.deciders.add(path)
+        if path and path not in self._open:
+            self.doubt("asks for the mode of another module")
+
+    def _hands_out_a_decision(self, path: str, result: Any) -> bool:
+        """Return True if a module whose mode, or that of one inside it, decided something gives back a number."""
+        decided = any(one == path or one.startswith(f"{path}.") for one in self.deciders)
+        return decided and any(isinstance(one, int | float) for one in tree_leaves(result))
 
     def doubt(self, why: str) -> None:
         """Note a doubt about the module whose forward is running."""
@@ -120,12 +138,18 @@ def throwaway(module: nn.Module, mode: bool) -> nn.Module:
         one.training = mode
         for name, buffer in one._buffers.items():
             if buffer is not None:
-                own = copy.deepcopy(buffer) if isinstance(buffer, UninitializedBuffer) else buffer.clone()
-                one._buffers[name] = buffers.setdefault(id(buffer), own)
+                one._buffers[name] = buffers.setdefault(id(buffer), _own_buffer(buffer))
         for name, parameter in one._parameters.items():
             if isinstance(parameter, UninitializedParameter):
                 one._parameters[name] = copy.deepcopy(parameter)
     return made
+
+
+def _own_buffer(buffer: Tensor) -> Tensor:
+    if isinstance(buffer, UninitializedBuffer):
+        made: Tensor = UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]
+        return made
+    return buffer.clone()
 
 
 def without_hooks(module: nn.Module) -> nn.Module:

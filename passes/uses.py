@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from tdfx.kinds.functional import Call, parse_call
+from tdfx.kinds.registry import find_kind
 from tdfx.passes.base import Program
+from tdfx.passes.tracer import is_site_or_leaf
 
 METADATA = frozenset(
     {
@@ -81,7 +83,10 @@ def uses_of(program: Program) -> Uses:
             runs[id(graph)] = (path, often)
             for node in graph.nodes:
                 if node.op == "call_module":
-                    calls[id(root.get_submodule(str(node.target)))].append(node)
+                    called = root.get_submodule(str(node.target))
+                    calls[id(called)].append(node)
+                    if is_site_or_leaf(called) and find_kind(called) is None:
+                        reads.update(id(one) for one in called.parameters())
                 elif node.op == "get_attr":
                     value = _attribute(root, str(node.target))
                     found = list(_functional_uses(node))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,13 @@ class FactorizedParameter(Factorized):
 
     siblings: tuple[str, ...]
     """The names of all parameters of the module that held the original, in their order."""
+    shape: torch.Size
+    """The shape of the dense weight."""
 
     def __init__(self, factors: nn.Sequential, origin: Origin, siblings: Sequence[str] = ()) -> None:
         super().__init__(factors, origin)
         self.siblings = tuple(siblings)
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of the dense weight."""
-        return weight_of(self.origin.layer).shape
+        self.shape = weight_of(origin.layer).shape
 
     def forward(self, input: Tensor, bias: Tensor | None = None, **geometry: Any) -> Tensor:
         """Compute what the function would with the dense weight.
@@ -77,6 +75,21 @@ class FactorizedParameter(Factorized):
             if name.startswith("_") or not hasattr(Tensor, name):
                 raise
         return getattr(self.weight, name)
+
+
+def _on_dense(name: str) -> Callable[..., Any]:
+    def operator(self: FactorizedParameter, *args: Any) -> Any:
+        return getattr(self.weight, name)(*args)
+
+    return operator
+
+
+# Python looks operators up on the class, so __getattr__ does not see them.
+for _name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
+    for _operator in (f"__{_name}__", f"__r{_name}__"):
+        setattr(FactorizedParameter, _operator, _on_dense(_operator))
+for _operator in ("__neg__", "__getitem__", "__len__"):
+    setattr(FactorizedParameter, _operator, _on_dense(_operator))
 
 
 def _dense(value: Any) -> Any:

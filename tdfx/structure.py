@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 HOOKS = (
     "_forward_hooks",
@@ -109,6 +111,8 @@ class _Translator:
             return types.MethodType(value.__func__, self.twins[id(value.__self__)])
         if isinstance(value, types.FunctionType):
             return self._function(value)
+        if isinstance(value, RemovableHandle):
+            return self._handle(value)
         if not isinstance(value, (dict, list, tuple, set, frozenset, deque, functools.partial)):
             return value
         if id(value) not in self.done:
@@ -128,6 +132,16 @@ class _Translator:
         made = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
         made.__kwdefaults__ = value.__kwdefaults__
         made.__dict__.update(value.__dict__)
+        return made
+
+    def _handle(self, value: RemovableHandle) -> RemovableHandle:
+        """Let a handle that a module holds take the hook off the twin, and not off the original."""
+        made = copy.copy(value)
+        made.hooks_dict_ref, *extra = (
+            weakref.ref(self(hooks)) if (hooks := reference()) is not None else reference
+            for reference in (value.hooks_dict_ref, *value.extra_dict_ref)
+        )
+        made.extra_dict_ref = tuple(extra)
         return made
 
     def _container(self, value: Any) -> Any:

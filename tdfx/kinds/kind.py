@@ -70,6 +70,11 @@ class LayerKind(ABC):
         """The word by which plans name the kind: the class's own name."""
         return self.layer.rpartition(".")[2] if isinstance(self.layer, str) else self.layer.__name__
 
+    @property
+    def dotted_name(self) -> str:
+        """The full name of the layer class."""
+        return self.layer if isinstance(self.layer, str) else _dotted(self.layer)
+
     def base(self, layer: type) -> type | None:
         """Return the class of this kind that a class is or derives from, None if it does not."""
         return next((one for one in layer.__mro__ if one is self.layer or _dotted(one) == self.layer), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 from typing import TypeVar
 
@@ -35,7 +36,9 @@ def register_kind(kind: KindT) -> KindT:
             f"{kind.__name__}.layer is {layer!r}, which names no class of layers. Set it to a subclass of "
             f"torch.nn.Module, or to its dotted name as text."
         )
-    if any(layer == one.layer for one in _BUILT_IN):
+    if inspect.isabstract(kind):
+        raise KindError(f"{kind.__name__} does not say what a layer computes: it has no operation(). Define it.")
+    if any(layer in {one.layer, one.dotted_name} for one in _BUILT_IN):
         raise KindError(
             f"{kind.__name__} is for {layer!r}, which tdfx knows by itself. To treat some of these layers otherwise, derive "
             f"a class from it that has its own forward, and register a kind for that class."

@@ -1,0 +1,575 @@
+"""Layer kinds that users register: rewritten, trained, merged and carried in the layout of their own parameter."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.optim import SGD, Adam, Optimizer
+
+import tdfx
+from tdfx.kinds import registry
+from tdfx.kinds.registry import find_kind, kind_of, register_kind
+
+FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
+LOW = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
+# A few products of at most a few hundred terms each, one after the other.
+TOLERANCE = 1e4 * torch.finfo(torch.float64).eps
+EMITS: tuple[tdfx.Emit, ...] = ("graph", "modules")
+every_emit = pytest.mark.parametrize("emit", EMITS)
+
+
+@pytest.fixture(autouse=True)
+def _registry_as_it_was() -> Iterator[None]:
+    known = dict(registry._kinds)
+    yield
+    forget(*(set(registry._kinds) - set(known)))
+    registry._kinds.update(known)
+
+
+def forget(*layers: type[nn.Module] | str) -> None:
+    for layer in layers:
+        del registry._kinds[layer]
+    registry._kind_of_class.cache_clear()
+
+
+class Projection(nn.Module):
+    """A linear map that stores its weight the other way round, under other names, and names its own width."""
+
+    def __init__(self, n_in: int, n_out: int, shift: bool = True) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(n_out)) if shift else None
+        self.kernel = nn.Parameter(torch.randn(n_in, n_out))
+        self.width = n_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.kernel
+        return y if self.shift is None else y + self.shift
+
+
+class ProjectionKind(tdfx.LayerKind):
+    layer: ClassVar[type[nn.Module] | str] = Projection
+    weight = "kernel"
+    bias = "shift"
+
+    def operation(self, layer: nn.Module) -> tdfx.Operation | None:
+        n_in, n_out = cast("Tensor", layer.kernel).shape
+        return tdfx.Operation(in_channels=n_in, out_channels=n_out)
+
+    def to_dense(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+    def from_dense(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+
+class Backwards(nn.Module):
+    """A convolution that stores its weight as (kernel..., in, out), and has no bias."""
+
+    def __init__(self, n_in: int, n_out: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.filters = nn.Parameter(torch.randn(*size, n_in, n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.filters.permute(3, 2, 0, 1), None, (2, 1), "valid", (1, 2))
+
+
+class BackwardsKind(tdfx.LayerKind):
+    layer = Backwards
+    weight = "filters"
+    bias = None
+
+    def operation(self, layer: nn.Module) -> tdfx.Operation:
+        assert isinstance(layer, Backwards)
+        *size, n_in, n_out = layer.filters.shape
+        return tdfx.Operation(
+            in_channels=n_in, out_channels=n_out, kernel=tuple(size), stride=(2, 1), padding="valid", dilation=(1, 2)
+        )
+
+    def to_dense(self, weight: Tensor) -> Tensor:
+        return weight.permute(3, 2, 0, 1)
+
+    def from_dense(self, weight: Tensor) -> Tensor:
+        return weight.permute(2, 3, 1, 0)
+
+
+class Net(nn.Module):
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 9)
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).tanh())  # type: ignore[no-any-return]
+
+
+def nets() -> tuple[Net, Net]:
+    """Return a net with a projection, and the same with the linear layer that it is."""
+    mine, stock = Net(Projection(9, 5)).double(), Net(nn.Linear(9, 5)).double()
+    with torch.no_grad():
+        stock.first.load_state_dict(mine.first.state_dict())
+        stock.get_parameter("last.weight").copy_(mine.get_parameter("last.kernel").mT)
+        stock.get_parameter("last.bias").copy_(mine.get_parameter("last.shift"))
+    return mine, stock
+
+
+def batch(seed: int = 1) -> Tensor:
+    return torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    one, other = one.detach(), other.detach()
+    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
+
+
+def train(model: nn.Module, optimizer: Optimizer) -> None:
+    for step in range(3):
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def described(model: nn.Module) -> list[tuple[str, torch.Size, torch.dtype, tuple[int, ...]]]:
+    return [(key, one.shape, one.dtype, one.stride()) for key, one in model.state_dict().items()]
+
+
+def test_a_layer_of_no_known_kind_is_no_site() -> None:
+    assert [site.name for site in tdfx.plan(Net(Projection(9, 5)), FULL)] == ["first"]
+    register_kind(ProjectionKind)
+    plan = tdfx.plan(Net(Projection(9, 5)), FULL, example_inputs=torch.rand(3, 7))
+    assert [(site.name, site.kind, site.shape) for site in plan.factorized] == [
+        ("first", "Linear", (9, 7)),
+        ("last", "Projection", (5, 9)),
+    ]
+    assert plan["last"].parameter is None
+    assert plan["last"].flops_before == 2 * 3 * 9 * 5
+
+
+@every_emit
+@pytest.mark.parametrize("shift", [True, False])
+def test_full_rank_changes_nothing_and_low_rank_does(shift: bool, emit: tdfx.Emit) -> None:
+    register_kind(ProjectionKind)
+    dense = Net(Projection(9, 5, shift)).double()
+    results: list[tuple[Tensor, Tensor]] = []
+    for model in (dense, tdfx.rewrite(dense, FULL, emit=emit), tdfx.rewrite(dense, LOW, emit=emit)):
+        x = batch().requires_grad_()
+        output = model(x)
+        output.square().sum().backward()
+        assert x.grad is not None
+        results.append((output, x.grad))
+        if model is not dense:
+            assert isinstance(model.get_submodule("last"), tdfx.Factorized)
+            assert isinstance(model, fx.GraphModule) == (emit == "graph")
+            assert sum(key.startswith("last") for key in model.state_dict()) == 2 + shift
+    expected, full, low = results
+    assert all(distance(one, other) < TOLERANCE for one, other in zip(full, expected, strict=True))
+    assert all(distance(one, other) > 1e-2 for one, other in zip(low, expected, strict=True))
+
+
+def test_what_the_layer_says_of_itself_can_be_read_under_its_own_names() -> None:
+    register_kind(ProjectionKind)
+    dense = Projection(9, 5).double()
+    made: Any = tdfx.rewrite(dense, FULL)
+    assert isinstance(made, tdfx.Factorized)
+    assert made.width == 5
+    assert made.kernel.shape == (9, 5)
+    assert distance(made.kernel, dense.kernel) < TOLERANCE
+    assert distance(made.weight, dense.kernel) < TOLERANCE
+    assert made.shift is dense.shift
+    assert "Projection()" in repr(made)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = made.nothing
+
+
+@every_emit
+def test_merge_gives_the_class_and_the_layout_back(emit: tdfx.Emit) -> None:
+    register_kind(ProjectionKind)
+    dense = Net(Projection(9, 5)).double()
+    low = tdfx.rewrite(dense, LOW, emit=emit)
+    optimizer = SGD(low.parameters(), lr=0.05)
+    train(low, optimizer)
+    merged = tdfx.merge(low)
+    assert type(merged) is Net
+    last = merged.get_submodule("last")
+    assert type(last) is Projection
+    assert last.width == 5
+    assert described(merged) == described(dense)
+    assert distance(merged(batch()), low(batch())) < TOLERANCE
+    fresh = Net(Projection(9, 5)).double()
+    fresh.load_state_dict(merged.state_dict(), strict=True)
+    assert distance(fresh(batch()), low(batch())) < TOLERANCE
+    assert distance(fresh(batch()), dense(batch())) > 1e-2
+
+
+@every_emit
+def test_a_convolution_stored_backwards(emit: tdfx.Emit) -> None:
+    register_kind(BackwardsKind)
+    dense = nn.Sequential(Backwards(4, 6, (3, 2)), nn.Tanh()).double()
+    x = torch.rand(2, 4, 9, 8, dtype=torch.float64)
+    plan = tdfx.plan(dense, FULL, example_inputs=x)
+    assert [(site.name, site.kind, site.shape, site.scheme) for site in plan] == [
+        ("0", "Backwards", (6, 4, 3, 2), "tucker2")
+    ]
+    assert plan.flops_before == 2 * (2 * 6 * 4 * 6) * (4 * 3 * 2)
+    full = tdfx.rewrite(dense, FULL, emit=emit)
+    low = tdfx.rewrite(dense, LOW, emit=emit)
+    assert distance(full(x), dense(x)) < TOLERANCE
+    assert distance(low(x), dense(x)) > 1e-2
+    for model in (full, low):
+        merged = tdfx.merge(model)
+        assert described(merged) == described(dense)
+        assert distance(merged(x), model(x)) < TOLERANCE
+
+
+MAKERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda given: SGD(given, lr=0.02, momentum=0.9),
+    "adam": lambda given: Adam(given, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_optimizer_state_is_carried_as_for_the_linear_layer_that_it_is(make: Callable[[Any], Optimizer]) -> None:
+    register_kind(ProjectionKind)
+    pair: list[nn.Module] = list(nets())
+    optimizers = [make(model.named_parameters()) for model in pair]
+    names = list(optimizers[0].param_groups[0]["param_names"])
+
+    def state(index: int, weight: Any) -> dict[str, Tensor]:
+        return cast("dict[str, Tensor]", optimizers[index].state[weight])
+
+    def dense_states_agree() -> None:
+        mine = state(0, pair[0].get_parameter("last.kernel"))
+        stock = state(1, pair[1].get_parameter("last.weight"))
+        assert mine.keys() == stock.keys() != set()
+        for key, value in mine.items():
+            assert distance(value.mT if value.dim() == 2 else value, stock[key]) < TOLERANCE, key
+
+    for _ in range(2):
+        for model, optimizer in zip(pair, optimizers, strict=True):
+            train(model, optimizer)
+        dense_states_agree()
+        pair = [tdfx.rewrite(model, LOW, optimizer=one) for model, one in zip(pair, optimizers, strict=True)]
+        assert "last.factors.1.bias" in optimizers[0].param_groups[0]["param_names"]
+        assert "last.factors.0.weight" in optimizers[0].param_groups[0]["param_names"]
+        for mine, stock in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
+            assert distance(mine, stock) < TOLERANCE
+            assert state(0, mine).keys() == state(1, stock).keys() != set()
+            for key, value in state(0, mine).items():
+                assert distance(value, state(1, stock)[key]) < TOLERANCE, key
+        for model, optimizer in zip(pair, optimizers, strict=True):
+            train(model, optimizer)
+        pair = [tdfx.merge(model, optimizer=one) for model, one in zip(pair, optimizers, strict=True)]
+        dense_states_agree()
+        assert optimizers[0].param_groups[0]["param_names"] == names
+        assert distance(pair[0].get_parameter("last.kernel").mT, pair[1].get_parameter("last.weight")) < TOLERANCE
+
+
+class Renamed(Projection):
+    """The same forward: a projection."""
+
+
+class Doubled(Projection):
+    """Another forward: none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class HasMore(Projection):
+    def __init__(self) -> None:
+        super().__init__(5, 5)
+        self.extra = nn.Parameter(torch.ones(1))
+
+
+def test_a_subclass_is_of_the_kind_as_long_as_it_computes_the_same() -> None:
+    register_kind(ProjectionKind)
+    plan = tdfx.plan(nn.Sequential(Renamed(5, 5), Doubled(5, 5), HasMore()), FULL)
+    assert plan["0"].factorized
+    assert plan["0"].kind == "Projection"
+    assert plan["1"].reason is tdfx.Reason.CUSTOM_FORWARD
+    assert plan["1"].note == "Doubled does not compute what Projection does"
+    assert plan["2"].note == "HasMore holds more than a weight and a bias"
+    merged = tdfx.merge(tdfx.rewrite(Net(Renamed(9, 5)), FULL))
+    assert type(merged.get_submodule("last")) is Renamed
+
+
+def test_a_forward_or_a_call_of_ones_own_is_not_the_kinds() -> None:
+    register_kind(ProjectionKind)
+    patched, calls = Projection(9, 5), type("Calls", (Projection,), {"__call__": lambda self, x: x})(9, 5)
+    patched.__dict__["forward"] = lambda x: x
+    for layer in (patched, calls):
+        assert not kind_of(layer).is_intact(layer)
+    assert kind_of(Projection(9, 5)).is_intact(Projection(9, 5))
+
+
+class Steps(Projection):
+    """Computes its output by a method that a subclass may have its own of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(x)
+
+    def step(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class OtherSteps(Steps):
+    def step(self, x: Tensor) -> Tensor:
+        return x.sum(-1, keepdim=True)
+
+
+def test_every_method_that_computes_counts() -> None:
+    class StepsKind(ProjectionKind):
+        layer = Steps
+        methods = ("forward", "step")
+
+    register_kind(ProjectionKind)
+    register_kind(StepsKind)
+    assert tdfx.plan(Net(Steps(9, 5)), FULL)["last"].kind == "Steps"
+    assert tdfx.plan(Net(OtherSteps(9, 5)), FULL)["last"].reason is tdfx.Reason.CUSTOM_FORWARD
+
+
+def test_the_kind_of_the_nearest_class_counts() -> None:
+    class DoubledKind(ProjectionKind):
+        layer = Doubled
+
+    for kinds in ((ProjectionKind, DoubledKind), (DoubledKind, ProjectionKind)):
+        for kind in kinds:
+            register_kind(kind)
+        assert type(find_kind(Doubled(9, 5))) is DoubledKind
+        assert type(find_kind(Projection(9, 5))) is ProjectionKind
+        assert type(find_kind(Renamed(9, 5))) is ProjectionKind
+        assert find_kind(Net(Doubled(9, 5))) is None
+        forget(Projection, Doubled)
+
+
+def test_a_kind_may_be_for_a_subclass_of_a_stock_layer_with_its_own_forward() -> None:
+    class Flipped(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.weight.flip(0), self.bias)
+
+    class FlippedKind(tdfx.LayerKind):
+        layer = Flipped
+
+        def operation(self, layer: nn.Module) -> tdfx.Operation:
+            assert isinstance(layer, Flipped)
+            return tdfx.Operation(in_channels=layer.in_features, out_channels=layer.out_features)
+
+        def to_dense(self, weight: Tensor) -> Tensor:
+            return weight.flip(0)
+
+        def from_dense(self, weight: Tensor) -> Tensor:
+            return weight.flip(0)
+
+    dense = Net(Flipped(9, 5)).double()
+    assert tdfx.plan(dense, FULL)["last"].reason is tdfx.Reason.CUSTOM_FORWARD
+    register_kind(FlippedKind)
+    full = tdfx.rewrite(dense, FULL)
+    assert isinstance(full.get_submodule("last"), tdfx.Factorized)
+    assert distance(full(batch()), dense(batch())) < TOLERANCE
+    assert distance(tdfx.merge(full).get_parameter("last.weight"), dense.get_parameter("last.weight")) < TOLERANCE
+
+
+def test_a_class_may_be_named_by_its_dotted_name() -> None:
+    class ByName(ProjectionKind):
+        layer = f"{__name__}.Projection"
+
+    assert tdfx.register_kind(ByName) is ByName
+    (site,) = tdfx.plan(Projection(9, 5), FULL)
+    assert site.kind == "Projection"
+    assert site.factorized
+    assert type(tdfx.merge(tdfx.rewrite(Renamed(9, 5), FULL))) is Renamed
+    assert find_kind(nn.Linear(2, 2)) is not find_kind(Projection(9, 5))
+
+
+def test_registering_again_replaces() -> None:
+    class Refuses(ProjectionKind):
+        def operation(self, layer: nn.Module) -> None:
+            return None
+
+    register_kind(ProjectionKind)
+    assert tdfx.plan(Projection(9, 5), FULL).sites[0].factorized
+    register_kind(Refuses)
+    (site,) = tdfx.plan(Projection(9, 5), FULL)
+    assert site.reason is tdfx.Reason.NO_SCHEME
+    assert site.shape == (9, 5)
+    register_kind(ProjectionKind)
+    assert tdfx.plan(Projection(9, 5), FULL).sites[0].factorized
+    assert [type(one) for one in registry._kinds.values()].count(ProjectionKind) == 1
+
+
+def kind_for(layer: Any) -> type[tdfx.LayerKind]:
+    return type("Wrong", (ProjectionKind,), {"layer": layer})
+
+
+class Unfinished(tdfx.LayerKind):
+    def operation(self, layer: nn.Module) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (Projection, r"Projection'> is not a subclass of tdfx\.LayerKind\. Write a class that derives from it\."),
+        (ProjectionKind(), r"object at .* is not a subclass of tdfx\.LayerKind"),
+        ("Projection", r"'Projection' is not a subclass of tdfx\.LayerKind"),
+        (
+            Unfinished,
+            r"Unfinished\.layer is None, which names no class of layers\. Set it to a subclass of torch\.nn\.M",
+        ),
+        (
+            kind_for("Projection"),
+            r"Wrong\.layer is 'Projection', which names no class .* or to its dotted name as text",
+        ),
+        (kind_for(int), r"Wrong\.layer is <class 'int'>, which names no class"),
+        (kind_for(Projection(1, 1)), r"Wrong\.layer is Projection\(\), which names no class"),
+        (
+            kind_for(nn.Linear),
+            r"Wrong is for <class '.*Linear'>, which tdfx knows by itself\. .* derive a class from it",
+        ),
+        (
+            kind_for("transformers.pytorch_utils.Conv1D"),
+            r"Wrong is for 'transformers\.pytorch_utils\.Conv1D', which tdfx",
+        ),
+    ],
+)
+def test_what_cannot_be_registered(wrong: Any, text: str) -> None:
+    before = dict(registry._kinds)
+    with pytest.raises(tdfx.KindError, match=text):
+        tdfx.register_kind(wrong)
+    assert registry._kinds == before
+    assert issubclass(tdfx.KindError, TypeError)
+
+
+def test_a_kind_without_an_operation_is_a_kind_error() -> None:
+    wrong = type("Wrong", (tdfx.LayerKind,), {"layer": Projection})
+    with pytest.raises(tdfx.KindError, match=r"Wrong does not say what a layer computes: it has no operation\(\)"):
+        register_kind(wrong)
+
+
+def test_a_stock_layer_by_its_dotted_name_is_known_too() -> None:
+    with pytest.raises(tdfx.KindError, match="which tdfx knows by itself"):
+        register_kind(kind_for("torch.nn.modules.linear.Linear"))
+
+
+class NoTranspose(ProjectionKind):
+    def to_dense(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+class NoWayBack(ProjectionKind):
+    def from_dense(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (
+            NoTranspose,
+            r"NoTranspose says that a Projection computes Operation\(in_channels=9, out_channels=5.*, whose weight has the "
+            r"shape \(5, 9\); its to_dense gives \(9, 5\) for a parameter of shape \(9, 5\), and from_dense gives \(5, 9\) "
+            r"back\. Mend the kind\.",
+        ),
+        (
+            NoWayBack,
+            r"its to_dense gives \(5, 9\) for a parameter of shape \(9, 5\), and from_dense gives \(5, 9\) back",
+        ),
+    ],
+)
+def test_shapes_that_do_not_go_together_are_told_before_anything_is_done(kind: type[tdfx.LayerKind], text: str) -> None:
+    register_kind(kind)
+    model = Net(Projection(9, 5))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for action in (tdfx.plan, tdfx.rewrite):
+        with pytest.raises(tdfx.KindError, match=text):
+            cast("Any", action)(model, FULL)
+    assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+
+
+def test_a_kind_that_is_missing_at_the_merge() -> None:
+    register_kind(ProjectionKind)
+    model = Net(Projection(9, 5)).double()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    low = tdfx.rewrite(model, LOW, optimizer=optimizer)
+    packed, held = pickle.dumps(low), [id(one) for one in optimizer.param_groups[0]["params"]]
+    forget(Projection)
+    text = (
+        "No layer kind is registered for Projection, though one was when the model was rewritten. Import the code that"
+    )
+    with pytest.raises(tdfx.KindError, match=text):
+        tdfx.merge(low, optimizer=optimizer)
+    assert [id(one) for one in optimizer.param_groups[0]["params"]] == held
+    # What does not need the kind goes on without it: loading, copying, computing.
+    again = copy.deepcopy(pickle.loads(packed))
+    assert distance(again(batch()), low(batch())) == 0
+    register_kind(ProjectionKind)
+    assert described(tdfx.merge(again)) == described(model)
+
+
+def test_the_kinds_names_are_what_the_compiler_reads() -> None:
+    register_kind(ProjectionKind)
+    layer = Projection(9, 5)
+    layer.kernel.requires_grad_(False)
+    assert tdfx.plan(layer, FULL).sites[0].reason is tdfx.Reason.FROZEN
+    tied = nn.Sequential(Projection(9, 9), Projection(9, 9))
+    tied[1].kernel = tied[0].kernel
+    assert {site.reason for site in tdfx.plan(tied, FULL)} == {tdfx.Reason.TIED}
+    frozen_shift = Projection(9, 5)
+    assert frozen_shift.shift is not None
+    frozen_shift.shift.requires_grad_(False)
+    merged = tdfx.merge(tdfx.rewrite(frozen_shift, FULL))
+    assert [one.requires_grad for one in merged.parameters()] == [False, True]
+
+
+class StandIn(nn.Module):
+    """What Hugging Face's Conv1D does, for where transformers is not installed."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+def huggingface_layer(real: bool) -> type[nn.Module]:
+    if not real:
+        named = {"__module__": "transformers.pytorch_utils", "__qualname__": "Conv1D"}
+        return type("Conv1D", (StandIn,), {**named, "forward": StandIn.forward})
+    utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
+    return cast("type[nn.Module]", utils.Conv1D)
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["stand-in", "transformers"])
+def test_the_layer_of_transformers_is_known(real: bool) -> None:
+    kind: Any = huggingface_layer(real)
+    dense = Net(kind(6, 9)).double()
+    plan = tdfx.plan(dense, FULL)
+    assert [(site.name, site.kind, site.shape) for site in plan.factorized] == [
+        ("first", "Linear", (9, 7)),
+        ("last", "Conv1D", (6, 9)),
+    ]
+    x = batch()[None]
+    full, low = tdfx.rewrite(dense, FULL), tdfx.rewrite(dense, LOW)
+    assert distance(full(x), dense(x)) < TOLERANCE
+    assert distance(low(x), dense(x)) > 1e-2
+    merged = tdfx.merge(low)
+    assert type(merged.get_submodule("last")) is kind
+    assert described(merged) == described(dense)
+    assert distance(merged(x), low(x)) < TOLERANCE
+
+
+def test_nothing_of_transformers_is_imported_for_it() -> None:
+    before = "transformers" in sys.modules
+    assert isinstance(tdfx.rewrite(cast("Any", huggingface_layer(False))(6, 9), FULL), tdfx.Factorized)
+    assert ("transformers" in sys.modules) == before
