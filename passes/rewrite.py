@@ -86,8 +86,8 @@ class Rewrite(Pass):
         assert site.operation is not None
         scheme = get_scheme(decision.scheme)
         weight = working_weight(site)
-        spectra = self.spectra.get(site.name) or scheme.spectra(weight)
-        factors = scheme.split(weight, decision.ranks, spectra)
+        spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
+        factors = scheme.split(site.operation, weight, decision.ranks, spectra)
         if site.slot is None:
             made = Factorized.of(site.layer, scheme, decision.ranks, factors)
             return Swap(site.name, site.name, site.weight, made, site.layer, None)
@@ -144,7 +144,7 @@ def _planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
         if decision.parameter not in parameters or (found is not None and found.reason not in _UNSEEN):
             continue
         slot = Slot.of(decision.parameter)
-        call = Call(decision.kind, len(decision.shape) - 2, False, None)
+        call = Call(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
         sites[decision.name] = Site(
             name=decision.name,
             layer=program.module.get_submodule(slot.owner),

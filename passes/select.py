@@ -90,7 +90,7 @@ class Select(Pass):
         if most < policy.min_gain and not policy.rank.exact:
             return replace(_kept(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
         weight = working_weight(site)
-        spectra = scheme.spectra(weight)
+        spectra = scheme.spectra(operation, weight)
         choice = policy.rank.choose(_name_for(policy.rank, site), spectra)
         if choice.kept:
             return _kept(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
@@ -108,7 +108,7 @@ class Select(Pass):
             parameters_after=parameters(chain),
             flops_after=_flops(chain, site.flows),
             gain=gain,
-            error=scheme.error(weight, ranks, spectra),
+            error=scheme.error(operation, weight, ranks, spectra),
         )
 
 
@@ -135,6 +135,8 @@ def _kept(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | No
         kind=site.kind,
         parameter=site.slot.path if site.slot is not None else None,
         shape=shape,
+        groups=site.operation.groups if site.operation is not None else 1,
+        transposed=site.operation is not None and site.operation.transposed,
         calls=site.calls,
         full_ranks=full,
         reason=reason,

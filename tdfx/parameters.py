@@ -34,7 +34,9 @@ class FactorizedParameter(Factorized):
         """The shape of the dense weight."""
         return weight_of(self.origin.layer).shape
 
-    def forward(self, input: Tensor, bias: Tensor | None = None, **geometry: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input: Tensor, bias: Tensor | None = None, **geometry: Any
+    ) -> Tensor:
         """Compute what the function would with the dense weight.
 
         Args:
@@ -42,13 +44,17 @@ class FactorizedParameter(Factorized):
             bias: Shape (out,), or None.
             geometry: The function's other arguments: stride, padding, dilation, groups.
         """
-        call = Call("", len(self.shape) - 2, False, self, {"input": input, "bias": bias, **geometry})
+        call = Call(
+            "", len(self.shape) - 2, self.operation.transposed, self, {"input": input, "bias": bias, **geometry}
+        )
         operation = call.operation(self.shape)
         assert operation is not None, f"{geometry} does not go with a weight of shape {tuple(self.shape)}"
         return self._run(operation, input, bias)
 
     def _run(self, operation: Operation, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.scheme.fits(operation):
+        own = self.operation
+        same_split = (operation.groups, operation.transposed) == (own.groups, own.transposed)
+        if not same_split or not self.scheme.fits(operation):
             return apply(operation, self.weight, x, bias)
         chain = self.scheme.chain(operation, self.origin.ranks)
         *first, last = zip(chain, self.weights, strict=True)

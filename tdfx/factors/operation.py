@@ -29,6 +29,10 @@ class Operation:
     """Blocks of channels that do not see one another."""
     padding_mode: str = "zeros"
     """What the padding holds: zeros, reflect, replicate or circular."""
+    transposed: bool = False
+    """True for a transposed convolution: the map that carries a convolution's gradient back to its input."""
+    output_padding: tuple[int, ...] = ()
+    """Positions added at one end of each dimension of a transposed convolution's output; () for none."""
 
     @classmethod
     def pointwise(cls, in_channels: int, out_channels: int, dims: int) -> Operation:
@@ -55,8 +59,11 @@ class Operation:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the weight: (out, in / groups, *kernel)."""
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+        """Shape of the weight in torch's own layout: (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
+        first, second = self.out_channels, self.in_channels
+        if self.transposed:
+            first, second = second, first
+        return (first, second // self.groups, *self.kernel)
 
     @property
     def parameters(self) -> int:
@@ -68,6 +75,14 @@ class Operation:
         if self.padding == "same":
             return in_size
         padding = (0,) * self.dims if isinstance(self.padding, str) else self.padding
+        if self.transposed:
+            extra = self.output_padding or (0,) * self.dims
+            return tuple(
+                (size - 1) * stride - 2 * pad + dilation * (taps - 1) + more + 1
+                for size, pad, dilation, taps, stride, more in zip(
+                    in_size, padding, self.dilation, self.kernel, self.stride, extra, strict=True
+                )
+            )
         return tuple(
             (size + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
             for size, pad, dilation, taps, stride in zip(

@@ -15,7 +15,9 @@ from tdfx.ranks.spectrum import Spectrum
 class Scheme(ABC):
     """A chain of operations that stands for one, and the maps between its weight and theirs.
 
-    ``join`` must be built from differentiable torch operations: the optimizer's state is moved by its derivative.
+    Every method is given the dense operation first; weights, dense and factors', are in the layout of their operation's
+    ``weight_shape``. ``join`` must be built from differentiable torch operations: the optimizer's state is moved by its
+    derivative.
     A new scheme is one file: subclass this, and add an instance to ``tdfx.factors.registry``.
 
     Letters in shapes: o output channels, i input channels, p and q their ranks, k... the kernel.
@@ -37,25 +39,27 @@ class Scheme(ABC):
         """Return the operations that the factors compute, in the order of the data."""
 
     @abstractmethod
-    def spectra(self, weight: Tensor) -> tuple[Spectrum, ...]:
-        """Return one spectrum for each rank, for a weight (o, i, k...) in the working dtype."""
+    def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
+        """Return one spectrum for each rank, for a weight in the working dtype."""
 
     @abstractmethod
-    def split(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> tuple[Tensor, ...]:
+    def split(
+        self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
+    ) -> tuple[Tensor, ...]:
         """Return the factors' weights in the order of ``chain``; ``spectra`` are those of this very weight."""
 
     @abstractmethod
-    def join(self, factors: Sequence[Tensor]) -> Tensor:
-        """Return the dense weight (o, i, k...) for which the chain of factors stands."""
+    def join(self, operation: Operation, factors: Sequence[Tensor]) -> Tensor:
+        """Return the dense weight for which the chain of factors stands."""
 
     @abstractmethod
-    def project(self, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-        """Return the gradient (o, i, k...) of least norm whose image at the factors is ``gradients``.
+    def project(self, operation: Operation, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+        """Return the gradient of the dense weight of least norm whose image at the factors is ``gradients``.
 
         The image is the vector-Jacobian product of ``join``; what it can hold of a gradient is the projection on the
         tangent space of the weights that the factors can reach. The arguments are in the working dtype.
         """
 
     @abstractmethod
-    def error(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
+    def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
         """Return the Frobenius norm of what ``split`` loses, relative to the weight's; 0 for a zero weight."""

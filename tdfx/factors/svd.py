@@ -23,7 +23,7 @@ class Svd(Scheme):
 
     def fits(self, operation: Operation) -> bool:
         """Linear maps and convolutions whose kernel is one tap, without groups."""
-        return operation.is_pointwise and operation.groups == 1
+        return operation.is_pointwise and operation.groups == 1 and not operation.transposed
 
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
         """One rank, at most the shorter side."""
@@ -37,11 +37,13 @@ class Svd(Scheme):
             Operation.pointwise(rank, operation.out_channels, operation.dims),
         )
 
-    def spectra(self, weight: Tensor) -> tuple[Spectrum, ...]:
+    def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return the spectrum of the matrix (o, i), from its shorter side."""
         return (spectrum(weight.flatten(1)),)
 
-    def split(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> tuple[Tensor, ...]:
+    def split(
+        self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
+    ) -> tuple[Tensor, ...]:
         """Return ``first`` (p, i, 1...) and ``last`` (o, p, 1...), each with the square root of the spectrum."""
         (rank,), (one,) = ranks, spectra
         w_oi = weight.flatten(1)
@@ -57,13 +59,13 @@ class Svd(Scheme):
         taps = weight.shape[2:]
         return first_pi.reshape(rank, -1, *taps), last_op.reshape(-1, rank, *taps)
 
-    def join(self, factors: Sequence[Tensor]) -> Tensor:
+    def join(self, operation: Operation, factors: Sequence[Tensor]) -> Tensor:
         """Return ``last @ first`` in the shape of the dense weight."""
         first, last = factors
         w_oi = last.flatten(1) @ first.flatten(1)
         return w_oi.reshape(last.shape[0], first.shape[1], *first.shape[2:])
 
-    def project(self, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    def project(self, operation: Operation, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """Add what lies in the range of ``last``, known from the gradient of ``first``, and what lies outside of it."""
         first_pi, last_op = (factor.flatten(1) for factor in factors)
         by_first, by_last = (gradient.flatten(1) for gradient in gradients)
@@ -72,7 +74,7 @@ class Svd(Scheme):
         g_oi = inverse_po.mT @ by_first + outside @ pseudo_inverse(first_pi).mT
         return g_oi.reshape(g_oi.shape[0], g_oi.shape[1], *factors[0].shape[2:])
 
-    def error(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
+    def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
         """Return the norm of the cut singular values, relative to all of them."""
         (rank,), (one,) = ranks, spectra
         total = one.values.norm()

@@ -30,7 +30,7 @@ class Tucker2(Scheme):
 
     def fits(self, operation: Operation) -> bool:
         """Convolutions with more than one tap, without groups."""
-        return not operation.is_pointwise and operation.groups == 1
+        return not operation.is_pointwise and operation.groups == 1 and not operation.transposed
 
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
         """Return the most ranks of the output and of the input unfolding."""
@@ -47,14 +47,16 @@ class Tucker2(Scheme):
             Operation.pointwise(p, operation.out_channels, operation.dims),
         )
 
-    def spectra(self, weight: Tensor) -> tuple[Spectrum, ...]:
+    def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return the spectra of the unfoldings (o, i·k) and (i, o·k), each from its channel side."""
         return (
             spectrum(weight.flatten(1), rows_side=True),
             spectrum(weight.transpose(0, 1).flatten(1), rows_side=True),
         )
 
-    def split(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> tuple[Tensor, ...]:
+    def split(
+        self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
+    ) -> tuple[Tensor, ...]:
         """Return ``first`` (q, i, 1...), ``core`` (p, q, k...) and ``last`` (o, p, 1...).
 
         Each outer factor takes the square root of its mode's spectrum from the core.
@@ -68,12 +70,12 @@ class Tucker2(Scheme):
         last_op = last_op * scale_p
         return first_qi.reshape(*first_qi.shape, *ones), core_pqk, last_op.reshape(*last_op.shape, *ones)
 
-    def join(self, factors: Sequence[Tensor]) -> Tensor:
+    def join(self, operation: Operation, factors: Sequence[Tensor]) -> Tensor:
         """Multiply the core by both outer factors."""
         first, core, last = factors
         return _outer_product(last.flatten(1), core, first.flatten(1))
 
-    def project(self, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    def project(self, operation: Operation, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """Add three orthogonal parts: inside both bases, outside the output basis, outside the input basis.
 
         Source: Koch and Lubich, *Dynamical Tensor Approximation*, SIAM J. Matrix Anal. Appl. 31 (2010).
@@ -89,7 +91,7 @@ class Tucker2(Scheme):
         )
         return inside + out_part + in_part.transpose(0, 1)
 
-    def error(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
+    def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
         """Return the norm of what the projection on both bases loses, relative to the weight's.
 
         The projection is orthogonal, so the squared norms of the core and of the loss add up to the weight's. Near full
