@@ -17,7 +17,7 @@ from tdfx.layers import Factorized
 from tdfx.parameters import FactorizedParameter
 from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site, Slot
 from tdfx.passes.graph_module import FactorizedGraphModule
-from tdfx.passes.weights import Spectra, check_weight, working_weight
+from tdfx.passes.weights import Spectra, check_weight, reduced_factors, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.structure import structural_copy
 
@@ -33,12 +33,12 @@ class Swap:
     """Name of the site."""
     path: str
     """Path of the factorized module in the rewritten model."""
-    weight: nn.Parameter
-    """The dense weight, as the site's layer holds it."""
+    old: tuple[nn.Parameter, ...]
+    """The dense weight, as the site's layer holds it; or the factors' weights, where it is factorized already."""
     factorized: Factorized
     layer: nn.Module
     """The layer that goes, or the one whose parameter goes."""
-    slot: Slot | None
+    slot: Slot | None = None
     """The place of the parameter, where the layer stays."""
 
 
@@ -61,7 +61,7 @@ class Rewrite(Pass):
         """Split each weight, then build the whole model once."""
         assert program.plan is not None
         sites = _planned_sites(program.plan, program)
-        todo = [one for one in program.plan.factorized if not isinstance(sites[one.name].layer, Factorized)]
+        todo = [one for one in program.plan.factorized if not _is_done(sites[one.name], one)]
         self.swaps = tuple(self._swap(sites[decision.name], decision) for decision in todo)
         module = _emit(program, self.swaps)
         module.__dict__[PLAN_ATTRIBUTE] = program.plan
@@ -73,7 +73,7 @@ class Rewrite(Pass):
         module = result.program.module
         for change in result.changes:
             self.check(isinstance(module.get_submodule(change.site), Factorized), f"{change.site!r} is factorized")
-        dense = {id(swap.weight) for swap in self.swaps}
+        dense = {id(weight) for swap in self.swaps for weight in swap.old}
         factors = {id(weight) for swap in self.swaps for weight in swap.factorized.weights}
         kept = [id(parameter) for parameter in before.module.parameters() if id(parameter) not in dense]
         now = [id(parameter) for parameter in module.parameters() if id(parameter) not in factors]
@@ -82,19 +82,29 @@ class Rewrite(Pass):
     def _swap(self, site: Site, decision: SitePlan) -> Swap:
         assert decision.scheme is not None
         assert decision.ranks is not None
-        assert site.weight is not None
         assert site.operation is not None
         scheme = get_scheme(decision.scheme)
+        if isinstance(site.layer, Factorized):
+            return self._lower(site, site.layer, decision.ranks)
+        assert site.weight is not None
         weight = working_weight(site)
         spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
         factors = scheme.split(site.operation, weight, decision.ranks, spectra)
         if site.slot is None:
             made = Factorized.of(site.layer, scheme, decision.ranks, factors)
-            return Swap(site.name, site.name, site.weight, made, site.layer, None)
+            return Swap(site.name, site.name, (site.weight,), made, site.layer)
         stand_in = build_layer(site.operation, site.weight, None).train(site.layer.training)
         parameter = FactorizedParameter.of(stand_in, scheme, decision.ranks, factors)
         parameter.__dict__["siblings"] = tuple(site.layer._parameters)
-        return Swap(site.name, site.slot.path, site.weight, parameter, site.layer, site.slot)
+        return Swap(site.name, site.slot.path, (site.weight,), parameter, site.layer, site.slot)
+
+    def _lower(self, site: Site, layer: Factorized, ranks: tuple[int, ...]) -> Swap:
+        """Split what the factors stand for anew, at lower ranks."""
+        reduced = reduced_factors(layer)
+        spectra = self.spectra.get(site.name) or layer.scheme.spectra(reduced.operation, reduced.weight)
+        small = layer.scheme.split(reduced.operation, reduced.weight, ranks, spectra)
+        path = site.slot.path if site.slot is not None else site.name
+        return Swap(site.name, path, layer.weights, layer.at_ranks(ranks, reduced.restore(small)), layer)
 
 
 def _emit(program: Program, swaps: Sequence[Swap]) -> nn.Module:
@@ -198,9 +208,19 @@ def _check_decision(decision: SitePlan, site: Site) -> None:
 
 
 def _check_factorized(decision: SitePlan, layer: Factorized) -> None:
-    """A site that is already what the plan says is left alone, so that rewriting twice is rewriting once."""
-    if (layer.origin.scheme, layer.origin.ranks) != (decision.scheme, decision.ranks):
+    """Ranks of a factorized site can be lowered; one that is already what the plan says is left alone."""
+    assert decision.ranks is not None
+    now = layer.origin.ranks
+    lower = len(now) == len(decision.ranks) and all(
+        1 <= new <= old for new, old in zip(decision.ranks, now, strict=False)
+    )
+    if layer.origin.scheme != decision.scheme or not lower:
         raise PlanError(
-            f"Site {decision.name!r} is factorized already, by {layer.origin.scheme} at {layer.origin.ranks}, and the plan "
-            f"asks for {decision.scheme} at {decision.ranks}. Merge the model first: tdfx.merge(model)."
+            f"Site {decision.name!r} is factorized already, by {layer.origin.scheme} at {now}, and the plan asks for "
+            f"{decision.scheme} at {decision.ranks}: ranks can be lowered, no more. Merge the model first: "
+            f"tdfx.merge(model)."
         )
+
+
+def _is_done(site: Site, decision: SitePlan) -> bool:
+    return isinstance(site.layer, Factorized) and site.layer.origin.ranks == decision.ranks

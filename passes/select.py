@@ -16,7 +16,7 @@ from tdfx.factors.registry import AUTO, scheme_for
 from tdfx.factors.scheme import Scheme
 from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program, Site
-from tdfx.passes.weights import Spectra, check_weight, working_weight
+from tdfx.passes.weights import Spectra, check_weight, reduced_factors, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.rule import RankRule, round_ranks
@@ -39,7 +39,7 @@ class Select(Pass):
                 for pattern in patterns:
                     _check_pattern(setting, pattern, names)
         for site in program.sites:
-            if site.reason is None and self.policy.for_site(*site.names) is not None:
+            if site.reason in {None, Reason.FACTORIZED} and self.policy.for_site(*site.names) is not None:
                 check_weight(site)
 
     @torch.no_grad()
@@ -68,10 +68,13 @@ class Select(Pass):
         assert plan is not None
         self.check([one.name for one in plan] == [site.name for site in before.sites], "every site has a decision")
         for site, decision in zip(before.sites, plan, strict=True):
-            self.check(not (decision.factorized and site.reason), f"site {site.name!r} may not be rewritten")
+            allowed = site.reason in {None, Reason.FACTORIZED}
+            self.check(allowed or not decision.factorized, f"site {site.name!r} may not be rewritten")
 
     def _decide(self, site: Site) -> SitePlan:
         policy = self.policy.for_site(*site.names)
+        if isinstance(site.layer, Factorized):
+            return self._lower(site, site.layer, policy)
         if site.reason is not None:
             return _kept(site, site.reason, site.note)
         if policy is None:
@@ -86,7 +89,7 @@ class Select(Pass):
     def _rank(self, site: Site, policy: Policy, scheme: Scheme, operation: Operation) -> SitePlan:
         full = scheme.full_ranks(operation)
         lowest = round_ranks([1] * len(full), full, policy.round_to)
-        most = _gain(policy, operation, scheme.chain(operation, lowest), site.flows)
+        most = _gain(policy, [operation], scheme.chain(operation, lowest), site.flows)
         if most < policy.min_gain and not policy.rank.exact:
             return replace(_kept(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
         weight = working_weight(site)
@@ -96,7 +99,7 @@ class Select(Pass):
             return _kept(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
         ranks = choice.ranks if policy.rank.exact else round_ranks(choice.ranks, full, policy.round_to)
         chain = scheme.chain(operation, ranks)
-        gain = _gain(policy, operation, chain, site.flows)
+        gain = _gain(policy, [operation], chain, site.flows)
         if gain < policy.min_gain:
             return replace(_kept(site, Reason.NO_GAIN, _why_no_gain(ranks, choice.note, policy), full), gain=gain)
         self.spectra[site.name] = spectra
@@ -109,6 +112,43 @@ class Select(Pass):
             flops_after=_flops(chain, site.flows),
             gain=gain,
             error=scheme.error(operation, weight, ranks, spectra),
+        )
+
+    def _lower(self, site: Site, layer: Factorized, policy: Policy | None) -> SitePlan:
+        """Decide on lower ranks for a site that is factorized, from its factors as they are now."""
+        kept = _kept(site, Reason.FACTORIZED, site.note)
+        scheme, now = layer.scheme, layer.origin.ranks
+        assert site.operation is not None
+        if policy is None or policy.scheme not in {AUTO, scheme.name} or not layer.weights[0].requires_grad:
+            return kept
+        full = scheme.full_ranks(site.operation)
+        reduced = reduced_factors(layer)
+        spectra = tuple(
+            replace(one, original=most)
+            for one, most in zip(scheme.spectra(reduced.operation, reduced.weight), full, strict=True)
+        )
+        choice = policy.rank.choose(_name_for(policy.rank, site), spectra)
+        if choice.kept:
+            return kept
+        wanted = choice.ranks if policy.rank.exact else round_ranks(choice.ranks, full, policy.round_to)
+        ranks = tuple(map(min, wanted, now))
+        before, after = scheme.chain(site.operation, now), scheme.chain(site.operation, ranks)
+        gain = _gain(policy, before, after, site.flows)
+        if ranks == now or gain < policy.min_gain:
+            return kept
+        self.spectra[site.name] = spectra
+        return replace(
+            kept,
+            scheme=scheme.name,
+            ranks=ranks,
+            full_ranks=full,
+            reason=None,
+            note=f"{site.note} before",
+            parameters_after=parameters(after),
+            flops_before=_flops(before, site.flows),
+            flops_after=_flops(after, site.flows),
+            gain=gain,
+            error=scheme.error(reduced.operation, reduced.weight, ranks, spectra),
         )
 
 
@@ -166,10 +206,12 @@ def _flops(chain: Sequence[Operation], flows: tuple[Flow, ...] | None) -> int | 
     return None if flows is None else sum(flops(chain, flow) for flow in flows)
 
 
-def _gain(policy: Policy, dense: Operation, chain: Sequence[Operation], flows: tuple[Flow, ...] | None) -> float:
+def _gain(
+    policy: Policy, old: Sequence[Operation], chain: Sequence[Operation], flows: tuple[Flow, ...] | None
+) -> float:
     """Return how many times faster the site's step becomes, over all its calls."""
     each = flows or (None,)
-    before = sum(policy.cost.seconds([dense], flow) for flow in each)
+    before = sum(policy.cost.seconds(old, flow) for flow in each)
     after = sum(policy.cost.seconds(chain, flow) for flow in each)
     return before / after
 

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from tdfx.errors import ModelError, PolicyError, TdfxWarning
-from tdfx.optim import Exchange, ToDense, ToFactors, as_optimizers, prepare
-from tdfx.parameters import FactorizedParameter
+from tdfx.exchanges import join_exchange, split_exchange
+from tdfx.optim import as_optimizers, prepare
 from tdfx.passes.base import Program
 from tdfx.passes.find import Find
-from tdfx.passes.merge import Join, Merge
+from tdfx.passes.merge import Merge
 from tdfx.passes.observe import Inputs
 from tdfx.passes.rewrite import Rewrite, Swap
 from tdfx.passes.select import Select
@@ -105,7 +105,7 @@ def rewrite(
     _warn_of_lost_attachments(step.swaps)
     if not optimizers:
         _warn_of_missing_optimizer(step.swaps)
-    prepare(optimizers, [_split_exchange(swap) for swap in step.swaps]).commit()
+    prepare(optimizers, [split_exchange(swap) for swap in step.swaps]).commit()
     return result
 
 
@@ -133,7 +133,7 @@ def merge(model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None
     _check_model(model)
     step = Merge()
     result = step(Program(module=model)).program.module
-    prepare(optimizers, [_join_exchange(join) for join in step.joins]).commit()
+    prepare(optimizers, [join_exchange(join) for join in step.joins]).commit()
     return result
 
 
@@ -196,9 +196,8 @@ def _is_sharded(module: nn.Module) -> bool:
 def _warn_of_lost_attachments(swaps: Sequence[Swap]) -> None:
     """Warn where a weight carries hooks or attributes of the user's, which no factor can take over."""
     for swap in swaps:
-        weight = swap.weight
-        hooks = (getattr(weight, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
-        if any(hooks) or getattr(weight, "__dict__", None):
+        names = ("_backward_hooks", "_post_accumulate_grad_hooks", "__dict__")
+        if any(getattr(weight, name, None) for weight in swap.old for name in names):
             warnings.warn(
                 f"The weight of site {swap.site!r} has hooks or attributes of its own, which its factors do not get. Keep "
                 f"the site, exclude=({swap.site!r},), or attach them anew.",
@@ -208,7 +207,7 @@ def _warn_of_lost_attachments(swaps: Sequence[Swap]) -> None:
 
 
 def _warn_of_missing_optimizer(swaps: Sequence[Swap]) -> None:
-    trained = [swap.site for swap in swaps if swap.weight.grad is not None]
+    trained = [swap.site for swap in swaps if any(weight.grad is not None for weight in swap.old)]
     if trained:
         warnings.warn(
             f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients, {trained[0]!r} "
@@ -217,51 +216,3 @@ def _warn_of_missing_optimizer(swaps: Sequence[Swap]) -> None:
             TdfxWarning,
             stacklevel=3,
         )
-
-
-def _split_exchange(swap: Swap) -> Exchange:
-    new = swap.factorized.weights
-    attribute = swap.slot.name if swap.slot is not None else swap.factorized.kind.weight
-    stem = f"{attribute}." if swap.slot is not None else ""
-    bias = swap.factorized.kind.bias or ""
-    return Exchange(
-        site=swap.site,
-        old=(swap.weight,),
-        new=new,
-        carrier=ToFactors(swap.factorized.scheme, swap.factorized.operation, new, swap.factorized.kind),
-        rename=lambda name: _factor_names(name.removesuffix(attribute) + stem, len(new)),
-        bias=swap.factorized.bias,
-        rename_bias=lambda name: f"{name.removesuffix(bias)}factors.{len(new) - 1}.bias",
-    )
-
-
-def _join_exchange(join: Join) -> Exchange:
-    kind = join.factorized.kind
-    slot = isinstance(join.factorized, FactorizedParameter)
-    return Exchange(
-        site=join.name,
-        old=join.factorized.weights,
-        new=(join.weight,),
-        carrier=ToDense(join.factorized.scheme, join.factorized.operation, join.factorized.weights, kind),
-        rename=lambda name: [_dense_name(name, "" if slot else kind.weight)],
-        bias=join.factorized.bias,
-        rename_bias=lambda name: _dense_name(name, kind.bias or ""),
-    )
-
-
-def _factor_names(stem: str, count: int) -> list[str]:
-    """Return the names of the factors of a weight.
-
-    >>> _factor_names("conv.", 2)
-    ['conv.factors.0.weight', 'conv.factors.1.weight']
-    """
-    return [f"{stem}factors.{index}.weight" for index in range(count)]
-
-
-def _dense_name(name: str, role: str) -> str:
-    """Return the name of the weight or bias that a factor's belongs to.
-
-    >>> _dense_name("conv.factors.0.weight", "weight"), _dense_name("net.kernel.factors.0.weight", "")
-    ('conv.weight', 'net.kernel')
-    """
-    return f"{name.rpartition('factors.')[0]}{role}".removesuffix(".")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -60,16 +60,8 @@ class Factorized(nn.Module):
         operation = operation_of(layer)
         assert operation is not None, f"no scheme stands for {layer}"
         kind = kind_of(layer)
-        dense = weight_of(layer)
-        chain = scheme.chain(operation, ranks)
         bias = layer._parameters.get(kind.bias) if kind.bias else None
-        biases = [None] * (len(chain) - 1) + [bias]
-        factors = nn.Sequential(
-            *(
-                build_layer(step, nn.Parameter(_like(weight, dense), requires_grad=dense.requires_grad), bias)
-                for step, weight, bias in zip(chain, weights, biases, strict=True)
-            )
-        )
+        factors = _build_chain(scheme.chain(operation, ranks), weights, bias, weight_of(layer))
         made = cls(factors, Origin(shell_of(layer), scheme.name, tuple(ranks)))
         _copy_hooks(layer, made)
         return made.train(layer.training)
@@ -147,6 +139,21 @@ class Factorized(nn.Module):
         _copy_hooks(self, layer)
         return layer.train(self.training)
 
+    def at_ranks(self, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
+        """Return a copy with other factors and the bias of today; this layer is left as it was.
+
+        Args:
+            ranks: In the scheme's order.
+            weights: The factors' weights in the order of the data, in any floating dtype.
+        """
+        made = cast("Factorized", structural_copy(self))
+        chain = self.scheme.chain(self.operation, ranks)
+        # The memory format shows on the factor that has the kernel.
+        core = max(self.weights, key=lambda weight: weight[0, 0].numel())
+        made.factors = _build_chain(chain, weights, self.bias, core)
+        made.origin = replace(self.origin, ranks=tuple(ranks))
+        return made.train(self.training)
+
     def extra_repr(self) -> str:
         """Name the original, the scheme and the ranks."""
         return f"{self.origin.layer}, scheme={self.origin.scheme!r}, ranks={self.origin.ranks}"
@@ -163,6 +170,19 @@ class Factorized(nn.Module):
             if name not in origin.layer.__dict__:
                 raise
         return origin.layer.__dict__[name]
+
+
+def _build_chain(
+    chain: Sequence[Operation], weights: Sequence[Tensor], bias: nn.Parameter | None, model: nn.Parameter
+) -> nn.Sequential:
+    """Build the factors; they are like ``model`` in dtype, device, layout and ``requires_grad``."""
+    biases = [None] * (len(chain) - 1) + [bias]
+    return nn.Sequential(
+        *(
+            build_layer(step, nn.Parameter(_like(weight, model), requires_grad=model.requires_grad), own)
+            for step, weight, own in zip(chain, weights, biases, strict=True)
+        )
+    )
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:

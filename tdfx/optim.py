@@ -103,6 +103,22 @@ class ToDense:
 
 
 @dataclass(frozen=True, slots=True)
+class ToFewer:
+    """From factors to factors of lower ranks, by way of the dense moments."""
+
+    old: ToDense
+    new: ToFactors
+
+    def first(self, moments: Moments) -> Moments:
+        """Return what the new factors can hold of the least moment that the old ones' come from."""
+        return self.new.first(self.old.first(moments))
+
+    def second(self, moments: Moments) -> Moments:
+        """Return the same by the estimates of both."""
+        return self.new.second(self.old.second(moments))
+
+
+@dataclass(frozen=True, slots=True)
 class Exchange:
     """Parameters that leave an optimizer together, and those that take their place."""
 

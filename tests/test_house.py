@@ -39,6 +39,7 @@ LAYERS = (
     {"optim"},
     {"onnx_proof"},
     {"verify"},
+    {"exchanges"},
     {"api"},
     {"__init__"},
     {"demo"},

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from tdfx.factors.operation import Operation
 from tdfx.ranks.spectrum import Spectrum
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """A weight as small as given factors allow, with the same spectra as the dense weight for which they stand."""
+
+    operation: Operation
+    """What the small weight computes."""
+    weight: Tensor
+    """The small weight."""
+    restore: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    """From factors of the small weight to factors of the dense one, at the same ranks."""
 
 
 class Scheme(ABC):
@@ -59,6 +72,14 @@ class Scheme(ABC):
         The image is the vector-Jacobian product of ``join``; what it can hold of a gradient is the projection on the
         tangent space of the weights that the factors can reach. The arguments are in the working dtype.
         """
+
+    def reduce(self, operation: Operation, factors: Sequence[Tensor]) -> Reduced:
+        """Return what has to be split anew to lower the ranks of factors.
+
+        A scheme whose outer factors can be made orthonormal needs no dense weight for it; this one, which fits all, joins
+        them.
+        """
+        return Reduced(operation, self.join(operation, factors), tuple)
 
     @abstractmethod
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from tdfx.factors.algebra import pseudo_inverse, root_scale
 from tdfx.factors.operation import Operation
-from tdfx.factors.scheme import Scheme
+from tdfx.factors.scheme import Reduced, Scheme
 from tdfx.ranks.spectrum import Spectrum, spectrum
 
 
@@ -73,6 +74,25 @@ class Svd(Scheme):
         outside = by_last - last_op @ (inverse_po @ by_last)
         g_oi = inverse_po.mT @ by_first + outside @ pseudo_inverse(first_pi).mT
         return g_oi.reshape(g_oi.shape[0], g_oi.shape[1], *factors[0].shape[2:])
+
+    def reduce(self, operation: Operation, factors: Sequence[Tensor]) -> Reduced:
+        """Make both factors orthonormal (QR): what is left between them is as small as the rank."""
+        if operation.groups > 1 or operation.transposed:
+            return super().reduce(operation, factors)
+        first, last = factors
+        basis_ia, first_ap = torch.linalg.qr(first.flatten(1).mH)
+        basis_ob, last_bp = torch.linalg.qr(last.flatten(1))
+        ones = first.shape[2:]
+
+        def restore(small: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            first_ra, last_br = (factor.flatten(1) for factor in small)
+            outer = first_ra @ basis_ia.mH, basis_ob @ last_br
+            first_ri, last_or = (one.reshape(*one.shape, *ones) for one in outer)
+            return first_ri, last_or
+
+        core_ba = last_bp @ first_ap.mH
+        inner = replace(operation, in_channels=core_ba.shape[1], out_channels=core_ba.shape[0])
+        return Reduced(inner, core_ba.reshape(*core_ba.shape, *ones), restore)
 
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
         """Return the norm of the cut singular values, relative to all of them."""

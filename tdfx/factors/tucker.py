@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdfx.factors.algebra import pseudo_inverse, root_scale
 from tdfx.factors.operation import Operation
-from tdfx.factors.scheme import Scheme
+from tdfx.factors.scheme import Reduced, Scheme
 from tdfx.ranks.spectrum import Spectrum, spectrum
 
 
@@ -90,6 +90,25 @@ class Tucker2(Scheme):
             first_qi.mT, inverse_iq.mT, by_first.flatten(1).mT, _mode_product(core, last_op.mT, 0).transpose(0, 1)
         )
         return inside + out_part + in_part.transpose(0, 1)
+
+    def reduce(self, operation: Operation, factors: Sequence[Tensor]) -> Reduced:
+        """Make both outer factors orthonormal (QR), and give the rest of them to the core."""
+        if operation.groups > 1 or operation.transposed:
+            return super().reduce(operation, factors)
+        first, core, last = factors
+        basis_ia, first_aq = torch.linalg.qr(first.flatten(1).mH)
+        basis_ob, last_bp = torch.linalg.qr(last.flatten(1))
+        ones = first.shape[2:]
+
+        def restore(small: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            first_sa, core_rs, last_br = small
+            outer = first_sa.flatten(1) @ basis_ia.mH, basis_ob @ last_br.flatten(1)
+            first_si, last_or = (one.reshape(*one.shape, *ones) for one in outer)
+            return first_si, core_rs, last_or
+
+        core_ba = _outer_product(last_bp, core, first_aq.mH)
+        inner = replace(operation, in_channels=core_ba.shape[1], out_channels=core_ba.shape[0])
+        return Reduced(inner, core_ba, restore)
 
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
         """Return the norm of what the projection on both bases loses, relative to the weight's.

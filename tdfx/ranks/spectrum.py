@@ -26,11 +26,13 @@ class Spectrum:
     """m, the rows of the unfolding."""
     cols: int
     """n, the columns of the unfolding."""
+    original: int | None = None
+    """The full rank of the weight that was factorized, where this is the spectrum of its factors."""
 
     @property
     def full_rank(self) -> int:
-        """The most ranks that the unfolding can have: min(m, n)."""
-        return min(self.rows, self.cols)
+        """The most ranks that the unfolding can have, which shares and floors refer to: min(m, n), or the original's."""
+        return min(self.rows, self.cols) if self.original is None else self.original
 
     def energy(self) -> Tensor:
         """Return the share of ``sum(s**2)`` held by the first 1, 2, ... values, shape (r,); zeros for a zero matrix."""
