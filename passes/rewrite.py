@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from tdfx.errors import PlanError, nearest
 from tdfx.factors.registry import get_scheme
@@ -20,6 +21,9 @@ from tdfx.passes.graph_module import FactorizedGraphModule
 from tdfx.passes.weights import Spectra, check_weight, reduced_factors, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.structure import structural_copy
+
+Init = Literal["weight", "variance"]
+"""What factors start from: the nearest to the weight, or of its variance."""
 
 _UNSEEN = (Reason.READ_ELSEWHERE, Reason.CUSTOM_FORWARD)
 """Reasons for which a site is kept as long as no run has shown that functions take its weight and nothing else does."""
@@ -47,8 +51,9 @@ class Rewrite(Pass):
 
     name = "rewrite"
 
-    def __init__(self, spectra: Spectra | None = None) -> None:
+    def __init__(self, spectra: Spectra | None = None, init: Init = "weight") -> None:
         self.spectra = spectra or {}
+        self.init = init
         self.swaps: tuple[Swap, ...] = ()
 
     def requires(self, program: Program) -> None:
@@ -90,6 +95,8 @@ class Rewrite(Pass):
         weight = working_weight(site)
         spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
         factors = scheme.split(site.operation, weight, decision.ranks, spectra)
+        if self.init == "variance":
+            factors = _rescaled(factors, weight, scheme.join(site.operation, factors))
         if site.slot is None:
             made = Factorized.of(site.layer, scheme, decision.ranks, factors)
             return Swap(site.name, site.name, (site.weight,), made, site.layer)
@@ -105,6 +112,13 @@ class Rewrite(Pass):
         small = layer.scheme.split(reduced.operation, reduced.weight, ranks, spectra)
         path = site.slot.path if site.slot is not None else site.name
         return Swap(site.name, path, layer.weights, layer.at_ranks(ranks, reduced.restore(small)), layer)
+
+
+def _rescaled(factors: Sequence[Tensor], weight: Tensor, joined: Tensor) -> tuple[Tensor, ...]:
+    """Scale factors, all by the same amount, so that their product has the variance of the weight."""
+    lost = joined.norm()
+    scale = (weight.norm() / lost) ** (1 / len(factors)) if lost > 0 else 1.0
+    return tuple(factor * scale for factor in factors)
 
 
 def _emit(program: Program, swaps: Sequence[Swap]) -> nn.Module:

@@ -27,6 +27,7 @@ from tdfx.ranks.energy import Energy
 from tdfx.ranks.fixed import Fixed
 from tdfx.ranks.ratio import Ratio
 from tdfx.ranks.vbmf import VBMF
+from tdfx.training import FrobeniusDecay, LowRankPenalty
 from tdfx.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -38,9 +39,11 @@ __all__ = [
     "ExportError",
     "Factorized",
     "Fixed",
+    "FrobeniusDecay",
     "InputError",
     "KindError",
     "LayerKind",
+    "LowRankPenalty",
     "MergeError",
     "ModelError",
     "ModelReferenceError",

@@ -20,7 +20,7 @@ from tdfx.passes.base import Program
 from tdfx.passes.find import Find
 from tdfx.passes.merge import Merge
 from tdfx.passes.observe import Inputs
-from tdfx.passes.rewrite import Rewrite, Swap
+from tdfx.passes.rewrite import Init, Rewrite, Swap
 from tdfx.passes.select import Select
 from tdfx.passes.shapes import Shapes
 from tdfx.passes.trace import Trace
@@ -71,6 +71,7 @@ def rewrite(
     example_inputs: Inputs | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     emit: Emit = "graph",
+    init: Init = "weight",
 ) -> nn.Module:
     """Return the model with its sites factorized, to go on training with.
 
@@ -85,6 +86,11 @@ def rewrite(
             returned model, in the same groups with the same settings, momentum and step counts carried over.
         emit: ``"graph"`` for a ``GraphModule`` where the model allows it, ``"modules"`` for the model's own class. A plan
             that is passed in says this itself.
+        init: What the factors start from. ``"weight"``: the nearest to the trained weight. ``"variance"``, for a model that
+            was not trained yet: the same directions, scaled so that the joined weight has the variance of the weight that
+            was drawn, and with it the activations and gradients of the first step (the condition of Pan et al., *A Unified
+            Weight Initialization Paradigm for Tensorial Convolutional Neural Networks*, ICML 2022). Give ranks by
+            ``Ratio`` or ``Fixed`` then: an untrained weight has no signal for other rules.
 
     Returns:
         The rewritten model, on the same device, with the same mode, dtypes, hooks and buffers.
@@ -95,12 +101,17 @@ def rewrite(
         OptimizerError: The optimizer does not hold the weights to be replaced.
     """
     optimizers = as_optimizers(optimizer)
+    if init not in get_args(Init):
+        raise PolicyError(
+            f"init={init!r} is not known: factors start from the 'weight', as after training, or from its 'variance', for a "
+            f"model that was not trained yet."
+        )
     if isinstance(policy, Plan):
-        step = Rewrite()
+        step = Rewrite(init=init)
         program = replace(_sites(model, policy.emit), plan=policy)
     else:
         program, select = _planned(model, policy, example_inputs, emit)
-        step = Rewrite(select.spectra)
+        step = Rewrite(select.spectra, init)
     result = step(program).program.module
     _warn_of_lost_attachments(step.swaps)
     if not optimizers:

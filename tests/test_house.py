@@ -39,7 +39,7 @@ LAYERS = (
     {"optim"},
     {"onnx_proof"},
     {"verify"},
-    {"exchanges"},
+    {"exchanges", "training"},
     {"api"},
     {"__init__"},
     {"demo"},
