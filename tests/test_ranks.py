@@ -242,3 +242,14 @@ def test_parse_rule_errors() -> None:
         parse_rule("ratio:")
     with pytest.raises(PolicyError, match=r"share=90\.0 is not in \(0, 1\]"):
         parse_rule("energy:90")
+
+
+def test_a_spectrum_cut_short_reads_as_the_whole_one() -> None:
+    whole = spectrum(planted(40, 90, 6, strength=1.0))
+    rest = whole.values[12:].square().sum()
+    cut = Spectrum(whole.values[:12], whole.basis[:, :12], 40, 90, rest)
+    assert cut.energy().tolist() == pytest.approx(whole.energy()[:12].tolist(), rel=64 * EPS)
+    for rule in (Energy(share=0.5), VBMF(floor=0)):
+        assert rule.choose("site", [cut]).ranks == rule.choose("site", [whole]).ranks
+    blind = Spectrum(whole.values[:12], whole.basis[:, :12], 40, 90)
+    assert VBMF(floor=0).choose("site", [blind]).ranks != VBMF(floor=0).choose("site", [whole]).ranks
