@@ -168,7 +168,8 @@ def test_a_residual_that_is_rounding_does_not_count() -> None:
 def test_values_that_are_missing_are_not_kept() -> None:
     # One value is given and the others are as large: none can be told from noise, and no rank is above what is given.
     assert evbmf_rank(torch.tensor([1.0]), 30, 50, residual=29.0) == 0
-    assert evbmf_rank(torch.tensor([1e-6]), 3, 50, residual=1.0) <= 1
+    strong = torch.full((12,), 500.0)
+    assert evbmf_rank(strong[:6], 40, 60, residual=strong[6:].square().sum()) <= 6
 
 
 def test_the_cases_above_are_not_all_clear() -> None:

@@ -47,13 +47,13 @@ def evbmf_rank(values: Tensor, rows: int, cols: int, residual: float | Tensor = 
     if given.size == 0 or given[0] <= 0:
         return 0
     missing = short - given.size
-    squared = np.append(given, np.full(missing, max(float(residual), 0.0) / max(missing, 1)))
+    squared = np.append(given, np.full(missing, float(residual) / max(missing, 1)))
     # What a Gram matrix or float32 arithmetic leaves of a zero counts as that much noise; a true zero likewise.
     x_h = np.maximum(squared / squared[0], long * _ROUNDING) / long
     alpha = short / long
     bar = _threshold(alpha)
     variance = _noise_variance(x_h, short, alpha, bar)
-    return int((x_h[: given.size] > variance * bar).sum())
+    return int((x_h > variance * bar).sum())
 
 
 @lru_cache(maxsize=1024)
