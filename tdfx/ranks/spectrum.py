@@ -41,6 +41,12 @@ class Spectrum:
         total = squared.sum() + self.residual
         return squared.cumsum(0) / total if total > 0 else torch.zeros_like(squared)
 
+    def stable_rank(self) -> float:
+        """Return ``sum(s**2) / max(s**2)``, in [1, full rank]; 0 for a zero matrix."""
+        squared = self.values.square()
+        largest = squared.max()
+        return float((squared.sum() + self.residual) / largest) if largest > 0 else 0.0
+
 
 def working_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype in which a weight is decomposed: float64, or float32 where the device has no float64."""
