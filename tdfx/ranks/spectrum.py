@@ -15,7 +15,8 @@ _LARGE = 2048
 class Spectrum:
     """One unfolding of a weight, seen through its singular value decomposition.
 
-    Shapes: m rows, n columns, d the length of the side that was decomposed (m or n), r = min(m, n).
+    Shapes: m rows, n columns, d the length of the side that was decomposed (m or n), r = min(m, n), or less where only the
+    largest values were computed.
     """
 
     values: Tensor
@@ -26,6 +27,8 @@ class Spectrum:
     """m, the rows of the unfolding."""
     cols: int
     """n, the columns of the unfolding."""
+    residual: float | Tensor = 0.0
+    """The sum of the squares of the values that are not given, where only the largest r < min(m, n) are; not negative."""
     original: int | None = None
     """The full rank of the weight that was factorized, where this is the spectrum of its factors."""
 
@@ -37,8 +40,14 @@ class Spectrum:
     def energy(self) -> Tensor:
         """Return the share of ``sum(s**2)`` held by the first 1, 2, ... values, shape (r,); zeros for a zero matrix."""
         squared = self.values.square()
-        total = squared.sum()
+        total = squared.sum() + self.residual
         return squared.cumsum(0) / total if total > 0 else torch.zeros_like(squared)
+
+    def stable_rank(self) -> float:
+        """Return ``sum(s**2) / max(s**2)``, in [1, full rank]; 0 for a zero matrix."""
+        squared = self.values.square()
+        largest = squared.max()
+        return float((squared.sum() + self.residual) / largest) if largest > 0 else 0.0
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
