@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -85,7 +86,9 @@ class Select(Pass):
 
     def _rank(self, site: Site, policy: Policy, scheme: Scheme, operation: Operation) -> SitePlan:
         full = scheme.full_ranks(operation)
-        lowest = round_ranks([1] * len(full), full, policy.round_to)
+        # What is rounded is the number of channels between the factors, of which a rank may stand for many.
+        multiple = policy.round_to // math.gcd(policy.round_to, scheme.channels_per_rank(operation))
+        lowest = round_ranks([1] * len(full), full, multiple)
         most = _gain(policy, operation, scheme.chain(operation, lowest), site.flows)
         if most < policy.min_gain and not policy.rank.exact:
             return replace(_kept(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
@@ -94,7 +97,7 @@ class Select(Pass):
         choice = policy.rank.choose(_name_for(policy.rank, site), spectra)
         if choice.kept:
             return _kept(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
-        ranks = choice.ranks if policy.rank.exact else round_ranks(choice.ranks, full, policy.round_to)
+        ranks = choice.ranks if policy.rank.exact else round_ranks(choice.ranks, full, multiple)
         chain = scheme.chain(operation, ranks)
         gain = _gain(policy, operation, chain, site.flows)
         if gain < policy.min_gain:

@@ -20,7 +20,7 @@ class Scheme(ABC):
     derivative.
     A new scheme is one file: subclass this, and add an instance to ``tdfx.factors.registry``.
 
-    Letters in shapes: o output channels, i input channels, p and q their ranks, k... the kernel.
+    Letters in shapes: g groups, o output and i input channels in each, p and q their ranks, k... the kernel.
     """
 
     name: ClassVar[str]
@@ -33,6 +33,10 @@ class Scheme(ABC):
     @abstractmethod
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
         """Return the ranks at which nothing is lost; one for each mode that is cut."""
+
+    def channels_per_rank(self, operation: Operation) -> int:
+        """Return how many channels between the factors each rank stands for; ranks of groups are those of one group."""
+        return operation.groups
 
     @abstractmethod
     def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
