@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from tdfx.ranks.spectrum import symmetric_eigen
+
+_STEPS = 1000
+"""Steps of conjugate gradients at most; rounding ends the progress before, where the factors are not far from singular."""
 
 
 def root_scale(norms: Tensor) -> Tensor:
@@ -30,3 +35,41 @@ def pseudo_inverse(matrix: Tensor) -> Tensor:
     least = eigenvalues[..., -1:] * eigenvalues.shape[-1] * torch.finfo(matrix.dtype).eps
     inverse = eigenvalues.reciprocal().where(eigenvalues > least, eigenvalues.new_zeros(()))
     return matrix.mT @ (vectors * inverse[..., None, :]) @ vectors.mT
+
+
+def least_norm(
+    join: Callable[..., Tensor], factors: Sequence[Tensor], gradients: Sequence[Tensor], *, tolerance: float = 1e-12
+) -> Tensor:
+    """Return the tensor of least norm whose vector-Jacobian product with ``join`` at the factors is nearest ``gradients``.
+
+    Solved by conjugate gradients on the normal equations, which never form the Jacobian and only ever add what ``join`` can
+    make, so that the norm is the least (Björck, *Numerical Methods for Least Squares Problems*, SIAM 1996, section 7.4).
+
+    Args:
+        join: A map of the factors to a tensor, of differentiable operations.
+        factors: Where to take the derivative.
+        gradients: One for each factor.
+        tolerance: Stop where the residual's image is this much smaller than at the start.
+    """
+    dense, pull = torch.func.vjp(join, *factors)[:2]
+
+    def push(moves: Sequence[Tensor]) -> Tensor:
+        # The pull-back is linear, so its own pull-back is the Jacobian-vector product.
+        pushed: Tensor = torch.func.vjp(pull, torch.zeros_like(dense))[1](tuple(moves))[0]
+        return pushed
+
+    residual = tuple(gradients)
+    solution, image = torch.zeros_like(dense), push(residual)
+    direction, size = image, image.square().sum()
+    least = tolerance**2 * size
+    for _ in range(_STEPS):
+        if not size > least:
+            break
+        pulled = pull(direction)
+        length = size / sum(one.square().sum() for one in pulled)
+        solution = solution + length * direction
+        residual = tuple(one - length * other for one, other in zip(residual, pulled, strict=True))
+        image = push(residual)
+        size, before = image.square().sum(), size
+        direction = image + size / before * direction
+    return solution

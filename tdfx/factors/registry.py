@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tdfx.errors import PolicyError, nearest
+from tdfx.factors.cp import Cp
 from tdfx.factors.depthwise import Depthwise
 from tdfx.factors.operation import Operation
 from tdfx.factors.scheme import Scheme
@@ -15,7 +16,7 @@ AUTO = "auto"
 """The name that leaves the choice of scheme to tdfx, site by site."""
 
 _SCHEMES: dict[str, Scheme] = {
-    one.name: one for one in (Tucker2(), Svd(), Tucker1Out(), Tucker1In(), Spatial(), Depthwise())
+    one.name: one for one in (Tucker2(), Svd(), Tucker1Out(), Tucker1In(), Spatial(), Depthwise(), Cp())
 }
 _ALIASES = {"channel": "tucker1_out"}
 """Other names by which the literature knows a scheme."""
@@ -27,7 +28,7 @@ def scheme_names() -> tuple[str, ...]:
     """Return the names of all schemes.
 
     >>> scheme_names()
-    ('tucker2', 'svd', 'tucker1_out', 'tucker1_in', 'spatial', 'depthwise')
+    ('tucker2', 'svd', 'tucker1_out', 'tucker1_in', 'spatial', 'depthwise', 'cp')
     """
     return tuple(_SCHEMES)
 
