@@ -18,7 +18,7 @@ from tdfx.layers import Factorized
 from tdfx.parameters import FactorizedParameter
 from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site, Slot
 from tdfx.passes.graph_module import FactorizedGraphModule
-from tdfx.passes.weights import Spectra, check_weight, reduced_factors, working_weight
+from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.structure import structural_copy
 
@@ -107,11 +107,8 @@ class Rewrite(Pass):
 
     def _lower(self, site: Site, layer: Factorized, ranks: tuple[int, ...]) -> Swap:
         """Split what the factors stand for anew, at lower ranks."""
-        reduced = reduced_factors(layer)
-        spectra = self.spectra.get(site.name) or layer.scheme.spectra(reduced.operation, reduced.weight)
-        small = layer.scheme.split(reduced.operation, reduced.weight, ranks, spectra)
         path = site.slot.path if site.slot is not None else site.name
-        return Swap(site.name, path, layer.weights, layer.at_ranks(ranks, reduced.restore(small)), layer)
+        return Swap(site.name, path, layer.weights, layer.at_ranks(ranks, lowering_of(layer).split(ranks)), layer)
 
 
 def _rescaled(factors: Sequence[Tensor], weight: Tensor, joined: Tensor) -> tuple[Tensor, ...]:

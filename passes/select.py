@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -13,10 +14,10 @@ from tdfx.cost.count import Flow, flops, parameters
 from tdfx.errors import PolicyError, nearest
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import AUTO, scheme_for
-from tdfx.factors.scheme import Scheme
+from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program, Site
-from tdfx.passes.weights import Spectra, check_weight, reduced_factors, working_weight
+from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.multiple import device_multiple, round_gently
@@ -31,6 +32,7 @@ class Select(Pass):
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.spectra: Spectra = {}
+        self._lowerings: dict[str, Lowering] = {}
         self._resolved: dict[int, Policy] = {}
 
     def requires(self, program: Program) -> None:
@@ -109,26 +111,21 @@ class Select(Pass):
         if decided.ranks is None:
             self.spectra.pop(site.name, None)
             return decided
-        operation, weight = self._weight(site)
-        return replace(decided, error=scheme.error(operation, weight, decided.ranks, self.spectra[site.name]))
+        if isinstance(site.layer, Factorized):
+            return replace(decided, error=self._lowering(site, site.layer).error(decided.ranks))
+        assert site.operation is not None
+        error = scheme.error(site.operation, working_weight(site), decided.ranks, self.spectra[site.name])
+        return replace(decided, error=error)
 
     def _rank_or_lower(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
         """Return the decision for a site that a scheme fits, but for its error."""
         return (self._lower if isinstance(site.layer, Factorized) else self._rank)(site, policy, scheme)
 
-    def _weight(self, site: Site) -> tuple[Operation, Tensor]:
-        """Return the weight that is split: the site's own, or the small one that factors can be reduced to."""
-        if isinstance(site.layer, Factorized):
-            reduced = reduced_factors(site.layer)
-            return reduced.operation, reduced.weight
-        assert site.operation is not None
-        return site.operation, working_weight(site)
-
     def _rank(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
         operation = site.operation
         assert operation is not None
         full = scheme.full_ranks(operation)
-        lowest = (1,) * len(full) if policy.rank.exact else _rounded([1] * len(full), full, policy, site)
+        lowest = (1,) * len(full) if policy.rank.exact else _rounded([1] * len(full), full, policy, site, scheme)
         most = _gain(policy, [operation], scheme.chain(operation, lowest), site.flows)
         too_small = replace(_kept(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
         if most < policy.min_gain and not policy.rank.exact:
@@ -140,7 +137,7 @@ class Select(Pass):
             return too_small
         if choice.kept:
             return _kept(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
-        ranks = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site)
+        ranks = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
         chain = scheme.chain(operation, ranks)
         gain = _gain(policy, [operation], chain, site.flows)
         if gain < policy.min_gain:
@@ -163,14 +160,10 @@ class Select(Pass):
         if not site.layer.weights[0].requires_grad:
             return kept
         now, full = site.layer.origin.ranks, scheme.full_ranks(site.operation)
-        if site.name not in self.spectra:
-            spectra = scheme.spectra(*self._weight(site))
-            pairs = zip(spectra, full, strict=True)
-            self.spectra[site.name] = tuple(replace(one, original=most) for one, most in pairs)
-        choice = policy.rank.choose(_name_for(policy.rank, site), self.spectra[site.name])
+        choice = policy.rank.choose(_name_for(policy.rank, site), self._lowering(site, site.layer).spectra)
         if choice.kept:
             return kept
-        wanted = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site)
+        wanted = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
         ranks = tuple(map(min, wanted, now))
         after = scheme.chain(site.operation, ranks)
         gain = _gain(policy, _chain_now(site), after, site.flows)
@@ -187,6 +180,12 @@ class Select(Pass):
             flops_after=_flops(after, site.flows),
             gain=gain,
         )
+
+    def _lowering(self, site: Site, layer: Factorized) -> Lowering:
+        """Return how a layer's factors can be split anew, worked out once."""
+        if site.name not in self._lowerings:
+            self._lowerings[site.name] = lowering_of(layer)
+        return self._lowerings[site.name]
 
 
 _OPEN = (None, Reason.FACTORIZED)
@@ -216,9 +215,14 @@ def _chain_now(site: Site) -> Sequence[Operation]:
     return [site.operation]
 
 
-def _rounded(ranks: Sequence[int], limits: Sequence[int], policy: Policy, site: Site) -> tuple[int, ...]:
+def _rounded(
+    ranks: Sequence[int], limits: Sequence[int], policy: Policy, site: Site, scheme: Scheme
+) -> tuple[int, ...]:
+    """Round so that the channels between the factors, of which a rank may stand for many, are what was asked for."""
+    assert site.operation is not None
     if isinstance(policy.round_to, int):
-        return round_ranks(ranks, limits, policy.round_to)
+        each = math.gcd(policy.round_to, scheme.channels_per_rank(site.operation))
+        return round_ranks(ranks, limits, policy.round_to // each)
     weight = site.layer.weights[0] if isinstance(site.layer, Factorized) else site.dense
     return round_gently(ranks, limits, device_multiple(weight.dtype, weight.device))
 

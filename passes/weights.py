@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tdfx.errors import WeightError
-from tdfx.factors.scheme import Reduced
+from tdfx.factors.scheme import Lowering
 from tdfx.layers import Factorized
 from tdfx.passes.base import Site
 from tdfx.ranks.spectrum import Spectrum, working_dtype
@@ -20,10 +20,10 @@ def working_weight(site: Site) -> Tensor:
     return site.dense.to(working_dtype(site.dense))
 
 
-def reduced_factors(layer: Factorized) -> Reduced:
-    """Return what has to be split anew to lower a factorized layer's ranks, in the dtype in which that is done."""
+def lowering_of(layer: Factorized) -> Lowering:
+    """Return how a factorized layer's factors can be split anew, in the dtype in which that is done."""
     factors = [weight.detach().to(working_dtype(weight)) for weight in layer.weights]
-    return layer.scheme.reduce(layer.operation, factors)
+    return layer.scheme.lowering(layer.operation, factors)
 
 
 def check_weight(site: Site) -> None:

@@ -255,14 +255,20 @@ def test_scheme_for() -> None:
     kernel, point = operation((8, 8, 3, 3)), operation((8, 8, 1, 1))
     assert scheme_for(kernel, "svd") is None
     assert scheme_for(point, "tucker2") is None
-    assert scheme_for(replace(kernel, groups=2)) is None
-    assert scheme_for(replace(point, groups=2)) is None
+    for transposed in (False, True):
+        assert scheme_for(replace(kernel, transposed=transposed, groups=2)) is get_scheme("tucker2")
+        assert scheme_for(replace(point, transposed=transposed, groups=2)) is get_scheme("svd")
+        for each in (kernel, point):  # a depthwise convolution: nothing to gain, and nothing is chosen by itself
+            assert scheme_for(replace(each, transposed=transposed, groups=8)) is None
+    assert scheme_for(replace(kernel, groups=8), "spatial") is get_scheme("spatial")
     assert [get_scheme(name).name for name in scheme_names()] == list(scheme_names())
 
 
-@pytest.mark.parametrize("name", ["tuker2", "Tucker2", "cp", "auto"])
+@pytest.mark.parametrize("name", ["tuker2", "Tucker2", "SVD", "auto"])
 def test_unknown_scheme(name: str) -> None:
-    with pytest.raises(PolicyError, match=rf"scheme='{name}' is not known: the schemes are tucker2, svd, or 'auto'"):
+    with pytest.raises(
+        PolicyError, match=rf"scheme='{name}' is not known: the schemes are tucker2, svd, tucker1_out, .*, or 'auto'"
+    ):
         get_scheme(name)
     if name != "auto":
         with pytest.raises(PolicyError, match=r"Nearest: '(tucker2|svd)'\.$"):

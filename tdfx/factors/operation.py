@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,7 @@ class Operation:
     """Positions added at one end of each dimension of a transposed convolution's output; () for none."""
 
     @classmethod
-    def pointwise(cls, in_channels: int, out_channels: int, dims: int) -> Operation:
+    def pointwise(cls, in_channels: int, out_channels: int, dims: int, groups: int = 1) -> Operation:
         """Return the map that mixes channels at each position on its own, in ``dims`` spatial dimensions."""
         ones = (1,) * dims
         return cls(
@@ -45,6 +46,32 @@ class Operation:
             stride=ones,
             padding=(0,) * dims,
             dilation=ones,
+            groups=groups,
+        )
+
+    def along(self, axes: Sequence[int], in_channels: int, out_channels: int, groups: int | None = None) -> Operation:
+        """Return the part of the operation that works along some spatial dimensions, between other channels.
+
+        Along the others it has one tap, stride 1 and no padding. With no dimension left it is a pointwise map,
+        which is never transposed.
+        """
+        groups = self.groups if groups is None else groups
+        if not axes:
+            return Operation.pointwise(in_channels, out_channels, self.dims, groups)
+
+        def kept(values: tuple[int, ...], otherwise: int) -> tuple[int, ...]:
+            return tuple(value if axis in axes else otherwise for axis, value in enumerate(values))
+
+        return replace(
+            self,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            groups=groups,
+            kernel=kept(self.kernel, 1),
+            stride=kept(self.stride, 1),
+            padding=self.padding if isinstance(self.padding, str) else kept(self.padding, 0),
+            dilation=kept(self.dilation, 1),
+            output_padding=kept(self.output_padding, 0),
         )
 
     @property
@@ -56,6 +83,11 @@ class Operation:
     def is_pointwise(self) -> bool:
         """True if every output position reads one input position."""
         return math.prod(self.kernel) == 1
+
+    @property
+    def is_depthwise(self) -> bool:
+        """True if every group has one channel in and one out, so that no channels are mixed."""
+        return self.in_channels == self.out_channels == self.groups > 1
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -14,15 +14,15 @@ from tdfx.ranks.spectrum import Spectrum
 
 
 @dataclass(frozen=True, slots=True)
-class Reduced:
-    """A weight as small as given factors allow, with the same spectra as the dense weight for which they stand."""
+class Lowering:
+    """What is known of given factors that they can be split anew at lower ranks."""
 
-    operation: Operation
-    """What the small weight computes."""
-    weight: Tensor
-    """The small weight."""
-    restore: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
-    """From factors of the small weight to factors of the dense one, at the same ranks."""
+    spectra: tuple[Spectrum, ...]
+    """Those of the weight for which the factors stand, as far as the factors' ranks go."""
+    split: Callable[[Sequence[int]], tuple[Tensor, ...]]
+    """From ranks, none above the present ones, to the new factors."""
+    error: Callable[[Sequence[int]], float]
+    """From ranks to the norm of what the split loses, relative to the present weight's."""
 
 
 class Scheme(ABC):
@@ -33,7 +33,7 @@ class Scheme(ABC):
     derivative.
     A new scheme is one file: subclass this, and add an instance to ``tdfx.factors.registry``.
 
-    Letters in shapes: o output channels, i input channels, p and q their ranks, k... the kernel.
+    Letters in shapes: g groups, o output and i input channels in each, p and q their ranks, k... the kernel.
     """
 
     name: ClassVar[str]
@@ -46,6 +46,10 @@ class Scheme(ABC):
     @abstractmethod
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
         """Return the ranks at which nothing is lost; one for each mode that is cut."""
+
+    def channels_per_rank(self, operation: Operation) -> int:
+        """Return how many channels between the factors each rank stands for; ranks of groups are those of one group."""
+        return operation.groups
 
     @abstractmethod
     def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
@@ -73,13 +77,19 @@ class Scheme(ABC):
         tangent space of the weights that the factors can reach. The arguments are in the working dtype.
         """
 
-    def reduce(self, operation: Operation, factors: Sequence[Tensor]) -> Reduced:
-        """Return what has to be split anew to lower the ranks of factors.
+    def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
+        """Return how factors can be split anew; the arguments are in the working dtype.
 
-        A scheme whose outer factors can be made orthonormal needs no dense weight for it; this one, which fits all, joins
-        them.
+        A scheme whose outer factors can be made orthonormal needs no dense weight for it; this, which serves all, joins
+        them. Shares and floors of rank rules refer to the full ranks of the operation.
         """
-        return Reduced(operation, self.join(operation, factors), tuple)
+        weight = self.join(operation, factors)
+        spectra = self.spectra(operation, weight)
+        return Lowering(
+            spectra=spectra,
+            split=lambda ranks: self.split(operation, weight, ranks, spectra),
+            error=lambda ranks: self.error(operation, weight, ranks, spectra),
+        )
 
     @abstractmethod
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
