@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tdfx.cost.count import Flow, flops, parameters
 from tdfx.errors import PolicyError, nearest
 from tdfx.factors.operation import Operation
-from tdfx.factors.registry import AUTO, scheme_for
+from tdfx.factors.registry import AUTO, get_scheme, scheme_for
 from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program, Site
@@ -204,7 +204,7 @@ def _scheme(site: Site, policy: Policy) -> Scheme | None:
     """Return the scheme that a policy means for a site; one that is factorized can have no other than its own."""
     if isinstance(site.layer, Factorized):
         own = site.layer.scheme
-        return own if policy.scheme in {AUTO, own.name} else None
+        return own if policy.scheme == AUTO or get_scheme(policy.scheme).name == own.name else None
     return None if site.operation is None else scheme_for(site.operation, policy.scheme)
 
 

@@ -31,7 +31,8 @@ class Policy:
     rank: RankRule = field(default_factory=VBMF)
     """The rule that reads a rank from each weight."""
     scheme: str = AUTO
-    """How weights are split: ``"auto"`` for the first scheme that fits each site, or a scheme's name."""
+    """How weights are split: ``"auto"`` for tucker2 or svd, whichever fits each site, or a scheme's name, with its options
+    after a colon as in ``"tucker2:refine=3"``."""
     include: tuple[str, ...] = ("*",)
     """Patterns of the sites that may be rewritten."""
     exclude: tuple[str, ...] = ()

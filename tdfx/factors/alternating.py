@@ -15,7 +15,9 @@ from torch import Tensor
 Modes = tuple[Tensor, ...]
 """The vectors of R components: (g, o, R), (g, i, R), and (g, k, R) for each dimension of the kernel."""
 
-_SWEEPS = 60
+_SWEEPS, _LEAST_SWEEPS, _WORK = 200, 20, 2.5e10
+"""Sweeps: at most the first number, fewer where values times components times sweeps would be more than work allows, but at
+least the second. That is some ten seconds of one core for a weight."""
 _ENOUGH = 1e-4
 """Stop where a sweep lowers the squared error by less than this part of it."""
 _PULL = 1e-6
@@ -37,7 +39,8 @@ def fit(w_goik: Tensor, start: Modes) -> Modes:
     """
     size = w_goik.square().sum()
     modes, best = start, _squared_error(w_goik, start)
-    for _ in range(_SWEEPS):
+    work = w_goik.numel() * start[0].shape[2]
+    for _ in range(int(max(_LEAST_SWEEPS, min(_SWEEPS, _WORK // work)))):
         found = _sweep(w_goik, modes)
         lost = _squared_error(w_goik, found)
         if not lost < best or _sizes(found).square().sum() > _LARGEST * size:

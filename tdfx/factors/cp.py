@@ -147,7 +147,10 @@ def _balanced(modes: Modes) -> Modes:
     share = root_scale(size).square().pow(1 / len(modes))
     least = 1e3 * torch.finfo(size.dtype).eps * size.amax(-1, keepdim=True)
     empty = size <= least
-    unit = [mode / norm.where(norm > 0, 1.0)[:, None] for mode, norm in zip(modes, norms, strict=True)]
+    unit = []
+    for mode, norm in zip(modes, norms, strict=True):
+        direction = mode / norm.where(norm > 0, 1.0)[:, None]
+        unit.append(direction.where(norm[:, None] > 0, mode.shape[1] ** -0.5))
     balanced = [one * share[:, None] for one in unit]
     balanced[0] = torch.where(empty[:, None], unit[0] * size[:, None], balanced[0])
     return tuple(balanced)

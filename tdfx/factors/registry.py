@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from tdfx.errors import PolicyError, nearest
 from tdfx.factors.cp import Cp
 from tdfx.factors.depthwise import Depthwise
@@ -34,20 +36,39 @@ def scheme_names() -> tuple[str, ...]:
 
 
 def get_scheme(name: str) -> Scheme:
-    """Return a scheme by its name, or by another name of it.
+    """Return a scheme by its name, or by another name of it, with options after a colon.
 
     >>> get_scheme("channel").name
     'tucker1_out'
+    >>> get_scheme("tucker2:refine=3").name
+    'tucker2:refine=3'
 
     Raises:
-        PolicyError: No scheme has this name.
+        PolicyError: No scheme has this name, or it has no such option.
     """
-    if not isinstance(name, str) or (name not in _SCHEMES and name not in _ALIASES):
+    stem, colon, text = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if stem not in _SCHEMES and stem not in _ALIASES:
         raise PolicyError(
             f"scheme={name!r} is not known: the schemes are {', '.join(_SCHEMES)}, or {AUTO!r} to choose for each site. "
             f"Nearest: {nearest(str(name).lower(), [*_SCHEMES, *_ALIASES], 1)}."
         )
-    return _SCHEMES[_ALIASES.get(name, name)]
+    scheme = _SCHEMES[_ALIASES.get(stem, stem)]
+    return _with_options(scheme, text) if colon else scheme
+
+
+@lru_cache(maxsize=256)
+def _with_options(scheme: Scheme, text: str) -> Scheme:
+    known = ", ".join(f"{scheme.name}:{option}=3" for option in scheme.options) or f"no options; write {scheme.name!r}"
+    settings: dict[str, int] = {}
+    for part in text.split(","):
+        option, _, value = part.partition("=")
+        if option not in scheme.options or not value.isdecimal() or int(value) < 1:
+            raise PolicyError(
+                f"scheme={f'{scheme.name}:{text}'!r} has the option {part!r}, which is not known: an option is a name and a "
+                f"whole number of at least 1, and {scheme.name} takes {known}."
+            )
+        settings[option] = int(value)
+    return type(scheme)(**settings)
 
 
 def scheme_for(operation: Operation, name: str = AUTO) -> Scheme | None:

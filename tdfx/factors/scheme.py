@@ -36,8 +36,10 @@ class Scheme(ABC):
     Letters in shapes: g groups, o output and i input channels in each, p and q their ranks, k... the kernel.
     """
 
-    name: ClassVar[str]
-    """The word by which users ask for the scheme and by which plans record it."""
+    name: str
+    """The word by which users ask for the scheme and by which plans record it, with its options if it has any set."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Settings that stand after the name, as in ``tucker2:refine=3``: whole numbers of at least 1, by keyword."""
 
     @abstractmethod
     def fits(self, operation: Operation) -> bool:
