@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from tdfx.errors import PlanError, nearest
 from tdfx.factors.registry import get_scheme
@@ -19,9 +20,12 @@ from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, 
 from tdfx.passes.graph_module import FactorizedGraphModule
 from tdfx.passes.obstacles import obstacle
 from tdfx.passes.uses import uses_of
-from tdfx.passes.weights import Spectra, check_weight, working_weight
+from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.structure import structural_copy
+
+Init = Literal["weight", "variance"]
+"""What factors start from: the nearest to the weight, or of its variance."""
 
 _UNSEEN = (Reason.READ_ELSEWHERE, Reason.CUSTOM_FORWARD)
 """Reasons for which a site is kept as long as no run has shown that functions take its weight and nothing else does."""
@@ -35,12 +39,12 @@ class Swap:
     """Name of the site."""
     path: str
     """Path of the factorized module in the rewritten model."""
-    weight: nn.Parameter
-    """The dense weight, as the site's layer holds it."""
+    old: tuple[nn.Parameter, ...]
+    """The dense weight, as the site's layer holds it; or the factors' weights, where it is factorized already."""
     factorized: Factorized
     layer: nn.Module
     """The layer that goes, or the one whose parameter goes."""
-    slot: Slot | None
+    slot: Slot | None = None
     """The place of the parameter, where the layer stays."""
 
 
@@ -49,8 +53,9 @@ class Rewrite(Pass):
 
     name = "rewrite"
 
-    def __init__(self, spectra: Spectra | None = None) -> None:
+    def __init__(self, spectra: Spectra | None = None, init: Init = "weight") -> None:
         self.spectra = spectra or {}
+        self.init = init
         self.swaps: tuple[Swap, ...] = ()
 
     def requires(self, program: Program) -> None:
@@ -63,7 +68,7 @@ class Rewrite(Pass):
         """Split each weight, then build the whole model once."""
         assert program.plan is not None
         sites = _planned_sites(program.plan, program)
-        todo = [one for one in program.plan.factorized if not isinstance(sites[one.name].layer, Factorized)]
+        todo = [one for one in program.plan.factorized if not _is_done(sites[one.name], one)]
         self.swaps = tuple(self._swap(sites[decision.name], decision) for decision in todo)
         module = _emit(program, self.swaps)
         module.__dict__[PLAN_ATTRIBUTE] = program.plan
@@ -75,7 +80,7 @@ class Rewrite(Pass):
         module = result.program.module
         for change in result.changes:
             self.check(isinstance(module.get_submodule(change.site), Factorized), f"{change.site!r} is factorized")
-        dense = {id(swap.weight) for swap in self.swaps}
+        dense = {id(weight) for swap in self.swaps for weight in swap.old}
         factors = {id(weight) for swap in self.swaps for weight in swap.factorized.weights}
         kept = [id(parameter) for parameter in before.module.parameters() if id(parameter) not in dense]
         now = [id(parameter) for parameter in module.parameters() if id(parameter) not in factors]
@@ -84,21 +89,37 @@ class Rewrite(Pass):
     def _swap(self, site: Site, decision: SitePlan) -> Swap:
         assert decision.scheme is not None
         assert decision.ranks is not None
-        assert site.weight is not None
         assert site.operation is not None
         scheme = get_scheme(decision.scheme)
+        if isinstance(site.layer, Factorized):
+            return self._lower(site, site.layer, decision.ranks)
+        assert site.weight is not None
         weight = working_weight(site)
-        spectra = self.spectra.get(site.name) or scheme.spectra(weight)
-        factors = scheme.split(weight, decision.ranks, spectra)
+        spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
+        factors = scheme.split(site.operation, weight, decision.ranks, spectra)
+        if self.init == "variance":
+            factors = _rescaled(factors, weight, scheme.join(site.operation, factors))
         if site.slot is None:
             made = Factorized.of(site.layer, scheme, decision.ranks, factors)
-            return Swap(site.name, site.name, site.weight, made, site.layer, None)
+            return Swap(site.name, site.name, (site.weight,), made, site.layer)
         stand_in = build_layer(site.operation, site.weight, None).train(site.layer.training)
         parameter = FactorizedParameter.of(stand_in, scheme, decision.ranks, factors)
         stand_ins = (one for one in site.layer._modules.values() if isinstance(one, FactorizedParameter))
         earlier = next((one.siblings for one in stand_ins), ())
         parameter.__dict__["siblings"] = earlier or tuple(site.layer._parameters)
-        return Swap(site.name, site.slot.path, site.weight, parameter, site.layer, site.slot)
+        return Swap(site.name, site.slot.path, (site.weight,), parameter, site.layer, site.slot)
+
+    def _lower(self, site: Site, layer: Factorized, ranks: tuple[int, ...]) -> Swap:
+        """Split what the factors stand for anew, at lower ranks."""
+        path = site.slot.path if site.slot is not None else site.name
+        return Swap(site.name, path, layer.weights, layer.at_ranks(ranks, lowering_of(layer).split(ranks)), layer)
+
+
+def _rescaled(factors: Sequence[Tensor], weight: Tensor, joined: Tensor) -> tuple[Tensor, ...]:
+    """Scale factors, all by the same amount, so that their product has the variance of the weight."""
+    lost = joined.norm()
+    scale = (weight.norm() / lost) ** (1 / len(factors)) if lost > 0 else 1.0
+    return tuple(factor * scale for factor in factors)
 
 
 def _emit(program: Program, swaps: Sequence[Swap]) -> nn.Module:
@@ -120,14 +141,15 @@ def _emit(program: Program, swaps: Sequence[Swap]) -> nn.Module:
     return FactorizedGraphModule(body, [_with_calls(copy.deepcopy(graph), slots) for graph in graphs])
 
 
-def _with_calls(graph: fx.Graph, paths: Collection[str]) -> fx.Graph:
+def _with_calls(graph: fx.Graph, slots: Mapping[str, Swap]) -> fx.Graph:
     """Turn calls of functions whose weight is factorized into calls of what stands for it."""
     for node in list(graph.nodes):
-        if node.op != "get_attr" or node.target not in paths:
+        if node.op != "get_attr" or node.target not in slots:
             continue
+        transposed = slots[node.target].factorized.operation.transposed
         for user in list(node.users):
             call = parse_call(user.target, user.args, user.kwargs) if user.op == "call_function" else None
-            if call is None or call.weight is not node or call.transposed:
+            if call is None or call.weight is not node or call.transposed != transposed:
                 continue
             with graph.inserting_before(user):
                 made = graph.call_module(node.target, kwargs=dict(call.rest))
@@ -151,7 +173,8 @@ def _planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
             continue
         slot = Slot.of(decision.parameter)
         weight = parameters[decision.parameter]
-        operation = Call(decision.kind, len(decision.shape) - 2, False, None).operation(weight.shape)
+        call = Call(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
+        operation = call.operation(weight.shape)
         reason, note = obstacle(weight, decision.kind, operation, unread)
         sites[decision.name] = Site(
             name=decision.name,
@@ -208,9 +231,19 @@ def _check_decision(decision: SitePlan, site: Site) -> None:
 
 
 def _check_factorized(decision: SitePlan, layer: Factorized) -> None:
-    """A site that is already what the plan says is left alone, so that rewriting twice is rewriting once."""
-    if (layer.origin.scheme, layer.origin.ranks) != (decision.scheme, decision.ranks):
+    """Ranks of a factorized site can be lowered; one that is already what the plan says is left alone."""
+    assert decision.ranks is not None
+    now = layer.origin.ranks
+    lower = len(now) == len(decision.ranks) and all(
+        1 <= new <= old for new, old in zip(decision.ranks, now, strict=False)
+    )
+    if layer.origin.scheme != decision.scheme or not lower:
         raise PlanError(
-            f"Site {decision.name!r} is factorized already, by {layer.origin.scheme} at {layer.origin.ranks}, and the plan "
-            f"asks for {decision.scheme} at {decision.ranks}. Merge the model first: tdfx.merge(model)."
+            f"Site {decision.name!r} is factorized already, by {layer.origin.scheme} at {now}, and the plan asks for "
+            f"{decision.scheme} at {decision.ranks}: ranks can be lowered, no more. Merge the model first: "
+            f"tdfx.merge(model)."
         )
+
+
+def _is_done(site: Site, decision: SitePlan) -> bool:
+    return isinstance(site.layer, Factorized) and site.layer.origin.ranks == decision.ranks

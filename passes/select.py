@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from tdfx.cost.count import Flow, flops, parameters
 from tdfx.errors import PolicyError, nearest
 from tdfx.factors.operation import Operation
-from tdfx.factors.registry import AUTO, scheme_for
-from tdfx.factors.scheme import Scheme
+from tdfx.factors.registry import AUTO, get_scheme, scheme_for
+from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program, Site
-from tdfx.passes.weights import Spectra, check_weight, working_weight
+from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
-from tdfx.ranks.rule import RankRule, round_ranks
+from tdfx.ranks.multiple import device_multiple, round_gently
+from tdfx.ranks.rule import RankRule, Total, round_ranks
 
 
 class Select(Pass):
@@ -30,6 +32,8 @@ class Select(Pass):
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.spectra: Spectra = {}
+        self._lowerings: dict[str, Lowering] = {}
+        self._resolved: dict[int, Policy] = {}
 
     def requires(self, program: Program) -> None:
         """Every pattern matches some site, and every weight that may be split is finite."""
@@ -39,12 +43,13 @@ class Select(Pass):
                 for pattern in patterns:
                     _check_pattern(setting, pattern, names)
         for site in program.sites:
-            if site.reason is None and self.policy.for_site(*site.names) is not None:
+            if site.reason in _OPEN and self.policy.for_site(*site.names) is not None:
                 check_weight(site)
 
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
-        """Decide site by site."""
+        """Resolve rules that see all their sites at once, then decide site by site."""
+        notes = self._resolve(program.sites)
         sites = tuple(self._decide(site) for site in program.sites)
         for site, decision in zip(program.sites, sites, strict=True):
             for node in site.nodes:
@@ -53,7 +58,7 @@ class Select(Pass):
         plan = Plan(
             sites=sites,
             emit=program.emit,
-            notes=program.notes,
+            notes=(*program.notes, *notes),
             model=type(program.module).__name__,
             policy=repr(self.policy),
             other_parameters=counted - sum(one.parameters_before for one in sites),
@@ -68,38 +73,75 @@ class Select(Pass):
         assert plan is not None
         self.check([one.name for one in plan] == [site.name for site in before.sites], "every site has a decision")
         for site, decision in zip(before.sites, plan, strict=True):
-            self.check(not (decision.factorized and site.reason), f"site {site.name!r} may not be rewritten")
+            self.check(site.reason in _OPEN or not decision.factorized, f"site {site.name!r} may not be rewritten")
+
+    def _resolve(self, sites: Sequence[Site]) -> tuple[str, ...]:
+        """Let each policy's rule see all sites that it decides; return what came of it where that is another rule."""
+        notes = []
+        for policy in {id(one): one for one in _policies(self.policy)}.values():
+            own = [one for one in sites if one.reason in _OPEN and self.policy.for_site(*one.names) is policy]
+            cases = [(one, scheme) for one in own if (scheme := _scheme(one, policy)) is not None]
+            if not cases:
+                continue
+
+            def after(rule: RankRule, policy: Policy = policy, cases: Sequence[Case] = tuple(cases)) -> Total:
+                trial = replace(policy, rank=rule)
+                return _total([self._rank_or_lower(site, trial, scheme) for site, scheme in cases])
+
+            rule = policy.rank.resolve(_total([_kept(site, Reason.NO_GAIN) for site, _ in cases]), after)
+            if rule != policy.rank:
+                self._resolved[id(policy)] = replace(policy, rank=rule)
+                notes.append(f"{policy.rank!r} came to {rule!r}")
+        return tuple(notes)
 
     def _decide(self, site: Site) -> SitePlan:
         policy = self.policy.for_site(*site.names)
-        if site.reason is not None:
+        if site.reason not in _OPEN or (site.reason is not None and policy is None):
             return _kept(site, site.reason, site.note)
         if policy is None:
             return _kept(site, Reason.EXCLUDED)
+        scheme = _scheme(site, policy)
         assert site.operation is not None
-        scheme = scheme_for(site.operation, policy.scheme)
+        if site.reason is Reason.FACTORIZED and scheme is None:
+            return _kept(site, site.reason, site.note)
         if scheme is None:
             asked = "no scheme stands" if policy.scheme == AUTO else f"{policy.scheme} does not stand"
             return _kept(site, Reason.NO_SCHEME, f"{asked} for {_geometry(site.operation)}")
-        return self._rank(site, policy, scheme, site.operation)
+        decided = self._rank_or_lower(site, self._resolved.get(id(policy), policy), scheme)
+        if decided.ranks is None:
+            self.spectra.pop(site.name, None)
+            return decided
+        if isinstance(site.layer, Factorized):
+            return replace(decided, error=self._lowering(site, site.layer).error(decided.ranks))
+        assert site.operation is not None
+        error = scheme.error(site.operation, working_weight(site), decided.ranks, self.spectra[site.name])
+        return replace(decided, error=error)
 
-    def _rank(self, site: Site, policy: Policy, scheme: Scheme, operation: Operation) -> SitePlan:
+    def _rank_or_lower(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
+        """Return the decision for a site that a scheme fits, but for its error."""
+        return (self._lower if isinstance(site.layer, Factorized) else self._rank)(site, policy, scheme)
+
+    def _rank(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
+        operation = site.operation
+        assert operation is not None
         full = scheme.full_ranks(operation)
-        lowest = round_ranks([1] * len(full), full, policy.round_to)
-        most = _gain(policy, operation, scheme.chain(operation, lowest), site.flows)
+        lowest = (1,) * len(full) if policy.rank.exact else _rounded([1] * len(full), full, policy, site, scheme)
+        most = _gain(policy, [operation], scheme.chain(operation, lowest), site.flows)
+        too_small = replace(_kept(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
         if most < policy.min_gain and not policy.rank.exact:
-            return replace(_kept(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
-        weight = working_weight(site)
-        spectra = scheme.spectra(weight)
-        choice = policy.rank.choose(_name_for(policy.rank, site), spectra)
+            return too_small
+        if site.name not in self.spectra:
+            self.spectra[site.name] = scheme.spectra(operation, working_weight(site))
+        choice = policy.rank.choose(_name_for(policy.rank, site), self.spectra[site.name])
+        if choice.kept and not choice.signal and most < policy.min_gain:
+            return too_small
         if choice.kept:
             return _kept(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
-        ranks = choice.ranks if policy.rank.exact else round_ranks(choice.ranks, full, policy.round_to)
+        ranks = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
         chain = scheme.chain(operation, ranks)
-        gain = _gain(policy, operation, chain, site.flows)
+        gain = _gain(policy, [operation], chain, site.flows)
         if gain < policy.min_gain:
             return replace(_kept(site, Reason.NO_GAIN, _why_no_gain(ranks, choice.note, policy), full), gain=gain)
-        self.spectra[site.name] = spectra
         return replace(
             _kept(site, Reason.NO_GAIN, choice.note, full),
             scheme=scheme.name,
@@ -108,13 +150,87 @@ class Select(Pass):
             parameters_after=parameters(chain),
             flops_after=_flops(chain, site.flows),
             gain=gain,
-            error=scheme.error(weight, ranks, spectra),
         )
+
+    def _lower(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
+        """Decide on lower ranks for a site that is factorized, from its factors as they are now."""
+        assert isinstance(site.layer, Factorized)
+        assert site.operation is not None
+        kept = _kept(site, Reason.FACTORIZED, site.note)
+        if not site.layer.weights[0].requires_grad:
+            return kept
+        now, full = site.layer.origin.ranks, scheme.full_ranks(site.operation)
+        choice = policy.rank.choose(_name_for(policy.rank, site), self._lowering(site, site.layer).spectra)
+        if choice.kept:
+            return kept
+        wanted = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
+        ranks = tuple(map(min, wanted, now))
+        after = scheme.chain(site.operation, ranks)
+        gain = _gain(policy, _chain_now(site), after, site.flows)
+        if ranks == now or gain < policy.min_gain:
+            return kept
+        return replace(
+            kept,
+            scheme=scheme.name,
+            ranks=ranks,
+            full_ranks=full,
+            reason=None,
+            note=f"{site.note} before",
+            parameters_after=parameters(after),
+            flops_after=_flops(after, site.flows),
+            gain=gain,
+        )
+
+    def _lowering(self, site: Site, layer: Factorized) -> Lowering:
+        """Return how a layer's factors can be split anew, worked out once."""
+        if site.name not in self._lowerings:
+            self._lowerings[site.name] = lowering_of(layer)
+        return self._lowerings[site.name]
+
+
+_OPEN = (None, Reason.FACTORIZED)
+"""What a site may say of itself for a policy to decide on it: nothing, or that its ranks could be lowered."""
+
+Case = tuple[Site, Scheme]
+"""A site that may be rewritten, and the scheme that fits it."""
 
 
 def _policies(policy: Policy) -> list[Policy]:
     nested = [one for one in policy.overrides.values() if one is not None]
     return [policy, *(deeper for one in nested for deeper in _policies(one))]
+
+
+def _scheme(site: Site, policy: Policy) -> Scheme | None:
+    """Return the scheme that a policy means for a site; one that is factorized can have no other than its own."""
+    if isinstance(site.layer, Factorized):
+        own = site.layer.scheme
+        return own if policy.scheme == AUTO or get_scheme(policy.scheme).name == own.name else None
+    return None if site.operation is None else scheme_for(site.operation, policy.scheme)
+
+
+def _chain_now(site: Site) -> Sequence[Operation]:
+    assert site.operation is not None
+    if isinstance(site.layer, Factorized):
+        return site.layer.scheme.chain(site.operation, site.layer.origin.ranks)
+    return [site.operation]
+
+
+def _rounded(
+    ranks: Sequence[int], limits: Sequence[int], policy: Policy, site: Site, scheme: Scheme
+) -> tuple[int, ...]:
+    """Round so that the channels between the factors, of which a rank may stand for many, are what was asked for."""
+    assert site.operation is not None
+    if isinstance(policy.round_to, int):
+        each = math.gcd(policy.round_to, scheme.channels_per_rank(site.operation))
+        return round_ranks(ranks, limits, policy.round_to // each)
+    weight = site.layer.weights[0] if isinstance(site.layer, Factorized) else site.dense
+    return round_gently(ranks, limits, device_multiple(weight.dtype, weight.device))
+
+
+def _total(plans: Sequence[SitePlan]) -> Total:
+    work = [one.flops_after for one in plans]
+    known = [count for count in work if count is not None]
+    return Total(sum(one.parameters_after for one in plans), sum(known) if len(known) == len(work) else None)
 
 
 def _check_pattern(setting: str, pattern: str, names: Sequence[str]) -> None:
@@ -129,12 +245,14 @@ def _check_pattern(setting: str, pattern: str, names: Sequence[str]) -> None:
 def _kept(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | None = None) -> SitePlan:
     shape = site.operation.weight_shape if site.operation is not None else _shape(site.weight)
     count = _count(site)
-    work = _flops([site.operation], site.flows) if site.operation is not None else None
+    work = _flops(_chain_now(site), site.flows) if site.operation is not None else None
     return SitePlan(
         name=site.name,
         kind=site.kind,
         parameter=site.slot.path if site.slot is not None else None,
         shape=shape,
+        groups=site.operation.groups if site.operation is not None else 1,
+        transposed=site.operation is not None and site.operation.transposed,
         calls=site.calls,
         full_ranks=full,
         reason=reason,
@@ -164,10 +282,12 @@ def _flops(chain: Sequence[Operation], flows: tuple[Flow, ...] | None) -> int | 
     return None if flows is None else sum(flops(chain, flow) for flow in flows)
 
 
-def _gain(policy: Policy, dense: Operation, chain: Sequence[Operation], flows: tuple[Flow, ...] | None) -> float:
+def _gain(
+    policy: Policy, old: Sequence[Operation], chain: Sequence[Operation], flows: tuple[Flow, ...] | None
+) -> float:
     """Return how many times faster the site's step becomes, over all its calls."""
     each = flows or (None,)
-    before = sum(policy.cost.seconds([dense], flow) for flow in each)
+    before = sum(policy.cost.seconds(old, flow) for flow in each)
     after = sum(policy.cost.seconds(chain, flow) for flow in each)
     return before / after
 
@@ -179,7 +299,7 @@ def _why_no_gain(ranks: tuple[int, ...], note: str, policy: Policy) -> str:
 
 def _name_for(rule: RankRule, site: Site) -> str:
     """Return the name of a site by which a rule speaks of it."""
-    spoken = (name for name in site.names if any(fnmatchcase(name, pattern) for pattern in rule.patterns()))
+    spoken = (name for pattern in rule.patterns() for name in site.names if fnmatchcase(name, pattern))
     return next(spoken, site.name)
 
 

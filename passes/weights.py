@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from tdfx.errors import WeightError
+from tdfx.factors.scheme import Lowering
+from tdfx.layers import Factorized
 from tdfx.passes.base import Site
 from tdfx.ranks.spectrum import Spectrum, working_dtype
 
@@ -18,9 +20,20 @@ def working_weight(site: Site) -> Tensor:
     return site.dense.to(working_dtype(site.dense))
 
 
+def lowering_of(layer: Factorized) -> Lowering:
+    """Return how a factorized layer's factors can be split anew, in the dtype in which that is done."""
+    factors = [weight.detach().to(working_dtype(weight)) for weight in layer.weights]
+    return layer.scheme.lowering(layer.operation, factors)
+
+
 def check_weight(site: Site) -> None:
     """Raise WeightError if a site's weight cannot be decomposed."""
-    weight = site.dense
+    weights = site.layer.weights if isinstance(site.layer, Factorized) else (site.dense,)
+    for weight in weights:
+        _check_one(site, weight.detach())
+
+
+def _check_one(site: Site, weight: Tensor) -> None:
     if weight.is_meta:
         raise WeightError(
             f"The weight of site {site.name!r} is on the meta device and has no values, so its ranks cannot be read. "

@@ -26,7 +26,11 @@ from tdfx.policy import Policy
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.fixed import Fixed
 from tdfx.ranks.ratio import Ratio
+from tdfx.ranks.stable import StableRank
+from tdfx.ranks.target import Target
+from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
+from tdfx.training import FrobeniusDecay, LowRankPenalty
 from tdfx.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -38,9 +42,11 @@ __all__ = [
     "ExportError",
     "Factorized",
     "Fixed",
+    "FrobeniusDecay",
     "InputError",
     "KindError",
     "LayerKind",
+    "LowRankPenalty",
     "MergeError",
     "ModelError",
     "ModelReferenceError",
@@ -55,8 +61,11 @@ __all__ = [
     "Ratio",
     "Reason",
     "SitePlan",
+    "StableRank",
+    "Target",
     "TdfxError",
     "TdfxWarning",
+    "Threshold",
     "VerifyReport",
     "WeightError",
     "merge",

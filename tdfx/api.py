@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from tdfx.errors import ModelError, PolicyError, TdfxWarning
-from tdfx.optim import Exchange, ToDense, ToFactors, as_optimizers, prepare
-from tdfx.parameters import FactorizedParameter
+from tdfx.exchanges import join_exchange, split_exchange
+from tdfx.optim import as_optimizers, prepare
 from tdfx.passes.base import Program
 from tdfx.passes.find import Find
-from tdfx.passes.merge import Join, Merge
+from tdfx.passes.merge import Merge
 from tdfx.passes.observe import Inputs
-from tdfx.passes.rewrite import Rewrite, Swap
+from tdfx.passes.rewrite import Init, Rewrite, Swap
 from tdfx.passes.select import Select
 from tdfx.passes.shapes import Shapes
 from tdfx.passes.trace import Trace
@@ -71,6 +71,7 @@ def rewrite(
     example_inputs: Inputs | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     emit: Emit = "graph",
+    init: Init = "weight",
 ) -> nn.Module:
     """Return the model with its sites factorized, to go on training with.
 
@@ -85,6 +86,11 @@ def rewrite(
             returned model, in the same groups with the same settings, momentum and step counts carried over.
         emit: ``"graph"`` for a ``GraphModule`` where the model allows it, ``"modules"`` for the model's own class. A plan
             that is passed in says this itself.
+        init: What the factors start from. ``"weight"``: the nearest to the trained weight. ``"variance"``, for a model that
+            was not trained yet: the same directions, scaled so that the joined weight has the variance of the weight that
+            was drawn, and with it the activations and gradients of the first step (the condition of Pan et al., *A Unified
+            Weight Initialization Paradigm for Tensorial Convolutional Neural Networks*, ICML 2022). Give ranks by
+            ``Ratio`` or ``Fixed`` then: an untrained weight has no signal for other rules.
 
     Returns:
         The rewritten model, on the same device, with the same mode, dtypes, hooks and buffers.
@@ -95,17 +101,22 @@ def rewrite(
         OptimizerError: The optimizer does not hold the weights to be replaced.
     """
     optimizers = as_optimizers(optimizer)
+    if init not in get_args(Init):
+        raise PolicyError(
+            f"init={init!r} is not known: factors start from the 'weight', as after training, or from its 'variance', for a "
+            f"model that was not trained yet."
+        )
     if isinstance(policy, Plan):
-        step = Rewrite()
+        step = Rewrite(init=init)
         program = replace(_sites(model, policy.emit), plan=policy)
     else:
         program, select = _planned(model, policy, example_inputs, emit)
-        step = Rewrite(select.spectra)
+        step = Rewrite(select.spectra, init)
     result = step(program).program.module
     _warn_of_lost_attachments(step.swaps)
     if not optimizers:
         _warn_of_missing_optimizer(step.swaps)
-    prepare(optimizers, [_split_exchange(swap) for swap in step.swaps]).commit()
+    prepare(optimizers, [split_exchange(swap) for swap in step.swaps]).commit()
     return result
 
 
@@ -133,7 +144,7 @@ def merge(model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None
     _check_model(model)
     step = Merge()
     result = step(Program(module=model)).program.module
-    prepare(optimizers, [_join_exchange(join) for join in step.joins]).commit()
+    prepare(optimizers, [join_exchange(join) for join in step.joins]).commit()
     return result
 
 
@@ -196,9 +207,8 @@ def _is_sharded(module: nn.Module) -> bool:
 def _warn_of_lost_attachments(swaps: Sequence[Swap]) -> None:
     """Warn where a weight carries hooks or attributes of the user's, which no factor can take over."""
     for swap in swaps:
-        weight = swap.weight
-        hooks = (getattr(weight, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
-        if any(hooks) or getattr(weight, "__dict__", None):
+        names = ("_backward_hooks", "_post_accumulate_grad_hooks", "__dict__")
+        if any(getattr(weight, name, None) for weight in swap.old for name in names):
             warnings.warn(
                 f"The weight of site {swap.site!r} has hooks or attributes of its own, which its factors do not get. Keep "
                 f"the site, exclude=({swap.site!r},), or attach them anew.",
@@ -208,7 +218,7 @@ def _warn_of_lost_attachments(swaps: Sequence[Swap]) -> None:
 
 
 def _warn_of_missing_optimizer(swaps: Sequence[Swap]) -> None:
-    trained = [swap.site for swap in swaps if swap.weight.grad is not None]
+    trained = [swap.site for swap in swaps if any(weight.grad is not None for weight in swap.old)]
     if trained:
         warnings.warn(
             f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients, {trained[0]!r} "
@@ -217,51 +227,3 @@ def _warn_of_missing_optimizer(swaps: Sequence[Swap]) -> None:
             TdfxWarning,
             stacklevel=3,
         )
-
-
-def _split_exchange(swap: Swap) -> Exchange:
-    new = swap.factorized.weights
-    attribute = swap.slot.name if swap.slot is not None else swap.factorized.kind.weight
-    stem = f"{attribute}." if swap.slot is not None else ""
-    bias = swap.factorized.kind.bias or ""
-    return Exchange(
-        site=swap.site,
-        old=(swap.weight,),
-        new=new,
-        carrier=ToFactors(swap.factorized.scheme, new, swap.factorized.kind),
-        rename=lambda name: _factor_names(name.removesuffix(attribute) + stem, len(new)),
-        bias=swap.factorized.bias,
-        rename_bias=lambda name: f"{name.removesuffix(bias)}factors.{len(new) - 1}.bias",
-    )
-
-
-def _join_exchange(join: Join) -> Exchange:
-    kind = join.factorized.kind
-    slot = isinstance(join.factorized, FactorizedParameter)
-    return Exchange(
-        site=join.name,
-        old=join.factorized.weights,
-        new=(join.weight,),
-        carrier=ToDense(join.factorized.scheme, join.factorized.weights, kind),
-        rename=lambda name: [_dense_name(name, "" if slot else kind.weight)],
-        bias=join.factorized.bias,
-        rename_bias=lambda name: _dense_name(name, kind.bias or ""),
-    )
-
-
-def _factor_names(stem: str, count: int) -> list[str]:
-    """Return the names of the factors of a weight.
-
-    >>> _factor_names("conv.", 2)
-    ['conv.factors.0.weight', 'conv.factors.1.weight']
-    """
-    return [f"{stem}factors.{index}.weight" for index in range(count)]
-
-
-def _dense_name(name: str, role: str) -> str:
-    """Return the name of the weight or bias that a factor's belongs to.
-
-    >>> _dense_name("conv.factors.0.weight", "weight"), _dense_name("net.kernel.factors.0.weight", "")
-    ('conv.weight', 'net.kernel')
-    """
-    return f"{name.rpartition('factors.')[0]}{role}".removesuffix(".")

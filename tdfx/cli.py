@@ -28,6 +28,10 @@ from tdfx.references import build_model
 
 FAILED = 1
 STOPPED = 2
+_RULES = (
+    "vbmf[:floor], energy[:share], stable, threshold:above, ratio[:of], params:share or flops:share, and after it any of "
+    ",at_least=N ,at_most=N ,round_to=N."
+)
 
 
 class _Commands(click.Group):
@@ -55,7 +59,7 @@ def main(debug: bool) -> None:
 @click.option(
     "--input", "inputs", multiple=True, metavar="SHAPE", help="Shape of an input, such as 8,3,224,224 or int64:2,16."
 )
-@click.option("--policy", "rule", default="vbmf", show_default=True, help="vbmf[:floor], energy[:share] or ratio[:of].")
+@click.option("--policy", "rule", default="vbmf", show_default=True, metavar="RULE", help=_RULES)
 @click.option("--include", multiple=True, metavar="GLOB", help="Rewrite only these sites.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Keep these sites.")
 @click.option(
@@ -78,8 +82,8 @@ def inspect(
     """Show which layers of MODEL would be rewritten, and why not where not.
 
     MODEL is torchvision:NAME, package.module:factory or path/to/file.py:factory. Without --weights the model is untrained,
-    and a rule that reads its weights (vbmf, energy) finds no signal in them; ratio:0.25 shows what a quarter of the ranks
-    would bring.
+    and a rule that reads its weights (vbmf, energy, stable, threshold) finds no signal in them; ratio:0.25 shows what a
+    quarter of the ranks would bring.
     """
     _check_writable(json_file)
     policy = tdfx.Policy(rank=parse_rule(rule), include=include or ("*",), exclude=exclude, min_gain=min_gain)

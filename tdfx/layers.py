@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.factors.scheme import Scheme
 from tdfx.kinds.kind import LayerKind
@@ -59,28 +60,47 @@ class Factorized(nn.Module):
         operation = operation_of(layer)
         assert operation is not None, f"no scheme stands for {layer}"
         kind = kind_of(layer)
-        dense = weight_of(layer)
-        chain = scheme.chain(operation, ranks)
         bias = layer._parameters.get(kind.bias) if kind.bias else None
-        biases = [None] * (len(chain) - 1) + [bias]
-        factors = nn.Sequential(
-            *(
-                build_layer(step, nn.Parameter(_like(weight, dense), requires_grad=dense.requires_grad), bias)
-                for step, weight, bias in zip(chain, weights, biases, strict=True)
-            )
-        )
+        factors = _build_chain(scheme.chain(operation, ranks), weights, bias, weight_of(layer))
         made = cls(factors, Origin(shell_of(layer), scheme.name, tuple(ranks)))
         _copy_hooks(layer, made)
         return made.train(layer.training)
 
-    def forward(self, input: Tensor) -> Tensor:  # the name that stock layers give it
-        """Run the chain."""
-        return cast("Tensor", self.factors(input))
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:  # the names of stock layers
+        """Run the chain.
+
+        Args:
+            input: What the original layer takes.
+            output_size: The spatial size to give back, for a transposed convolution alone, as torch's own take it: strides
+                leave several sizes open. Leading dimensions may stand before it.
+
+        Raises:
+            TypeError: The layer was no transposed convolution.
+        """
+        if output_size is None:
+            return cast("Tensor", self.factors(input))
+        dims = self.operation.dims
+        if not self.operation.transposed:
+            raise TypeError(f"{self.kind.name} takes no output_size: only transposed convolutions do.")
+        x = input
+        for factor in self.factors:
+            if isinstance(factor, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+                x = factor(x, _size_of_factor(factor, tuple(x.shape[-dims:]), tuple(output_size)[-dims:]))
+            else:
+                x = factor(x)
+        return x
 
     @property
     def scheme(self) -> Scheme:
         """The scheme that joins the factors."""
         return get_scheme(self.origin.scheme)
+
+    @property
+    def operation(self) -> Operation:
+        """What the original layer computes."""
+        operation = operation_of(self.origin.layer)
+        assert operation is not None
+        return operation
 
     @property
     def weights(self) -> tuple[nn.Parameter, ...]:
@@ -95,7 +115,7 @@ class Factorized(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, shape as the original's: a value joined anew at each reading, so writing to it is lost."""
-        return self.kind.from_dense(self.scheme.join(self.weights))
+        return self.kind.from_dense(self.scheme.join(self.operation, self.weights))
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -111,13 +131,28 @@ class Factorized(nn.Module):
         layer = structural_copy(self.origin.layer)
         # The memory format shows on the factor that has the kernel; on a pointwise one it cannot be told.
         core = max(self.weights, key=lambda weight: weight[0, 0].numel())
-        joined = self.scheme.join([weight.to(working_dtype(weight)) for weight in self.weights])
+        joined = self.scheme.join(self.operation, [weight.to(working_dtype(weight)) for weight in self.weights])
         weight = _like(self.kind.from_dense(joined), core)
         layer._parameters[self.kind.weight] = nn.Parameter(weight, requires_grad=core.requires_grad)
         if self.kind.bias:
             layer._parameters[self.kind.bias] = self.bias
         _copy_hooks(self, layer)
         return layer.train(self.training)
+
+    def at_ranks(self, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
+        """Return a copy with other factors and the bias of today; this layer is left as it was.
+
+        Args:
+            ranks: In the scheme's order.
+            weights: The factors' weights in the order of the data, in any floating dtype.
+        """
+        made = cast("Factorized", structural_copy(self))
+        chain = self.scheme.chain(self.operation, ranks)
+        # The memory format shows on the factor that has the kernel.
+        core = max(self.weights, key=lambda weight: weight[0, 0].numel())
+        made.factors = _build_chain(chain, weights, self.bias, core)
+        made.origin = replace(self.origin, ranks=tuple(ranks))
+        return made.train(self.training)
 
     def extra_repr(self) -> str:
         """Name the original, the scheme and the ranks."""
@@ -137,11 +172,31 @@ class Factorized(nn.Module):
         return origin.layer.__dict__[name]
 
 
+def _build_chain(
+    chain: Sequence[Operation], weights: Sequence[Tensor], bias: nn.Parameter | None, model: nn.Parameter
+) -> nn.Sequential:
+    """Build the factors; they are like ``model`` in dtype, device, layout and ``requires_grad``."""
+    biases = [None] * (len(chain) - 1) + [bias]
+    return nn.Sequential(
+        *(
+            build_layer(step, nn.Parameter(_like(weight, model), requires_grad=model.requires_grad), own)
+            for step, weight, own in zip(chain, weights, biases, strict=True)
+        )
+    )
+
+
 def weight_of(layer: nn.Module) -> nn.Parameter:
     """Return the parameter that holds a layer's weight."""
     weight = layer._parameters[kind_of(layer).weight]
     assert weight is not None
     return weight
+
+
+def _size_of_factor(factor: nn.Module, before: tuple[int, ...], wanted: tuple[int, ...]) -> list[int]:
+    """Return the size that a transposed factor gives back: the one asked for in the dimensions that it works on."""
+    taps, strides = cast("tuple[int, ...]", factor.kernel_size), cast("tuple[int, ...]", factor.stride)
+    works = [tap > 1 or stride > 1 for tap, stride in zip(taps, strides, strict=True)]
+    return [new if mine else old for mine, new, old in zip(works, wanted, before, strict=True)]
 
 
 def _like(weight: Tensor, model: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tdfx.errors import OptimizerError, TdfxWarning
+from tdfx.factors.operation import Operation
 from tdfx.factors.scheme import Scheme
 from tdfx.kinds.kind import LayerKind
 from tdfx.ranks.spectrum import working_dtype
@@ -51,6 +52,8 @@ class ToFactors:
     """From a weight to its factors."""
 
     scheme: Scheme
+    operation: Operation
+    """What the dense layer computes."""
     weights: Moments
     """The factors' weights."""
     kind: LayerKind
@@ -58,12 +61,15 @@ class ToFactors:
 
     def first(self, moments: Moments) -> Moments:
         """Return the vector-Jacobian product of ``join`` at the factors."""
-        return _pull_back(self.scheme, self.weights, self.kind.to_dense(moments[0]))
+        return _pull_back(self._join, self.weights, self.kind.to_dense(moments[0]))
 
     def second(self, moments: Moments) -> Moments:
         """Return the same product at the squared factors."""
         squares = tuple(weight.square() for weight in self.weights)
-        return _pull_back(self.scheme, squares, self.kind.to_dense(moments[0]))
+        return _pull_back(self._join, squares, self.kind.to_dense(moments[0]))
+
+    def _join(self, *factors: Tensor) -> Tensor:
+        return self.scheme.join(self.operation, factors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,8 @@ class ToDense:
     """From factors to the weight that they make."""
 
     scheme: Scheme
+    operation: Operation
+    """What the dense layer computes."""
     weights: Moments
     """The factors' weights."""
     kind: LayerKind
@@ -79,16 +87,35 @@ class ToDense:
     def first(self, moments: Moments) -> Moments:
         """Return the dense moment of least norm that the factors' moments can come from."""
         weights = tuple(weight.detach().to(working_dtype(weight)) for weight in self.weights)
-        return (self.kind.from_dense(self.scheme.project(weights, moments)),)
+        return (self.kind.from_dense(self.scheme.project(self.operation, weights, moments)),)
 
     def second(self, moments: Moments) -> Moments:
         """Spread the factors' moments over the weight by the squared factors, and divide by what ones would give."""
         squares = tuple(weight.detach().to(working_dtype(weight)).square() for weight in self.weights)
-        dense = self.scheme.join(squares)
-        ones = _pull_back(self.scheme, squares, torch.ones_like(dense))
-        spread = _push_forward(self.scheme, squares, moments)
-        average = spread / _push_forward(self.scheme, squares, ones).clamp_min(torch.finfo(dense.dtype).tiny)
+        dense = self._join(*squares)
+        ones = _pull_back(self._join, squares, torch.ones_like(dense))
+        spread = _push_forward(self._join, squares, moments)
+        average = spread / _push_forward(self._join, squares, ones).clamp_min(torch.finfo(dense.dtype).tiny)
         return (self.kind.from_dense(average),)
+
+    def _join(self, *factors: Tensor) -> Tensor:
+        return self.scheme.join(self.operation, factors)
+
+
+@dataclass(frozen=True, slots=True)
+class ToFewer:
+    """From factors to factors of lower ranks, by way of the dense moments."""
+
+    old: ToDense
+    new: ToFactors
+
+    def first(self, moments: Moments) -> Moments:
+        """Return what the new factors can hold of the least moment that the old ones' come from."""
+        return self.new.first(self.old.first(moments))
+
+    def second(self, moments: Moments) -> Moments:
+        """Return the same by the estimates of both."""
+        return self.new.second(self.old.second(moments))
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,20 +313,20 @@ def _warn_of_lost_state(optimizer: Optimizer, exchanges: Sequence[Exchange]) -> 
         )
 
 
-def _pull_back(scheme: Scheme, weights: Moments, moment: Tensor) -> Moments:
+def _pull_back(join: Callable[..., Tensor], weights: Moments, moment: Tensor) -> Moments:
     """Return the vector-Jacobian product of ``join`` at the factors, one tensor for each factor."""
     detached = tuple(weight.detach().to(moment.dtype) for weight in weights)
-    pull = torch.func.vjp(lambda *factors: scheme.join(factors), *detached)[1]
+    pull = torch.func.vjp(join, *detached)[1]
     pulled: Moments = pull(moment)
     return pulled
 
 
-def _push_forward(scheme: Scheme, weights: Moments, moments: Moments) -> Tensor:
+def _push_forward(join: Callable[..., Tensor], weights: Moments, moments: Moments) -> Tensor:
     """Return the Jacobian-vector product of ``join``: the change of the weight that changes of the factors make.
 
     The vector-Jacobian product is linear in its vector, so its own vector-Jacobian product is the one that is wanted.
     """
-    dense, pull = torch.func.vjp(lambda *factors: scheme.join(factors), *weights)[:2]
+    dense, pull = torch.func.vjp(join, *weights)[:2]
     pushed = torch.func.vjp(pull, torch.zeros_like(dense))[1](moments)[0]
     assert isinstance(pushed, Tensor)
     return pushed

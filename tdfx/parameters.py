@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from tdfx.factors.operation import Operation
 from tdfx.kinds.functional import Call, apply, parse_call
+from tdfx.kinds.registry import operation_of
 from tdfx.layers import Factorized, Origin, weight_of
 
 
@@ -26,13 +27,20 @@ class FactorizedParameter(Factorized):
     """The names of all parameters of the module that held the original, in their order."""
     shape: torch.Size
     """The shape of the dense weight."""
+    layout: tuple[int, bool]
+    """Groups, and whether it is that of a transposed convolution: what a call must agree in to be computed by the chain."""
 
     def __init__(self, factors: nn.Sequential, origin: Origin, siblings: Sequence[str] = ()) -> None:
         super().__init__(factors, origin)
         self.siblings = tuple(siblings)
         self.shape = weight_of(origin.layer).shape
+        operation = operation_of(origin.layer)
+        assert operation is not None
+        self.layout = (operation.groups, operation.transposed)
 
-    def forward(self, input: Tensor, bias: Tensor | None = None, **geometry: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input: Tensor, bias: Tensor | None = None, **geometry: Any
+    ) -> Tensor:
         """Compute what the function would with the dense weight.
 
         Args:
@@ -40,13 +48,13 @@ class FactorizedParameter(Factorized):
             bias: Shape (out,), or None.
             geometry: The function's other arguments: stride, padding, dilation, groups.
         """
-        call = Call("", len(self.shape) - 2, False, self, {"input": input, "bias": bias, **geometry})
+        call = Call("", len(self.shape) - 2, self.layout[1], self, {"input": input, "bias": bias, **geometry})
         operation = call.operation(self.shape)
         assert operation is not None, f"{geometry} does not go with a weight of shape {tuple(self.shape)}"
         return self._run(operation, input, bias)
 
     def _run(self, operation: Operation, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.scheme.fits(operation):
+        if (operation.groups, operation.transposed) != self.layout or not self.scheme.fits(operation):
             return apply(operation, self.weight, x, bias)
         chain = self.scheme.chain(operation, self.origin.ranks)
         *first, last = zip(chain, self.weights, strict=True)

@@ -58,9 +58,14 @@ class SitePlan:
     kind: str
     """The layer kind, such as ``Conv2d``, or a function, such as ``F.linear``."""
     shape: tuple[int, ...]
-    """Shape of the weight: (out, in / groups, *kernel); () where it is not known yet."""
+    """Shape of the weight in torch's layout, (out, in / groups, *kernel) or transposed (in, out / groups, *kernel); () where
+    it is not known yet."""
     calls: int
     """How many times one forward pass calls the layer, where that is known; 0 if never."""
+    groups: int = 1
+    """Blocks of channels that do not see one another."""
+    transposed: bool = False
+    """True for a transposed convolution."""
     parameter: str | None = None
     """Path of the parameter that functions take as their weight, where the site is such calls; None for a layer."""
     scheme: str | None = None
@@ -91,6 +96,10 @@ class SitePlan:
             raise PlanError(
                 f"Site {self.name!r} has scheme={self.scheme!r}, ranks={self.ranks!r} and reason={self.reason!r}: a site "
                 f"is either factorized, with a scheme and ranks, or kept, with a reason."
+            )
+        if self.groups < 1:
+            raise PlanError(
+                f"Site {self.name!r} has groups={self.groups}: there is at least one, and 1 for a linear map."
             )
 
     @property
@@ -240,12 +249,12 @@ def _fits(value: object, kind: Any) -> bool:
 
 def _is_a(value: object, kind: type[object]) -> bool:
     """Return True for a value of a JSON type: a bool is no number, and a whole number is a float too."""
-    if isinstance(value, bool):
-        return False
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 
 
 def _in_words(hint: Any) -> str:

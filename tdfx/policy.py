@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from tdfx.cost.modelled import Cost, Modelled
 from tdfx.errors import PolicyError
 from tdfx.factors.registry import AUTO, get_scheme
+from tdfx.ranks.multiple import AUTO as AUTO_MULTIPLE
 from tdfx.ranks.rule import RankRule
 from tdfx.ranks.vbmf import VBMF
 
@@ -29,7 +31,8 @@ class Policy:
     rank: RankRule = field(default_factory=VBMF)
     """The rule that reads a rank from each weight."""
     scheme: str = AUTO
-    """How weights are split: ``"auto"`` for the first scheme that fits each site, or a scheme's name."""
+    """How weights are split: ``"auto"`` for tucker2 or svd, whichever fits each site, or a scheme's name, with its options
+    after a colon as in ``"tucker2:refine=3"``."""
     include: tuple[str, ...] = ("*",)
     """Patterns of the sites that may be rewritten."""
     exclude: tuple[str, ...] = ()
@@ -39,9 +42,11 @@ class Policy:
     min_gain: float = 1.05
     """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every
     site whatever it costs."""
-    round_to: int = 8
+    round_to: int | Literal["auto"] = 8
     """Ranks are rounded up to a multiple of this, at least 1, since hardware computes channels in blocks. Ranks at full
-    rank and ranks given by ``Fixed`` are left alone."""
+    rank and ranks given by ``Fixed`` are left alone. ``"auto"`` takes the multiple from each weight's dtype and device
+    (CUDA: 16 bytes, from compute capability 8.0 on 128; CPU: a vector register), and a rank below it goes up to a power of
+    two instead, so that no rank is doubled."""
     cost: Cost = field(default_factory=Modelled)
     """What says how long a site takes, dense and factorized."""
 
@@ -66,10 +71,11 @@ class Policy:
                 f"min_gain={self.min_gain!r} is not a number of at least 0: it is how many times faster a site must "
                 f"get to be rewritten. Pass 1.05 for five percent, or 0 to rewrite every site whatever it costs."
             )
-        if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
+        is_whole = isinstance(self.round_to, int) and not isinstance(self.round_to, bool)
+        if self.round_to != AUTO_MULTIPLE and not (is_whole and int(self.round_to) >= 1):
             raise PolicyError(
                 f"round_to={self.round_to!r} is not a whole number of at least 1: ranks are rounded up to a multiple "
-                f"of it. Pass 1 for no rounding."
+                f"of it. Pass {AUTO_MULTIPLE!r} for what suits each weight's dtype and device. Pass 1 for no rounding."
             )
 
     @staticmethod

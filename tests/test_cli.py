@@ -221,7 +221,9 @@ def test_an_input_that_the_model_rejects_is_refused() -> None:
     [
         (("--include", "conv*"), "The pattern 'conv*' in include matches none of the model's 2 sites"),
         (("--exclude", "fc"), "The pattern 'fc' in exclude matches none"),
-        (("--policy", "vmbf"), "'vmbf' names no rank rule: 'vmbf' is not one of vbmf, energy, ratio. Nearest: 'vbmf'"),
+        (("--policy", "vmbf"), "'vmbf' names no rank rule: 'vmbf' is not one of vbmf, energy, ratio, stable, "),
+        (("--policy", "stable:1"), "'stable:1' has a number, and stable takes none"),
+        (("--policy", "flops:0.5"), "Pass example_inputs=... (--input on the command line)"),
         (("--policy", "ratio:much"), "'ratio:much' has no number after the colon"),
         (("--policy", "ratio:2"), "of=2.0 is not in (0, 1]"),
         (("--min-gain", "nan"), "min_gain=nan is not a number of at least 0"),

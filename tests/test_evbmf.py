@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from tdfx.ranks.evbmf import _threshold, evbmf_rank
 from tdfx.ranks.spectrum import spectrum
@@ -87,6 +88,88 @@ def test_threshold_is_where_the_free_energy_turns_negative(short: int, long: int
     around = _threshold(short / long) * long * np.array([1 - 1e-6, 1 + 1e-6])
     below, above = component_energy(around, short, long)
     assert above < 0 < below
+
+
+def least_free_energy(ratio: float, short: int, long: int) -> float:
+    """Minimise the free energy of one component over the whole posterior and both priors; ``ratio`` is s**2 / sigma**2.
+
+    Twice equation (20) of the paper, for V = B A^T + noise: posterior means a, b, variances u, v of the entries of one
+    column of A (length M) and of B (length L), prior variances c_a, c_b, all six free, in units where sigma = 1.
+    """
+    s = math.sqrt(ratio)
+
+    def energy(at: Floats) -> float:
+        a, b = at[:2]
+        u, v, c_a, c_b = np.exp(at[2:])
+        fit = (a**2 + long * u) * (b**2 + short * v) - 2 * a * b * s
+        prior_a = long * (math.log(c_a / u) - 1) + (a**2 + long * u) / c_a
+        prior_b = short * (math.log(c_b / v) - 1) + (b**2 + short * v) / c_b
+        return float(fit + prior_a + prior_b)
+
+    root = math.sqrt(s)
+    found = []
+    for size in (1.0, 0.7):
+        start = [size * root, size * root, -math.log(s), -math.log(s), math.log(s / long), math.log(s / short)]
+        found.append(minimize(energy, np.array(start), method="BFGS", options={"gtol": 1e-7}).fun)
+    return float(min(found))
+
+
+@pytest.mark.parametrize(("short", "long"), [(1, 1), (3, 5), (8, 8), (6, 40)])
+@pytest.mark.parametrize("times", [1.05, 1.3, 2.0, 10.0])
+def test_the_reference_is_the_least_free_energy_over_all_six_variables(short: int, long: int, times: float) -> None:
+    """The two variables of ``component_energy`` are a reduction; this holds it to the free energy as the paper writes it."""
+    ratio = times * _threshold(short / long) * long
+    (reduced,) = component_energy(np.array([ratio]), short, long)
+    assert reduced < 0
+    assert least_free_energy(ratio, short, long) == pytest.approx(reduced, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_both_orientations_have_the_same_rank(seed: int) -> None:
+    rng = np.random.default_rng(1000 + seed)
+    rows, cols = (int(side) for side in rng.integers(1, 80, 2))
+    rank = int(rng.integers(0, min(rows, cols) // 2 + 1))
+    matrix = planted(rng, rows, cols, rank, strength=float(rng.uniform(0.3, 2.0)))
+    values = torch.from_numpy(np.linalg.svd(matrix, compute_uv=False))
+    found = evbmf_rank(values, rows, cols)
+    assert evbmf_rank(values, cols, rows) == found
+    assert rank_of(matrix.T) == found
+    assert rank_of(matrix * 10.0 ** rng.integers(-9, 9)) == found
+
+
+@pytest.mark.parametrize("strength", [0.6, 0.9, 2.0])
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (24, 24), (16, 400)])
+@pytest.mark.parametrize("given", [9, 12, 15])
+def test_the_largest_values_and_the_rest_of_the_energy_are_enough(
+    shape: tuple[int, int], strength: float, given: int
+) -> None:
+    matrix = planted(np.random.default_rng(given), *shape, 6, strength)
+    values = torch.from_numpy(np.linalg.svd(matrix, compute_uv=False))
+    rest = values[given:].square().sum()
+    whole = evbmf_rank(values, *shape)
+    assert whole in range(1 if strength > 0.6 else 0, 7)
+    assert evbmf_rank(values[:given], *shape, residual=rest) == whole
+    assert evbmf_rank(values[:given], *shape, residual=float(rest)) == whole
+
+
+def test_without_the_rest_of_the_energy_noise_would_be_kept() -> None:
+    values = torch.from_numpy(np.linalg.svd(planted(np.random.default_rng(9), 40, 60, 6, 2.0), compute_uv=False))
+    assert evbmf_rank(values[:9], 40, 60) == 9
+    assert evbmf_rank(values[:9], 40, 60, residual=values[9:].square().sum()) == 6
+
+
+def test_a_residual_that_is_rounding_does_not_count() -> None:
+    values = torch.from_numpy(np.linalg.svd(planted(np.random.default_rng(0), 30, 50, 4, 2.0), compute_uv=False))
+    assert evbmf_rank(values, 30, 50, residual=-1e-12) == 4
+    assert evbmf_rank(values, 30, 50, residual=1e9) == 4
+    assert evbmf_rank(values[:10], 30, 50, residual=-1.0) == evbmf_rank(values[:10], 30, 50)
+
+
+def test_values_that_are_missing_are_not_kept() -> None:
+    # One value is given and the others are as large: none can be told from noise, and no rank is above what is given.
+    assert evbmf_rank(torch.tensor([1.0]), 30, 50, residual=29.0) == 0
+    strong = torch.full((12,), 500.0)
+    assert evbmf_rank(strong[:6], 40, 60, residual=strong[6:].square().sum()) <= 6
 
 
 def test_the_cases_above_are_not_all_clear() -> None:

@@ -40,7 +40,7 @@ def random(*shape: int) -> Tensor:
 
 def split(weight: Tensor, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
     scheme = scheme_of(weight.shape)
-    return scheme.split(weight, ranks, scheme.spectra(weight))
+    return scheme.split(operation(weight.shape), weight, ranks, scheme.spectra(operation(weight.shape), weight))
 
 
 def half(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -51,23 +51,25 @@ def half(shape: tuple[int, ...]) -> tuple[int, ...]:
 def test_full_rank_is_exact_and_low_rank_is_not(shape: tuple[int, ...]) -> None:
     weight, scheme = random(*shape), scheme_of(shape)
     full = scheme.full_ranks(operation(shape))
-    assert full == tuple(one.full_rank for one in scheme.spectra(weight))
+    assert full == tuple(one.full_rank for one in scheme.spectra(operation(shape), weight))
     # Each product sums at most max(shape) * taps terms, and the basis is orthogonal to a like multiple of eps.
     bound = 16 * math.prod(shape[2:]) * max(shape) * EPS
-    assert (scheme.join(split(weight, full)) - weight).norm() <= bound * weight.norm()
-    assert scheme.error(weight, full, scheme.spectra(weight)) <= bound
-    assert (scheme.join(split(weight, half(shape))) - weight).norm() > 0.1 * weight.norm()
+    assert (scheme.join(operation(shape), split(weight, full)) - weight).norm() <= bound * weight.norm()
+    assert scheme.error(operation(shape), weight, full, scheme.spectra(operation(shape), weight)) <= bound
+    assert (scheme.join(operation(shape), split(weight, half(shape))) - weight).norm() > 0.1 * weight.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_is_what_split_loses(shape: tuple[int, ...]) -> None:
     weight, scheme = random(*shape), scheme_of(shape)
-    spectra = scheme.spectra(weight)
+    spectra = scheme.spectra(operation(shape), weight)
     for cut in range(4):
         ranks = tuple(max(1, rank - cut) for rank in scheme.full_ranks(operation(shape)))
-        lost = float((scheme.join(split(weight, ranks)) - weight).norm() / weight.norm())
+        lost = float((scheme.join(operation(shape), split(weight, ranks)) - weight).norm() / weight.norm())
         # 1 - |core|**2 is rounded to eps, and is used where its square root is above 1e-3.
-        assert scheme.error(weight, ranks, spectra) == pytest.approx(lost, abs=1e3 * 16 * EPS * max(shape))
+        assert scheme.error(operation(shape), weight, ranks, spectra) == pytest.approx(
+            lost, abs=1e3 * 16 * EPS * max(shape)
+        )
 
 
 @pytest.mark.parametrize("shape", MATRICES)
@@ -76,7 +78,9 @@ def test_svd_error_is_the_tail_of_the_spectrum(shape: tuple[int, ...]) -> None:
     values = np.linalg.svd(weight.flatten(1).numpy(), compute_uv=False)
     for rank in range(1, values.size + 1):
         tail = float(np.linalg.norm(values[rank:]))
-        assert float((weight - scheme.join(split(weight, (rank,)))).norm()) == pytest.approx(tail, abs=1e-12)
+        assert float((weight - scheme.join(operation(shape), split(weight, (rank,)))).norm()) == pytest.approx(
+            tail, abs=1e-12
+        )
     assert tail == 0.0
     assert np.linalg.norm(values[1:]) > 1
 
@@ -89,7 +93,7 @@ def test_tucker2_is_the_truncated_hosvd(shape: tuple[int, ...]) -> None:
     outer = np.linalg.svd(array.reshape(shape[0], -1), full_matrices=False)[0][:, :p]
     inner = np.linalg.svd(array.swapaxes(0, 1).reshape(shape[1], -1), full_matrices=False)[0][:, :q]
     hosvd = np.einsum("oa,ib,ab...->oi...", outer @ outer.T, inner @ inner.T, array)
-    joined = scheme_of(shape).join(split(weight, (p, q)))
+    joined = scheme_of(shape).join(operation(shape), split(weight, (p, q)))
     assert np.linalg.norm(joined.numpy() - hosvd) <= 1e-11 * np.linalg.norm(array)
 
     with tl.backend_context("numpy"):
@@ -98,7 +102,7 @@ def test_tucker2_is_the_truncated_hosvd(shape: tuple[int, ...]) -> None:
     # HOOI starts from the HOSVD and only gets better; the HOSVD is within sqrt(2) of the best there is.
     lost = float((joined - weight).norm())
     assert best * (1 - 1e-12) <= lost <= math.sqrt(2) * best
-    assert float((scheme_of(shape).join(split(weight, (1, 1))) - weight).norm()) > lost
+    assert float((scheme_of(shape).join(operation(shape), split(weight, (1, 1))) - weight).norm()) > lost
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -111,7 +115,7 @@ def test_project_is_the_least_norm_solution(shape: tuple[int, ...], trained: boo
     count = math.prod(shape)
 
     def join(*given: Tensor) -> Tensor:
-        return scheme.join(given)
+        return scheme.join(operation(shape), given)
 
     columns = torch.func.jacrev(join, argnums=tuple(range(len(factors))))(*factors)
     jacobian = torch.cat([column.reshape(count, -1) for column in columns], dim=1).numpy()
@@ -121,12 +125,12 @@ def test_project_is_the_least_norm_solution(shape: tuple[int, ...], trained: boo
     operator = LinearOperator(jacobian.T.shape, matvec=jacobian.T.dot, rmatvec=jacobian.dot, dtype=np.float64)
     expected = lsmr(operator, seen, atol=0, btol=0, conlim=0, maxiter=20 * count)[0]
 
-    found = scheme.project(factors, parts).flatten().numpy()
+    found = scheme.project(operation(shape), factors, parts).flatten().numpy()
     singular = np.linalg.svd(jacobian, compute_uv=False)
     condition = singular[0] / singular[singular > 1e-10 * singular[0]][-1]
     # Both sides solve with the square of the Jacobian.
     assert np.linalg.norm(found - expected) <= 100 * EPS * condition**2 * np.linalg.norm(expected)
-    assert scheme.project(factors, parts).shape == shape
+    assert scheme.project(operation(shape), factors, parts).shape == shape
     assert np.linalg.norm(found) < (1 - 1e-6) * float(gradient.norm())  # something was lost: it is no identity
 
 
@@ -158,7 +162,7 @@ def component_gradients(weight: Tensor, rank: int) -> Tensor:
     ranks = (rank,) if scheme.name == "svd" else (rank, scheme.full_ranks(operation(weight.shape))[1])
     factors = [factor.requires_grad_() for factor in split(weight, ranks)]
     assert all(bool(torch.isfinite(factor).all()) for factor in factors)
-    joined = scheme.join(factors)
+    joined = scheme.join(operation(weight.shape), factors)
     assert (joined - weight).norm() <= 1e-12 * max(1.0, float(weight.norm()))
     inner, outer = torch.autograd.grad((joined * torch.randn_like(joined)).sum(), factors[-2:])
     return torch.maximum(inner.flatten(1).norm(dim=1), outer.flatten(1).norm(dim=0))
@@ -251,14 +255,20 @@ def test_scheme_for() -> None:
     kernel, point = operation((8, 8, 3, 3)), operation((8, 8, 1, 1))
     assert scheme_for(kernel, "svd") is None
     assert scheme_for(point, "tucker2") is None
-    assert scheme_for(replace(kernel, groups=2)) is None
-    assert scheme_for(replace(point, groups=2)) is None
+    for transposed in (False, True):
+        assert scheme_for(replace(kernel, transposed=transposed, groups=2)) is get_scheme("tucker2")
+        assert scheme_for(replace(point, transposed=transposed, groups=2)) is get_scheme("svd")
+        for each in (kernel, point):  # a depthwise convolution: nothing to gain, and nothing is chosen by itself
+            assert scheme_for(replace(each, transposed=transposed, groups=8)) is None
+    assert scheme_for(replace(kernel, groups=8), "spatial") is get_scheme("spatial")
     assert [get_scheme(name).name for name in scheme_names()] == list(scheme_names())
 
 
-@pytest.mark.parametrize("name", ["tuker2", "Tucker2", "cp", "auto"])
+@pytest.mark.parametrize("name", ["tuker2", "Tucker2", "SVD", "auto"])
 def test_unknown_scheme(name: str) -> None:
-    with pytest.raises(PolicyError, match=rf"scheme='{name}' is not known: the schemes are tucker2, svd, or 'auto'"):
+    with pytest.raises(
+        PolicyError, match=rf"scheme='{name}' is not known: the schemes are tucker2, svd, tucker1_out, .*, or 'auto'"
+    ):
         get_scheme(name)
     if name != "auto":
         with pytest.raises(PolicyError, match=r"Nearest: '(tucker2|svd)'\.$"):

@@ -39,6 +39,7 @@ LAYERS = (
     {"optim"},
     {"onnx_proof"},
     {"verify"},
+    {"exchanges", "training"},
     {"api"},
     {"__init__"},
     {"demo"},
@@ -51,7 +52,7 @@ LAYERS = (
 PASSES = {"trace", "find", "shapes", "select", "rewrite", "merge"}
 """The passes of the compiler; the other files of the folder are what they share."""
 
-LAZY = {"click", "matplotlib", "networkx", "onnx", "onnxruntime", "onnxscript", "sklearn", "torchvision"}
+LAZY = {"click", "matplotlib", "networkx", "onnx", "onnxruntime", "onnxscript", "sklearn", "tensorly", "torchvision"}
 """What `import tdfx` must leave alone."""
 
 

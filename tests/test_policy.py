@@ -27,7 +27,7 @@ def test_rank_must_be_a_rule(rank: Any) -> None:
 def test_scheme_must_be_known(scheme: str, near: str) -> None:
     with pytest.raises(
         PolicyError,
-        match=rf"scheme='{scheme}' is not known: the schemes are tucker2, svd, or 'auto'.* Nearest: '{near}'\.",
+        match=rf"scheme='{scheme}' is not known: the schemes are tucker2, svd, .*, or 'auto'.* Nearest: '{near}'\.",
     ):
         Policy(scheme=scheme)
 
@@ -61,10 +61,11 @@ def test_min_gain_must_be_a_number(given: Any) -> None:
         Policy(min_gain=given)
 
 
-@pytest.mark.parametrize("given", [0, -8, 1.5, True, "8", None])
+@pytest.mark.parametrize("given", [0, -8, 1.5, True, "8", None, "Auto"])
 def test_round_to_must_be_a_whole_number(given: Any) -> None:
     with pytest.raises(
-        PolicyError, match=r"round_to=.* is not a whole number of at least 1: .* Pass 1 for no rounding\."
+        PolicyError,
+        match=r"round_to=.* is not a whole number of at least 1: .* Pass 'auto' for .* Pass 1 for no rounding\.",
     ):
         Policy(round_to=given)
 
@@ -72,6 +73,7 @@ def test_round_to_must_be_a_whole_number(given: Any) -> None:
 def test_edges_are_accepted() -> None:
     assert Policy(min_gain=0).min_gain == 0
     assert Policy(round_to=1).round_to == 1
+    assert Policy(round_to="auto").round_to == "auto"
     assert Policy(include=()).wants("fc") is False
     assert Policy(scheme="svd").scheme == "svd"
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from matrices import noise, planted, spectrum_of
 from torch import Tensor
 
 from tdfx.errors import PolicyError
@@ -21,25 +22,6 @@ from tdfx.ranks.vbmf import VBMF
 
 EPS = torch.finfo(torch.float64).eps
 SHAPES = [(7, 19), (19, 7), (12, 12), (1, 5), (5, 1)]
-
-
-def noise(rows: int, cols: int) -> Tensor:
-    return torch.randn(rows, cols, dtype=torch.float64)
-
-
-def planted(rows: int, cols: int, rank: int, strength: float = 10.0) -> Tensor:
-    """A matrix whose first ``rank`` singular values stand ``strength`` times above the edge of the noise."""
-    left, right = torch.linalg.qr(noise(rows, rank))[0], torch.linalg.qr(noise(cols, rank))[0]
-    size = strength * (math.sqrt(rows) + math.sqrt(cols))
-    signal: Tensor = size * left @ right.mT
-    return signal + noise(rows, cols)
-
-
-def spectrum_of(values: list[float], rows: int = 0, cols: int = 0) -> Spectrum:
-    """A spectrum with given values; the basis does not matter to a rule."""
-    count = len(values)
-    s = torch.tensor(values, dtype=torch.float64)
-    return Spectrum(s, torch.eye(count, dtype=torch.float64), rows or count, cols or count)
 
 
 def projector(basis: Tensor) -> Tensor:
@@ -242,3 +224,14 @@ def test_parse_rule_errors() -> None:
         parse_rule("ratio:")
     with pytest.raises(PolicyError, match=r"share=90\.0 is not in \(0, 1\]"):
         parse_rule("energy:90")
+
+
+def test_a_spectrum_cut_short_reads_as_the_whole_one() -> None:
+    whole = spectrum(planted(40, 90, 6, strength=1.0))
+    rest = whole.values[12:].square().sum()
+    cut = Spectrum(whole.values[:12], whole.basis[:, :12], 40, 90, rest)
+    assert cut.energy().tolist() == pytest.approx(whole.energy()[:12].tolist(), rel=64 * EPS)
+    for rule in (Energy(share=0.5), VBMF(floor=0)):
+        assert rule.choose("site", [cut]).ranks == rule.choose("site", [whole]).ranks
+    blind = Spectrum(whole.values[:12], whole.basis[:, :12], 40, 90)
+    assert VBMF(floor=0).choose("site", [blind]).ranks != VBMF(floor=0).choose("site", [whole]).ranks

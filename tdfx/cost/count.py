@@ -36,8 +36,11 @@ def count_chain(chain: Sequence[Operation], flow: Flow) -> Iterator[StepCount]:
         after = operation.out_size(size)
         read = flow.samples * operation.in_channels * math.prod(size)
         written = flow.samples * operation.out_channels * math.prod(after)
+        # A transposed convolution multiplies its kernel with each value that it reads, others for each that they write.
         each = 2 * math.prod(operation.weight_shape[1:])
-        yield StepCount(flops=written * each, values=read + written + operation.parameters)
+        yield StepCount(
+            flops=(read if operation.transposed else written) * each, values=read + written + operation.parameters
+        )
         size = after
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +30,13 @@ class Operation:
     """Blocks of channels that do not see one another."""
     padding_mode: str = "zeros"
     """What the padding holds: zeros, reflect, replicate or circular."""
+    transposed: bool = False
+    """True for a transposed convolution: the map that carries a convolution's gradient back to its input."""
+    output_padding: tuple[int, ...] = ()
+    """Positions added at one end of each dimension of a transposed convolution's output; () for none."""
 
     @classmethod
-    def pointwise(cls, in_channels: int, out_channels: int, dims: int) -> Operation:
+    def pointwise(cls, in_channels: int, out_channels: int, dims: int, groups: int = 1) -> Operation:
         """Return the map that mixes channels at each position on its own, in ``dims`` spatial dimensions."""
         ones = (1,) * dims
         return cls(
@@ -41,6 +46,32 @@ class Operation:
             stride=ones,
             padding=(0,) * dims,
             dilation=ones,
+            groups=groups,
+        )
+
+    def along(self, axes: Sequence[int], in_channels: int, out_channels: int, groups: int | None = None) -> Operation:
+        """Return the part of the operation that works along some spatial dimensions, between other channels.
+
+        Along the others it has one tap, stride 1 and no padding. With no dimension left it is a pointwise map,
+        which is never transposed.
+        """
+        groups = self.groups if groups is None else groups
+        if not axes:
+            return Operation.pointwise(in_channels, out_channels, self.dims, groups)
+
+        def kept(values: tuple[int, ...], otherwise: int) -> tuple[int, ...]:
+            return tuple(value if axis in axes else otherwise for axis, value in enumerate(values))
+
+        return replace(
+            self,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            groups=groups,
+            kernel=kept(self.kernel, 1),
+            stride=kept(self.stride, 1),
+            padding=self.padding if isinstance(self.padding, str) else kept(self.padding, 0),
+            dilation=kept(self.dilation, 1),
+            output_padding=kept(self.output_padding, 0),
         )
 
     @property
@@ -54,9 +85,17 @@ class Operation:
         return math.prod(self.kernel) == 1
 
     @property
+    def is_depthwise(self) -> bool:
+        """True if every group has one channel in and one out, so that no channels are mixed."""
+        return self.in_channels == self.out_channels == self.groups > 1
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the weight: (out, in / groups, *kernel)."""
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+        """Shape of the weight in torch's own layout: (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
+        first, second = self.out_channels, self.in_channels
+        if self.transposed:
+            first, second = second, first
+        return (first, second // self.groups, *self.kernel)
 
     @property
     def parameters(self) -> int:
@@ -68,6 +107,14 @@ class Operation:
         if self.padding == "same":
             return in_size
         padding = (0,) * self.dims if isinstance(self.padding, str) else self.padding
+        if self.transposed:
+            extra = self.output_padding or (0,) * self.dims
+            return tuple(
+                (size - 1) * stride - 2 * pad + dilation * (taps - 1) + more + 1
+                for size, pad, dilation, taps, stride, more in zip(
+                    in_size, padding, self.dilation, self.kernel, self.stride, extra, strict=True
+                )
+            )
         return tuple(
             (size + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
             for size, pad, dilation, taps, stride in zip(

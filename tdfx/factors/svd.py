@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
-from torch import Tensor
-
-from tdfx.factors.algebra import pseudo_inverse, root_scale
 from tdfx.factors.operation import Operation
-from tdfx.factors.scheme import Scheme
-from tdfx.ranks.spectrum import Spectrum, spectrum
+from tdfx.factors.two_factors import TwoFactors
 
 
-class Svd(Scheme):
-    """``w_oi = last_op @ first_pi``: the best approximation of a matrix at a given rank (Eckart and Young 1936).
+class Svd(TwoFactors):
+    """``w_oi = last_op @ first_pi``, in each group.
 
-    Stride and padding of a pointwise convolution go to the first factor, which has no bias: padded zeros stay zeros.
+    Stride and padding of a pointwise convolution go to the first factor, so that the last has less to do; those of a
+    transposed one go to the last for the same reason.
     """
 
     name = "svd"
 
     def fits(self, operation: Operation) -> bool:
-        """Linear maps and convolutions whose kernel is one tap, without groups."""
-        return operation.is_pointwise and operation.groups == 1
+        """Linear maps and convolutions whose kernel is one tap, unless they leave every channel to itself."""
+        return operation.is_pointwise and not operation.is_depthwise
 
-    def full_ranks(self, operation: Operation) -> tuple[int, ...]:
-        """One rank, at most the shorter side."""
-        return (min(operation.in_channels, operation.out_channels),)
-
-    def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
-        """Down to the rank, then up to the output."""
-        (rank,) = ranks
-        return (
-            replace(operation, out_channels=rank),
-            Operation.pointwise(rank, operation.out_channels, operation.dims),
-        )
-
-    def spectra(self, weight: Tensor) -> tuple[Spectrum, ...]:
-        """Return the spectrum of the matrix (o, i), from its shorter side."""
-        return (spectrum(weight.flatten(1)),)
-
-    def split(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> tuple[Tensor, ...]:
-        """Return ``first`` (p, i, 1...) and ``last`` (o, p, 1...), each with the square root of the spectrum."""
-        (rank,), (one,) = ranks, spectra
-        w_oi = weight.flatten(1)
-        basis = one.basis[:, :rank]
-        if one.rows <= one.cols:
-            last_op, first_pi = basis, basis.mT @ w_oi
-            scale = root_scale(first_pi.norm(dim=1))
-            last_op, first_pi = last_op * scale, first_pi / scale[:, None]
-        else:
-            last_op, first_pi = w_oi @ basis, basis.mT
-            scale = root_scale(last_op.norm(dim=0))
-            last_op, first_pi = last_op / scale, first_pi * scale[:, None]
-        taps = weight.shape[2:]
-        return first_pi.reshape(rank, -1, *taps), last_op.reshape(-1, rank, *taps)
-
-    def join(self, factors: Sequence[Tensor]) -> Tensor:
-        """Return ``last @ first`` in the shape of the dense weight."""
-        first, last = factors
-        w_oi = last.flatten(1) @ first.flatten(1)
-        return w_oi.reshape(last.shape[0], first.shape[1], *first.shape[2:])
-
-    def project(self, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-        """Add what lies in the range of ``last``, known from the gradient of ``first``, and what lies outside of it."""
-        first_pi, last_op = (factor.flatten(1) for factor in factors)
-        by_first, by_last = (gradient.flatten(1) for gradient in gradients)
-        inverse_po = pseudo_inverse(last_op)
-        outside = by_last - last_op @ (inverse_po @ by_last)
-        g_oi = inverse_po.mT @ by_first + outside @ pseudo_inverse(first_pi).mT
-        return g_oi.reshape(g_oi.shape[0], g_oi.shape[1], *factors[0].shape[2:])
-
-    def error(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
-        """Return the norm of the cut singular values, relative to all of them."""
-        (rank,), (one,) = ranks, spectra
-        total = one.values.norm()
-        return float(one.values[rank:].norm() / total) if total > 0 else 0.0
+    def first_axes(self, operation: Operation) -> tuple[int, ...]:
+        """All, or none where the operation is transposed."""
+        return () if operation.transposed else tuple(range(operation.dims))

@@ -10,125 +10,163 @@ import torch
 from torch import Tensor
 
 from tdfx.factors.algebra import pseudo_inverse, root_scale
+from tdfx.factors.layout import from_groups, grouped_shape, to_groups
 from tdfx.factors.operation import Operation
-from tdfx.factors.scheme import Scheme
+from tdfx.factors.scheme import Lowering, Scheme
+from tdfx.factors.tensorly_calls import iterate_tucker
 from tdfx.ranks.spectrum import Spectrum, spectrum
 
 
 class Tucker2(Scheme):
-    """``w_oik = last_op · core_pqk · first_qi``, by truncated higher-order SVD; ranks are (output p, input q).
+    """``w_oik = last_op · core_pqk · first_qi`` in each group, by truncated higher-order SVD; ranks are (output p, input q).
 
     The kernel, its stride, padding and dilation stay with the core. The first factor has no bias, so that what the core
     pads is what the dense convolution would have padded, in every padding mode.
 
     Source: Kim et al., *Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile Applications*,
     ICLR 2016; De Lathauwer, De Moor, Vandewalle, *A Multilinear Singular Value Decomposition*, SIAM 2000. The error is at
-    most sqrt(2) times the least possible at these ranks.
+    most sqrt(2) times the least possible at these ranks; ``tucker2:refine=3`` lowers it by three rounds of iteration.
     """
 
-    name = "tucker2"
+    options = ("refine",)
+
+    def __init__(self, refine: int = 0) -> None:
+        self.refine = refine
+        """Rounds of higher-order orthogonal iteration after the truncated HOSVD; each can only lower the error."""
+        self.name = f"tucker2:refine={refine}" if refine else "tucker2"
 
     def fits(self, operation: Operation) -> bool:
-        """Convolutions with more than one tap, without groups."""
-        return not operation.is_pointwise and operation.groups == 1
+        """Convolutions with more than one tap, unless they leave every channel to itself."""
+        return not operation.is_pointwise and not operation.is_depthwise
 
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
-        """Return the most ranks of the output and of the input unfolding."""
-        taps = operation.parameters // (operation.out_channels * operation.in_channels)
-        o, i = operation.out_channels, operation.in_channels
+        """Return the most ranks of the output and of the input unfolding of each group."""
+        _, o, i, *kernel = grouped_shape(operation)
+        taps = math.prod(kernel)
         return min(o, i * taps), min(i, o * taps)
 
     def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
         """Down to the input rank, the kernel between the ranks, up to the output."""
-        p, q = ranks
+        p, q = (rank * operation.groups for rank in ranks)
         return (
-            Operation.pointwise(operation.in_channels, q, operation.dims),
-            replace(operation, in_channels=q, out_channels=p),
-            Operation.pointwise(p, operation.out_channels, operation.dims),
+            operation.along((), operation.in_channels, q),
+            operation.along(range(operation.dims), q, p),
+            operation.along((), p, operation.out_channels),
         )
 
-    def spectra(self, weight: Tensor) -> tuple[Spectrum, ...]:
+    def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return the spectra of the unfoldings (o, i·k) and (i, o·k), each from its channel side."""
-        return (
-            spectrum(weight.flatten(1), rows_side=True),
-            spectrum(weight.transpose(0, 1).flatten(1), rows_side=True),
-        )
+        return _spectra(to_groups(operation, weight))
 
-    def split(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> tuple[Tensor, ...]:
-        """Return ``first`` (q, i, 1...), ``core`` (p, q, k...) and ``last`` (o, p, 1...).
+    def split(
+        self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
+    ) -> tuple[Tensor, ...]:
+        """Return ``first`` (q, i, 1...), ``core`` (p, q, k...) and ``last`` (o, p, 1...), for one group.
 
         Each outer factor takes the square root of its mode's spectrum from the core.
         """
-        core_pqk, last_op, first_iq = _project(weight, ranks, spectra)
-        scale_p = root_scale(core_pqk.flatten(1).norm(dim=1))
-        scale_q = root_scale(core_pqk.transpose(0, 1).flatten(1).norm(dim=1))
-        ones = (1,) * (weight.dim() - 2)
-        core_pqk = core_pqk / scale_p.reshape(-1, 1, *ones) / scale_q.reshape(1, -1, *ones)
-        first_qi = first_iq.mT * scale_q[:, None]
-        last_op = last_op * scale_p
-        return first_qi.reshape(*first_qi.shape, *ones), core_pqk, last_op.reshape(*last_op.shape, *ones)
+        return self._balanced(operation, *self._bases(to_groups(operation, weight), ranks, spectra))
 
-    def join(self, factors: Sequence[Tensor]) -> Tensor:
+    def _balanced(self, operation: Operation, core: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        scale_p = root_scale(core.flatten(2).norm(dim=2))
+        scale_q = root_scale(core.transpose(1, 2).flatten(2).norm(dim=2))
+        core = _outer_product(torch.diag_embed(1 / scale_p), core, torch.diag_embed(1 / scale_q))
+        return _to_factors(operation, core, left * scale_p[:, None], right * scale_q[:, None])
+
+    def join(self, operation: Operation, factors: Sequence[Tensor]) -> Tensor:
         """Multiply the core by both outer factors."""
-        first, core, last = factors
-        return _outer_product(last.flatten(1), core, first.flatten(1))
+        core, left, right = _from_factors(operation, factors)
+        return from_groups(operation, _outer_product(left, core, right.mT))
 
-    def project(self, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    def project(self, operation: Operation, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """Add three orthogonal parts: inside both bases, outside the output basis, outside the input basis.
 
         Source: Koch and Lubich, *Dynamical Tensor Approximation*, SIAM J. Matrix Anal. Appl. 31 (2010).
         """
-        first, core, last = factors
-        by_first, by_core, by_last = gradients
-        first_qi, last_op = first.flatten(1), last.flatten(1)
-        inverse_iq, inverse_po = pseudo_inverse(first_qi), pseudo_inverse(last_op)
-        inside = _outer_product(inverse_po.mT, by_core, inverse_iq.mT)
-        out_part = _outside(last_op, inverse_po, by_last.flatten(1), _mode_product(core, first_qi, 1))
-        in_part = _outside(
-            first_qi.mT, inverse_iq.mT, by_first.flatten(1).mT, _mode_product(core, last_op.mT, 0).transpose(0, 1)
-        )
-        return inside + out_part + in_part.transpose(0, 1)
+        core, left, right = _from_factors(operation, factors)
+        by_core, by_left, by_right = _from_factors(operation, gradients)
+        inverse_left, inverse_right = pseudo_inverse(left), pseudo_inverse(right)
+        inside = _outer_product(inverse_left.mT, by_core, inverse_right)
+        out_part = _outside(left, inverse_left, by_left, torch.einsum("gpq...,giq->gpi...", core, right))
+        in_part = _outside(right, inverse_right, by_right, torch.einsum("gpq...,gop->gqo...", core, left))
+        return from_groups(operation, inside + out_part + in_part.transpose(1, 2))
 
-    def error(self, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
+    def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
         """Return the norm of what the projection on both bases loses, relative to the weight's.
 
         The projection is orthogonal, so the squared norms of the core and of the loss add up to the weight's. Near full
         rank that difference cancels, and the norm of the difference itself is taken.
         """
-        core_pqk, last_op, first_iq = _project(weight, ranks, spectra)
-        total = weight.norm()
+        return self._loss(to_groups(operation, weight), ranks, spectra)
+
+    def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
+        """Make both outer factors orthonormal (QR), give the rest of them to the core, and split that anew."""
+        core, left, right = _from_factors(operation, factors)
+        (basis_left, rest_left), (basis_right, rest_right) = torch.linalg.qr(left), torch.linalg.qr(right)
+        between = _outer_product(rest_left, core, rest_right.mT)
+        pairs = zip(_spectra(between), self.full_ranks(operation), strict=True)
+        spectra = tuple(replace(one, original=full) for one, full in pairs)
+
+        def split(ranks: Sequence[int]) -> tuple[Tensor, ...]:
+            small, new_left, new_right = self._bases(between, ranks, spectra)
+            return self._balanced(operation, small, basis_left @ new_left, basis_right @ new_right)
+
+        return Lowering(spectra, split, lambda ranks: self._loss(between, ranks, spectra))
+
+    def _loss(self, w_goik: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
+        core, left, right = self._bases(w_goik, ranks, spectra)
+        total = w_goik.norm()
         if total == 0:
             return 0.0
-        lost = 1.0 - float((core_pqk.norm() / total) ** 2)
+        lost = 1.0 - float((core.norm() / total) ** 2)
         if lost < 1e-6:
-            joined = _outer_product(last_op, core_pqk, first_iq.mT)
-            return float((weight - joined).norm() / total)
+            return float((w_goik - _outer_product(left, core, right.mT)).norm() / total)
         return math.sqrt(lost)
 
+    def _bases(
+        self, w_goik: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the core (g, p, q, k...) and the two truncated orthonormal bases (g, o, p) and (g, i, q)."""
+        left, right = (one.basis[..., :rank] for one, rank in zip(spectra, ranks, strict=True))
+        if self.refine:
+            each = zip(w_goik, left, right, strict=True)
+            left, right = map(torch.stack, zip(*(iterate_tucker(*one, self.refine) for one in each), strict=True))
+        return _outer_product(left.mT, w_goik, right), left, right
 
-def _project(weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the core (p, q, k...) and the two truncated bases (o, p) and (i, q)."""
-    (p, q), (out, inner) = ranks, spectra
-    last_op, first_iq = out.basis[:, :p], inner.basis[:, :q]
-    return _outer_product(last_op.mT, weight, first_iq), last_op, first_iq
+
+def _spectra(w_goik: Tensor) -> tuple[Spectrum, ...]:
+    return (
+        spectrum(w_goik.flatten(2), rows_side=True),
+        spectrum(w_goik.transpose(1, 2).flatten(2), rows_side=True),
+    )
+
+
+def _to_factors(operation: Operation, core: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+    """Return the factors for (g, p, q, k...), (g, o, p) and (g, i, q): the inverse of ``_from_factors``."""
+    ones = (1,) * operation.dims
+    first, last = right.mT.flatten(0, 1), left.flatten(0, 1)
+    return first.reshape(*first.shape, *ones), from_groups(operation, core), last.reshape(*last.shape, *ones)
+
+
+def _from_factors(operation: Operation, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the core (g, p, q, k...) and the two matrices (g, o, p) and (g, i, q) around it."""
+    first, core, last = factors
+    left, first_gqi = (one.reshape(operation.groups, -1, one.shape[1]) for one in (last, first))
+    return to_groups(operation, core), left, first_gqi.mT
 
 
 def _outer_product(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
-    """Multiply the first two modes of (a, b, k...) by (x, a) from the left and (b, y) from the right: (x, y, k...)."""
-    return _mode_product(_mode_product(core, left.mT, 0), right, 1)
-
-
-def _mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """Replace the mode of length a by one of length x, for a matrix (a, x)."""
-    product: Tensor = torch.tensordot(tensor, matrix, dims=([mode], [0]))
-    return product.movedim(-1, mode)
+    """Multiply two modes of (g, a, b, k...) by (g, x, a) from the left and (g, b, y) from the right: (g, x, y, k...)."""
+    groups, _, middle, *kernel = core.shape
+    w_gxbk = (left @ core.flatten(2)).reshape(groups, left.shape[1], middle, -1)
+    w_gxky = w_gxbk.mT @ right[:, None]
+    return w_gxky.mT.reshape(groups, left.shape[1], right.shape[2], *kernel)
 
 
 def _outside(basis: Tensor, inverse: Tensor, gradient: Tensor, rest: Tensor) -> Tensor:
-    """Return the part of a gradient outside a basis (o, p), as seen by the gradient (o, p) of that basis.
+    """Return the part of a gradient outside a basis (g, o, p), as seen by the gradient (g, o, p) of that basis.
 
-    ``inverse`` (p, o) is the basis's pseudo-inverse, ``rest`` (p, i, k...) what the basis is multiplied by.
+    ``inverse`` (g, p, o) is the basis's pseudo-inverse, ``rest`` (g, p, i, k...) what the basis is multiplied by.
     """
-    outside_op = gradient - basis @ (inverse @ gradient)
-    flat = rest.flatten(1)
-    return (outside_op @ pseudo_inverse(flat).mT).reshape(-1, *rest.shape[1:])
+    outside = gradient - basis @ (inverse @ gradient)
+    return (outside @ pseudo_inverse(rest.flatten(2)).mT).reshape(*basis.shape[:2], *rest.shape[2:])

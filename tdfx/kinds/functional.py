@@ -14,12 +14,11 @@ from tdfx.factors.operation import Operation
 _FORWARD_ORDER = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ORDER = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _SIGNATURES: dict[Any, tuple[int, tuple[str, ...]]] = {
     F.linear: (0, ("input", "weight", "bias")),
     **{function: (dims, _FORWARD_ORDER) for dims, function in _CONVOLUTIONS.items()},
-    F.conv_transpose1d: (1, _TRANSPOSED_ORDER),
-    F.conv_transpose2d: (2, _TRANSPOSED_ORDER),
-    F.conv_transpose3d: (3, _TRANSPOSED_ORDER),
+    **{function: (dims, _TRANSPOSED_ORDER) for dims, function in _TRANSPOSED.items()},
 }
 """Function -> its spatial dimensions and the order of its arguments."""
 
@@ -40,32 +39,35 @@ class Call:
     """The other arguments by name."""
 
     def operation(self, weight_shape: Sequence[int]) -> Operation | None:
-        """Return what the call computes with a weight (out, in / groups, *kernel); None where no scheme can stand for it.
+        """Return what the call computes with a weight of this shape; None where no scheme can stand for it.
 
         None too where an argument is no constant, and where the shape does not go with the function.
         """
-        if self.transposed or len(weight_shape) != self.dims + 2:
+        if len(weight_shape) != self.dims + 2:
             return None
-        out_channels, per_group, *kernel = weight_shape
+        channels, per_group, *kernel = weight_shape
         groups = self.rest.get("groups", 1)
         padding = self.rest.get("padding", 0)
         settings = (
             self.rest.get("stride", 1),
             0 if isinstance(padding, str) else padding,
             self.rest.get("dilation", 1),
+            self.rest.get("output_padding", 0),
         )
         spread = [_each_dimension(one, self.dims) for one in settings]
         if not isinstance(groups, int) or None in spread:
             return None
-        stride, pad, dilation = cast("list[tuple[int, ...]]", spread)
+        stride, pad, dilation, output_padding = cast("list[tuple[int, ...]]", spread)
         return Operation(
-            in_channels=per_group * groups,
-            out_channels=out_channels,
+            in_channels=channels if self.transposed else per_group * groups,
+            out_channels=per_group * groups if self.transposed else channels,
             kernel=tuple(kernel),
             stride=stride,
             padding=padding if isinstance(padding, str) else pad,
             dilation=dilation,
             groups=groups,
+            transposed=self.transposed,
+            output_padding=output_padding if self.transposed else (),
         )
 
 
@@ -89,6 +91,10 @@ def apply(operation: Operation, weight: Tensor, input: Tensor, bias: Tensor | No
     """Compute an operation whose padding holds zeros."""
     if operation.dims == 0:
         return F.linear(input, weight, bias)
+    if operation.transposed:
+        extra = operation.output_padding or 0
+        settings = (operation.stride, operation.padding, extra, operation.groups, operation.dilation)
+        return _TRANSPOSED[operation.dims](input, weight, bias, *settings)
     return _CONVOLUTIONS[operation.dims](
         input, weight, bias, operation.stride, operation.padding, operation.dilation, operation.groups
     )

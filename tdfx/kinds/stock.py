@@ -15,6 +15,7 @@ _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = 
     2: nn.Conv2d,
     3: nn.Conv3d,
 }
+_TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 class _Linear(LayerKind):
@@ -56,10 +57,21 @@ class _Conv3d(_Convolution):
 
 
 class _Transposed(LayerKind):
-    """No scheme stands for a transposed convolution yet."""
+    methods = ("forward", "_output_padding")
 
-    def operation(self, layer: nn.Module) -> None:
-        return None
+    def operation(self, layer: nn.Module) -> Operation:
+        assert isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        return Operation(
+            in_channels=layer.in_channels,
+            out_channels=layer.out_channels,
+            kernel=tuple(layer.kernel_size),
+            stride=tuple(layer.stride),
+            padding=tuple(cast("tuple[int, ...]", layer.padding)),
+            dilation=tuple(layer.dilation),
+            groups=layer.groups,
+            transposed=True,
+            output_padding=tuple(layer.output_padding),
+        )
 
 
 class _ConvTranspose1d(_Transposed):
@@ -99,6 +111,19 @@ def build_layer(operation: Operation, weight: nn.Parameter, bias: nn.Parameter |
     layer: nn.Module
     if operation.dims == 0:
         layer = nn.Linear(operation.in_channels, operation.out_channels, bias=bias is not None, device=meta)
+    elif operation.transposed:
+        layer = _TRANSPOSED[operation.dims](
+            operation.in_channels,
+            operation.out_channels,
+            operation.kernel,
+            stride=operation.stride,
+            padding=operation.padding,
+            output_padding=operation.output_padding or 0,
+            groups=operation.groups,
+            bias=bias is not None,
+            dilation=operation.dilation,
+            device=meta,
+        )
     else:
         convolution = cast("type[nn.Conv2d]", _CONVOLUTIONS[operation.dims])
         layer = convolution(
@@ -113,6 +138,6 @@ def build_layer(operation: Operation, weight: nn.Parameter, bias: nn.Parameter |
             padding_mode=cast("Literal['zeros']", operation.padding_mode),
             device=meta,
         )
-    layer.weight = weight
-    layer.bias = bias
+    layer.register_parameter("weight", weight)
+    layer.register_parameter("bias", bias)
     return layer

@@ -23,23 +23,31 @@ _ROUNDING = float(np.finfo(np.float64).eps)
 """Times the longer side: the part of the largest squared singular value below which there is rounding only."""
 
 
-def evbmf_rank(values: Tensor, rows: int, cols: int) -> int:
+def evbmf_rank(values: Tensor, rows: int, cols: int, residual: float | Tensor = 0.0) -> int:
     """Return the number of components that EVBMF keeps, with the noise variance estimated from the same values.
 
     The result does not depend on the scale of the matrix, nor on which side is the longer.
 
+    The smallest values may be left out. A component that is not kept enters the free energy by its square and by the
+    logarithm of its square, of which the second does not depend on the noise variance: so the sum of the squares that are
+    missing says as much as they would, as long as none of them would be kept.
+
     Args:
-        values: All min(m, n) singular values, shape (r,), any order, finite.
+        values: Singular values, shape (r,), any order, finite: all min(m, n) of them, or the largest r.
         rows: m, at least 1.
         cols: n, at least 1.
+        residual: The sum of the squares of the min(m, n) - r values that are not given, taken as spread evenly over them;
+            below zero, as rounding can leave it, counts as zero, and so does any where no value is missing.
 
     Returns:
         The rank, in [0, r]; 0 means that nothing stands above the noise.
     """
     short, long = sorted((rows, cols))
-    squared = np.sort(values.detach().double().cpu().numpy().astype(np.float64) ** 2)[::-1][:short]
-    if squared.size == 0 or squared[0] <= 0:
+    given = np.sort(values.detach().double().cpu().numpy().astype(np.float64) ** 2)[::-1][:short]
+    if given.size == 0 or given[0] <= 0:
         return 0
+    missing = short - given.size
+    squared = np.append(given, np.full(missing, float(residual) / max(missing, 1)))
     # What a Gram matrix or float32 arithmetic leaves of a zero counts as that much noise; a true zero likewise.
     x_h = np.maximum(squared / squared[0], long * _ROUNDING) / long
     alpha = short / long

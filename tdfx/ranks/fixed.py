@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import ClassVar
 
 from tdfx.errors import PolicyError
 from tdfx.ranks.rule import Choice, RankRule
@@ -24,7 +23,6 @@ class Fixed(RankRule):
     ranks: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
     """Glob over site names -> one rank for every mode, or one rank for each mode (tucker2: output, input); at least 1.
     The first pattern that matches a site is used. Ranks are taken as they are, never rounded."""
-    exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.ranks, Mapping) or not self.ranks:
@@ -46,6 +44,11 @@ class Fixed(RankRule):
 
     def __hash__(self) -> int:
         return hash(tuple(self.ranks.items()))
+
+    @property
+    def exact(self) -> bool:
+        """True: ranks given by hand are meant as they are."""
+        return True
 
     def patterns(self) -> tuple[str, ...]:
         """Return the patterns that ranks were given for."""
@@ -71,4 +74,4 @@ class Fixed(RankRule):
             raise PolicyError(
                 f"Fixed ranks {ranks} for site {site!r} are above its full ranks {full}. Give ranks of at most {full}."
             )
-        return Choice(ranks)
+        return Choice(ranks, exact=True)

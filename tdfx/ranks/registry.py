@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tdfx.errors import PolicyError, nearest
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.ratio import Ratio
 from tdfx.ranks.rule import RankRule
+from tdfx.ranks.stable import StableRank
+from tdfx.ranks.target import Target
+from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 
-_RULES: dict[str, tuple[type[RankRule], str]] = {
+_RULES: dict[str, tuple[Callable[..., RankRule], str | None]] = {
     "vbmf": (VBMF, "floor"),
     "energy": (Energy, "share"),
     "ratio": (Ratio, "of"),
+    "stable": (StableRank, None),
+    "threshold": (Threshold, "above"),
+    "params": (Target, "parameters"),
+    "flops": (Target, "flops"),
 }
-"""Name -> the rule, and the setting that the number after the colon fills."""
+"""Name -> the rule, and the setting that the number after the colon fills, if it takes one."""
+
+_NEEDS_NUMBER = {"threshold", "params", "flops"}
+_METHODS = ("at_least", "at_most", "round_to")
 
 
 def parse_rule(text: str) -> RankRule:
-    """Build a rank rule from a short string: a name, or a name and a number.
+    """Build a rank rule from a short string: a name, or a name and a number, then any bounds, from left to right.
 
     >>> parse_rule("energy:0.8")
     Energy(share=0.8)
     >>> parse_rule("vbmf")
-    VBMF(floor=0.25)
+    VBMF(floor=0.25, weaken=1.0)
+    >>> parse_rule("params:0.5,at_least=8")
+    Target(parameters=0.5).at_least(8)
+
+    A bound with a point is a share of the full rank, one without is a number of ranks, as in the methods of the same names.
 
     Raises:
-        PolicyError: The name is not known, or what follows the colon is not a number in range.
+        PolicyError: The name is not known, or a number is missing, is none, or is not in range.
     """
-    name, colon, number = text.strip().partition(":")
+    first, *bounds = text.strip().split(",")
+    rule = _parse_name(first.strip())
+    for bound in bounds:
+        rule = _bounded(rule, bound.strip())
+    return rule
+
+
+def _parse_name(text: str) -> RankRule:
+    name, colon, number = text.partition(":")
     if name.lower() not in _RULES:
         raise PolicyError(
             f"{text!r} names no rank rule: {name!r} is not one of {', '.join(_RULES)}. "
             f"Nearest: {nearest(name.lower(), _RULES, 1)}. Write a name, or a name and a number, such as energy:0.9."
         )
     rule, setting = _RULES[name.lower()]
+    if not colon and name.lower() in _NEEDS_NUMBER:
+        raise PolicyError(f"{text!r} needs a number. Write for example {name}:0.5.")
     if not colon:
         return rule()
+    if setting is None:
+        raise PolicyError(f"{text!r} has a number, and {name} takes none. Write {name}.")
     try:
         value = float(number)
     except ValueError:
@@ -43,3 +71,20 @@ def parse_rule(text: str) -> RankRule:
             f"{text!r} has no number after the colon: {number!r} is not one. Write for example {name}:0.5."
         ) from None
     return rule(**{setting: value})
+
+
+def _bounded(rule: RankRule, text: str) -> RankRule:
+    name, _, number = text.partition("=")
+    if name not in _METHODS:
+        raise PolicyError(
+            f"{text!r} is no bound on ranks: {name!r} is not one of {', '.join(_METHODS)}. "
+            f"Write for example energy:0.9,at_least=8."
+        )
+    try:
+        value = float(number) if "." in number else int(number)
+    except ValueError:
+        raise PolicyError(
+            f"{text!r} has no number after the equals sign: {number!r} is not one. Write {name}=8 for eight."
+        ) from None
+    bounded: RankRule = getattr(rule, name)(value)
+    return bounded

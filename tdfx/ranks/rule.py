@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 from tdfx.errors import PolicyError
 from tdfx.ranks.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from tdfx.ranks.combine import AtLeast, AtMost, Fallback, RoundTo
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +27,42 @@ class Choice:
     """Why there are no ranks: the site shows no signal above the noise yet, or the rule does not speak of it."""
     signal: bool = True
     """False where the weight shows nothing above the noise, so that any rank read from it would be meaningless."""
+    exact: bool = False
+    """True where the policy's rounding must leave the ranks alone."""
+    limits: tuple[int, ...] = ()
+    """One rank for each spectrum that rounding must not pass; () for the full ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """What the sites that one policy decides hold and compute, all together."""
+
+    parameters: int
+    """Values in their weights."""
+    flops: int | None
+    """Floating-point operations of one forward pass; None without example inputs."""
 
 
 class RankRule(ABC):
     """A frozen setting with one method; a rule reads singular values and never sees a module.
 
     A new rule is one file: subclass this as a frozen, keyword-only dataclass, and add it to ``tdfx.ranks.registry``.
+
+    Rules are combined by methods, the last of which has the last word. (``tdfx.ranks.combine`` holds what they return; it
+    imports this file, so this file imports it only when it is asked.)
+
+    Example:
+        >>> from tdfx import VBMF, Fixed, Ratio
+        >>> Fixed({"fc": 32}) | VBMF().at_least(16) | Ratio(of=0.5)
+        Fixed(ranks={'fc': 32}) | VBMF(floor=0.25, weaken=1.0).at_least(16) | Ratio(of=0.5)
     """
 
     __slots__ = ()
 
-    exact: ClassVar[bool] = False
-    """True if ranks were given by hand, so that rounding to a hardware multiple must leave them alone."""
+    @property
+    def exact(self) -> bool:
+        """True if the rule may choose ranks that the policy's rounding must leave alone, as ranks given by hand."""
+        return False
 
     @abstractmethod
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
@@ -49,6 +76,49 @@ class RankRule(ABC):
     def patterns(self) -> tuple[str, ...]:
         """Return the site patterns that the rule mentions, so that one which matches nothing can be reported."""
         return ()
+
+    def resolve(self, dense: Total, after: Callable[[RankRule], Total]) -> RankRule:
+        """Return the rule by which each site is then chosen: this one, unless it has to see all sites first.
+
+        Args:
+            dense: The total over the sites that the policy decides, as they are.
+            after: Returns what the total would be if they were chosen by a given rule.
+        """
+        return self
+
+    def at_least(self, least: int | float) -> AtLeast:
+        """Return this rule with a floor under its ranks.
+
+        Args:
+            least: A whole number of ranks, cut to the full rank; or, as a float in (0, 1], a share of the full rank.
+        """
+        from tdfx.ranks.combine import AtLeast
+
+        return AtLeast(rule=self, least=least)
+
+    def at_most(self, most: int | float) -> AtMost:
+        """Return this rule with a ceiling over its ranks, which rounding does not pass either.
+
+        Args:
+            most: A whole number of ranks; or, as a float in (0, 1], a share of the full rank.
+        """
+        from tdfx.ranks.combine import AtMost
+
+        return AtMost(rule=self, most=most)
+
+    def round_to(self, multiple: int) -> RoundTo:
+        """Return this rule with its ranks rounded up to a multiple of its own in place of the policy's."""
+        from tdfx.ranks.combine import RoundTo
+
+        return RoundTo(rule=self, multiple=multiple)
+
+    def __or__(self, other: RankRule) -> Fallback:
+        """Return a rule by which ``other`` decides where this one keeps the site."""
+        if not isinstance(other, RankRule):
+            return NotImplemented
+        from tdfx.ranks.combine import Fallback
+
+        return Fallback(rules=(self, other))
 
 
 def check_share(name: str, value: float, meaning: str, example: str, *, zero_allowed: bool = False) -> None:

@@ -17,4 +17,6 @@ def has_signal(spectra: Sequence[Spectrum]) -> bool:
 
 def signal_rank(spectrum: Spectrum) -> int:
     """Return the EVBMF rank; 1 where there is but one component, which no spectrum can tell from noise."""
-    return 1 if spectrum.full_rank == 1 else evbmf_rank(spectrum.values, spectrum.rows, spectrum.cols)
+    if spectrum.full_rank == 1:
+        return 1
+    return evbmf_rank(spectrum.values, spectrum.rows, spectrum.cols, spectrum.residual)

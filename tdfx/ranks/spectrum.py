@@ -15,28 +15,41 @@ _LARGE = 2048
 class Spectrum:
     """One unfolding of a weight, seen through its singular value decomposition.
 
-    Shapes: m rows, n columns, d the length of the side that was decomposed (m or n), r = min(m, n).
+    Shapes: m rows, n columns, d the length of the side that was decomposed (m or n), r = min(m, n), or less where only the
+    largest values were computed. Where a weight falls into g matrices of one size that are cut at one rank, as it does by
+    its groups, this is about all of them together.
     """
 
     values: Tensor
-    """Singular values, shape (r,), descending, in the working dtype."""
+    """Singular values, shape (r,), descending, in the working dtype; of g matrices the root of the sum of squares of each
+    one's first, second and so on, so that what they lose together at a rank is the norm of the values cut."""
     basis: Tensor
-    """Orthonormal singular vectors of the decomposed side as columns, shape (d, r)."""
+    """Orthonormal singular vectors of the decomposed side as columns, shape (d, r), or (g, d, r)."""
     rows: int
-    """m, the rows of the unfolding."""
+    """m, the rows of the unfolding, or of each matrix."""
     cols: int
-    """n, the columns of the unfolding."""
+    """n, the columns of the unfolding, or of each matrix."""
+    residual: float | Tensor = 0.0
+    """The sum of the squares of the values that are not given, where only the largest r < min(m, n) are; not negative."""
+    original: int | None = None
+    """The full rank of the weight that was factorized, where this is the spectrum of its factors."""
 
     @property
     def full_rank(self) -> int:
-        """The most ranks that the unfolding can have: min(m, n)."""
-        return min(self.rows, self.cols)
+        """The most ranks that the unfolding can have, which shares and floors refer to: min(m, n), or the original's."""
+        return min(self.rows, self.cols) if self.original is None else self.original
 
     def energy(self) -> Tensor:
         """Return the share of ``sum(s**2)`` held by the first 1, 2, ... values, shape (r,); zeros for a zero matrix."""
         squared = self.values.square()
-        total = squared.sum()
+        total = squared.sum() + self.residual
         return squared.cumsum(0) / total if total > 0 else torch.zeros_like(squared)
+
+    def stable_rank(self) -> float:
+        """Return ``sum(s**2) / max(s**2)``, in [1, full rank]; 0 for a zero matrix."""
+        squared = self.values.square()
+        largest = squared.max()
+        return float((squared.sum() + self.residual) / largest) if largest > 0 else 0.0
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
@@ -45,39 +58,50 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 
 
 def spectrum(matrix: Tensor, *, rows_side: bool | None = None) -> Spectrum:
-    """Decompose a matrix by the eigenvectors of its Gram matrix.
+    """Decompose a matrix, or g of one size together, by the eigenvectors of the Gram matrix.
 
     This never forms the longer side's vectors, as a full SVD does. Values below about 1e-8 of the
     largest are rounding noise, because the Gram matrix holds their squares; no rank rule looks that deep.
 
     Args:
-        matrix: Shape (m, n), real, finite.
+        matrix: Shape (m, n) or (g, m, n), real, finite.
         rows_side: Decompose the row space (True), the column space (False), or the shorter side (None).
 
     Returns:
         The spectrum, in the matrix's dtype and on its device. The sign of each vector is fixed, so that equal weights
         give equal vectors on every process.
     """
-    rows, cols = matrix.shape
+    rows, cols = matrix.shape[-2:]
     left = rows <= cols if rows_side is None else rows_side
     gram = matrix @ matrix.mT if left else matrix.mT @ matrix
+    values, basis = singular_side(gram, min(rows, cols))
+    together = values if matrix.dim() == 2 else values.square().sum(0).sqrt()
+    return Spectrum(together, basis, rows, cols)
+
+
+def singular_side(gram: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Return the largest singular values (..., keep) and vectors (..., d, keep) of the matrices of these Gram matrices.
+
+    Args:
+        gram: Shape (..., d, d), symmetric.
+        keep: How many, at most d.
+    """
     eigenvalues, vectors = symmetric_eigen(gram)
-    keep = min(rows, cols)
-    values = eigenvalues.flip(0)[:keep].clamp_min(0).sqrt()
-    basis = vectors.flip(1)[:, :keep]
-    peak = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-    return Spectrum(values, basis * torch.where(peak < 0, -1.0, 1.0), rows, cols)
+    values = eigenvalues.flip(-1)[..., :keep].clamp_min(0).sqrt()
+    basis = vectors.flip(-1)[..., :keep]
+    peak = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))
+    return values, basis * torch.where(peak < 0, -1.0, 1.0)
 
 
 def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ascending eigenvalues (d,) and the eigenvectors (d, d), as columns, of a symmetric matrix.
+    """Return the ascending eigenvalues (..., d) and eigenvectors (..., d, d), as columns, of symmetric matrices.
 
     On a CPU whose cores are busy, as they are beside data-loading workers, LAPACK's threads wait for one another at every
     step: measured, 2.8 s instead of 0.09 s for d = 512 on two cores. Two threads gain a third at best at such sizes, so one
     thread does the work; the process's setting is put back before returning.
     """
     threads = torch.get_num_threads()
-    alone = gram.device.type == "cpu" and gram.shape[0] <= _LARGE
+    alone = gram.device.type == "cpu" and gram.shape[-1] <= _LARGE
     try:
         if alone:
             torch.set_num_threads(1)

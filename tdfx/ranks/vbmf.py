@@ -18,13 +18,20 @@ class VBMF(RankRule):
     The rule was made for weights that have been trained. In the first epochs it sees almost nothing but noise and says
     1 to 5 of 64 to 256, which ruins a run. Two guards: rank 0 keeps the site as it is, and no rank falls below ``floor``.
 
+    MUSCO's weakening is a softer guard: ranks go only a part of the way down to the estimate, in several rewrites or one.
+    The floor is applied after it. With ``weaken`` of at most 1 - ``floor`` no rank can reach the floor.
+
     Source: Nakajima, Sugiyama, Babacan, Tomioka, *Global Analytic Solution of Fully-observed Variational Bayesian Matrix
-    Factorization*, JMLR 14 (2013); used for training by Elhoushi et al., arXiv:1909.05675.
+    Factorization*, JMLR 14 (2013); used for training by Elhoushi et al., arXiv:1909.05675; weakening: Gusak et al.,
+    *MUSCO: Multi-Stage Compression of neural networks*, ICCV Workshops 2019, arXiv:1903.09973.
     """
 
     floor: float = 0.25
     """Least share of the full rank to keep in each mode, in [0, 1]; 0 trusts the estimate, for weights trained to the
     end. Where the floor was applied the plan says so."""
+    weaken: float = 1.0
+    """How far to go from the full rank down to the estimate, in (0, 1]: the rank is full - weaken * (full - estimate),
+    rounded up; 1 goes all the way."""
 
     def __post_init__(self) -> None:
         check_share(
@@ -34,13 +41,20 @@ class VBMF(RankRule):
             "For an eighth pass floor=0.125; to trust the estimate alone pass floor=0.",
             zero_allowed=True,
         )
+        check_share(
+            "weaken",
+            self.weaken,
+            "the part of the way from the full rank to the estimate",
+            "For half the way pass weaken=0.5; for the estimate itself pass weaken=1.",
+        )
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
-        """Return the EVBMF rank of each spectrum, floored; no ranks where any of them shows no signal."""
+        """Return the EVBMF rank of each spectrum, weakened and floored; no ranks where any of them shows no signal."""
         found = tuple(signal_rank(one) for one in spectra)
         if min(found) == 0:
             return Choice((), kept=NO_SIGNAL, signal=False)
-        least = tuple(math.ceil(self.floor * one.full_rank) for one in spectra)
-        ranks = tuple(max(pair) for pair in zip(found, least, strict=True))
-        floored = f"VBMF says {'/'.join(map(str, found))}, floored" if ranks != found else ""
-        return Choice(ranks, note=floored)
+        full = tuple(one.full_rank for one in spectra)
+        weakened = tuple(most - math.floor(self.weaken * (most - rank)) for rank, most in zip(found, full, strict=True))
+        ranks = tuple(max(rank, math.ceil(self.floor * most)) for rank, most in zip(weakened, full, strict=True))
+        changes = (", weakened" if weakened != found else "") + (", floored" if ranks != weakened else "")
+        return Choice(ranks, note=f"VBMF says {'/'.join(map(str, found))}{changes}" if changes else "")

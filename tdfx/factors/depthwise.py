@@ -1,0 +1,70 @@
+"""Network decoupling: a pointwise convolution, then a depthwise one, summed over a few terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tdfx.factors.layout import from_groups, grouped_shape, to_groups
+from tdfx.factors.operation import Operation
+from tdfx.factors.two_factors import TwoFactors
+
+
+class Depthwise(TwoFactors):
+    """``w_oik = sum over t of last_otk * first_oti``: each output channel is the sum of T pointwise maps with own kernels.
+
+    The rank is T, the same for every output. The sum over the terms is the last factor's own: a convolution with one group
+    for each output, of T channels. The kernel, its stride, padding and dilation are there.
+
+    Source: Guo, Li, Lin, Chen, Li, *Network Decoupling: From Regular to Depthwise Separable Convolutions*, BMVC 2018,
+    arXiv:1808.05517.
+    """
+
+    name = "depthwise"
+
+    def fits(self, operation: Operation) -> bool:
+        """Convolutions with more than one tap and more than one input channel in each group."""
+        return not operation.is_pointwise and operation.in_channels > operation.groups
+
+    def first_axes(self, operation: Operation) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    def channels_per_rank(self, operation: Operation) -> int:
+        """One for each output."""
+        return operation.out_channels
+
+    def full_ranks(self, operation: Operation) -> tuple[int, ...]:
+        """At most the taps, and at most the inputs."""
+        return (min(operation.in_channels // operation.groups, math.prod(operation.kernel)),)
+
+    def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
+        """The pointwise maps to T channels for each output, then one group of these for each."""
+        out = operation.out_channels
+        middle = ranks[0] * out
+        return (
+            operation.along((), operation.in_channels, middle),
+            operation.along(range(operation.dims), middle, out, groups=out),
+        )
+
+    def unfold(self, operation: Operation, weight: Tensor) -> Tensor:
+        """Return the matrices (o, k, i) of a dense weight, one for each output channel."""
+        return to_groups(operation, weight).flatten(0, 1).flatten(2).mT
+
+    def fold(self, operation: Operation, matrix: Tensor) -> Tensor:
+        """Return the dense weight of matrices (o, k, i): the inverse of ``unfold``."""
+        return from_groups(operation, matrix.mT.reshape(grouped_shape(operation)))
+
+    def to_factors(self, operation: Operation, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        """Return the factors' weights for matrices (o, k, t) and (o, t, i)."""
+        first, last = self.chain(operation, (right.shape[1],))
+        w_last = left.mT.reshape(grouped_shape(last))
+        return from_groups(first, right.reshape(grouped_shape(first))), from_groups(last, w_last)
+
+    def to_matrices(self, operation: Operation, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the matrices (o, k, t) and (o, t, i) of the factors' weights: the inverse of ``to_factors``."""
+        first, last = (to_groups(step, one) for step, one in zip(self.chain(operation, (1,)), factors, strict=True))
+        left = last.flatten(0, 1).flatten(2).mT
+        return left, first.reshape(operation.out_channels, -1, first.shape[2])

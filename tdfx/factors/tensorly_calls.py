@@ -1,0 +1,36 @@
+"""Every call of TensorLy: its interface has drifted often, and its choice of backend is global."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def iterate_tucker(w_oik: Tensor, left: Tensor, right: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Return better orthonormal bases (o, p) and (i, q) of a weight's first two modes, by higher-order orthogonal iteration.
+
+    Args:
+        w_oik: Shape (o, i, k...).
+        left: Shape (o, p), the basis to start from.
+        right: Shape (i, q), likewise.
+        iterations: How often both are computed anew, each given the other; the error never grows.
+    """
+    taps = w_oik[0, 0].numel()
+    if left.shape[1] > right.shape[1] * taps or right.shape[1] > left.shape[1] * taps:
+        return left, right  # one basis is larger than what the other lets through, and would be filled up at random
+    # Imported here because it takes longer than all of tdfx, and few want it.
+    import tensorly
+    from tensorly.decomposition import partial_tucker
+
+    core = torch.tensordot(torch.tensordot(w_oik, left, ([0], [0])), right, ([0], [0])).movedim((-2, -1), (0, 1))
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        (_, bases), _ = partial_tucker(
+            w_oik,
+            rank=[left.shape[1], right.shape[1]],
+            modes=[0, 1],
+            init=(core, [left, right]),  # a list of its own, because the iteration writes to it
+            n_iter_max=iterations,
+            tol=0,
+            random_state=0,  # never NumPy's global stream
+        )
+    return bases[0], bases[1]

@@ -1,0 +1,141 @@
+"""What the schemes share that write a weight as a product of two matrices, group by group."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tdfx.factors.algebra import pseudo_inverse, root_scale
+from tdfx.factors.layout import from_groups, grouped_shape, to_groups
+from tdfx.factors.operation import Operation
+from tdfx.factors.scheme import Lowering, Scheme
+from tdfx.ranks.spectrum import Spectrum, spectrum
+
+
+class TwoFactors(Scheme):
+    """``matrix = left @ right``, the best of each rank (Eckart and Young 1936): ``last`` from left, ``first`` from right.
+
+    The inputs stand in the columns of the matrix and the outputs in its rows, and each kernel dimension with either: a
+    scheme is the choice of the dimensions that go to the first factor, which takes their stride, padding and dilation too.
+    The first factor has no bias, and zeros, reflections and the like are the same whether the dimensions are padded
+    together or one after the other, so the chain is exact at borders.
+
+    Letters: g groups, m and n rows and columns in each, p their rank.
+    """
+
+    @abstractmethod
+    def first_axes(self, operation: Operation) -> tuple[int, ...]:
+        """Return the kernel dimensions that the first factor takes; the others go to the last."""
+
+    def full_ranks(self, operation: Operation) -> tuple[int, ...]:
+        """One rank, the same in every group: at most the shorter side of the matrix."""
+        rows, columns = self._axes(operation)
+        shape = grouped_shape(operation)
+        return (min(math.prod(shape[axis] for axis in side) for side in (rows, columns)),)
+
+    def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
+        """The dimensions of the first factor, then those of the last."""
+        middle = ranks[0] * operation.groups
+        first = self.first_axes(operation)
+        last = tuple(axis for axis in range(operation.dims) if axis not in first)
+        return (
+            operation.along(first, operation.in_channels, middle),
+            operation.along(last, middle, operation.out_channels),
+        )
+
+    def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
+        """Return the spectrum of the matrices of all groups, from their shorter side."""
+        return (spectrum(self.unfold(operation, weight)),)
+
+    def split(
+        self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
+    ) -> tuple[Tensor, ...]:
+        """Return ``first`` and ``last``, each with the square root of the spectrum."""
+        return self.to_factors(operation, *_halves(self.unfold(operation, weight), ranks[0], spectra[0]))
+
+    def join(self, operation: Operation, factors: Sequence[Tensor]) -> Tensor:
+        """Multiply the two matrices."""
+        left, right = self.to_matrices(operation, factors)
+        return self.fold(operation, left @ right)
+
+    def project(self, operation: Operation, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+        """Add what lies in the range of ``left``, known from the gradient of ``right``, and what lies outside of it."""
+        left, right = self.to_matrices(operation, factors)
+        by_left, by_right = self.to_matrices(operation, gradients)
+        inverse = pseudo_inverse(left)
+        outside = by_left - left @ (inverse @ by_left)
+        return self.fold(operation, inverse.mT @ by_right + outside @ pseudo_inverse(right).mT)
+
+    def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
+        """Return the norm of the cut singular values, relative to all of them."""
+        return _tail(ranks[0], spectra[0])
+
+    def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
+        """Make both matrices orthonormal (QR): what is left between them is as small as the rank, and is split anew."""
+        left, right = self.to_matrices(operation, factors)
+        (basis_left, rest_left), (basis_right, rest_right) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
+        between = rest_left @ rest_right.mT
+        one = replace(spectrum(between), original=self.full_ranks(operation)[0])
+
+        def split(ranks: Sequence[int]) -> tuple[Tensor, ...]:
+            new_left, new_right = _halves(between, ranks[0], one)
+            return self.to_factors(operation, basis_left @ new_left, new_right @ basis_right.mT)
+
+        return Lowering((one,), split, lambda ranks: _tail(ranks[0], one))
+
+    def unfold(self, operation: Operation, weight: Tensor) -> Tensor:
+        """Return the matrices (g, m, n) of a dense weight."""
+        rows, columns = self._axes(operation)
+        w_gmn = to_groups(operation, weight).permute(0, *rows, *columns)
+        return w_gmn.flatten(1 + len(rows)).flatten(1, len(rows))
+
+    def fold(self, operation: Operation, matrix: Tensor) -> Tensor:
+        """Return the dense weight of matrices (g, m, n): the inverse of ``unfold``."""
+        rows, columns = self._axes(operation)
+        shape, order = grouped_shape(operation), (0, *rows, *columns)
+        w_gmn = matrix.reshape([shape[axis] for axis in order])
+        return from_groups(operation, w_gmn.permute([order.index(axis) for axis in range(len(order))]))
+
+    def to_factors(self, operation: Operation, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        """Return the factors' weights for matrices (g, m, p) and (g, p, n)."""
+        rank = right.shape[1]
+        first, last = self.chain(operation, (rank,))
+        w_first = right.reshape(grouped_shape(first))
+        groups, out, _, *kernel = grouped_shape(last)
+        w_last = left.reshape(groups, out, -1, rank).mT.reshape(groups, out, rank, *kernel)
+        return from_groups(first, w_first), from_groups(last, w_last)
+
+    def to_matrices(self, operation: Operation, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the matrices (g, m, p) and (g, p, n) of the factors' weights: the inverse of ``to_factors``."""
+        first, last = (to_groups(step, one) for step, one in zip(self.chain(operation, (1,)), factors, strict=True))
+        groups, rank = first.shape[:2]
+        left = last.reshape(*last.shape[:3], -1).mT.reshape(groups, -1, rank)
+        return left, first.flatten(2)
+
+    def _axes(self, operation: Operation) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the dimensions of (g, o, i, k...) that stand in the rows and in the columns."""
+        first = self.first_axes(operation)
+        last = (axis for axis in range(operation.dims) if axis not in first)
+        return (1, *(3 + axis for axis in last)), (2, *(3 + axis for axis in first))
+
+
+def _halves(matrix: Tensor, rank: int, one: Spectrum) -> tuple[Tensor, Tensor]:
+    """Return (g, m, p) and (g, p, n), each with the square root of the spectrum, whose product is nearest to a matrix."""
+    basis = one.basis[..., :rank]
+    if one.rows <= one.cols:
+        left, right = basis, basis.mT @ matrix
+        scale = root_scale(right.norm(dim=2))
+        return left * scale[:, None], right / scale[..., None]
+    left, right = matrix @ basis, basis.mT
+    scale = root_scale(left.norm(dim=1))
+    return left / scale[:, None], right * scale[..., None]
+
+
+def _tail(rank: int, one: Spectrum) -> float:
+    total = one.values.norm()
+    return float(one.values[rank:].norm() / total) if total > 0 else 0.0

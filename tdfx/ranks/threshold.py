@@ -1,0 +1,54 @@
+"""Ranks by the size of the singular values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tdfx.errors import PolicyError
+from tdfx.ranks.rule import Choice, RankRule
+from tdfx.ranks.signal import NO_SIGNAL, has_signal
+from tdfx.ranks.spectrum import Spectrum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Threshold(RankRule):
+    """Keep the singular values above a given value, in every mode of the weight.
+
+    A weight whose spectrum is that of noise is kept as it is, and so is one with a mode in which no value is above.
+
+    Source: the numerical rank, Golub and Van Loan, *Matrix Computations*, 4th edition, section 5.4.1.
+    """
+
+    above: float
+    """The value that a singular value must exceed, not negative, in the units of the weight; or, with ``relative``, a share
+    of the largest singular value, in (0, 1), no unit. Weights differ in scale, so a relative one is easier to give."""
+    relative: bool = False
+    """True if ``above`` is a share of the largest singular value of each mode."""
+
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.above, int | float) and not isinstance(self.above, bool)
+        if self.relative and not (is_number and 0 < self.above < 1):
+            raise PolicyError(
+                f"above={self.above!r} is not in (0, 1): with relative=True it is the part of the largest singular value "
+                f"that a kept one exceeds. For one percent pass above=0.01."
+            )
+        if not is_number or not 0 <= self.above < math.inf:
+            raise PolicyError(
+                f"above={self.above!r} is not a number of at least 0: it is the singular value that a kept one exceeds. "
+                f"Pass for example above=0.1, or above=0.01 with relative=True for one percent of the largest."
+            )
+
+    def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
+        """Return, for each spectrum, how many singular values are above the threshold."""
+        if not has_signal(spectra):
+            return Choice((), kept=NO_SIGNAL, signal=False)
+        bars = [float(one.values.max()) * self.above if self.relative else self.above for one in spectra]
+        ranks = tuple(int((one.values > bar).sum()) for one, bar in zip(spectra, bars, strict=True))
+        if 0 in ranks:
+            largest = min(float(one.values.max()) for one in spectra)
+            return Choice(
+                (), kept=f"no singular value is above {self.above:g}: the largest is {largest:.3g}", signal=False
+            )
+        return Choice(ranks)
