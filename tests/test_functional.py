@@ -536,14 +536,36 @@ def test_a_kernel_that_a_transposed_convolution_takes_too() -> None:
         assert distance(tdfx.rewrite(dense, FULL, emit=emit)(x), dense(x)) < TOLERANCE
 
 
+@pytest.mark.parametrize("emit", EMITS)
 @pytest.mark.parametrize(
     ("shape", "function", "settings"),
     [
-        ((4, 6, 3, 3), F.conv_transpose2d, {}),
-        ((8, 2, 3, 3), F.conv2d, {"groups": 2}),
-        ((4,), F.linear, {}),
+        ((4, 6, 3, 3), F.conv_transpose2d, {"stride": 2, "padding": 1, "output_padding": 1}),
+        ((4, 3, 3, 3), F.conv_transpose2d, {"groups": 2}),
+        ((8, 2, 3, 3), F.conv2d, {"groups": 2, "padding": 1}),
     ],
-    ids=["transposed", "groups", "a vector"],
+    ids=["transposed", "transposed in groups", "groups"],
+)
+def test_transposed_and_grouped_calls(
+    shape: tuple[int, ...], function: Callable[..., Tensor], settings: Any, emit: tdfx.Emit
+) -> None:
+    dense = Calls(new(*shape), [(function, settings)])
+    x = torch.rand(2, 4, 6, 4, dtype=torch.float64)
+    plan = tdfx.plan(dense, FULL, emit=emit)
+    again = tdfx.rewrite(dense, tdfx.Plan.from_json(plan.to_json()))
+    assert plan["kernel"].scheme == "tucker2"
+    assert distance(again(x), dense(x)) < TOLERANCE
+    low = tdfx.rewrite(dense, LOW, emit=emit)
+    assert distance(low(x), dense(x)) > 1e-3
+    merged = tdfx.merge(low)
+    assert distance(merged(x), low(x)) < TOLERANCE
+    assert merged.get_parameter("kernel").shape == shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "function", "settings"),
+    [((4, 1, 3, 3), F.conv2d, {"groups": 4}), ((4,), F.linear, {})],
+    ids=["each channel to itself", "a vector"],
 )
 def test_what_no_scheme_stands_for(shape: tuple[int, ...], function: Callable[..., Tensor], settings: Any) -> None:
     dense = Calls(new(*shape), [(function, settings)])
@@ -870,7 +892,17 @@ def test_calls_are_read_as_the_functions_take_their_arguments() -> None:
     assert call.rest == {
         "input": "x", "bias": None, "stride": 2, "padding": 1, "output_padding": 0, "groups": 3, "dilation": 4
     }  # fmt: skip
-    assert call.operation((4, 6, 3, 3)) is None
+    assert call.operation((6, 4, 3, 3)) == tdfx.Operation(
+        in_channels=6,
+        out_channels=12,
+        kernel=(3, 3),
+        stride=(2, 2),
+        padding=(1, 1),
+        dilation=(4, 4),
+        groups=3,
+        transposed=True,
+        output_padding=(0, 0),
+    )
     named = parse_call(F.conv1d, (), {"input": "x", "weight": "w", "dilation": 2})
     assert named is not None
     operation = named.operation((4, 6, 3))
