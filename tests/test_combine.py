@@ -71,6 +71,7 @@ def test_round_to() -> None:
     assert ranks(TRUST.round_to(48)) == (48, 32)
     assert ranks(TRUST.at_most(10).round_to(8)) == (8, 10)  # rounding stops at the ceiling
     assert ranks(TRUST.at_most(4).at_least(6).round_to(8)) == (6, 6)
+    assert ranks(TRUST.at_most(8).at_most(10).round_to(9)) == (8, 8)
     assert ranks(TRUST.round_to(8).at_most(10)) == (8, 10)
 
 
@@ -185,7 +186,7 @@ def test_the_plan_rounds_what_may_be_rounded() -> None:
 
 
 def test_small_ranks_that_rounding_would_not_give_are_tried() -> None:
-    """Of 16 x 16 a rank of 8 is not faster; one that must not be rounded up is looked at before it is called too small."""
+    """A rank of 64 is no gain for these layers; one that is not rounded up is looked at before it is called too small."""
     settings = {"min_gain": 1.5, "cost": Work()}
     assert planned(Ratio(of=0.1), **settings, round_to=64) == [Reason.TOO_SMALL, Reason.TOO_SMALL]
     assert planned(Ratio(of=0.1).at_most(6), **settings, round_to=64) == [(6,), (6,)]
@@ -193,7 +194,7 @@ def test_small_ranks_that_rounding_would_not_give_are_tried() -> None:
     assert planned(Ratio(of=1.0).round_to(1), **settings, round_to=64) == [Reason.NO_GAIN, Reason.NO_GAIN]
     # Where even one rank would not pay, that is the reason, and not that there is no signal.
     assert planned(VBMF().round_to(1), **{**settings, "min_gain": 1e9}) == [Reason.TOO_SMALL, Reason.TOO_SMALL]
-    assert planned(VBMF().round_to(1), **settings) == [Reason.NO_SIGNAL, Reason.NO_SIGNAL]
+    assert planned(VBMF().round_to(1), **settings, round_to=64) == [Reason.NO_SIGNAL, Reason.NO_SIGNAL]
 
 
 class Work:

@@ -13,6 +13,10 @@ from torch import nn
 
 import tdfx
 from tdfx import VBMF, Fixed, Plan, Policy, PolicyError, Ratio, Reason, SitePlan, Target
+from tdfx.passes.base import Program
+from tdfx.passes.find import Find
+from tdfx.passes.select import Select
+from tdfx.passes.trace import Trace
 from tdfx.ranks.rule import RankRule, Total
 
 INPUT = torch.rand(64, 3, 16, 16)
@@ -204,6 +208,15 @@ def test_a_target_is_a_share(name: str, value: Any) -> None:
 def test_a_target_is_a_value() -> None:
     assert repr(Target(flops=0.5)) == "Target(flops=0.5)"
     assert {Target(flops=0.5), Target(flops=0.5), Target(parameters=0.5)} == {Target(flops=0.5), Target(parameters=0.5)}
+
+
+def test_spectra_are_kept_for_what_is_rewritten_only() -> None:
+    program = Find()(Trace()(Program(module=nn.Sequential(nn.Linear(64, 64), nn.Linear(512, 512)))).program).program
+    select = Select(Policy(rank=Fixed({"0": 60}) | Target(parameters=0.4)))
+    made = select(program).program.plan
+    assert made is not None
+    assert [one.name for one in made.factorized] == ["1"]
+    assert set(select.spectra) == {"1"}
 
 
 class Half(tdfx.Ratio):

@@ -41,7 +41,7 @@ def device_multiple(
     elif device.type == "cpu":
         found = torch.backends.cpu.get_cpu_capability() if capability is None else capability
         size = _CPU_BYTES.get(str(found), _OTHER_BYTES)
-    return max(size // dtype.itemsize, 1)
+    return size // dtype.itemsize
 
 
 def round_gently(ranks: Sequence[int], full: Sequence[int], multiple: int) -> tuple[int, ...]:

@@ -91,8 +91,6 @@ class Target(RankRule):
                 f"{self!r} cannot be met: the least that the sites can come to is {_up(least):g} of their {self._name} now. "
                 f"Ask for that, let ranks be lower with Policy(round_to=1), or exclude sites that stay dense."
             )
-        if share_at(high) <= self._share:
-            return Ratio(of=high)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             low, high = (middle, high) if share_at(middle) <= self._share else (low, middle)
