@@ -119,7 +119,7 @@ def test_full_rank_is_the_dense_layer(layer: nn.Module) -> None:
         check_equal(made, layer, x, made)
 
 
-@grid
+@settings(grid, max_examples=60)
 @given(layers(), st.sampled_from([0.0, 0.5, 0.8]))
 def test_a_low_rank_is_the_layer_of_the_joined_weight(layer: nn.Module, share: float) -> None:
     """No geometry is lost on the way: the chain computes what the stock layer computes with the weight it stands for."""
