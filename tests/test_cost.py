@@ -132,6 +132,16 @@ def test_calls_that_compute_next_to_nothing_lose() -> None:
     assert gain(tiny, 0.5, Flow(1, (4, 4))) < gain(tiny, 0.5, Flow(64, (64, 64)))
 
 
+def test_groups_of_few_channels_waste_what_they_save() -> None:
+    """ResNeXt's groups of 4 to 16 channels: measured, a quarter of their ranks is slower than dense or no faster."""
+    where = Flow(8, (28, 28))
+    assert gain(nn.Conv2d(256, 256, 3, padding=1, groups=4), 0.25, where) > 2
+    assert gain(nn.Conv2d(128, 128, 3, padding=1, groups=32), 0.25, where) < 1
+    assert gain(nn.Conv2d(512, 512, 3, padding=1, groups=32), 0.25, where) < 1
+    one, many = (operation(nn.Conv2d(64, 64, 3, groups=groups)) for groups in (1, 64))
+    assert Modelled().seconds([many], where) < Modelled().seconds([one], where)
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -24,14 +24,14 @@ def text() -> str:
 
 def test_the_python_blocks_run_one_after_the_other(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["report"].ok
     assert "of 21 sites factorized" in capsys.readouterr().out
     held = {id(one) for group in names["optimizer"].param_groups for one in group["params"]}
-    assert held == {id(one) for one in names["model"].parameters()}
+    assert held == {id(one) for one in names["small"].parameters()}
     assert isinstance(names["model"], torch.nn.Module)
     (site,) = tdfx.plan(names["Projection"](64, 64), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
     assert (site.kind, site.ranks) == ("Projection", (16,))
