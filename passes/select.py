@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -126,7 +126,7 @@ class Select(Pass):
         assert operation is not None
         full = scheme.full_ranks(operation)
         lowest = (1,) * len(full) if policy.rank.exact else _rounded([1] * len(full), full, policy, site, scheme)
-        most = _gain(policy, [operation], scheme.chain(operation, lowest), site.flows)
+        most = _gain(policy, site, _chain_at(scheme, lowest))
         too_small = replace(_kept(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
         if most < policy.min_gain and not policy.rank.exact:
             return too_small
@@ -138,8 +138,7 @@ class Select(Pass):
         if choice.kept:
             return _kept(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
         ranks = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
-        chain = scheme.chain(operation, ranks)
-        gain = _gain(policy, [operation], chain, site.flows)
+        gain = _gain(policy, site, _chain_at(scheme, ranks))
         if gain < policy.min_gain:
             return replace(_kept(site, Reason.NO_GAIN, _why_no_gain(ranks, choice.note, policy), full), gain=gain)
         return replace(
@@ -147,8 +146,8 @@ class Select(Pass):
             scheme=scheme.name,
             ranks=ranks,
             reason=None,
-            parameters_after=parameters(chain),
-            flops_after=_flops(chain, site.flows),
+            parameters_after=parameters(scheme.chain(operation, ranks)),
+            flops_after=_flops(site, _chain_at(scheme, ranks)),
             gain=gain,
         )
 
@@ -165,8 +164,7 @@ class Select(Pass):
             return kept
         wanted = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
         ranks = tuple(map(min, wanted, now))
-        after = scheme.chain(site.operation, ranks)
-        gain = _gain(policy, _chain_now(site), after, site.flows)
+        gain = _gain(policy, site, _chain_at(scheme, ranks))
         if ranks == now or gain < policy.min_gain:
             return kept
         return replace(
@@ -176,8 +174,8 @@ class Select(Pass):
             full_ranks=full,
             reason=None,
             note=f"{site.note} before",
-            parameters_after=parameters(after),
-            flops_after=_flops(after, site.flows),
+            parameters_after=parameters(scheme.chain(site.operation, ranks)),
+            flops_after=_flops(site, _chain_at(scheme, ranks)),
             gain=gain,
         )
 
@@ -190,6 +188,9 @@ class Select(Pass):
 
 _OPEN = (None, Reason.FACTORIZED)
 """What a site may say of itself for a policy to decide on it: nothing, or that its ranks could be lowered."""
+
+Chain = Callable[[Operation], Sequence[Operation]]
+"""From what a call computes to the steps by which it is computed."""
 
 Case = tuple[Site, Scheme]
 """A site that may be rewritten, and the scheme that fits it."""
@@ -208,11 +209,21 @@ def _scheme(site: Site, policy: Policy) -> Scheme | None:
     return None if site.operation is None else scheme_for(site.operation, policy.scheme)
 
 
-def _chain_now(site: Site) -> Sequence[Operation]:
-    assert site.operation is not None
+def _chain_at(scheme: Scheme, ranks: Sequence[int]) -> Chain:
+    return lambda operation: scheme.chain(operation, ranks)
+
+
+def _chain_now(site: Site) -> Chain:
     if isinstance(site.layer, Factorized):
-        return site.layer.scheme.chain(site.operation, site.layer.origin.ranks)
-    return [site.operation]
+        return _chain_at(site.layer.scheme, site.layer.origin.ranks)
+    return lambda operation: [operation]
+
+
+def _calls(site: Site, chain: Chain) -> Iterator[tuple[Sequence[Operation], Flow | None]]:
+    """Yield what each call of a site runs; without example inputs one call of unknown size."""
+    assert site.operation is not None
+    for flow in site.flows or (None,):
+        yield chain((flow.operation if flow is not None else None) or site.operation), flow
 
 
 def _rounded(
@@ -245,7 +256,7 @@ def _check_pattern(setting: str, pattern: str, names: Sequence[str]) -> None:
 def _kept(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | None = None) -> SitePlan:
     shape = site.operation.weight_shape if site.operation is not None else _shape(site.weight)
     count = _count(site)
-    work = _flops(_chain_now(site), site.flows) if site.operation is not None else None
+    work = _flops(site, _chain_now(site)) if site.operation is not None else None
     return SitePlan(
         name=site.name,
         kind=site.kind,
@@ -278,17 +289,16 @@ def _shape(weight: object) -> tuple[int, ...]:
     return tuple(weight.shape) if isinstance(weight, Tensor) and not _is_lazy(weight) else ()
 
 
-def _flops(chain: Sequence[Operation], flows: tuple[Flow, ...] | None) -> int | None:
-    return None if flows is None else sum(flops(chain, flow) for flow in flows)
+def _flops(site: Site, chain: Chain) -> int | None:
+    if not site.flows:
+        return None if site.flows is None else 0
+    return sum(flops(steps, flow) for steps, flow in _calls(site, chain) if flow is not None)
 
 
-def _gain(
-    policy: Policy, old: Sequence[Operation], chain: Sequence[Operation], flows: tuple[Flow, ...] | None
-) -> float:
+def _gain(policy: Policy, site: Site, chain: Chain) -> float:
     """Return how many times faster the site's step becomes, over all its calls."""
-    each = flows or (None,)
-    before = sum(policy.cost.seconds(old, flow) for flow in each)
-    after = sum(policy.cost.seconds(chain, flow) for flow in each)
+    before = sum(policy.cost.seconds(steps, flow) for steps, flow in _calls(site, _chain_now(site)))
+    after = sum(policy.cost.seconds(steps, flow) for steps, flow in _calls(site, chain))
     return before / after
 
 

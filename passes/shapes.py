@@ -133,15 +133,17 @@ def _in_order(root: nn.Module, sites: list[Site]) -> list[Site]:
 
 
 def _with_flows(site: Site, seen: Observed, in_graph: bool) -> Site:
-    if site.slot is not None and site.slot.path in seen.entering:  # factorized already
-        shapes = seen.entering[site.slot.path]
-    elif site.slot is not None:
-        shapes = [shape for _, shape in seen.functional.get(id(site.weight), ())]
-    else:
-        shapes = seen.entering.get(site.name, [])
+    calls = seen.functional.get(id(site.weight), ()) if site.slot is not None else ()
+    if calls:
+        shapes = [shape for _, shape in calls]
+    else:  # a layer, or a parameter that is factorized already
+        shapes = seen.entering.get(site.slot.path if site.slot is not None else site.name, [])
     if not shapes and site.reason is Reason.READ_ELSEWHERE and not site.nodes:
         return site  # what enters it is known to nobody
     flows = tuple(flow_of(shape, site.operation) for shape in shapes) if site.operation is not None else ()
+    if calls and site.weight is not None:
+        own = (call.operation(site.weight.shape) for call, _ in calls)
+        flows = tuple(replace(flow, operation=one) for flow, one in zip(flows, own, strict=False))
     if site.reason is None and id(site.weight) in seen.reads:
         note = (
             "forward reads its weight besides calling it" if shapes else "forward reads its weight without calling it"

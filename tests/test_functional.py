@@ -504,7 +504,6 @@ def test_flops_are_those_of_all_calls() -> None:
     assert tdfx.plan(dense, FULL, example_inputs=x).flops_before == flops(x, dense.kernel, [named, named])
 
 
-@pytest.mark.xfail(strict=True, reason="the flops of every call are counted by the stride of the first")
 def test_flops_of_calls_with_other_strides() -> None:
     x = torch.rand(2, 4, 9, 8, dtype=torch.float64)
     dense = Calls(new(6, 4, 3, 3), [(F.conv2d, {}), (F.conv2d, {"stride": 3})])

@@ -17,6 +17,8 @@ class Flow:
     """Positions that are not spatial: the batch, and for a linear map every leading dimension."""
     size: tuple[int, ...] = ()
     """Spatial size of the input, in positions; () for a linear map."""
+    operation: Operation | None = None
+    """What this call computes, where it differs from the site's other calls, in its stride or padding."""
 
 
 @dataclass(frozen=True, slots=True)
