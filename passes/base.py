@@ -97,7 +97,7 @@ class Site:
 
     @property
     def dense(self) -> Tensor:
-        """The weight, detached, in the shape (out, in / groups, *kernel)."""
+        """The weight, detached, in the layout of its operation."""
         weight = self.weight
         assert weight is not None, f"site {self.name!r} has no weight of its own"
         return weight.detach() if self.slot is not None else kind_of(self.layer).to_dense(weight.detach())

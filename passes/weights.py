@@ -16,7 +16,7 @@ Spectra = dict[str, tuple[Spectrum, ...]]
 
 
 def working_weight(site: Site) -> Tensor:
-    """Return a site's weight (out, in / groups, *kernel) in the dtype in which it is decomposed, detached."""
+    """Return a site's weight in the layout of its operation and the dtype in which it is decomposed, detached."""
     return site.dense.to(working_dtype(site.dense))
 
 
