@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, nn
 
-from tdfx.cost.count import Flow, flops, parameters
+from tdfx.cost.count import parameters
 from tdfx.errors import PolicyError, nearest
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import AUTO, get_scheme, scheme_for
 from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program, Site
+from tdfx.passes.estimate import chain_at, flops_of, gain_of, is_lazy, kept_plan
 from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
@@ -54,7 +54,7 @@ class Select(Pass):
         for site, decision in zip(program.sites, sites, strict=True):
             for node in site.nodes:
                 node.meta["tdfx"] = decision
-        counted = sum(parameter.numel() for parameter in program.module.parameters() if not _is_lazy(parameter))
+        counted = sum(parameter.numel() for parameter in program.module.parameters() if not is_lazy(parameter))
         plan = Plan(
             sites=sites,
             emit=program.emit,
@@ -88,7 +88,7 @@ class Select(Pass):
                 trial = replace(policy, rank=rule)
                 return _total([self._rank_or_lower(site, trial, scheme) for site, scheme in cases])
 
-            rule = policy.rank.resolve(_total([_kept(site, Reason.NO_GAIN) for site, _ in cases]), after)
+            rule = policy.rank.resolve(_total([kept_plan(site, Reason.NO_GAIN) for site, _ in cases]), after)
             if rule != policy.rank:
                 self._resolved[id(policy)] = replace(policy, rank=rule)
                 notes.append(f"{policy.rank!r} came to {rule!r}")
@@ -97,16 +97,16 @@ class Select(Pass):
     def _decide(self, site: Site) -> SitePlan:
         policy = self.policy.for_site(*site.names)
         if site.reason not in _OPEN or (site.reason is not None and policy is None):
-            return _kept(site, site.reason, site.note)
+            return kept_plan(site, site.reason, site.note)
         if policy is None:
-            return _kept(site, Reason.EXCLUDED)
+            return kept_plan(site, Reason.EXCLUDED)
         scheme = _scheme(site, policy)
         assert site.operation is not None
         if site.reason is Reason.FACTORIZED and scheme is None:
-            return _kept(site, site.reason, site.note)
+            return kept_plan(site, site.reason, site.note)
         if scheme is None:
             asked = "no scheme stands" if policy.scheme == AUTO else f"{policy.scheme} does not stand"
-            return _kept(site, Reason.NO_SCHEME, f"{asked} for {_geometry(site.operation)}")
+            return kept_plan(site, Reason.NO_SCHEME, f"{asked} for {_geometry(site.operation)}")
         decided = self._rank_or_lower(site, self._resolved.get(id(policy), policy), scheme)
         if decided.ranks is None:
             self.spectra.pop(site.name, None)
@@ -126,8 +126,8 @@ class Select(Pass):
         assert operation is not None
         full = scheme.full_ranks(operation)
         lowest = (1,) * len(full) if policy.rank.exact else _rounded([1] * len(full), full, policy, site, scheme)
-        most = _gain(policy, site, _chain_at(scheme, lowest))
-        too_small = replace(_kept(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
+        most = gain_of(policy, site, chain_at(scheme, lowest))
+        too_small = replace(kept_plan(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
         if most < policy.min_gain and not policy.rank.exact:
             return too_small
         if site.name not in self.spectra:
@@ -136,18 +136,20 @@ class Select(Pass):
         if choice.kept and not choice.signal and most < policy.min_gain:
             return too_small
         if choice.kept:
-            return _kept(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
+            return kept_plan(
+                site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full
+            )
         ranks = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
-        gain = _gain(policy, site, _chain_at(scheme, ranks))
+        gain = gain_of(policy, site, chain_at(scheme, ranks))
         if gain < policy.min_gain:
-            return replace(_kept(site, Reason.NO_GAIN, _why_no_gain(ranks, choice.note, policy), full), gain=gain)
+            return replace(kept_plan(site, Reason.NO_GAIN, _why_no_gain(ranks, choice.note, policy), full), gain=gain)
         return replace(
-            _kept(site, Reason.NO_GAIN, choice.note, full),
+            kept_plan(site, Reason.NO_GAIN, choice.note, full),
             scheme=scheme.name,
             ranks=ranks,
             reason=None,
             parameters_after=parameters(scheme.chain(operation, ranks)),
-            flops_after=_flops(site, _chain_at(scheme, ranks)),
+            flops_after=flops_of(site, chain_at(scheme, ranks)),
             gain=gain,
         )
 
@@ -155,7 +157,7 @@ class Select(Pass):
         """Decide on lower ranks for a site that is factorized, from its factors as they are now."""
         assert isinstance(site.layer, Factorized)
         assert site.operation is not None
-        kept = _kept(site, Reason.FACTORIZED, site.note)
+        kept = kept_plan(site, Reason.FACTORIZED, site.note)
         if not site.layer.weights[0].requires_grad:
             return kept
         now, full = site.layer.origin.ranks, scheme.full_ranks(site.operation)
@@ -164,7 +166,7 @@ class Select(Pass):
             return kept
         wanted = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
         ranks = tuple(map(min, wanted, now))
-        gain = _gain(policy, site, _chain_at(scheme, ranks))
+        gain = gain_of(policy, site, chain_at(scheme, ranks))
         if ranks == now or gain < policy.min_gain:
             return kept
         return replace(
@@ -175,7 +177,7 @@ class Select(Pass):
             reason=None,
             note=f"{site.note} before",
             parameters_after=parameters(scheme.chain(site.operation, ranks)),
-            flops_after=_flops(site, _chain_at(scheme, ranks)),
+            flops_after=flops_of(site, chain_at(scheme, ranks)),
             gain=gain,
         )
 
@@ -188,9 +190,6 @@ class Select(Pass):
 
 _OPEN = (None, Reason.FACTORIZED)
 """What a site may say of itself for a policy to decide on it: nothing, or that its ranks could be lowered."""
-
-Chain = Callable[[Operation], Sequence[Operation]]
-"""From what a call computes to the steps by which it is computed."""
 
 Case = tuple[Site, Scheme]
 """A site that may be rewritten, and the scheme that fits it."""
@@ -207,23 +206,6 @@ def _scheme(site: Site, policy: Policy) -> Scheme | None:
         own = site.layer.scheme
         return own if policy.scheme == AUTO or get_scheme(policy.scheme).name == own.name else None
     return None if site.operation is None else scheme_for(site.operation, policy.scheme)
-
-
-def _chain_at(scheme: Scheme, ranks: Sequence[int]) -> Chain:
-    return lambda operation: scheme.chain(operation, ranks)
-
-
-def _chain_now(site: Site) -> Chain:
-    if isinstance(site.layer, Factorized):
-        return _chain_at(site.layer.scheme, site.layer.origin.ranks)
-    return lambda operation: [operation]
-
-
-def _calls(site: Site, chain: Chain) -> Iterator[tuple[Sequence[Operation], Flow | None]]:
-    """Yield what each call of a site runs; without example inputs one call of unknown size."""
-    assert site.operation is not None
-    for flow in site.flows or (None,):
-        yield chain((flow.operation if flow is not None else None) or site.operation), flow
 
 
 def _rounded(
@@ -251,55 +233,6 @@ def _check_pattern(setting: str, pattern: str, names: Sequence[str]) -> None:
             f"The pattern {pattern!r} in {setting} matches none of the model's {len(names)} sites: a policy that names "
             f"what is not there was written for another model. {known} tdfx.plan lists them all."
         )
-
-
-def _kept(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | None = None) -> SitePlan:
-    shape = site.operation.weight_shape if site.operation is not None else _shape(site.weight)
-    count = _count(site)
-    work = _flops(site, _chain_now(site)) if site.operation is not None else None
-    return SitePlan(
-        name=site.name,
-        kind=site.kind,
-        parameter=site.slot.path if site.slot is not None else None,
-        shape=shape,
-        groups=site.operation.groups if site.operation is not None else 1,
-        transposed=site.operation is not None and site.operation.transposed,
-        calls=site.calls,
-        full_ranks=full,
-        reason=reason,
-        note=note,
-        parameters_before=count,
-        parameters_after=count,
-        flops_before=work,
-        flops_after=work,
-    )
-
-
-def _is_lazy(parameter: object) -> bool:
-    return isinstance(parameter, nn.parameter.UninitializedParameter)
-
-
-def _count(site: Site) -> int:
-    """Count the values in a site's weight, or in its factors' where it is factorized."""
-    weights = site.layer.weights if isinstance(site.layer, Factorized) else (site.weight,)
-    return sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and not _is_lazy(weight))
-
-
-def _shape(weight: object) -> tuple[int, ...]:
-    return tuple(weight.shape) if isinstance(weight, Tensor) and not _is_lazy(weight) else ()
-
-
-def _flops(site: Site, chain: Chain) -> int | None:
-    if not site.flows:
-        return None if site.flows is None else 0
-    return sum(flops(steps, flow) for steps, flow in _calls(site, chain) if flow is not None)
-
-
-def _gain(policy: Policy, site: Site, chain: Chain) -> float:
-    """Return how many times faster the site's step becomes, over all its calls."""
-    before = sum(policy.cost.seconds(steps, flow) for steps, flow in _calls(site, _chain_now(site)))
-    after = sum(policy.cost.seconds(steps, flow) for steps, flow in _calls(site, chain))
-    return before / after
 
 
 def _why_no_gain(ranks: tuple[int, ...], note: str, policy: Policy) -> str:
