@@ -80,7 +80,7 @@ def test_the_default_policy_keeps_what_shows_no_signal_yet(by_default: DemoResul
     check(by_default)
     # After one epoch at this width nearly every weight is still noise, and the demo says so instead of splitting it.
     assert by_default.plan.kept
-    assert {str(one.reason) for one in by_default.plan.kept} <= {"no_signal", "no_gain"}
+    assert {str(one.reason) for one in by_default.plan.kept} <= {"no_signal", "no_gain", "too_small"}
     assert all(one.gain is not None and one.gain >= tdfx.Policy().min_gain for one in by_default.plan.factorized)
 
 

@@ -159,8 +159,9 @@ def _outer_product(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
     """Multiply two modes of (g, a, b, k...) by (g, x, a) from the left and (g, b, y) from the right: (g, x, y, k...)."""
     groups, _, middle, *kernel = core.shape
     w_gxbk = (left @ core.flatten(2)).reshape(groups, left.shape[1], middle, -1)
-    w_gxky = w_gxbk.mT @ right[:, None]
-    return w_gxky.mT.reshape(groups, left.shape[1], right.shape[2], *kernel)
+    # As one product for each group: one for each of x would have no more than the taps as its rows.
+    w_gxyk = torch.einsum("gxbk,gby->gxyk", w_gxbk, right)
+    return w_gxyk.reshape(groups, left.shape[1], right.shape[2], *kernel)
 
 
 def _outside(basis: Tensor, inverse: Tensor, gradient: Tensor, rest: Tensor) -> Tensor:
