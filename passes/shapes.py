@@ -158,9 +158,9 @@ def flow_of(shape: tuple[int, ...], operation: Operation) -> Flow:
     """Return what a tensor of this shape brings to an operation.
 
     >>> flow_of((8, 3, 32, 32), Operation.pointwise(3, 4, 2))
-    Flow(samples=8, size=(32, 32))
+    Flow(samples=8, size=(32, 32), operation=None)
     >>> flow_of((8, 50, 128), Operation(in_channels=128, out_channels=4))
-    Flow(samples=400, size=())
+    Flow(samples=400, size=(), operation=None)
     """
     if operation.dims == 0:
         return Flow(math.prod(shape[:-1]))
