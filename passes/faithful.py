@@ -16,7 +16,7 @@ from tdfx.structure import HOOKS, MODULE_STATE
 
 _CALLING = frozenset({"__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "_compiled_call_impl"})
 """Methods of nn.Module by which it is called; a graph calls none of its blocks by them."""
-_UNSEEN = frozenset({"is_grad_enabled"})
+_UNSEEN = frozenset({"is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"})
 """Names in a model's code that change how it runs and leave no trace in a graph."""
 _COPYING = frozenset({"__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__"})
 _GRAPH_NAMES = _COPYING | {

@@ -94,8 +94,10 @@ class FactorizedGraphModule(fx.GraphModule):
         return FactorizedGraphModule(self._tdfx_body(), copy.deepcopy(self._tdfx_graphs()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FactorizedGraphModule:
-        made = FactorizedGraphModule(copy.deepcopy(self._tdfx_body(), memo), copy.deepcopy(self._tdfx_graphs()))
-        memo[id(self)] = made
+        body = self._tdfx_body()
+        made = FactorizedGraphModule(body, copy.deepcopy(self._tdfx_graphs()))
+        memo[id(self)] = made  # first, because a part may hold on to the whole
+        made.__dict__.update(copy.deepcopy(body.__dict__, memo))
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:

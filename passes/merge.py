@@ -13,7 +13,7 @@ from tdfx.layers import Factorized, weight_of
 from tdfx.parameters import FactorizedParameter, restore_parameter
 from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program
 from tdfx.passes.graph_module import FactorizedGraphModule
-from tdfx.structure import structural_copy
+from tdfx.structure import rebind, structural_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class Merge(Pass):
         for graph in reversed(graphs):
             dense[graph] = structural_copy(graph._tdfx_body(), dense)
         merged = dense[module] if module in dense else structural_copy(module, dense)
+        rebind(merged, module)
         _restore_slots(merged, {id(join.dense): join for join in self.joins})
         changes = tuple(Change(join.name, f"Factorized -> {type(join.dense).__name__}") for join in self.joins)
         return PassResult(replace(program, module=_plain(merged)), changes)

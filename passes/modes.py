@@ -12,44 +12,41 @@ from torch.fx.node import map_arg
 ValueT = TypeVar("ValueT")
 
 
-class Mode(int):
+class Mode:
     """A module's ``training`` flag while it is traced: an argument that follows the mode, and a truth value that is noted.
 
-    As an argument of a call it becomes a node that reads the flag of that very module. Where code decides by it, a graph
-    would freeze the decision, so ``asked`` is told.
+    As an argument of a call it becomes a node that reads the flag of that very module. Where code decides or computes by
+    it, a graph would freeze the result, so ``asked`` is told. No number itself, since a number can be used as an index
+    without being asked.
     """
 
-    path: str
-    asked: Callable[[str], None]
-
-    def __new__(cls, training: bool, path: str, asked: Callable[[str], None]) -> Mode:
-        """Return the flag of the module at ``path``; ``asked`` is called with the path when the flag decides something."""
-        made = super().__new__(cls, training)
-        made.path = path
-        made.asked = asked
-        return made
-
-    def __bool__(self) -> bool:
-        self.asked(self.path)
-        return int(self) != 0
+    def __init__(self, training: bool, path: str, asked: Callable[[str], None]) -> None:
+        """Stand for the flag of the module at ``path``; ``asked`` is called with the path when it decides something."""
+        self.training = training
+        self.path = path
+        self.asked = asked
 
     def __fx_create_arg__(self, tracer: fx.Tracer) -> fx.Node:
         return tracer.create_node("get_attr", _flag_of(self.path), (), {})
+
+    def __hash__(self) -> int:
+        return hash(self.training)
 
 
 def _asking(name: str) -> Callable[..., Any]:
     def operator(self: Mode, *args: Any) -> Any:
         self.asked(self.path)
-        return getattr(int, name)(self, *args)
+        return getattr(bool, name)(self.training, *args)
 
     return operator
 
 
-# Arithmetic and comparisons with a flag decide something too.
-_ARITHMETIC = "add radd sub rsub mul rmul truediv rtruediv pow eq ne lt gt xor and or"
-for _name in _ARITHMETIC.split():
+_OPERATORS = (
+    "bool int float index neg pos invert eq ne lt gt le ge add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv "
+    "mod rmod pow rpow xor rxor and rand or ror"
+)
+for _name in _OPERATORS.split():
     setattr(Mode, f"__{_name}__", _asking(f"__{_name}__"))
-Mode.__hash__ = int.__hash__  # type: ignore[method-assign]
 
 
 def by_mode(training: bool, in_train: ValueT, in_eval: ValueT) -> ValueT:

@@ -17,7 +17,8 @@ from tdfx.kinds.functional import Call, parse_call
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers import Factorized
 from tdfx.parameters import FactorizedParameter
-from tdfx.passes.tracer import throwaway
+from tdfx.passes.guard import ParameterGuard, WritesParameterError, custom_functions
+from tdfx.passes.tracer import throwaway, with_own_parameters
 from tdfx.passes.uses import METADATA
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -50,16 +51,35 @@ def observe(module: nn.Module, inputs: Inputs, *, training: bool) -> Observed:
         inputs: They are cloned, since a model may write to them.
         training: The mode to run it in.
     """
-    observed = Observed()
     copy = throwaway(module, mode=training)
-    watching = _Watching(observed)
+    try:
+        return _run(copy, inputs, {})
+    except WritesParameterError:
+        copy = throwaway(module, mode=training)
+        return _run(copy, inputs, with_own_parameters(copy))
+
+
+def _run(copy: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Observed:
+    """Run a module, and speak of its parameters as those of which they are copies."""
+    observed = Observed()
+    watching = _Watching(observed, ParameterGuard(copy) if not originals else None)
     for path, layer in copy.named_modules():
         if is_candidate(layer) or isinstance(layer, Factorized):
             watching.attach(path, layer)
     arguments, named = tree_map_only(Tensor, Tensor.clone, split_inputs(inputs))
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=_cuda_devices(copy)), watching:
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=_cuda_devices(copy)),
+        watching,
+        custom_functions(watching.see),
+    ):
         warnings.simplefilter("ignore")
         copy(*arguments, **named)
+    for one, original in originals.items():
+        if one in observed.functional:
+            observed.functional[original] = observed.functional.pop(one)
+        if one in observed.reads:
+            observed.reads.add(original)
     return observed
 
 
@@ -75,9 +95,10 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 class _Watching(TorchFunctionMode):
     """Sees every function of torch that is called, and knows which of them a stock layer calls for itself."""
 
-    def __init__(self, observed: Observed) -> None:
+    def __init__(self, observed: Observed, guard: ParameterGuard | None) -> None:
         super().__init__()
         self.observed = observed
+        self.guard = guard
         self.inside = 0
         self.paths: dict[int, str] = {}
 
@@ -88,7 +109,8 @@ class _Watching(TorchFunctionMode):
 
         def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             self.inside += own
-            entering = arguments[0] if arguments else named.get("input")
+            given = (one for one in (*arguments, *named.values()) if isinstance(one, Tensor))
+            entering = next(given, None)
             if isinstance(entering, Tensor):
                 self.observed.entering[path].append(tuple(entering.shape))
 
@@ -102,6 +124,8 @@ class _Watching(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
+        if self.guard is not None:
+            self.guard.check(func, args)
         if not self.inside:
             self._note(func, args, named)
         return func(*args, **named)
@@ -118,6 +142,11 @@ class _Watching(TorchFunctionMode):
         elif isinstance(call.weight, FactorizedParameter) and isinstance(entering, Tensor):
             self.observed.entering[self.paths[id(call.weight)]].append(tuple(entering.shape))
         self._note_reads(call.rest)
+
+    def see(self, function: type, arguments: Any) -> None:
+        """Note that a user's own autograd function reads what it is given: what it does inside is its own affair."""
+        if not self.inside:
+            self._note_reads(arguments)
 
     def _note_reads(self, values: Any) -> None:
         found: Iterable[Any] = tree_leaves(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from tdfx.errors import PlanError, nearest
+from tdfx.errors import PlanError, PolicyError, nearest
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.functional import Call, parse_call
 from tdfx.kinds.stock import build_layer
@@ -22,7 +23,7 @@ from tdfx.passes.obstacles import obstacle
 from tdfx.passes.uses import uses_of
 from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
-from tdfx.structure import structural_copy
+from tdfx.structure import rebind, structural_copy
 
 Init = Literal["weight", "variance"]
 """What factors start from: the nearest to the weight, or of its variance."""
@@ -71,6 +72,7 @@ class Rewrite(Pass):
         todo = [one for one in program.plan.factorized if not _is_done(sites[one.name], one)]
         self.swaps = tuple(self._swap(sites[decision.name], decision) for decision in todo)
         module = _emit(program, self.swaps)
+        rebind(module, program.module)
         module.__dict__[PLAN_ATTRIBUTE] = program.plan
         changes = tuple(Change(swap.path, f"{sites[swap.site].kind} -> Factorized") for swap in self.swaps)
         return PassResult(replace(program, module=module), changes)
@@ -138,7 +140,9 @@ def _emit(program: Program, swaps: Sequence[Swap]) -> nn.Module:
         return body
     else:
         graphs = program.graphs[""].graphs
-    return FactorizedGraphModule(body, [_with_calls(copy.deepcopy(graph), slots) for graph in graphs])
+    made = FactorizedGraphModule(body, [_with_calls(copy.deepcopy(graph), slots) for graph in graphs])
+    rebind(made, body)
+    return made
 
 
 def _with_calls(graph: fx.Graph, slots: Mapping[str, Swap]) -> fx.Graph:
@@ -192,6 +196,9 @@ def _planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
 def check_plan(plan: Plan, program: Program) -> None:
     """Raise PlanError unless the plan can be carried out on this program, WeightError where a weight is not finite."""
     sites = _planned_sites(plan, program)
+    twice = [name for name, count in Counter(one.name for one in plan).items() if count > 1]
+    if twice:
+        raise PlanError(f"The plan decides on site {twice[0]!r} more than once. Make it again with tdfx.plan.")
     for decision in plan:
         if decision.name not in sites and (decision.factorized or decision.parameter is None):
             raise PlanError(
@@ -205,7 +212,10 @@ def check_plan(plan: Plan, program: Program) -> None:
 def _check_decision(decision: SitePlan, site: Site) -> None:
     assert decision.scheme is not None
     assert decision.ranks is not None
-    scheme = get_scheme(decision.scheme)
+    try:
+        scheme = get_scheme(decision.scheme)
+    except PolicyError as error:
+        raise PlanError(f"The plan for site {site.name!r} cannot be carried out: {error}") from error
     if isinstance(site.layer, Factorized):
         _check_factorized(decision, site.layer)
         return

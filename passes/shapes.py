@@ -12,6 +12,7 @@ from tdfx.cost.count import Flow
 from tdfx.errors import InputError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of
+from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program, Site, Slot
 from tdfx.passes.observe import Inputs, Observed, observe, split_inputs
 from tdfx.passes.obstacles import layers_inside_leaves, obstacle
@@ -124,6 +125,8 @@ def _in_order(root: nn.Module, sites: list[Site]) -> list[Site]:
     places = {path: index for index, (path, _) in enumerate(root.named_modules())}
 
     def place(site: Site) -> tuple[int, int]:
+        if isinstance(site.layer, Factorized):
+            return places[site.slot.path if site.slot is not None else site.name], 0
         if site.slot is None:
             return places[site.name], 0
         names = list(root.get_submodule(site.slot.owner)._parameters)

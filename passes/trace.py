@@ -17,11 +17,19 @@ from tdfx.kinds.registry import is_candidate
 from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program, Traced
 from tdfx.passes.faithful import Watch, doubt_of_block, doubt_of_root
+from tdfx.passes.guard import (
+    CustomFunctionError,
+    ParameterGuard,
+    WritesParameterError,
+    custom_functions,
+    refuse_custom_function,
+)
 from tdfx.passes.modes import unify
 from tdfx.passes.tracer import SiteTracer, is_site_or_leaf, throwaway, without_hooks
 from tdfx.structure import structural_copy
 
 _TORCH = Path(torch.__file__).parent
+_REFUSALS = (WritesParameterError, CustomFunctionError)
 
 
 class Trace(Pass):
@@ -98,14 +106,19 @@ class _Run:
         copy = without_hooks(throwaway(module, training))
         watch = Watch(copy)
         try:
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            with (
+                warnings.catch_warnings(),
+                torch.random.fork_rng(devices=[]),
+                ParameterGuard(module),
+                custom_functions(refuse_custom_function),
+            ):
                 warnings.simplefilter("ignore")
                 self.graph = self.tracer.trace_in_mode(copy, training)
                 if watch.drew() and not self.tracer.doubts:
                     self.doubts[""] = "its forward draws random numbers that a graph would freeze"
         except Exception as error:  # what a user's forward raises when it meets a Proxy can be of any class
             _refuse_hidden_layers(module, error)
-            self.error = _why_not(error)
+            self.error = str(error) if isinstance(error, _REFUSALS) else _why_not(error)
         self.doubts = {**watch.doubts(), **self.doubts, **self.tracer.doubts}
 
     @property

@@ -145,6 +145,18 @@ def throwaway(module: nn.Module, mode: bool) -> nn.Module:
     return made
 
 
+def with_own_parameters(module: nn.Module) -> dict[int, int]:
+    """Give a throwaway copy parameters of its own, and return whose copy each of them is, by identity."""
+    own: dict[int, nn.Parameter] = {}
+    for one in module.modules():
+        for name, parameter in one._parameters.items():
+            if parameter is not None and not isinstance(parameter, UninitializedParameter):
+                if id(parameter) not in own:
+                    own[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                one._parameters[name] = own[id(parameter)]
+    return {id(made): original for original, made in own.items()}
+
+
 def _own_buffer(buffer: Tensor) -> Tensor:
     if isinstance(buffer, UninitializedBuffer):
         made: Tensor = UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]

@@ -38,7 +38,7 @@ def plan(
     """Say what ``rewrite`` would do, and change nothing.
 
     Args:
-        model: Any module. It is neither changed nor run in train mode.
+        model: Any module. It is not changed; what is run, in eval mode and for some models in train mode, is a copy.
         policy: What to rewrite and how far; ``Policy()`` if left out.
         example_inputs: Inputs that the model accepts, for the FLOPs and times of each site: a tensor, a tuple of
             positional arguments, or a mapping of keyword arguments. Without them nominal shapes are assumed.

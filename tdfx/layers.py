@@ -66,23 +66,26 @@ class Factorized(nn.Module):
         _copy_hooks(layer, made)
         return made.train(layer.training)
 
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:  # the names of stock layers
+    def forward(
+        self, input: Tensor | None = None, output_size: Sequence[int] | None = None, **named: Tensor
+    ) -> Tensor:  # the names of stock layers
         """Run the chain.
 
         Args:
             input: What the original layer takes.
             output_size: The spatial size to give back, for a transposed convolution alone, as torch's own take it: strides
                 leave several sizes open. Leading dimensions may stand before it.
+            named: The input, under the name that a user's own kind of layer has for it.
 
         Raises:
             TypeError: The layer was no transposed convolution.
         """
+        (x,) = named.values() if input is None else (input,)
         if output_size is None:
-            return cast("Tensor", self.factors(input))
+            return cast("Tensor", self.factors(x))
         dims = self.operation.dims
         if not self.operation.transposed:
             raise TypeError(f"{self.kind.name} takes no output_size: only transposed convolutions do.")
-        x = input
         for factor in self.factors:
             if isinstance(factor, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
                 x = factor(x, _size_of_factor(factor, tuple(x.shape[-dims:]), tuple(output_size)[-dims:]))

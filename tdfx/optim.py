@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from tdfx.errors import OptimizerError, TdfxWarning
 from tdfx.factors.operation import Operation
@@ -167,6 +167,11 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
             raise OptimizerError(
                 f"optimizer={one!r} is a {type(one).__name__}, not a torch.optim.Optimizer: its parameters and state could "
                 f"not be moved. Pass the optimizer that trains the model, or a list of them."
+            )
+        if isinstance(one, LBFGS):
+            raise OptimizerError(
+                "LBFGS keeps one flat history for all parameters together, which cannot be carried over. Make a new one "
+                "from the returned model's parameters, and pass no optimizer."
             )
         found.append(one)
     return tuple(found)

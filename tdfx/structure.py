@@ -66,6 +66,23 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
     return twins[id(model)]
 
 
+def rebind(model: nn.Module, *former: nn.Module) -> None:
+    """Make what the modules of a model hold of ``body`` (bound methods, hooks, closures) hold the model itself."""
+    now = dict(model.named_modules(remove_duplicate=False))
+    twins = {
+        id(old): now[path]
+        for one in former
+        for path, old in one.named_modules(remove_duplicate=False)
+        if path in now and now[path] is not old
+    }
+    translator = _Translator(twins)
+    held = [(one, dict(one.__dict__)) for one in model.modules()]  # alive until the handles of hooks are moved too
+    for one, attributes in held:
+        for key, value in attributes.items():
+            if key not in {"_parameters", "_buffers", "_modules"}:
+                one.__dict__[key] = translator(value)
+
+
 def shell_of(module: ModuleT) -> ModuleT:
     """Return a copy of one module with placeholders of no memory for its parameters, to build the real one from later.
 

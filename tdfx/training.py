@@ -1,7 +1,7 @@
 """What a plain training loop can add to bring weights towards low rank, or to keep factors small.
 
 Each of these hangs on an optimizer and acts inside its ``step``, after the gradients are there and before they are used, so
-a loop needs no other change; gradient scaling and clipping see nothing of it.
+a loop needs no other change, and clipping sees nothing of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from tdfx.errors import OptimizerError, PlanError, PolicyError
+from tdfx.errors import ModelError, OptimizerError, PlanError, PolicyError
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.functional import Call
@@ -30,7 +30,7 @@ class FrobeniusDecay:
     Plain weight decay shrinks every factor by itself, which pulls their product towards lower rank and smaller scale than
     the same decay of the dense weight would, and costs accuracy. This takes the gradient of ``½·|join(factors)|²`` for the
     same coefficient: each parameter group's own ``weight_decay``, read at every step, so schedulers and settings stay as
-    they are. It acts until ``remove`` is called.
+    they are. It acts until ``remove`` is called; make it anew after another rewrite.
 
     Source: Khodak, Tenenholtz, Mackey, Fusi, *Initialization and Regularization of Factorized Neural Layers*, ICLR 2021.
 
@@ -39,7 +39,9 @@ class FrobeniusDecay:
         optimizer: The SGD, Adam or AdamW that trains it.
 
     Raises:
-        OptimizerError: The optimizer is of another class, so that it is not known what it makes of ``weight_decay``.
+        ModelError: The model holds no factorized layer.
+        OptimizerError: The optimizer is of another class, so that it is not known what it makes of ``weight_decay``, or
+            fused; at a step, that it is given a closure.
 
     Example:
         >>> import tdfx, torch
@@ -56,7 +58,13 @@ class FrobeniusDecay:
                 f"tdfx does not know what {type(optimizer).__name__} makes of weight_decay, so it could not put another "
                 f"decay in its place. Use SGD, Adam or AdamW, or set weight_decay=0 for the factors."
             )
+        _refuse_fused(optimizer)
         self._layers = [one for one in model.modules() if isinstance(one, Factorized)]
+        if not self._layers:
+            raise ModelError(
+                f"{type(model).__name__} holds no factorized layer whose decay could be another. Pass the model that "
+                f"tdfx.rewrite returned, and make this anew after each rewrite."
+            )
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
@@ -65,20 +73,39 @@ class FrobeniusDecay:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        _refuse_closure(args, kwargs)
         groups = {id(one): group for group in optimizer.param_groups for one in group["params"]}
         for layer in self._layers:
             held = [(weight, groups[id(weight)]) for weight in layer.weights if id(weight) in groups]
             if any(group["weight_decay"] and weight.grad is not None for weight, group in held):
-                wanted = dict(zip(map(id, layer.weights), _dense_decay(layer), strict=True))
+                wanted = _dense_decay(layer)
                 for weight, group in held:
-                    if weight.grad is not None:
+                    if weight.grad is not None and id(weight) in wanted:
                         _exchange_decay(optimizer, weight, wanted[id(weight)], group)
 
 
-def _dense_decay(layer: Factorized) -> tuple[Tensor, ...]:
-    """Return the gradients of half the squared Frobenius norm of the dense weight, one for each factor."""
+def _dense_decay(layer: Factorized) -> dict[int, Tensor]:
+    """Return the gradients of half the squared Frobenius norm of the dense weight, by the factor that trains."""
+    own = [weight for weight in layer.weights if weight.requires_grad]
     with torch.enable_grad():
-        return torch.autograd.grad(0.5 * layer.weight.abs().square().sum(), layer.weights)
+        found = torch.autograd.grad(0.5 * layer.weight.abs().square().sum(), own)
+    return dict(zip(map(id, own), found, strict=True))
+
+
+def _refuse_closure(args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    if (len(args) > 1 and args[1] is not None) or named.get("closure") is not None:
+        raise OptimizerError(
+            "This acts on gradients before a step uses them, and a closure makes them inside of the step. Call backward() "
+            "first, then step() without a closure."
+        )
+
+
+def _refuse_fused(optimizer: Optimizer) -> None:
+    if any(group.get("fused") for group in optimizer.param_groups):
+        raise OptimizerError(
+            "A fused optimizer undoes the scaling of gradients inside of its step, so nothing of the right size could be "
+            "added before. Make it with fused=False."
+        )
 
 
 def _exchange_decay(optimizer: Optimizer, weight: nn.Parameter, wanted: Tensor, group: dict[str, Any]) -> None:
@@ -114,6 +141,7 @@ class LowRankPenalty:
     Raises:
         PolicyError: A coefficient is out of range.
         PlanError: The plan names a layer that the model lacks, or was made for another shape.
+        OptimizerError: The optimizer is fused, or is given a closure at a step.
 
     Example:
         >>> import tdfx, torch
@@ -135,6 +163,7 @@ class LowRankPenalty:
                 f"strength={strength!r} and growth={growth!r}: the first is the coefficient of the penalty, positive, the "
                 f"second multiplies it at each compress(), at least 1. Try strength=1e-3 and growth=1.1."
             )
+        _refuse_fused(optimizer)
         self.strength = strength
         self.growth = growth
         self._pulled = [_pulled(model, site) for site in plan.factorized]
@@ -164,6 +193,7 @@ class LowRankPenalty:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        _refuse_closure(args, kwargs)
         signs = {
             id(one): -1 if group.get("maximize") else 1 for group in optimizer.param_groups for one in group["params"]
         }

@@ -554,7 +554,7 @@ PARTS: dict[str, tuple[type[Part], str]] = {
         (Casts, "switches autocast, gradients or checkpointing"),
         (Decorated, "switches autocast, gradients or checkpointing"),
         (Checkpoints, "switches autocast, gradients or checkpointing"),
-        (ChecksReentrantly, "switches autocast, gradients or checkpointing"),
+        (ChecksReentrantly, "applies CheckpointFunction"),
         (AsksForGradients, "uses is_grad_enabled, which leaves no trace"),
         (BranchesOnData, "torch.fx cannot follow its forward at test_attachments.py"),
     ]

@@ -102,7 +102,7 @@ class TakesTheName(Base):
         (Casts, "switches autocast, gradients or checkpointing"),
         (Skips, "draws random numbers"),
         (Checkpoints, "switches autocast, gradients or checkpointing"),
-        (ChecksReentrantly, "switches autocast, gradients or checkpointing"),
+        (ChecksReentrantly, "applies CheckpointFunction"),
         (AsksForTheClass, r"uses isinstance"),
         (TakesTheName, "'graph' has a name that GraphModule uses"),
     ],

@@ -573,3 +573,21 @@ def test_nothing_of_transformers_is_imported_for_it() -> None:
     before = "transformers" in sys.modules
     assert isinstance(tdfx.rewrite(cast("Any", huggingface_layer(False))(6, 9), FULL), tdfx.Factorized)
     assert ("transformers" in sys.modules) == before
+
+
+class CalledByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = Projection(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(x=x) if x.sum() > -1e9 else x
+
+
+def test_a_layer_of_a_users_own_kind_called_by_the_name_of_its_argument() -> None:
+    tdfx.register_kind(ProjectionKind)
+    model = CalledByName().double()
+    x = torch.rand(3, 8, dtype=torch.float64)
+    plan = tdfx.plan(model, FULL, example_inputs=x)
+    assert plan["projection"].flops_before == 2 * 3 * 64
+    assert float((tdfx.rewrite(model, plan)(x) - model(x)).detach().abs().max()) < 1e-12

@@ -591,10 +591,13 @@ def test_by_mode() -> None:
 def test_a_mode_is_the_number_that_it_stands_for_and_tells_when_it_decides() -> None:
     asked: list[str] = []
     on, off = Mode(True, "a.b", asked.append), Mode(False, "", asked.append)
-    assert (int(on), int(off)) == (1, 0)
-    assert asked == []
     assert [1 if one else 0 for one in (on, off)] == [1, 0]
     assert asked == ["a.b", ""]
+    asked.clear()
+    numbers: Any = on, off
+    assert (int(numbers[0]), float(numbers[1]), [5, 6][numbers[0]], numbers[0] >= 1) == (1, 0.0, 6, True)
+    assert asked == ["a.b", "", "a.b", "a.b"]
+    asked.clear()
     tracer = fx.Tracer()
     tracer.graph = fx.Graph()
     nodes: list[Any] = [tracer.create_arg(one) for one in (on, off)]

@@ -260,3 +260,28 @@ def test_a_weight_of_zeros_stays_zero() -> None:
 def test_an_unknown_start_is_refused() -> None:
     with pytest.raises(tdfx.PolicyError, match="init='random' is not known: factors start from the 'weight'"):
         tdfx.rewrite(Mixed(), QUARTER, init="random")  # type: ignore[arg-type]
+
+
+def test_steps_in_which_gradients_are_made_or_scaled_are_refused() -> None:
+    model = small()
+    optimizer = SGD(model.parameters(), lr=RATE, weight_decay=DECAY)
+    tdfx.FrobeniusDecay(model, optimizer)
+    with pytest.raises(tdfx.OptimizerError, match="a closure makes them inside of the step"):
+        optimizer.step(lambda: 0.0)
+    with pytest.raises(tdfx.OptimizerError, match="Make it with fused=False"):
+        tdfx.FrobeniusDecay(model, Adam(model.parameters(), fused=True))
+    dense = Mixed()
+    with pytest.raises(tdfx.ModelError, match="Mixed holds no factorized layer"):
+        tdfx.FrobeniusDecay(dense, SGD(dense.parameters(), lr=RATE))
+
+
+def test_a_frozen_factor_is_left_alone() -> None:
+    model = small()
+    first = next(one for one in model.modules() if isinstance(one, Factorized)).weights[0]
+    first.requires_grad_(False)
+    before = first.detach().clone()
+    optimizer = SGD([one for one in model.parameters() if one.requires_grad], lr=RATE, weight_decay=DECAY)
+    tdfx.FrobeniusDecay(model, optimizer)
+    backward(model)
+    optimizer.step()
+    assert torch.equal(first, before)

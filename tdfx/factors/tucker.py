@@ -104,8 +104,9 @@ class Tucker2(Scheme):
         core, left, right = _from_factors(operation, factors)
         (basis_left, rest_left), (basis_right, rest_right) = torch.linalg.qr(left), torch.linalg.qr(right)
         between = _outer_product(rest_left, core, rest_right.mT)
-        pairs = zip(_spectra(between), self.full_ranks(operation), strict=True)
-        spectra = tuple(replace(one, original=full) for one, full in pairs)
+        taps, o, i = math.prod(operation.kernel), left.shape[1], right.shape[1]
+        shapes = (o, i * taps), (i, o * taps)
+        spectra = tuple(replace(one, original=shape) for one, shape in zip(_spectra(between), shapes, strict=True))
 
         def split(ranks: Sequence[int]) -> tuple[Tensor, ...]:
             small, new_left, new_right = self._bases(between, ranks, spectra)

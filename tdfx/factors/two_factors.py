@@ -80,7 +80,7 @@ class TwoFactors(Scheme):
         left, right = self.to_matrices(operation, factors)
         (basis_left, rest_left), (basis_right, rest_right) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
         between = rest_left @ rest_right.mT
-        one = replace(spectrum(between), original=self.full_ranks(operation)[0])
+        one = replace(spectrum(between), original=(left.shape[1], right.shape[2]))
 
         def split(ranks: Sequence[int]) -> tuple[Tensor, ...]:
             new_left, new_right = _halves(between, ranks[0], one)

@@ -31,13 +31,18 @@ class Spectrum:
     """n, the columns of the unfolding, or of each matrix."""
     residual: float | Tensor = 0.0
     """The sum of the squares of the values that are not given, where only the largest r < min(m, n) are; not negative."""
-    original: int | None = None
-    """The full rank of the weight that was factorized, where this is the spectrum of its factors."""
+    original: tuple[int, int] | None = None
+    """Rows and columns of the same unfolding of the weight that was factorized, where this is what factors leave of it."""
 
     @property
     def full_rank(self) -> int:
         """The most ranks that the unfolding can have, which shares and floors refer to: min(m, n), or the original's."""
-        return min(self.rows, self.cols) if self.original is None else self.original
+        return min(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The rows and columns that ranks, shares and floors refer to."""
+        return (self.rows, self.cols) if self.original is None else self.original
 
     def energy(self) -> Tensor:
         """Return the share of ``sum(s**2)`` held by the first 1, 2, ... values, shape (r,); zeros for a zero matrix."""

@@ -78,7 +78,7 @@ class StableRank(RankRule):
     def _initial(self, site: str, spectra: Sequence[Spectrum]) -> tuple[float, ...]:
         given = next((value for pattern, value in self.initial.items() if fnmatchcase(site, pattern)), None)
         if given is None:
-            return tuple(initial_stable_rank(one.rows, one.cols) for one in spectra)
+            return tuple(initial_stable_rank(*one.shape) for one in spectra)
         each = given if isinstance(given, tuple) else (given,) * len(spectra)
         if len(each) != len(spectra):
             raise PolicyError(
