@@ -15,8 +15,9 @@ untouched   the model passed in is, bit by bit, what it was
 
 Figures are shares of the tolerance, so at most 1 (for the control: at least 100); the tolerance is what the original moves
 by if its weights are moved by their rounding, as tools/zoo_run.py explains. Models too large for float64 by an estimate
-of the memory are examined in float32, and said to be. Most models take 1 to 60 seconds on one core, those with wide linear
-layers (AlexNet, VGG) and the largest transformers some minutes. Exit code 1 if any model fails.
+of the memory are examined in float32, and said to be. All of torchvision takes one to two hours on one core; most models
+take 1 to 60 seconds, those with wide linear layers (AlexNet, VGG) and the largest transformers some minutes. Exit code 1
+if any model fails.
 """
 
 from __future__ import annotations
