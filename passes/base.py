@@ -70,7 +70,7 @@ class Site:
     nodes: tuple[fx.Node, ...] = ()
     """The calls in the graphs."""
     reason: Reason | None = None
-    """Why it cannot be rewritten, whatever the policy says."""
+    """Why it cannot be rewritten, whatever the policy says; or that it is factorized, so that its ranks can be lowered."""
     note: str = ""
     """The reason in words."""
     aliases: tuple[str, ...] = ()
@@ -116,7 +116,7 @@ class Program:
     notes: tuple[str, ...] = ()
     """What concerns the whole model, in words."""
     sites: tuple[Site, ...] = ()
-    """Every convolution and linear layer, from ``find`` on."""
+    """Every convolution and linear layer, and every parameter used as one's weight, from ``find`` on."""
     plan: Plan | None = None
     """The decisions, from ``select`` on."""
 

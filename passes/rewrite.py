@@ -1,4 +1,4 @@
-"""Plan -> factorized model, as a GraphModule or as the same class with its sites swapped."""
+"""Plan -> factorized model, or one of lower ranks, as a GraphModule or as the same class with its sites swapped."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Swap:
 
 
 class Rewrite(Pass):
-    """Put a factorized layer in the place of every site that the plan says."""
+    """Put factors in the place of every layer and every parameter that the plan says, or fewer where there are some."""
 
     name = "rewrite"
 

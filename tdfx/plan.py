@@ -34,7 +34,7 @@ class Reason(StrEnum):
     FROZEN = "frozen"
     """Its weight has no gradient, so training it faster has no meaning."""
     TIED = "tied"
-    """Its weight is shared with another layer."""
+    """Its weight is shared with another module."""
     READ_ELSEWHERE = "read_elsewhere"
     """Its weight is read by something other than a call of the layer."""
     PARAMETRIZED = "parametrized"
@@ -46,7 +46,7 @@ class Reason(StrEnum):
     NOT_CALLED = "not_called"
     """``forward`` never calls it."""
     FACTORIZED = "factorized"
-    """It is factorized already."""
+    """It is factorized already, and the policy asks for no lower ranks, or for another scheme."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,17 +79,17 @@ class SitePlan:
     note: str = ""
     """What else there is to know of the decision, in words."""
     parameters_before: int
-    """Values in the dense weight."""
+    """Values in the weight, or in the factors of a site that is factorized already."""
     parameters_after: int
     """Values in the factors, or as before where the site is kept."""
     flops_before: int | None = None
-    """Floating-point operations of one forward pass, dense; None without example inputs."""
+    """Floating-point operations of one forward pass as the site is now; None without example inputs."""
     flops_after: int | None = None
     """The same, after the rewrite."""
     gain: float | None = None
     """How many times faster the site's training step becomes, by the policy's cost; None where that was not asked."""
     error: float | None = None
-    """Frobenius norm of what the split loses, relative to the weight's; None where the site is kept."""
+    """Frobenius norm of what the split loses, relative to that of the weight as it is now; None where the site is kept."""
 
     def __post_init__(self) -> None:
         if (self.scheme is None) != (self.ranks is None) or (self.scheme is None) == (self.reason is None):
@@ -113,7 +113,7 @@ class Plan:
     """The decisions for every site of one model; printing it shows a table."""
 
     sites: tuple[SitePlan, ...]
-    """Every convolution and linear layer of the model, in the order of the state_dict."""
+    """Every convolution and linear layer, and every parameter used as one's weight, in the order of the state_dict."""
     emit: Emit = "graph"
     """How the rewritten model will be given back."""
     notes: tuple[str, ...] = ()

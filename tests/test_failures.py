@@ -100,8 +100,9 @@ CASES: dict[str, Case] = {
         {"policy": other_plan(ranks=(9, 3))},
     ),
     "plan with an unknown scheme": (
-        tdfx.PolicyError,
-        "scheme='tuker' is not known: the schemes are tucker2, svd, .*, or 'auto'.* Nearest: 'tucker2'",
+        tdfx.PlanError,
+        "plan for site '0' cannot be carried out: scheme='tuker' is not known: the schemes are tucker2, svd, .*, or 'auto'.*"
+        "Nearest: 'tucker2'",
         {"policy": other_plan(scheme="tuker")},
     ),
     "not an optimizer": (
