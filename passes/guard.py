@@ -24,17 +24,13 @@ class ParameterGuard(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self.check(func, args)
-        return func(*args, **(kwargs or {}))
-
-    def check(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Raise if a function is about to write to a parameter."""
         name = getattr(func, "__name__", "")
         in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
         if args and (in_place or func == Tensor.data.__set__):  # type: ignore[attr-defined]
             written = tree_leaves(args[0])
             if any(isinstance(one, Tensor) and self._is_parameter(one) for one in written):
                 raise WritesParameterError(f"its forward changes a parameter ({name})")
+        return func(*args, **(kwargs or {}))
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         return _storage_of(tensor) in self.storages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +63,7 @@ def observe(module: nn.Module, inputs: Inputs, *, training: bool) -> Observed:
 def _run(copy: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Observed:
     """Run a module, and speak of its parameters as those of which they are copies."""
     observed = Observed()
-    watching = _Watching(observed, ParameterGuard(copy) if not originals else None)
+    watching = _Watching(observed)
     for path, layer in copy.named_modules():
         if is_candidate(layer) or isinstance(layer, Factorized):
             watching.attach(path, layer)
@@ -70,6 +71,7 @@ def _run(copy: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Obser
     with (
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=_cuda_devices(copy)),
+        nullcontext() if originals else ParameterGuard(copy),
         watching,
         custom_functions(watching.see),
     ):
@@ -95,10 +97,9 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 class _Watching(TorchFunctionMode):
     """Sees every function of torch that is called, and knows which of them a stock layer calls for itself."""
 
-    def __init__(self, observed: Observed, guard: ParameterGuard | None) -> None:
+    def __init__(self, observed: Observed) -> None:
         super().__init__()
         self.observed = observed
-        self.guard = guard
         self.inside = 0
         self.paths: dict[int, str] = {}
 
@@ -124,8 +125,6 @@ class _Watching(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
-        if self.guard is not None:
-            self.guard.check(func, args)
         if not self.inside:
             self._note(func, args, named)
         return func(*args, **named)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -46,16 +46,26 @@ def obstacle_of_layer(
         return Reason.READ_ELSEWHERE, "forward reads its weight besides calling it"
     if calls == 0 and id(weight) not in uses.reads:
         return Reason.NOT_CALLED, "forward does not call it"
-    return obstacle(weight, kind.name, operation_of(layer), uses)
+    return obstacle(weight, kind.name, operation_of(layer), uses.owners, uses.reads)
 
 
-def obstacle(weight: nn.Parameter, kind: str, operation: Operation | None, uses: Uses) -> tuple[Reason | None, str]:
-    """Return the first reason why no policy may rewrite a weight that is used as one, and the reason in words."""
+def obstacle(
+    weight: nn.Parameter, kind: str, operation: Operation | None, owners: Mapping[int, int], reads: Collection[int]
+) -> tuple[Reason | None, str]:
+    """Return the first reason why no policy may rewrite a weight that is used as one, and the reason in words.
+
+    Args:
+        weight: The parameter.
+        kind: What the plan calls the site.
+        operation: What is computed with it, if a scheme can stand for it.
+        owners: Parameter, by identity -> how many modules hold it.
+        reads: Parameters, by identity, that something reads besides.
+    """
     if is_traceable_wrapper_subclass(weight):
         return Reason.PARAMETRIZED, f"its weight is a {type(weight.data).__name__}, which is no plain tensor"
-    if uses.owners[id(weight)] > 1:
-        return Reason.TIED, f"{uses.owners[id(weight)]} modules hold its weight"
-    if id(weight) in uses.reads:
+    if owners[id(weight)] > 1:
+        return Reason.TIED, f"{owners[id(weight)]} modules hold its weight"
+    if id(weight) in reads:
         return Reason.READ_ELSEWHERE, "forward reads its weight without calling it"
     if not weight.requires_grad:
         return Reason.FROZEN, "its weight has requires_grad=False"

@@ -20,7 +20,7 @@ from tdfx.parameters import FactorizedParameter
 from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site, Slot
 from tdfx.passes.graph_module import FactorizedGraphModule
 from tdfx.passes.obstacles import obstacle
-from tdfx.passes.uses import uses_of
+from tdfx.passes.uses import owners_of
 from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.structure import rebind, structural_copy
@@ -169,8 +169,7 @@ def _planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
     """Return the program's sites by name, with those that the plan knows from example inputs."""
     sites = {site.name: site for site in program.sites}
     parameters = dict(program.module.named_parameters())
-    # What reads them besides was asked when the plan was made, with example inputs.
-    unread = replace(uses_of(program), reads=frozenset())
+    owners = owners_of(program.module)
     for decision in plan.factorized:
         found = sites.get(decision.name)
         if decision.parameter not in parameters or (found is not None and found.reason not in _UNSEEN):
@@ -179,7 +178,8 @@ def _planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
         weight = parameters[decision.parameter]
         call = Call(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
         operation = call.operation(weight.shape)
-        reason, note = obstacle(weight, decision.kind, operation, unread)
+        # What reads it besides was asked when the plan was made, with example inputs.
+        reason, note = obstacle(weight, decision.kind, operation, owners, ())
         sites[decision.name] = Site(
             name=decision.name,
             layer=program.module.get_submodule(slot.owner),

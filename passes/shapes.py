@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Shapes(Pass):
         self.inputs = inputs
 
     def run(self, program: Program) -> PassResult:
-        """Attach the flows to the sites and their shapes to the graphs' nodes."""
+        """Attach the flows to the sites."""
         try:
             seen = observe(program.module, self.inputs, training=False)
         except Exception as error:  # whatever the model raises, it is about these inputs
@@ -45,9 +45,6 @@ class Shapes(Pass):
         uses = uses_of(program)
         sites = _with_functional(program, self.inputs, seen, uses)
         sites = [_with_flows(site, seen, id(site.layer) in uses.traced and bool(site.nodes)) for site in sites]
-        for site in sites:
-            for node in site.nodes:
-                node.meta["tdfx_flows"] = site.flows
         changes = tuple(Change(site.name, "shape known") for site in sites if site.flows)
         return PassResult(replace(program, sites=tuple(sites)), changes)
 
@@ -80,13 +77,16 @@ def _with_functional(program: Program, inputs: Inputs, seen: Observed, uses: Use
         )
     else:
         unknown = ""
-    only_weights = replace(uses, reads=frozenset(reads))
-    made = {site.name: site for slot in slots for site in _site(program.module, slot, seen, only_weights, unknown)}
+    made = {
+        site.name: site for slot in slots for site in _site(program.module, slot, seen, uses.owners, reads, unknown)
+    }
     sites = [made.pop(site.name, site) for site in program.sites]
     return _in_order(program.module, [*sites, *made.values()])
 
 
-def _site(root: nn.Module, slot: Slot, seen: Observed, uses: Uses, unknown: str) -> Iterator[Site]:
+def _site(
+    root: nn.Module, slot: Slot, seen: Observed, owners: Mapping[int, int], reads: Collection[int], unknown: str
+) -> Iterator[Site]:
     owner = root.get_submodule(slot.owner)
     parameter = owner._parameters[slot.name]
     assert parameter is not None
@@ -96,7 +96,7 @@ def _site(root: nn.Module, slot: Slot, seen: Observed, uses: Uses, unknown: str)
         return
     kind = layer_kind.name if layer_kind is not None else calls[0][0].name
     operation = calls[0][0].operation(parameter.shape)
-    reason, note = obstacle(parameter, kind, operation, uses)
+    reason, note = obstacle(parameter, kind, operation, owners, reads)
     if reason is None and unknown:
         reason, note = Reason.READ_ELSEWHERE, unknown
     yield Site(

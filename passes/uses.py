@@ -98,7 +98,7 @@ def uses_of(program: Program) -> Uses:
         functional={key: tuple(found) for key, found in functional.items() if found},
         reads=frozenset(reads),
         traced=frozenset(traced),
-        owners=_owners(program.module),
+        owners=owners_of(program.module),
         runs=runs,
     )
 
@@ -125,7 +125,8 @@ def _reads_metadata(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is getattr and node.args[1] in METADATA
 
 
-def _owners(module: nn.Module) -> Mapping[int, int]:
+def owners_of(module: nn.Module) -> Mapping[int, int]:
+    """Return for each parameter, by its identity, how many modules hold it."""
     return Counter(
         id(parameter) for one in module.modules() for parameter in one._parameters.values() if parameter is not None
     )

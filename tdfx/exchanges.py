@@ -21,7 +21,7 @@ def split_exchange(swap: Swap) -> Exchange:
         site=swap.site,
         old=swap.old,
         new=new.weights,
-        carrier=_to_factors(new),
+        carrier=ToFactors(new),
         rename=lambda name: _factor_names(name.removesuffix(attribute) + stem, len(new.weights)),
         bias=new.bias,
         rename_bias=lambda name: f"{name.removesuffix(bias)}factors.{len(new.weights) - 1}.bias",
@@ -36,7 +36,7 @@ def join_exchange(join: Join) -> Exchange:
         site=join.name,
         old=join.factorized.weights,
         new=(join.weight,),
-        carrier=_to_dense(join.factorized),
+        carrier=ToDense(join.factorized),
         rename=lambda name: [_dense_name(name, "" if slot else kind.weight)],
         bias=join.factorized.bias,
         rename_bias=lambda name: _dense_name(name, kind.bias or ""),
@@ -49,17 +49,9 @@ def _lower_exchange(swap: Swap, old: Factorized) -> Exchange:
         site=swap.site,
         old=swap.old,
         new=swap.factorized.weights,
-        carrier=ToFewer(_to_dense(old), _to_factors(swap.factorized)),
+        carrier=ToFewer(ToDense(old), ToFactors(swap.factorized)),
         rename=lambda name: _factor_names(f"{_dense_name(name, '')}.", len(swap.factorized.weights)),
     )
-
-
-def _to_factors(layer: Factorized) -> ToFactors:
-    return ToFactors(layer.scheme, layer.operation, layer.weights, layer.kind)
-
-
-def _to_dense(layer: Factorized) -> ToDense:
-    return ToDense(layer.scheme, layer.operation, layer.weights, layer.kind)
 
 
 def _factor_names(stem: str, count: int) -> list[str]:

@@ -118,7 +118,11 @@ class Factorized(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, shape as the original's: a value joined anew at each reading, so writing to it is lost."""
-        return self.kind.from_dense(self.scheme.join(self.operation, self.weights))
+        return self.kind.from_dense(self.join(*self.weights))
+
+    def join(self, *factors: Tensor) -> Tensor:
+        """Return the dense weight, as its operation has it, for which given factors would stand."""
+        return self.scheme.join(self.operation, factors)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -132,9 +136,8 @@ class Factorized(nn.Module):
         The product is computed in float64, so that rounding to the layer's dtype happens once.
         """
         layer = structural_copy(self.origin.layer)
-        # The memory format shows on the factor that has the kernel; on a pointwise one it cannot be told.
-        core = max(self.weights, key=lambda weight: weight[0, 0].numel())
-        joined = self.scheme.join(self.operation, [weight.to(working_dtype(weight)) for weight in self.weights])
+        core = self._core()
+        joined = self.join(*(weight.to(working_dtype(weight)) for weight in self.weights))
         weight = _like(self.kind.from_dense(joined), core)
         layer._parameters[self.kind.weight] = nn.Parameter(weight, requires_grad=core.requires_grad)
         if self.kind.bias:
@@ -151,11 +154,13 @@ class Factorized(nn.Module):
         """
         made = cast("Factorized", structural_copy(self))
         chain = self.scheme.chain(self.operation, ranks)
-        # The memory format shows on the factor that has the kernel.
-        core = max(self.weights, key=lambda weight: weight[0, 0].numel())
-        made.factors = _build_chain(chain, weights, self.bias, core)
+        made.factors = _build_chain(chain, weights, self.bias, self._core())
         made.origin = replace(self.origin, ranks=tuple(ranks))
         return made.train(self.training)
+
+    def _core(self) -> nn.Parameter:
+        """Return the factor that has the kernel: it shows the memory format, which on a pointwise one cannot be told."""
+        return max(self.weights, key=lambda weight: weight[0, 0].numel())
 
     def extra_repr(self) -> str:
         """Name the original, the scheme and the ranks."""

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from tdfx.errors import OptimizerError, TdfxWarning
-from tdfx.factors.operation import Operation
-from tdfx.factors.scheme import Scheme
-from tdfx.kinds.kind import LayerKind
+from tdfx.factors.algebra import linearize
+from tdfx.layers import Factorized
 from tdfx.ranks.spectrum import working_dtype
 
 _FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg"})
@@ -49,57 +48,41 @@ class Carrier(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ToFactors:
-    """From a weight to its factors."""
+    """From a weight to the factors of a layer that takes its place."""
 
-    scheme: Scheme
-    operation: Operation
-    """What the dense layer computes."""
-    weights: Moments
-    """The factors' weights."""
-    kind: LayerKind
-    """The kind of layer that holds the dense weight, which says how it is laid out."""
+    layer: Factorized
 
     def first(self, moments: Moments) -> Moments:
         """Return the vector-Jacobian product of ``join`` at the factors."""
-        return _pull_back(self._join, self.weights, self.kind.to_dense(moments[0]))
+        return self._pull_back(self.layer.weights, moments[0])
 
     def second(self, moments: Moments) -> Moments:
         """Return the same product at the squared factors."""
-        squares = tuple(weight.square() for weight in self.weights)
-        return _pull_back(self._join, squares, self.kind.to_dense(moments[0]))
+        return self._pull_back(tuple(weight.square() for weight in self.layer.weights), moments[0])
 
-    def _join(self, *factors: Tensor) -> Tensor:
-        return self.scheme.join(self.operation, factors)
+    def _pull_back(self, weights: Moments, moment: Tensor) -> Moments:
+        detached = [weight.detach().to(moment.dtype) for weight in weights]
+        return linearize(self.layer.join, detached).pull(self.layer.kind.to_dense(moment))
 
 
 @dataclass(frozen=True, slots=True)
 class ToDense:
-    """From factors to the weight that they make."""
+    """From the factors of a layer to the weight that they make."""
 
-    scheme: Scheme
-    operation: Operation
-    """What the dense layer computes."""
-    weights: Moments
-    """The factors' weights."""
-    kind: LayerKind
-    """The kind of layer that will hold the dense weight, which says how it is laid out."""
+    layer: Factorized
 
     def first(self, moments: Moments) -> Moments:
         """Return the dense moment of least norm that the factors' moments can come from."""
-        weights = tuple(weight.detach().to(working_dtype(weight)) for weight in self.weights)
-        return (self.kind.from_dense(self.scheme.project(self.operation, weights, moments)),)
+        weights = tuple(weight.detach().to(working_dtype(weight)) for weight in self.layer.weights)
+        return (self.layer.kind.from_dense(self.layer.scheme.project(self.layer.operation, weights, moments)),)
 
     def second(self, moments: Moments) -> Moments:
         """Spread the factors' moments over the weight by the squared factors, and divide by what ones would give."""
-        squares = tuple(weight.detach().to(working_dtype(weight)).square() for weight in self.weights)
-        dense = self._join(*squares)
-        ones = _pull_back(self._join, squares, torch.ones_like(dense))
-        spread = _push_forward(self._join, squares, moments)
-        average = spread / _push_forward(self._join, squares, ones).clamp_min(torch.finfo(dense.dtype).tiny)
-        return (self.kind.from_dense(average),)
-
-    def _join(self, *factors: Tensor) -> Tensor:
-        return self.scheme.join(self.operation, factors)
+        squares = [weight.detach().to(working_dtype(weight)).square() for weight in self.layer.weights]
+        near = linearize(self.layer.join, squares)
+        ones = near.push(near.pull(torch.ones_like(near.value)))
+        average = near.push(moments) / ones.clamp_min(torch.finfo(near.value.dtype).tiny)
+        return (self.layer.kind.from_dense(average),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,22 +299,3 @@ def _warn_of_lost_state(optimizer: Optimizer, exchanges: Sequence[Exchange]) -> 
             TdfxWarning,
             stacklevel=5,
         )
-
-
-def _pull_back(join: Callable[..., Tensor], weights: Moments, moment: Tensor) -> Moments:
-    """Return the vector-Jacobian product of ``join`` at the factors, one tensor for each factor."""
-    detached = tuple(weight.detach().to(moment.dtype) for weight in weights)
-    pull = torch.func.vjp(join, *detached)[1]
-    pulled: Moments = pull(moment)
-    return pulled
-
-
-def _push_forward(join: Callable[..., Tensor], weights: Moments, moments: Moments) -> Tensor:
-    """Return the Jacobian-vector product of ``join``: the change of the weight that changes of the factors make.
-
-    The vector-Jacobian product is linear in its vector, so its own vector-Jacobian product is the one that is wanted.
-    """
-    dense, pull = torch.func.vjp(join, *weights)[:2]
-    pushed = torch.func.vjp(pull, torch.zeros_like(dense))[1](moments)[0]
-    assert isinstance(pushed, Tensor)
-    return pushed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,6 +39,29 @@ def pseudo_inverse(matrix: Tensor) -> Tensor:
     return matrix.mT @ (vectors * inverse[..., None, :]) @ vectors.mT
 
 
+@dataclass(frozen=True, slots=True)
+class Linearized:
+    """A map of some tensors to one, and its derivative at a point in both directions."""
+
+    value: Tensor
+    """The map's value at the point."""
+    pull: Callable[[Tensor], tuple[Tensor, ...]]
+    """The vector-Jacobian product: from a cotangent of the value to one tensor for each argument."""
+
+    def push(self, moves: Sequence[Tensor]) -> Tensor:
+        """Return the Jacobian-vector product: the change of the value that small changes of the arguments make.
+
+        The vector-Jacobian product is linear in its vector, so its own vector-Jacobian product is the one that is wanted.
+        """
+        pushed: Tensor = torch.func.vjp(self.pull, torch.zeros_like(self.value))[1](tuple(moves))[0]
+        return pushed
+
+
+def linearize(join: Callable[..., Tensor], factors: Sequence[Tensor]) -> Linearized:
+    """Return a map, of differentiable operations, near given arguments."""
+    return Linearized(*torch.func.vjp(join, *factors)[:2])
+
+
 def least_norm(
     join: Callable[..., Tensor], factors: Sequence[Tensor], gradients: Sequence[Tensor], *, tolerance: float = 1e-12
 ) -> Tensor:
@@ -52,25 +76,19 @@ def least_norm(
         gradients: One for each factor.
         tolerance: Stop where the residual's image is this much smaller than at the start.
     """
-    dense, pull = torch.func.vjp(join, *factors)[:2]
-
-    def push(moves: Sequence[Tensor]) -> Tensor:
-        # The pull-back is linear, so its own pull-back is the Jacobian-vector product.
-        pushed: Tensor = torch.func.vjp(pull, torch.zeros_like(dense))[1](tuple(moves))[0]
-        return pushed
-
+    near = linearize(join, factors)
     residual = tuple(gradients)
-    solution, image = torch.zeros_like(dense), push(residual)
+    solution, image = torch.zeros_like(near.value), near.push(residual)
     direction, size = image, image.square().sum()
     least = tolerance**2 * size
-    for _ in range(max(_LEAST_STEPS, min(_STEPS, _WORK // max(1, dense.numel())))):
+    for _ in range(max(_LEAST_STEPS, min(_STEPS, _WORK // max(1, near.value.numel())))):
         if not size > least:
             break
-        pulled = pull(direction)
+        pulled = near.pull(direction)
         length = size / sum(one.square().sum() for one in pulled)
         solution = solution + length * direction
         residual = tuple(one - length * other for one, other in zip(residual, pulled, strict=True))
-        image = push(residual)
+        image = near.push(residual)
         size, before = image.square().sum(), size
         direction = image + size / before * direction
     return solution

@@ -44,7 +44,7 @@ class Cp(Scheme):
 
     def fits(self, operation: Operation) -> bool:
         """Convolutions with more than one tap, unless they leave every channel to itself."""
-        return not operation.is_pointwise and not operation.is_depthwise
+        return operation.mixes_taps_and_channels
 
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
         """One rank: the smaller number of channels for each tap."""

@@ -37,7 +37,7 @@ class Tucker2(Scheme):
 
     def fits(self, operation: Operation) -> bool:
         """Convolutions with more than one tap, unless they leave every channel to itself."""
-        return not operation.is_pointwise and not operation.is_depthwise
+        return operation.mixes_taps_and_channels
 
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
         """Return the most ranks of the output and of the input unfolding of each group."""

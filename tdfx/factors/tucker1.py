@@ -17,7 +17,7 @@ class Tucker1Out(TwoFactors):
 
     def fits(self, operation: Operation) -> bool:
         """Convolutions with more than one tap, unless they leave every channel to itself."""
-        return not operation.is_pointwise and not operation.is_depthwise
+        return operation.mixes_taps_and_channels
 
     def first_axes(self, operation: Operation) -> tuple[int, ...]:
         """All."""
@@ -31,7 +31,7 @@ class Tucker1In(TwoFactors):
 
     def fits(self, operation: Operation) -> bool:
         """Convolutions with more than one tap, unless they leave every channel to itself."""
-        return not operation.is_pointwise and not operation.is_depthwise
+        return operation.mixes_taps_and_channels
 
     def first_axes(self, operation: Operation) -> tuple[int, ...]:
         """None."""
