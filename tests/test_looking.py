@@ -148,6 +148,7 @@ class Holds(nn.Module):
 def test_a_number_made_of_a_mode_follows_that_mode(way: str) -> None:
     model = Holds(way).double()
     full = tdfx.rewrite(model, FULL)
+    assert isinstance(full, fx.GraphModule)
     for outer in (True, False):
         for inner in (True, False):
             for one in (model, full):
