@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,6 +18,17 @@ from tdfx.plan import Emit, Plan, Reason
 
 PLAN_ATTRIBUTE = "_tdfx_plan"
 """Where a rewritten model keeps its plan; this is also how a merge knows of a rewrite that kept every site."""
+
+Task = Callable[[], tuple[Tensor, ...]]
+"""A piece of work, such as splitting one weight, that needs no other process."""
+
+Spread = Callable[[Sequence[Task]], list[tuple[Tensor, ...]]]
+"""Does every task once, on one of the processes that train the model, and gives each process the results of all."""
+
+
+def alone(tasks: Sequence[Task]) -> list[tuple[Tensor, ...]]:
+    """Do the tasks in the only process that there is."""
+    return [task() for task in tasks]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdfx.errors import MergeError
 from tdfx.layers import Factorized, weight_of
 from tdfx.parameters import FactorizedParameter, restore_parameter
-from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program
+from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Spread, alone
 from tdfx.passes.graph_module import FactorizedGraphModule
 from tdfx.structure import rebind, structural_copy
 
@@ -37,7 +38,8 @@ class Merge(Pass):
 
     name = "merge"
 
-    def __init__(self) -> None:
+    def __init__(self, spread: Spread = alone) -> None:
+        self.spread = spread
         self.joins: tuple[Join, ...] = ()
 
     def requires(self, program: Program) -> None:
@@ -55,7 +57,10 @@ class Merge(Pass):
         """Join each layer once, wherever it occurs; the factorized model is left as it was."""
         module = program.module
         found = [(name, one) for name, one in module.named_modules() if isinstance(one, Factorized)]
-        self.joins = tuple(Join(name, layer, layer.merged()) for name, layer in found)
+        joined = self.spread([partial(_joined, layer) for _, layer in found])
+        self.joins = tuple(
+            Join(name, layer, layer.merged(weight)) for (name, layer), (weight,) in zip(found, joined, strict=True)
+        )
         dense: dict[nn.Module, nn.Module] = {join.factorized: join.dense for join in self.joins}
         graphs = [one for one in module.modules() if isinstance(one, FactorizedGraphModule)]
         # Innermost first: a body that is put in place may itself lie inside another graph.
@@ -75,6 +80,10 @@ class Merge(Pass):
         found = [name for name, _ in merged.named_parameters(remove_duplicate=False)]
         self.check(found == expected, "parameters have the original names, in the original order")
         self.check(not isinstance(merged, FactorizedGraphModule), "the class is the original's")
+
+
+def _joined(layer: Factorized) -> tuple[Tensor, ...]:
+    return (layer.joined(),)
 
 
 def _plain(module: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from tdfx.kinds.functional import Call, parse_call
 from tdfx.kinds.stock import build_layer
 from tdfx.layers import Factorized
 from tdfx.parameters import FactorizedParameter
-from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site, Slot
+from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site, Slot, Spread, alone
 from tdfx.passes.graph_module import FactorizedGraphModule
 from tdfx.passes.obstacles import obstacle
 from tdfx.passes.uses import owners_of
@@ -54,9 +55,10 @@ class Rewrite(Pass):
 
     name = "rewrite"
 
-    def __init__(self, spectra: Spectra | None = None, init: Init = "weight") -> None:
+    def __init__(self, spectra: Spectra | None = None, init: Init = "weight", spread: Spread = alone) -> None:
         self.spectra = spectra or {}
         self.init = init
+        self.spread = spread
         self.swaps: tuple[Swap, ...] = ()
 
     def requires(self, program: Program) -> None:
@@ -70,7 +72,9 @@ class Rewrite(Pass):
         assert program.plan is not None
         sites = _planned_sites(program.plan, program)
         todo = [one for one in program.plan.factorized if not _is_done(sites[one.name], one)]
-        self.swaps = tuple(self._swap(sites[decision.name], decision) for decision in todo)
+        tasks = [partial(self._factors, sites[one.name], one) for one in todo]
+        made = zip(todo, self.spread(tasks), strict=True)
+        self.swaps = tuple(self._swap(sites[decision.name], decision, factors) for decision, factors in made)
         module = _emit(program, self.swaps)
         rebind(module, program.module)
         module.__dict__[PLAN_ATTRIBUTE] = program.plan
@@ -88,33 +92,40 @@ class Rewrite(Pass):
         now = [id(parameter) for parameter in module.parameters() if id(parameter) not in factors]
         self.check(kept == now, "every parameter that was not factorized is shared, in the same order")
 
-    def _swap(self, site: Site, decision: SitePlan) -> Swap:
+    def _factors(self, site: Site, decision: SitePlan) -> tuple[Tensor, ...]:
+        """Split a weight, or what factors stand for at lower ranks."""
         assert decision.scheme is not None
         assert decision.ranks is not None
         assert site.operation is not None
-        scheme = get_scheme(decision.scheme)
         if isinstance(site.layer, Factorized):
-            return self._lower(site, site.layer, decision.ranks)
-        assert site.weight is not None
+            return lowering_of(site.layer).split(decision.ranks)
+        scheme = get_scheme(decision.scheme)
         weight = working_weight(site)
         spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
         factors = scheme.split(site.operation, weight, decision.ranks, spectra)
         if self.init == "variance":
-            factors = _rescaled(factors, weight, scheme.join(site.operation, factors))
+            return _rescaled(factors, weight, scheme.join(site.operation, factors))
+        return factors
+
+    def _swap(self, site: Site, decision: SitePlan, factors: Sequence[Tensor]) -> Swap:
+        """Build the layer of given factors."""
+        assert decision.scheme is not None
+        assert decision.ranks is not None
+        assert site.operation is not None
+        path = site.slot.path if site.slot is not None else site.name
+        if isinstance(site.layer, Factorized):
+            return Swap(site.name, path, site.layer.weights, site.layer.at_ranks(decision.ranks, factors), site.layer)
+        scheme = get_scheme(decision.scheme)
+        assert site.weight is not None
         if site.slot is None:
             made = Factorized.of(site.layer, scheme, decision.ranks, factors)
-            return Swap(site.name, site.name, (site.weight,), made, site.layer)
+            return Swap(site.name, path, (site.weight,), made, site.layer)
         stand_in = build_layer(site.operation, site.weight, None).train(site.layer.training)
         parameter = FactorizedParameter.of(stand_in, scheme, decision.ranks, factors)
         stand_ins = (one for one in site.layer._modules.values() if isinstance(one, FactorizedParameter))
         earlier = next((one.siblings for one in stand_ins), ())
         parameter.__dict__["siblings"] = earlier or tuple(site.layer._parameters)
-        return Swap(site.name, site.slot.path, (site.weight,), parameter, site.layer, site.slot)
-
-    def _lower(self, site: Site, layer: Factorized, ranks: tuple[int, ...]) -> Swap:
-        """Split what the factors stand for anew, at lower ranks."""
-        path = site.slot.path if site.slot is not None else site.name
-        return Swap(site.name, path, layer.weights, layer.at_ranks(ranks, lowering_of(layer).split(ranks)), layer)
+        return Swap(site.name, path, (site.weight,), parameter, site.layer, site.slot)
 
 
 def _rescaled(factors: Sequence[Tensor], weight: Tensor, joined: Tensor) -> tuple[Tensor, ...]:

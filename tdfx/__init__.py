@@ -30,7 +30,8 @@ from tdfx.ranks.stable import StableRank
 from tdfx.ranks.target import Target
 from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
-from tdfx.training import FrobeniusDecay, LowRankPenalty
+from tdfx.training.decay import FrobeniusDecay
+from tdfx.training.penalty import LowRankPenalty
 from tdfx.verify import VerifyReport, verify
 
 __version__ = "0.1.0"

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
-import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
-from tdfx.errors import ModelError, PolicyError, TdfxWarning
-from tdfx.exchanges import join_exchange, split_exchange
-from tdfx.optim import as_optimizers, prepare
+from tdfx.errors import PolicyError, TdfxWarning
+from tdfx.optim.exchanges import join_exchange, split_exchange
+from tdfx.optim.surgery import as_optimizers, prepare
 from tdfx.passes.base import Program
 from tdfx.passes.find import Find
 from tdfx.passes.merge import Merge
@@ -26,6 +23,7 @@ from tdfx.passes.shapes import Shapes
 from tdfx.passes.trace import Trace
 from tdfx.plan import Emit, Plan
 from tdfx.policy import Policy
+from tdfx.wrappers import unwrap
 
 
 def plan(
@@ -59,7 +57,7 @@ def plan(
         >>> made.sites[0].scheme, made.sites[0].ranks, made.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
-    program, _ = _planned(model, policy, example_inputs, emit)
+    program, _ = _planned(unwrap(model).model, policy, example_inputs, emit)
     assert program.plan is not None
     return program.plan
 
@@ -106,18 +104,21 @@ def rewrite(
             f"init={init!r} is not known: factors start from the 'weight', as after training, or from its 'variance', for a "
             f"model that was not trained yet."
         )
+    wrapped = unwrap(model)
     if isinstance(policy, Plan):
-        step = Rewrite(init=init)
-        program = replace(_sites(model, policy.emit), plan=policy)
+        step = Rewrite(init=init, spread=wrapped.spread)
+        program = replace(_sites(wrapped.model, policy.emit), plan=policy)
     else:
-        program, select = _planned(model, policy, example_inputs, emit)
-        step = Rewrite(select.spectra, init)
+        program, select = _planned(wrapped.model, policy, example_inputs, emit)
+        step = Rewrite(select.spectra, init, wrapped.spread)
     result = step(program).program.module
     _warn_of_lost_attachments(step.swaps)
     if not optimizers:
         _warn_of_missing_optimizer(step.swaps)
-    prepare(optimizers, [split_exchange(swap) for swap in step.swaps]).commit()
-    return result
+    surgery = prepare(optimizers, [split_exchange(swap) for swap in step.swaps])
+    made = wrapped.wrap(result)
+    surgery.commit()
+    return made
 
 
 def merge(model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> nn.Module:
@@ -141,11 +142,13 @@ def merge(model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None
         True
     """
     optimizers = as_optimizers(optimizer)
-    _check_model(model)
-    step = Merge()
-    result = step(Program(module=model)).program.module
-    prepare(optimizers, [join_exchange(join) for join in step.joins]).commit()
-    return result
+    wrapped = unwrap(model)
+    step = Merge(wrapped.spread)
+    result = step(Program(module=wrapped.model)).program.module
+    surgery = prepare(optimizers, [join_exchange(join) for join in step.joins])
+    made = wrapped.wrap(result)
+    surgery.commit()
+    return made
 
 
 def _planned(model: nn.Module, policy: Policy | None, inputs: Inputs | None, emit: Emit) -> tuple[Program, Select]:
@@ -164,44 +167,11 @@ def _planned(model: nn.Module, policy: Policy | None, inputs: Inputs | None, emi
 
 
 def _sites(model: nn.Module, emit: Emit) -> Program:
-    _check_model(model)
     if emit not in get_args(Emit):
         raise PolicyError(
             f"emit={emit!r} is not known: a model is given back as 'graph' (a GraphModule) or as 'modules' (its own class)."
         )
     return Find()(Trace()(Program(module=model, emit=emit)).program).program
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module that you train.")
-    for wrapper in (DistributedDataParallel, DataParallel, AveragedModel):
-        if isinstance(model, wrapper):
-            raise ModelError(
-                f"The model is wrapped in {wrapper.__name__}, which holds on to the parameters it was given. Pass "
-                f"model.module, and wrap what comes back again."
-            )
-    sharded = [name for name, one in model.named_modules() if _is_sharded(one)]
-    if sharded:
-        where = f"Its part {sharded[0]!r}" if sharded[0] else "The model"
-        raise ModelError(
-            f"{where} is wrapped in FullyShardedDataParallel, which keeps the weights as slices of one flat parameter. "
-            f"Rewrite the model before it is wrapped."
-        )
-    compiled = [name for name, one in model.named_modules() if isinstance(one, torch._dynamo.OptimizedModule)]
-    if compiled:
-        where = f"Its part {compiled[0]!r}" if compiled[0] else "The model"
-        raise ModelError(
-            f"{where} is wrapped by torch.compile, which holds on to the code it compiled. Pass model._orig_mod, or "
-            f"the model before it was compiled, and compile what comes back again."
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("The model is TorchScript, which cannot be rewritten. Pass the module it was made from.")
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    # By name, because importing the class takes longer than all of tdfx.
-    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
 
 
 def _warn_of_lost_attachments(swaps: Sequence[Swap]) -> None:

@@ -130,16 +130,24 @@ class Factorized(nn.Module):
         return cast("nn.Parameter | None", self.factors[-1].bias)
 
     @torch.no_grad()
-    def merged(self) -> nn.Module:
-        """Return the original layer with the joined weight and the bias of today; this layer is left as it was.
+    def joined(self) -> Tensor:
+        """Return the dense weight in the original's shape, dtype and layout, detached.
 
         The product is computed in float64, so that rounding to the layer's dtype happens once.
         """
-        layer = structural_copy(self.origin.layer)
-        core = self._core()
         joined = self.join(*(weight.to(working_dtype(weight)) for weight in self.weights))
-        weight = _like(self.kind.from_dense(joined), core)
-        layer._parameters[self.kind.weight] = nn.Parameter(weight, requires_grad=core.requires_grad)
+        return _like(self.kind.from_dense(joined), self._core())
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor | None = None) -> nn.Module:
+        """Return the original layer with the joined weight and the bias of today; this layer is left as it was.
+
+        Args:
+            weight: What ``joined`` gave, where that was called already; it becomes the layer's own.
+        """
+        layer = structural_copy(self.origin.layer)
+        dense = self.joined() if weight is None else weight
+        layer._parameters[self.kind.weight] = nn.Parameter(dense, requires_grad=self._core().requires_grad)
         if self.kind.bias:
             layer._parameters[self.kind.bias] = self.bias
         _copy_hooks(self, layer)

@@ -161,13 +161,12 @@ def test_an_unknown_scheme() -> None:
         tdfx.Policy(scheme="tucker")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own, in torch 2.11
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
         (DataParallel, r"wrapped in DataParallel.*Pass model\.module"),
         (AveragedModel, r"wrapped in AveragedModel.*Pass model\.module"),
-        (torch.compile, r"wrapped by torch\.compile.*Pass model\._orig_mod"),
+        (lambda model: nn.Sequential(torch.compile(model)), r"'0' is wrapped by torch\.compile.*compile it as a whole"),
         (lambda model: model.state_dict(), "model is a OrderedDict, not a torch.nn.Module"),
     ],
 )

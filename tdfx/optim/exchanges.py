@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tdfx.layers import Factorized
-from tdfx.optim import Exchange, ToDense, ToFactors, ToFewer
+from tdfx.optim.carriers import ToDense, ToFactors, ToFewer
+from tdfx.optim.surgery import Exchange
 from tdfx.parameters import FactorizedParameter
 from tdfx.passes.merge import Join
 from tdfx.passes.rewrite import Swap

@@ -1,7 +1,6 @@
-"""What a plain training loop can add to bring weights towards low rank, or to keep factors small.
+"""A pull of dense weights towards low rank, so that a later split loses less.
 
-Each of these hangs on an optimizer and acts inside its ``step``, after the gradients are there and before they are used, so
-a loop needs no other change, and clipping sees nothing of it.
+Like the decay, it acts inside an optimizer's ``step``, before the gradients are used.
 """
 
 from __future__ import annotations
@@ -11,113 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
-from tdfx.errors import ModelError, OptimizerError, PlanError, PolicyError
+from tdfx.errors import PlanError, PolicyError
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.functional import Call
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import find_kind, operation_of
-from tdfx.layers import Factorized
 from tdfx.plan import Plan, SitePlan
 from tdfx.ranks.spectrum import working_dtype
-
-
-class FrobeniusDecay:
-    """Weight decay of the dense weights that factors stand for, in place of that of the factors themselves.
-
-    Plain weight decay shrinks every factor by itself, which pulls their product towards lower rank and smaller scale than
-    the same decay of the dense weight would, and costs accuracy. This takes the gradient of ``½·|join(factors)|²`` for the
-    same coefficient: each parameter group's own ``weight_decay``, read at every step, so schedulers and settings stay as
-    they are. It acts until ``remove`` is called; make it anew after another rewrite.
-
-    Source: Khodak, Tenenholtz, Mackey, Fusi, *Initialization and Regularization of Factorized Neural Layers*, ICLR 2021.
-
-    Args:
-        model: A model that ``tdfx.rewrite`` returned.
-        optimizer: The SGD, Adam or AdamW that trains it.
-
-    Raises:
-        ModelError: The model holds no factorized layer.
-        OptimizerError: The optimizer is of another class, so that it is not known what it makes of ``weight_decay``, or
-            fused; at a step, that it is given a closure.
-
-    Example:
-        >>> import tdfx, torch
-        >>> policy = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
-        >>> model = tdfx.rewrite(torch.nn.Sequential(torch.nn.Linear(64, 64)), policy)
-        >>> optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
-        >>> decay = tdfx.FrobeniusDecay(model, optimizer)
-        >>> decay.remove()
-    """
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, SGD | Adam | AdamW):
-            raise OptimizerError(
-                f"tdfx does not know what {type(optimizer).__name__} makes of weight_decay, so it could not put another "
-                f"decay in its place. Use SGD, Adam or AdamW, or set weight_decay=0 for the factors."
-            )
-        _refuse_fused(optimizer)
-        self._layers = [one for one in model.modules() if isinstance(one, Factorized)]
-        if not self._layers:
-            raise ModelError(
-                f"{type(model).__name__} holds no factorized layer whose decay could be another. Pass the model that "
-                f"tdfx.rewrite returned, and make this anew after each rewrite."
-            )
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
-
-    def remove(self) -> None:
-        """Give the factors their plain weight decay back."""
-        self._handle.remove()
-
-    @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        _refuse_closure(args, kwargs)
-        groups = {id(one): group for group in optimizer.param_groups for one in group["params"]}
-        for layer in self._layers:
-            held = [(weight, groups[id(weight)]) for weight in layer.weights if id(weight) in groups]
-            if any(group["weight_decay"] and weight.grad is not None for weight, group in held):
-                wanted = _dense_decay(layer)
-                for weight, group in held:
-                    if weight.grad is not None and id(weight) in wanted:
-                        _exchange_decay(optimizer, weight, wanted[id(weight)], group)
-
-
-def _dense_decay(layer: Factorized) -> dict[int, Tensor]:
-    """Return the gradients of half the squared Frobenius norm of the dense weight, by the factor that trains."""
-    own = [weight for weight in layer.weights if weight.requires_grad]
-    with torch.enable_grad():
-        found = torch.autograd.grad(0.5 * layer.weight.abs().square().sum(), own)
-    return dict(zip(map(id, own), found, strict=True))
-
-
-def _refuse_closure(args: tuple[Any, ...], named: dict[str, Any]) -> None:
-    if (len(args) > 1 and args[1] is not None) or named.get("closure") is not None:
-        raise OptimizerError(
-            "This acts on gradients before a step uses them, and a closure makes them inside of the step. Call backward() "
-            "first, then step() without a closure."
-        )
-
-
-def _refuse_fused(optimizer: Optimizer) -> None:
-    if any(group.get("fused") for group in optimizer.param_groups):
-        raise OptimizerError(
-            "A fused optimizer undoes the scaling of gradients inside of its step, so nothing of the right size could be "
-            "added before. Make it with fused=False."
-        )
-
-
-def _exchange_decay(optimizer: Optimizer, weight: nn.Parameter, wanted: Tensor, group: dict[str, Any]) -> None:
-    """Undo beforehand what the step will do for ``weight_decay``, and do what is wanted instead."""
-    assert weight.grad is not None
-    rate = float(group["weight_decay"])
-    if isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False):
-        shrink = 1 - float(group["lr"]) * rate
-        weight.sub_(wanted, alpha=float(group["lr"]) * rate).div_(shrink)
-    else:
-        sign = -1 if group.get("maximize", False) else 1
-        weight.grad.add_(wanted - weight, alpha=sign * rate)
+from tdfx.training.hooks import refuse_closure, refuse_fused
 
 
 class LowRankPenalty:
@@ -163,7 +66,7 @@ class LowRankPenalty:
                 f"strength={strength!r} and growth={growth!r}: the first is the coefficient of the penalty, positive, the "
                 f"second multiplies it at each compress(), at least 1. Try strength=1e-3 and growth=1.1."
             )
-        _refuse_fused(optimizer)
+        refuse_fused(optimizer)
         self.strength = strength
         self.growth = growth
         self._pulled = [_pulled(model, site) for site in plan.factorized]
@@ -193,7 +96,7 @@ class LowRankPenalty:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        _refuse_closure(args, kwargs)
+        refuse_closure(args, kwargs)
         signs = {
             id(one): -1 if group.get("maximize") else 1 for group in optimizer.param_groups for one in group["params"]
         }

@@ -1,0 +1,1 @@
+"""Carrying an optimizer along when weights turn into factors, and back."""

@@ -1,0 +1,71 @@
+"""What may be wrapped around a model in training, and how what comes of the model is wrapped again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from tdfx.errors import ModelError
+from tdfx.passes.base import Spread, alone
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapped:
+    """A model out of its wrappers."""
+
+    model: nn.Module
+    """The model itself."""
+    wrap: Callable[[nn.Module], nn.Module]
+    """Wraps another model as this one was, with the same settings."""
+    spread: Spread = alone
+    """How the processes that train the model share work, so that each has the same bits."""
+
+
+def unwrap(model: nn.Module) -> Wrapped:
+    """Take a model out of ``torch.compile``.
+
+    Raises:
+        ModelError: It is no module, or is wrapped in what cannot be taken off and put on again.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module that you train.")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        inner = unwrap(model._orig_mod)
+        return Wrapped(inner.model, lambda made: cast("nn.Module", model.dynamo_ctx(inner.wrap(made))), inner.spread)
+    _refuse(model)
+    return Wrapped(model, lambda made: made)
+
+
+def _refuse(model: nn.Module) -> None:
+    for wrapper in (DistributedDataParallel, DataParallel, AveragedModel):
+        if isinstance(model, wrapper):
+            raise ModelError(
+                f"The model is wrapped in {wrapper.__name__}, which holds on to the parameters it was given. Pass "
+                f"model.module, and wrap what comes back again."
+            )
+    sharded = [name for name, one in model.named_modules() if _is_sharded(one)]
+    if sharded:
+        where = f"Its part {sharded[0]!r}" if sharded[0] else "The model"
+        raise ModelError(
+            f"{where} is wrapped in FullyShardedDataParallel, which keeps the weights as slices of one flat parameter. "
+            f"Rewrite the model before it is wrapped."
+        )
+    compiled = [name for name, one in model.named_modules() if isinstance(one, torch._dynamo.OptimizedModule)]
+    if compiled:
+        raise ModelError(
+            f"Its part {compiled[0]!r} is wrapped by torch.compile, which holds on to the code it compiled. Rewrite the "
+            f"model before its parts are compiled, or compile it as a whole."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("The model is TorchScript, which cannot be rewritten. Pass the module it was made from.")
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    # By name, because importing the class takes longer than all of tdfx.
+    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
