@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from tdfx.errors import ModelError
 from tdfx.passes.base import Spread, alone
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,8 @@ class Wrapped:
     """Wraps another model as this one was, with the same settings."""
     spread: Spread = alone
     """How the processes that train the model share work, so that each has the same bits."""
+    agree: Callable[[Any], Any] = _same
+    """From a value of plain types that each process has, to that of the first process; all must call it."""
 
 
 def unwrap(model: nn.Module) -> Wrapped:
@@ -37,7 +43,7 @@ def unwrap(model: nn.Module) -> Wrapped:
         raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module that you train.")
     if isinstance(model, torch._dynamo.OptimizedModule):
         inner = unwrap(model._orig_mod)
-        return Wrapped(inner.model, lambda made: cast("nn.Module", model.dynamo_ctx(inner.wrap(made))), inner.spread)
+        return replace(inner, wrap=lambda made: cast("nn.Module", model.dynamo_ctx(inner.wrap(made))))
     _refuse(model)
     return Wrapped(model, lambda made: made)
 
