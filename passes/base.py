@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
 
@@ -15,18 +15,39 @@ from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import find_kind, kind_of
 from tdfx.layers import Factorized
 from tdfx.plan import Emit, Plan, Reason
+from tdfx.shards import full
 
 PLAN_ATTRIBUTE = "_tdfx_plan"
 """Where a rewritten model keeps its plan; this is also how a merge knows of a rewrite that kept every site."""
 
-Task = Callable[[], tuple[Tensor, ...]]
-"""A piece of work, such as splitting one weight, that needs no other process."""
 
-Spread = Callable[[Sequence[Task]], list[tuple[Tensor, ...]]]
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A piece of work, such as splitting one weight, that needs no other process once its parameters were read."""
+
+    work: Callable[..., tuple[Tensor, ...]]
+    """From the values of the parameters to the result."""
+    reads: tuple[Tensor, ...]
+    """The parameters, as the model holds them: each may be in shards."""
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Read the parameters and do the work."""
+        return self.work(*map(full, self.reads))
+
+
+Spread = Callable[[Sequence[Task]], Iterable[tuple[Tensor, ...]]]
 """Does every task once, on one of the processes that train the model, and gives each process the results of all."""
 
+Agree = Callable[[Any], Any]
+"""From a value that each process has to that of the first one; all must call it."""
 
-def alone(tasks: Sequence[Task]) -> list[tuple[Tensor, ...]]:
+
+def itself(value: Any) -> Any:
+    """Return a value as the only process has it."""
+    return value
+
+
+def alone(tasks: Sequence[Task]) -> Iterable[tuple[Tensor, ...]]:
     """Do the tasks in the only process that there is."""
     return [task() for task in tasks]
 
@@ -107,11 +128,21 @@ class Site:
         return self.layer._parameters.get(kind.weight) if kind is not None else None
 
     @property
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that make the weight: itself, or its factors; none where it is computed."""
+        if isinstance(self.layer, Factorized):
+            return self.layer.weights
+        return () if self.weight is None else (self.weight,)
+
+    @property
     def dense(self) -> Tensor:
         """The weight, detached, in the layout of its operation."""
-        weight = self.weight
-        assert weight is not None, f"site {self.name!r} has no weight of its own"
-        return weight.detach() if self.slot is not None else kind_of(self.layer).to_dense(weight.detach())
+        (weight,) = self.weights
+        return self.as_dense(full(weight))
+
+    def as_dense(self, weight: Tensor) -> Tensor:
+        """Return the values of the weight in the layout of its operation."""
+        return weight if self.slot is not None else kind_of(self.layer).to_dense(weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +161,8 @@ class Program:
     """Every convolution and linear layer, and every parameter used as one's weight, from ``find`` on."""
     plan: Plan | None = None
     """The decisions, from ``select`` on."""
+    shards: bool = False
+    """True if each process holds a part of every parameter, and all run the passes together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,7 @@ def functional_site(name: str, kind: str, slot: Slot, owner: nn.Module, uses: Us
     # Its factors will take stride, padding and dilation from each call, so the first call may speak for all.
     operation = found[0].call.operation(parameter.shape)
     nodes = tuple(one.node for one in found)
-    reason, note = obstacle(parameter, kind, operation, uses.owners, uses.reads)
+    reason, note = obstacle(parameter, kind, operation, uses.owners, uses.reads, uses.shards)
     return Site(
         name=name,
         layer=owner,

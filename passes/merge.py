@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdfx.errors import MergeError
 from tdfx.layers import Factorized, weight_of
 from tdfx.parameters import FactorizedParameter, restore_parameter
-from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Spread, alone
+from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Spread, Task, alone
 from tdfx.passes.graph_module import FactorizedGraphModule
 from tdfx.structure import rebind, structural_copy
 
@@ -57,7 +57,7 @@ class Merge(Pass):
         """Join each layer once, wherever it occurs; the factorized model is left as it was."""
         module = program.module
         found = [(name, one) for name, one in module.named_modules() if isinstance(one, Factorized)]
-        joined = self.spread([partial(_joined, layer) for _, layer in found])
+        joined = self.spread([Task(partial(_joined, layer), layer.weights) for _, layer in found])
         self.joins = tuple(
             Join(name, layer, layer.merged(weight)) for (name, layer), (weight,) in zip(found, joined, strict=True)
         )
@@ -82,8 +82,8 @@ class Merge(Pass):
         self.check(not isinstance(merged, FactorizedGraphModule), "the class is the original's")
 
 
-def _joined(layer: Factorized) -> tuple[Tensor, ...]:
-    return (layer.joined(),)
+def _joined(layer: Factorized, *factors: Tensor) -> tuple[Tensor, ...]:
+    return (layer.joined(*factors),)
 
 
 def _plain(module: nn.Module) -> nn.Module:

@@ -20,15 +20,11 @@ from tdfx.layers import Factorized
 from tdfx.parameters import FactorizedParameter
 from tdfx.passes.guard import ParameterGuard, WritesParameterError, custom_functions
 from tdfx.passes.tracer import throwaway, with_own_parameters
-from tdfx.passes.uses import METADATA
+from tdfx.passes.uses import METADATA_FUNCTIONS
+from tdfx.passes.whole import Whole
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: the positional arguments of the model, one tensor for a single one, or keyword arguments by name."""
-
-_ASKS = frozenset(
-    method if callable(method) else method.__get__ for method in (getattr(Tensor, name) for name in METADATA)
-)
-"""Functions that ask a tensor for what it can be asked without its values."""
 
 
 @dataclass(slots=True)
@@ -44,20 +40,22 @@ class Observed:
 
 
 @torch.no_grad()
-def observe(module: nn.Module, inputs: Inputs, *, training: bool) -> Observed:
+def observe(module: nn.Module, inputs: Inputs, *, training: bool, shards: bool = False) -> Observed:
     """Run a throwaway copy of a module once, and return what it did.
 
     Args:
         module: It is left as it was, and so is the stream of random numbers.
         inputs: They are cloned, since a model may write to them.
         training: The mode to run it in.
+        shards: Whether its parameters are in shards; every process that holds some must then call this.
     """
     copy = throwaway(module, mode=training)
-    try:
-        return _run(copy, inputs, {})
-    except WritesParameterError:
-        copy = throwaway(module, mode=training)
-        return _run(copy, inputs, with_own_parameters(copy))
+    with Whole() if shards else nullcontext():
+        try:
+            return _run(copy, inputs, {})
+        except WritesParameterError:
+            copy = throwaway(module, mode=training)
+            return _run(copy, inputs, with_own_parameters(copy))
 
 
 def _run(copy: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Observed:
@@ -132,7 +130,7 @@ class _Watching(TorchFunctionMode):
     def _note(self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> None:
         call = parse_call(func, args, named)
         if call is None:
-            if func not in _ASKS:
+            if func not in METADATA_FUNCTIONS:
                 self._note_reads((args, named))
             return
         entering = call.rest.get("input")

@@ -14,6 +14,7 @@ from tdfx.kinds.registry import kind_of, operation_of
 from tdfx.passes.tracer import is_site_or_leaf
 from tdfx.passes.uses import Uses
 from tdfx.plan import Reason
+from tdfx.shards import is_sharded
 
 
 def layers_inside_leaves(module: nn.Module) -> dict[int, type[nn.Module]]:
@@ -46,11 +47,16 @@ def obstacle_of_layer(
         return Reason.READ_ELSEWHERE, "forward reads its weight besides calling it"
     if calls == 0 and id(weight) not in uses.reads:
         return Reason.NOT_CALLED, "forward does not call it"
-    return obstacle(weight, kind.name, operation_of(layer), uses.owners, uses.reads)
+    return obstacle(weight, kind.name, operation_of(layer), uses.owners, uses.reads, uses.shards)
 
 
 def obstacle(
-    weight: nn.Parameter, kind: str, operation: Operation | None, owners: Mapping[int, int], reads: Collection[int]
+    weight: nn.Parameter,
+    kind: str,
+    operation: Operation | None,
+    owners: Mapping[int, int],
+    reads: Collection[int],
+    shards: bool = False,
 ) -> tuple[Reason | None, str]:
     """Return the first reason why no policy may rewrite a weight that is used as one, and the reason in words.
 
@@ -60,8 +66,9 @@ def obstacle(
         operation: What is computed with it, if a scheme can stand for it.
         owners: Parameter, by identity -> how many modules hold it.
         reads: Parameters, by identity, that something reads besides.
+        shards: Whether a weight may be in shards that stand for a plain tensor.
     """
-    if is_traceable_wrapper_subclass(weight):
+    if is_traceable_wrapper_subclass(weight) and not (shards and is_sharded(weight)):
         return Reason.PARAMETRIZED, f"its weight is a {type(weight.data).__name__}, which is no plain tensor"
     if owners[id(weight)] > 1:
         return Reason.TIED, f"{owners[id(weight)]} modules hold its weight"

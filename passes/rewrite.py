@@ -18,7 +18,7 @@ from tdfx.kinds.functional import Call, parse_call
 from tdfx.kinds.stock import build_layer
 from tdfx.layers import Factorized
 from tdfx.parameters import FactorizedParameter
-from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site, Slot, Spread, alone
+from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site, Slot, Spread, Task, alone
 from tdfx.passes.graph_module import FactorizedGraphModule
 from tdfx.passes.obstacles import obstacle
 from tdfx.passes.uses import owners_of
@@ -72,7 +72,7 @@ class Rewrite(Pass):
         assert program.plan is not None
         sites = _planned_sites(program.plan, program)
         todo = [one for one in program.plan.factorized if not _is_done(sites[one.name], one)]
-        tasks = [partial(self._factors, sites[one.name], one) for one in todo]
+        tasks = [Task(partial(self._factors, sites[one.name], one), sites[one.name].weights) for one in todo]
         made = zip(todo, self.spread(tasks), strict=True)
         self.swaps = tuple(self._swap(sites[decision.name], decision, factors) for decision, factors in made)
         module = _emit(program, self.swaps)
@@ -92,15 +92,15 @@ class Rewrite(Pass):
         now = [id(parameter) for parameter in module.parameters() if id(parameter) not in factors]
         self.check(kept == now, "every parameter that was not factorized is shared, in the same order")
 
-    def _factors(self, site: Site, decision: SitePlan) -> tuple[Tensor, ...]:
-        """Split a weight, or what factors stand for at lower ranks."""
+    def _factors(self, site: Site, decision: SitePlan, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Split a weight, or what factors stand for at lower ranks, given the values."""
         assert decision.scheme is not None
         assert decision.ranks is not None
         assert site.operation is not None
         if isinstance(site.layer, Factorized):
-            return lowering_of(site.layer).split(decision.ranks)
+            return lowering_of(site.layer, weights).split(decision.ranks)
         scheme = get_scheme(decision.scheme)
-        weight = working_weight(site)
+        weight = working_weight(site, *weights)
         spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
         factors = scheme.split(site.operation, weight, decision.ranks, spectra)
         if self.init == "variance":
@@ -190,7 +190,7 @@ def _planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
         call = Call(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
         operation = call.operation(weight.shape)
         # What reads it besides was asked when the plan was made, with example inputs.
-        reason, note = obstacle(weight, decision.kind, operation, owners, ())
+        reason, note = obstacle(weight, decision.kind, operation, owners, (), program.shards)
         sites[decision.name] = Site(
             name=decision.name,
             layer=program.module.get_submodule(slot.owner),

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from tdfx.cost.count import parameters
 from tdfx.errors import PolicyError, nearest
@@ -15,13 +17,14 @@ from tdfx.factors.operation import Operation
 from tdfx.factors.registry import AUTO, get_scheme, scheme_for
 from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers import Factorized
-from tdfx.passes.base import Change, Pass, PassResult, Program, Site
+from tdfx.passes.base import Agree, Change, Pass, PassResult, Program, Site, Spread, Task, alone, itself
 from tdfx.passes.estimate import chain_at, flops_of, gain_of, is_lazy, kept_plan
 from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.multiple import device_multiple, round_gently
 from tdfx.ranks.rule import RankRule, Total, round_ranks
+from tdfx.ranks.spectrum import Spectrum, pack, unpack
 
 
 class Select(Pass):
@@ -29,9 +32,12 @@ class Select(Pass):
 
     name = "select"
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, spread: Spread = alone, agree: Agree = itself) -> None:
         self.policy = policy
+        self.spread = spread
+        self.agree = agree
         self.spectra: Spectra = {}
+        self._read: Spectra = {}
         self._lowerings: dict[str, Lowering] = {}
         self._resolved: dict[int, Policy] = {}
 
@@ -49,8 +55,13 @@ class Select(Pass):
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
         """Resolve rules that see all their sites at once, then decide site by site."""
+        if program.shards:
+            self._read = self._read_shards(program.sites)
         notes = self._resolve(program.sites)
-        sites = tuple(self._decide(site) for site in program.sites)
+        decided = tuple(self._decide(site) for site in program.sites)
+        # From here on the processes read the same weights, in the same order.
+        decided = self.agree(decided) if program.shards else decided
+        sites = self._with_errors(program.sites, decided)
         for site, decision in zip(program.sites, sites, strict=True):
             for node in site.nodes:
                 node.meta["tdfx"] = decision
@@ -110,12 +121,48 @@ class Select(Pass):
         decided = self._rank_or_lower(site, self._resolved.get(id(policy), policy), scheme)
         if decided.ranks is None:
             self.spectra.pop(site.name, None)
-            return decided
-        if isinstance(site.layer, Factorized):
-            return replace(decided, error=self._lowering(site, site.layer).error(decided.ranks))
+        return decided
+
+    def _with_errors(self, sites: Sequence[Site], decided: Sequence[SitePlan]) -> tuple[SitePlan, ...]:
+        """Say of each site that is to be factorized what that loses."""
+        known = {site.name: site for site in sites}
+        todo = [one for one in decided if one.factorized]
+        tasks = [Task(partial(self._error, known[one.name], one), known[one.name].weights) for one in todo]
+        errors = {one.name: float(error) for one, (error,) in zip(todo, self.spread(tasks), strict=True)}
+        return tuple(replace(one, error=errors[one.name]) if one.factorized else one for one in decided)
+
+    def _error(self, site: Site, decision: SitePlan, *weights: Tensor) -> tuple[Tensor]:
+        assert decision.scheme is not None
+        assert decision.ranks is not None
         assert site.operation is not None
-        error = scheme.error(site.operation, working_weight(site), decided.ranks, self.spectra[site.name])
-        return replace(decided, error=error)
+        if isinstance(site.layer, Factorized):
+            lowering = self._lowerings.get(site.name) or lowering_of(site.layer, weights)
+            return (torch.tensor(lowering.error(decision.ranks), dtype=torch.float64),)
+        scheme = get_scheme(decision.scheme)
+        weight = working_weight(site, *weights)
+        spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
+        return (torch.tensor(scheme.error(site.operation, weight, decision.ranks, spectra), dtype=torch.float64),)
+
+    def _read_shards(self, sites: Sequence[Site]) -> Spectra:
+        """Read every weight that may be split, once; of the spectra keep the values, which are small."""
+        own = [(site, self.policy.for_site(*site.names)) for site in sites if site.reason in _OPEN]
+        cases = [(site, scheme) for site, policy in own if policy and (scheme := _scheme(site, policy)) is not None]
+        tasks = [Task(partial(_packed_spectra, site, scheme), site.weights) for site, scheme in cases]
+        return {
+            site.name: tuple(map(unpack, found[::2], found[1::2]))
+            for (site, _), found in zip(cases, self.spread(tasks), strict=True)
+        }
+
+    def _spectra(self, site: Site, scheme: Scheme) -> tuple[Spectrum, ...]:
+        """Return the spectra of what a site computes with now."""
+        if site.name in self._read:
+            return self._read[site.name]
+        if isinstance(site.layer, Factorized):
+            return self._lowering(site, site.layer).spectra
+        if site.name not in self.spectra:
+            assert site.operation is not None
+            self.spectra[site.name] = scheme.spectra(site.operation, working_weight(site))
+        return self.spectra[site.name]
 
     def _rank_or_lower(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
         """Return the decision for a site that a scheme fits, but for its error."""
@@ -130,9 +177,7 @@ class Select(Pass):
         too_small = replace(kept_plan(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
         if most < policy.min_gain and not policy.rank.exact:
             return too_small
-        if site.name not in self.spectra:
-            self.spectra[site.name] = scheme.spectra(operation, working_weight(site))
-        choice = policy.rank.choose(_name_for(policy.rank, site), self.spectra[site.name])
+        choice = policy.rank.choose(_name_for(policy.rank, site), self._spectra(site, scheme))
         if choice.kept and not choice.signal and most < policy.min_gain:
             return too_small
         if choice.kept:
@@ -161,7 +206,7 @@ class Select(Pass):
         if not site.layer.weights[0].requires_grad:
             return kept
         now, full = site.layer.origin.ranks, scheme.full_ranks(site.operation)
-        choice = policy.rank.choose(_name_for(policy.rank, site), self._lowering(site, site.layer).spectra)
+        choice = policy.rank.choose(_name_for(policy.rank, site), self._spectra(site, scheme))
         if choice.kept:
             return kept
         wanted = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
@@ -191,6 +236,17 @@ class Select(Pass):
 _OPEN = (None, Reason.FACTORIZED)
 """What a site may say of itself for a policy to decide on it: nothing, or that its ranks could be lowered."""
 
+
+def _packed_spectra(site: Site, scheme: Scheme, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Return two tensors for each spectrum of what a site computes with: the values, and what else is to be known."""
+    assert site.operation is not None
+    if isinstance(site.layer, Factorized):
+        spectra = lowering_of(site.layer, weights).spectra
+    else:
+        spectra = scheme.spectra(site.operation, working_weight(site, *weights))
+    return tuple(part for one in spectra for part in pack(one))
+
+
 Case = tuple[Site, Scheme]
 """A site that may be rewritten, and the scheme that fits it."""
 
@@ -216,7 +272,7 @@ def _rounded(
     if isinstance(policy.round_to, int):
         each = math.gcd(policy.round_to, scheme.channels_per_rank(site.operation))
         return round_ranks(ranks, limits, policy.round_to // each)
-    weight = site.layer.weights[0] if isinstance(site.layer, Factorized) else site.dense
+    weight = site.weights[0]
     return round_gently(ranks, limits, device_multiple(weight.dtype, weight.device))
 
 

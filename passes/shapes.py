@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Shapes(Pass):
     def run(self, program: Program) -> PassResult:
         """Attach the flows to the sites."""
         try:
-            seen = observe(program.module, self.inputs, training=False)
+            seen = observe(program.module, self.inputs, training=False, shards=program.shards)
         except Exception as error:  # whatever the model raises, it is about these inputs
             raise InputError(
                 f"{type(program.module).__name__} does not accept the example inputs {_describe(self.inputs)}: "
@@ -69,7 +69,7 @@ def _with_functional(program: Program, inputs: Inputs, seen: Observed, uses: Use
     if not slots:
         return list(program.sites)
     try:
-        reads = seen.reads | observe(program.module, inputs, training=True).reads
+        reads = seen.reads | observe(program.module, inputs, training=True, shards=program.shards).reads
     except Exception as error:  # in train mode a model may want targets too, or larger batches
         reads, unknown = (
             seen.reads,
@@ -77,15 +77,13 @@ def _with_functional(program: Program, inputs: Inputs, seen: Observed, uses: Use
         )
     else:
         unknown = ""
-    made = {
-        site.name: site for slot in slots for site in _site(program.module, slot, seen, uses.owners, reads, unknown)
-    }
+    made = {site.name: site for slot in slots for site in _site(program.module, slot, seen, uses, reads, unknown)}
     sites = [made.pop(site.name, site) for site in program.sites]
     return _in_order(program.module, [*sites, *made.values()])
 
 
 def _site(
-    root: nn.Module, slot: Slot, seen: Observed, owners: Mapping[int, int], reads: Collection[int], unknown: str
+    root: nn.Module, slot: Slot, seen: Observed, uses: Uses, reads: Collection[int], unknown: str
 ) -> Iterator[Site]:
     owner = root.get_submodule(slot.owner)
     parameter = owner._parameters[slot.name]
@@ -96,7 +94,7 @@ def _site(
         return
     kind = layer_kind.name if layer_kind is not None else calls[0][0].name
     operation = calls[0][0].operation(parameter.shape)
-    reason, note = obstacle(parameter, kind, operation, owners, reads)
+    reason, note = obstacle(parameter, kind, operation, uses.owners, reads, uses.shards)
     if reason is None and unknown:
         reason, note = Reason.READ_ELSEWHERE, unknown
     yield Site(

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from tdfx.kinds.functional import Call, parse_call
 from tdfx.kinds.registry import find_kind
@@ -29,6 +29,11 @@ METADATA = frozenset(
     }
 )
 """What a tensor can be asked for without its values."""
+
+METADATA_FUNCTIONS = frozenset(
+    method if callable(method) else method.__get__ for method in (getattr(Tensor, name) for name in METADATA)
+)
+"""The functions that ask for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,8 @@ class Uses:
     """Parameter -> how many modules hold it."""
     runs: Mapping[int, tuple[str, int]]
     """Graph -> the path of its module, and how often that module runs in one forward pass."""
+    shards: bool = False
+    """Whether the parameters are in shards."""
 
     def count(self, nodes: Sequence[fx.Node]) -> int:
         """Return how often these nodes run in one forward pass, in the mode in which they run more often."""
@@ -100,6 +107,7 @@ def uses_of(program: Program) -> Uses:
         traced=frozenset(traced),
         owners=owners_of(program.module),
         runs=runs,
+        shards=program.shards,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,27 +12,38 @@ from tdfx.factors.scheme import Lowering
 from tdfx.layers import Factorized
 from tdfx.passes.base import Site
 from tdfx.ranks.spectrum import Spectrum, working_dtype
+from tdfx.shards import full
 
 Spectra = dict[str, tuple[Spectrum, ...]]
 """Site name -> its spectra, so that the rewrite need not compute them again."""
 
 
-def working_weight(site: Site) -> Tensor:
-    """Return a site's weight in the layout of its operation and the dtype in which it is decomposed, detached."""
-    return site.dense.to(working_dtype(site.dense))
+def working_weight(site: Site, weight: Tensor | None = None) -> Tensor:
+    """Return a site's weight in the layout of its operation and the dtype in which it is decomposed, detached.
+
+    Args:
+        site: A site with a weight of its own.
+        weight: The values of the parameter, where they were read already.
+    """
+    dense = site.dense if weight is None else site.as_dense(weight)
+    return dense.to(working_dtype(dense))
 
 
-def lowering_of(layer: Factorized) -> Lowering:
-    """Return how a factorized layer's factors can be split anew, in the dtype in which that is done."""
-    factors = [weight.detach().to(working_dtype(weight)) for weight in layer.weights]
-    return layer.scheme.lowering(layer.operation, factors)
+def lowering_of(layer: Factorized, weights: Sequence[Tensor] | None = None) -> Lowering:
+    """Return how a factorized layer's factors can be split anew, in the dtype in which that is done.
+
+    Args:
+        layer: It is left as it was.
+        weights: The values of its factors, where they were read already.
+    """
+    given = [full(weight) for weight in layer.weights] if weights is None else weights
+    return layer.scheme.lowering(layer.operation, [weight.to(working_dtype(weight)) for weight in given])
 
 
 def check_weight(site: Site) -> None:
     """Raise WeightError if a site's weight cannot be decomposed."""
-    weights = site.layer.weights if isinstance(site.layer, Factorized) else (site.dense,)
-    for weight in weights:
-        _check_one(site, weight.detach())
+    for weight in site.weights:
+        _check_one(site, weight)
 
 
 def _check_one(site: Site, weight: Tensor) -> None:
@@ -39,6 +52,7 @@ def _check_one(site: Site, weight: Tensor) -> None:
             f"The weight of site {site.name!r} is on the meta device and has no values, so its ranks cannot be read. "
             f"Load the model on a real device first."
         )
+    weight = full(weight)
     # The sum shows every NaN and infinity, and is much cheaper; where it shows one, it may also have overflowed.
     if not bool(torch.isfinite(weight.sum())) and not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())

@@ -23,7 +23,8 @@ from tdfx.passes.shapes import Shapes
 from tdfx.passes.trace import Trace
 from tdfx.plan import Emit, Plan
 from tdfx.policy import Policy
-from tdfx.wrappers import unwrap
+from tdfx.shards import own_attributes
+from tdfx.wrappers import Wrapped, unwrap
 
 
 def plan(
@@ -57,7 +58,7 @@ def plan(
         >>> made.sites[0].scheme, made.sites[0].ranks, made.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
-    program, _ = _planned(unwrap(model).model, policy, example_inputs, emit)
+    program, _ = _planned(unwrap(model), policy, example_inputs, emit)
     assert program.plan is not None
     return program.plan
 
@@ -107,9 +108,9 @@ def rewrite(
     wrapped = unwrap(model)
     if isinstance(policy, Plan):
         step = Rewrite(init=init, spread=wrapped.spread)
-        program = replace(_sites(wrapped.model, policy.emit), plan=policy)
+        program = replace(_sites(wrapped, policy.emit), plan=policy)
     else:
-        program, select = _planned(wrapped.model, policy, example_inputs, emit)
+        program, select = _planned(wrapped, policy, example_inputs, emit)
         step = Rewrite(select.spectra, init, wrapped.spread)
     result = step(program).program.module
     _warn_of_lost_attachments(step.swaps)
@@ -151,7 +152,7 @@ def merge(model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None
     return made
 
 
-def _planned(model: nn.Module, policy: Policy | None, inputs: Inputs | None, emit: Emit) -> tuple[Program, Select]:
+def _planned(wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit) -> tuple[Program, Select]:
     """Run the passes up to the plan."""
     wish = Policy() if policy is None else policy
     if not isinstance(wish, Policy):
@@ -159,26 +160,32 @@ def _planned(model: nn.Module, policy: Policy | None, inputs: Inputs | None, emi
             f"policy={wish!r} is a {type(wish).__name__}: it says what to rewrite and how far. "
             f"Pass tdfx.Policy(rank=...), or a plan to rewrite."
         )
-    program = _sites(model, emit)
+    program = _sites(wrapped, emit)
     if inputs is not None:
         program = Shapes(inputs)(program).program
-    select = Select(wish)
+    select = Select(wish, wrapped.spread, wrapped.agree)
     return select(program).program, select
 
 
-def _sites(model: nn.Module, emit: Emit) -> Program:
+def _sites(wrapped: Wrapped, emit: Emit) -> Program:
     if emit not in get_args(Emit):
         raise PolicyError(
             f"emit={emit!r} is not known: a model is given back as 'graph' (a GraphModule) or as 'modules' (its own class)."
         )
-    return Find()(Trace()(Program(module=model, emit=emit)).program).program
+    notes: tuple[str, ...] = ()
+    if wrapped.shards and emit == "graph":
+        emit = "modules"
+        kind = type(wrapped.model).__name__
+        notes = (f"given back as {kind}, not as a graph: fully_shard gathers parameters where modules are called",)
+    program = Program(module=wrapped.model, emit=emit, notes=notes, shards=wrapped.shards)
+    return Find()(Trace()(program).program).program
 
 
 def _warn_of_lost_attachments(swaps: Sequence[Swap]) -> None:
     """Warn where a weight carries hooks or attributes of the user's, which no factor can take over."""
     for swap in swaps:
-        names = ("_backward_hooks", "_post_accumulate_grad_hooks", "__dict__")
-        if any(getattr(weight, name, None) for weight in swap.old for name in names):
+        names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+        if any(own_attributes(weight) or any(getattr(weight, name, None) for name in names) for weight in swap.old):
             warnings.warn(
                 f"The weight of site {swap.site!r} has hooks or attributes of its own, which its factors do not get. Keep "
                 f"the site, exclude=({swap.site!r},), or attach them anew.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -16,6 +17,7 @@ from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import kind_of, operation_of
 from tdfx.kinds.stock import build_layer
 from tdfx.ranks.spectrum import working_dtype
+from tdfx.shards import full, is_sharded, placed_like
 from tdfx.structure import HOOKS, shell_of, structural_copy
 
 
@@ -130,24 +132,29 @@ class Factorized(nn.Module):
         return cast("nn.Parameter | None", self.factors[-1].bias)
 
     @torch.no_grad()
-    def joined(self) -> Tensor:
-        """Return the dense weight in the original's shape, dtype and layout, detached.
+    def joined(self, *factors: Tensor) -> Tensor:
+        """Return the dense weight in the original's shape, dtype and layout, detached, with all its values.
 
         The product is computed in float64, so that rounding to the layer's dtype happens once.
+
+        Args:
+            factors: The values of ``weights``, where they were read already.
         """
-        joined = self.join(*(weight.to(working_dtype(weight)) for weight in self.weights))
-        return _like(self.kind.from_dense(joined), self._core())
+        given = factors or tuple(full(weight) for weight in self.weights)
+        joined = self.join(*(weight.to(working_dtype(weight)) for weight in given))
+        return _like(self.kind.from_dense(joined), self.placement)
 
     @torch.no_grad()
     def merged(self, weight: Tensor | None = None) -> nn.Module:
         """Return the original layer with the joined weight and the bias of today; this layer is left as it was.
 
         Args:
-            weight: What ``joined`` gave, where that was called already; it becomes the layer's own.
+            weight: What ``joined`` gave, where that was called already; it becomes the layer's own, or the part of it
+                that this process is to hold where the factors are sharded.
         """
         layer = structural_copy(self.origin.layer)
-        dense = self.joined() if weight is None else weight
-        layer._parameters[self.kind.weight] = nn.Parameter(dense, requires_grad=self._core().requires_grad)
+        dense = placed_like(self.joined() if weight is None else weight, self.placement)
+        layer._parameters[self.kind.weight] = nn.Parameter(dense, requires_grad=self.placement.requires_grad)
         if self.kind.bias:
             layer._parameters[self.kind.bias] = self.bias
         _copy_hooks(self, layer)
@@ -162,13 +169,14 @@ class Factorized(nn.Module):
         """
         made = cast("Factorized", structural_copy(self))
         chain = self.scheme.chain(self.operation, ranks)
-        made.factors = _build_chain(chain, weights, self.bias, self._core())
+        made.factors = _build_chain(chain, weights, self.bias, self.placement)
         made.origin = replace(self.origin, ranks=tuple(ranks))
         return made.train(self.training)
 
-    def _core(self) -> nn.Parameter:
-        """Return the factor that has the kernel: it shows the memory format, which on a pointwise one cannot be told."""
-        return max(self.weights, key=lambda weight: weight[0, 0].numel())
+    @property
+    def placement(self) -> nn.Parameter:
+        """The factor that has the kernel: it shows the memory format, which on a pointwise one cannot be told."""
+        return max(self.weights, key=lambda weight: math.prod(weight.shape[2:]))
 
     def extra_repr(self) -> str:
         """Name the original, the scheme and the ranks."""
@@ -191,11 +199,13 @@ class Factorized(nn.Module):
 def _build_chain(
     chain: Sequence[Operation], weights: Sequence[Tensor], bias: nn.Parameter | None, model: nn.Parameter
 ) -> nn.Sequential:
-    """Build the factors; they are like ``model`` in dtype, device, layout and ``requires_grad``."""
+    """Build the factors; they are like ``model`` in dtype, device, layout, sharding and ``requires_grad``."""
     biases = [None] * (len(chain) - 1) + [bias]
     return nn.Sequential(
         *(
-            build_layer(step, nn.Parameter(_like(weight, model), requires_grad=model.requires_grad), own)
+            build_layer(
+                step, nn.Parameter(placed_like(_like(weight, model), model), requires_grad=model.requires_grad), own
+            )
             for step, weight, own in zip(chain, weights, biases, strict=True)
         )
     )
@@ -218,6 +228,8 @@ def _size_of_factor(factor: nn.Module, before: tuple[int, ...], wanted: tuple[in
 def _like(weight: Tensor, model: Tensor) -> Tensor:
     """Return a new tensor of the model's dtype and device, channels last where the model's weight is."""
     made = weight.detach().to(device=model.device, dtype=model.dtype)
+    if is_sharded(model):  # FSDP2 shards contiguous parameters alone
+        return made.clone(memory_format=torch.contiguous_format)
     for layout, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
         if made.dim() == dims and model.is_contiguous(memory_format=layout) and not model.is_contiguous():
             return made.clone(memory_format=layout)

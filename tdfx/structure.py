@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from tdfx.shards import placeholder
+
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -91,8 +93,7 @@ def shell_of(module: ModuleT) -> ModuleT:
     shell = cast("ModuleT", structural_copy(module))
     for name, parameter in shell._parameters.items():
         if parameter is not None:
-            meta = torch.empty_like(parameter, device="meta")
-            shell._parameters[name] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+            shell._parameters[name] = nn.Parameter(placeholder(parameter), requires_grad=parameter.requires_grad)
     return shell
 
 

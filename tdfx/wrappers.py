@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,11 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from tdfx.errors import ModelError
-from tdfx.passes.base import Spread, alone
-
-
-def _same(value: Any) -> Any:
-    return value
+from tdfx.passes.base import Agree, Spread, alone, itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +25,14 @@ class Wrapped:
     """Wraps another model as this one was, with the same settings."""
     spread: Spread = alone
     """How the processes that train the model share work, so that each has the same bits."""
-    agree: Callable[[Any], Any] = _same
+    agree: Agree = itself
     """From a value of plain types that each process has, to that of the first process; all must call it."""
+    shards: bool = False
+    """True if each process holds a part of every parameter."""
 
 
 def unwrap(model: nn.Module) -> Wrapped:
-    """Take a model out of ``torch.compile``.
+    """Take a model out of ``torch.compile`` and out of FSDP2.
 
     Raises:
         ModelError: It is no module, or is wrapped in what cannot be taken off and put on again.
@@ -45,7 +43,12 @@ def unwrap(model: nn.Module) -> Wrapped:
         inner = unwrap(model._orig_mod)
         return replace(inner, wrap=lambda made: cast("nn.Module", model.dynamo_ctx(inner.wrap(made))))
     _refuse(model)
-    return Wrapped(model, lambda made: made)
+    if any(_is_a(one, "FSDPModule") for one in model.modules()):
+        from tdfx.distributed.fsdp import Sharded  # it takes longer to import than all of tdfx
+
+        sharded = Sharded(model)
+        return Wrapped(sharded.plain, sharded.shard, sharded.ranks.spread, sharded.ranks.agree, shards=True)
+    return Wrapped(model, itself)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -55,12 +58,12 @@ def _refuse(model: nn.Module) -> None:
                 f"The model is wrapped in {wrapper.__name__}, which holds on to the parameters it was given. Pass "
                 f"model.module, and wrap what comes back again."
             )
-    sharded = [name for name, one in model.named_modules() if _is_sharded(one)]
+    sharded = [name for name, one in model.named_modules() if _is_a(one, "FullyShardedDataParallel")]
     if sharded:
         where = f"Its part {sharded[0]!r}" if sharded[0] else "The model"
         raise ModelError(
             f"{where} is wrapped in FullyShardedDataParallel, which keeps the weights as slices of one flat parameter. "
-            f"Rewrite the model before it is wrapped."
+            f"Shard it with torch.distributed.fsdp.fully_shard instead, or rewrite the model before it is wrapped."
         )
     compiled = [name for name, one in model.named_modules() if isinstance(one, torch._dynamo.OptimizedModule)]
     if compiled:
@@ -72,6 +75,6 @@ def _refuse(model: nn.Module) -> None:
         raise ModelError("The model is TorchScript, which cannot be rewritten. Pass the module it was made from.")
 
 
-def _is_sharded(module: nn.Module) -> bool:
+def _is_a(module: nn.Module, kind: str) -> bool:
     # By name, because importing the class takes longer than all of tdfx.
-    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
+    return any(one.__name__ == kind for one in type(module).__mro__)

@@ -24,7 +24,7 @@ in_checkout = pytest.mark.skipif(
 )
 
 LAYERS = (
-    {"errors"},
+    {"errors", "shards"},
     {"ranks"},
     {"factors"},
     {"cost"},
@@ -37,6 +37,7 @@ LAYERS = (
     {"parameters"},
     {"passes"},
     {"optim"},
+    {"distributed"},
     {"wrappers"},
     {"onnx_proof"},
     {"verify"},

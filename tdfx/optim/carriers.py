@@ -14,6 +14,7 @@ have come from, exact where all are equal.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from tdfx.factors.algebra import linearize
 from tdfx.layers import Factorized
 from tdfx.ranks.spectrum import working_dtype
+from tdfx.shards import full, placed_like
 
 Moments = tuple[Tensor, ...]
 
@@ -45,15 +47,16 @@ class ToFactors:
 
     def first(self, moments: Moments) -> Moments:
         """Return the vector-Jacobian product of ``join`` at the factors."""
-        return self._pull_back(self.layer.weights, moments[0])
+        return self._pull_back(moments[0], Tensor.detach)
 
     def second(self, moments: Moments) -> Moments:
         """Return the same product at the squared factors."""
-        return self._pull_back(tuple(weight.square() for weight in self.layer.weights), moments[0])
+        return self._pull_back(moments[0], Tensor.square)
 
-    def _pull_back(self, weights: Moments, moment: Tensor) -> Moments:
-        detached = [weight.detach().to(moment.dtype) for weight in weights]
-        return linearize(self.layer.join, detached).pull(self.layer.kind.to_dense(moment))
+    def _pull_back(self, moment: Tensor, change: Callable[[Tensor], Tensor]) -> Moments:
+        detached = [change(full(weight)).to(moment.dtype) for weight in self.layer.weights]
+        carried = linearize(self.layer.join, detached).pull(self.layer.kind.to_dense(full(moment)))
+        return tuple(placed_like(one, weight) for one, weight in zip(carried, self.layer.weights, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +67,17 @@ class ToDense:
 
     def first(self, moments: Moments) -> Moments:
         """Return the dense moment of least norm that the factors' moments can come from."""
-        weights = tuple(weight.detach().to(working_dtype(weight)) for weight in self.layer.weights)
-        return (self.layer.kind.from_dense(self.layer.scheme.project(self.layer.operation, weights, moments)),)
+        weights = tuple(full(weight).to(working_dtype(weight)) for weight in self.layer.weights)
+        dense = self.layer.scheme.project(self.layer.operation, weights, tuple(map(full, moments)))
+        return (placed_like(self.layer.kind.from_dense(dense), self.layer.placement),)
 
     def second(self, moments: Moments) -> Moments:
         """Spread the factors' moments over the weight by the squared factors, and divide by what ones would give."""
-        squares = [weight.detach().to(working_dtype(weight)).square() for weight in self.layer.weights]
+        squares = [full(weight).to(working_dtype(weight)).square() for weight in self.layer.weights]
         near = linearize(self.layer.join, squares)
         ones = near.push(near.pull(torch.ones_like(near.value)))
-        average = near.push(moments) / ones.clamp_min(torch.finfo(near.value.dtype).tiny)
-        return (self.layer.kind.from_dense(average),)
+        average = near.push(tuple(map(full, moments))) / ones.clamp_min(torch.finfo(near.value.dtype).tiny)
+        return (placed_like(self.layer.kind.from_dense(average), self.layer.placement),)
 
 
 @dataclass(frozen=True, slots=True)

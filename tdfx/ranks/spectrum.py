@@ -57,6 +57,26 @@ class Spectrum:
         return float((squared.sum() + self.residual) / largest) if largest > 0 else 0.0
 
 
+def pack(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """Return a spectrum without its basis as two tensors: the values, and the numbers beside them."""
+    original = (0, 0) if spectrum.original is None else spectrum.original
+    rest = (spectrum.rows, spectrum.cols, float(spectrum.residual), *original)
+    return spectrum.values, torch.tensor(rest, dtype=torch.float64)
+
+
+def unpack(values: Tensor, rest: Tensor) -> Spectrum:
+    """Return the spectrum that ``pack`` was given, without its basis.
+
+    >>> one = unpack(*pack(spectrum(torch.eye(3)[:2])))
+    >>> one.values.tolist(), one.shape, one.original
+    ([1.0, 1.0], (2, 3), None)
+    """
+    rows, cols, residual, *original = rest.tolist()
+    first, second = map(int, original)
+    shape = (first, second) if first else None
+    return Spectrum(values, values.new_empty(0), int(rows), int(cols), residual, shape)
+
+
 def working_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype in which a weight is decomposed: float64, or float32 where the device has no float64."""
     return torch.float32 if weight.device.type == "mps" else torch.float64
