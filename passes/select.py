@@ -60,7 +60,9 @@ class Select(Pass):
         notes = self._resolve(program.sites)
         decided = tuple(self._decide(site) for site in program.sites)
         # From here on the processes read the same weights, in the same order.
-        decided = self.agree(decided) if program.shards else decided
+        policy = repr(self.policy)
+        if program.shards:
+            decided, notes, policy = self.agree((decided, notes, policy))
         sites = self._with_errors(program.sites, decided)
         for site, decision in zip(program.sites, sites, strict=True):
             for node in site.nodes:
@@ -71,7 +73,7 @@ class Select(Pass):
             emit=program.emit,
             notes=(*program.notes, *notes),
             model=type(program.module).__name__,
-            policy=repr(self.policy),
+            policy=policy,
             other_parameters=counted - sum(one.parameters_before for one in sites),
         )
         changes = tuple(Change(one.name, f"{one.scheme} at {one.ranks}") for one in plan.factorized)

@@ -108,7 +108,7 @@ def rewrite(
     wrapped = unwrap(model)
     if isinstance(policy, Plan):
         step = Rewrite(init=init, spread=wrapped.spread)
-        program = replace(_sites(wrapped, policy.emit), plan=policy)
+        program = replace(_sites(wrapped, policy.emit), plan=wrapped.agree(policy))
     else:
         program, select = _planned(wrapped, policy, example_inputs, emit)
         step = Rewrite(select.spectra, init, wrapped.spread)

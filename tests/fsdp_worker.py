@@ -1,0 +1,753 @@
+"""What two processes check together of models that fully_shard was called on; test_fsdp.py starts it.
+
+Each function whose name starts with ``check_`` runs on both processes, with a mesh of both.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tdfx
+from tdfx.cost.count import Flow
+from tdfx.factors.svd import Svd
+from tdfx.layers import Factorized
+
+HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
+X = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+ROUNDING = 1e-11
+"""A dozen steps in float64 on numbers about 1: some 1e4 roundings of 1e-16, and room for what training amplifies."""
+
+
+class Block(nn.Module):
+    """Its sizes do not divide evenly."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 33)
+        self.down = nn.Linear(33, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))  # type: ignore[no-any-return]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 24)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.kernel = nn.Parameter(torch.randn(12, 24) / 5)
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(F.linear(x, self.kernel))  # type: ignore[no-any-return]
+
+
+def net() -> Any:
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def sharded(model: nn.Module | None = None, mesh: DeviceMesh | None = None, **settings: Any) -> Any:
+    made: Any = net() if model is None else model
+    for block in made.blocks:
+        fully_shard(block, mesh=mesh, **settings)
+    return fully_shard(made, mesh=mesh, **settings)
+
+
+def whole(tensor: Any) -> Tensor:
+    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found.detach().clone()
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(one) for name, one in model.state_dict().items()}
+
+
+def far(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    assert list(one) == list(other), (list(one), list(other))
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def batches(seed: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        yield (
+            torch.randn(8, 16, generator=generator, dtype=torch.float64),
+            torch.randn(8, 5, generator=generator, dtype=torch.float64),
+        )
+
+
+def train(model: nn.Module, optimizer: Optimizer, seed: int, *, parts: bool, count: int = 3) -> None:
+    """Train on whole batches, or each process on its half: the mean of the halves' gradients is the whole's."""
+    for x, y in batches(seed, count):
+        if parts:
+            half = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+            x, y = x[half], y[half]
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+
+
+@dataclass
+class Run:
+    small: nn.Module
+    dense: nn.Module
+    factorized: dict[str, Tensor]
+    merged: dict[str, Tensor]
+    optimizer: Optimizer
+
+
+def whole_run(
+    model: nn.Module, make: Callable[[Any], Optimizer], *, parts: bool, carry: bool = True, policy: Any = HALF
+) -> Run:
+    """Train, rewrite, train, merge, train."""
+    optimizer = make(model.parameters())
+    train(model, optimizer, 1, parts=parts)
+    small = tdfx.rewrite(model, policy, example_inputs=X, optimizer=optimizer, emit="modules")
+    if not carry:
+        optimizer.state.clear()
+    train(small, optimizer, 2, parts=parts)
+    factorized = values(small)
+    dense = tdfx.merge(small, optimizer=optimizer)
+    train(dense, optimizer, 3, parts=parts)
+    return Run(small, dense, factorized, values(dense), optimizer)
+
+
+def compare_runs(make: Callable[[Any], Optimizer], mesh: DeviceMesh, **settings: Any) -> None:
+    here, there = whole_run(sharded(mesh=mesh, **settings), make, parts=True), whole_run(net(), make, parts=False)
+    assert far(here.factorized, there.factorized) < ROUNDING
+    assert far(here.merged, there.merged) < ROUNDING
+    assert any(".factors." in name for name in here.factorized)
+    other = whole_run(net(), make, parts=False, carry=False)
+    assert far(here.factorized, other.factorized) > 1e-3, "without its state the optimizer goes elsewhere"
+
+
+def check_sgd_is_the_single_process_run(mesh: DeviceMesh) -> None:
+    compare_runs(lambda one: SGD(one, lr=0.05, momentum=0.9), mesh)
+
+
+def check_adamw_is_the_single_process_run(mesh: DeviceMesh) -> None:
+    compare_runs(lambda one: AdamW(one, lr=0.01), mesh)
+
+
+def check_always_resharded_is_the_single_process_run(mesh: DeviceMesh) -> None:
+    compare_runs(lambda one: Adam(one, lr=0.01), mesh, reshard_after_forward=True)
+
+
+def check_never_resharded_is_the_single_process_run(mesh: DeviceMesh) -> None:
+    compare_runs(lambda one: SGD(one, lr=0.05, momentum=0.9), mesh, reshard_after_forward=False)
+
+
+def check_hybrid_sharding_is_the_single_process_run(mesh: DeviceMesh) -> None:
+    for shape in ((1, 2), (2, 1)):
+        hybrid = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        compare_runs(lambda one: SGD(one, lr=0.05, momentum=0.9), hybrid)
+
+
+def check_offloaded_is_the_single_process_run(mesh: DeviceMesh) -> None:
+    compare_runs(lambda one: SGD(one, lr=0.05, momentum=0.9), mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+def check_factors_have_the_bits_of_an_unsharded_rewrite(mesh: DeviceMesh) -> None:
+    here = tdfx.rewrite(sharded(mesh=mesh), HALF, example_inputs=X)
+    there = tdfx.rewrite(net(), HALF, example_inputs=X, emit="modules")
+    assert far(values(here), values(there)) == 0.0
+    merged = values(tdfx.merge(here))
+    assert far(merged, values(tdfx.merge(there))) == 0.0
+    assert far(merged, values(net())) > 1e-3, "half of the ranks lose something"
+    exact = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
+    assert far(values(tdfx.merge(tdfx.rewrite(sharded(mesh=mesh), exact))), values(net())) < ROUNDING
+
+
+def check_plan_is_one_for_all(mesh: DeviceMesh) -> None:
+    class Partial:
+        """A clock that says something else on each process."""
+
+        def seconds(self, chain: Sequence[Any], flow: Flow | None) -> float:
+            return float(len(chain) if dist.get_rank() else 1 / len(chain))
+
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=0.5), cost=Partial(), round_to=1)
+    made = tdfx.plan(sharded(mesh=mesh), policy, example_inputs=X)
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, made.to_json())
+    assert both[0] == both[1]
+    assert len(made.factorized) == len(made.sites) == 7
+    alone = tdfx.plan(net(), policy, example_inputs=X)
+    assert (len(alone.factorized) == 0) == bool(dist.get_rank()), "each alone would decide otherwise"
+    rule = tdfx.Policy(rank=tdfx.Target(parameters=0.7), min_gain=0)
+    here, there = tdfx.plan(sharded(mesh=mesh), rule), tdfx.plan(net(), rule)
+    assert here.sites == there.sites
+    assert here.emit == "modules"
+    assert any("fully_shard gathers parameters where modules are called" in note for note in here.notes)
+
+
+def check_a_plan_goes_in_place_of_a_policy(mesh: DeviceMesh) -> None:
+    model = sharded(mesh=mesh)
+    made = tdfx.Plan.from_json(tdfx.plan(net(), HALF, example_inputs=X).to_json())
+    assert made.emit == "graph"
+    small = tdfx.rewrite(model, made)
+    assert far(values(small), values(tdfx.rewrite(model, HALF, example_inputs=X))) == 0.0
+    assert isinstance(small, FSDPModule)
+
+
+def check_boundaries_and_settings_are_as_before(mesh: DeviceMesh) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float64)
+    model = net()
+    first, second = model.blocks
+    fully_shard(first, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    fully_shard(second, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    fully_shard(model, mesh=mesh)
+    model.blocks[0].set_modules_to_forward_prefetch([second])
+    model.blocks[1].set_requires_all_reduce(False)
+    model.blocks[1].set_reshard_after_backward(False)
+    model.set_is_last_backward(False)
+    small: Any = tdfx.rewrite(model, HALF, example_inputs=X)
+    dense: Any = tdfx.merge(small)
+    for made in (small, dense):
+        assert [path for path, one in made.named_modules() if isinstance(one, FSDPModule)] == [
+            "",
+            "blocks.0",
+            "blocks.1",
+        ]
+        assert type(made) is type(model)
+        states = {path: made.get_submodule(path)._get_fsdp_state() for path in ("", "blocks.0", "blocks.1")}
+        groups = {path: state._fsdp_param_group for path, state in states.items()}
+        assert all(group.mesh_info.mesh is mesh for group in groups.values())
+        assert groups["blocks.0"].post_forward_mesh_info is None
+        assert groups["blocks.1"].post_forward_mesh_info is groups["blocks.1"].mesh_info
+        assert [states[path]._auto_reshard_after_forward for path in states] == [True, False, True]
+        assert states["blocks.0"]._mp_policy == policy
+        assert states["blocks.1"]._mp_policy == MixedPrecisionPolicy()
+        assert isinstance(groups["blocks.1"].offload_policy, CPUOffloadPolicy)
+        assert not isinstance(groups["blocks.0"].offload_policy, CPUOffloadPolicy)
+        assert states["blocks.0"]._states_to_forward_prefetch == [states["blocks.1"]]
+        assert not groups["blocks.1"].all_reduce_grads
+        assert groups["blocks.0"].all_reduce_grads
+        assert not groups["blocks.1"].reshard_after_backward
+        assert not states[""]._state_ctx.is_last_backward
+        names = {path: [one._module_info.param_name for one in group.fsdp_params] for path, group in groups.items()}
+        assert len(names["blocks.0"]) == len(list(made.blocks[0].parameters()))
+    assert small.blocks[0].up.factors[0].weight.placements == (Shard(0),)
+    assert not any(isinstance(one, FSDPModule) for one in tdfx.rewrite(net(), HALF).modules())
+
+
+def check_each_process_holds_only_its_shards(mesh: DeviceMesh) -> None:
+    model = sharded(mesh=mesh)
+    optimizer = AdamW(model.parameters())
+    train(model, optimizer, 1, parts=True)
+    small = tdfx.rewrite(model, HALF, example_inputs=X, optimizer=optimizer)
+    for made in (small, None):
+        if made is None:
+            made = tdfx.merge(small, optimizer=optimizer)
+        train(made, optimizer, 2, parts=True)
+        for parameter in made.parameters():
+            assert isinstance(parameter, DTensor)
+            chunks = [one.shape[0] for one in torch.empty(parameter.shape).chunk(2)] + [0]
+            assert parameter.to_local().shape == (chunks[dist.get_rank()], *parameter.shape[1:])
+            state = optimizer.state[parameter]
+            assert state["exp_avg"].to_local().shape == parameter.to_local().shape
+            assert isinstance(state["exp_avg_sq"], DTensor)
+        mine = sum(one.to_local().numel() for one in made.parameters())  # type: ignore[attr-defined]
+        total = sum(one.numel() for one in made.parameters())
+        assert mine < 0.6 * total, "uneven parameters give the first process a little more than half"
+    held = [one for group in optimizer.param_groups for one in group["params"]]
+    assert len(held) == len(optimizer.state)
+
+
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the most bytes alive at once in the tensors that operations made since it began to watch.
+
+    What a DTensor holds is not counted: that is this process's own part.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
+        self.made: dict[int, weakref.ref[Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if type(one) is Tensor}
+        known -= {one.untyped_storage().data_ptr() for one in self.alive()}
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if type(one) is Tensor and one.untyped_storage().data_ptr() not in known:
+                self.made[id(one)] = weakref.ref(one)
+        held = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in self.alive()}
+        self.most = max(self.most, sum(held.values()))
+        return result
+
+    def alive(self) -> list[Tensor]:
+        self.made = {key: one for key, one in self.made.items() if one() is not None}
+        return [one for reference in self.made.values() if (one := reference()) is not None]
+
+
+def check_no_process_ever_holds_the_model(mesh: DeviceMesh) -> None:
+    layers = 32
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(layers))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model = sharded(Deep().double(), mesh)
+    size = layers * 64 * 64 * 8
+    optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x = torch.randn(2, 64, dtype=torch.float64)
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=1 / 8), min_gain=0)
+    rewriting = Live()
+    with rewriting:
+        small = tdfx.rewrite(model, policy, example_inputs=x, optimizer=optimizer)
+    assert 0 < rewriting.most < size / 4, rewriting.most / size
+    merging = Live()
+    with merging:
+        dense = tdfx.merge(small, optimizer=optimizer)
+    assert 0 < merging.most < size / 4, merging.most / size
+    gathering = Live()
+    with gathering:
+        held = [whole(one) for one in dense.parameters()]
+    assert gathering.most >= size, "the meter sees it where a process does hold it"
+    del held
+
+
+def check_kept_parameters_are_shared_and_the_input_still_works(mesh: DeviceMesh) -> None:
+    model = sharded(mesh=mesh)
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    train(model, optimizer, 1, parts=True)
+    before, output = values(model), model(X).detach()
+    model.reshard()
+    shards = {name: one.to_local().data_ptr() for name, one in model.named_parameters()}
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, include=("blocks.*",))
+    small: Any = tdfx.rewrite(model, policy, example_inputs=X, optimizer=optimizer)
+    kept, now = dict(model.named_parameters()), dict(small.named_parameters())
+    shared = [name for name in kept if name in now]
+    assert "last.weight" in shared
+    assert "blocks.0.norm.weight" in shared
+    assert all(kept[name] is now[name] for name in shared)
+    assert now["blocks.0.up.factors.1.bias"] is kept["blocks.0.up.bias"]
+    assert torch.equal(model(X), output)
+    assert not torch.equal(small(X), output)
+    model.reshard()
+    assert far(values(model), before) == 0.0
+    assert {name: one.to_local().data_ptr() for name, one in model.named_parameters()} == shards
+    train(small, optimizer, 2, parts=True)
+    after = values(model)
+    assert not torch.equal(after["last.weight"], before["last.weight"])
+    assert torch.equal(after["blocks.0.up.weight"], before["blocks.0.up.weight"])
+    # The old model computes with the shards that it shares, uneven ones too.
+    plain = net()
+    plain.load_state_dict(after)
+    assert torch.allclose(model(X), plain(X), rtol=0, atol=ROUNDING)
+
+
+def check_before_and_after_the_first_forward(mesh: DeviceMesh) -> None:
+    fresh = sharded(mesh=mesh)
+    used = sharded(mesh=mesh)
+    with torch.no_grad():
+        used(X)  # leaves the root's parameters gathered
+    assert not isinstance(used.kernel, DTensor)
+    small, other = (tdfx.rewrite(one, HALF, example_inputs=X) for one in (fresh, used))
+    assert far(values(small), values(other)) == 0.0
+    assert torch.equal(small(X), other(X))
+
+
+def check_models_made_on_the_meta_device(mesh: DeviceMesh) -> None:
+    with torch.device("meta"):
+        empty = Net().double()
+    model = sharded(empty, mesh)
+    with refused(tdfx.WeightError, "is on the meta device and has no values"):
+        tdfx.rewrite(model, HALF)
+    model.to_empty(device="cpu")
+    for name, value in net().state_dict().items():
+        owner, _, key = name.rpartition(".")
+        parameter = model.get_submodule(owner)._parameters[key]
+        parameter.data.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+    assert far(values(tdfx.rewrite(model, HALF)), values(tdfx.rewrite(sharded(mesh=mesh), HALF))) == 0.0
+
+
+@contextmanager
+def refused(kind: type[Exception], text: str) -> Iterator[None]:
+    raised = ""
+    try:
+        yield
+    except kind as error:
+        raised = str(error)
+    assert text in raised, raised or f"nothing raised {kind.__name__}"
+
+
+def check_a_failure_changes_nothing(mesh: DeviceMesh) -> None:
+    model = sharded(mesh=mesh)
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    train(model, optimizer, 1, parts=True)
+    before, parameters = values(model), list(model.parameters())
+    state = {id(one): {key: whole(value) for key, value in optimizer.state[one].items()} for one in parameters}
+
+    def unchanged() -> None:
+        assert far(values(model), before) == 0.0
+        assert all(now is old for now, old in zip(model.parameters(), parameters, strict=True))
+        assert optimizer.param_groups[0]["params"] == parameters
+        for one in parameters:
+            assert all(torch.equal(whole(value), state[id(one)][key]) for key, value in optimizer.state[one].items())
+
+    split = Svd.split
+
+    def failing(*arguments: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise ArithmeticError("only the second process fails")
+        return split(*arguments)
+
+    Svd.split = failing  # type: ignore[method-assign, assignment]
+    try:
+        with refused(ArithmeticError, "only the second process fails"):
+            tdfx.rewrite(model, HALF, example_inputs=X, optimizer=optimizer)
+    finally:
+        Svd.split = split  # type: ignore[method-assign]
+    unchanged()
+    other = SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    with refused(tdfx.OptimizerError, "are in none of the optimizers given"):
+        tdfx.rewrite(model, HALF, optimizer=other)
+    with refused(tdfx.InputError, "does not accept the example inputs"):
+        tdfx.rewrite(model, HALF, example_inputs=X[:, :3], optimizer=optimizer)
+    unchanged()
+    weight = model.blocks[0].up.weight
+    kept = weight.to_local().clone()
+    with torch.no_grad():
+        weight.to_local().view(-1)[: 2 * dist.get_rank()] = float("nan")
+    with refused(tdfx.WeightError, "has 2 values that are NaN or infinite"):
+        tdfx.rewrite(model, HALF, optimizer=optimizer)
+    with torch.no_grad():
+        weight.to_local().copy_(kept)
+    unchanged()
+    train(model, optimizer, 2, parts=True)
+    small = tdfx.rewrite(model, HALF, optimizer=optimizer)
+    assert any(isinstance(one, Factorized) for one in small.modules())
+
+
+def check_what_is_refused(mesh: DeviceMesh) -> None:
+    model = sharded(mesh=mesh)
+    model.set_requires_gradient_sync(False)
+    model(X).sum().backward()
+    with refused(tdfx.ModelError, "holds gradients that were not reduced yet"):
+        tdfx.rewrite(model, HALF)
+    model = net()
+    everything = set(model.parameters())
+    fully_shard(model, mesh=mesh, ignored_params=everything)
+    with refused(tdfx.ModelError, "none of its parameters are sharded"):
+        tdfx.rewrite(model, HALF)
+    small: Any = tdfx.rewrite(net(), HALF, emit="modules")
+    fully_shard(small.first.factors[0], mesh=mesh)
+    fully_shard(small, mesh=mesh)
+    with refused(tdfx.ModelError, "which is no module of the model that comes of it"):
+        tdfx.merge(small)
+    parallel = net()
+    for name, parameter in list(parallel.last.named_parameters()):
+        setattr(parallel.last, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+    kept = {one.name: one.reason for one in tdfx.plan(parallel, HALF).sites}
+    assert kept["last"] == tdfx.Reason.PARAMETRIZED, "without fully_shard a DTensor stays one"
+    assert kept["first"] is None
+
+
+def check_gradients_of_kept_parameters_stay(mesh: DeviceMesh) -> None:
+    model = sharded(mesh=mesh)
+    model(X).sum().backward()
+    gradient = model.last.bias.grad
+    assert isinstance(gradient, DTensor)
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, include=("first",))
+    small: Any = tdfx.rewrite(model, policy, optimizer=SGD(model.parameters(), lr=0.1))
+    assert small.last.bias.grad is gradient
+    assert small.first.factors[0].weight.grad is None
+
+
+def check_a_site_may_be_a_boundary(mesh: DeviceMesh) -> None:
+    model = net()
+    fully_shard(model.first, mesh=mesh)
+    model.last.bias = None
+    fully_shard(model.last, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    small: Any = tdfx.rewrite(model, HALF, example_inputs=X)
+    group = small.last._get_fsdp_state()._fsdp_param_group
+    assert [one._module_info.module for one in group.fsdp_params] == list(small.last.factors)
+    assert type(small.last).__name__ == "FSDPFactorized"
+    plain = net()
+    plain.last.bias = None
+    other = tdfx.rewrite(plain, HALF, example_inputs=X, emit="modules")
+    assert torch.equal(small(X), other(X))
+    assert type(tdfx.merge(small).last).__name__ == "FSDPLinear"
+
+
+def check_shapes_smaller_than_the_mesh(mesh: DeviceMesh) -> None:
+    class Thin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(16, 1), nn.Linear(1, 5)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[1](torch.tanh(self.blocks[0](x)))  # type: ignore[no-any-return]
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Thin().double()
+
+    def optimizer(one: Any) -> Optimizer:
+        return AdamW(one, lr=0.01)
+
+    here = whole_run(sharded(make(), mesh), optimizer, parts=True)
+    there = whole_run(make(), optimizer, parts=False)
+    assert far(here.factorized, there.factorized) < ROUNDING
+    assert far(here.merged, there.merged) < ROUNDING
+    assert [len(one.to_local()) for one in here.small.parameters() if one.shape[0] == 1] == [  # type: ignore[attr-defined]
+        1 - dist.get_rank()
+    ] * 4
+
+
+def check_tied_weights_are_kept(mesh: DeviceMesh) -> None:
+    model = net()
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    fully_shard(model, mesh=mesh)
+    small: Any = tdfx.rewrite(model, HALF, example_inputs=X)
+    assert isinstance(small.first, Factorized)
+    assert small.blocks[0].up.weight is small.blocks[1].up.weight is model.blocks[0].up.weight
+    assert small._tdfx_plan["blocks.0.up"].reason == tdfx.Reason.TIED
+    optimizer = SGD(small.parameters(), lr=0.1)
+    train(small, optimizer, 1, parts=True)
+    assert small.blocks[0].up.weight is small.blocks[1].up.weight
+
+
+def check_ignored_parameters_stay_plain(mesh: DeviceMesh) -> None:
+    model = net()
+    fully_shard(model, mesh=mesh, ignored_params={model.first.weight, model.last.bias})
+    small: Any = tdfx.rewrite(model, HALF, example_inputs=X)
+    plain = {name for name, one in small.named_parameters() if not isinstance(one, DTensor)}
+    assert plain == {"first.factors.0.weight", "first.factors.1.weight", "last.factors.1.bias"}
+    other = tdfx.rewrite(net(), HALF, example_inputs=X, emit="modules")
+    assert torch.equal(small(X), other(X))
+
+
+def check_placements_of_ones_own(mesh: DeviceMesh) -> None:
+    def along_columns(parameter: nn.Parameter) -> Shard | None:
+        return Shard(1) if parameter.dim() == 2 and parameter.shape[1] % 2 == 0 else None
+
+    model = sharded(mesh=mesh, shard_placement_fn=along_columns)
+    assert model.first.weight.placements == (Shard(1),)
+    assert model.blocks[0].down.weight.placements == (Shard(0),)
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    train(model, optimizer, 1, parts=True)
+    policy = tdfx.Policy(rank=tdfx.Fixed({"*": 7}), min_gain=0, exclude=("last",))
+    small: Any = tdfx.rewrite(model, policy, example_inputs=X, optimizer=optimizer)
+    assert small.last.weight.placements == (Shard(1),)
+    assert small.first.factors[0].weight.placements == (Shard(1),)
+    assert small.first.factors[1].weight.placements == (Shard(0),), "seven columns do not divide evenly"
+    train(small, optimizer, 2, parts=True)
+    dense: Any = tdfx.merge(small, optimizer=optimizer)
+    assert dense.first.weight.placements == (Shard(1),)
+    train(dense, optimizer, 3, parts=True)
+    there = whole_run(net(), lambda one: SGD(one, lr=0.05, momentum=0.9), parts=False, policy=policy)
+    assert far(values(dense), there.merged) < ROUNDING
+
+
+def check_several_modules_in_one_boundary(mesh: DeviceMesh) -> None:
+    model = net()
+    first, second = model.blocks
+    fully_shard([first, second], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    small: Any = tdfx.rewrite(model, HALF, example_inputs=X)
+    state = small.blocks[0]._get_fsdp_state()
+    assert state is small.blocks[1]._get_fsdp_state()
+    assert len(state._fsdp_param_group.fsdp_params) == 2 * len(list(small.blocks[0].parameters()))
+    assert torch.equal(small(X), tdfx.rewrite(net(), HALF, example_inputs=X, emit="modules")(X))
+
+
+def check_only_a_part_is_sharded(mesh: DeviceMesh) -> None:
+    model = net()
+    fully_shard(model.blocks[0], mesh=mesh)
+    small: Any = tdfx.rewrite(model, HALF, example_inputs=X)
+    assert type(small).__name__ == "Net"
+    assert [isinstance(block, FSDPModule) for block in small.blocks] == [True, False]
+    assert not isinstance(small.first.factors[0].weight, DTensor)
+    assert torch.equal(small(X), tdfx.rewrite(net(), HALF, example_inputs=X, emit="modules")(X))
+
+
+def check_low_precision(mesh: DeviceMesh) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(net().float(), mesh, mp_policy=policy)
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    x = X.float()
+
+    def step(one: nn.Module) -> Tensor:
+        output: Tensor = one(x)
+        output.square().mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        return output
+
+    step(model)
+    small = tdfx.rewrite(model, HALF, example_inputs=x, optimizer=optimizer)
+    assert step(small).dtype == torch.bfloat16
+    assert {one.dtype for one in small.parameters()} == {torch.float32}
+    assert step(tdfx.merge(small, optimizer=optimizer)).dtype == torch.bfloat16
+
+
+def check_ranks_are_lowered(mesh: DeviceMesh) -> None:
+    quarter = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)
+
+    def run(model: nn.Module, parts: bool) -> dict[str, Tensor]:
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        train(model, optimizer, 1, parts=parts)
+        for seed, policy in ((2, HALF), (3, quarter)):
+            model = tdfx.rewrite(model, policy, example_inputs=X, optimizer=optimizer, emit="modules")
+            train(model, optimizer, seed, parts=parts)
+        assert next(one.ranks for one in model._tdfx_plan.factorized) == (4,)  # type: ignore[union-attr]
+        return values(model)
+
+    assert far(run(sharded(mesh=mesh), True), run(net(), False)) < ROUNDING
+
+
+def check_convolutions_and_attention(mesh: DeviceMesh) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Conv1d(1, 12, 3, padding=1), nn.Conv1d(12, 8, 3, bias=False)])
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.last = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x if x.dim() == 3 else x[:, None])
+            x = x.mT
+            if x.shape[0] > 10_000:  # what torch.fx cannot follow
+                raise ValueError
+            return self.last(self.attention(x, x, x)[0].mean(1))  # type: ignore[no-any-return]
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Mixed().double()
+
+    here = whole_run(sharded(make(), mesh), lambda one: SGD(one, lr=0.05, momentum=0.9), parts=True)
+    there = whole_run(make(), lambda one: SGD(one, lr=0.05, momentum=0.9), parts=False)
+    assert far(here.factorized, there.factorized) < ROUNDING
+    assert far(here.merged, there.merged) < ROUNDING
+    plan: Any = here.small._tdfx_plan
+    assert plan["attention.out_proj"].reason == tdfx.Reason.READ_ELSEWHERE
+    assert plan["blocks.0"].factorized
+    assert plan["blocks.0"].flops_before == there.small._tdfx_plan["blocks.0"].flops_before  # type: ignore[index, union-attr]
+
+
+def check_hooks_of_a_user_stay(mesh: DeviceMesh) -> None:
+    model = sharded(mesh=mesh)
+    called: list[str] = []
+    model.register_forward_hook(lambda *_: called.append("model"))
+    model.first.register_forward_pre_hook(lambda *_: called.append("first"))
+    small = tdfx.rewrite(model, HALF)
+    small(X)
+    assert called == ["first", "model"]
+    tdfx.merge(small)(X)
+    assert called == ["first", "model"] * 2
+    assert len(small._forward_pre_hooks) == len(model._forward_pre_hooks) == 1
+
+
+def check_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
+    def make() -> tuple[Any, Optimizer]:
+        model = sharded(mesh=mesh)
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        train(model, optimizer, 1, parts=True)
+        small = tdfx.rewrite(model, HALF, example_inputs=X, optimizer=optimizer)
+        return small, optimizer
+
+    model, optimizer = make()
+    train(model, optimizer, 2, parts=True)
+    weights, states = get_state_dict(model, optimizer)
+    assert list(weights) == list(model.state_dict())
+    save({"model": weights, "optimizer": states}, checkpoint_id=folder / "checkpoint")
+    saved = values(model)
+    train(model, optimizer, 3, parts=True)
+    expected = values(model)
+    other, its_optimizer = make()
+    assert far(values(other), saved) > 1e-3
+    weights, states = get_state_dict(other, its_optimizer)
+    load({"model": weights, "optimizer": states}, checkpoint_id=folder / "checkpoint")
+    set_state_dict(other, its_optimizer, model_state_dict=weights, optim_state_dict=states)
+    assert far(values(other), saved) == 0.0
+    train(other, its_optimizer, 3, parts=True)
+    assert far(values(other), expected) == 0.0
+
+
+def check_nothing_of_the_old_sharding_stays(mesh: DeviceMesh) -> None:
+    model = sharded(mesh=mesh)
+    model(X)
+    state, group = (weakref.ref(one) for one in (model._get_fsdp_state(), model._get_fsdp_state()._fsdp_param_group))
+    small = tdfx.rewrite(model, HALF)
+    del model
+    import gc
+
+    gc.collect()
+    assert state() is None
+    assert group() is None
+    small(X)
+
+
+def control_a_failure_on_one_process_is_seen(mesh: DeviceMesh) -> None:
+    assert dist.get_rank() == 0, "the second process fails"
+
+
+def main(folder: Path) -> None:
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", module="torch.*")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    mesh = init_device_mesh("cpu", (2,))
+    outcomes = {}
+    for name, check in CHECKS.items():
+        try:
+            check(mesh, folder) if check is check_checkpoints else check(mesh)
+            mine = ""
+        except Exception:  # it is told to pytest
+            mine = traceback.format_exc()
+        both: list[Any] = [None, None]
+        dist.all_gather_object(both, mine)
+        outcomes[name] = "\n".join(one for one in both if one)
+        if dist.get_rank() == 0:
+            (folder / "outcomes.json").write_text(json.dumps(outcomes))
+    dist.destroy_process_group()
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    name: one for name, one in list(globals().items()) if name.startswith(("check_", "control_"))
+}
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,65 @@
+"""Models that fully_shard was called on: two processes check them together, and each check is told here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fsdp_worker
+import pytest
+from torch import nn
+
+import tdfx
+
+HERE = Path(__file__).resolve().parent
+SECONDS = 240
+"""What the processes may take together; some 30 s are usual."""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What went wrong in each check; "" for nothing."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    worker = [str(HERE / "fsdp_worker.py"), str(folder)]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker]
+    # The processes shall test the tdfx that this one does.
+    environment = {**os.environ, "PYTHONPATH": str(Path(tdfx.__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(start, capture_output=True, text=True, check=False, timeout=SECONDS, env=environment)
+    written = folder / "outcomes.json"
+    found: dict[str, str] = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
+    lost = f"the processes ended before this check was done:\n{done.stderr[-4000:]}"
+    return {name: found.get(name, lost) for name in fsdp_worker.CHECKS}
+
+
+@pytest.mark.parametrize("name", [name for name in fsdp_worker.CHECKS if name.startswith("check_")])
+def test_two_processes(name: str, outcomes: dict[str, str]) -> None:
+    assert outcomes[name] == ""
+
+
+def test_a_failure_on_one_process_is_seen(outcomes: dict[str, str]) -> None:
+    assert "the second process fails" in outcomes["control_a_failure_on_one_process_is_seen"]
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Known by its name, because importing torch's own takes longer than all of tdfx."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(4, 4)
+
+
+def test_the_former_fsdp_is_refused() -> None:
+    with pytest.raises(tdfx.ModelError, match=r"Its part '0' is wrapped in .*fsdp\.fully_shard instead, or rewrite"):
+        tdfx.plan(nn.Sequential(FullyShardedDataParallel()))
+
+
+def test_tdfx_does_not_import_what_fsdp_needs() -> None:
+    code = "import sys, torch; before = set(sys.modules); import tdfx; print(*set(sys.modules) - before)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(tdfx.__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    found = done.stdout.split()
+    assert "tdfx.shards" in found
+    assert [name for name in found if name.startswith(("tdfx.distributed", "torch.distributed.fsdp"))] == []
