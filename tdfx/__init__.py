@@ -21,6 +21,7 @@ from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import register_kind
 from tdfx.layers import Factorized
+from tdfx.optim.states import register_optimizer
 from tdfx.plan import Emit, Plan, Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.energy import Energy
@@ -72,6 +73,7 @@ __all__ = [
     "merge",
     "plan",
     "register_kind",
+    "register_optimizer",
     "rewrite",
     "verify",
 ]

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from tdfx.errors import PolicyError, TdfxWarning
 from tdfx.optim.exchanges import join_exchange, split_exchange
+from tdfx.optim.gradients import carry_gradients
 from tdfx.optim.surgery import as_optimizers, prepare
 from tdfx.passes.base import Program
 from tdfx.passes.find import Find
@@ -75,7 +76,8 @@ def rewrite(
     """Return the model with its sites factorized, to go on training with.
 
     The model passed in is left as it was, and shares with the result every parameter that was not factorized. Call this
-    between an optimizer step and the next backward: gradients of the factorized weights are not carried over.
+    between a backward and the next forward, best after an optimizer step; gradients that wait for a step, as in gradient
+    accumulation, are carried over by the chain rule.
 
     Args:
         model: Any module.
@@ -116,7 +118,9 @@ def rewrite(
     _warn_of_lost_attachments(step.swaps)
     if not optimizers:
         _warn_of_missing_optimizer(step.swaps)
-    surgery = prepare(optimizers, [split_exchange(swap) for swap in step.swaps])
+    exchanges = [split_exchange(swap) for swap in step.swaps]
+    surgery = prepare(optimizers, exchanges)
+    carry_gradients(exchanges)
     made = wrapped.wrap(result)
     surgery.commit()
     return made
@@ -146,7 +150,9 @@ def merge(model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None
     wrapped = unwrap(model)
     step = Merge(wrapped.spread)
     result = step(Program(module=wrapped.model)).program.module
-    surgery = prepare(optimizers, [join_exchange(join) for join in step.joins])
+    exchanges = [join_exchange(join) for join in step.joins]
+    surgery = prepare(optimizers, exchanges)
+    carry_gradients(exchanges)
     made = wrapped.wrap(result)
     surgery.commit()
     return made

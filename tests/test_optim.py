@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import tdfx
 from tdfx import Factorized, OptimizerError, TdfxWarning
@@ -309,30 +309,6 @@ def test_first_plain_step_at_full_rank() -> None:
     found = factorized(small, "0").weight.detach()
     assert (found - expected).norm() <= 100 * EPS * (w.norm() + g.norm())
     assert (found - (w - lr * g)).norm() > 0.1 * lr * g.norm()
-
-
-@pytest.mark.parametrize("make", [RMSprop, Adagrad])
-def test_unknown_optimizer_starts_afresh_with_a_warning(make: Callable[[Iterator[nn.Parameter]], Optimizer]) -> None:
-    model = Net().double()
-    optimizer = make(model.parameters())
-    train(model, optimizer)
-    kept = optimizer.state[weight_of(model, "norm")]
-    with pytest.warns(
-        TdfxWarning, match=rf"state of {make.__name__} means \(.*step.*\), so the 3 rewritten weights start"
-    ):
-        small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
-    check_holds_exactly(optimizer, small)
-    assert optimizer.state[weight_of(small, "norm")] is kept
-    # Adagrad makes its state when it is built, not at the first step; either way no step has been taken.
-    fresh = [optimizer.state.get(weight, {}) for name in SITES for weight in factorized(small, name).weights]
-    assert all(float(state.get("step", 0)) == 0 for state in fresh)
-    train(small, optimizer, steps=1)
-
-
-def test_unknown_optimizer_without_state_is_no_reason_to_warn() -> None:
-    model = Net().double()
-    optimizer = RMSprop(model.parameters())
-    check_holds_exactly(optimizer, tdfx.rewrite(model, policy(0.5), optimizer=optimizer))
 
 
 @every_optimizer

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tdfx.factors.algebra import pseudo_inverse
+
 Modes = tuple[Tensor, ...]
 """The vectors of R components: (g, o, R), (g, i, R), and (g, k, R) for each dimension of the kernel."""
 
@@ -50,6 +52,16 @@ def fit(w_goik: Tensor, start: Modes) -> Modes:
         if done:
             break
     return modes
+
+
+def refit(w_goik: Tensor, modes: Modes) -> Modes:
+    """Solve for the longer of the two modes of channels alone, by least squares; shapes as for ``fit``."""
+    left, right, *kernels = modes
+    if left.shape[1] > right.shape[1]:
+        swapped = refit(w_goik.transpose(1, 2), (right, left, *kernels))
+        return swapped[1], swapped[0], *kernels
+    rest = _khatri_rao([left, _khatri_rao(kernels)])
+    return left, (pseudo_inverse(rest) @ w_goik.transpose(2, 3).flatten(1, 2)).mT, *kernels
 
 
 def total(modes: Modes) -> Tensor:

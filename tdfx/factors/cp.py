@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdfx.factors.algebra import least_norm, root_scale
-from tdfx.factors.alternating import Modes, fit, total
+from tdfx.factors.alternating import Modes, fit, refit, total
 from tdfx.factors.layout import from_groups, grouped_shape, to_groups
 from tdfx.factors.operation import Operation
 from tdfx.factors.scheme import Scheme
@@ -84,6 +84,10 @@ class Cp(Scheme):
     def project(self, operation: Operation, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """Solve for it: no closed form is known."""
         return least_norm(lambda *given: self.join(operation, given), factors, gradients)
+
+    def refit(self, operation: Operation, factors: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
+        """Fit the input or the output channels, whichever are more."""
+        return _to_factors(operation, refit(to_groups(operation, weight).flatten(3), _from_factors(operation, factors)))
 
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
         """Return the norm of the difference, relative to the weight's."""

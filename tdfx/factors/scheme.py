@@ -79,6 +79,14 @@ class Scheme(ABC):
         tangent space of the weights that the factors can reach. The arguments are in the working dtype.
         """
 
+    @abstractmethod
+    def refit(self, operation: Operation, factors: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
+        """Return the factors with one of them fitted to a dense weight by least squares, and the others as they are.
+
+        What is like the weight for which the factors stand, such as its average over time, gets factors in the same bases,
+        so that the two can go on being averaged. At full rank nothing is lost. The arguments are in the working dtype.
+        """
+
     def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
         """Return how factors can be split anew; the arguments are in the working dtype.
 

@@ -91,6 +91,13 @@ class Tucker2(Scheme):
         in_part = _outside(right, inverse_right, by_right, torch.einsum("gpq...,gop->gqo...", core, left))
         return from_groups(operation, inside + out_part + in_part.transpose(1, 2))
 
+    def refit(self, operation: Operation, factors: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
+        """Fit the core."""
+        _, left, right = _from_factors(operation, factors)
+        w_goik = to_groups(operation, weight)
+        core = _outer_product(pseudo_inverse(left), w_goik, pseudo_inverse(right).mT)
+        return _to_factors(operation, core, left, right)
+
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
         """Return the norm of what the projection on both bases loses, relative to the weight's.
 

@@ -71,6 +71,14 @@ class TwoFactors(Scheme):
         outside = by_left - left @ (inverse @ by_left)
         return self.fold(operation, inverse.mT @ by_right + outside @ pseudo_inverse(right).mT)
 
+    def refit(self, operation: Operation, factors: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
+        """Fit the matrix that has more values."""
+        left, right = self.to_matrices(operation, factors)
+        matrix = self.unfold(operation, weight)
+        if left.shape[1] <= right.shape[2]:
+            return self.to_factors(operation, left, pseudo_inverse(left) @ matrix)
+        return self.to_factors(operation, matrix @ pseudo_inverse(right), right)
+
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
         """Return the norm of the cut singular values, relative to all of them."""
         return _tail(ranks[0], spectra[0])

@@ -24,7 +24,7 @@ from torch import Tensor
 from tdfx.factors.algebra import linearize
 from tdfx.layers import Factorized
 from tdfx.ranks.spectrum import working_dtype
-from tdfx.shards import full, placed_like
+from tdfx.shards import full
 
 Moments = tuple[Tensor, ...]
 
@@ -37,6 +37,12 @@ class Carrier(Protocol):
 
     def second(self, moments: Moments) -> Moments:
         """Carry moments that are sums of squared gradients."""
+
+    def average(self, values: Moments) -> Moments:
+        """Carry positive values that do not have the gradient's scale, such as step lengths."""
+
+    def iterate(self, values: Moments) -> Moments:
+        """Carry averages of the parameters themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +59,20 @@ class ToFactors:
         """Return the same product at the squared factors."""
         return self._pull_back(moments[0], Tensor.square)
 
+    def average(self, values: Moments) -> Moments:
+        """Return the means that the squared factors weigh."""
+        ones = self._pull_back(torch.ones_like(values[0]), Tensor.square)
+        return tuple(_divided(one, other) for one, other in zip(self.second(values), ones, strict=True))
+
+    def iterate(self, values: Moments) -> Moments:
+        """Return the factors with one of them fitted to the dense average."""
+        layer = self.layer
+        weights = [full(weight).to(values[0].dtype) for weight in layer.weights]
+        return layer.scheme.refit(layer.operation, weights, layer.kind.to_dense(values[0]))
+
     def _pull_back(self, moment: Tensor, change: Callable[[Tensor], Tensor]) -> Moments:
         detached = [change(full(weight)).to(moment.dtype) for weight in self.layer.weights]
-        carried = linearize(self.layer.join, detached).pull(self.layer.kind.to_dense(full(moment)))
-        return tuple(placed_like(one, weight) for one, weight in zip(carried, self.layer.weights, strict=True))
+        return linearize(self.layer.join, detached).pull(self.layer.kind.to_dense(moment))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +83,28 @@ class ToDense:
 
     def first(self, moments: Moments) -> Moments:
         """Return the dense moment of least norm that the factors' moments can come from."""
-        weights = tuple(full(weight).to(working_dtype(weight)) for weight in self.layer.weights)
-        dense = self.layer.scheme.project(self.layer.operation, weights, tuple(map(full, moments)))
-        return (placed_like(self.layer.kind.from_dense(dense), self.layer.placement),)
+        dense = self.layer.scheme.project(self.layer.operation, self._weights(), moments)
+        return (self.layer.kind.from_dense(dense),)
 
     def second(self, moments: Moments) -> Moments:
         """Spread the factors' moments over the weight by the squared factors, and divide by what ones would give."""
-        squares = [full(weight).to(working_dtype(weight)).square() for weight in self.layer.weights]
-        near = linearize(self.layer.join, squares)
+        near = linearize(self.layer.join, [weight.square() for weight in self._weights()])
         ones = near.push(near.pull(torch.ones_like(near.value)))
-        average = near.push(tuple(map(full, moments))) / ones.clamp_min(torch.finfo(near.value.dtype).tiny)
-        return (placed_like(self.layer.kind.from_dense(average), self.layer.placement),)
+        return (self.layer.kind.from_dense(_divided(near.push(moments), ones)),)
+
+    def average(self, values: Moments) -> Moments:
+        """Return the means that the squared factors weigh."""
+        near = linearize(self.layer.join, [weight.square() for weight in self._weights()])
+        ones = near.pull(torch.ones_like(near.value))
+        spread = near.push(tuple(one * value for one, value in zip(ones, values, strict=True)))
+        return (self.layer.kind.from_dense(_divided(spread, near.push(ones))),)
+
+    def iterate(self, values: Moments) -> Moments:
+        """Join the factors' averages."""
+        return (self.layer.kind.from_dense(self.layer.join(*values)),)
+
+    def _weights(self) -> Moments:
+        return tuple(full(weight).to(working_dtype(weight)) for weight in self.layer.weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +121,16 @@ class ToFewer:
     def second(self, moments: Moments) -> Moments:
         """Return the same by the estimates of both."""
         return self.new.second(self.old.second(moments))
+
+    def average(self, values: Moments) -> Moments:
+        """Return the means of the means."""
+        return self.new.average(self.old.average(values))
+
+    def iterate(self, values: Moments) -> Moments:
+        """Return the new factors with one of them fitted to what the old ones' averages make."""
+        return self.new.iterate(self.old.iterate(values))
+
+
+def _divided(value: Tensor, weights: Tensor) -> Tensor:
+    """Divide by weights, of which those that are zero stand under a zero."""
+    return value / weights.clamp_min(torch.finfo(weights.dtype).tiny)
