@@ -77,6 +77,10 @@ def rewrite(
     The model passed in is left as it was, and shares with the result every parameter that was not factorized. Call this
     between an optimizer step and the next backward: gradients of the factorized weights are not carried over.
 
+    A model that ``fully_shard`` (FSDP2) was called on comes back sharded at the same modules with the same settings. Each of
+    its processes must make this call, and ``plan`` and ``merge``, with arguments that agree; no process ever holds more of
+    the model than its shards and a few weights.
+
     Args:
         model: Any module.
         policy: A policy, or a plan made by ``tdfx.plan`` for this model; ``Policy()`` if left out.

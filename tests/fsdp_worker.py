@@ -741,6 +741,7 @@ def check_decay_and_penalty_go_on(mesh: DeviceMesh) -> None:
         train(model, optimizer, 1, parts=parts)
         penalty.compress()
         train(model, optimizer, 2, parts=parts)
+        assert penalty.distance() > 0.1
         penalty.remove()
         small = tdfx.rewrite(model, HALF, example_inputs=X, optimizer=optimizer, emit="modules")
         decay = tdfx.FrobeniusDecay(small, optimizer)
