@@ -79,6 +79,10 @@ def rewrite(
     between a backward and the next forward, best after an optimizer step; gradients that wait for a step, as in gradient
     accumulation, are carried over by the chain rule.
 
+    A model that ``fully_shard`` (FSDP2) was called on comes back sharded at the same modules with the same settings. Each of
+    its processes must make this call, and ``plan`` and ``merge``, with arguments that agree; no process ever holds more of
+    the model than its shards and a few weights.
+
     Args:
         model: Any module.
         policy: A policy, or a plan made by ``tdfx.plan`` for this model; ``Policy()`` if left out.

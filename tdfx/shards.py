@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_OF_TORCH = ("_is_param", "_dynamo_", "_fsdp_")
+"""How the attributes begin that torch gives to parameters for itself."""
+
 
 def is_sharded(tensor: object) -> bool:
     """Return True for a DTensor: the processes of its mesh hold it together.
@@ -67,8 +70,14 @@ def placeholder(parameter: Tensor) -> Tensor:
 
 
 def own_attributes(parameter: nn.Parameter) -> set[str]:
-    """Return the names of the attributes that a user gave to a parameter."""
-    return {name for name in parameter.__dict__ if not name.startswith("_") or not is_sharded(parameter)}
+    """Return the names of the attributes that a user gave to a parameter.
+
+    >>> weight = nn.Parameter(torch.ones(2))
+    >>> weight.rate = 0.1
+    >>> own_attributes(weight)
+    {'rate'}
+    """
+    return {name for name in parameter.__dict__ if not name.startswith(_OF_TORCH)}
 
 
 def _over(tensor: Any) -> list[tuple[Any, int]]:

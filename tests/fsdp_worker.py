@@ -720,6 +720,87 @@ def check_nothing_of_the_old_sharding_stays(mesh: DeviceMesh) -> None:
     small(X)
 
 
+def check_a_compiled_model_is_compiled_again(mesh: DeviceMesh) -> None:
+    def run(model: nn.Module, parts: bool) -> dict[str, Tensor]:
+        compiled: Any = torch.compile(model, backend="eager")
+        optimizer = SGD(compiled.parameters(), lr=0.05, momentum=0.9)
+        train(compiled, optimizer, 1, parts=parts)
+        small: Any = tdfx.rewrite(compiled, HALF, example_inputs=X, optimizer=optimizer, emit="modules")
+        assert type(small) is type(compiled)
+        train(small, optimizer, 2, parts=parts)
+        assert isinstance(small._orig_mod, FSDPModule) == parts
+        return values(small)
+
+    assert far(run(sharded(mesh=mesh), True), run(net(), False)) < ROUNDING
+
+
+def check_decay_and_penalty_go_on(mesh: DeviceMesh) -> None:
+    def run(model: nn.Module, parts: bool) -> dict[str, Tensor]:
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+        penalty = tdfx.LowRankPenalty(model, tdfx.plan(model, HALF, example_inputs=X), optimizer, strength=0.1)
+        train(model, optimizer, 1, parts=parts)
+        penalty.compress()
+        train(model, optimizer, 2, parts=parts)
+        assert penalty.distance() > 0.1
+        penalty.remove()
+        small = tdfx.rewrite(model, HALF, example_inputs=X, optimizer=optimizer, emit="modules")
+        decay = tdfx.FrobeniusDecay(small, optimizer)
+        train(small, optimizer, 3, parts=parts)
+        decay.remove()
+        return values(small)
+
+    assert far(run(sharded(mesh=mesh), True), run(net(), False)) < ROUNDING
+
+
+def check_attributes_of_a_user_are_spoken_of(mesh: DeviceMesh) -> None:
+    model = sharded(mesh=mesh)
+    model.first.weight.rate = 0.1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tdfx.rewrite(model, HALF)
+    assert [str(one.message)[:32] for one in caught] == ["The weight of site 'first' has h"]
+
+
+def check_precision_of_single_parameters(mesh: DeviceMesh) -> None:
+    if "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__:
+        return  # this torch has no such thing
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16,
+        param_dtype_override_fn=lambda one: torch.float32 if one.dim() == 1 else None,
+    )
+    model = net().float()
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    small: Any = tdfx.rewrite(model, HALF)
+    group = small._get_fsdp_state()._fsdp_param_group
+    found = {len(one.sharded_param.shape): one.mp_policy.param_dtype for one in group.fsdp_params}
+    assert found == {1: torch.float32, 2: torch.bfloat16}
+
+
+def check_a_mesh_for_single_parameters(mesh: DeviceMesh) -> None:
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+    except ImportError:
+        return  # this torch has no such thing
+    hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    other: Any = HSDPMeshInfo(hybrid, shard_mesh_dim=1, replicate_mesh_dim=0)
+    usual = FSDPMeshInfo(mesh, shard_mesh_dim=0)
+
+    def placed(parameter: nn.Parameter) -> Any:
+        return ShardPlacementResult(Shard(0), other if parameter.shape[0] == 33 else usual)
+
+    model = net()
+    fully_shard(model, mesh=mesh, shard_placement_fn=placed)
+    small: Any = tdfx.rewrite(model, HALF, example_inputs=X)
+    groups = {group.mesh_info.mesh: group for group in small._get_fsdp_state()._fsdp_param_groups}
+    assert {mesh.ndim: len(group.fsdp_params) for mesh, group in groups.items()} == {1: 18, 2: 6}
+    assert torch.equal(small(X), tdfx.rewrite(net(), HALF, example_inputs=X, emit="modules")(X))
+    other = FSDPMeshInfo(hybrid["shard"], shard_mesh_dim=0)
+    model = net()
+    fully_shard(model, mesh=mesh, shard_placement_fn=placed)
+    with refused(tdfx.ModelError, "are sharded over other processes than the rest of the model, [0, 1]"):
+        tdfx.rewrite(model, HALF)
+
+
 def control_a_failure_on_one_process_is_seen(mesh: DeviceMesh) -> None:
     assert dist.get_rank() == 0, "the second process fails"
 

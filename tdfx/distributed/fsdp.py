@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from tdfx.distributed.fsdp_inside import (
@@ -44,6 +45,7 @@ class Sharded:
                 f"ignored. Rewrite the model before fully_shard is called on it."
             )
         self.mesh = max(meshes, key=lambda mesh: mesh.size())
+        _check_meshes(self.boundaries, self.mesh)
         self.ranks = Ranks(self.mesh)
         self.plain = structural_copy(model)
         remove_sharding(self.plain, self.boundaries)
@@ -88,6 +90,19 @@ class Sharded:
                 f"fully_shard was called on {lost[0]!r}, which is no module of the model that comes of it, so it cannot be "
                 f"sharded in the same way. Call fully_shard on the module that holds it instead."
             )
+
+
+def _check_meshes(boundaries: Sequence[Boundary], mesh: DeviceMesh) -> None:
+    """Raise ModelError where a parameter is not the same one on all processes, as with expert parallelism."""
+    processes = set(mesh.mesh.flatten().tolist())
+    for boundary in boundaries:
+        for group in boundary.groups:
+            if set(group.mesh_info.mesh.mesh.flatten().tolist()) != processes:
+                raise ModelError(
+                    f"Some parameters of {boundary.paths[0]!r} are sharded over other processes than the rest of the model, "
+                    f"{sorted(processes)}, as expert parallelism does it, so they cannot work on it together. Rewrite the "
+                    f"model before it is distributed."
+                )
 
 
 def _stand_in(parameter: nn.Parameter) -> nn.Parameter:

@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tdfx.errors import ModelError, OptimizerError
 from tdfx.layers import Factorized
+from tdfx.shards import full, placed_like
 from tdfx.training.hooks import refuse_closure, refuse_fused
 
 
@@ -79,10 +80,11 @@ class FrobeniusDecay:
 
 def _dense_decay(layer: Factorized) -> dict[int, Tensor]:
     """Return the gradients of half the squared Frobenius norm of the dense weight, by the factor that trains."""
-    own = [weight for weight in layer.weights if weight.requires_grad]
+    values = [full(weight).requires_grad_(weight.requires_grad) for weight in layer.weights]
     with torch.enable_grad():
-        found = torch.autograd.grad(0.5 * layer.weight.abs().square().sum(), own)
-    return dict(zip(map(id, own), found, strict=True))
+        half = 0.5 * layer.join(*values).abs().square().sum()
+    found = iter(torch.autograd.grad(half, [one for one in values if one.requires_grad]))
+    return {id(weight): placed_like(next(found), weight) for weight in layer.weights if weight.requires_grad}
 
 
 def _exchange_decay(optimizer: Optimizer, weight: nn.Parameter, wanted: Tensor, group: dict[str, Any]) -> None:

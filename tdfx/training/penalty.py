@@ -20,6 +20,7 @@ from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import find_kind, operation_of
 from tdfx.plan import Plan, SitePlan
 from tdfx.ranks.spectrum import working_dtype
+from tdfx.shards import full, placed_like
 from tdfx.training.hooks import refuse_closure, refuse_fused
 
 
@@ -86,8 +87,8 @@ class LowRankPenalty:
     @torch.no_grad()
     def distance(self) -> float:
         """Return how far the weights are from their targets: ``|W - target| / |W|`` over all of them."""
-        apart = sum(float((one.weight - one.target).double().square().sum()) for one in self._pulled)
-        total = sum(float(one.weight.double().square().sum()) for one in self._pulled)
+        apart = sum(float(full((one.weight - one.target).double().square().sum())) for one in self._pulled)
+        total = sum(float(full(one.weight.double().square().sum())) for one in self._pulled)
         return (apart / total) ** 0.5 if total > 0 else 0.0
 
     def remove(self) -> None:
@@ -120,12 +121,12 @@ class _Pulled:
         assert self.site.scheme is not None
         assert self.site.ranks is not None
         scheme = get_scheme(self.site.scheme)
-        dense = self.weight.detach().to(working_dtype(self.weight))
+        dense = full(self.weight).to(working_dtype(self.weight))
         dense = self.kind.to_dense(dense) if self.kind is not None else dense
         spectra = scheme.spectra(self.operation, dense)
         joined = scheme.join(self.operation, scheme.split(self.operation, dense, self.site.ranks, spectra))
         joined = self.kind.from_dense(joined) if self.kind is not None else joined
-        return joined.to(self.weight.dtype)
+        return placed_like(joined.to(self.weight.dtype), self.weight)
 
 
 def _pulled(model: nn.Module, site: SitePlan) -> _Pulled:
