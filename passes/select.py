@@ -55,13 +55,14 @@ class Select(Pass):
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
         """Resolve rules that see all their sites at once, then decide site by site."""
-        if program.shards:
-            self._read = self._read_shards(program.sites)
+        together = self.spread is not alone
+        if together:
+            self._read = self._read_together(program.sites)
         notes = self._resolve(program.sites)
         decided = tuple(self._decide(site) for site in program.sites)
         # From here on the processes read the same weights, in the same order.
         policy = repr(self.policy)
-        if program.shards:
+        if together:
             decided, notes, policy = self.agree((decided, notes, policy))
         sites = self._with_errors(program.sites, decided)
         for site, decision in zip(program.sites, sites, strict=True):
@@ -145,7 +146,7 @@ class Select(Pass):
         spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
         return (torch.tensor(scheme.error(site.operation, weight, decision.ranks, spectra), dtype=torch.float64),)
 
-    def _read_shards(self, sites: Sequence[Site]) -> Spectra:
+    def _read_together(self, sites: Sequence[Site]) -> Spectra:
         """Read every weight that may be split, once; of the spectra keep the values, which are small."""
         own = [(site, self.policy.for_site(*site.names)) for site in sites if site.reason in _OPEN]
         cases = [(site, scheme) for site, policy in own if policy and (scheme := _scheme(site, policy)) is not None]

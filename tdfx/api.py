@@ -112,6 +112,10 @@ def rewrite(
             f"model that was not trained yet."
         )
     wrapped = unwrap(model)
+    wrapped.check_same(
+        (policy.to_json() if isinstance(policy, Plan) else repr(policy), emit, init, len(optimizers)),
+        "The processes pass different policies, plans or settings to tdfx.rewrite. Pass the same ones on each.",
+    )
     if isinstance(policy, Plan):
         step = Rewrite(init=init, spread=wrapped.spread)
         program = replace(_sites(wrapped, policy.emit), plan=wrapped.agree(policy))
@@ -124,6 +128,7 @@ def rewrite(
         _warn_of_missing_optimizer(step.swaps)
     exchanges = [split_exchange(swap) for swap in step.swaps]
     surgery = prepare(optimizers, exchanges)
+    wrapped.level(surgery.tensors())
     carry_gradients(exchanges)
     made = wrapped.wrap(result)
     surgery.commit()
@@ -156,6 +161,7 @@ def merge(model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None
     result = step(Program(module=wrapped.model)).program.module
     exchanges = [join_exchange(join) for join in step.joins]
     surgery = prepare(optimizers, exchanges)
+    wrapped.level(surgery.tensors())
     carry_gradients(exchanges)
     made = wrapped.wrap(result)
     surgery.commit()

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from tdfx.errors import ModelError
 from tdfx.passes.base import Agree, Spread, alone, itself
+
+
+def _trusted(value: object, message: str) -> None:
+    """Trust the only process there is."""
+
+
+def _left(tensors: Iterable[Tensor]) -> None:
+    """Leave the tensors of the only process there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +35,16 @@ class Wrapped:
     """How the processes that train the model share work, so that each has the same bits."""
     agree: Agree = itself
     """From a value of plain types that each process has, to that of the first process; all must call it."""
+    check_same: Callable[[object, str], None] = _trusted
+    """Raises ModelError with a message on every process unless all have an equal value; all must call it."""
+    level: Callable[[Iterable[Tensor]], None] = _left
+    """Gives tensors that each process has computed the bits of the first process; all must call it."""
     shards: bool = False
     """True if each process holds a part of every parameter."""
 
 
 def unwrap(model: nn.Module) -> Wrapped:
-    """Take a model out of ``torch.compile`` and out of FSDP2.
+    """Take a model out of ``torch.compile``, DistributedDataParallel and FSDP2.
 
     Raises:
         ModelError: It is no module, or is wrapped in what cannot be taken off and put on again.
@@ -42,17 +54,31 @@ def unwrap(model: nn.Module) -> Wrapped:
     if isinstance(model, torch._dynamo.OptimizedModule):
         inner = unwrap(model._orig_mod)
         return replace(inner, wrap=lambda made: cast("nn.Module", model.dynamo_ctx(inner.wrap(made))))
+    if isinstance(model, DistributedDataParallel):
+        from tdfx.distributed.ddp import ranks_of, wrap_like  # as below
+
+        inner = unwrap(model.module)
+        ranks = ranks_of(model)
+        return replace(
+            inner,
+            wrap=lambda made: wrap_like(model, inner.wrap(made)),
+            spread=ranks.spread,
+            agree=ranks.agree,
+            check_same=ranks.check_same,
+            level=ranks.level,
+        )
     _refuse(model)
     if any(_is_a(one, "FSDPModule") for one in model.modules()):
         from tdfx.distributed.fsdp import Sharded  # it takes longer to import than all of tdfx
 
         sharded = Sharded(model)
-        return Wrapped(sharded.plain, sharded.shard, sharded.ranks.spread, sharded.ranks.agree, shards=True)
+        ranks = sharded.ranks
+        return Wrapped(sharded.plain, sharded.shard, ranks.spread, ranks.agree, ranks.check_same, shards=True)
     return Wrapped(model, itself)
 
 
 def _refuse(model: nn.Module) -> None:
-    for wrapper in (DistributedDataParallel, DataParallel, AveragedModel):
+    for wrapper in (DataParallel, AveragedModel):
         if isinstance(model, wrapper):
             raise ModelError(
                 f"The model is wrapped in {wrapper.__name__}, which holds on to the parameters it was given. Pass "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,28 +9,16 @@ from pathlib import Path
 
 import fsdp_worker
 import pytest
+import two_processes
 from torch import nn
 
 import tdfx
-
-HERE = Path(__file__).resolve().parent
-SECONDS = 240
-"""What the processes may take together; some 30 s are usual."""
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What went wrong in each check; "" for nothing."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    worker = [str(HERE / "fsdp_worker.py"), str(folder)]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker]
-    # The processes shall test the tdfx that this one does.
-    environment = {**os.environ, "PYTHONPATH": str(Path(tdfx.__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(start, capture_output=True, text=True, check=False, timeout=SECONDS, env=environment)
-    written = folder / "outcomes.json"
-    found: dict[str, str] = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-    lost = f"the processes ended before this check was done:\n{done.stderr[-4000:]}"
-    return {name: found.get(name, lost) for name in fsdp_worker.CHECKS}
+    return two_processes.start(Path(fsdp_worker.__file__), tmp_path_factory.mktemp("fsdp"), fsdp_worker.CHECKS)
 
 
 @pytest.mark.parametrize("name", [name for name in fsdp_worker.CHECKS if name.startswith("check_")])

@@ -46,7 +46,7 @@ class Sharded:
             )
         self.mesh = max(meshes, key=lambda mesh: mesh.size())
         _check_meshes(self.boundaries, self.mesh)
-        self.ranks = Ranks(self.mesh)
+        self.ranks = Ranks.of_mesh(self.mesh)
         self.plain = structural_copy(model)
         remove_sharding(self.plain, self.boundaries)
 

@@ -1,9 +1,9 @@
-"""The processes of a device mesh: agreeing on a value, and sharing work whose inputs are in shards."""
+"""The processes that train a model: agreeing on a value, and sharing work, whose inputs may be in shards."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from tdfx.errors import TdfxError
+from tdfx.errors import ModelError, TdfxError
 from tdfx.passes.base import Task
 from tdfx.shards import full
 
@@ -23,13 +23,36 @@ Place = tuple[int, ...]
 class Ranks:
     """The processes of a mesh, each of which must make the same calls in the same order."""
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh = mesh
-        self.places: list[Place] = list(product(*map(range, mesh.shape)))
+    def __init__(self, groups: Sequence[dist.ProcessGroup], device: torch.device | str) -> None:
+        """Take the process's group along each dimension of the mesh, and the device on which they communicate."""
+        self.groups = list(groups)
+        self.device = device
+        self.place: Place = tuple(group.rank() for group in groups)
+        self.places: list[Place] = list(product(*(range(group.size()) for group in groups)))
+
+    @classmethod
+    def of_mesh(cls, mesh: DeviceMesh) -> Ranks:
+        """Return the processes of a device mesh."""
+        return cls([mesh.get_group(dimension) for dimension in range(mesh.ndim)], mesh.device_type)
 
     def agree(self, value: Any) -> Any:
         """Return the first process's value, which must be one that pickle takes."""
         return self._told(value, self.places[0])
+
+    def check_same(self, value: object, message: str) -> None:
+        """Raise ModelError on every process unless all have an equal value, which must be one that pickle takes."""
+        first = self.agree(value)
+        differs = torch.tensor(float(first != value), device=self.device)
+        for group in self.groups:
+            dist.all_reduce(differs, group=group)
+        if differs > 0:
+            raise ModelError(message)
+
+    def level(self, tensors: Iterable[Tensor]) -> None:
+        """Give plain tensors, which every process has computed by itself, the first process's values, in place."""
+        for tensor in tensors:
+            told = self._sent(tensor.detach(), tensor.shape, tensor.dtype, self.places[0])
+            tensor.copy_(told)
 
     def spread(self, tasks: Sequence[Task]) -> Iterator[tuple[Tensor, ...]]:
         """Do every task on one process and give all the results, as many at once as there are processes.
@@ -73,18 +96,20 @@ class Ranks:
         """Return the owner's value: along each dimension of the mesh from its place there."""
         held = [value]
         for dimension, place in enumerate(owner):
-            dist.broadcast_object_list(held, group=self.mesh.get_group(dimension), group_src=place)
+            dist.broadcast_object_list(held, group=self.groups[dimension], group_src=place)
         return held[0]
 
     def _sent(self, mine: Tensor | None, shape: Sequence[int], dtype: torch.dtype, owner: Place) -> Tensor:
-        device = self.mesh.device_type
-        tensor = torch.empty(tuple(shape), dtype=dtype, device=device) if mine is None else mine.to(device).contiguous()
+        if mine is None:
+            tensor = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        else:
+            tensor = mine.to(self.device).contiguous()
         for dimension, place in enumerate(owner):
-            dist.broadcast(tensor, group=self.mesh.get_group(dimension), group_src=place)
+            dist.broadcast(tensor, group=self.groups[dimension], group_src=place)
         return tensor
 
     def _is_me(self, place: Place) -> bool:
-        return tuple(self.mesh.get_coordinate() or ()) == place
+        return self.place == place
 
 
 def _sendable(error: Exception) -> Exception:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from tdfx.errors import OptimizerError
@@ -39,6 +39,12 @@ class Surgery:
     states: list[tuple[Optimizer, Exchange, list[dict[str, Any]]]] = field(default_factory=list)
     """An optimizer, an exchange in it, and the state of each new parameter; empty for fresh state."""
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what was worked out for the new parameters, apart from counts."""
+        for _, _, states in self.states:
+            for state in states:
+                yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())
+
     def commit(self) -> None:
         """Change the optimizers in place; nothing here can fail."""
         for inside, content in self.lists:
@@ -68,6 +74,12 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
             raise OptimizerError(
                 "LBFGS keeps one flat history for all parameters together, which cannot be carried over. Make a new one "
                 "from the returned model's parameters, and pass no optimizer."
+            )
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(one).__mro__):
+            raise OptimizerError(
+                "ZeroRedundancyOptimizer keeps each process's part of the state in an optimizer of its own, and shares the "
+                "parameters out once and for all. Use torch.distributed.fsdp.fully_shard, which spreads state too, or "
+                "pass no optimizer and make a new one from the returned model's parameters."
             )
         found.append(one)
     return tuple(found)

@@ -1,0 +1,293 @@
+"""What two processes check together of models in DistributedDataParallel; test_ddp.py starts it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import two_processes
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW, Optimizer
+
+import tdfx
+from tdfx.factors.svd import Svd
+
+DDP: Any = DistributedDataParallel
+
+HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
+ROUNDING = 1e-11
+"""A dozen steps in float64 on numbers about 1: some 1e4 roundings of 1e-16, and room for what training amplifies."""
+
+
+def net() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(72, 24), nn.Tanh(), nn.Linear(24, 5)
+    ).double()
+
+
+def sgd(parameters: Any) -> Optimizer:
+    return SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def adamw(parameters: Any) -> Optimizer:
+    return AdamW(parameters, lr=3e-3)
+
+
+def batches(seed: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        yield (
+            torch.randn(8, 3, 3, 3, generator=generator, dtype=torch.float64),
+            torch.randn(8, 5, generator=generator, dtype=torch.float64),
+        )
+
+
+def half(x: Tensor) -> Tensor:
+    return x[4 * dist.get_rank() : 4 * dist.get_rank() + 4]
+
+
+def train(model: nn.Module, optimizer: Optimizer, seed: int, count: int = 4) -> None:
+    """Train on whole batches, or each process on its half: the mean of the halves' gradients is the whole's."""
+    for x, y in batches(seed, count):
+        if isinstance(model, DistributedDataParallel):
+            x, y = half(x), half(y)
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+
+
+def whole_run(model: nn.Module, make: Callable[[Any], Optimizer], *, carry: bool = True) -> tuple[Any, Any, Optimizer]:
+    optimizer = make(model.parameters())
+    train(model, optimizer, 1)
+    small = tdfx.rewrite(model, HALF, example_inputs=next(batches(9, 1))[0], optimizer=optimizer)
+    check_bits(small, optimizer)
+    if not carry:
+        optimizer.state.clear()
+    train(small, optimizer, 2, 10)
+    check_bits(small, optimizer)
+    dense = tdfx.merge(small, optimizer=optimizer)
+    check_bits(dense, optimizer)
+    train(dense, optimizer, 3)
+    return small, dense, optimizer
+
+
+def check_bits(model: nn.Module, optimizer: Optimizer) -> None:
+    """Hold parameters, buffers and optimizer state to be the same bits on both processes."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [one for state in optimizer.state.values() for one in state.values() if isinstance(one, Tensor)]
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, [one.detach().numpy().tobytes() for one in tensors])
+    assert both[0] == both[1]
+
+
+def control_check_bits_sees_a_difference() -> None:
+    model = net()
+    with torch.no_grad():
+        model[0].bias.add_(1e-12 * dist.get_rank())
+    check_bits(model, sgd(model.parameters()))
+
+
+def apart(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@contextmanager
+def refused(kind: type[Exception], message: str) -> Iterator[None]:
+    with pytest.raises(kind, match=f"(?s){message}"):
+        yield
+
+
+def compare(make: Callable[[Any], Optimizer], wrap: Callable[[nn.Module], nn.Module] = DDP) -> None:
+    small, dense, _ = whole_run(wrap(net()), make)
+    alone_small, alone_dense, _ = whole_run(net(), make)
+    assert isinstance(small, DistributedDataParallel)
+    assert isinstance(dense, DistributedDataParallel)
+    assert apart(small.module, alone_small) < ROUNDING
+    assert apart(dense.module, alone_dense) < ROUNDING
+    other, _, _ = whole_run(net(), make, carry=False)
+    assert apart(small.module, other) > 1e-4, "without its state the optimizer goes elsewhere"
+
+
+def check_sgd_is_the_single_process_run() -> None:
+    compare(sgd)
+
+
+def check_adamw_is_the_single_process_run() -> None:
+    compare(adamw)
+
+
+def check_different_numbers_of_threads_give_the_same_bits() -> None:
+    torch.set_num_threads(1 + dist.get_rank())
+    try:
+        whole_run(DDP(net()), adamw)
+    finally:
+        torch.set_num_threads(1)
+
+
+def check_the_former_wrapper_stays_silent_where_it_is_kept() -> None:
+    old = DDP(net())
+    optimizer = sgd(old.parameters())
+    train(old, optimizer, 1)
+    small: Any = tdfx.rewrite(old, HALF, optimizer=optimizer)
+    x, y = next(batches(5, 1))
+    optimizer.zero_grad()
+    (small(half(x)) - half(y)).square().mean().backward()
+    expected = torch.autograd.grad((small.module(x) - y).square().mean(), list(small.parameters()))
+    for parameter, gradient in zip(small.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert (parameter.grad - gradient).abs().max() < ROUNDING
+    assert isinstance(old, DistributedDataParallel)
+
+
+def check_accumulation_goes_on_over_the_switch() -> None:
+    model = DDP(net())
+    reference = net()
+    optimizer = sgd(model.parameters())
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
+    (x1, y1), (x2, y2) = batches(5, 2)
+    with model.no_sync():
+        (model(half(x1)) - half(y1)).square().mean().backward()
+    small = tdfx.rewrite(model, policy, optimizer=optimizer)
+    (small(half(x2)) - half(y2)).square().mean().backward()
+    alone = tdfx.rewrite(reference, policy)
+    ((alone(x1) - y1).square().mean() + (alone(x2) - y2).square().mean()).backward()
+    for one, other in zip(small.parameters(), alone.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert (one.grad - other.grad).abs().max() < 1e3 * ROUNDING
+
+
+def check_each_weight_is_split_on_one_process() -> None:
+    model = DDP(net())
+    calls, split = [], Svd.split
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        return split(self, *arguments)
+
+    Svd.split = counted  # type: ignore[assignment, method-assign]
+    try:
+        tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, scheme="svd", include=("3", "5")))
+    finally:
+        Svd.split = split  # type: ignore[method-assign]
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, len(calls))
+    assert both == [1, 1]
+
+
+def check_settings_are_as_before() -> None:
+    seen = []
+
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        seen.append(1)
+
+    model = DDP(net(), find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=1)
+    model.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    model.register_forward_hook(hook)
+    model.eval()
+    small = tdfx.rewrite(model, HALF)
+    assert isinstance(small, DistributedDataParallel)
+    for name in ("find_unused_parameters", "gradient_as_bucket_view", "bucket_bytes_cap", "device_ids", "training"):
+        assert getattr(small, name) == getattr(model, name), name
+    assert small.process_group is model.process_group
+    assert [one[0] for one in small._comm_hooks] == [default_hooks.bf16_compress_hook]
+    small(next(batches(1, 1))[0])
+    assert seen == [1]
+    plain: Any = tdfx.rewrite(DDP(net(), static_graph=True), HALF)
+    assert plain.static_graph
+    assert not plain.find_unused_parameters
+    assert plain.bucket_bytes_cap == DDP(net()).bucket_bytes_cap
+
+
+def check_a_hook_with_a_state_is_spoken_of() -> None:
+    model = DDP(net())
+    model.register_comm_hook(PowerSGDState(None, start_powerSGD_iter=10), powerSGD_hook)
+    with pytest.warns(tdfx.TdfxWarning, match="hook powerSGD_hook goes on with its state of before"):
+        tdfx.rewrite(model, HALF)
+
+
+def check_plan_is_one_for_all() -> None:
+    made = tdfx.plan(DDP(net()), HALF)
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, made.to_json())
+    assert both[0] == both[1]
+    alone = tdfx.plan(net(), HALF)
+    assert [one.ranks for one in made] == [one.ranks for one in alone]
+    small: Any = tdfx.rewrite(DDP(net()), made)
+    assert made.factorized
+    assert all(small.module.get_submodule(one.name).origin.ranks == one.ranks for one in made.factorized)
+
+
+def check_a_failure_on_one_process_is_raised_on_both_and_changes_nothing() -> None:
+    model = DDP(net())
+    optimizer = sgd(model.parameters())
+    train(model, optimizer, 1)
+    before = [id(one) for one in optimizer.param_groups[0]["params"]], set(map(id, optimizer.state))
+    split = Svd.split
+    if dist.get_rank() == 1:
+
+        def broken(self: Any, *arguments: Any) -> Any:
+            raise ValueError("no memory left, say")
+
+        Svd.split = broken  # type: ignore[assignment, method-assign]
+    try:
+        with refused(ValueError, "no memory left"):
+            tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, scheme="svd"), optimizer=optimizer)
+    finally:
+        Svd.split = split  # type: ignore[method-assign]
+    assert before == ([id(one) for one in optimizer.param_groups[0]["params"]], set(map(id, optimizer.state)))
+    train(model, optimizer, 2)
+    check_bits(model, optimizer)
+
+
+def check_different_policies_are_refused_on_both() -> None:
+    rank = tdfx.Ratio(of=0.5 if dist.get_rank() else 0.25)
+    with refused(tdfx.ModelError, "processes pass different policies"):
+        tdfx.rewrite(DDP(net()), tdfx.Policy(rank=rank, min_gain=0))
+
+
+def check_different_modes_are_refused_on_both() -> None:
+    model = DDP(net()).train(dist.get_rank() == 0)
+    with refused(tdfx.ModelError, "different structure or mode"):
+        tdfx.rewrite(model, HALF)
+
+
+def check_what_is_refused() -> None:
+    model = DDP(net())
+    zero = ZeroRedundancyOptimizer(model.parameters(), SGD, lr=0.1)
+    with refused(tdfx.OptimizerError, "ZeroRedundancyOptimizer keeps each process's part"):
+        tdfx.rewrite(model, HALF, optimizer=zero)
+
+
+def check_compiled_inside_and_outside() -> None:
+    x = half(next(batches(1, 1))[0])
+    both: list[Any] = [torch.compile(DDP(net()), backend="eager"), DDP(torch.compile(net(), backend="eager"))]
+    for wrapped in both:
+        small: Any = tdfx.rewrite(wrapped, HALF)
+        assert type(small) is type(wrapped)
+        inner = small._orig_mod if hasattr(small, "_orig_mod") else small.module
+        assert type(inner) is type(wrapped._orig_mod if hasattr(wrapped, "_orig_mod") else wrapped.module)
+        small(x).sum().backward()
+        assert all(one.grad is not None for one in small.parameters())
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    name: one
+    for name, one in list(globals().items())
+    if name.startswith(("check_", "control_")) and name != "check_bits"
+}
+
+if __name__ == "__main__":
+    two_processes.run(Path(sys.argv[1]), tuple, CHECKS)

@@ -1,0 +1,63 @@
+"""Checks that two processes make together: how they are started, and how what went wrong is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import tdfx
+
+SECONDS = 240
+"""What the processes may take together; some 30 s are usual."""
+
+
+def start(script: Path, folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Run a script on two processes and return what went wrong in each of its checks, "" for nothing."""
+    begin = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # The processes shall test the tdfx that this one does.
+    environment = {**os.environ, "PYTHONPATH": str(Path(tdfx.__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*begin, str(script), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+        env=environment,
+    )
+    written = folder / "outcomes.json"
+    found: dict[str, str] = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
+    lost = f"the processes ended before this check was done:\n{done.stderr[-4000:]}"
+    return {name: found.get(name, lost) for name in names}
+
+
+def run(folder: Path, prepare: Callable[[], tuple[Any, ...]], checks: Mapping[str, Callable[..., None]]) -> None:
+    """Make all checks as one of the two processes, with what ``prepare`` returns as arguments, and write what came of it."""
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", module="torch.*")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    arguments = prepare()
+    outcomes = {}
+    for name, check in checks.items():
+        try:
+            check(*arguments)
+            mine = ""
+        except Exception:  # it is told to pytest
+            mine = traceback.format_exc()
+        both: list[Any] = [None, None]
+        dist.all_gather_object(both, mine)
+        outcomes[name] = "\n".join(one for one in both if one)
+        if dist.get_rank() == 0:
+            (folder / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
+    dist.destroy_process_group()
