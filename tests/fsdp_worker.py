@@ -472,6 +472,15 @@ def check_what_is_refused(mesh: DeviceMesh) -> None:
     fully_shard(small, mesh=mesh)
     with refused(tdfx.ModelError, "which is no module of the model that comes of it"):
         tdfx.merge(small)
+    replicated = net()
+    try:
+        from torch.distributed._composable.replicate_with_fsdp import replicate
+    except ImportError:
+        pass  # this torch has no such thing
+    else:
+        replicate(replicated, mesh=mesh)
+        with refused(tdfx.ModelError, "ReplicateNet derives from FSDPModule, but was not made by fully_shard"):
+            tdfx.rewrite(replicated, HALF)
     parallel = net()
     for name, parameter in list(parallel.last.named_parameters()):
         setattr(parallel.last, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))

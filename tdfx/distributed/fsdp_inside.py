@@ -227,8 +227,8 @@ def _original_class(kind: type) -> type:
     bases = kind.__bases__
     if len(bases) != 2 or bases[0] is not FSDPModule:
         raise ModelError(
-            f"{kind.__name__} is a class of its own that derives from FSDPModule. Derive it from torch.nn.Module, and let "
-            f"fully_shard make it an FSDPModule."
+            f"{kind.__name__} derives from FSDPModule, but was not made by fully_shard, so it is not known how to make it "
+            f"again. Rewrite the model before it is distributed, or use fully_shard."
         )
     return bases[1]
 
