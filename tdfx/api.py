@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
+from tdfx.averaging import as_averages
 from tdfx.errors import PolicyError, TdfxWarning
 from tdfx.optim.exchanges import join_exchange, split_exchange
 from tdfx.optim.gradients import carry_gradients
@@ -70,6 +71,7 @@ def rewrite(
     *,
     example_inputs: Inputs | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    averaged: Any = None,
     emit: Emit = "graph",
     init: Init = "weight",
 ) -> nn.Module:
@@ -89,6 +91,9 @@ def rewrite(
         example_inputs: As for ``plan``; a plan that is passed in needs none.
         optimizer: The optimizer that trains the model, or a list of them. Afterwards it holds the parameters of the
             returned model, in the same groups with the same settings, momentum and step counts carried over.
+        averaged: An average of the model that is kept beside it, as ``torch.optim.swa_utils.AveragedModel`` or anything
+            else that holds the averaged copy as ``module``, or a list of them. Afterwards it holds one of the returned
+            model, in the model's own bases, so that it can go on being updated.
         emit: ``"graph"`` for a ``GraphModule`` where the model allows it, ``"modules"`` for the model's own class. A plan
             that is passed in says this itself.
         init: What the factors start from. ``"weight"``: the nearest to the trained weight. ``"variance"``, for a model that
@@ -104,6 +109,7 @@ def rewrite(
         ModelError, PolicyError, InputError, WeightError: As for ``plan``.
         PlanError: The plan was made for another model.
         OptimizerError: The optimizer does not hold the weights to be replaced.
+        ModelError: An average belongs to another model.
     """
     optimizers = as_optimizers(optimizer)
     if init not in get_args(Init):
@@ -112,6 +118,7 @@ def rewrite(
             f"model that was not trained yet."
         )
     wrapped = unwrap(model)
+    averages = as_averages(averaged, wrapped)
     wrapped.check_same(
         (policy.to_json() if isinstance(policy, Plan) else repr(policy), emit, init, len(optimizers)),
         "The processes pass different policies, plans or settings to tdfx.rewrite. Pass the same ones on each.",
@@ -130,12 +137,17 @@ def rewrite(
     surgery = prepare(optimizers, exchanges)
     wrapped.level(surgery.tensors())
     carry_gradients(exchanges)
+    followers = [one.follow(wrapped.model, result, exchanges) for one in averages]
     made = wrapped.wrap(result)
     surgery.commit()
+    for average, follower in zip(averages, followers, strict=True):
+        average.holder.module = follower
     return made
 
 
-def merge(model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> nn.Module:
+def merge(
+    model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None = None, averaged: Any = None
+) -> nn.Module:
     """Return the original architecture with the factors multiplied out: same class, same state_dict keys.
 
     The factorized model is left as it was, and shares with the result every parameter that is not a factor.
@@ -143,6 +155,7 @@ def merge(model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None
     Args:
         model: What ``rewrite`` returned, trained further or not.
         optimizer: The optimizer that trains it, if training goes on; it then holds the merged model's parameters.
+        averaged: An average of the model, as for ``rewrite``; it is merged too, from its own factors.
 
     Raises:
         MergeError: The model did not come from ``rewrite``.
@@ -157,14 +170,18 @@ def merge(model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None
     """
     optimizers = as_optimizers(optimizer)
     wrapped = unwrap(model)
+    averages = as_averages(averaged, wrapped)
     step = Merge(wrapped.spread)
     result = step(Program(module=wrapped.model)).program.module
     exchanges = [join_exchange(join) for join in step.joins]
     surgery = prepare(optimizers, exchanges)
     wrapped.level(surgery.tensors())
     carry_gradients(exchanges)
+    followers = [one.follow(wrapped.model, result, exchanges) for one in averages]
     made = wrapped.wrap(result)
     surgery.commit()
+    for average, follower in zip(averages, followers, strict=True):
+        average.holder.module = follower
     return made
 
 

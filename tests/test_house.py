@@ -39,6 +39,8 @@ LAYERS = (
     {"optim"},
     {"distributed"},
     {"wrappers"},
+    {"averaging"},
+    {"averaging"},
     {"onnx_proof"},
     {"verify"},
     {"api"},
