@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch.optim import SGD, Optimizer
 
 import tdfx
 from tdfx.layers import Factorized
+from tdfx.training.watch import Watch, Watched
 from tdfx.training.when import When
+from tdfx.wrappers import unwrap
 
 # Layers this small take most of their time to start, which would make no factors pay.
 COST = tdfx.Modelled(seconds_per_call=0)
@@ -327,6 +330,66 @@ def test_a_switch_starts_a_rewarm_and_passes_arguments_on() -> None:
         tdfx.Switch(QUARTER, when=tdfx.AtStep(9)).step(model, inti="variance")
 
 
+def test_an_optimizer_without_rates_fails_before_anything_is_changed() -> None:
+    model, optimizer = build()
+    for group in optimizer.param_groups:
+        del group["lr"]
+    switch = tdfx.Switch(QUARTER, when=tdfx.AtStep(1), rewarm=3)
+    before = [id(one) for group in optimizer.param_groups for one in group["params"]]
+    with pytest.raises(tdfx.OptimizerError, match="SGD has a group without 'lr'"):
+        switch.step(model, optimizer=optimizer)
+    assert [id(one) for group in optimizer.param_groups for one in group["params"]] == before
+    assert not switch.done
+
+
+def test_processes_agree_at_looks_and_plans_and_at_no_other_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    switch = tdfx.Switch(SIGNAL, when=tdfx.Settled(every=5, timeout=21))
+
+    def agree(value: Any) -> Any:
+        asked.append(switch.state_dict()["step"])
+        # What the first process found at the tenth step, here one site that has not settled.
+        return ["slow"] if asked[-1] == 10 and value == [] else value
+
+    monkeypatch.setattr("tdfx.training.switch.unwrap", lambda model: replace(unwrap(model), agree=agree))
+    changed, model = run(switch, 22, slow=0.2)
+    assert asked == [1, 5, 10, 10, 15, 20, 21]
+    assert changed == [10, 21]
+    assert set(factorized(model)) == {"fast", "slow"}
+
+
+class Images(nn.Module):
+    """Two convolutions, one in groups, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.second = nn.ConvTranspose2d(32, 32, 3, groups=2)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.relu(self.first(x)))
+        return self.head(y.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolutions_in_any_wrapper_and_dtype_are_watched(compiled: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inner = Images().to(dtype)
+    model: nn.Module = torch.compile(inner, backend="eager") if compiled else inner  # type: ignore[assignment]
+    switch = tdfx.Switch(QUARTER, when=tdfx.Settled(every=1, window=1, tolerance=0.9, moved=0.0, timeout=5))
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    for _ in range(5):
+        model = switch.step(model, example_inputs=(x,))
+    assert switch.done
+    assert switch.plan is not None
+    assert isinstance(model, torch._dynamo.OptimizedModule) == compiled
+    assert len(factorized(model)) == len(switch.plan.factorized) > 0
+    with torch.no_grad():
+        assert model(x).shape == (2, 10)
+
+
 def test_looks_are_stretched_to_stay_cheap() -> None:
     x = torch.randn(8, SIZE)
     switch = tdfx.Switch(SIGNAL, when=tdfx.Settled(every=2))
@@ -336,8 +399,6 @@ def test_looks_are_stretched_to_stay_cheap() -> None:
 
 
 def test_the_stable_rank_and_the_turn_are_those_of_the_definition() -> None:
-    from tdfx.training.watch import Watch, Watched
-
     torch.manual_seed(0)
     model = Pair().double()
     watch = Watch(SETTLED, 1, {"fast": Watched("fast.weight")})

@@ -45,11 +45,7 @@ class Rewarm:
                 f"start={start!r} is not in (0, 1]: it is the factor on the learning rates at the first step. Pass for "
                 f"example start=0.1."
             )
-        if any("lr" not in group for group in optimizer.param_groups):
-            raise OptimizerError(
-                f"{type(optimizer).__name__} has a group without 'lr', so there is no learning rate to warm up. Leave "
-                f"rewarm out."
-            )
+        check_rates(optimizer)
         self.steps = steps
         self.start = start
         self._taken = 0
@@ -137,3 +133,12 @@ class Rewarm:
             elif not isinstance(now, Tensor) and not isinstance(scaled, Tensor) and now == scaled:
                 group["lr"] = old
         self._held = []
+
+
+def check_rates(optimizer: Optimizer) -> None:
+    """Raise OptimizerError if a group of an optimizer has no learning rate."""
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} has a group without 'lr', so there is no learning rate to warm up. Leave "
+            f"rewarm out."
+        )

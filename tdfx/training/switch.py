@@ -23,7 +23,7 @@ from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.observe import Inputs
 from tdfx.plan import Emit, Plan, Reason
 from tdfx.policy import Policy
-from tdfx.training.rewarm import Rewarm
+from tdfx.training.rewarm import Rewarm, check_rates
 from tdfx.training.watch import Survey, Watch, survey
 from tdfx.training.when import Settled, When, check_whole, is_number
 from tdfx.wrappers import Wrapped, unwrap
@@ -279,6 +279,9 @@ class Switch:
         switched = made.factorized if pays else ()
         if switched:
             passed = {key: value for key, value in arguments.items() if key != "emit"}
+            for one in as_optimizers(optimizer) if self.rewarm else ():
+                # After the rewrite it would be too late to fail.
+                check_rates(one)
             model = rewrite(model, made, optimizer=optimizer, **passed)
             self._start_rewarm(optimizer)
             self._note(made)
