@@ -33,12 +33,17 @@ from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 from tdfx.training.decay import FrobeniusDecay
 from tdfx.training.penalty import LowRankPenalty
+from tdfx.training.rewarm import Rewarm
+from tdfx.training.switch import Switch, SwitchEvent
+from tdfx.training.when import AtEpoch, AtStep, Settled
 from tdfx.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "VBMF",
+    "AtEpoch",
+    "AtStep",
     "Emit",
     "Energy",
     "ExportError",
@@ -62,8 +67,12 @@ __all__ = [
     "PolicyError",
     "Ratio",
     "Reason",
+    "Rewarm",
+    "Settled",
     "SitePlan",
     "StableRank",
+    "Switch",
+    "SwitchEvent",
     "Target",
     "TdfxError",
     "TdfxWarning",

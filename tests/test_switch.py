@@ -1,0 +1,437 @@
+"""When to switch: at the step that was asked for, once ranks settle, never where it does not pay, and after a resume."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+import tdfx
+from tdfx.layers import Factorized
+from tdfx.training.watch import Watch, Watched
+from tdfx.training.when import When
+from tdfx.wrappers import unwrap
+
+# Layers this small take most of their time to start, which would make no factors pay.
+COST = tdfx.Modelled(seconds_per_call=0)
+QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, cost=COST)
+SIGNAL = tdfx.Policy(min_gain=0, round_to=1, cost=COST)
+SIZE = 48
+
+
+class Ticking:
+    """A clock in which each reading is a second after the last."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+class Pair(nn.Module):
+    """Two linear maps of the same input, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast = nn.Linear(SIZE, SIZE, bias=False)
+        self.slow = nn.Linear(SIZE, SIZE, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fast(x), self.slow(x)
+
+
+def build(*, slow: float = 0.02) -> tuple[nn.Module, Optimizer]:
+    """Return a model whose first layer learns quickly and whose second one does not, and what trains it."""
+    torch.manual_seed(0)
+    model = Pair().double()
+    groups: list[dict[str, Any]] = [{"params": [model.fast.weight]}, {"params": [model.slow.weight], "lr": slow}]
+    return model, SGD(groups, lr=0.2, momentum=0.5)
+
+
+def targets() -> list[Tensor]:
+    """Return two matrices of rank 4."""
+    draw = torch.Generator().manual_seed(1)
+    sides = [torch.randn(SIZE, 4, dtype=torch.float64, generator=draw) for _ in range(4)]
+    return [sides[0] @ sides[1].T / 16, sides[2] @ sides[3].T / 16]
+
+
+def learn(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    """Take a training step towards the two matrices; the same for the same step."""
+    x = torch.randn(4 * SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+    optimizer.zero_grad()
+    loss = sum((y - x @ w.T).square().sum() / len(x) / 2 for y, w in zip(model(x), targets(), strict=True))
+    assert isinstance(loss, Tensor)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def train(
+    switch: tdfx.Switch, model: nn.Module, optimizer: Optimizer, steps: range, **arguments: Any
+) -> Iterator[tuple[int, nn.Module]]:
+    for step in steps:
+        learn(model, optimizer, step)
+        model = switch.step(model, optimizer=optimizer, **arguments)
+        yield step, model
+
+
+def run(switch: tdfx.Switch, steps: int, *, slow: float = 0.02, **arguments: Any) -> tuple[list[int], nn.Module]:
+    """Train, and return the steps that gave back another model, and the last one."""
+    model, optimizer = build(slow=slow)
+    changed, before = [], model
+    for step, now in train(switch, model, optimizer, range(1, steps + 1), **arguments):
+        if now is not before:
+            changed.append(step)
+        before = now
+    return changed, before
+
+
+def factorized(model: nn.Module) -> dict[str, Factorized]:
+    return {name: one for name, one in model.named_modules() if isinstance(one, Factorized)}
+
+
+def whats(switch: tdfx.Switch) -> list[tuple[int, str, tuple[str, ...]]]:
+    return [(one.step, one.what, one.sites) for one in switch.events]
+
+
+@pytest.mark.parametrize(("when", "step"), [(tdfx.AtStep(3), 3), (tdfx.AtEpoch(2, steps_per_epoch=2), 4)])
+def test_it_switches_at_the_step_that_was_asked_for_and_once(when: When, step: int) -> None:
+    switch = tdfx.Switch(QUARTER, when=when)
+    changed, model = run(switch, 6)
+    assert changed == [step]
+    assert switch.done
+    assert set(factorized(model)) == {"fast", "slow"}
+    assert whats(switch) == [(step, "switched", ("fast", "slow"))]
+    assert "the step that was asked for" in str(switch)
+    assert switch.plan is not None
+    assert len(switch.plan.factorized) == 2
+
+
+SETTLED = tdfx.Settled(every=2, window=3, tolerance=0.02, moved=0.2)
+
+
+def test_sites_switch_when_they_settle_and_a_later_switch_leaves_the_earlier_ones() -> None:
+    switch = tdfx.Switch(SIGNAL, when=SETTLED)
+    model, optimizer = build()
+    ranks: dict[str, tuple[int, ...]] = {}
+    first: dict[str, int] = {}
+    for step, now in train(switch, model, optimizer, range(1, 201)):
+        for name, one in factorized(now).items():
+            first.setdefault(name, step)
+            assert ranks.setdefault(name, one.origin.ranks) == one.origin.ranks
+    assert switch.done
+    assert first["fast"] < first["slow"]
+    assert [one for one in whats(switch) if one[1] == "switched"] == [
+        (first["fast"], "switched", ("fast",)),
+        (first["slow"], "switched", ("slow",)),
+    ]
+    assert set(ranks) == {"fast", "slow"}
+    assert switch.plan is not None
+    assert {one.name: one.ranks for one in switch.plan.factorized} == ranks
+    assert switch.plan.parameters_before == 2 * SIZE * SIZE
+
+
+def test_ranks_at_the_start_look_settled_and_nothing_is_switched() -> None:
+    torch.manual_seed(0)
+    model: nn.Module = Pair()
+    switch = tdfx.Switch(QUARTER, when=SETTLED)
+    for _ in range(50):
+        assert switch.step(model) is model
+    assert switch.events == ()
+    assert not switch.done
+    # Without the movement that is asked for, the same ranks do count as settled.
+    eager = tdfx.Switch(QUARTER, when=tdfx.Settled(every=2, window=2, moved=0.0, tolerance=0.2))
+    for _ in range(50):
+        model = eager.step(model)
+    assert set(factorized(model)) == {"fast", "slow"}
+
+
+def shuffled(model: nn.Module, step: int) -> None:
+    """Give the layers other noise of the same size: they move, keep their rank, and learn nothing."""
+    draw = torch.Generator().manual_seed(step)
+    for one in model.parameters():
+        one.data.copy_(torch.randn(one.shape, generator=draw))
+
+
+def test_a_site_without_signal_waits_and_is_given_up_at_the_timeout() -> None:
+    torch.manual_seed(0)
+    model: nn.Module = Pair()
+    when = tdfx.Settled(every=1, window=2, tolerance=0.5, timeout=40)
+    switch = tdfx.Switch(SIGNAL, when=when)
+    for step in range(1, 45):
+        shuffled(model, step)
+        assert switch.step(model) is model
+        assert switch.done == (step >= 40)
+    kinds = [what for _, what, _ in whats(switch)]
+    # Asked twice as late each time, so that plans made in vain stay few.
+    assert 2 <= kinds.count("waiting") <= 10
+    assert switch.events[-1].what == "kept"
+    assert switch.events[-1].step == 40
+    assert "no_signal" in switch.events[-1].why
+    assert "switched" not in kinds
+
+
+def test_at_the_timeout_all_that_waits_is_switched() -> None:
+    when = tdfx.Settled(every=2, window=2, tolerance=1e-12, timeout=31)
+    changed, model = run(switch := tdfx.Switch(SIGNAL, when=when), 35)
+    assert changed == [31]
+    assert set(factorized(model)) == {"fast", "slow"}
+    assert switch.events[-1].why == "the timeout"
+
+
+def test_it_is_never_switched_where_that_does_not_pay() -> None:
+    def at(total: int) -> tdfx.Switch:
+        switch = tdfx.Switch(QUARTER, when=tdfx.AtStep(20), total_steps=total, clock=Ticking(), recompile_seconds=10)
+        run(switch, 25)
+        return switch
+
+    late, early = at(22), at(10_000)
+    assert whats(late) == [(20, "too_late", ("fast", "slow"))]
+    assert late.done
+    assert late.plan is None
+    # A step takes one tick, a plan one; the saving is at most the two steps that are left.
+    assert "in the 2 steps left and takes 12 s" in late.events[0].why
+    assert whats(early) == [(20, "switched", ("fast", "slow"))]
+
+
+def test_a_plan_that_factorizes_nothing_ends_it_with_the_reason() -> None:
+    switch = tdfx.Switch(tdfx.Policy(rank=tdfx.Ratio(of=1.0)), when=tdfx.AtStep(2))
+    changed, _ = run(switch, 4)
+    assert changed == []
+    assert switch.done
+    assert [one.what for one in switch.events] == ["kept"]
+    assert "no_gain" in str(switch) or "too_small" in str(switch)
+    empty = tdfx.Switch(when=tdfx.AtStep(1))
+    empty.step(nn.ReLU())
+    assert "the model has no convolution or linear layer" in str(empty)
+    excluded = tdfx.Switch(tdfx.Policy(exclude=("*",)), when=tdfx.Settled())
+    excluded.step(Pair())
+    assert excluded.done
+    assert "wants no site" in str(excluded)
+
+
+def through_a_file(value: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def settled_switch() -> tdfx.Switch:
+    return tdfx.Switch(SIGNAL, when=SETTLED, total_steps=10_000, rewarm=5, clock=Ticking())
+
+
+def test_a_resumed_run_decides_and_computes_the_same() -> None:
+    steps = 120
+    model, optimizer = build()
+    whole = settled_switch()
+    points = {1, 2, 5, *range(10, steps, 10)}
+    saved = {}
+    for step, now in train(whole, model, optimizer, range(1, steps + 1)):
+        model = now
+        if step in points or (whole.events and whole.events[-1].step in {step, step - 1}):
+            state = {"switch": whole.state_dict(), "model": now.state_dict(), "optimizer": optimizer.state_dict()}
+            saved[step] = through_a_file(state)
+    assert whole.done
+    assert all(bool(one.isfinite().all()) for one in model.state_dict().values())
+    assert sum(one.what == "switched" for one in whole.events) == 2
+    for step, state in saved.items():
+        again, own = build()
+        switch = settled_switch()
+        switch.load_state_dict(state["switch"], optimizer=own)
+        if switch.plan is not None:
+            again = tdfx.rewrite(again, switch.plan, optimizer=own)
+        again.load_state_dict(state["model"])
+        own.load_state_dict(state["optimizer"])
+        for _, now in train(switch, again, own, range(step + 1, steps + 1)):
+            again = now
+        assert whats(switch) == whats(whole)
+        assert switch.plan == whole.plan
+        assert list(again.state_dict()) == list(model.state_dict())
+        assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+
+
+def test_the_steps_before_a_resume_count() -> None:
+    first, fresh = tdfx.Switch(QUARTER, when=tdfx.AtStep(4)), tdfx.Switch(QUARTER, when=tdfx.AtStep(4))
+    model, _ = build()
+    for _ in range(3):
+        first.step(model)
+    assert fresh.step(model) is model
+    fresh.load_state_dict(first.state_dict())
+    assert factorized(fresh.step(model))
+
+
+def test_a_state_of_another_switch_is_refused_and_nothing_is_loaded() -> None:
+    switch = tdfx.Switch(QUARTER, when=tdfx.AtStep(4))
+    before = switch.state_dict()
+    other = tdfx.Switch(SIGNAL, when=tdfx.AtStep(4)).state_dict()
+    with pytest.raises(
+        tdfx.PolicyError, match=r"saved with policy=Policy\(rank=VBMF.*Make the Switch with the same policy"
+    ):
+        switch.load_state_dict(other)
+    with pytest.raises(tdfx.PolicyError, match=r"saved with when=AtStep\(step=5\), and this switch has when=AtStep"):
+        switch.load_state_dict(tdfx.Switch(QUARTER, when=tdfx.AtStep(5)).state_dict())
+    with pytest.raises(tdfx.PolicyError, match="not the state of a Switch of this version: 'nothing'"):
+        switch.load_state_dict("nothing")  # type: ignore[arg-type]
+    for key, value in [("step", "x"), ("events", [{"step": 1}]), ("plan", "{}"), ("times", None), ("seconds", 3)]:
+        with pytest.raises(tdfx.PolicyError, match=r"is damaged \("):
+            switch.load_state_dict({**before, "step": 2, key: value})
+    warming = {**before, "step": 2, "rewarms": [{"steps": 4, "start": 0.1, "taken": 1, "done": False}]}
+    with pytest.raises(tdfx.OptimizerError, match="A re-warm-up of 1 optimizers was under way, and 0 are given"):
+        switch.load_state_dict(warming)
+    assert switch.state_dict() == before
+
+
+def test_a_step_that_fails_changes_nothing_and_can_be_taken_again() -> None:
+    model, optimizer = build()
+    switch = tdfx.Switch(QUARTER, when=tdfx.AtStep(2), clock=Ticking())
+    switch.step(model, optimizer=optimizer)
+    before = switch.state_dict()
+    with pytest.raises(tdfx.OptimizerError, match="are in none of the optimizers given"):
+        switch.step(model, optimizer=SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    assert switch.state_dict() == before
+    assert factorized(switch.step(model, optimizer=optimizer))
+
+
+def test_a_failed_look_changes_nothing() -> None:
+    switch = tdfx.Switch(SIGNAL, when=tdfx.Settled(every=1))
+    model = Pair()
+    switch.step(model)
+    before = switch.state_dict()
+    with pytest.raises(tdfx.ModelError, match=r"has no weight 'fast\.weight', which is that of site 'fast'"):
+        switch.step(nn.Sequential(nn.Linear(4, 4)))
+    after = switch.state_dict()
+    assert (after["step"], after["watch"]["looks"]) == (before["step"], before["watch"]["looks"])
+
+
+def test_a_switch_starts_a_rewarm_and_passes_arguments_on() -> None:
+    model, optimizer = build()
+    switch = tdfx.Switch(QUARTER, when=tdfx.AtStep(1), rewarm=3)
+    made = switch.step(model, optimizer=optimizer, emit="modules", init="variance")
+    assert isinstance(made, Pair)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    for step in range(3):
+        learn(made, optimizer, step)
+    assert not optimizer._optimizer_step_pre_hooks
+    with pytest.raises(
+        tdfx.OptimizerError, match=r"rewarm=3 is to scale learning rates, and step\(\) got no optimizer="
+    ):
+        tdfx.Switch(QUARTER, when=tdfx.AtStep(1), rewarm=3).step(model)
+    with pytest.raises(
+        tdfx.PolicyError, match=r"step\(\) got 'inti', which tdfx.rewrite does not take. Nearest: 'init'"
+    ):
+        tdfx.Switch(QUARTER, when=tdfx.AtStep(9)).step(model, inti="variance")
+
+
+def test_an_optimizer_without_rates_fails_before_anything_is_changed() -> None:
+    model, optimizer = build()
+    for group in optimizer.param_groups:
+        del group["lr"]
+    switch = tdfx.Switch(QUARTER, when=tdfx.AtStep(1), rewarm=3)
+    before = [id(one) for group in optimizer.param_groups for one in group["params"]]
+    with pytest.raises(tdfx.OptimizerError, match="SGD has a group without 'lr'"):
+        switch.step(model, optimizer=optimizer)
+    assert [id(one) for group in optimizer.param_groups for one in group["params"]] == before
+    assert not switch.done
+
+
+def test_processes_agree_at_looks_and_plans_and_at_no_other_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    switch = tdfx.Switch(SIGNAL, when=tdfx.Settled(every=5, timeout=21))
+
+    def agree(value: Any) -> Any:
+        asked.append(switch.state_dict()["step"])
+        # What the first process found at the tenth step, here one site that has not settled.
+        return ["slow"] if asked[-1] == 10 and value == [] else value
+
+    monkeypatch.setattr("tdfx.training.switch.unwrap", lambda model: replace(unwrap(model), agree=agree))
+    changed, model = run(switch, 22, slow=0.2)
+    assert asked == [1, 5, 10, 10, 15, 20, 21]
+    assert changed == [10, 21]
+    assert set(factorized(model)) == {"fast", "slow"}
+
+
+class Images(nn.Module):
+    """Two convolutions, one in groups, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.second = nn.ConvTranspose2d(32, 32, 3, groups=2)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.relu(self.first(x)))
+        return self.head(y.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolutions_in_any_wrapper_and_dtype_are_watched(compiled: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inner = Images().to(dtype)
+    model: nn.Module = torch.compile(inner, backend="eager") if compiled else inner  # type: ignore[assignment]
+    switch = tdfx.Switch(QUARTER, when=tdfx.Settled(every=1, window=1, tolerance=0.9, moved=0.0, timeout=5))
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    for _ in range(5):
+        model = switch.step(model, example_inputs=(x,))
+    assert switch.done
+    assert switch.plan is not None
+    assert isinstance(model, torch._dynamo.OptimizedModule) == compiled
+    assert len(factorized(model)) == len(switch.plan.factorized) > 0
+    with torch.no_grad():
+        assert model(x).shape == (2, 10)
+
+
+def test_looks_are_stretched_to_stay_cheap() -> None:
+    x = torch.randn(8, SIZE)
+    switch = tdfx.Switch(SIGNAL, when=tdfx.Settled(every=2))
+    switch.step(Pair(), example_inputs=(x,))
+    # 6 reads of a value, at 60 operations, against 6 operations for each of 8 samples: 1 percent is 750 steps.
+    assert switch.state_dict()["watch"]["interval"] == 750
+
+
+def test_the_stable_rank_and_the_turn_are_those_of_the_definition() -> None:
+    torch.manual_seed(0)
+    model = Pair().double()
+    watch = Watch(SETTLED, 1, {"fast": Watched("fast.weight")})
+    with torch.no_grad():
+        model.fast.weight += 3 * torch.outer(torch.randn(SIZE), torch.randn(SIZE))
+        seen = watch.look(model).sites["fast"]
+        values = torch.linalg.svdvals(model.fast.weight)
+        assert seen.ranks == pytest.approx([float(values.square().sum() / values[0] ** 2)], rel=1e-6)
+        assert seen.turned == pytest.approx(0.0, abs=1e-3)
+        model.fast.weight *= 0.5
+        later = watch.look(model).look(model).sites["fast"]
+        assert later.turned == pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tdfx.AtStep(0), "step=0 is not a whole number of at least 1"),
+        (lambda: tdfx.AtStep(True), "step=True is not a whole number"),
+        (lambda: tdfx.AtEpoch(0, steps_per_epoch=3), "epoch=0 is not a whole number"),
+        (lambda: tdfx.AtEpoch(1, steps_per_epoch=2.5), "steps_per_epoch=2.5 is not a whole number"),  # type: ignore[arg-type]
+        (lambda: tdfx.Settled(every=0), "every=0 is not"),
+        (lambda: tdfx.Settled(window=0), "window=0 is not"),
+        (lambda: tdfx.Settled(timeout=0), "timeout=0 is not"),
+        (lambda: tdfx.Settled(tolerance=0.0), r"tolerance=0\.0 is not a positive number"),
+        (lambda: tdfx.Settled(moved=1.0), r"moved=1\.0 is not in \[0, 1\)"),
+        (lambda: tdfx.Switch(when=5), "when=5 does not say when to switch"),  # type: ignore[arg-type]
+        (lambda: tdfx.Switch("vbmf", when=tdfx.AtStep(1)), "policy='vbmf' is a str"),  # type: ignore[arg-type]
+        (lambda: tdfx.Switch(when=tdfx.AtStep(1), total_steps=0), "total_steps=0 is not"),
+        (lambda: tdfx.Switch(when=tdfx.AtStep(1), rewarm=-1), "rewarm=-1 is not"),
+        (lambda: tdfx.Switch(when=tdfx.AtStep(1), recompile_seconds=-1), "recompile_seconds=-1 is not a time"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(tdfx.PolicyError, match=message):
+        make()
