@@ -1,8 +1,11 @@
 """Train PyTorch models faster: factorize their layers mid-training, merge them back, and prove it."""
 
 from tdfx.api import merge, plan, rewrite
+from tdfx.checkpoint.record import read, save, state
+from tdfx.checkpoint.restore import load
 from tdfx.cost.modelled import Modelled
 from tdfx.errors import (
+    CheckpointError,
     ExportError,
     InputError,
     KindError,
@@ -38,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VBMF",
+    "CheckpointError",
     "Emit",
     "Energy",
     "ExportError",
@@ -69,9 +73,13 @@ __all__ = [
     "Threshold",
     "VerifyReport",
     "WeightError",
+    "load",
     "merge",
     "plan",
+    "read",
     "register_kind",
     "rewrite",
+    "save",
+    "state",
     "verify",
 ]

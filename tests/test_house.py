@@ -38,6 +38,7 @@ LAYERS = (
     {"passes"},
     {"optim"},
     {"wrappers"},
+    {"checkpoint"},
     {"onnx_proof"},
     {"verify"},
     {"api"},
