@@ -26,8 +26,8 @@ from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weig
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.structure import rebind, structural_copy
 
-Init = Literal["weight", "variance"]
-"""What factors start from: the nearest to the weight, or of its variance."""
+Init = Literal["weight", "variance", "empty"]
+"""What factors start from: the nearest to the weight, or of its variance, or nothing, where values will be loaded."""
 
 _UNSEEN = (Reason.READ_ELSEWHERE, Reason.CUSTOM_FORWARD)
 """Reasons for which a site is kept as long as no run has shown that functions take its weight and nothing else does."""
@@ -64,7 +64,7 @@ class Rewrite(Pass):
     def requires(self, program: Program) -> None:
         """The plan is this model's: every site it names is there, with the same shape, and may be rewritten."""
         assert program.plan is not None, "select comes before rewrite"
-        check_plan(program.plan, program)
+        check_plan(program.plan, program, reads_values=self.init != "empty")
 
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
@@ -73,7 +73,9 @@ class Rewrite(Pass):
         sites = _planned_sites(program.plan, program)
         todo = [one for one in program.plan.factorized if not _is_done(sites[one.name], one)]
         tasks = [Task(partial(self._factors, sites[one.name], one), sites[one.name].weights) for one in todo]
-        made = zip(todo, self.spread(tasks), strict=True)
+        # Factors without values are the same on every process.
+        spread = alone if self.init == "empty" else self.spread
+        made = zip(todo, spread(tasks), strict=True)
         self.swaps = tuple(self._swap(sites[decision.name], decision, factors) for decision, factors in made)
         module = _emit(program, self.swaps)
         rebind(module, program.module)
@@ -97,9 +99,13 @@ class Rewrite(Pass):
         assert decision.scheme is not None
         assert decision.ranks is not None
         assert site.operation is not None
+        scheme = get_scheme(decision.scheme)
+        if self.init == "empty":
+            # Each becomes a tensor of its own, of the weight's dtype, device and layout, when the layer is built.
+            chain = scheme.chain(site.operation, decision.ranks)
+            return tuple(torch.empty(step.weight_shape, device="meta") for step in chain)
         if isinstance(site.layer, Factorized):
             return lowering_of(site.layer, weights).split(decision.ranks)
-        scheme = get_scheme(decision.scheme)
         weight = working_weight(site, *weights)
         spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
         factors = scheme.split(site.operation, weight, decision.ranks, spectra)
@@ -204,8 +210,14 @@ def _planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
     return sites
 
 
-def check_plan(plan: Plan, program: Program) -> None:
-    """Raise PlanError unless the plan can be carried out on this program, WeightError where a weight is not finite."""
+def check_plan(plan: Plan, program: Program, *, reads_values: bool = True) -> None:
+    """Raise PlanError unless the plan can be carried out on this program.
+
+    Args:
+        plan: Made for this model, or for another instance of its class.
+        program: With the sites of the model as it is now.
+        reads_values: Whether weights will be split, so that WeightError is raised where one is not finite.
+    """
     sites = _planned_sites(plan, program)
     twice = [name for name, count in Counter(one.name for one in plan).items() if count > 1]
     if twice:
@@ -218,6 +230,8 @@ def check_plan(plan: Plan, program: Program) -> None:
             )
         if decision.factorized:
             _check_decision(decision, sites[decision.name])
+            if reads_values and not isinstance(sites[decision.name].layer, Factorized):
+                check_weight(sites[decision.name])
 
 
 def _check_decision(decision: SitePlan, site: Site) -> None:
@@ -248,7 +262,6 @@ def _check_decision(decision: SitePlan, site: Site) -> None:
             f"The plan gives site {site.name!r} the ranks {ranks}, and {scheme.name} takes {len(full)} ranks there, "
             f"from 1 to {full}. Change the plan's ranks."
         )
-    check_weight(site)
 
 
 def _check_factorized(decision: SitePlan, layer: Factorized) -> None:

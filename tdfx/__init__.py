@@ -1,8 +1,11 @@
 """Train PyTorch models faster: factorize their layers mid-training, merge them back, and prove it."""
 
 from tdfx.api import merge, plan, rewrite
+from tdfx.checkpoint.record import read, save, state
+from tdfx.checkpoint.restore import load
 from tdfx.cost.modelled import Modelled
 from tdfx.errors import (
+    CheckpointError,
     ExportError,
     InputError,
     KindError,
@@ -44,6 +47,7 @@ __all__ = [
     "VBMF",
     "AtEpoch",
     "AtStep",
+    "CheckpointError",
     "Emit",
     "Energy",
     "ExportError",
@@ -79,10 +83,14 @@ __all__ = [
     "Threshold",
     "VerifyReport",
     "WeightError",
+    "load",
     "merge",
     "plan",
+    "read",
     "register_kind",
     "register_optimizer",
     "rewrite",
+    "save",
+    "state",
     "verify",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tdfx.averaging import as_averages
-from tdfx.errors import PolicyError, TdfxWarning
+from tdfx.errors import OptimizerError, PolicyError, TdfxWarning
 from tdfx.optim.exchanges import join_exchange, split_exchange
 from tdfx.optim.gradients import carry_gradients
 from tdfx.optim.surgery import as_optimizers, prepare
@@ -100,7 +100,8 @@ def rewrite(
             was not trained yet: the same directions, scaled so that the joined weight has the variance of the weight that
             was drawn, and with it the activations and gradients of the first step (the condition of Pan et al., *A Unified
             Weight Initialization Paradigm for Tensorial Convolutional Neural Networks*, ICML 2022). Give ranks by
-            ``Ratio`` or ``Fixed`` then: an untrained weight has no signal for other rules.
+            ``Ratio`` or ``Fixed`` then: an untrained weight has no signal for other rules. ``"empty"``, with a plan:
+            nothing; no value is read or decomposed, so the model may lie on the meta device. Load the values next.
 
     Returns:
         The rewritten model, on the same device, with the same mode, dtypes, hooks and buffers.
@@ -114,8 +115,18 @@ def rewrite(
     optimizers = as_optimizers(optimizer)
     if init not in get_args(Init):
         raise PolicyError(
-            f"init={init!r} is not known: factors start from the 'weight', as after training, or from its 'variance', for a "
-            f"model that was not trained yet."
+            f"init={init!r} is not known: factors start from the 'weight', as after training, from its 'variance', for a "
+            f"model that was not trained yet, or 'empty', where values will be loaded."
+        )
+    if init == "empty" and not isinstance(policy, Plan):
+        raise PolicyError(
+            "init='empty' reads no weight, and a policy would choose ranks by them. Pass the plan in place of the policy: "
+            "tdfx.Plan.from_json, or tdfx.plan of a model that has its values."
+        )
+    if init == "empty" and optimizers and any(one.state for one in optimizers):
+        raise OptimizerError(
+            "init='empty' makes factors without values, for which the state that the optimizer has already could not be "
+            "worked out. Pass an optimizer that has taken no step, and load its state afterwards."
         )
     wrapped = unwrap(model)
     averages = as_averages(averaged, wrapped)

@@ -42,6 +42,10 @@ class OptimizerError(TdfxError, ValueError):
     """An optimizer that does not go with the model."""
 
 
+class CheckpointError(TdfxError, RuntimeError):
+    """A checkpoint that cannot be written or read, or that belongs to another model or optimizer."""
+
+
 class MergeError(TdfxError, RuntimeError):
     """A model that cannot be merged back."""
 

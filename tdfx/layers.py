@@ -226,8 +226,14 @@ def _size_of_factor(factor: nn.Module, before: tuple[int, ...], wanted: tuple[in
 
 
 def _like(weight: Tensor, model: Tensor) -> Tensor:
-    """Return a new tensor of the model's dtype and device, channels last where the model's weight is."""
-    made = weight.detach().to(device=model.device, dtype=model.dtype)
+    """Return a new tensor of the model's dtype and device, channels last where the model's weight is.
+
+    A weight on the meta device is but a shape: what comes of it has the model's device too, and no particular values.
+    """
+    if weight.is_meta:
+        made = torch.empty(weight.shape, device=model.device, dtype=model.dtype)
+    else:
+        made = weight.detach().to(device=model.device, dtype=model.dtype)
     if is_sharded(model):  # FSDP2 shards contiguous parameters alone
         return made.clone(memory_format=torch.contiguous_format)
     for layout, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):

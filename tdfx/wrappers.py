@@ -55,13 +55,13 @@ def unwrap(model: nn.Module) -> Wrapped:
         inner = unwrap(model._orig_mod)
         return replace(inner, wrap=lambda made: cast("nn.Module", model.dynamo_ctx(inner.wrap(made))))
     if isinstance(model, DistributedDataParallel):
-        from tdfx.distributed.ddp import ranks_of, wrap_like  # as below
+        from tdfx.distributed.ddp import Replicas  # as below
 
-        inner = unwrap(model.module)
-        ranks = ranks_of(model)
+        inner, replicas = unwrap(model.module), Replicas(model)
+        ranks = replicas.ranks
         return replace(
             inner,
-            wrap=lambda made: wrap_like(model, inner.wrap(made)),
+            wrap=lambda made: replicas.wrap(inner.wrap(made)),
             spread=ranks.spread,
             agree=ranks.agree,
             check_same=ranks.check_same,

@@ -211,11 +211,52 @@ def check_settings_are_as_before() -> None:
     assert plain.bucket_bytes_cap == DDP(net()).bucket_bytes_cap
 
 
-def check_a_hook_with_a_state_is_spoken_of() -> None:
+def check_powersgd_starts_anew_for_other_buckets() -> None:
     model = DDP(net())
-    model.register_comm_hook(PowerSGDState(None, start_powerSGD_iter=10), powerSGD_hook)
-    with pytest.warns(tdfx.TdfxWarning, match="hook powerSGD_hook goes on with its state of before"):
-        tdfx.rewrite(model, HALF)
+    state = PowerSGDState(None, start_powerSGD_iter=2)
+    model.register_comm_hook(state, powerSGD_hook)
+    optimizer = sgd(model.parameters())
+    train(model, optimizer, 1, 5)
+    assert state.error_dict
+    small: Any = tdfx.rewrite(model, HALF, optimizer=optimizer)
+    ((_, other),) = small._comm_hooks
+    assert not other.error_dict
+    assert state.error_dict
+    train(small, optimizer, 2)
+    check_bits(small, sgd(small.parameters()))
+
+
+def check_builtin_hooks_stay() -> None:
+    model = DDP(net())
+    model._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    small: Any = tdfx.rewrite(model, HALF)
+    names = [one._get_ddp_logging_data().get("comm_hook") for one in (model, small)]
+    assert names[0] == names[1] != DDP(net())._get_ddp_logging_data().get("comm_hook")
+
+
+def check_a_former_wrapper_that_waits_lets_go() -> None:
+    old = DDP(net(), gradient_as_bucket_view=True)
+    optimizer = sgd(old.parameters())
+    train(old, optimizer, 1)
+    old(half(next(batches(4, 1))[0]))  # a forward pass without a backward
+    small: Any = tdfx.rewrite(old, HALF, optimizer=optimizer)
+    x, y = next(batches(5, 1))
+    optimizer.zero_grad()
+    (small(half(x)) - half(y)).square().mean().backward()
+    expected = torch.autograd.grad((small.module(x) - y).square().mean(), list(small.parameters()))
+    for parameter, gradient in zip(small.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert (parameter.grad - gradient).abs().max() < ROUNDING
+
+
+def check_ignored_parameters_stay_ignored_or_are_spoken_of() -> None:
+    model = net()
+    DDP._set_params_and_buffers_to_ignore_for_model(model, ["5.weight", "0.bias"])
+    wrapped = DDP(model)
+    with refused(tdfx.ModelError, r"was told to leave '5\.weight' alone"):
+        tdfx.rewrite(wrapped, HALF)
+    kept: Any = tdfx.rewrite(wrapped, tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, include=("3",)))
+    assert kept.parameters_to_ignore == {"5.weight", "0.bias"}
 
 
 def check_plan_is_one_for_all() -> None:

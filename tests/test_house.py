@@ -40,7 +40,7 @@ LAYERS = (
     {"distributed"},
     {"wrappers"},
     {"averaging"},
-    {"averaging"},
+    {"checkpoint"},
     {"onnx_proof"},
     {"verify"},
     {"api"},

@@ -1,9 +1,8 @@
-"""Models wrapped in DistributedDataParallel: out of the wrapper, and wrapped again with the same settings."""
+"""Models in DistributedDataParallel: out of it, and into it again with the same settings."""
 
 from __future__ import annotations
 
-import inspect
-import warnings
+import copy
 from typing import Any
 
 import torch.distributed as dist
@@ -11,77 +10,127 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.distributed.ranks import Ranks
-from tdfx.errors import ModelError, TdfxWarning
+from tdfx.errors import ModelError
 from tdfx.structure import HOOKS
 
-_SETTINGS = (
-    "device_ids",
-    "output_device",
-    "dim",
-    "process_group",
-    "find_unused_parameters",
-    "gradient_as_bucket_view",
-    "static_graph",
-    "mixed_precision",
-    "skip_all_reduce_unused_params",
-    "batched_grad_copy",
-    "lazy_bucket_allocation",
+_HOOKS = (
+    *HOOKS,
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
-"""What the constructor takes and the wrapper keeps under the same name."""
-
-_MEBI = 2**20
-
-
-def ranks_of(wrapper: DistributedDataParallel) -> Ranks:
-    """Return the processes that train the model, once they were found to hold the same one.
-
-    Raises:
-        ModelError: They do not, or the wrapper delays the reduction of single parameters.
-    """
-    if wrapper._delay_all_reduce_params:
-        raise ModelError(
-            "The DistributedDataParallel was made with delay_all_reduce_named_params, which names parameters that may be "
-            "replaced. Pass model.module, and wrap what comes back again."
-        )
-    ranks = Ranks([wrapper.process_group], wrapper.device)
-    held = [(name, tuple(one.shape), str(one.dtype)) for name, one in wrapper.module.named_parameters()]
-    ranks.check_same(
-        (type(wrapper.module).__name__, wrapper.training, held),
-        "The processes of the DistributedDataParallel hold models of different structure or mode, so that they could not go "
-        "through a rewrite together. Bring them to the same place in training before.",
-    )
-    return ranks
+_OWN = ("reducer", "logger", "process_group", "device_mesh")
+"""What belongs to one wrapper alone, or must not be copied."""
 
 
-def wrap_like(wrapper: DistributedDataParallel, model: nn.Module) -> DistributedDataParallel:
-    """Wrap a model as another was wrapped; its parameters are the same on every process already.
+class Replicas:
+    """A model in DistributedDataParallel, whose processes each hold all of it."""
 
-    The former wrapper stays as it was, and stays silent as long as it is not called.
-    """
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    settings: dict[str, Any] = {
-        name: getattr(wrapper, name) for name in _SETTINGS if name in known and hasattr(wrapper, name)
-    }
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    settings[buffers] = getattr(wrapper, buffers)
-    if not getattr(wrapper, "bucket_bytes_cap_default", True):
-        settings["bucket_cap_mb"] = wrapper.bucket_bytes_cap / _MEBI
-    if caps := getattr(wrapper, "bucket_bytes_cap_list", None):
-        settings["bucket_cap_mb_list"] = [cap / _MEBI for cap in caps]
-    made = DistributedDataParallel(model, **settings, init_sync=False)
-    for hook, state in wrapper._comm_hooks[len(made._comm_hooks) :]:
-        if state is not None and not isinstance(state, dist.ProcessGroup):
-            warnings.warn(
-                f"The communication hook {getattr(hook, '__name__', hook)} goes on with its state of before, and gradients "
-                f"now have other shapes. If the state holds tensors for them, as PowerSGD's does, make it anew and wrap "
-                f"model.module yourself.",
-                TdfxWarning,
-                stacklevel=4,
+    def __init__(self, model: DistributedDataParallel) -> None:
+        """Take a wrapper, once its processes were found to hold the same model.
+
+        Raises:
+            ModelError: They do not, or the wrapper is used in a way that cannot be set up again.
+        """
+        reason = _obstacle(model)
+        if reason:
+            raise ModelError(
+                f"The model is in DistributedDataParallel with {reason}, which is bound to the parameters that it was set "
+                f"up for. Pass model.module on every process, and wrap what comes back again."
             )
-        made.register_comm_hook(state, hook)
-    for name in HOOKS:
-        value = wrapper.__dict__[name]
-        made.__dict__[name] = value.copy() if hasattr(value, "copy") else value
-    made.require_backward_grad_sync = wrapper.require_backward_grad_sync
-    made.training = wrapper.training
+        self.model = model
+        self.ranks = Ranks([model.process_group], model.device)
+        held = [(name, tuple(one.shape), str(one.dtype)) for name, one in model.module.named_parameters()]
+        self.ranks.check_same(
+            (type(model.module).__name__, model.training, held),
+            "The processes of the DistributedDataParallel hold models of different structure or mode, so that they could "
+            "not go through a rewrite together. Bring them to the same place in training before.",
+        )
+
+    def wrap(self, made: nn.Module) -> DistributedDataParallel:
+        """Wrap another model with the settings, hooks and attributes of this one, sending nothing.
+
+        All processes must hold the same values already: those that both models have do so since this one was wrapped. The
+        former wrapper can be kept, but must not run with gradients any more: both would wait for those of what they share.
+
+        Raises:
+            ModelError: This one was told to leave alone a parameter that the other does not have.
+        """
+        _check_ignored(self.model, made)
+        old = self.model
+        state = {name: value for name, value in old.__dict__.items() if name not in _OWN}
+        state["_modules"] = {**old._modules, "module": made}
+        for name in _HOOKS:
+            state[name] = copy.copy(state[name])
+        ignored = old.parameters_to_ignore
+        state["_module_parameters"] = [one for name, one in made.named_parameters() if name not in ignored]
+        state.update(_comm_hooks=[], _has_rebuilt_buckets=False, _lazy_init_ran=False)
+        state["_static_graph_delay_allreduce_enqueued"] = False
+        new = object.__new__(type(old))
+        # This is how a wrapper is made from a pickled one, without the checks and broadcasts of its constructor.
+        new.__setstate__(state)  # type: ignore[no-untyped-call]
+        if hasattr(old, "device_mesh"):
+            new.device_mesh = old.device_mesh
+        if new.process_group is not old.process_group:
+            new._update_process_group(old.process_group)  # type: ignore[no-untyped-call]
+        _carry_communication(old, new)
+        _let_go(old)
+        return new
+
+
+def _obstacle(model: DistributedDataParallel) -> str:
+    if model.mixed_precision is not None:
+        return "mixed_precision"
+    if model._delay_all_reduce_params:
+        return "delay_all_reduce_named_params"
+    if model._use_python_reducer:
+        return "the Python reducer (optimize_ddp='python_reducer')"
+    fused = any(
+        "hook_then_optimizer" in hook.__qualname__ for hook, _ in model._comm_hooks if hasattr(hook, "__qualname__")
+    )
+    if fused or any(hasattr(one, "_in_backward_optimizers") for one in model.module.parameters()):
+        return "an optimizer that runs in the backward pass"
+    return ""
+
+
+def _check_ignored(old: DistributedDataParallel, made: nn.Module) -> None:
+    held = {name for name, _ in old.module.named_parameters()}
+    now = {name for name, _ in made.named_parameters()}
+    lost = sorted(old.parameters_to_ignore & (held - now))
+    if lost:
+        raise ModelError(
+            f"DistributedDataParallel was told to leave {lost[0]!r} alone, and the model that comes of this has no such "
+            f"parameter, so what comes in its place would be trained in another way. Keep that site: "
+            f"Policy(exclude=(...,))."
+        )
+
+
+def _carry_communication(old: DistributedDataParallel, new: DistributedDataParallel) -> None:
+    """Register the hooks that reduce gradients; what a hook keeps of its old buckets is left behind."""
+    for hook, state in old._comm_hooks:
+        new.register_comm_hook(_without_buckets(state), hook)
+    if old._comm_hooks:
+        return
+    name = old._get_ddp_logging_data().get("comm_hook", "")  # type: ignore[no-untyped-call]
+    kinds = dist.BuiltinCommHookType  # type: ignore[attr-defined]
+    for kind in (kinds.ALLREDUCE, kinds.FP16_COMPRESS):
+        if name == str(kind):
+            new._register_builtin_comm_hook(kind)  # type: ignore[no-untyped-call]
+
+
+def _without_buckets(state: Any) -> Any:
+    """Return the state of a hook for other buckets: PowerSGD keeps errors and factors of each."""
+    names = ("error_dict", "p_memory_dict", "q_memory_dict")
+    if not all(hasattr(state, name) for name in names):
+        return state
+    made = copy.copy(state)
+    for name in names:
+        setattr(made, name, {})
     return made
+
+
+def _let_go(model: DistributedDataParallel) -> None:
+    """Let a wrapper no longer wait for the gradients of a forward pass that it saw: they come to another one now."""
+    model.reducer._reset_state()
+    model._has_rebuilt_buckets = False

@@ -1,0 +1,1 @@
+"""Saving and loading a run on either side of a rewrite."""
