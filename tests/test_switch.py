@@ -411,6 +411,13 @@ def test_the_stable_rank_and_the_turn_are_those_of_the_definition() -> None:
         model.fast.weight *= 0.5
         later = watch.look(model).look(model).sites["fast"]
         assert later.turned == pytest.approx(0.0, abs=1e-3)
+        model.slow.weight.zero_()
+        still = Watch(SETTLED, 1, {"slow": Watched("slow.weight")}).look(model).look(model)
+        assert still.sites["slow"].turned == 0.0
+        model.slow.weight.fill_(1.0)
+        left = still.look(model).sites["slow"]
+        assert left.turned == pytest.approx(1.0)
+        assert left.ranks[-1] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

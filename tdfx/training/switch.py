@@ -54,8 +54,10 @@ class SwitchEvent:
     """The reason in words."""
 
     def __str__(self) -> str:
-        named = ", ".join(self.sites[:3]) + (", ..." if len(self.sites) > 3 else "")
-        which = f"{len(self.sites)} sites ({named})" if self.sites else "no site"
+        named = ", ".join(one or "the model itself" for one in self.sites[:3]) + (
+            ", ..." if len(self.sites) > 3 else ""
+        )
+        which = f"{len(self.sites)} site{'s' * (len(self.sites) != 1)} ({named})" if self.sites else "no site"
         return f"step {self.step}: {self.what.replace('_', ' ')}, {which}: {self.why}"
 
 
@@ -96,7 +98,7 @@ class Switch:
         ...     model = switch.step(model)
         >>> print(switch)
         Switch(when=AtStep(step=2)): 3 steps, done
-          step 2: switched, 1 sites (0): the step that was asked for
+          step 2: switched, 1 site (0): the step that was asked for
     """
 
     def __init__(

@@ -194,11 +194,13 @@ class Watch:
         start = seen.clone() if one.start is None else one.start.to(w_oi)
         for _ in range(_FIRST_ITERATIONS if one.vector is None else _ITERATIONS):
             back = image @ w_oi
-            vector = back / _norm(back)
+            # Zeros would stay zeros when the weight no longer is.
+            vector = torch.where(back.any(), back / _norm(back), probe)
             image = w_oi @ vector
         rank = (_norm(w_oi) / _norm(image)) ** 2
-        cosine = (seen @ start) / (_norm(seen) * _norm(start))
-        turned = (1 - cosine.square()).clamp(min=0).sqrt()
+        cosine = (seen / _norm(seen)) @ (start / _norm(start))
+        # A weight of zeros has not turned; one that left zero has.
+        turned = (1 - cosine.square()).clamp(min=0).sqrt() * seen.any()
         return vector, start, torch.stack([rank, turned]).float()
 
     def _probe(self, w_oi: Tensor) -> Tensor:
