@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_OF_TORCH = ("_is_param", "_dynamo_", "_fsdp_")
+_OF_TORCH = ("_is_param", "_ddp_", "_dynamo_", "_fsdp_")
 """How the attributes begin that torch gives to parameters for itself."""
 
 
