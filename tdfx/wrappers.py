@@ -51,6 +51,11 @@ def unwrap(model: nn.Module) -> Wrapped:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module that you train.")
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise ModelError(
+            "A CUDA graph is being captured, and what a rewrite computes must not be replayed with every step. Do it before "
+            "the capture, and capture graphs of the old model anew afterwards: they hold on to its weights."
+        )
     if isinstance(model, torch._dynamo.OptimizedModule):
         inner = unwrap(model._orig_mod)
         return replace(inner, wrap=lambda made: cast("nn.Module", model.dynamo_ctx(inner.wrap(made))))

@@ -180,6 +180,13 @@ def test_a_wrapped_model_is_told_how_to_unwrap(wrap: Callable[[nn.Module], Any],
             call(wrapped)
 
 
+def test_a_capture_is_no_time_for_a_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(tdfx.ModelError, match=r"CUDA graph is being captured.*capture graphs of the old model anew"):
+        tdfx.rewrite(nn.Linear(4, 4), QUARTER)
+
+
 def test_merge_of_a_model_that_was_never_rewritten() -> None:
     model, optimizer = trained()
     before = frozen_state(model, optimizer)
