@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tdfx.averaging import as_averages
-from tdfx.errors import OptimizerError, PolicyError, TdfxWarning
+from tdfx.errors import ModelError, OptimizerError, PolicyError, TdfxWarning
 from tdfx.optim.exchanges import join_exchange, split_exchange
 from tdfx.optim.gradients import carry_gradients
 from tdfx.optim.surgery import as_optimizers, prepare
@@ -128,6 +128,11 @@ def rewrite(
             "init='empty' makes factors without values, for which the state that the optimizer has already could not be "
             "worked out. Pass an optimizer that has taken no step, and load its state afterwards."
         )
+    if init == "empty" and averaged is not None:
+        raise ModelError(
+            "init='empty' makes factors without values, in whose bases no average could be expressed. Load the average by "
+            "itself: rewrite the averaged copy with init='empty' too, and load its values."
+        )
     wrapped = unwrap(model)
     averages = as_averages(averaged, wrapped)
     wrapped.check_same(
@@ -147,7 +152,8 @@ def rewrite(
     exchanges = [split_exchange(swap) for swap in step.swaps]
     surgery = prepare(optimizers, exchanges)
     wrapped.level(surgery.tensors())
-    carry_gradients(exchanges)
+    if init != "empty":
+        carry_gradients(exchanges)
     followers = [one.follow(wrapped.model, result, exchanges) for one in averages]
     made = wrapped.wrap(result)
     surgery.commit()

@@ -218,3 +218,23 @@ def test_an_average_left_behind_is_told_at_the_next_rewrite() -> None:
     small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
     with pytest.raises(ModelError, match="it must have been rewritten along with it"):
         tdfx.merge(small, optimizer=optimizer, averaged=average)
+
+
+def test_factors_without_values_have_no_bases_for_an_average() -> None:
+    model = net()
+    average, _ = averaged(model)
+    model.zero_grad()
+    made = tdfx.plan(model, policy(0.5))
+    with pytest.raises(ModelError, match="in whose bases no average could be expressed"):
+        tdfx.rewrite(model, made, init="empty", averaged=average)
+
+
+def test_factors_without_values_get_no_gradients() -> None:
+    model = net()
+    made = tdfx.plan(model, policy(0.5))
+    model(X).square().mean().backward()
+    with pytest.warns(tdfx.TdfxWarning, match="No optimizer= was given"):
+        small = tdfx.rewrite(model, made, init="empty")
+    layers = [one for one in small.modules() if isinstance(one, Factorized)]
+    assert layers
+    assert all(weight.grad is None for layer in layers for weight in layer.weights)

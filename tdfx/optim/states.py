@@ -31,7 +31,7 @@ from torch.optim import (
 from tdfx.errors import OptimizerError, TdfxWarning, nearest
 from tdfx.optim.carriers import Carrier
 from tdfx.ranks.spectrum import working_dtype
-from tdfx.shards import full, placed_like
+from tdfx.shards import full, is_sharded, placed_like
 
 Role = Literal["first", "second", "largest", "average", "iterate", "count"]
 """What an entry of an optimizer's state is, so that it can be carried.
@@ -191,6 +191,8 @@ def _meaning(optimizer: Optimizer, state: State) -> Meaning | None:
     known = next((_TABLE[kind] for kind in type(optimizer).__mro__ if kind in _TABLE), None)
     if known is None or not state or not set(state) <= set(known.roles) | _folded(known):
         return None
+    if _folded(known) and any(is_sharded(value) for value in state.values()):
+        return None  # the means over rows and columns are placed as torch pleases
     return known
 
 
