@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tdfx.cost.setting import Setting
 from tdfx.kinds.functional import Call, parse_call
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers import Factorized
@@ -27,14 +28,54 @@ Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example inputs: the positional arguments of the model, one tensor for a single one, or keyword arguments by name."""
 
 
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """What entered a layer or a function in one call."""
+
+    shape: tuple[int, ...]
+    setting: Setting
+    """Where and how the call computed, as far as its input shows; the dtype is the input's."""
+
+    @classmethod
+    def of(cls, tensor: Tensor, given: Collection[int]) -> Entered:
+        """Describe a tensor; ``given`` are the addresses of the storages of the model's own inputs."""
+        kind = tensor.device.type
+        setting = Setting(
+            device=str(tensor.device),
+            dtype=tensor.dtype,
+            autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+            channels_last=is_channels_last(tensor),
+            wants_input_gradient=_address(tensor) not in given,
+        )
+        return cls(tuple(tensor.shape), setting)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Return True for a batch of images or volumes, or a kernel, whose channels are innermost in memory.
+
+    >>> is_channels_last(torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last))
+    True
+    """
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    layout = layouts.get(tensor.dim())
+    return layout is not None and tensor.is_contiguous(memory_format=layout) and not tensor.is_contiguous()
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a subclass without a storage
+        return 0
+
+
 @dataclass(slots=True)
 class Observed:
     """What one forward pass did."""
 
-    entering: defaultdict[str, list[tuple[int, ...]]] = field(default_factory=lambda: defaultdict(list))
-    """Path of a layer -> the shapes of what entered it, call by call."""
-    functional: defaultdict[int, list[tuple[Call, tuple[int, ...]]]] = field(default_factory=lambda: defaultdict(list))
-    """Parameter, by its identity -> the calls of functions that took it as their weight, with the shapes of their inputs."""
+    entering: defaultdict[str, list[Entered]] = field(default_factory=lambda: defaultdict(list))
+    """Path of a layer -> what entered it, call by call."""
+    functional: defaultdict[int, list[tuple[Call, Entered]]] = field(default_factory=lambda: defaultdict(list))
+    """Parameter, by its identity -> the calls of functions that took it as their weight, with what entered them."""
     reads: set[int] = field(default_factory=set)
     """Parameters, by identity, that were read for anything else, outside of the layers that hold them."""
 
@@ -61,11 +102,12 @@ def observe(module: nn.Module, inputs: Inputs, *, training: bool, shards: bool =
 def _run(copy: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Observed:
     """Run a module, and speak of its parameters as those of which they are copies."""
     observed = Observed()
-    watching = _Watching(observed)
+    arguments, named = tree_map_only(Tensor, Tensor.clone, split_inputs(inputs))
+    given = {_address(one) for one in tree_leaves((arguments, named)) if isinstance(one, Tensor)} - {0}
+    watching = _Watching(observed, given)
     for path, layer in copy.named_modules():
         if is_candidate(layer) or isinstance(layer, Factorized):
             watching.attach(path, layer)
-    arguments, named = tree_map_only(Tensor, Tensor.clone, split_inputs(inputs))
     with (
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=_cuda_devices(copy)),
@@ -95,9 +137,10 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 class _Watching(TorchFunctionMode):
     """Sees every function of torch that is called, and knows which of them a stock layer calls for itself."""
 
-    def __init__(self, observed: Observed) -> None:
+    def __init__(self, observed: Observed, given: Collection[int]) -> None:
         super().__init__()
         self.observed = observed
+        self.given = given
         self.inside = 0
         self.paths: dict[int, str] = {}
 
@@ -111,7 +154,7 @@ class _Watching(TorchFunctionMode):
             given = (one for one in (*arguments, *named.values()) if isinstance(one, Tensor))
             entering = next(given, None)
             if isinstance(entering, Tensor):
-                self.observed.entering[path].append(tuple(entering.shape))
+                self.observed.entering[path].append(Entered.of(entering, self.given))
 
         def after(*_: Any) -> None:
             self.inside -= own
@@ -135,9 +178,9 @@ class _Watching(TorchFunctionMode):
             return
         entering = call.rest.get("input")
         if isinstance(call.weight, nn.Parameter) and isinstance(entering, Tensor):
-            self.observed.functional[id(call.weight)].append((call, tuple(entering.shape)))
+            self.observed.functional[id(call.weight)].append((call, Entered.of(entering, self.given)))
         elif isinstance(call.weight, FactorizedParameter) and isinstance(entering, Tensor):
-            self.observed.entering[self.paths[id(call.weight)]].append(tuple(entering.shape))
+            self.observed.entering[self.paths[id(call.weight)]].append(Entered.of(entering, self.given))
         self._note_reads(call.rest)
 
     def see(self, function: type, arguments: Any) -> None:

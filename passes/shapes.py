@@ -14,7 +14,7 @@ from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers import Factorized
 from tdfx.passes.base import Change, Pass, PassResult, Program, Site, Slot
-from tdfx.passes.observe import Inputs, Observed, observe, split_inputs
+from tdfx.passes.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.obstacles import layers_inside_leaves, obstacle
 from tdfx.passes.uses import Uses, uses_of
 from tdfx.plan import Reason
@@ -136,23 +136,34 @@ def _in_order(root: nn.Module, sites: list[Site]) -> list[Site]:
 def _with_flows(site: Site, seen: Observed, in_graph: bool) -> Site:
     calls = seen.functional.get(id(site.weight), ()) if site.slot is not None else ()
     if calls:
-        shapes = [shape for _, shape in calls]
+        entered = [one for _, one in calls]
     else:  # a layer, or a parameter that is factorized already
-        shapes = seen.entering.get(site.slot.path if site.slot is not None else site.name, [])
-    if not shapes and site.reason is Reason.READ_ELSEWHERE and not site.nodes:
+        entered = seen.entering.get(site.slot.path if site.slot is not None else site.name, [])
+    if not entered and site.reason is Reason.READ_ELSEWHERE and not site.nodes:
         return site  # what enters it is known to nobody
-    flows = tuple(flow_of(shape, site.operation) for shape in shapes) if site.operation is not None else ()
+    flows = tuple(_flow(one, site, site.operation) for one in entered) if site.operation is not None else ()
     if calls and site.weight is not None:
         own = (call.operation(site.weight.shape) for call, _ in calls)
         flows = tuple(replace(flow, operation=one) for flow, one in zip(flows, own, strict=False))
     if site.reason is None and id(site.weight) in seen.reads:
         note = (
-            "forward reads its weight besides calling it" if shapes else "forward reads its weight without calling it"
+            "forward reads its weight besides calling it" if entered else "forward reads its weight without calling it"
         )
-        return replace(site, flows=flows, calls=len(shapes), reason=Reason.READ_ELSEWHERE, note=note)
+        return replace(site, flows=flows, calls=len(entered), reason=Reason.READ_ELSEWHERE, note=note)
     if flows or in_graph or site.reason is not None:
-        return replace(site, flows=flows, calls=max(site.calls, len(shapes)) if in_graph else len(shapes))
+        return replace(site, flows=flows, calls=max(site.calls, len(entered)) if in_graph else len(entered))
     return replace(site, flows=(), calls=0, reason=Reason.NOT_CALLED, note="the example inputs do not reach it")
+
+
+def _flow(entered: Entered, site: Site, operation: Operation) -> Flow:
+    """Return what one call brings, computed in the dtype of the site's weight and in the layout of either operand."""
+    weights = [weight for weight in site.weights if isinstance(weight, Tensor)]
+    setting = replace(
+        entered.setting,
+        dtype=weights[0].dtype if weights else entered.setting.dtype,
+        channels_last=entered.setting.channels_last or any(map(is_channels_last, weights)),
+    )
+    return replace(flow_of(entered.shape, operation), setting=setting)
 
 
 def flow_of(shape: tuple[int, ...], operation: Operation) -> Flow:

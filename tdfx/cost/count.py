@@ -1,11 +1,12 @@
-"""Counting parameters and floating-point operations of a chain of operations."""
+"""Counting parameters, floating-point operations and activations of a chain of operations."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tdfx.cost.setting import Setting
 from tdfx.factors.operation import Operation
 
 
@@ -19,6 +20,8 @@ class Flow:
     """Spatial size of the input, in positions; () for a linear map."""
     operation: Operation | None = None
     """What this call computes, where it differs from the site's other calls, in its stride or padding."""
+    setting: Setting = field(default=Setting(), repr=False)
+    """Device, dtype and the like, in which it is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class StepCount:
     """Floating-point operations; a multiplication and an addition count as two."""
     values: int
     """Numbers read and written once: input, output and weight."""
+    written: int
+    """Numbers in the output."""
 
 
 def count_chain(chain: Sequence[Operation], flow: Flow) -> Iterator[StepCount]:
@@ -41,7 +46,9 @@ def count_chain(chain: Sequence[Operation], flow: Flow) -> Iterator[StepCount]:
         # A transposed convolution multiplies its kernel with each value that it reads, others for each that they write.
         each = 2 * math.prod(operation.weight_shape[1:])
         yield StepCount(
-            flops=(read if operation.transposed else written) * each, values=read + written + operation.parameters
+            flops=(read if operation.transposed else written) * each,
+            values=read + written + operation.parameters,
+            written=written,
         )
         size = after
 
@@ -54,6 +61,18 @@ def flops(chain: Sequence[Operation], flow: Flow) -> int:
     6553600
     """
     return sum(step.flops for step in count_chain(chain, flow))
+
+
+def intermediate_values(chain: Sequence[Operation], flow: Flow) -> int:
+    """Return how many numbers a training step keeps of what flows between the operations, until the backward pass.
+
+    What enters the first and leaves the last is the model's own affair, and the same for every chain in a site's place.
+
+    >>> half = [Operation.pointwise(64, 32, 2), Operation.pointwise(32, 64, 2)]
+    >>> intermediate_values(half, Flow(8, (10, 10))), intermediate_values(half[:1], Flow(8, (10, 10)))
+    (25600, 0)
+    """
+    return sum(step.written for step in list(count_chain(chain, flow))[:-1])
 
 
 def parameters(chain: Sequence[Operation]) -> int:

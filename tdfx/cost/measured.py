@@ -1,0 +1,160 @@
+"""The time of a site as it is measured on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from tdfx.cost.count import Flow, parameters
+from tdfx.cost.machine import describe_machine, rates
+from tdfx.cost.modelled import Modelled
+from tdfx.cost.store import Store, cache_folder
+from tdfx.cost.timing import take_turns
+from tdfx.cost.workload import Workload
+from tdfx.errors import PolicyError
+from tdfx.factors.operation import Operation
+
+Case = tuple[tuple[Operation, ...], Flow]
+"""A chain of operations and what flows into it."""
+
+_QUIET = 2.0
+"""Seconds before a progress bar appears."""
+_known: dict[str, float] = {}
+"""What this process has measured or read, by key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Time forward and backward of each site, dense and factorized, with the shapes, dtype, layout and threads it will have.
+
+    What competes for one place is timed in turns; the median of the samples that nothing disturbed counts, and equal work is
+    timed once. Times are kept on disk by hardware, versions and shape (``tdfx cache`` shows and deletes them). The optimizer's
+    share is added: the memory that its update of the weights reads and writes.
+
+    Without example inputs nobody knows what will flow through a site, and ``Modelled`` answers, as it does for what is left
+    when ``budget`` is spent, then in the scale of what was measured.
+    """
+
+    budget: float = 20.0
+    """Seconds that measuring for one plan may take, positive; what is in the cache costs nothing."""
+    rounds: int = 3
+    """Undisturbed samples of each computation, at least 1."""
+    cache: bool = True
+    """Whether times are read from disk and written to it."""
+    update_bytes: int = 28
+    """Bytes that the optimizer reads and writes for each weight value in one step, not negative: 28 for Adam and 20 for SGD
+    with momentum in float32."""
+    modelled: Modelled = field(default_factory=Modelled)
+    """What answers where nothing was measured."""
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.rounds, int) and self.rounds >= 1
+        if not (self.budget > 0 and whole and self.update_bytes >= 0):
+            raise PolicyError(
+                f"{self!r} has a number out of range: budget is a positive time in seconds, rounds a whole number of at "
+                f"least 1, update_bytes a number of bytes that is not negative. Leave a field out to take its default."
+            )
+
+    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
+        """Return the time of one training step through a chain, in seconds, measured now if it is not known yet."""
+        if flow is None or torch.device(flow.setting.device).type == "meta":
+            return self.modelled.seconds(chain, flow)
+        case = (tuple(chain), flow)
+        return self.measure([[case]])[case]
+
+    def measure(self, groups: Iterable[Sequence[Case]]) -> dict[Case, float]:
+        """Return the times of cases in seconds; those of one group, which compete for one place, are timed in turns."""
+        groups = [list(dict.fromkeys(group)) for group in groups]
+        keys = {case: self._key(case) for group in groups for case in group}
+        self._recall(keys.values())
+        todo = [(group, [case for case in group if keys[case] not in _known]) for group in groups]
+        done: set[str] = set()
+        ends = time.perf_counter() + self.budget
+        with _progress(sum(len(missing) for _, missing in todo)) as advance:
+            for group, missing in todo:
+                missing = [case for case in missing if keys[case] not in _known]
+                if missing and time.perf_counter() < ends:
+                    # What the group's others are compared with is timed again, in turns with them.
+                    again = [case for case in group[:1] if case not in missing]
+                    found = self._time([*again, *missing], ends - time.perf_counter())
+                    drift = [_known[keys[case]] / found[case] for case in again if case in found]
+                    fresh = {keys[case]: found[case] * (drift or [1.0])[0] for case in missing if case in found}
+                    _known.update(fresh)
+                    done.update(fresh)
+                advance(len(missing))
+        if self.cache and done:
+            Store(cache_folder()).put({key: _known[key] for key in done})
+        return self._answers(keys)
+
+    def is_measured(self, chain: Sequence[Operation], flow: Flow | None) -> bool:
+        """Return True if the time of a chain is known from a measurement."""
+        return flow is not None and self._key((tuple(chain), flow)) in _known
+
+    def _answers(self, keys: Mapping[Case, str]) -> dict[Case, float]:
+        known = {case: _known[key] for case, key in keys.items() if key in _known}
+        modelled = {case: self.modelled.seconds(*case) for case in keys}
+        ours = sum(modelled[case] for case in known)
+        scale = sum(known.values()) / ours if ours > 0 else 1.0
+        times = {case: known.get(case, scale * modelled[case]) for case in keys}
+        return {case: seconds + self._update(case) for case, seconds in times.items()}
+
+    def _update(self, case: Case) -> float:
+        chain, flow = case
+        if not self.update_bytes:
+            return 0.0
+        speed = rates(flow.setting.device, cache=self.cache).bytes_per_second
+        return self.update_bytes * parameters(chain) / speed
+
+    def _key(self, case: Case) -> str:
+        chain, flow = case
+        setting = replace(flow.setting, device=flow.setting.device_type)
+        work = (chain, flow.samples, flow.size, setting)
+        return f"{describe_machine(flow.setting.device)} rounds {self.rounds} {work!r}"
+
+    def _recall(self, keys: Iterable[str]) -> None:
+        unknown = [key for key in dict.fromkeys(keys) if key not in _known]
+        if self.cache and unknown:
+            _known.update(Store(cache_folder()).get(unknown))
+
+    def _time(self, cases: Sequence[Case], most_seconds: float) -> dict[Case, float]:
+        """Time cases in turns; one that cannot be run by itself, for want of memory or of a kernel, is left out."""
+        works: dict[Case, Workload] = {}
+        for case in cases:
+            with contextlib.suppress(RuntimeError):
+                works[case] = Workload(*case, shares=tuple(works.values()))
+        if not works:
+            return {}
+        device = cases[0][1].setting.device
+        runs = [work.run for work in works.values()]
+        try:
+            found = take_turns(runs, device=device, rounds=self.rounds, most_seconds=most_seconds)
+        except RuntimeError:
+            return {}
+        return {case: one.seconds for case, one in zip(works, found, strict=True)}
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Give a function that counts cases; a bar appears on a terminal where that takes long."""
+    columns = TextColumn("timing layers"), BarColumn(), MofNCompleteColumn()
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    task = bar.add_task("", total=total)
+    began = time.perf_counter()
+
+    def advance(count: int) -> None:
+        bar.update(task, advance=count)
+        if not bar.live.is_started and time.perf_counter() - began > _QUIET:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

@@ -1,0 +1,105 @@
+"""The training step of one chain of operations, as it is timed: forward, backward, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdfx.cost.count import Flow
+from tdfx.factors.operation import Operation
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+class Workload:
+    """A chain of operations on random values, whose ``run`` is one training step of it without the optimizer's."""
+
+    def __init__(self, chain: Sequence[Operation], flow: Flow, shares: Sequence[Workload] = ()) -> None:
+        """Draw the values; input and output gradient are those of an earlier workload where one has the same shapes."""
+        setting = flow.setting
+        self.chain = tuple(chain)
+        self.setting = setting
+        self.weights = [self._random(one.weight_shape, setting.dtype, setting.device) for one in chain]
+        for weight in self.weights:
+            weight.requires_grad_()
+        first = chain[0]
+        shape = (flow.samples, first.in_channels, *flow.size) if first.dims else (flow.samples, first.in_channels)
+        same = [one.input for one in shares if one.input.shape == shape and one.setting == setting]
+        self.input = same[0] if same else self._random(shape, setting.computes_in, setting.device)
+        self.input.requires_grad_(setting.wants_input_gradient)
+        with torch.no_grad():
+            out = self._forward()
+        alike = [one.gradient for one in shares if one.gradient.shape == out.shape and one.gradient.dtype == out.dtype]
+        self.gradient = alike[0] if alike else torch.ones_like(out)
+        self.wanted = [self.input, *self.weights] if setting.wants_input_gradient else self.weights
+
+    def run(self) -> None:
+        """Compute the output and every gradient, and let go of them."""
+        with torch.enable_grad():
+            out = self._forward()
+        torch.autograd.grad(out, self.wanted, self.gradient)
+
+    def _forward(self) -> Tensor:
+        with self._autocast():
+            x = self.input
+            for operation, weight in zip(self.chain, self.weights, strict=True):
+                x = apply(operation, x, weight)
+        return x
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.setting.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.setting.device_type, dtype=self.setting.autocast)
+
+    def _random(self, shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
+        # Drawn by a generator of its own: the stream of the user's run is left alone.
+        generator = torch.Generator(device).manual_seed(0)
+        made = torch.randn(tuple(shape), generator=generator, device=device).to(dtype)
+        layout = _CHANNELS_LAST.get(len(shape) - 2) if self.setting.channels_last else None
+        return made.contiguous(memory_format=layout) if layout is not None else made
+
+
+def apply(operation: Operation, x: Tensor, weight: Tensor) -> Tensor:
+    """Compute an operation without bias by torch's functions, as its stock layer does.
+
+    Args:
+        operation: What to compute.
+        x: Shape (samples, in, *size).
+        weight: Shape ``operation.weight_shape``.
+    """
+    if operation.dims == 0:
+        return F.linear(x, weight)
+    if operation.transposed:
+        return _TRANSPOSED[operation.dims](
+            x,
+            weight,
+            None,
+            operation.stride,  # type: ignore[arg-type]
+            operation.padding,  # type: ignore[arg-type]
+            operation.output_padding or 0,
+            operation.groups,
+            operation.dilation,  # type: ignore[arg-type]
+        )
+    padding = operation.padding
+    if operation.padding_mode != "zeros":
+        x, padding = F.pad(x, _both_ends(operation), mode=operation.padding_mode), (0,) * operation.dims
+    convolution = _CONVOLUTIONS[operation.dims]
+    return convolution(x, weight, None, operation.stride, padding, operation.dilation, operation.groups)  # type: ignore[arg-type]
+
+
+def _both_ends(operation: Operation) -> list[int]:
+    """Return the positions to add at both ends of each dimension, last dimension first, as torch pads."""
+    ends: list[int] = []
+    for axis in reversed(range(operation.dims)):
+        if operation.padding == "same":
+            total = operation.dilation[axis] * (operation.kernel[axis] - 1)
+            ends += [total // 2, total - total // 2]
+        else:
+            ends += [0, 0] if isinstance(operation.padding, str) else [operation.padding[axis]] * 2
+    return ends
