@@ -1,4 +1,4 @@
-"""What a site costs: parameters, operations and modelled time, as it is and at given ranks."""
+"""What a site costs as it is and at given ranks: parameters, operations, memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor, nn
 
 from tdfx.cost.count import Flow, flops
+from tdfx.cost.memory import training_bytes
 from tdfx.factors.operation import Operation
 from tdfx.factors.scheme import Scheme
 from tdfx.layers import Factorized
 from tdfx.passes.base import Site
 from tdfx.plan import Reason, SitePlan
-from tdfx.policy import Policy
 
 Chain = Callable[[Operation], Sequence[Operation]]
 """From what a call computes to the steps by which it is computed."""
@@ -30,7 +30,7 @@ def chain_now(site: Site) -> Chain:
     return lambda operation: [operation]
 
 
-def _calls(site: Site, chain: Chain) -> Iterator[tuple[Sequence[Operation], Flow | None]]:
+def calls_of(site: Site, chain: Chain) -> Iterator[tuple[Sequence[Operation], Flow | None]]:
     """Yield what each call of a site runs; without example inputs one call of unknown size."""
     assert site.operation is not None
     for flow in site.flows or (None,):
@@ -42,6 +42,7 @@ def kept_plan(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] 
     shape = site.operation.weight_shape if site.operation is not None else _shape(site.weight)
     count = _count(site)
     work = flops_of(site, chain_now(site)) if site.operation is not None else None
+    memory = memory_of(site, chain_now(site)) if site.operation is not None else None
     return SitePlan(
         name=site.name,
         kind=site.kind,
@@ -57,6 +58,8 @@ def kept_plan(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] 
         parameters_after=count,
         flops_before=work,
         flops_after=work,
+        memory_before=memory,
+        memory_after=memory,
     )
 
 
@@ -79,11 +82,15 @@ def flops_of(site: Site, chain: Chain) -> int | None:
     """Return the forward operations of all calls of a site; None without example inputs."""
     if not site.flows:
         return None if site.flows is None else 0
-    return sum(flops(steps, flow) for steps, flow in _calls(site, chain) if flow is not None)
+    return sum(flops(steps, flow) for steps, flow in calls_of(site, chain) if flow is not None)
 
 
-def gain_of(policy: Policy, site: Site, chain: Chain) -> float:
-    """Return how many times faster the site's step becomes, over all its calls."""
-    before = sum(policy.cost.seconds(steps, flow) for steps, flow in _calls(site, chain_now(site)))
-    after = sum(policy.cost.seconds(steps, flow) for steps, flow in _calls(site, chain))
-    return before / after
+def memory_of(site: Site, chain: Chain) -> int | None:
+    """Return the bytes that a site adds to a training step; None without example inputs.
+
+    All its calls share the weights, and each keeps what flows between the factors.
+    """
+    if not site.flows:
+        return None if site.flows is None else 0
+    (first, *_), flows = zip(*calls_of(site, chain), strict=True)
+    return training_bytes(first, [flow for flow in flows if flow is not None])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -11,19 +10,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tdfx.cost.count import parameters
+from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import PolicyError, nearest
-from tdfx.factors.operation import Operation
-from tdfx.factors.registry import AUTO, get_scheme, scheme_for
+from tdfx.factors.registry import AUTO, get_scheme
 from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers import Factorized
 from tdfx.passes.base import Agree, Change, Pass, PassResult, Program, Site, Spread, Task, alone, itself
-from tdfx.passes.estimate import chain_at, flops_of, gain_of, is_lazy, kept_plan
+from tdfx.passes.estimate import chain_at, chain_now, is_lazy, kept_plan
+from tdfx.passes.propose import Proposal, geometry, lowest_option, propose, scheme_of
+from tdfx.passes.times import Times, Wanted
 from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
-from tdfx.ranks.multiple import device_multiple, round_gently
-from tdfx.ranks.rule import RankRule, Total, round_ranks
+from tdfx.ranks.rule import RankRule, Total
 from tdfx.ranks.spectrum import Spectrum, pack, unpack
 
 
@@ -32,14 +31,16 @@ class Select(Pass):
 
     name = "select"
 
-    def __init__(self, policy: Policy, spread: Spread = alone, agree: Agree = itself) -> None:
+    def __init__(self, policy: Policy, spread: Spread = alone, agree: Agree = itself, leads: bool = True) -> None:
         self.policy = policy
         self.spread = spread
         self.agree = agree
+        self.times = Times(agree, leads)
         self.spectra: Spectra = {}
         self._read: Spectra = {}
         self._lowerings: dict[str, Lowering] = {}
         self._resolved: dict[int, Policy] = {}
+        self._refused: set[str] = set()
 
     def requires(self, program: Program) -> None:
         """Every pattern matches some site, and every weight that may be split is finite."""
@@ -58,8 +59,7 @@ class Select(Pass):
         together = self.spread is not alone
         if together:
             self._read = self._read_together(program.sites)
-        notes = self._resolve(program.sites)
-        decided = tuple(self._decide(site) for site in program.sites)
+        decided, notes = self._decide_all(program.sites)
         # From here on the processes read the same weights, in the same order.
         policy = repr(self.policy)
         if together:
@@ -89,18 +89,51 @@ class Select(Pass):
         for site, decision in zip(before.sites, plan, strict=True):
             self.check(site.reason in _OPEN or not decision.factorized, f"site {site.name!r} may not be rewritten")
 
+    def _decide_all(self, sites: Sequence[Site]) -> tuple[tuple[SitePlan, ...], tuple[str, ...]]:
+        """Resolve rules that see all their sites at once, then decide site by site; return the notes of the former too.
+
+        Such a rule counts with times that are not measured. Where a measurement then keeps a site that it took for
+        rewritten, it is resolved again without that site.
+        """
+        self._measure_doubtful(sites)
+        while True:
+            notes = self._resolve(sites)
+            proposed = [self._proposed(site) for site in sites]
+            self.times.prepare(
+                Wanted(one.policy.cost, one.site, tuple(option.chain for option in one.options))
+                for one in proposed
+                if isinstance(one, Proposal)
+            )
+            decided = [self._settled(one) for one in proposed]
+            refused = {one.name for one in decided if one.reason is Reason.NO_GAIN} - self._refused
+            if not (self._resolved and refused):
+                return tuple(map(self._with_seconds, sites, decided)), notes
+            self._refused |= refused
+
+    def _measure_doubtful(self, sites: Sequence[Site]) -> None:
+        """Have measured how fast sites could be at the lowest ranks, where arithmetic says that this may not be enough."""
+        cases = []
+        for site in sites:
+            policy = self.policy.for_site(*site.names) if site.reason is None else None
+            scheme = scheme_of(site, policy) if policy is not None else None
+            if policy is not None and scheme is not None and not policy.rank.exact:
+                lowest = lowest_option(site, policy, scheme).chain
+                if self.times.estimated_gain(policy.cost, site, lowest) < _DOUBT * policy.min_gain:
+                    cases.append(Wanted(policy.cost, site, (lowest,)))
+        self.times.prepare(cases)
+
     def _resolve(self, sites: Sequence[Site]) -> tuple[str, ...]:
         """Let each policy's rule see all sites that it decides; return what came of it where that is another rule."""
         notes = []
         for policy in {id(one): one for one in _policies(self.policy)}.values():
             own = [one for one in sites if one.reason in _OPEN and self.policy.for_site(*one.names) is policy]
-            cases = [(one, scheme) for one in own if (scheme := _scheme(one, policy)) is not None]
+            cases = [(one, scheme) for one in own if (scheme := scheme_of(one, policy)) is not None]
             if not cases:
                 continue
 
             def after(rule: RankRule, policy: Policy = policy, cases: Sequence[Case] = tuple(cases)) -> Total:
                 trial = replace(policy, rank=rule)
-                return _total([self._rank_or_lower(site, trial, scheme) for site, scheme in cases])
+                return _total([self._on_trial(site, trial, scheme) for site, scheme in cases])
 
             rule = policy.rank.resolve(_total([kept_plan(site, Reason.NO_GAIN) for site, _ in cases]), after)
             if rule != policy.rank:
@@ -108,23 +141,54 @@ class Select(Pass):
                 notes.append(f"{policy.rank!r} came to {rule!r}")
         return tuple(notes)
 
-    def _decide(self, site: Site) -> SitePlan:
+    def _on_trial(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
+        """Return what a policy would decide, without a measurement."""
+        if site.name in self._refused:
+            return kept_plan(site, Reason.NO_GAIN)
+        gain = partial(self.times.estimated_gain, policy.cost)
+        found = propose(site, policy, scheme, self._spectra, gain)
+        return found.settled(gain) if isinstance(found, Proposal) else found
+
+    def _proposed(self, site: Site) -> SitePlan | Proposal:
         policy = self.policy.for_site(*site.names)
         if site.reason not in _OPEN or (site.reason is not None and policy is None):
             return kept_plan(site, site.reason, site.note)
         if policy is None:
             return kept_plan(site, Reason.EXCLUDED)
-        scheme = _scheme(site, policy)
+        scheme = scheme_of(site, policy)
         assert site.operation is not None
         if site.reason is Reason.FACTORIZED and scheme is None:
             return kept_plan(site, site.reason, site.note)
         if scheme is None:
             asked = "no scheme stands" if policy.scheme == AUTO else f"{policy.scheme} does not stand"
-            return kept_plan(site, Reason.NO_SCHEME, f"{asked} for {_geometry(site.operation)}")
-        decided = self._rank_or_lower(site, self._resolved.get(id(policy), policy), scheme)
-        if decided.ranks is None:
-            self.spectra.pop(site.name, None)
+            return kept_plan(site, Reason.NO_SCHEME, f"{asked} for {geometry(site.operation)}")
+        if site.name in self._refused:
+            return kept_plan(site, Reason.NO_GAIN, "measured", scheme.full_ranks(site.operation))
+        resolved = self._resolved.get(id(policy), policy)
+        # A rule that aims at a total has counted on one scheme for each site.
+        variants = isinstance(policy.cost, MeasuringCost) and bool(site.flows) and resolved is policy
+        gain = partial(self.times.gain, policy.cost)
+        return propose(site, resolved, scheme, self._spectra, gain, variants=variants)
+
+    def _settled(self, found: SitePlan | Proposal) -> SitePlan:
+        if not isinstance(found, Proposal):
+            self.spectra.pop(found.name, None)
+            return found
+        decided = found.settled(partial(self.times.gain, found.policy.cost))
+        if decided.scheme != found.options[0].scheme.name:
+            # What was read is of use to the rule's own scheme alone.
+            self.spectra.pop(decided.name, None)
         return decided
+
+    def _with_seconds(self, site: Site, decided: SitePlan) -> SitePlan:
+        """Say how long a site takes, before and after, where that was measured."""
+        policy = self.policy.for_site(*site.names)
+        if policy is None or site.operation is None:
+            return decided
+        before = after = self.times.measured(policy.cost, site, chain_now(site))
+        if decided.scheme is not None and decided.ranks is not None:
+            after = self.times.measured(policy.cost, site, chain_at(get_scheme(decided.scheme), decided.ranks))
+        return decided if None in (before, after) else replace(decided, seconds_before=before, seconds_after=after)
 
     def _with_errors(self, sites: Sequence[Site], decided: Sequence[SitePlan]) -> tuple[SitePlan, ...]:
         """Say of each site that is to be factorized what that loses."""
@@ -149,7 +213,7 @@ class Select(Pass):
     def _read_together(self, sites: Sequence[Site]) -> Spectra:
         """Read every weight that may be split, once; of the spectra keep the values, which are small."""
         own = [(site, self.policy.for_site(*site.names)) for site in sites if site.reason in _OPEN]
-        cases = [(site, scheme) for site, policy in own if policy and (scheme := _scheme(site, policy)) is not None]
+        cases = [(site, scheme) for site, policy in own if policy and (scheme := scheme_of(site, policy)) is not None]
         tasks = [Task(partial(_packed_spectra, site, scheme), site.weights) for site, scheme in cases]
         return {
             site.name: tuple(map(unpack, found[::2], found[1::2]))
@@ -167,68 +231,6 @@ class Select(Pass):
             self.spectra[site.name] = scheme.spectra(site.operation, working_weight(site))
         return self.spectra[site.name]
 
-    def _rank_or_lower(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
-        """Return the decision for a site that a scheme fits, but for its error."""
-        return (self._lower if isinstance(site.layer, Factorized) else self._rank)(site, policy, scheme)
-
-    def _rank(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
-        operation = site.operation
-        assert operation is not None
-        full = scheme.full_ranks(operation)
-        lowest = (1,) * len(full) if policy.rank.exact else _rounded([1] * len(full), full, policy, site, scheme)
-        most = gain_of(policy, site, chain_at(scheme, lowest))
-        too_small = replace(kept_plan(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
-        if most < policy.min_gain and not policy.rank.exact:
-            return too_small
-        choice = policy.rank.choose(_name_for(policy.rank, site), self._spectra(site, scheme))
-        if choice.kept and not choice.signal and most < policy.min_gain:
-            return too_small
-        if choice.kept:
-            return kept_plan(
-                site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full
-            )
-        ranks = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
-        gain = gain_of(policy, site, chain_at(scheme, ranks))
-        if gain < policy.min_gain:
-            return replace(kept_plan(site, Reason.NO_GAIN, _why_no_gain(ranks, choice.note, policy), full), gain=gain)
-        return replace(
-            kept_plan(site, Reason.NO_GAIN, choice.note, full),
-            scheme=scheme.name,
-            ranks=ranks,
-            reason=None,
-            parameters_after=parameters(scheme.chain(operation, ranks)),
-            flops_after=flops_of(site, chain_at(scheme, ranks)),
-            gain=gain,
-        )
-
-    def _lower(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
-        """Decide on lower ranks for a site that is factorized, from its factors as they are now."""
-        assert isinstance(site.layer, Factorized)
-        assert site.operation is not None
-        kept = kept_plan(site, Reason.FACTORIZED, site.note)
-        if not site.layer.weights[0].requires_grad:
-            return kept
-        now, full = site.layer.origin.ranks, scheme.full_ranks(site.operation)
-        choice = policy.rank.choose(_name_for(policy.rank, site), self._spectra(site, scheme))
-        if choice.kept:
-            return kept
-        wanted = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
-        ranks = tuple(map(min, wanted, now))
-        gain = gain_of(policy, site, chain_at(scheme, ranks))
-        if ranks == now or gain < policy.min_gain:
-            return kept
-        return replace(
-            kept,
-            scheme=scheme.name,
-            ranks=ranks,
-            full_ranks=full,
-            reason=None,
-            note=f"{site.note} before",
-            parameters_after=parameters(scheme.chain(site.operation, ranks)),
-            flops_after=flops_of(site, chain_at(scheme, ranks)),
-            gain=gain,
-        )
-
     def _lowering(self, site: Site, layer: Factorized) -> Lowering:
         """Return how a layer's factors can be split anew, worked out once."""
         if site.name not in self._lowerings:
@@ -236,6 +238,8 @@ class Select(Pass):
         return self._lowerings[site.name]
 
 
+_DOUBT = 2.0
+"""A site whose gain at the lowest ranks is less than this many times what is asked for may be too small to be rewritten."""
 _OPEN = (None, Reason.FACTORIZED)
 """What a site may say of itself for a policy to decide on it: nothing, or that its ranks could be lowered."""
 
@@ -259,26 +263,6 @@ def _policies(policy: Policy) -> list[Policy]:
     return [policy, *(deeper for one in nested for deeper in _policies(one))]
 
 
-def _scheme(site: Site, policy: Policy) -> Scheme | None:
-    """Return the scheme that a policy means for a site; one that is factorized can have no other than its own."""
-    if isinstance(site.layer, Factorized):
-        own = site.layer.scheme
-        return own if policy.scheme == AUTO or get_scheme(policy.scheme).name == own.name else None
-    return None if site.operation is None else scheme_for(site.operation, policy.scheme)
-
-
-def _rounded(
-    ranks: Sequence[int], limits: Sequence[int], policy: Policy, site: Site, scheme: Scheme
-) -> tuple[int, ...]:
-    """Round so that the channels between the factors, of which a rank may stand for many, are what was asked for."""
-    assert site.operation is not None
-    if isinstance(policy.round_to, int):
-        each = math.gcd(policy.round_to, scheme.channels_per_rank(site.operation))
-        return round_ranks(ranks, limits, policy.round_to // each)
-    weight = site.weights[0]
-    return round_gently(ranks, limits, device_multiple(weight.dtype, weight.device))
-
-
 def _total(plans: Sequence[SitePlan]) -> Total:
     work = [one.flops_after for one in plans]
     known = [count for count in work if count is not None]
@@ -292,20 +276,3 @@ def _check_pattern(setting: str, pattern: str, names: Sequence[str]) -> None:
             f"The pattern {pattern!r} in {setting} matches none of the model's {len(names)} sites: a policy that names "
             f"what is not there was written for another model. {known} tdfx.plan lists them all."
         )
-
-
-def _why_no_gain(ranks: tuple[int, ...], note: str, policy: Policy) -> str:
-    chosen = f"at ranks {'/'.join(map(str, ranks))}; {policy.min_gain:g}x was asked"
-    return f"{chosen}; {note}" if note else chosen
-
-
-def _name_for(rule: RankRule, site: Site) -> str:
-    """Return the name of a site by which a rule speaks of it."""
-    spoken = (name for pattern in rule.patterns() for name in site.names if fnmatchcase(name, pattern))
-    return next(spoken, site.name)
-
-
-def _geometry(operation: Operation) -> str:
-    kernel = "×".join(map(str, operation.kernel))
-    shape = f"a {kernel} kernel" if operation.dims else "a linear map"
-    return f"{shape} in {operation.groups} groups" if operation.groups > 1 else shape

@@ -86,6 +86,15 @@ class SitePlan:
     """Floating-point operations of one forward pass as the site is now; None without example inputs."""
     flops_after: int | None = None
     """The same, after the rewrite."""
+    memory_before: int | None = None
+    """Bytes that the site adds to a training step as it is now: weights, gradients, two moments, and what its factors hand
+    on; None without example inputs."""
+    memory_after: int | None = None
+    """The same, after the rewrite."""
+    seconds_before: float | None = None
+    """Measured time of the site's training step as it is now, over all its calls; None where it was not measured."""
+    seconds_after: float | None = None
+    """The same, after the rewrite."""
     gain: float | None = None
     """How many times faster the site's training step becomes, by the policy's cost; None where that was not asked."""
     error: float | None = None
@@ -124,6 +133,8 @@ class Plan:
     """The policy, as it prints itself; for the record only."""
     other_parameters: int = 0
     """Parameters of the model that belong to no site's weight: biases, norms, embeddings."""
+    step_seconds: float | None = None
+    """Measured time of the model's training step as it is now; None where it was not measured."""
 
     def __iter__(self) -> Iterator[SitePlan]:
         return iter(self.sites)
@@ -166,6 +177,39 @@ class Plan:
     def flops_after(self) -> int | None:
         """The same, after the rewrite."""
         return _total([site.flops_after for site in self.sites if site.calls])
+
+    @property
+    def memory_before(self) -> int | None:
+        """Bytes that all sites that are called add to a training step; None without example inputs."""
+        return _total([site.memory_before for site in self.sites if site.calls])
+
+    @property
+    def memory_after(self) -> int | None:
+        """The same, after the rewrite."""
+        return _total([site.memory_after for site in self.sites if site.calls])
+
+    @property
+    def step_seconds_after(self) -> float | None:
+        """Predicted time of the model's training step after the rewrite; None where the step was not measured."""
+        if self.step_seconds is None:
+            return None
+        timed = [(one.seconds_before, one.seconds_after) for one in self.sites]
+        known = [(before, after) for before, after in timed if before is not None and after is not None]
+        alone = sum(before for before, _ in known)
+        # By themselves sites may take longer than in the model, never longer than all of it.
+        scale = min(1.0, self.step_seconds / alone) if alone > 0 else 1.0
+        return self.step_seconds - scale * sum(before - after for before, after in known)
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster the model's training step is predicted to be; None where it was not measured."""
+        after = self.step_seconds_after
+        return None if self.step_seconds is None or after is None else self.step_seconds / after
+
+    @property
+    def total_error(self) -> float:
+        """The squares of the sites' errors, summed: what a budget keeps as small as it can."""
+        return sum(one.error**2 for one in self.sites if one.error is not None)
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the plan as JSON text, from which ``from_json`` makes an equal plan."""

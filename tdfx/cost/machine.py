@@ -39,7 +39,7 @@ def describe_machine(device: str) -> str:
     kind = torch.device(device).type
     where = processor()
     if kind == "cuda":
-        where = f"{torch.cuda.get_device_name(device)} cudnn {torch.backends.cudnn.version()}"
+        where = f"{torch.cuda.get_device_name(device)} cudnn {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
     switches = (
         torch.get_num_threads(),
         torch.backends.mkldnn.enabled,

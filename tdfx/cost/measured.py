@@ -15,15 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from tdfx.cost.count import Flow, parameters
 from tdfx.cost.machine import describe_machine, rates
-from tdfx.cost.modelled import Modelled
+from tdfx.cost.modelled import Case, Modelled
+from tdfx.cost.setting import Setting
 from tdfx.cost.store import Store, cache_folder
 from tdfx.cost.timing import take_turns
 from tdfx.cost.workload import Workload
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
-
-Case = tuple[tuple[Operation, ...], Flow]
-"""A chain of operations and what flows into it."""
 
 _QUIET = 2.0
 """Seconds before a progress bar appears."""
@@ -35,9 +33,9 @@ _known: dict[str, float] = {}
 class Measured:
     """Time forward and backward of each site, dense and factorized, with the shapes, dtype, layout and threads it will have.
 
-    What competes for one place is timed in turns; the median of the samples that nothing disturbed counts, and equal work is
-    timed once. Times are kept on disk by hardware, versions and shape (``tdfx cache`` shows and deletes them). The optimizer's
-    share is added: the memory that its update of the weights reads and writes.
+    What competes for one place is timed in turns; the median of the samples that nothing disturbed counts, and equal work
+    is timed once. Times are kept on disk by hardware, versions and shape (``tdfx cache`` shows and deletes them). The
+    optimizer's share is added: the memory that its update of the weights reads and writes.
 
     Without example inputs nobody knows what will flow through a site, and ``Modelled`` answers, as it does for what is left
     when ``budget`` is spent, then in the scale of what was measured.
@@ -47,6 +45,8 @@ class Measured:
     """Seconds that measuring for one plan may take, positive; what is in the cache costs nothing."""
     rounds: int = 3
     """Undisturbed samples of each computation, at least 1."""
+    autocast: torch.dtype | None = None
+    """What the training loop's autocast computes in, where the plan is not made inside of it; None for what is in force."""
     cache: bool = True
     """Whether times are read from disk and written to it."""
     update_bytes: int = 28
@@ -65,80 +65,94 @@ class Measured:
 
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
         """Return the time of one training step through a chain, in seconds, measured now if it is not known yet."""
-        if flow is None or torch.device(flow.setting.device).type == "meta":
-            return self.modelled.seconds(chain, flow)
         case = (tuple(chain), flow)
         return self.measure([[case]])[case]
 
     def measure(self, groups: Iterable[Sequence[Case]]) -> dict[Case, float]:
         """Return the times of cases in seconds; those of one group, which compete for one place, are timed in turns."""
         groups = [list(dict.fromkeys(group)) for group in groups]
-        keys = {case: self._key(case) for group in groups for case in group}
+        cases = [case for group in groups for case in group]
+        keys: dict[Case, str] = {
+            (chain, flow): self._key(chain, flow) for chain, flow in cases if flow is not None and _can_run(flow)
+        }
         self._recall(keys.values())
-        todo = [(group, [case for case in group if keys[case] not in _known]) for group in groups]
+        work = [[case for case in group if case in keys] for group in groups]
         done: set[str] = set()
         ends = time.perf_counter() + self.budget
-        with _progress(sum(len(missing) for _, missing in todo)) as advance:
-            for group, missing in todo:
-                missing = [case for case in missing if keys[case] not in _known]
+        with _progress(len({keys[case] for group in work for case in group} - _known.keys())) as advance:
+            for group in work:
+                missing = list({keys[case]: case for case in group if keys[case] not in _known}.values())
                 if missing and time.perf_counter() < ends:
-                    # What the group's others are compared with is timed again, in turns with them.
-                    again = [case for case in group[:1] if case not in missing]
-                    found = self._time([*again, *missing], ends - time.perf_counter())
-                    drift = [_known[keys[case]] / found[case] for case in again if case in found]
-                    fresh = {keys[case]: found[case] * (drift or [1.0])[0] for case in missing if case in found}
+                    fresh = self._time_beside(group[0], missing, keys, ends - time.perf_counter())
                     _known.update(fresh)
                     done.update(fresh)
-                advance(len(missing))
+                    advance(len(missing))
         if self.cache and done:
             Store(cache_folder()).put({key: _known[key] for key in done})
-        return self._answers(keys)
+        return self._answers(cases, keys)
 
     def is_measured(self, chain: Sequence[Operation], flow: Flow | None) -> bool:
         """Return True if the time of a chain is known from a measurement."""
-        return flow is not None and self._key((tuple(chain), flow)) in _known
+        return flow is not None and _can_run(flow) and self._key(tuple(chain), flow) in _known
 
-    def _answers(self, keys: Mapping[Case, str]) -> dict[Case, float]:
+    def _answers(self, cases: Sequence[Case], keys: Mapping[Case, str]) -> dict[Case, float]:
+        """Return the measured times, and for the others those of the model in the scale of what was measured."""
         known = {case: _known[key] for case, key in keys.items() if key in _known}
-        modelled = {case: self.modelled.seconds(*case) for case in keys}
+        modelled = {case: self.modelled.seconds(*case) for case in cases}
         ours = sum(modelled[case] for case in known)
         scale = sum(known.values()) / ours if ours > 0 else 1.0
-        times = {case: known.get(case, scale * modelled[case]) for case in keys}
-        return {case: seconds + self._update(case) for case, seconds in times.items()}
+        return {case: known.get(case, scale * modelled[case]) + self._update(*case) for case in cases}
 
-    def _update(self, case: Case) -> float:
-        chain, flow = case
-        if not self.update_bytes:
+    def _update(self, chain: Sequence[Operation], flow: Flow | None) -> float:
+        """Return the optimizer's share, which only memory decides."""
+        if flow is None or not _can_run(flow) or not self.update_bytes:
             return 0.0
         speed = rates(flow.setting.device, cache=self.cache).bytes_per_second
         return self.update_bytes * parameters(chain) / speed
 
-    def _key(self, case: Case) -> str:
-        chain, flow = case
-        setting = replace(flow.setting, device=flow.setting.device_type)
-        work = (chain, flow.samples, flow.size, setting)
-        return f"{describe_machine(flow.setting.device)} rounds {self.rounds} {work!r}"
+    def _key(self, chain: tuple[Operation, ...], flow: Flow) -> str:
+        setting = replace(self._setting(flow), device=flow.setting.device_type)
+        return f"{describe_machine(flow.setting.device)} {(chain, flow.samples, flow.size, setting)!r}"
+
+    def _setting(self, flow: Flow) -> Setting:
+        return flow.setting if self.autocast is None else replace(flow.setting, autocast=self.autocast)
 
     def _recall(self, keys: Iterable[str]) -> None:
         unknown = [key for key in dict.fromkeys(keys) if key not in _known]
         if self.cache and unknown:
             _known.update(Store(cache_folder()).get(unknown))
 
+    def _time_beside(
+        self, first: Case, missing: Sequence[Case], keys: Mapping[Case, str], most_seconds: float
+    ) -> dict[str, float]:
+        """Time what is missing in a group; its first, if known already, once more, to see how the machine is now."""
+        known = [first] if keys[first] in _known else []
+        found = self._time([*known, *missing], most_seconds)
+        drift = [_known[keys[first]] / found[first] for first in known if first in found]
+        return {keys[case]: found[case] * (drift or [1.0])[0] for case in missing if case in found}
+
     def _time(self, cases: Sequence[Case], most_seconds: float) -> dict[Case, float]:
         """Time cases in turns; one that cannot be run by itself, for want of memory or of a kernel, is left out."""
         works: dict[Case, Workload] = {}
         for case in cases:
             with contextlib.suppress(RuntimeError):
-                works[case] = Workload(*case, shares=tuple(works.values()))
+                chain, flow = case
+                assert flow is not None
+                flow = replace(flow, setting=self._setting(flow))
+                works[case] = Workload(chain, flow, shares=tuple(works.values()))
         if not works:
             return {}
-        device = cases[0][1].setting.device
+        device = next(iter(works.values())).setting.device
         runs = [work.run for work in works.values()]
         try:
             found = take_turns(runs, device=device, rounds=self.rounds, most_seconds=most_seconds)
         except RuntimeError:
             return {}
         return {case: one.seconds for case, one in zip(works, found, strict=True)}
+
+
+def _can_run(flow: Flow) -> bool:
+    return flow.setting.device_type != "meta"
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self, runtime_checkable
+
+import torch
 
 from tdfx.cost.count import Flow, StepCount, count_chain
+from tdfx.cost.machine import rates
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
 
@@ -20,6 +23,25 @@ class Cost(Protocol):
 
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
         """Return the time of forward and backward through a chain, in seconds."""
+
+
+Case = tuple[tuple[Operation, ...], Flow | None]
+"""A chain of operations and what flows into it; None where that is not known."""
+
+
+@runtime_checkable
+class MeasuringCost(Protocol):
+    """A cost that takes its time to answer, and so wants to be asked for many chains at once."""
+
+    @property
+    def modelled(self) -> Cost:
+        """What answers at once, where a first guess will do."""
+
+    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
+        """Return the time of forward and backward through a chain, in seconds."""
+
+    def measure(self, groups: Iterable[Sequence[Case]]) -> dict[Case, float]:
+        """Return the times of cases in seconds; those of one group, which compete for one place, are compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +60,21 @@ class Modelled:
     """Memory rate in bytes per second, positive; values are counted as 4 bytes."""
     seconds_per_call: float = 5e-5
     """What any operation takes before it computes anything, in seconds, not negative."""
+
+    @classmethod
+    def of_machine(cls, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """Return the model with the numbers of this machine, measured in about a second and then kept on disk.
+
+        Args:
+            device: Where the model trains, as torch writes it.
+            dtype: Of the products.
+        """
+        found = rates(device, dtype)
+        return cls(
+            flops_per_second=found.flops_per_second,
+            bytes_per_second=found.bytes_per_second,
+            seconds_per_call=found.seconds_per_call,
+        )
 
     def __post_init__(self) -> None:
         if not (self.flops_per_second > 0 and self.bytes_per_second > 0 and self.seconds_per_call >= 0):

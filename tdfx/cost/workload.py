@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,12 @@ class Workload:
         first = chain[0]
         shape = (flow.samples, first.in_channels, *flow.size) if first.dims else (flow.samples, first.in_channels)
         same = [one.input for one in shares if one.input.shape == shape and one.setting == setting]
-        self.input = same[0] if same else self._random(shape, setting.computes_in, setting.device)
+        self.input: Tensor = same[0] if same else self._random(shape, setting.computes_in, setting.device)
         self.input.requires_grad_(setting.wants_input_gradient)
         with torch.no_grad():
             out = self._forward()
         alike = [one.gradient for one in shares if one.gradient.shape == out.shape and one.gradient.dtype == out.dtype]
-        self.gradient = alike[0] if alike else torch.ones_like(out)
+        self.gradient: Tensor = alike[0] if alike else torch.ones_like(out)
         self.wanted = [self.input, *self.weights] if setting.wants_input_gradient else self.weights
 
     def run(self) -> None:
@@ -80,17 +81,17 @@ def apply(operation: Operation, x: Tensor, weight: Tensor) -> Tensor:
             x,
             weight,
             None,
-            operation.stride,  # type: ignore[arg-type]
-            operation.padding,  # type: ignore[arg-type]
+            operation.stride,
+            cast("tuple[int, ...]", operation.padding),
             operation.output_padding or 0,
             operation.groups,
-            operation.dilation,  # type: ignore[arg-type]
+            operation.dilation,
         )
     padding = operation.padding
     if operation.padding_mode != "zeros":
         x, padding = F.pad(x, _both_ends(operation), mode=operation.padding_mode), (0,) * operation.dims
     convolution = _CONVOLUTIONS[operation.dims]
-    return convolution(x, weight, None, operation.stride, padding, operation.dilation, operation.groups)  # type: ignore[arg-type]
+    return convolution(x, weight, None, operation.stride, padding, operation.dilation, operation.groups)
 
 
 def _both_ends(operation: Operation) -> list[int]:

@@ -57,6 +57,13 @@ class Scheme(ABC):
     def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
         """Return the operations that the factors compute, in the order of the data."""
 
+    def partial(self, ranks: Sequence[int]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Return the names of schemes that cut some of the same modes and leave others whole, with their ranks.
+
+        They lose less at these ranks, and where the mode that they leave is short, they are faster too.
+        """
+        return ()
+
     @abstractmethod
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return one spectrum for each rank, for a weight in the working dtype."""

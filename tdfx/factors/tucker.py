@@ -54,6 +54,11 @@ class Tucker2(Scheme):
             operation.along((), p, operation.out_channels),
         )
 
+    def partial(self, ranks: Sequence[int]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Return the schemes that cut the outputs or the inputs alone."""
+        p, q = ranks
+        return ("tucker1_out", (p,)), ("tucker1_in", (q,))
+
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return the spectra of the unfoldings (o, i·k) and (i, o·k), each from its channel side."""
         return _spectra(to_groups(operation, weight))

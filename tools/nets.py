@@ -1,0 +1,107 @@
+"""The networks of the paper and of its code for small images, as the benchmarks and the training recipe build them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+
+def vgg19(classes: int = 10) -> nn.Module:
+    """Return VGG-19 with batch norm for 32×32 images: one linear layer at its end (Simonyan and Zisserman 2015)."""
+    model: nn.Module = torchvision.models.vgg19_bn(num_classes=classes)
+    model.avgpool = nn.Identity()
+    model.classifier = nn.Linear(512, classes)
+    return model
+
+
+class ResNetForSmallImages(nn.Module):
+    """The residual networks of 6n + 2 layers for 32×32 images (He et al. 2016, section 4.2), shortcuts without weights."""
+
+    def __init__(self, depth: int = 56, classes: int = 10) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        widths = [16] * blocks + [32] * blocks + [64] * blocks
+        self.blocks = nn.Sequential(*(_Block(a, b) for a, b in zip([16, *widths], widths, strict=False)))
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits for images (n, 3, 32, 32)."""
+        logits: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        return logits
+
+
+class _Block(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.grows = channels_out != channels_in
+        stride = 2 if self.grows else 1
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.grows:
+            missing = out.shape[1] - x.shape[1]
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, missing // 2, missing - missing // 2))
+        return F.relu(out + x)
+
+
+class DenseNetForSmallImages(nn.Module):
+    """DenseNet-40 with growth rate 12 for 32×32 images, without bottlenecks (Huang et al. 2017)."""
+
+    def __init__(self, depth: int = 40, growth: int = 12, classes: int = 10) -> None:
+        super().__init__()
+        channels, layers = 16, (depth - 4) // 3
+        parts: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
+        for stage in range(3):
+            for _ in range(layers):
+                parts.append(_Dense(channels, growth))
+                channels += growth
+            if stage < 2:
+                parts += [
+                    nn.BatchNorm2d(channels),
+                    nn.ReLU(),
+                    nn.Conv2d(channels, channels, 1, bias=False),
+                    nn.AvgPool2d(2),
+                ]
+        self.body = nn.Sequential(*parts, nn.BatchNorm2d(channels), nn.ReLU())
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits for images (n, 3, 32, 32)."""
+        logits: Tensor = self.head(self.body(x).mean((2, 3)))
+        return logits
+
+
+class _Dense(nn.Module):
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(F.relu(self.norm(x)))], 1)
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "vgg19": (vgg19, 32),
+    "resnet56": (lambda: ResNetForSmallImages(56), 32),
+    "densenet40": (lambda: DenseNetForSmallImages(40), 32),
+}
+"""Name -> builder of a network that torchvision does not have, and the side of its images."""
+
+
+def build(name: str) -> tuple[nn.Module, int]:
+    """Return a network of ``NETS``, or else torchvision's of that name, untrained, and the side of its images."""
+    if name in NETS:
+        builder, side = NETS[name]
+        return builder(), side
+    model: nn.Module = torchvision.models.get_model(name, weights=None)
+    return model, 224
