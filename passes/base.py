@@ -161,6 +161,8 @@ class Program:
     """Every convolution and linear layer, and every parameter used as one's weight, from ``find`` on."""
     plan: Plan | None = None
     """The decisions, from ``select`` on."""
+    step_seconds: float | None = None
+    """Measured time of the model's training step, where that was asked for."""
     shards: bool = False
     """True if each process holds a part of every parameter, and all run the passes together."""
 

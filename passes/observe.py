@@ -76,12 +76,14 @@ class Observed:
     """Path of a layer -> what entered it, call by call."""
     functional: defaultdict[int, list[tuple[Call, Entered]]] = field(default_factory=lambda: defaultdict(list))
     """Parameter, by its identity -> the calls of functions that took it as their weight, with what entered them."""
+    kept: defaultdict[object, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    """Path of a layer, or parameter by its identity -> the first samples of what entered, call by call, where asked for."""
     reads: set[int] = field(default_factory=set)
     """Parameters, by identity, that were read for anything else, outside of the layers that hold them."""
 
 
 @torch.no_grad()
-def observe(module: nn.Module, inputs: Inputs, *, training: bool, shards: bool = False) -> Observed:
+def observe(module: nn.Module, inputs: Inputs, *, training: bool, shards: bool = False, keep: int = 0) -> Observed:
     """Run a throwaway copy of a module once, and return what it did.
 
     Args:
@@ -89,22 +91,23 @@ def observe(module: nn.Module, inputs: Inputs, *, training: bool, shards: bool =
         inputs: They are cloned, since a model may write to them.
         training: The mode to run it in.
         shards: Whether its parameters are in shards; every process that holds some must then call this.
+        keep: About how many values of each input to keep, in whole samples and at least one; 0 for none.
     """
     copy = throwaway(module, mode=training)
     with Whole() if shards else nullcontext():
         try:
-            return _run(copy, inputs, {})
+            return _run(copy, inputs, {}, keep)
         except WritesParameterError:
             copy = throwaway(module, mode=training)
-            return _run(copy, inputs, with_own_parameters(copy))
+            return _run(copy, inputs, with_own_parameters(copy), keep)
 
 
-def _run(copy: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Observed:
+def _run(copy: nn.Module, inputs: Inputs, originals: Mapping[int, int], keep: int) -> Observed:
     """Run a module, and speak of its parameters as those of which they are copies."""
     observed = Observed()
     arguments, named = tree_map_only(Tensor, Tensor.clone, split_inputs(inputs))
     given = {_address(one) for one in tree_leaves((arguments, named)) if isinstance(one, Tensor)} - {0}
-    watching = _Watching(observed, given)
+    watching = _Watching(observed, given, keep)
     for path, layer in copy.named_modules():
         if is_candidate(layer) or isinstance(layer, Factorized):
             watching.attach(path, layer)
@@ -120,6 +123,7 @@ def _run(copy: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Obser
     for one, original in originals.items():
         if one in observed.functional:
             observed.functional[original] = observed.functional.pop(one)
+            observed.kept[original] = observed.kept.pop(one, [])
         if one in observed.reads:
             observed.reads.add(original)
     return observed
@@ -137,10 +141,11 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 class _Watching(TorchFunctionMode):
     """Sees every function of torch that is called, and knows which of them a stock layer calls for itself."""
 
-    def __init__(self, observed: Observed, given: Collection[int]) -> None:
+    def __init__(self, observed: Observed, given: Collection[int], keep: int) -> None:
         super().__init__()
         self.observed = observed
         self.given = given
+        self.keep = keep
         self.inside = 0
         self.paths: dict[int, str] = {}
 
@@ -155,6 +160,7 @@ class _Watching(TorchFunctionMode):
             entering = next(given, None)
             if isinstance(entering, Tensor):
                 self.observed.entering[path].append(Entered.of(entering, self.given))
+                self._keep(path, entering)
 
         def after(*_: Any) -> None:
             self.inside -= own
@@ -179,9 +185,15 @@ class _Watching(TorchFunctionMode):
         entering = call.rest.get("input")
         if isinstance(call.weight, nn.Parameter) and isinstance(entering, Tensor):
             self.observed.functional[id(call.weight)].append((call, Entered.of(entering, self.given)))
+            self._keep(id(call.weight), entering)
         elif isinstance(call.weight, FactorizedParameter) and isinstance(entering, Tensor):
             self.observed.entering[self.paths[id(call.weight)]].append(Entered.of(entering, self.given))
         self._note_reads(call.rest)
+
+    def _keep(self, key: object, entering: Tensor) -> None:
+        if self.keep:
+            each = max(1, entering.numel() // max(1, len(entering)))
+            self.observed.kept[key].append(entering[: max(1, self.keep // each)].clone())
 
     def see(self, function: type, arguments: Any) -> None:
         """Note that a user's own autograd function reads what it is given: what it does inside is its own affair."""

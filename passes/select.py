@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -16,12 +16,15 @@ from tdfx.factors.registry import AUTO, get_scheme
 from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers import Factorized
 from tdfx.passes.base import Agree, Change, Pass, PassResult, Program, Site, Spread, Task, alone, itself
+from tdfx.passes.budget import BudgetSolver, Candidates, Whole
 from tdfx.passes.estimate import chain_at, chain_now, is_lazy, kept_plan
+from tdfx.passes.options import Loss, pack_options, schemes_for, unpack_options
 from tdfx.passes.propose import Proposal, geometry, lowest_option, propose, scheme_of
 from tdfx.passes.times import Times, Wanted
 from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
+from tdfx.ranks.budget import Budget
 from tdfx.ranks.rule import RankRule, Total
 from tdfx.ranks.spectrum import Spectrum, pack, unpack
 
@@ -31,11 +34,20 @@ class Select(Pass):
 
     name = "select"
 
-    def __init__(self, policy: Policy, spread: Spread = alone, agree: Agree = itself, leads: bool = True) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        spread: Spread = alone,
+        agree: Agree = itself,
+        leads: bool = True,
+        losses: Mapping[str, Loss] | None = None,
+    ) -> None:
+        """Take the wish, how processes share work, and what a budget counts as a site's loss if not its weight's error."""
         self.policy = policy
         self.spread = spread
         self.agree = agree
         self.times = Times(agree, leads)
+        self.losses = losses or {}
         self.spectra: Spectra = {}
         self._read: Spectra = {}
         self._lowerings: dict[str, Lowering] = {}
@@ -59,7 +71,8 @@ class Select(Pass):
         together = self.spread is not alone
         if together:
             self._read = self._read_together(program.sites)
-        decided, notes = self._decide_all(program.sites)
+        rest = _other_parameters(program)
+        decided, notes = self._decide_all(program.sites, rest, program.step_seconds)
         # From here on the processes read the same weights, in the same order.
         policy = repr(self.policy)
         if together:
@@ -68,14 +81,14 @@ class Select(Pass):
         for site, decision in zip(program.sites, sites, strict=True):
             for node in site.nodes:
                 node.meta["tdfx"] = decision
-        counted = sum(parameter.numel() for parameter in program.module.parameters() if not is_lazy(parameter))
         plan = Plan(
             sites=sites,
             emit=program.emit,
             notes=(*program.notes, *notes),
             model=type(program.module).__name__,
             policy=policy,
-            other_parameters=counted - sum(one.parameters_before for one in sites),
+            other_parameters=rest,
+            step_seconds=program.step_seconds,
         )
         changes = tuple(Change(one.name, f"{one.scheme} at {one.ranks}") for one in plan.factorized)
         return PassResult(replace(program, plan=plan), changes)
@@ -89,7 +102,44 @@ class Select(Pass):
         for site, decision in zip(before.sites, plan, strict=True):
             self.check(site.reason in _OPEN or not decision.factorized, f"site {site.name!r} may not be rewritten")
 
-    def _decide_all(self, sites: Sequence[Site]) -> tuple[tuple[SitePlan, ...], tuple[str, ...]]:
+    def _decide_all(
+        self, sites: Sequence[Site], rest: int, step_seconds: float | None
+    ) -> tuple[tuple[SitePlan, ...], tuple[str, ...]]:
+        """Decide each site that is decided by itself, then those of a budget; return notes too.
+
+        Args:
+            sites: All of them.
+            rest: Parameters that belong to none.
+            step_seconds: Measured time of the model's training step, if known.
+        """
+        budgeted = [one for one in sites if self._in_budget(one)]
+        plain = [one for one in sites if not self._in_budget(one)]
+        decided, notes = self._decide_each(plain)
+        if not budgeted:
+            return decided, notes
+        found = dict(zip((one.name for one in plain), decided, strict=True))
+        found |= {one.name: one for one in self._solve(budgeted, decided, rest, step_seconds)}
+        return tuple(found[one.name] for one in sites), notes
+
+    def _in_budget(self, site: Site) -> bool:
+        """Return True for a site that a budget decides, together with all others of its kind."""
+        if not isinstance(self.policy.rank, Budget) or site.reason is not None or site.operation is None:
+            return False
+        own = self.policy.for_site(*site.names) is self.policy
+        return own and any(True for _ in schemes_for(site.operation, self.policy))
+
+    def _solve(
+        self, sites: Sequence[Site], others: Sequence[SitePlan], rest: int, step_seconds: float | None
+    ) -> list[SitePlan]:
+        """Decide the sites of a budget together."""
+        tasks = [Task(partial(pack_options, one, self.policy, self.losses.get(one.name)), one.weights) for one in sites]
+        tables = [unpack_options(self.policy, table) for (table,) in self.spread(tasks)]
+        whole = Whole(tuple(others), rest, step_seconds)
+        candidates = [Candidates(site, tuple(table)) for site, table in zip(sites, tables, strict=True)]
+        solved = BudgetSolver(self.policy, self.times, whole, candidates).solve()
+        return [self._with_seconds(site, one) for site, one in zip(sites, solved, strict=True)]
+
+    def _decide_each(self, sites: Sequence[Site]) -> tuple[tuple[SitePlan, ...], tuple[str, ...]]:
         """Resolve rules that see all their sites at once, then decide site by site; return the notes of the former too.
 
         Such a rule counts with times that are not measured. Where a measurement then keeps a site that it took for
@@ -126,6 +176,8 @@ class Select(Pass):
         """Let each policy's rule see all sites that it decides; return what came of it where that is another rule."""
         notes = []
         for policy in {id(one): one for one in _policies(self.policy)}.values():
+            if isinstance(policy.rank, Budget):
+                continue
             own = [one for one in sites if one.reason in _OPEN and self.policy.for_site(*one.names) is policy]
             cases = [(one, scheme) for one in own if (scheme := scheme_of(one, policy)) is not None]
             if not cases:
@@ -157,7 +209,7 @@ class Select(Pass):
             return kept_plan(site, Reason.EXCLUDED)
         scheme = scheme_of(site, policy)
         assert site.operation is not None
-        if site.reason is Reason.FACTORIZED and scheme is None:
+        if site.reason is Reason.FACTORIZED and (scheme is None or isinstance(policy.rank, Budget)):
             return kept_plan(site, site.reason, site.note)
         if scheme is None:
             asked = "no scheme stands" if policy.scheme == AUTO else f"{policy.scheme} does not stand"
@@ -261,6 +313,12 @@ Case = tuple[Site, Scheme]
 def _policies(policy: Policy) -> list[Policy]:
     nested = [one for one in policy.overrides.values() if one is not None]
     return [policy, *(deeper for one in nested for deeper in _policies(one))]
+
+
+def _other_parameters(program: Program) -> int:
+    """Count the parameters that belong to no site's weight."""
+    counted = sum(parameter.numel() for parameter in program.module.parameters() if not is_lazy(parameter))
+    return counted - sum(kept_plan(site, Reason.EXCLUDED).parameters_before for site in program.sites)
 
 
 def _total(plans: Sequence[SitePlan]) -> Total:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +33,7 @@ class Times:
         self.agree = agree
         self.leads = leads
         self._known: dict[int, dict[Case, float]] = {}
+        self._spent: dict[int, float] = defaultdict(float)
 
     def prepare(self, wanted: Iterable[Wanted]) -> None:
         """Let the costs that measure do so for some sites, each as it is now first and then the chains."""
@@ -41,7 +44,9 @@ class Times:
                 costs[id(one.cost)] = one.cost
                 groups.setdefault(id(one.cost), []).extend(_groups(one))
         for key, cost in costs.items():
-            found = self.agree(cost.measure(groups[key]) if self.leads else None)
+            began = time.perf_counter()
+            found = self.agree(cost.measure(groups[key], spent=self._spent[key]) if self.leads else None)
+            self._spent[key] += time.perf_counter() - began
             self._known.setdefault(key, {}).update(found)
 
     def measured(self, cost: Cost, site: Site, chain: Chain) -> float | None:

@@ -3,6 +3,7 @@
 from tdfx.api import merge, plan, rewrite
 from tdfx.checkpoint.record import read, save, state
 from tdfx.checkpoint.restore import load
+from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import Modelled
 from tdfx.errors import (
     CheckpointError,
@@ -27,6 +28,7 @@ from tdfx.layers import Factorized
 from tdfx.optim.states import register_optimizer
 from tdfx.plan import Emit, Plan, Reason, SitePlan
 from tdfx.policy import Policy
+from tdfx.ranks.budget import Budget
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.fixed import Fixed
 from tdfx.ranks.ratio import Ratio
@@ -47,6 +49,7 @@ __all__ = [
     "VBMF",
     "AtEpoch",
     "AtStep",
+    "Budget",
     "CheckpointError",
     "Emit",
     "Energy",
@@ -58,6 +61,7 @@ __all__ = [
     "KindError",
     "LayerKind",
     "LowRankPenalty",
+    "Measured",
     "MergeError",
     "ModelError",
     "ModelReferenceError",

@@ -5,26 +5,33 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
 from tdfx.averaging import as_averages
+from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError, OptimizerError, PolicyError, TdfxWarning
 from tdfx.optim.exchanges import join_exchange, split_exchange
 from tdfx.optim.gradients import carry_gradients
+from tdfx.optim.states import second_moment
 from tdfx.optim.surgery import as_optimizers, prepare
 from tdfx.passes.base import Program
+from tdfx.passes.clock import Clock
 from tdfx.passes.find import Find
+from tdfx.passes.losses import curvature_losses, output_losses
 from tdfx.passes.merge import Merge
 from tdfx.passes.observe import Inputs
+from tdfx.passes.options import Loss
 from tdfx.passes.rewrite import Init, Rewrite, Swap
 from tdfx.passes.select import Select
 from tdfx.passes.shapes import Shapes
 from tdfx.passes.trace import Trace
 from tdfx.plan import Emit, Plan
 from tdfx.policy import Policy
+from tdfx.ranks.budget import Budget
 from tdfx.shards import own_attributes
 from tdfx.wrappers import Wrapped, unwrap
 
@@ -34,6 +41,7 @@ def plan(
     policy: Policy | None = None,
     *,
     example_inputs: Inputs | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     emit: Emit = "graph",
 ) -> Plan:
     """Say what ``rewrite`` would do, and change nothing.
@@ -43,6 +51,7 @@ def plan(
         policy: What to rewrite and how far; ``Policy()`` if left out.
         example_inputs: Inputs that the model accepts, for the FLOPs and times of each site: a tensor, a tuple of
             positional arguments, or a mapping of keyword arguments. Without them nominal shapes are assumed.
+        optimizer: What trains the model; read, and only by a budget whose ``error`` is ``"curvature"``.
         emit: How ``rewrite`` is to give the model back: ``"graph"`` or ``"modules"``.
 
     Returns:
@@ -60,7 +69,7 @@ def plan(
         >>> made.sites[0].scheme, made.sites[0].ranks, made.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
-    program, _ = _planned(unwrap(model), policy, example_inputs, emit)
+    program, _ = _planned(unwrap(model), policy, example_inputs, as_optimizers(optimizer), emit)
     assert program.plan is not None
     return program.plan
 
@@ -143,7 +152,7 @@ def rewrite(
         step = Rewrite(init=init, spread=wrapped.spread)
         program = replace(_sites(wrapped, policy.emit), plan=wrapped.agree(policy))
     else:
-        program, select = _planned(wrapped, policy, example_inputs, emit)
+        program, select = _planned(wrapped, policy, example_inputs, optimizers, emit)
         step = Rewrite(select.spectra, init, wrapped.spread)
     result = step(program).program.module
     _warn_of_lost_attachments(step.swaps)
@@ -202,7 +211,9 @@ def merge(
     return made
 
 
-def _planned(wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit) -> tuple[Program, Select]:
+def _planned(
+    wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, optimizers: Sequence[Optimizer], emit: Emit
+) -> tuple[Program, Select]:
     """Run the passes up to the plan."""
     wish = Policy() if policy is None else policy
     if not isinstance(wish, Policy):
@@ -213,8 +224,27 @@ def _planned(wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emi
     program = _sites(wrapped, emit)
     if inputs is not None:
         program = Shapes(inputs)(program).program
-    select = Select(wish, wrapped.spread, wrapped.agree)
+        if isinstance(wish.rank, Budget) and wish.rank.is_of_time and isinstance(wish.cost, MeasuringCost):
+            program = Clock(inputs, wish.cost.autocast, wrapped.agree, wrapped.leads)(program).program
+    losses = _losses(wish, program, inputs, optimizers)
+    select = Select(wish, wrapped.spread, wrapped.agree, wrapped.leads, losses)
     return select(program).program, select
+
+
+def _losses(
+    policy: Policy, program: Program, inputs: Inputs | None, optimizers: Sequence[Optimizer]
+) -> dict[str, Loss]:
+    """Return what a budget counts as the loss of each site, where that is not the error of its weight."""
+    if not isinstance(policy.rank, Budget) or policy.rank.error == "weights":
+        return {}
+    if policy.rank.error == "curvature":
+        return curvature_losses(program, partial(second_moment, optimizers))
+    if inputs is None:
+        raise PolicyError(
+            "error='outputs' compares the outputs of each site on real inputs, and there are none. Pass example_inputs=..., "
+            "best a batch of the training set; or take error='weights'."
+        )
+    return output_losses(program, inputs)
 
 
 def _sites(wrapped: Wrapped, emit: Emit) -> Program:

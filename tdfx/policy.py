@@ -6,14 +6,18 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, cast
 
-from tdfx.cost.modelled import Cost, Modelled
+from tdfx.cost.measured import Measured
+from tdfx.cost.modelled import Cost
 from tdfx.errors import PolicyError
 from tdfx.factors.registry import AUTO, get_scheme
+from tdfx.ranks.budget import Budget, Measure
 from tdfx.ranks.multiple import AUTO as AUTO_MULTIPLE
 from tdfx.ranks.rule import RankRule
 from tdfx.ranks.vbmf import VBMF
+
+_BUDGETS = ("speedup", "seconds", "flops", "parameters", "memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +32,8 @@ class Policy:
         True
     """
 
-    rank: RankRule = field(default_factory=VBMF)
-    """The rule that reads a rank from each weight."""
+    rank: RankRule = field(default=cast("RankRule", None))
+    """The rule that reads a rank from each weight: ``VBMF()`` if left out, or what keeps the budgets below."""
     scheme: str = AUTO
     """How weights are split: ``"auto"`` for tucker2 or svd, whichever fits each site, or a scheme's name, with its options
     after a colon as in ``"tucker2:refine=3"``."""
@@ -47,10 +51,23 @@ class Policy:
     rank and ranks given by ``Fixed`` are left alone. ``"auto"`` takes the multiple from each weight's dtype and device
     (CUDA: 16 bytes, from compute capability 8.0 on 128; CPU: a vector register), and a rank below it goes up to a power of
     two instead, so that no rank is doubled."""
-    cost: Cost = field(default_factory=Modelled)
-    """What says how long a site takes, dense and factorized."""
+    cost: Cost = field(default_factory=Measured)
+    """What says how long a site takes, dense and factorized: measured on this machine, or ``Modelled()``."""
+    speedup: float | None = field(default=None, repr=False)
+    """A budget in place of ``rank``: how many times faster the training step shall be; see ``Budget``, as for the next."""
+    seconds: float | None = field(default=None, repr=False)
+    """What the training step may take, in seconds."""
+    flops: float | None = field(default=None, repr=False)
+    """Forward operations of the sites: a share, or a whole number of them."""
+    parameters: float | None = field(default=None, repr=False)
+    """Parameters of the model: a share, or a whole number of them."""
+    memory: float | None = field(default=None, repr=False)
+    """Bytes that the sites add to a training step: a share, or a whole number of them."""
+    error: Measure = field(default="weights", repr=False)
+    """What a budget keeps small: the error of the ``"weights"``, of the ``"outputs"``, or by the loss's ``"curvature"``."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", self._rule())
         if not isinstance(self.rank, RankRule):
             raise PolicyError(
                 f"rank={self.rank!r} is not a rank rule: it decides how much of each weight is kept. "
@@ -66,6 +83,11 @@ class Policy:
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         object.__setattr__(self, "overrides", _overrides(self.overrides))
+        if any(one is not None and isinstance(one.rank, Budget) for one in self.overrides.values()):
+            raise PolicyError(
+                "An override has a budget, and a budget is for all sites together. Give it to the policy itself, and the "
+                "sites of the override another rule."
+            )
         if not self._is_number(self.min_gain) or self.min_gain < 0:
             raise PolicyError(
                 f"min_gain={self.min_gain!r} is not a number of at least 0: it is how many times faster a site must "
@@ -77,6 +99,24 @@ class Policy:
                 f"round_to={self.round_to!r} is not a whole number of at least 1: ranks are rounded up to a multiple "
                 f"of it. Pass {AUTO_MULTIPLE!r} for what suits each weight's dtype and device. Pass 1 for no rounding."
             )
+
+    def _rule(self) -> RankRule:
+        """Return the rule in force: the one given, one that keeps the budgets given, or the default."""
+        given = {name: value for name in _BUDGETS if (value := getattr(self, name)) is not None}
+        if not given:
+            if self.error != "weights":
+                raise PolicyError(
+                    f"error={self.error!r} says what a budget keeps small, and no budget is given. Pass for example "
+                    f"Policy(speedup=2, error={self.error!r})."
+                )
+            return VBMF() if self.rank is None else self.rank
+        # A copy of a policy, as by dataclasses.replace, passes the rule that was made of the budgets.
+        if not (self.rank is None or isinstance(self.rank, Budget)):
+            raise PolicyError(
+                f"rank={self.rank!r} and {', '.join(f'{name}={value!r}' for name, value in given.items())} both say which "
+                f"ranks to take. Leave out one of the two."
+            )
+        return Budget(**given, error=self.error)
 
     @staticmethod
     def _is_number(value: object) -> bool:

@@ -41,6 +41,8 @@ class Wrapped:
     """Gives tensors that each process has computed the bits of the first process; all must call it."""
     shards: bool = False
     """True if each process holds a part of every parameter."""
+    leads: bool = True
+    """True for the first of the processes, and for the only one."""
 
 
 def unwrap(model: nn.Module) -> Wrapped:
@@ -71,6 +73,7 @@ def unwrap(model: nn.Module) -> Wrapped:
             agree=ranks.agree,
             check_same=ranks.check_same,
             level=ranks.level,
+            leads=ranks.leads,
         )
     _refuse(model)
     if any(_is_a(one, "FSDPModule") for one in model.modules()):
@@ -78,7 +81,9 @@ def unwrap(model: nn.Module) -> Wrapped:
 
         sharded = Sharded(model)
         ranks = sharded.ranks
-        return Wrapped(sharded.plain, sharded.shard, ranks.spread, ranks.agree, ranks.check_same, shards=True)
+        return Wrapped(
+            sharded.plain, sharded.shard, ranks.spread, ranks.agree, ranks.check_same, shards=True, leads=ranks.leads
+        )
     return Wrapped(model, itself)
 
 

@@ -27,7 +27,7 @@ LAYERS = (
     {"errors", "shards"},
     {"ranks"},
     {"factors"},
-    {"cost"},
+    {"cost", "solver"},
     {"policy"},
     {"plan_table"},
     {"plan"},

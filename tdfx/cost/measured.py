@@ -68,28 +68,47 @@ class Measured:
         case = (tuple(chain), flow)
         return self.measure([[case]])[case]
 
-    def measure(self, groups: Iterable[Sequence[Case]]) -> dict[Case, float]:
-        """Return the times of cases in seconds; those of one group, which compete for one place, are timed in turns."""
+    def measure(self, groups: Iterable[Sequence[Case]], *, spent: float = 0.0) -> dict[Case, float]:
+        """Return the times of cases in seconds; those of one group, which compete for one place, are timed in turns.
+
+        Args:
+            groups: What competes for each place, what is there now first.
+            spent: Seconds of the budget that measuring for the same plan has taken already.
+        """
         groups = [list(dict.fromkeys(group)) for group in groups]
         cases = [case for group in groups for case in group]
         keys: dict[Case, str] = {
             (chain, flow): self._key(chain, flow) for chain, flow in cases if flow is not None and _can_run(flow)
         }
         self._recall(keys.values())
-        work = [[case for case in group if case in keys] for group in groups]
+        work = self._unknown(groups, keys)
+        # What each group may take is its share of what is left, so that the last ones are not left out.
+        weights = [sum(self.modelled.seconds(*case) for case in missing) for _, missing in work]
         done: set[str] = set()
-        ends = time.perf_counter() + self.budget
-        with _progress(len({keys[case] for group in work for case in group} - _known.keys())) as advance:
-            for group in work:
-                missing = list({keys[case]: case for case in group if keys[case] not in _known}.values())
-                if missing and time.perf_counter() < ends:
-                    fresh = self._time_beside(group[0], missing, keys, ends - time.perf_counter())
+        ends = time.perf_counter() + self.budget - spent
+        with _progress(sum(len(missing) for _, missing in work)) as advance:
+            for index, (first, missing) in enumerate(work):
+                left = ends - time.perf_counter()
+                if left > 0:
+                    share = left * weights[index] / sum(weights[index:])
+                    fresh = self._time_beside(first, missing, keys, share)
                     _known.update(fresh)
                     done.update(fresh)
-                    advance(len(missing))
+                advance(len(missing))
         if self.cache and done:
             Store(cache_folder()).put({key: _known[key] for key in done})
         return self._answers(cases, keys)
+
+    def _unknown(self, groups: Iterable[Sequence[Case]], keys: Mapping[Case, str]) -> list[tuple[Case, list[Case]]]:
+        """Return of each group its first case and those that are not known yet, each key once."""
+        seen = set(_known)
+        found = []
+        for group in groups:
+            missing = list({keys[case]: case for case in group if case in keys and keys[case] not in seen}.values())
+            if missing:
+                found.append((group[0], missing))
+                seen |= {keys[case] for case in missing}
+        return found
 
     def is_measured(self, chain: Sequence[Operation], flow: Flow | None) -> bool:
         """Return True if the time of a chain is known from a measurement."""

@@ -37,11 +37,18 @@ class MeasuringCost(Protocol):
     def modelled(self) -> Cost:
         """What answers at once, where a first guess will do."""
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What the training loop's autocast computes in; None for what is in force."""
+
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
         """Return the time of forward and backward through a chain, in seconds."""
 
-    def measure(self, groups: Iterable[Sequence[Case]]) -> dict[Case, float]:
-        """Return the times of cases in seconds; those of one group, which compete for one place, are compared."""
+    def measure(self, groups: Iterable[Sequence[Case]], *, spent: float = 0.0) -> dict[Case, float]:
+        """Return the times of cases in seconds; those of one group, which compete for one place, are compared.
+
+        ``spent`` are the seconds that measuring for the same plan has taken already.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

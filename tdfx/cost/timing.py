@@ -51,7 +51,7 @@ def take_turns(
 ) -> list[Timing]:
     """Time some functions in turns (A B C A B C ...), each sample between two waits for the device.
 
-    Rounds go on until every function has ``rounds`` samples that are no outliers, for at most three times as many, and a
+    Rounds go on until every function has ``rounds`` samples that are no outliers, for at most twice as many, and a
     round that would go past ``most_seconds`` is not begun, apart from the first.
 
     Args:
@@ -74,7 +74,7 @@ def take_turns(
             took = clock() - start
         repeats.append(max(1, math.ceil(_SHORTEST / max(took, 1e-9))) if took < _SHORTEST else 1)
     samples: list[list[float]] = [[] for _ in runs]
-    for _ in range(3 * rounds):
+    for _ in range(2 * rounds):
         round_began = clock()
         for run, repeat, own in zip(runs, repeats, samples, strict=True):
             wait()

@@ -35,6 +35,11 @@ class Ranks:
         """Return the processes of a device mesh."""
         return cls([mesh.get_group(dimension) for dimension in range(mesh.ndim)], mesh.device_type)
 
+    @property
+    def leads(self) -> bool:
+        """True for the first process, whose value the others take over."""
+        return self._is_me(self.places[0])
+
     def agree(self, value: Any) -> Any:
         """Return the first process's value, which must be one that pickle takes."""
         return self._told(value, self.places[0])

@@ -64,6 +64,10 @@ class Scheme(ABC):
         """
         return ()
 
+    def partial_spectra(self, spectra: Sequence[Spectrum]) -> dict[str, tuple[Spectrum, ...]]:
+        """Return the spectra of the schemes of ``partial``, by name, as far as they are known from those of this one."""
+        return {}
+
     @abstractmethod
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return one spectrum for each rank, for a weight in the working dtype."""
@@ -111,3 +115,9 @@ class Scheme(ABC):
     @abstractmethod
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
         """Return the Frobenius norm of what ``split`` loses, relative to the weight's; 0 for a zero weight."""
+
+    def errors(
+        self, operation: Operation, weight: Tensor, grid: Sequence[Sequence[int]], spectra: Sequence[Spectrum]
+    ) -> list[float]:
+        """Return the error at each of many ranks."""
+        return [self.error(operation, weight, ranks, spectra) for ranks in grid]

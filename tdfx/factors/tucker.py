@@ -59,6 +59,12 @@ class Tucker2(Scheme):
         p, q = ranks
         return ("tucker1_out", (p,)), ("tucker1_in", (q,))
 
+    def partial_spectra(self, spectra: Sequence[Spectrum]) -> dict[str, tuple[Spectrum, ...]]:
+        """Return the same spectra, where they are those of the shorter side, in the orientation of each scheme."""
+        out, into = spectra
+        found = {"tucker1_out": (out,), "tucker1_in": (replace(into, rows=into.cols, cols=into.rows),)}
+        return {name: one for (name, one), whole in zip(found.items(), spectra, strict=True) if whole.rows < whole.cols}
+
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return the spectra of the unfoldings (o, i·k) and (i, o·k), each from its channel side."""
         return _spectra(to_groups(operation, weight))
@@ -110,6 +116,19 @@ class Tucker2(Scheme):
         rank that difference cancels, and the norm of the difference itself is taken.
         """
         return self._loss(to_groups(operation, weight), ranks, spectra)
+
+    def errors(
+        self, operation: Operation, weight: Tensor, grid: Sequence[Sequence[int]], spectra: Sequence[Spectrum]
+    ) -> list[float]:
+        """Return the error at each of many ranks: all of them from the squares of the weight in both whole bases."""
+        if self.refine:
+            return super().errors(operation, weight, grid, spectra)
+        w_goik = to_groups(operation, weight)
+        core, *_ = self._bases(w_goik, [one.basis.shape[-1] for one in spectra], spectra)
+        held_pq = core.square().flatten(3).sum((0, 3)).cumsum(0).cumsum(1)
+        total = float(w_goik.square().sum())
+        lost = [total - float(held_pq[p - 1, q - 1]) for p, q in grid]
+        return [math.sqrt(max(0.0, one) / total) if total > 0 else 0.0 for one in lost]
 
     def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
         """Make both outer factors orthonormal (QR), give the rest of them to the core, and split that anew."""

@@ -1,0 +1,288 @@
+"""Scheme and ranks of all sites together, within a budget: the least total loss, by times measured as they matter."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tdfx.cost.count import parameters
+from tdfx.cost.modelled import MeasuringCost
+from tdfx.errors import PolicyError
+from tdfx.passes.base import Site
+from tdfx.passes.estimate import Chain, chain_now, flops_of, kept_plan, memory_of
+from tdfx.passes.propose import Option, factorized_plan
+from tdfx.passes.times import Times, Wanted
+from tdfx.plan import Reason, SitePlan
+from tdfx.policy import Policy
+from tdfx.ranks.budget import Budget
+from tdfx.solver import Option as Weighed
+from tdfx.solver import OutOfReachError, best_choice, least_totals
+
+_ROUNDS = 8
+"""Times that a choice is measured and made anew with what was found; two or three are usual."""
+_KNOTS = 3
+"""Options of each scheme that are measured beforehand: those between them take what lies between."""
+
+_SURELY = 0.6
+"""One option is faster than another beyond doubt if it is estimated to take less than this share of its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """A site that a budget decides, and what it may become."""
+
+    site: Site
+    options: tuple[tuple[Option, float], ...]
+    """Each with its loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The model around the sites that a budget decides."""
+
+    others: tuple[SitePlan, ...]
+    """The decisions for all other sites."""
+    other_parameters: int
+    """Parameters that belong to no site's weight."""
+    step_seconds: float | None
+    """Measured time of the model's training step; None where it was not measured."""
+
+
+@dataclass(slots=True)
+class BudgetSolver:
+    """Finds the options of least total loss within a budget.
+
+    Times of options are estimated at first, in the scale of a few that are measured. What a solution chooses is measured,
+    and it is solved anew with that, until all that is chosen is known.
+    """
+
+    policy: Policy
+    times: Times
+    whole: Whole
+    candidates: Sequence[Candidates]
+
+    @property
+    def budget(self) -> Budget:
+        """What has to be kept."""
+        assert isinstance(self.policy.rank, Budget)
+        return self.policy.rank
+
+    def solve(self) -> list[SitePlan]:
+        """Return the decisions for the sites, in their order.
+
+        Raises:
+            PolicyError: The budget cannot be kept, or needs what is not known.
+        """
+        names = list(self.budget.limits)
+        if self._measures and self.budget.is_of_time:
+            self._measure_knots()
+        chosen: list[Option | None] = []
+        for _ in range(_ROUNDS):
+            curves = {one.site.name: _Curve(self, one) for one in self.candidates}
+            places = [self._place(one, curves[one.site.name], names) for one in self.candidates]
+            limits = [self._limit(name) for name in names]
+            try:
+                picks = best_choice([[option for _, option in place] for place in places], limits)
+            except OutOfReachError:
+                raise self._out_of_reach(names, limits, places) from None
+            chosen = [place[pick][0] for place, pick in zip(places, picks, strict=True)]
+            if not self._learned(chosen):
+                break
+        return [self._decision(one.site, option) for one, option in zip(self.candidates, chosen, strict=True)]
+
+    @property
+    def _measures(self) -> bool:
+        return isinstance(self.policy.cost, MeasuringCost) and any(one.site.flows for one in self.candidates)
+
+    def _measure_knots(self) -> None:
+        self.times.prepare(Wanted(self.policy.cost, one.site, self._knots(one)) for one in self.candidates)
+
+    def _knots(self, one: Candidates) -> tuple[Chain, ...]:
+        """Return of each scheme the fastest, the slowest and something between, among options that may be worth it."""
+        guesses = [self.times.estimate(self.policy.cost, one.site, option.chain) for option, _ in one.options]
+        rated = [(guess, option, loss) for guess, (option, loss) in zip(guesses, one.options, strict=True)]
+        worth = [
+            (guess, option)
+            for guess, option, loss in sorted(rated, key=lambda entry: entry[0])
+            if not any(lost <= loss and other < _SURELY * guess for other, _, lost in rated)
+        ]
+        knots: list[Chain] = []
+        for name in dict.fromkeys(option.scheme.name for _, option in worth):
+            own = [option for _, option in worth if option.scheme.name == name]
+            places = {(len(own) - 1) * step // (_KNOTS - 1) for step in range(_KNOTS)}
+            knots += (own[place].chain for place in sorted(places))
+        return tuple(knots)
+
+    def _learned(self, chosen: Sequence[Option | None]) -> bool:
+        """Measure what was chosen; return True if that changes anything."""
+        if not self._measures:
+            return False
+        cost = self.policy.cost
+        new = [
+            (one.site, option)
+            for one, option in zip(self.candidates, chosen, strict=True)
+            if option is not None and self.times.measured(cost, one.site, option.chain) is None
+        ]
+        self.times.prepare(Wanted(cost, site, (option.chain,)) for site, option in new)
+        return bool(new)
+
+    def _place(self, one: Candidates, curve: _Curve, names: Sequence[str]) -> list[tuple[Option | None, Weighed]]:
+        """Return what can be done with a site, with loss and costs: to keep it, and the options that gain enough."""
+        now = curve.seconds(None)
+        found: list[tuple[Option | None, Weighed]] = [(None, Weighed(0.0, self._costs(one.site, None, now, names)))]
+        for option, loss in one.options:
+            seconds = curve.seconds(option)
+            if now / seconds >= self.policy.min_gain:
+                found.append((option, Weighed(loss, self._costs(one.site, option, seconds, names))))
+        return _undominated(found)
+
+    def _costs(self, site: Site, option: Option | None, seconds: float, names: Sequence[str]) -> tuple[float, ...]:
+        chain = chain_now(site) if option is None else option.chain
+        assert site.operation is not None
+        known: Mapping[str, Callable[[], float | None]] = {
+            "speedup": lambda: seconds,
+            "seconds": lambda: seconds,
+            "flops": lambda: flops_of(site, chain),
+            "parameters": lambda: parameters(chain(site.operation)),  # type: ignore[arg-type]
+            "memory": lambda: memory_of(site, chain),
+        }
+        return tuple(float(known[name]() or 0) for name in names)
+
+    def _limit(self, name: str) -> float:
+        """Return what the sites that the budget decides may come to, all together."""
+        value = self.budget.limits[name]
+        if name in {"speedup", "seconds"}:
+            return self._time_limit(name, value)
+        kept = [kept_plan(one.site, Reason.NO_GAIN) for one in self.candidates]
+        before = [getattr(one, f"{name}_before") for one in (*kept, *self.whole.others)]
+        rest = [getattr(one, f"{name}_after") for one in self.whole.others]
+        if None in before:
+            raise PolicyError(
+                f"{self.budget!r} counts {name}, which depends on what flows through each site. Pass example_inputs=... "
+                f"(--input on the command line), or give a budget of parameters."
+            )
+        beside = self.whole.other_parameters if name == "parameters" else 0
+        amount = value if value > 1 or isinstance(value, int) else value * (sum(before) + beside)
+        return float(amount - sum(rest) - beside)
+
+    def _time_limit(self, name: str, value: float) -> float:
+        own = [self._seconds_now(one.site) for one in self.candidates]
+        step = self.whole.step_seconds
+        if step is None:
+            if name == "seconds":
+                raise PolicyError(
+                    f"{self.budget!r} is about the time of the training step, which is not known. Pass example_inputs=... "
+                    f"and a cost that measures, cost=tdfx.Measured()."
+                )
+            return sum(own) / value
+        others = [(one.seconds_before, one.seconds_after) for one in self.whole.others]
+        known = [(before, after) for before, after in others if before is not None and after is not None]
+        alone = sum(own) + sum(before for before, _ in known)
+        scale = min(1.0, step / alone) if alone > 0 else 1.0
+        wanted = step / value if name == "speedup" else value
+        saved = sum(before - after for before, after in known)
+        return sum(own) - ((step - wanted) / scale - saved)
+
+    def _seconds_now(self, site: Site) -> float:
+        now = chain_now(site)
+        found = self.times.measured(self.policy.cost, site, now)
+        return self.times.estimate(self.policy.cost, site, now) if found is None else found
+
+    def _out_of_reach(
+        self, names: Sequence[str], limits: Sequence[float], places: Sequence[Sequence[tuple[Option | None, Weighed]]]
+    ) -> PolicyError:
+        """Say which budget cannot be kept, and what can be."""
+        least = least_totals([[option for _, option in place] for place in places], len(names))
+        for name, limit, total in zip(names, limits, least, strict=True):
+            if total > limit:
+                can = self._reachable(name, total - limit)
+                return PolicyError(
+                    f"{self.budget!r} cannot be kept: the most that the {len(places)} sites in question can give is "
+                    f"{name}={can}. Ask for that, let more sites be rewritten (include, exclude, min_gain), or let ranks be "
+                    f"lower with round_to=1."
+                )
+        return PolicyError(
+            f"{self.budget!r} cannot be kept: each of its budgets can, but not all of them together. Loosen one of them."
+        )
+
+    def _reachable(self, name: str, missing: float) -> str:
+        """Return the setting of a budget at which nothing would be missing, as a user writes it."""
+        value = self.budget.limits[name]
+        if name == "speedup":
+            step = self.whole.step_seconds or sum(self._seconds_now(one.site) for one in self.candidates)
+            return f"{_cut(step / (step / value + missing)):g}"
+        if name == "seconds":
+            return f"{1.005 * (value + missing):.3g}"
+        if value > 1 or isinstance(value, int):
+            return f"{int(value + missing) + 1}"
+        kept = [kept_plan(one.site, Reason.NO_GAIN) for one in self.candidates]
+        before = sum(getattr(one, f"{name}_before") for one in (*kept, *self.whole.others))
+        before += self.whole.other_parameters if name == "parameters" else 0
+        return f"{value + missing / before + 5e-4:.3f}"
+
+    def _decision(self, site: Site, option: Option | None) -> SitePlan:
+        assert site.operation is not None
+        if option is None:
+            return kept_plan(site, Reason.NO_GAIN, "within the budget as it is")
+        gain = self.times.gain(self.policy.cost, site, option.chain)
+        return factorized_plan(kept_plan(site, Reason.NO_GAIN), site, option, "", gain)
+
+
+class _Curve:
+    """The times of one site's options: measured, or estimated in the scale of those of their scheme that were measured."""
+
+    def __init__(self, solver: BudgetSolver, one: Candidates) -> None:
+        self.times, self.cost, self.site = solver.times, solver.policy.cost, one.site
+        self.points: dict[str, list[tuple[float, float]]] = {}
+        for option, _ in one.options:
+            measured = self.times.measured(self.cost, self.site, option.chain)
+            if measured is not None:
+                guess = self.times.estimate(self.cost, self.site, option.chain)
+                self.points.setdefault(option.scheme.name, []).append((guess, measured / guess))
+        for points in self.points.values():
+            points.sort()
+
+    def seconds(self, option: Option | None) -> float:
+        """Return the time of an option, or of the site as it is."""
+        chain = chain_now(self.site) if option is None else option.chain
+        measured = self.times.measured(self.cost, self.site, chain)
+        if measured is not None:
+            return measured
+        guess = self.times.estimate(self.cost, self.site, chain)
+        points = self.points.get(option.scheme.name, []) if option is not None else []
+        if points:
+            return guess * _between(points, guess)
+        now = self.times.measured(self.cost, self.site, chain_now(self.site))
+        return guess if now is None else guess * now / self.times.estimate(self.cost, self.site, chain_now(self.site))
+
+
+def _between(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Interpolate between sorted points, and take the nearest outside of them.
+
+    >>> _between([(1.0, 2.0), (3.0, 4.0)], 2.0), _between([(1.0, 2.0), (3.0, 4.0)], 9.0)
+    (3.0, 4.0)
+    """
+    place = bisect.bisect([x for x, _ in points], at)
+    if place in (0, len(points)):
+        return points[max(0, place - 1)][1]
+    (x0, y0), (x1, y1) = points[place - 1 : place + 1]
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+
+
+def _undominated(found: Sequence[tuple[Option | None, Weighed]]) -> list[tuple[Option | None, Weighed]]:
+    """Leave out every option that another one beats in loss and in all costs; it would never be chosen."""
+    kept: list[tuple[Option | None, Weighed]] = []
+    for one in sorted(found, key=lambda pair: (pair[1].loss, pair[1].costs)):
+        if not any(all(a <= b for a, b in zip(other.costs, one[1].costs, strict=True)) for _, other in kept):
+            kept.append(one)
+    return kept
+
+
+def _cut(value: float) -> float:
+    """Return a number with two decimals that is not above it.
+
+    >>> _cut(2.349)
+    2.34
+    """
+    return int(value * 100) / 100

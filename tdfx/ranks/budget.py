@@ -1,0 +1,113 @@
+"""The least total error within a budget of time, operations, parameters or memory, over all sites together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from tdfx.errors import PolicyError
+from tdfx.ranks.rule import Choice, RankRule
+from tdfx.ranks.spectrum import Spectrum
+
+Measure = Literal["weights", "outputs", "curvature"]
+"""What a total error is made of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Budget(RankRule):
+    """Choose scheme and rank of every site so that together they keep a budget at the least total error.
+
+    ``Policy(speedup=2)`` is short for ``Policy(rank=Budget(speedup=2))``. Several budgets may be given; all are kept. A
+    whole number is an amount, a float in (0, 1] a share of what the model has now.
+
+    Example:
+        >>> import tdfx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 512))
+        >>> made = tdfx.plan(model, tdfx.Policy(parameters=0.5))
+        >>> made.parameters_after <= 0.5 * made.parameters_before
+        True
+    """
+
+    speedup: float | None = None
+    """How many times faster the model's training step shall be, above 1. With a cost that measures and example inputs the
+    whole step counts, with all that is not rewritten; else the modelled time of the sites."""
+    seconds: float | None = None
+    """How long the training step may take at most, positive, in seconds; needs a cost that measures and example inputs."""
+    flops: float | None = None
+    """Forward operations of the sites: a share, or a whole number of them; needs example inputs."""
+    parameters: float | None = None
+    """Parameters of the model: a share, or a whole number of them."""
+    memory: float | None = None
+    """Bytes that the sites add to a training step (weights, gradients, two moments, activations between factors): a share,
+    or a whole number of them; needs example inputs."""
+    error: Measure = "weights"
+    """What is kept small: ``"weights"``, the sum of the sites' squared errors relative to each weight's norm; ``"outputs"``,
+    relative to each site's output on the example inputs; ``"curvature"``, the weights' squared errors times the optimizer's
+    second moments, an estimate of what the loss loses (needs ``optimizer=`` with such state)."""
+
+    def __post_init__(self) -> None:
+        if not self.limits:
+            raise PolicyError(
+                "Budget() has no budget: it keeps the error small within one. Pass for example Budget(speedup=2) or "
+                "Budget(parameters=0.5)."
+            )
+        for name in ("speedup", "seconds"):
+            value = getattr(self, name)
+            least = 1.0 if name == "speedup" else 0.0
+            if value is not None and not (_is_number(value) and least < value < math.inf):
+                raise PolicyError(
+                    f"{name}={value!r} is not a number above {least:g}: it is "
+                    + (
+                        "how many times faster the step shall be. Pass for example speedup=2."
+                        if name == "speedup"
+                        else "what the step may take, in seconds. Pass for example seconds=0.25."
+                    )
+                )
+        for name in ("flops", "parameters", "memory"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and _is_amount(value)):
+                raise PolicyError(
+                    f"{name}={value!r} is neither a share in (0, 1] nor a whole number of at least 1: it is what may be "
+                    f"left. For half of what the model has pass {name}=0.5."
+                )
+        if self.error not in get_args(Measure):
+            raise PolicyError(
+                f"error={self.error!r} is not known: what is kept small is the error of the 'weights', of the 'outputs', or "
+                f"by the loss's 'curvature'."
+            )
+
+    def __repr__(self) -> str:
+        given = [f"{name}={value!r}" for name, value in self.limits.items()]
+        return f"Budget({', '.join([*given, *([] if self.error == 'weights' else [f'error={self.error!r}'])])})"
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The budgets that are given, by name."""
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "error"}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def is_of_time(self) -> bool:
+        """True if the time of the step counts."""
+        return self.speedup is not None or self.seconds is not None
+
+    def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
+        """Raise: one site cannot say what all of them come to.
+
+        Raises:
+            PolicyError: Always.
+        """
+        raise PolicyError(
+            f"{self!r} cannot choose ranks for site {site!r} alone: it weighs all sites at once, and goes with no other "
+            f"rule and in no override. Use it as the policy's own rank, or give that site another rule."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_amount(value: float) -> bool:
+    return value >= 1 if isinstance(value, int) else 0 < value <= 1 or (value > 1 and value == int(value))
