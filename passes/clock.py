@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
+from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import PolicyError
 from tdfx.passes.base import Agree, Pass, PassResult, Program, itself
 from tdfx.passes.observe import Inputs
@@ -13,15 +12,14 @@ from tdfx.passes.step import Step, time_steps
 
 
 class Clock(Pass):
-    """Time forward and backward of a throwaway copy in train mode, for a plan that has to know the whole step."""
+    """Time forward and backward of a throwaway copy in train mode, and add the optimizer's share as the cost counts it."""
 
     name = "clock"
 
-    def __init__(
-        self, inputs: Inputs, autocast: torch.dtype | None = None, agree: Agree = itself, leads: bool = True
-    ) -> None:
+    def __init__(self, inputs: Inputs, cost: MeasuringCost, agree: Agree = itself, leads: bool = True) -> None:
+        """Take the inputs, what measures the sites, and how the processes that train the model agree."""
         self.inputs = inputs
-        self.autocast = autocast
+        self.cost = cost
         self.agree = agree
         self.leads = leads
 
@@ -35,8 +33,12 @@ class Clock(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Time it on the first process, and tell the others."""
-        own = time_steps([Step(program.module, self.inputs, self.autocast)])[0].seconds if self.leads else None
-        return PassResult(replace(program, step_seconds=self.agree(own)))
+        return PassResult(replace(program, step_seconds=self.agree(self._seconds(program) if self.leads else None)))
+
+    def _seconds(self, program: Program) -> float:
+        step = Step(program.module, self.inputs, self.cost.autocast)
+        trained = sum(parameter.numel() for parameter in step.wanted)
+        return time_steps([step])[0].seconds + self.cost.update_seconds(trained, step.device)
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """The time is known, and nothing else has changed."""

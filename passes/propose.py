@@ -122,7 +122,7 @@ def _propose_lower(site: Site, policy: Policy, scheme: Scheme, read: Read) -> Si
     assert isinstance(site.layer, Factorized)
     assert site.operation is not None
     kept = kept_plan(site, Reason.FACTORIZED, site.note)
-    if not site.layer.weights[0].requires_grad:
+    if not site.layer.trains:
         return kept
     now, full = site.layer.origin.ranks, scheme.full_ranks(site.operation)
     choice = policy.rank.choose(_name_for(policy.rank, site), read(site, scheme))

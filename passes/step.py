@@ -34,7 +34,7 @@ class Step:
         self.autocast = autocast
         self.module = throwaway(module, mode=True)
         try:
-            with self._undisturbed(ParameterGuard(self.module)):
+            with self.undisturbed(ParameterGuard(self.module)):
                 self._forward()
         except WritesParameterError:
             self.module = throwaway(module, mode=True)
@@ -49,6 +49,10 @@ class Step:
 
     def run(self) -> None:
         """Compute the loss and its gradients, and let go of them."""
+        self.gradients()
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the loss for each of the parameters in ``wanted``; None for one that it does not need."""
         with torch.enable_grad():
             out = self._forward()
             means = [_real(one).float().mean() for one in tree_leaves(out) if _has_gradient(one)]
@@ -58,7 +62,8 @@ class Step:
                     f"backward pass to be timed. Pass the model that is trained, with parameters that require gradients."
                 )
             loss = torch.stack([one.to(means[0].device) for one in means]).sum()
-            torch.autograd.grad(loss, self.wanted, allow_unused=True)
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, self.wanted, allow_unused=True)
+        return found
 
     def _forward(self) -> Any:
         with self._autocast():
@@ -70,7 +75,7 @@ class Step:
         return torch.autocast(torch.device(self.device).type, dtype=self.autocast)
 
     @contextmanager
-    def _undisturbed(self, guard: AbstractContextManager[object] | None = None) -> Iterator[None]:
+    def undisturbed(self, guard: AbstractContextManager[object] | None = None) -> Iterator[None]:
         """Leave the stream of random numbers as it was, and say nothing of warnings."""
         cuda = sorted({one.device.index for one in self.module.parameters() if one.device.type == "cuda"})
         with warnings.catch_warnings(), torch.random.fork_rng(devices=cuda), guard or nullcontext():
@@ -81,7 +86,7 @@ class Step:
 def time_steps(steps: Sequence[Step], *, rounds: int = 3, most_seconds: float = math.inf) -> list[Timing]:
     """Time the training steps of some models in turns."""
     runs: list[Callable[[], None]] = [one.run for one in steps]
-    with steps[0]._undisturbed():
+    with steps[0].undisturbed():
         return take_turns(runs, device=steps[0].device, rounds=rounds, most_seconds=most_seconds)
 
 

@@ -225,7 +225,7 @@ def _planned(
     if inputs is not None:
         program = Shapes(inputs)(program).program
         if isinstance(wish.rank, Budget) and wish.rank.is_of_time and isinstance(wish.cost, MeasuringCost):
-            program = Clock(inputs, wish.cost.autocast, wrapped.agree, wrapped.leads)(program).program
+            program = Clock(inputs, wish.cost, wrapped.agree, wrapped.leads)(program).program
     losses = _losses(wish, program, inputs, optimizers)
     select = Select(wish, wrapped.spread, wrapped.agree, wrapped.leads, losses)
     return select(program).program, select

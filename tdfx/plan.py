@@ -7,10 +7,16 @@ import types
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from tdfx.errors import PlanError, nearest
 from tdfx.plan_table import render_plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tdfx.check import StepCheck
+    from tdfx.passes.observe import Inputs
 
 Emit = Literal["graph", "modules"]
 """How a rewritten model is given back: as a ``GraphModule``, or as the same class with its sites swapped."""
@@ -191,14 +197,20 @@ class Plan:
     @property
     def step_seconds_after(self) -> float | None:
         """Predicted time of the model's training step after the rewrite; None where the step was not measured."""
-        if self.step_seconds is None:
-            return None
+        return None if self.step_seconds is None else self.predicted_seconds(self.step_seconds)
+
+    def predicted_seconds(self, step_seconds: float) -> float:
+        """Return how long a training step is predicted to take after the rewrite, in seconds.
+
+        Args:
+            step_seconds: How long it takes now. What of it is not the time of sites stays.
+        """
         timed = [(one.seconds_before, one.seconds_after) for one in self.sites]
         known = [(before, after) for before, after in timed if before is not None and after is not None]
         alone = sum(before for before, _ in known)
         # By themselves sites may take longer than in the model, never longer than all of it.
-        scale = min(1.0, self.step_seconds / alone) if alone > 0 else 1.0
-        return self.step_seconds - scale * sum(before - after for before, after in known)
+        scale = min(1.0, step_seconds / alone) if alone > 0 else 1.0
+        return step_seconds - scale * sum(before - after for before, after in known)
 
     @property
     def speedup(self) -> float | None:
@@ -210,6 +222,21 @@ class Plan:
     def total_error(self) -> float:
         """The squares of the sites' errors, summed: what a budget keeps as small as it can."""
         return sum(one.error**2 for one in self.sites if one.error is not None)
+
+    def check(self, model: nn.Module, *, example_inputs: Inputs, **settings: Any) -> StepCheck:
+        """Time the real training step before and after the rewrite, and say how good the prediction was.
+
+        Args:
+            model: What ``rewrite`` made by this plan.
+            example_inputs: As for ``plan``.
+            settings: As for ``tdfx.check.check_step``: ``dense``, ``optimizer``, ``autocast``, ``rounds``.
+
+        Raises:
+            PlanError: The plan has no measured times.
+        """
+        from tdfx.check import check_step
+
+        return check_step(self, model, example_inputs=example_inputs, **settings)
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the plan as JSON text, from which ``from_json`` makes an equal plan."""

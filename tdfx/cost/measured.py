@@ -122,12 +122,16 @@ class Measured:
         scale = sum(known.values()) / ours if ours > 0 else 1.0
         return {case: known.get(case, scale * modelled[case]) + self._update(*case) for case in cases}
 
-    def _update(self, chain: Sequence[Operation], flow: Flow | None) -> float:
-        """Return the optimizer's share, which only memory decides."""
-        if flow is None or not _can_run(flow) or not self.update_bytes:
+    def update_seconds(self, values: int, device: str) -> float:
+        """Return how long an optimizer takes for its update of so many weight values, which only memory decides."""
+        if not self.update_bytes:
             return 0.0
-        speed = rates(flow.setting.device, cache=self.cache).bytes_per_second
-        return self.update_bytes * parameters(chain) / speed
+        return self.update_bytes * values / rates(device, cache=self.cache).bytes_per_second
+
+    def _update(self, chain: Sequence[Operation], flow: Flow | None) -> float:
+        if flow is None or not _can_run(flow):
+            return 0.0
+        return self.update_seconds(parameters(chain), flow.setting.device)
 
     def _key(self, chain: tuple[Operation, ...], flow: Flow) -> str:
         setting = replace(self._setting(flow), device=flow.setting.device_type)

@@ -44,6 +44,9 @@ class MeasuringCost(Protocol):
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
         """Return the time of forward and backward through a chain, in seconds."""
 
+    def update_seconds(self, values: int, device: str) -> float:
+        """Return how long an optimizer takes for its update of so many weight values."""
+
     def measure(self, groups: Iterable[Sequence[Case]], *, spent: float = 0.0) -> dict[Case, float]:
         """Return the times of cases in seconds; those of one group, which compete for one place, are compared.
 
