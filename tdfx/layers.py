@@ -33,6 +33,14 @@ class Origin:
     """The ranks it was split at, in the scheme's order."""
 
 
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Rest:
+    """Which factors a schedule keeps from training for now; copies of a layer that share its factors share this too."""
+
+    indices: frozenset[int] = frozenset()
+    """Their places among the factors. What ``requires_grad`` says of them is the schedule's word, not the user's."""
+
+
 class Factorized(nn.Module):
     """A chain of small layers in place of one convolution or linear layer.
 
@@ -43,13 +51,13 @@ class Factorized(nn.Module):
 
     factors: nn.Sequential
     origin: Origin
-    resting: frozenset[int] = frozenset()
-    """Indices of the factors that a schedule keeps from training for now: ``requires_grad`` is not their own then."""
+    rest: Rest
 
     def __init__(self, factors: nn.Sequential, origin: Origin) -> None:
         super().__init__()
         self.factors = factors
         self.origin = origin
+        self.rest = Rest()
 
     @classmethod
     def of(cls, layer: nn.Module, scheme: Scheme, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
@@ -173,7 +181,7 @@ class Factorized(nn.Module):
         made = cast("Factorized", structural_copy(self))
         chain = self.scheme.chain(self.operation, ranks)
         made.factors = _build_chain(chain, weights, self.bias, self.placement, self.trains)
-        made.resting = frozenset()
+        made.rest = Rest()
         made.origin = replace(self.origin, ranks=tuple(ranks))
         return made.train(self.training)
 
@@ -191,7 +199,7 @@ class Factorized(nn.Module):
     @property
     def trains(self) -> bool:
         """Whether the dense weight would train: as the factor with the kernel does, or will when it has rested."""
-        return self.placement.requires_grad or self.kernel_index in self.resting
+        return self.placement.requires_grad or self.kernel_index in self.rest.indices
 
     def extra_repr(self) -> str:
         """Name the original, the scheme and the ranks."""

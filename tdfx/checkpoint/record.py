@@ -212,7 +212,7 @@ def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
 def _frozen(model: nn.Module) -> list[str]:
     """Return the parameters that do not train, apart from factors that rest for now: a schedule has its own state."""
     layers = [one for one in model.modules() if isinstance(one, Factorized)]
-    resting = {id(layer.weights[index]) for layer in layers for index in layer.resting}
+    resting = {id(layer.weights[index]) for layer in layers for index in layer.rest.indices}
     return [name for name, one in model.named_parameters() if not one.requires_grad and id(one) not in resting]
 
 

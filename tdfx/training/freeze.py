@@ -11,13 +11,14 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from tdfx.errors import OptimizerError, PolicyError, nearest
-from tdfx.layers import Factorized
+from tdfx.layers import Rest
+from tdfx.training.hooks import leave_from_within
 from tdfx.training.processes import Processes
 from tdfx.training.turns import Train, turns_of
 from tdfx.training.when import check_whole
 
-_LIVE: weakref.WeakKeyDictionary[Factorized, weakref.ref[Freeze]] = weakref.WeakKeyDictionary()
-"""Layer -> the schedule that it has now."""
+_LIVE: weakref.WeakKeyDictionary[Rest, weakref.ref[Freeze]] = weakref.WeakKeyDictionary()
+"""What rests of a layer -> the schedule that says so now."""
 
 
 class Freeze:
@@ -85,9 +86,10 @@ class Freeze:
         self._turns = turns_of(model, train, held)
         self._processes.check_same((every, train, until), "settings")
         self._taken = 0
-        for former in {id(one): one for each in self._turns if (one := _live(each.layer)) is not None}.values():
-            former.remove()
-        _LIVE.update({one.layer: weakref.ref(self) for one in self._turns})
+        for former in [_LIVE[one.layer.rest]() for one in self._turns if one.layer.rest in _LIVE]:
+            if former is not None:
+                former.remove()
+        _LIVE.update({one.layer.rest: weakref.ref(self) for one in self._turns})
         # Where a step is compiled, this is what it must not look into.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._handle = optimizer.register_step_post_hook(hook)
@@ -102,10 +104,11 @@ class Freeze:
     @property
     def frozen(self) -> tuple[str, ...]:
         """The names of the parameters that rest now."""
-        return tuple(name for one in self._turns for name in one.resting()) if not self._done else ()
+        return tuple(name for one in self._turns for name in one.resting())
 
     def remove(self) -> None:
         """Let all factors train from now on. Call it after an optimizer step."""
+        self._handle.remove()
         self._end()
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,7 +138,7 @@ class Freeze:
         assert isinstance(taken, int)
         self._taken = taken
         if found["done"]:
-            self._end()
+            self.remove()
         else:
             self._apply()
 
@@ -151,7 +154,7 @@ class Freeze:
         return {"every": self.every, "train": self.train, "until": self.until}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.every is None and self.until is None:
+        if self._done or (self.every is None and self.until is None):
             return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise OptimizerError(
@@ -159,16 +162,16 @@ class Freeze:
                 "remove() on this Freeze before the capture, or capture forward and backward alone, anew for each turn."
             )
         self._taken += 1
-        if self.until is not None and self._taken >= self.until:
-            self._end()
-        elif self.every is not None and self._taken % self.every == 0:
+        over = self.until is not None and self._taken >= self.until
+        if not over and self.every is not None and self._taken % self.every == 0:
             held = {id(one) for group in optimizer.param_groups for one in group["params"]}
             # A merge or another rewrite has put other parameters in the place of these.
             self._turns = [one for one in self._turns if all(id(weight) in held for weight in one.scheduled)]
-            if self._turns:
-                self._apply()
-            else:
-                self._end()
+            over = not self._turns
+            self._apply()
+        if over:
+            self._end()
+            leave_from_within(self._handle, optimizer)
 
     def _apply(self) -> None:
         """Let those train whose turn it is."""
@@ -185,17 +188,11 @@ class Freeze:
             changed = [one.end() for one in self._turns]
             return any(changed)
 
-        if not self._done:
-            self._handle.remove()
-            self._processes.change(end)
-            for one in self._turns:
-                _LIVE.pop(one.layer, None)
-            self._done = True
-
-
-def _live(layer: Factorized) -> Freeze | None:
-    found = _LIVE.get(layer)
-    return None if found is None else found()
+        self._processes.change(end)
+        for one in self._turns:
+            _LIVE.pop(one.layer.rest, None)
+        self._turns = []
+        self._done = True
 
 
 def _check_settings(every: Any, train: Any, until: Any) -> None:

@@ -45,10 +45,10 @@ class Turns:
     def resting(self) -> tuple[str, ...]:
         """Return the names of the parameters that rest."""
         stem = f"{self.name}." if self.name else ""
-        return tuple(f"{stem}factors.{index}.weight" for index in sorted(self.layer.resting))
+        return tuple(f"{stem}factors.{index}.weight" for index in sorted(self.layer.rest.indices))
 
     def _rest(self, wanted: frozenset[int]) -> bool:
-        now = self.layer.resting
+        now = self.layer.rest.indices
         for index in now - wanted:
             self.weights[index].requires_grad_(True)
         # What the user froze in the meantime is not ours to thaw later.
@@ -57,8 +57,8 @@ class Turns:
             self.weights[index].requires_grad_(False)
             # Or the optimizer would go on to use it.
             self.weights[index].grad = None
-        self.layer.resting = (now & wanted) | fresh
-        return self.layer.resting != now
+        self.layer.rest.indices = (now & wanted) | fresh
+        return self.layer.rest.indices != now
 
 
 def turns_of(model: nn.Module, train: Train, held: Iterable[nn.Parameter]) -> list[Turns]:
@@ -91,8 +91,8 @@ def turns_of(model: nn.Module, train: Train, held: Iterable[nn.Parameter]) -> li
         here = [id(weight) in known for weight in one.scheduled]
         if any(here) and not all(here):
             raise OptimizerError(
-                f"The optimizer holds {sum(here)} of the {len(here)} factors of {one.name!r} that train, so they have no step "
-                f"together after which they could take turns. Put them into one optimizer."
+                f"The optimizer holds {sum(here)} of the {len(here)} factors of {one.name!r} that train, so they have no "
+                f"step together after which they could take turns. Put them into one optimizer."
             )
         mine += [one] if all(here) else []
     if not mine:
@@ -106,7 +106,7 @@ def turns_of(model: nn.Module, train: Train, held: Iterable[nn.Parameter]) -> li
 def _turns(name: str, layer: Factorized, train: Train) -> Turns | None:
     """Return a layer's turns, or None where nothing could rest."""
     weights, kernel = layer.weights, frozenset({layer.kernel_index})
-    trains = frozenset(index for index, one in enumerate(weights) if one.requires_grad or index in layer.resting)
+    trains = frozenset(index for index, one in enumerate(weights) if one.requires_grad or index in layer.rest.indices)
     groups: dict[Train, list[frozenset[int]]] = {
         "alternate": [kernel, trains - kernel],
         "each": [frozenset({index}) for index in sorted(trains)],
