@@ -205,6 +205,9 @@ def shards_by_turns(model: nn.Module, make: Callable[[Any], Optimizer], *, parts
                 small(fsdp.X)  # leaves what is not resharded gathered
     assert freeze.frozen
     assert all(one.grad is None for name, one in small.named_parameters() if name in freeze.frozen)
+    if look:
+        freeze.remove()
+        fsdp.train(small, optimizer, 20, parts=parts, count=1)
     factorized = fsdp.values(small)
     dense = tdfx.merge(small, optimizer=optimizer)
     assert all(one.requires_grad for one in dense.parameters())

@@ -420,8 +420,9 @@ def test_sites_that_are_rewritten_later_join_and_the_former_schedule_ends() -> N
     train(model, optimizer, 1)
     assert resting(model) == {CORE[0]}
     assert resting(tdfx.merge(model)) == set(), "the rewritten model hears of turns that the former schedule changes"
+    state = former.state_dict()
     now = tdfx.Freeze(model, optimizer, every=2)
-    now.load_state_dict(former.state_dict() | {"done": False})
+    now.load_state_dict(state)
     assert former.done
     assert resting(model) == set(CORE)
     assert len(optimizer._optimizer_step_post_hooks) == 1
@@ -479,8 +480,12 @@ def test_what_the_user_froze_stays_frozen() -> None:
         assert resting(model) == mine | set(freeze.frozen)
         train(model, optimizer, 1)
     assert seen == [("0.factors.2.weight",), ("0.factors.1.weight",)]
+    thawed = "0.factors.0.weight"
+    factors(model)[thawed].requires_grad_(True)
+    train(model, optimizer, 3)
+    assert thawed not in resting(model), "what the user thaws has no turn, and trains from then on"
     freeze.remove()
-    assert resting(model) == mine
+    assert resting(model) == mine - {thawed}
 
 
 def test_a_layer_that_the_user_freezes_later_is_not_thawed() -> None:

@@ -31,9 +31,10 @@ class Freeze:
 
     It acts on its own at the end of ``optimizer.step()``, so all gradients that are accumulated for a step are of the same
     factors; one that a factor still has when it goes to rest is dropped. ``merge`` and ``save`` see through it: no weight
-    comes out frozen that trains by turns. Make it on the wrapped model, after ``DistributedDataParallel`` or
-    ``fully_shard``, on every process, and anew after each rewrite: then the former one ends, and the new one goes on
-    where it was if its state is loaded. A rewrite that lowers ranks comes after ``remove()``.
+    comes out frozen that trains by turns. Under ``torch.compile`` each set of factors that train together is compiled once.
+    Make it on the wrapped model, after ``DistributedDataParallel`` or ``fully_shard``, on every process, and anew after
+    each rewrite, which ends the former one: take its ``state_dict()`` first, and load it to go on where that one was. A
+    rewrite that lowers ranks comes after ``remove()``.
 
     Source: Hajimolahoseini, Ahmed, Liu, *Training Acceleration of Low-Rank Decomposed Networks using Sequential Freezing
     and Rank Quantization*, arXiv:2309.03824, 2023.
