@@ -37,6 +37,7 @@ from tdfx.ranks.target import Target
 from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 from tdfx.training.decay import FrobeniusDecay
+from tdfx.training.freeze import Freeze
 from tdfx.training.penalty import LowRankPenalty
 from tdfx.training.rewarm import Rewarm
 from tdfx.training.switch import Switch, SwitchEvent
@@ -56,6 +57,7 @@ __all__ = [
     "ExportError",
     "Factorized",
     "Fixed",
+    "Freeze",
     "FrobeniusDecay",
     "InputError",
     "KindError",

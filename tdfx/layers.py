@@ -33,6 +33,14 @@ class Origin:
     """The ranks it was split at, in the scheme's order."""
 
 
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Rest:
+    """Which factors a schedule keeps from training for now; copies of a layer that share its factors share this too."""
+
+    indices: frozenset[int] = frozenset()
+    """Their places among the factors. What ``requires_grad`` says of them is the schedule's word, not the user's."""
+
+
 class Factorized(nn.Module):
     """A chain of small layers in place of one convolution or linear layer.
 
@@ -43,11 +51,13 @@ class Factorized(nn.Module):
 
     factors: nn.Sequential
     origin: Origin
+    rest: Rest
 
     def __init__(self, factors: nn.Sequential, origin: Origin) -> None:
         super().__init__()
         self.factors = factors
         self.origin = origin
+        self.rest = Rest()
 
     @classmethod
     def of(cls, layer: nn.Module, scheme: Scheme, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
@@ -63,7 +73,8 @@ class Factorized(nn.Module):
         assert operation is not None, f"no scheme stands for {layer}"
         kind = kind_of(layer)
         bias = layer._parameters.get(kind.bias) if kind.bias else None
-        factors = _build_chain(scheme.chain(operation, ranks), weights, bias, weight_of(layer))
+        weight = weight_of(layer)
+        factors = _build_chain(scheme.chain(operation, ranks), weights, bias, weight, weight.requires_grad)
         made = cls(factors, Origin(shell_of(layer), scheme.name, tuple(ranks)))
         _copy_hooks(layer, made)
         return made.train(layer.training)
@@ -154,7 +165,7 @@ class Factorized(nn.Module):
         """
         layer = structural_copy(self.origin.layer)
         dense = placed_like(self.joined() if weight is None else weight, self.placement)
-        layer._parameters[self.kind.weight] = nn.Parameter(dense, requires_grad=self.placement.requires_grad)
+        layer._parameters[self.kind.weight] = nn.Parameter(dense, requires_grad=self.trains)
         if self.kind.bias:
             layer._parameters[self.kind.bias] = self.bias
         _copy_hooks(self, layer)
@@ -169,14 +180,26 @@ class Factorized(nn.Module):
         """
         made = cast("Factorized", structural_copy(self))
         chain = self.scheme.chain(self.operation, ranks)
-        made.factors = _build_chain(chain, weights, self.bias, self.placement)
+        made.factors = _build_chain(chain, weights, self.bias, self.placement, self.trains)
+        made.rest = Rest()
         made.origin = replace(self.origin, ranks=tuple(ranks))
         return made.train(self.training)
 
     @property
     def placement(self) -> nn.Parameter:
         """The factor that has the kernel: it shows the memory format, which on a pointwise one cannot be told."""
-        return max(self.weights, key=lambda weight: math.prod(weight.shape[2:]))
+        return self.weights[self.kernel_index]
+
+    @property
+    def kernel_index(self) -> int:
+        """Where the factor that has the kernel stands among ``weights``."""
+        taps = [math.prod(weight.shape[2:]) for weight in self.weights]
+        return taps.index(max(taps))
+
+    @property
+    def trains(self) -> bool:
+        """Whether the dense weight would train: as the factor with the kernel does, or will when it has rested."""
+        return self.placement.requires_grad or self.kernel_index in self.rest.indices
 
     def extra_repr(self) -> str:
         """Name the original, the scheme and the ranks."""
@@ -197,15 +220,17 @@ class Factorized(nn.Module):
 
 
 def _build_chain(
-    chain: Sequence[Operation], weights: Sequence[Tensor], bias: nn.Parameter | None, model: nn.Parameter
+    chain: Sequence[Operation],
+    weights: Sequence[Tensor],
+    bias: nn.Parameter | None,
+    model: nn.Parameter,
+    requires_grad: bool,
 ) -> nn.Sequential:
-    """Build the factors; they are like ``model`` in dtype, device, layout, sharding and ``requires_grad``."""
+    """Build the factors; they are like ``model`` in dtype, device, layout and sharding."""
     biases = [None] * (len(chain) - 1) + [bias]
     return nn.Sequential(
         *(
-            build_layer(
-                step, nn.Parameter(placed_like(_like(weight, model), model), requires_grad=model.requires_grad), own
-            )
+            build_layer(step, nn.Parameter(placed_like(_like(weight, model), model), requires_grad=requires_grad), own)
             for step, weight, own in zip(chain, weights, biases, strict=True)
         )
     )

@@ -106,7 +106,7 @@ def state(
         "rewrites": _rewrites(inside),
         "tensors": {name: _plain(value, f"the state_dict's {name!r}") for name, value in held.items()},
         "metadata": _plain(dict(getattr(held, "_metadata", {})), "the state_dict's metadata"),
-        "frozen": [name for name, one in inside.named_parameters() if not one.requires_grad],
+        "frozen": _frozen(inside),
         "tied": tied(inside),
         "optimizers": [_of_optimizer(one, inside, index) for index, one in enumerate(optimizers)],
         "extra": _plain(extra, "extra"),
@@ -207,6 +207,13 @@ def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    """Return the parameters that do not train, apart from factors that rest for now: a schedule has its own state."""
+    layers = [one for one in model.modules() if isinstance(one, Factorized)]
+    resting = {id(layer.weights[index]) for layer in layers for index in layer.rest.indices}
+    return [name for name, one in model.named_parameters() if not one.requires_grad and id(one) not in resting]
 
 
 def _site(path: str, layer: Factorized) -> dict[str, Any]:

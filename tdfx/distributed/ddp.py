@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import torch.distributed as dist
@@ -58,25 +59,52 @@ class Replicas:
             ModelError: This one was told to leave alone a parameter that the other does not have.
         """
         _check_ignored(self.model, made)
-        old = self.model
-        state = {name: value for name, value in old.__dict__.items() if name not in _OWN}
-        state["_modules"] = {**old._modules, "module": made}
-        for name in _HOOKS:
-            state[name] = copy.copy(state[name])
-        ignored = old.parameters_to_ignore
-        state["_module_parameters"] = [one for name, one in made.named_parameters() if name not in ignored]
-        state.update(_comm_hooks=[], _has_rebuilt_buckets=False, _lazy_init_ran=False)
-        state["_static_graph_delay_allreduce_enqueued"] = False
-        new = object.__new__(type(old))
-        # This is how a wrapper is made from a pickled one, without the checks and broadcasts of its constructor.
-        new.__setstate__(state)  # type: ignore[no-untyped-call]
-        if hasattr(old, "device_mesh"):
-            new.device_mesh = old.device_mesh
-        if new.process_group is not old.process_group:
-            new._update_process_group(old.process_group)  # type: ignore[no-untyped-call]
-        _carry_communication(old, new)
-        _let_go(old)
+        new = object.__new__(type(self.model))
+        _set_up(new, self.model, made)
+        _let_go(self.model)
+        _FOLLOWERS[self.model] = weakref.ref(new)
         return new
+
+
+_FOLLOWERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParallel]] = weakref.WeakKeyDictionary()
+"""Wrapper -> the one that took its place."""
+
+
+def renew(model: DistributedDataParallel) -> None:
+    """Set a wrapper up again, in place, for the parameters that require gradients now, sending nothing.
+
+    A wrapper reduces the gradients of those that required some when it was made, and waits for all of them. Where another
+    wrapper has taken the place of this one, that one is set up again. All processes must do this at the same time, between
+    an optimizer step and the next forward.
+    """
+    while model in _FOLLOWERS:
+        follower = _FOLLOWERS[model]()
+        if follower is None:
+            return
+        model = follower
+    _let_go(model)
+    _set_up(model, model, model.module)
+
+
+def _set_up(new: DistributedDataParallel, old: DistributedDataParallel, made: nn.Module) -> None:
+    """Give a wrapper, which may be the old one itself, what the old one has, for the parameters of a given model."""
+    group, ignored = old.process_group, old.parameters_to_ignore
+    hooks = list(old._comm_hooks)
+    builtin = "" if hooks else old._get_ddp_logging_data().get("comm_hook", "")  # type: ignore[no-untyped-call]
+    state = {name: value for name, value in old.__dict__.items() if name not in _OWN}
+    state["_modules"] = {**old._modules, "module": made}
+    for name in _HOOKS:
+        state[name] = copy.copy(state[name])
+    state["_module_parameters"] = [one for name, one in made.named_parameters() if name not in ignored]
+    state.update(_comm_hooks=[], _has_rebuilt_buckets=False, _lazy_init_ran=False)
+    state["_static_graph_delay_allreduce_enqueued"] = False
+    # This is how a wrapper is made from a pickled one, without the checks and broadcasts of its constructor.
+    new.__setstate__(state)  # type: ignore[no-untyped-call]
+    if hasattr(old, "device_mesh"):
+        new.device_mesh = old.device_mesh
+    if new.process_group is not group:
+        new._update_process_group(group)  # type: ignore[no-untyped-call]
+    _carry_communication(new, hooks, builtin)
 
 
 def _obstacle(model: DistributedDataParallel) -> str:
@@ -106,16 +134,15 @@ def _check_ignored(old: DistributedDataParallel, made: nn.Module) -> None:
         )
 
 
-def _carry_communication(old: DistributedDataParallel, new: DistributedDataParallel) -> None:
+def _carry_communication(new: DistributedDataParallel, hooks: list[tuple[Any, Any]], builtin: str) -> None:
     """Register the hooks that reduce gradients; what a hook keeps of its old buckets is left behind."""
-    for hook, state in old._comm_hooks:
+    for hook, state in hooks:
         new.register_comm_hook(_without_buckets(state), hook)
-    if old._comm_hooks:
+    if hooks:
         return
-    name = old._get_ddp_logging_data().get("comm_hook", "")  # type: ignore[no-untyped-call]
     kinds = dist.BuiltinCommHookType  # type: ignore[attr-defined]
     for kind in (kinds.ALLREDUCE, kinds.FP16_COMPRESS):
-        if name == str(kind):
+        if builtin == str(kind):
             new._register_builtin_comm_hook(kind)  # type: ignore[no-untyped-call]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from typing import Any, cast
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from tdfx.errors import OptimizerError
 
@@ -25,3 +27,14 @@ def refuse_fused(optimizer: Optimizer) -> None:
             "A fused optimizer undoes the scaling of gradients inside of its step, so nothing of the right size could be "
             "added before. Make it with fused=False."
         )
+
+
+def leave_from_within(handle: RemovableHandle, optimizer: Optimizer) -> None:
+    """Take a hook that runs after steps off the optimizer, from within the hook, where it is the last one.
+
+    The optimizer is going through its hooks, and must not find fewer of them on the way. Where others come after it, the
+    hook stays, and has to do nothing from now on.
+    """
+    hooks = cast("OrderedDict[int, Any]", optimizer._optimizer_step_post_hooks)
+    if next(reversed(hooks)) == handle.id:
+        handle.remove()

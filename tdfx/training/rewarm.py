@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tdfx.errors import OptimizerError, PolicyError
+from tdfx.training.hooks import leave_from_within
 from tdfx.training.when import check_whole, is_number
 
 
@@ -117,10 +118,15 @@ class Rewarm:
                 self._held.append((group, rate, group["lr"]))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.done:
+            return
         self._restore()
         self._taken += 1
         if self._taken >= self.steps:
-            self.remove()
+            before, after = self._handles
+            before.remove()
+            leave_from_within(after, optimizer)
+            self._handles = []
 
     @torch.no_grad()
     def _restore(self) -> None:
