@@ -1,9 +1,9 @@
 """Which policy to give to somebody who gives none: rules and budgets compared on several networks, data sets and seeds.
 
 A network trains densely for a fifth of the run. From that moment the same run goes on, on the same batches, dense, and with
-each policy: planned, rewritten, trained to the end, merged, and scored on what is held out. A policy's step is timed in turns
-with the dense one. The time of a run is its steps times the time of each, with plan, rewrite and merge; "in all" counts what
-measuring takes on a machine that has never seen the network, "later" what it takes once the times are known.
+each policy: planned, rewritten, trained to the end, merged, and scored on what is held out. A policy's step is timed in
+turns with the dense one. The time of a run is its steps times the time of each, with plan, rewrite and merge: "in all" with
+the measuring on a machine that has never seen the network, "later" without, once the times are known.
 
 Takes about 25 minutes on two cores, and one with --quick.
 """

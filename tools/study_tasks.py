@@ -55,7 +55,7 @@ class Task(ABC):
     def score(self, model: nn.Module) -> tuple[float, float]:
         """Return the right answers in percent and the mean loss in nats, on what is held out, in eval mode."""
         x, y = self.held_out()
-        outputs = torch.cat([model.eval()(part) for part in x.split(256)])
+        outputs = torch.cat([model.eval()(part) for part in torch.split(x, 256)])
         right = (outputs.argmax(-1) == y).float().mean()
         return 100 * float(right), float(loss_of(outputs, y))
 
