@@ -4,8 +4,8 @@ Forward, backward and the optimizer's step (SGD with momentum) of the dense and 
 both in the memory layout in which the dense one is faster. A plan is made with nothing measured yet, so "plan s" is what a
 new user waits. "off" is how much longer the step was predicted to take than it does.
 
-With --speedup the ranks are those of Policy(speedup=...), and the next line has uniform shares of the full ranks that take as
-long by the same times: the better choice has the lower total error.
+With --speedup the ranks are those of Policy(speedup=...), and the next line has uniform shares of the full ranks that take
+as long by the same times: the better choice has the lower total error.
 
 With --never-slower the default Policy() is held to its promise on torchvision's classification models: a batch of 2, and
 exit code 1 if any step is below 0.98 of the dense one's speed, seen twice.
