@@ -11,8 +11,10 @@ Takes about 25 minutes on two cores, and one with --quick.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, mean
 
@@ -113,8 +115,8 @@ class Run:
 class Study:
     """Runs of one task from one seed."""
 
-    def __init__(self, task: Task, seed: int, steps: int, clock: Seconds) -> None:
-        """Train up to the switch."""
+    def __init__(self, task: Task, seed: int, steps: int, clock: Seconds, dense_seconds: float = 0.0) -> None:
+        """Train up to the switch; a dense run's time may be known from before."""
         self.task, self.seed, self.steps, self.clock = task, seed, steps, clock
         self.switch = max(1, round(SWITCH_AT * steps))
         torch.manual_seed(seed)
@@ -122,7 +124,7 @@ class Study:
         self.optimizer = task.optimizer(self.start.parameters())
         self.example = next(task.data(seed))
         self._train(self.start, self.optimizer, range(self.switch))
-        self.dense_seconds = 0.0
+        self.dense_seconds = dense_seconds
 
     def dense(self) -> Run:
         """Go on as it is."""
@@ -139,9 +141,9 @@ class Study:
         with own_times(known):
             try:
                 first, _ = self._planned(model, policy, optimizer)
+                again, plan = self._planned(model, policy, optimizer)
             except (tdfx.PolicyError, tdfx.InputError) as error:
                 return Run(task=self.task.name, policy=name, seed=self.seed, refused=str(error))
-            again, plan = self._planned(model, policy, optimizer)
         begin = self.clock()
         small = tdfx.rewrite(model, plan, optimizer=optimizer)
         rewrite = self.clock() - begin
@@ -208,7 +210,12 @@ class _Step:
 @click.option("--quick", is_flag=True, help="One seed, a tenth of the steps: to see that it runs, not what comes out.")
 @click.option("--cpu-time", is_flag=True, help="Count the time of one thread's computation: for a loaded machine.")
 @click.option("--threads", default=2, show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every run, as they come.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    help="Write every run, as they come; none that it holds is made again.",
+)
 def main(
     seeds: int,
     only: tuple[str, ...],
@@ -223,8 +230,8 @@ def main(
     rates(cache=False)  # once for a machine, whatever is trained on it
     policies = {name: one for name, one in candidates().items() if not only or any(text in name for text in only)}
     tasks = [one() for one in TASKS if not which or any(text in one.name for text in which)]
-    runs: list[Run] = []
-    for run in runs_of(tasks, policies, 1 if quick else seeds, 0.1 if quick else 1.0, clock):
+    runs = _read(json_file)
+    for run in runs_of(tasks, policies, 1 if quick else seeds, 0.1 if quick else 1.0, clock, tuple(runs)):
         runs.append(run)
         click.echo(f"seed {run.seed}, {run.task}, {run.policy}: {_in_short(run)}", err=True)
         keep(json_file, [asdict(one) for one in runs], clock="CPU time" if cpu_time else "wall clock")
@@ -235,16 +242,33 @@ def main(
 
 
 def runs_of(
-    tasks: list[Task], policies: Mapping[str, tdfx.Policy], seeds: int, share: float, clock: Seconds
+    tasks: list[Task],
+    policies: Mapping[str, tdfx.Policy],
+    seeds: int,
+    share: float,
+    clock: Seconds,
+    before: tuple[Run, ...] = (),
 ) -> Iterator[Run]:
-    """Yield every run: all tasks and policies from the first seed, then from the next."""
+    """Yield every run that was not made before: all tasks and policies from the first seed, then from the next."""
     known: dict[tuple[str, str], dict[str, float]] = {}
-    for seed in range(seeds):
-        for task in tasks:
-            study = Study(task, seed, max(5, round(share * task.steps)), clock)
+    for seed, task in product(range(seeds), tasks):
+        done = {one.policy: one for one in before if (one.task, one.seed) == (task.name, seed)}
+        missing = [name for name in policies if name not in done]
+        if not missing and FULL in done:
+            continue
+        steps = max(5, round(share * task.steps))
+        study = Study(task, seed, steps, clock, done[FULL].dense_seconds if FULL in done else 0.0)
+        if FULL not in done:
             yield study.dense()
-            for name, policy in policies.items():
-                yield study.with_policy(name, policy, known.setdefault((task.name, name), {}))
+        for name in missing:
+            yield study.with_policy(name, policies[name], known.setdefault((task.name, name), {}))
+
+
+def _read(file: Path | None) -> list[Run]:
+    """Return the runs that a file holds, in the form that ``keep`` writes."""
+    if file is None or not file.exists():
+        return []
+    return [Run(**one) for one in json.loads(file.read_text(encoding="utf-8"))["results"]]
 
 
 def _in_short(run: Run) -> str:
