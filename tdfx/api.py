@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -10,22 +9,21 @@ from typing import Any, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from tdfx.averaging import as_averages
-from tdfx.errors import ModelError, OptimizerError, PolicyError, TdfxWarning
+from tdfx.along import Along
+from tdfx.errors import ModelError, OptimizerError, PolicyError
 from tdfx.optim.exchanges import join_exchange, split_exchange
-from tdfx.optim.gradients import carry_gradients
-from tdfx.optim.surgery import as_optimizers, prepare
+from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.base import Program
 from tdfx.passes.find import Find
 from tdfx.passes.merge import Merge
 from tdfx.passes.observe import Inputs
-from tdfx.passes.rewrite import Init, Rewrite, Swap
+from tdfx.passes.rewrite import Init, Rewrite
 from tdfx.passes.select import Select
 from tdfx.passes.shapes import Shapes
 from tdfx.passes.trace import Trace
+from tdfx.passes.weights import Spectra
 from tdfx.plan import Emit, Plan
 from tdfx.policy import Policy
-from tdfx.shards import own_attributes
 from tdfx.wrappers import Wrapped, unwrap
 
 
@@ -72,6 +70,7 @@ def rewrite(
     example_inputs: Inputs | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     averaged: Any = None,
+    masters: Any = None,
     emit: Emit = "graph",
     init: Init = "weight",
 ) -> nn.Module:
@@ -94,6 +93,12 @@ def rewrite(
         averaged: An average of the model that is kept beside it, as ``torch.optim.swa_utils.AveragedModel`` or anything
             else that holds the averaged copy as ``module``, or a list of them. Afterwards it holds one of the returned
             model, in the model's own bases, so that it can go on being updated.
+        masters: Where the optimizer trains wider copies of the model's parameters, float32 beside bfloat16 or float16 say:
+            a dict from each parameter to its master, a list of such pairs, or two lists side by side, parameters first. It
+            is brought up to date in place: entries of weights that were factorized go, those of the factors take their
+            place, and all others stay the same objects. It is the masters that are decomposed; the optimizer holds the
+            factors' masters, and the model their rounded values. Ranks are chosen by the model's own weights, as ``plan``
+            shows them. A parameter that the optimizer holds itself needs no master.
         emit: ``"graph"`` for a ``GraphModule`` where the model allows it, ``"modules"`` for the model's own class. A plan
             that is passed in says this itself.
         init: What the factors start from. ``"weight"``: the nearest to the trained weight. ``"variance"``, for a model that
@@ -109,7 +114,7 @@ def rewrite(
     Raises:
         ModelError, PolicyError, InputError, WeightError: As for ``plan``.
         PlanError: The plan was made for another model.
-        OptimizerError: The optimizer does not hold the weights to be replaced.
+        OptimizerError: The optimizer does not hold the weights to be replaced, or the masters do not go with the model.
         ModelError: An average belongs to another model.
     """
     optimizers = as_optimizers(optimizer)
@@ -133,37 +138,35 @@ def rewrite(
             "init='empty' makes factors without values, in whose bases no average could be expressed. Load the average by "
             "itself: rewrite the averaged copy with init='empty' too, and load its values."
         )
-    wrapped = unwrap(model)
-    averages = as_averages(averaged, wrapped)
+    along = Along.of(unwrap(model), optimizers, averaged, masters)
+    wrapped = along.wrapped
     wrapped.check_same(
-        (policy.to_json() if isinstance(policy, Plan) else repr(policy), emit, init, len(optimizers)),
+        (
+            policy.to_json() if isinstance(policy, Plan) else repr(policy),
+            (emit, init, len(optimizers), len(along.averages), len(along.masters.pairs)),
+        ),
         "The processes pass different policies, plans or settings to tdfx.rewrite. Pass the same ones on each.",
     )
+    spectra: Spectra = {}
     if isinstance(policy, Plan):
-        step = Rewrite(init=init, spread=wrapped.spread)
         program = replace(_sites(wrapped, policy.emit), plan=wrapped.agree(policy))
     else:
         program, select = _planned(wrapped, policy, example_inputs, emit)
-        step = Rewrite(select.spectra, init, wrapped.spread)
+        # Those of the model's weights are not quite those of their masters.
+        spectra = {} if along.masters else select.spectra
+    along.masters.lift(program.module)
+    step = Rewrite(spectra, init, wrapped.spread)
     result = step(program).program.module
-    _warn_of_lost_attachments(step.swaps)
-    if not optimizers:
-        _warn_of_missing_optimizer(step.swaps)
-    exchanges = [split_exchange(swap) for swap in step.swaps]
-    surgery = prepare(optimizers, exchanges)
-    wrapped.level(surgery.tensors())
-    if init != "empty":
-        carry_gradients(exchanges)
-    followers = [one.follow(wrapped.model, result, exchanges) for one in averages]
-    made = wrapped.wrap(result)
-    surgery.commit()
-    for average, follower in zip(averages, followers, strict=True):
-        average.holder.module = follower
-    return made
+    exchanges = [split_exchange(replace(one, factorized=along.masters.apart(one.factorized))) for one in step.swaps]
+    return along.take(result, exchanges, values=init != "empty", warn=True)
 
 
 def merge(
-    model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None = None, averaged: Any = None
+    model: nn.Module,
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    averaged: Any = None,
+    masters: Any = None,
 ) -> nn.Module:
     """Return the original architecture with the factors multiplied out: same class, same state_dict keys.
 
@@ -173,10 +176,12 @@ def merge(
         model: What ``rewrite`` returned, trained further or not.
         optimizer: The optimizer that trains it, if training goes on; it then holds the merged model's parameters.
         averaged: An average of the model, as for ``rewrite``; it is merged too, from its own factors.
+        masters: Wider copies of the parameters that the optimizer trains, as for ``rewrite``; they are joined, and the
+            model gets the rounded result.
 
     Raises:
         MergeError: The model did not come from ``rewrite``.
-        OptimizerError: The optimizer does not hold the factors.
+        OptimizerError: The optimizer does not hold the factors, or the masters do not go with the model.
 
     Example:
         >>> import tdfx, torch
@@ -185,21 +190,10 @@ def merge(
         >>> list(tdfx.merge(small).state_dict()) == list(dense.state_dict())
         True
     """
-    optimizers = as_optimizers(optimizer)
-    wrapped = unwrap(model)
-    averages = as_averages(averaged, wrapped)
-    step = Merge(wrapped.spread)
-    result = step(Program(module=wrapped.model)).program.module
-    exchanges = [join_exchange(join) for join in step.joins]
-    surgery = prepare(optimizers, exchanges)
-    wrapped.level(surgery.tensors())
-    carry_gradients(exchanges)
-    followers = [one.follow(wrapped.model, result, exchanges) for one in averages]
-    made = wrapped.wrap(result)
-    surgery.commit()
-    for average, follower in zip(averages, followers, strict=True):
-        average.holder.module = follower
-    return made
+    along = Along.of(unwrap(model), as_optimizers(optimizer), averaged, masters)
+    step = Merge(along.wrapped.spread)
+    result = step(Program(module=along.masters.lifted(along.wrapped.model))).program.module
+    return along.take(result, [join_exchange(one) for one in step.joins])
 
 
 def _planned(wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit) -> tuple[Program, Select]:
@@ -229,28 +223,3 @@ def _sites(wrapped: Wrapped, emit: Emit) -> Program:
         notes = (f"given back as {kind}, not as a graph: fully_shard gathers parameters where modules are called",)
     program = Program(module=wrapped.model, emit=emit, notes=notes, shards=wrapped.shards)
     return Find()(Trace()(program).program).program
-
-
-def _warn_of_lost_attachments(swaps: Sequence[Swap]) -> None:
-    """Warn where a weight carries hooks or attributes of the user's, which no factor can take over."""
-    for swap in swaps:
-        names = ("_backward_hooks", "_post_accumulate_grad_hooks")
-        if any(own_attributes(weight) or any(getattr(weight, name, None) for name in names) for weight in swap.old):
-            warnings.warn(
-                f"The weight of site {swap.site!r} has hooks or attributes of its own, which its factors do not get. Keep "
-                f"the site, exclude=({swap.site!r},), or attach them anew.",
-                TdfxWarning,
-                stacklevel=3,
-            )
-
-
-def _warn_of_missing_optimizer(swaps: Sequence[Swap]) -> None:
-    trained = [swap.site for swap in swaps if any(weight.grad is not None for weight in swap.old)]
-    if trained:
-        warnings.warn(
-            f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients, {trained[0]!r} "
-            f"first: the optimizer that trains them would go on with the old weights and never see the factors. Pass "
-            f"optimizer=..., or make a new optimizer from the returned model's parameters.",
-            TdfxWarning,
-            stacklevel=3,
-        )

@@ -142,7 +142,7 @@ class Factorized(nn.Module):
         """
         given = factors or tuple(full(weight) for weight in self.weights)
         joined = self.join(*(weight.to(working_dtype(weight)) for weight in given))
-        return _like(self.kind.from_dense(joined), self.placement)
+        return formed_like(self.kind.from_dense(joined), self.placement)
 
     @torch.no_grad()
     def merged(self, weight: Tensor | None = None) -> nn.Module:
@@ -204,7 +204,9 @@ def _build_chain(
     return nn.Sequential(
         *(
             build_layer(
-                step, nn.Parameter(placed_like(_like(weight, model), model), requires_grad=model.requires_grad), own
+                step,
+                nn.Parameter(placed_like(formed_like(weight, model), model), requires_grad=model.requires_grad),
+                own,
             )
             for step, weight, own in zip(chain, weights, biases, strict=True)
         )
@@ -225,7 +227,7 @@ def _size_of_factor(factor: nn.Module, before: tuple[int, ...], wanted: tuple[in
     return [new if mine else old for mine, new, old in zip(works, wanted, before, strict=True)]
 
 
-def _like(weight: Tensor, model: Tensor) -> Tensor:
+def formed_like(weight: Tensor, model: Tensor) -> Tensor:
     """Return a new tensor of the model's dtype and device, channels last where the model's weight is.
 
     A weight on the meta device is but a shape: what comes of it has the model's device too, and no particular values.

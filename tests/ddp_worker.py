@@ -128,6 +128,46 @@ def check_adamw_is_the_single_process_run() -> None:
     compare(adamw)
 
 
+def check_masters_are_the_bits_of_the_wide_run() -> None:
+    wide = net()
+    plain = net().float()
+    model: Any = DDP(plain)
+    with torch.no_grad():
+        for parameter in wide.parameters():
+            parameter.add_(torch.full_like(parameter, 1e-10))  # digits that the model lacks
+    masters: Any = {
+        one: nn.Parameter(other.detach().clone())
+        for one, other in zip(plain.parameters(), wide.parameters(), strict=True)
+    }
+    optimizer, there = adamw(masters.values()), adamw(wide.parameters())
+
+    def push(current: Any, alone: Any, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for one, other in zip(current.module.parameters(), alone.parameters(), strict=True):
+            gradient = torch.randn(one.shape, generator=generator, dtype=torch.float64)
+            masters[one].grad, other.grad = gradient, gradient.clone()
+        optimizer.step()
+        there.step()
+
+    push(model, wide, 1)
+    wish = tdfx.plan(model, HALF)
+    small: Any = tdfx.rewrite(model, wish, optimizer=optimizer, masters=masters)
+    alone = tdfx.rewrite(wide, wish, optimizer=there)
+    push(small, alone, 2)
+    dense: Any = tdfx.merge(small, optimizer=optimizer, masters=masters)
+    alone = tdfx.merge(alone, optimizer=there)
+    push(dense, alone, 3)
+    assert isinstance(dense, DistributedDataParallel)
+    assert set(masters) == set(dense.parameters())
+    for name, one in dense.module.named_parameters():
+        assert torch.equal(masters[one], alone.get_parameter(name)), name
+    holder = nn.ParameterList(masters.values())
+    check_bits(holder, optimizer)
+    x, y = (half(one).float() for one in next(batches(5, 1)))
+    dense(x).sub(y).square().mean().backward()
+    assert all(one.grad is not None for one in dense.parameters())
+
+
 def check_different_numbers_of_threads_give_the_same_bits() -> None:
     torch.set_num_threads(1 + dist.get_rank())
     try:

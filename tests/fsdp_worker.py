@@ -489,6 +489,17 @@ def check_what_is_refused(mesh: DeviceMesh) -> None:
     assert kept["first"] is None
 
 
+def check_masters_are_fsdps_own(mesh: DeviceMesh) -> None:
+    model = sharded(net().bfloat16(), mesh)
+    masters = {one: nn.Parameter(one.detach().float()) for one in model.parameters()}
+    before = dict(masters)
+    with refused(tdfx.OptimizerError, "FSDP2 has mixed precision of its own, with float32 shards as the masters"):
+        tdfx.rewrite(model, HALF, masters=masters)
+    with refused(tdfx.OptimizerError, "Shard a float32 model with MixedPrecisionPolicy"):
+        tdfx.merge(model, masters=masters)
+    assert before.keys() == masters.keys()
+
+
 def check_gradients_of_kept_parameters_stay(mesh: DeviceMesh) -> None:
     model = sharded(mesh=mesh)
     model(X).sum().backward()

@@ -43,6 +43,7 @@ LAYERS = (
     {"checkpoint"},
     {"onnx_proof"},
     {"verify"},
+    {"along"},
     {"api"},
     {"training"},
     {"__init__"},

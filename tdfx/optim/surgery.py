@@ -129,7 +129,8 @@ def _check_homes(exchanges: Sequence[Exchange], home: dict[int, list[tuple[Optim
         raise OptimizerError(
             f"The weights of {len(missing)} sites are in none of the optimizers given, the first being {missing[0]!r}: the "
             f"optimizer belongs to another model, or trains only a part of this one. Pass the optimizer (or all of them, "
-            f"as a list) that holds this model's parameters, or keep those sites: Policy(exclude=({missing[0]!r}, ...))."
+            f"as a list) that holds this model's parameters, or keep those sites: Policy(exclude=({missing[0]!r}, ...)). If "
+            f"it holds wider copies of them, such as float32 beside half precision, pass these too: masters=."
         )
     for one in exchanges:
         shared = [parameter for parameter in one.old if len(home[id(parameter)]) > 1]
