@@ -75,8 +75,8 @@ class LowRankPenalty:
         if self._pulled and not any(id(one.weight) in held for one in self._pulled):
             raise OptimizerError(
                 f"The {type(optimizer).__name__} holds none of the {len(self._pulled)} weights of the plan: it trains "
-                f"another model, or wider copies of the parameters, which this does not know. Pass the optimizer that holds the "
-                f"model's own parameters."
+                f"another model, or wider copies of the parameters, which this does not know. Pass the optimizer that holds "
+                f"the model's own parameters."
             )
         self._fresh = True
         self.compress()
