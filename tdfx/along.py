@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from tdfx.averaging import Averaged, as_averages
+from tdfx.averaging import Averaged, averaged_of, holders_of
 from tdfx.errors import TdfxWarning
 from tdfx.optim.gradients import carry_gradients
 from tdfx.optim.masters import Masters, as_masters
-from tdfx.optim.surgery import Exchange, prepare
+from tdfx.optim.surgery import Exchange, as_optimizers, check_homes, prepare
 from tdfx.shards import own_attributes
 from tdfx.wrappers import Wrapped
 
@@ -29,13 +29,21 @@ class Along:
     masters: Masters
 
     @classmethod
-    def of(cls, wrapped: Wrapped, optimizers: tuple[Optimizer, ...], averaged: Any, masters: Any) -> Along:
+    def of(cls, wrapped: Wrapped, optimizer: Any, averaged: Any, masters: Any) -> Along:
         """Take what was passed with a model, found to belong to it."""
-        averages = as_averages(averaged, wrapped)
-        return cls(wrapped, optimizers, averages, as_masters(masters, wrapped.model, shards=wrapped.shards))
+        optimizers, holders = as_optimizers(optimizer), holders_of(averaged)
+        found = as_masters(masters, wrapped.model, shards=wrapped.shards)
+        # Before anything is done for any of them, which the processes may have to do together.
+        wrapped.check_same(
+            (len(optimizers), [type(one.module).__name__ for one in holders], len(found.pairs)),
+            "The processes pass different optimizers, averages or masters to tdfx. Pass as many, of the same, on each.",
+        )
+        return cls(wrapped, optimizers, tuple(averaged_of(one, wrapped.model) for one in holders), found)
 
-    def take(self, made: nn.Module, found: list[Exchange], *, values: bool = True, warn: bool = False) -> nn.Module:
-        """Take all along to another model; nothing that was passed is changed before everything is worked out.
+    def prepare(
+        self, made: nn.Module, found: list[Exchange], *, values: bool = True, warn: bool = False
+    ) -> Callable[[], nn.Module]:
+        """Work out all that goes along to another model; of what was passed, nothing is changed.
 
         Args:
             made: What came of the model, or of its masters.
@@ -44,25 +52,31 @@ class Along:
             warn: Whether to warn of what is left behind.
 
         Returns:
-            The other model, wrapped as the first was.
+            What changes all that was passed and returns the other model, wrapped as the first was; it cannot fail.
         """
         sides = self.masters.sides(found, self.optimizers)
         if warn:
             _warn_of_lost_attachments(sides.model)
         if warn and not self.optimizers:
             _warn_of_missing_optimizer(sides.model)
+        check_homes(self.optimizers, sides.optimizer)
+        self.wrapped.ready()
         surgery = prepare(self.optimizers, sides.optimizer)
         self.wrapped.level(surgery.tensors())
         if values:
             carry_gradients(sides.every)
         self.masters.lower(made, sides)
-        followers = [one.follow(self.wrapped.model, made, sides.model) for one in self.averages]
+        followers = [one.follow(self.wrapped.model, made, sides.model, self.wrapped.level) for one in self.averages]
         result = self.wrapped.wrap(made)
-        surgery.commit()
-        self.masters.commit()
-        for average, follower in zip(self.averages, followers, strict=True):
-            average.holder.module = follower
-        return result
+
+        def commit() -> nn.Module:
+            surgery.commit()
+            self.masters.commit()
+            for average, follower in zip(self.averages, followers, strict=True):
+                average.holder.module = follower
+            return result
+
+        return commit
 
 
 def _warn_of_lost_attachments(exchanges: Sequence[Exchange]) -> None:

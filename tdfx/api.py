@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -12,7 +13,6 @@ from torch.optim import Optimizer
 from tdfx.along import Along
 from tdfx.errors import ModelError, OptimizerError, PolicyError
 from tdfx.optim.exchanges import join_exchange, split_exchange
-from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.base import Program
 from tdfx.passes.find import Find
 from tdfx.passes.merge import Merge
@@ -58,7 +58,10 @@ def plan(
         >>> made.sites[0].scheme, made.sites[0].ranks, made.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
-    program, _ = _planned(unwrap(model), policy, example_inputs, emit)
+    wrapped = unwrap(model)
+    with wrapped.together():
+        _check_same(wrapped, policy, emit)
+        program, _ = _planned(wrapped, policy, example_inputs, emit)
     assert program.plan is not None
     return program.plan
 
@@ -117,48 +120,24 @@ def rewrite(
         OptimizerError: The optimizer does not hold the weights to be replaced, or the masters do not go with the model.
         ModelError: An average belongs to another model.
     """
-    optimizers = as_optimizers(optimizer)
-    if init not in get_args(Init):
-        raise PolicyError(
-            f"init={init!r} is not known: factors start from the 'weight', as after training, from its 'variance', for a "
-            f"model that was not trained yet, or 'empty', where values will be loaded."
-        )
-    if init == "empty" and not isinstance(policy, Plan):
-        raise PolicyError(
-            "init='empty' reads no weight, and a policy would choose ranks by them. Pass the plan in place of the policy: "
-            "tdfx.Plan.from_json, or tdfx.plan of a model that has its values."
-        )
-    if init == "empty" and optimizers and any(one.state for one in optimizers):
-        raise OptimizerError(
-            "init='empty' makes factors without values, for which the state that the optimizer has already could not be "
-            "worked out. Pass an optimizer that has taken no step, and load its state afterwards."
-        )
-    if init == "empty" and averaged is not None:
-        raise ModelError(
-            "init='empty' makes factors without values, in whose bases no average could be expressed. Load the average by "
-            "itself: rewrite the averaged copy with init='empty' too, and load its values."
-        )
-    along = Along.of(unwrap(model), optimizers, averaged, masters)
-    wrapped = along.wrapped
-    wrapped.check_same(
-        (
-            policy.to_json() if isinstance(policy, Plan) else repr(policy),
-            (emit, init, len(optimizers), len(along.averages), len(along.masters.pairs)),
-        ),
-        "The processes pass different policies, plans or settings to tdfx.rewrite. Pass the same ones on each.",
-    )
-    spectra: Spectra = {}
-    if isinstance(policy, Plan):
-        program = replace(_sites(wrapped, policy.emit), plan=wrapped.agree(policy))
-    else:
-        program, select = _planned(wrapped, policy, example_inputs, emit)
-        # Those of the model's weights are not quite those of their masters.
-        spectra = {} if along.masters else select.spectra
-    along.masters.lift(program.module)
-    step = Rewrite(spectra, init, wrapped.spread)
-    result = step(program).program.module
-    exchanges = [split_exchange(replace(one, factorized=along.masters.apart(one.factorized))) for one in step.swaps]
-    return along.take(result, exchanges, values=init != "empty", warn=True)
+    wrapped = unwrap(model)
+    with wrapped.together():
+        along = Along.of(wrapped, optimizer, averaged, masters)
+        _check_init(init, policy, along)
+        _check_same(wrapped, policy, emit, init)
+        spectra: Spectra = {}
+        if isinstance(policy, Plan):
+            program = replace(_sites(wrapped, policy.emit), plan=wrapped.agree(policy))
+        else:
+            program, select = _planned(wrapped, policy, example_inputs, emit)
+            # Those of the model's weights are not quite those of their masters.
+            spectra = {} if along.masters else select.spectra
+        along.masters.lift(program.module)
+        step = Rewrite(spectra, init, wrapped.spread)
+        result = step(program).program.module
+        exchanges = [split_exchange(replace(one, factorized=along.masters.apart(one.factorized))) for one in step.swaps]
+        commit = along.prepare(result, exchanges, values=init != "empty", warn=True)
+    return commit()
 
 
 def merge(
@@ -190,10 +169,47 @@ def merge(
         >>> list(tdfx.merge(small).state_dict()) == list(dense.state_dict())
         True
     """
-    along = Along.of(unwrap(model), as_optimizers(optimizer), averaged, masters)
-    step = Merge(along.wrapped.spread)
-    result = step(Program(module=along.masters.lifted(along.wrapped.model))).program.module
-    return along.take(result, [join_exchange(one) for one in step.joins])
+    wrapped = unwrap(model)
+    with wrapped.together():
+        along = Along.of(wrapped, optimizer, averaged, masters)
+        step = Merge(wrapped.spread)
+        result = step(Program(module=along.masters.lifted(wrapped.model))).program.module
+        commit = along.prepare(result, [join_exchange(one) for one in step.joins])
+    return commit()
+
+
+def _check_same(wrapped: Wrapped, policy: Policy | Plan | None, emit: Emit, init: Init | None = None) -> None:
+    """Raise ModelError unless all processes pass the same."""
+    said = policy.to_json() if isinstance(policy, Plan) else repr(policy)
+    # Objects that do not say what they are print their address, which differs between processes.
+    wrapped.check_same(
+        (re.sub(r" at 0x[0-9a-f]+", "", said), emit, init),
+        "The processes pass different policies, plans or settings to tdfx. Pass the same ones on each.",
+    )
+
+
+def _check_init(init: Init, policy: Policy | Plan | None, along: Along) -> None:
+    """Raise an error where factors cannot start from what was asked for."""
+    if init not in get_args(Init):
+        raise PolicyError(
+            f"init={init!r} is not known: factors start from the 'weight', as after training, from its 'variance', for a "
+            f"model that was not trained yet, or 'empty', where values will be loaded."
+        )
+    if init == "empty" and not isinstance(policy, Plan):
+        raise PolicyError(
+            "init='empty' reads no weight, and a policy would choose ranks by them. Pass the plan in place of the policy: "
+            "tdfx.Plan.from_json, or tdfx.plan of a model that has its values."
+        )
+    if init == "empty" and any(one.state for one in along.optimizers):
+        raise OptimizerError(
+            "init='empty' makes factors without values, for which the state that the optimizer has already could not be "
+            "worked out. Pass an optimizer that has taken no step, and load its state afterwards."
+        )
+    if init == "empty" and along.averages:
+        raise ModelError(
+            "init='empty' makes factors without values, in whose bases no average could be expressed. Load the average by "
+            "itself: rewrite the averaged copy with init='empty' too, and load its values."
+        )
 
 
 def _planned(wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit) -> tuple[Program, Select]:
@@ -206,7 +222,7 @@ def _planned(wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emi
         )
     program = _sites(wrapped, emit)
     if inputs is not None:
-        program = Shapes(inputs)(program).program
+        program = Shapes(inputs, wrapped.together, wrapped.ready)(program).program
     select = Select(wish, wrapped.spread, wrapped.agree)
     return select(program).program, select
 

@@ -176,7 +176,7 @@ class Factorized(nn.Module):
     @property
     def placement(self) -> nn.Parameter:
         """The factor that has the kernel: it shows the memory format, which on a pointwise one cannot be told."""
-        return max(self.weights, key=lambda weight: math.prod(weight.shape[2:]))
+        return placement_of(self.weights)
 
     def extra_repr(self) -> str:
         """Name the original, the scheme and the ranks."""
@@ -211,6 +211,11 @@ def _build_chain(
             for step, weight, own in zip(chain, weights, biases, strict=True)
         )
     )
+
+
+def placement_of(weights: Sequence[nn.Parameter]) -> nn.Parameter:
+    """Return the weight that shows where and how others like it are to lie: the one with the kernel."""
+    return max(weights, key=lambda weight: math.prod(weight.shape[2:]))
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:

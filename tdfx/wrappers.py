@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -12,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from tdfx.errors import ModelError
-from tdfx.passes.base import Agree, Spread, alone, itself
+from tdfx.passes.base import Agree, Ready, Spread, Together, alone, itself, unasked
 
 
 def _trusted(value: object, message: str) -> None:
@@ -39,6 +40,10 @@ class Wrapped:
     """Raises ModelError with a message on every process unless all have an equal value; all must call it."""
     level: Callable[[Iterable[Tensor]], None] = _left
     """Gives tensors that each process has computed the bits of the first process; all must call it."""
+    together: Together = nullcontext
+    """Makes a context in which what one process raises is raised on all; all must enter and leave it."""
+    ready: Ready = unasked
+    """Raises what another process has failed with; all must call it, before what they must do together."""
     shards: bool = False
     """True if each process holds a part of every parameter."""
 
@@ -62,8 +67,9 @@ def unwrap(model: nn.Module) -> Wrapped:
     if isinstance(model, DistributedDataParallel):
         from tdfx.distributed.ddp import Replicas  # as below
 
-        inner, replicas = unwrap(model.module), Replicas(model)
-        ranks = replicas.ranks
+        ranks = Replicas.ranks_of(model)
+        with ranks.together():
+            inner, replicas = unwrap(model.module), Replicas(model, ranks)
         return replace(
             inner,
             wrap=lambda made: replicas.wrap(inner.wrap(made)),
@@ -71,6 +77,8 @@ def unwrap(model: nn.Module) -> Wrapped:
             agree=ranks.agree,
             check_same=ranks.check_same,
             level=ranks.level,
+            together=ranks.together,
+            ready=ranks.ready,
         )
     _refuse(model)
     if any(_is_a(one, "FSDPModule") for one in model.modules()):
@@ -78,7 +86,16 @@ def unwrap(model: nn.Module) -> Wrapped:
 
         sharded = Sharded(model)
         ranks = sharded.ranks
-        return Wrapped(sharded.plain, sharded.shard, ranks.spread, ranks.agree, ranks.check_same, shards=True)
+        return Wrapped(
+            sharded.plain,
+            sharded.shard,
+            spread=ranks.spread,
+            agree=ranks.agree,
+            check_same=ranks.check_same,
+            together=ranks.together,
+            ready=ranks.ready,
+            shards=True,
+        )
     return Wrapped(model, itself)
 
 

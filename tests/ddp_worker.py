@@ -18,9 +18,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 import tdfx
+from tdfx.distributed.ranks import Ranks
 from tdfx.factors.svd import Svd
+from tdfx.passes.base import Task
 
 DDP: Any = DistributedDataParallel
 
@@ -331,6 +334,68 @@ def check_a_failure_on_one_process_is_raised_on_both_and_changes_nothing() -> No
     assert before == ([id(one) for one in optimizer.param_groups[0]["params"]], set(map(id, optimizer.state)))
     train(model, optimizer, 2)
     check_bits(model, optimizer)
+
+
+def check_what_one_process_is_refused_is_raised_on_both() -> None:
+    model: Any = DDP(net())
+    optimizer, other = sgd(model.parameters()), sgd(net().parameters())
+    average = AveragedModel(model.module)
+    train(model, optimizer, 1)
+    second = dist.get_rank() == 1
+    x = next(batches(1, 1))[0]
+    wrong = x[:, :1] if second else x
+    before = [id(one) for one in optimizer.param_groups[0]["params"]], average.module
+    for call in (tdfx.plan, tdfx.rewrite):
+        with two_processes.refused_promptly(
+            tdfx.InputError, "does not accept the example inputs (float64 (8, 1, 3, 3)"
+        ):
+            call(model, HALF, example_inputs=wrong)
+    foreign: Any = other if second else optimizer
+    with two_processes.refused_promptly(tdfx.OptimizerError, "are in none of the optimizers given"):
+        tdfx.rewrite(model, HALF, example_inputs=x, optimizer=foreign, averaged=average)
+    with two_processes.refused_promptly(tdfx.OptimizerError, "is a str, not a torch.optim.Optimizer"):
+        tdfx.rewrite(model, HALF, optimizer="sgd" if second else optimizer)  # type: ignore[arg-type]
+    with two_processes.refused_promptly(tdfx.ModelError, "averaged=Linear holds no averaged copy"):
+        tdfx.rewrite(model, HALF, optimizer=optimizer, averaged=nn.Linear(2, 2) if second else average)
+    with two_processes.refused_promptly(tdfx.PolicyError, "init='random' is not known"):
+        tdfx.rewrite(model, HALF, init="random" if second else "weight")  # type: ignore[arg-type]
+    masters = {} if second else {one: nn.Parameter(one.detach().clone()) for one in model.parameters()}
+    with refused(tdfx.ModelError, "processes pass different optimizers, averages or masters"):
+        tdfx.rewrite(model, HALF, masters=masters)
+    assert before == ([id(one) for one in optimizer.param_groups[0]["params"]], average.module)
+    small: Any = tdfx.rewrite(model, HALF, example_inputs=x, optimizer=optimizer, averaged=average)
+    with two_processes.refused_promptly(tdfx.OptimizerError, "are in none of the optimizers given"):
+        tdfx.merge(small, optimizer=foreign)
+    with refused(tdfx.ModelError, "processes pass different optimizers, averages or masters"):
+        tdfx.merge(small, optimizer=None if second else optimizer)
+    dense = tdfx.merge(small, optimizer=optimizer, averaged=average)
+    train(dense, optimizer, 2)
+    check_bits(dense, optimizer)
+    check_bits(average, optimizer)
+
+
+def check_a_wrapper_that_one_process_uses_otherwise_is_refused_on_both() -> None:
+    model: Any = DDP(net())
+    if dist.get_rank() == 0:
+        model._use_python_reducer = True
+    with two_processes.refused_promptly(tdfx.ModelError, "the Python reducer", rank=0):
+        tdfx.plan(model, HALF)
+
+
+def check_a_task_that_fails_is_told_once() -> None:
+    ranks = Ranks([dist.group.WORLD], "cpu")  # type: ignore[list-item]
+
+    def work() -> tuple[Tensor, ...]:
+        raise KeyError("only where it is done")
+
+    with refused(KeyError, "only where it is done"), ranks.together():
+        list(ranks.spread([Task(tuple, ()), Task(work, ())]))
+    with refused(tdfx.PolicyError, "because of it"), ranks.together():
+        try:
+            list(ranks.spread([Task(work, ())]))
+        except KeyError as error:
+            raise tdfx.PolicyError("because of it") from error
+    assert ranks.agree(dist.get_rank()) == 0, "nobody waits any more"
 
 
 def check_different_policies_are_refused_on_both() -> None:

@@ -6,7 +6,6 @@ comes of it gets the model's own parameters back, and rounded copies of what is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tdfx.errors import OptimizerError
-from tdfx.layers import Factorized, formed_like
+from tdfx.layers import Factorized, formed_like, placement_of
 from tdfx.optim.pairs import Pair, nowhere, unpacked
 from tdfx.optim.surgery import Exchange
 from tdfx.structure import structural_copy
@@ -147,8 +146,7 @@ class Masters:
         old = tuple(of.get(id(one), one) for one in exchange.old)
         # A parameter that is its own master stays one, and so does what comes of it.
         own = all(parameter is master for parameter, master in zip(old, exchange.old, strict=True))
-        placement = max(old, key=lambda weight: math.prod(weight.shape[2:]))
-        new = exchange.new if own else tuple(_rounded(one, placement) for one in exchange.new)
+        new = exchange.new if own else tuple(_rounded(one, placement_of(old)) for one in exchange.new)
         if all(id(one) in of for one in exchange.old):
             self._new |= {id(one): [] for one in old}
             self._new[id(old[0])] = list(zip(new, exchange.new, strict=True))

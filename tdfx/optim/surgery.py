@@ -98,8 +98,8 @@ def prepare(optimizers: Sequence[Optimizer], exchanges: Iterable[Exchange]) -> S
     pending = list(exchanges)
     if not optimizers:
         return surgery
+    check_homes(optimizers, pending)
     home = _homes(optimizers)
-    _check_homes(pending, home)
     for optimizer in optimizers:
         mine = [exchange for exchange in pending if home[id(exchange.old[0])][0][0] is optimizer]
         for group in optimizer.param_groups:
@@ -123,7 +123,11 @@ def _homes(optimizers: Sequence[Optimizer]) -> dict[int, list[tuple[Optimizer, i
     return home
 
 
-def _check_homes(exchanges: Sequence[Exchange], home: dict[int, list[tuple[Optimizer, int]]]) -> None:
+def check_homes(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> None:
+    """Raise OptimizerError unless every parameter to be replaced has one place in the optimizers, where there are any."""
+    if not optimizers:
+        return
+    home = _homes(optimizers)
     missing = [one.site for one in exchanges if any(id(parameter) not in home for parameter in one.old)]
     if missing:
         raise OptimizerError(
