@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from tdfx.compiled import Compiled, again_of, compile_in_place, is_wrapped, wrapped_again
 from tdfx.errors import ModelError
 from tdfx.passes.base import Agree, Ready, Spread, Together, alone, itself, unasked
 
@@ -61,18 +62,24 @@ def unwrap(model: nn.Module) -> Wrapped:
             "A CUDA graph is being captured, and what a rewrite computes must not be replayed with every step. Do it before "
             "the capture, and capture graphs of the old model anew afterwards: they hold on to its weights."
         )
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        inner = unwrap(model._orig_mod)
-        return replace(inner, wrap=lambda made: cast("nn.Module", model.dynamo_ctx(inner.wrap(made))))
+    if is_wrapped(model):
+        inner = unwrap(cast("nn.Module", model._orig_mod))
+        return replace(inner, wrap=lambda made: wrapped_again(model, inner.wrap(made)))
     if isinstance(model, DistributedDataParallel):
         from tdfx.distributed.ddp import Replicas  # as below
 
         ranks = Replicas.ranks_of(model)
         with ranks.together():
-            inner, replicas = unwrap(model.module), Replicas(model, ranks)
+            inner, replicas, again = unwrap(model.module), Replicas(model, ranks), again_of(model)
+
+        def wrap(made: nn.Module) -> nn.Module:
+            found = replicas.wrap(inner.wrap(made))
+            compile_in_place(found, again)
+            return found
+
         return replace(
             inner,
-            wrap=lambda made: replicas.wrap(inner.wrap(made)),
+            wrap=wrap,
             spread=ranks.spread,
             agree=ranks.agree,
             check_same=ranks.check_same,
@@ -81,14 +88,21 @@ def unwrap(model: nn.Module) -> Wrapped:
             ready=ranks.ready,
         )
     _refuse(model)
+    compiled = Compiled.of(model)
     if any(_is_a(one, "FSDPModule") for one in model.modules()):
+        if compiled.wrapped:
+            raise ModelError(
+                f"Its part {min(compiled.wrapped)!r} is wrapped by torch.compile, around or inside of which fully_shard was "
+                f"called, so it cannot be taken out of both. Compile the part in place, part.compile(), or compile "
+                f"the model as a whole."
+            )
         from tdfx.distributed.fsdp import Sharded  # it takes longer to import than all of tdfx
 
         sharded = Sharded(model)
         ranks = sharded.ranks
         return Wrapped(
             sharded.plain,
-            sharded.shard,
+            lambda made: compiled.again(sharded.shard(made)),
             spread=ranks.spread,
             agree=ranks.agree,
             check_same=ranks.check_same,
@@ -96,7 +110,7 @@ def unwrap(model: nn.Module) -> Wrapped:
             ready=ranks.ready,
             shards=True,
         )
-    return Wrapped(model, itself)
+    return Wrapped(compiled.plain(model), compiled.again)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -112,12 +126,6 @@ def _refuse(model: nn.Module) -> None:
         raise ModelError(
             f"{where} is wrapped in FullyShardedDataParallel, which keeps the weights as slices of one flat parameter. "
             f"Shard it with torch.distributed.fsdp.fully_shard instead, or rewrite the model before it is wrapped."
-        )
-    compiled = [name for name, one in model.named_modules() if isinstance(one, torch._dynamo.OptimizedModule)]
-    if compiled:
-        raise ModelError(
-            f"Its part {compiled[0]!r} is wrapped by torch.compile, which holds on to the code it compiled. Rewrite the "
-            f"model before its parts are compiled, or compile it as a whole."
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("The model is TorchScript, which cannot be rewritten. Pass the module it was made from.")

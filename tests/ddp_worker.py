@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 import tdfx
 from tdfx.distributed.ranks import Ranks
 from tdfx.factors.svd import Svd
+from tdfx.layers import Factorized
 from tdfx.passes.base import Task
 
 DDP: Any = DistributedDataParallel
@@ -427,6 +428,34 @@ def check_compiled_inside_and_outside() -> None:
         assert type(inner) is type(wrapped._orig_mod if hasattr(wrapped, "_orig_mod") else wrapped.module)
         small(x).sum().backward()
         assert all(one.grad is not None for one in small.parameters())
+
+
+def check_compiled_in_place() -> None:
+    x = half(next(batches(1, 1))[0])
+    count = [0]
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        count[0] += 1
+        return graph.forward
+
+    model: Any = DDP(net())
+    model.compile(backend=backend)
+    small: Any = tdfx.rewrite(model, HALF)
+    model.module = nn.Identity()  # whoever called the former wrapper's code would see it
+    small(x).sum().backward()
+    assert count[0] > 0
+    assert all(one.grad is not None for one in small.parameters())
+    inner = net()
+    inner[3].compile(backend=backend)
+    inner[5] = torch.compile(inner[5], backend=backend)
+    parts: Any = tdfx.rewrite(DDP(inner), HALF)
+    assert isinstance(parts, DistributedDataParallel)
+    count[0] = 0
+    parts(x).sum().backward()
+    assert count[0] == 2
+    assert isinstance(parts.module[3], Factorized)
+    assert isinstance(parts.module[5], torch._dynamo.OptimizedModule)
+    assert list(tdfx.merge(parts).state_dict()) == list(DDP(inner).state_dict())
 
 
 CHECKS: dict[str, Callable[..., None]] = {

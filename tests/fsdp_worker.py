@@ -942,6 +942,42 @@ def check_a_compiled_model_is_compiled_again(mesh: DeviceMesh) -> None:
     assert far(run(sharded(mesh=mesh), True), run(net(), False)) < ROUNDING
 
 
+def check_blocks_that_are_compiled_in_place_are_so_again(mesh: DeviceMesh) -> None:
+    count = [0]
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        count[0] += 1
+        return graph.forward
+
+    def run(model: Any, parts: bool) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        for block in model.blocks:
+            block.compile(backend=backend)
+        if parts:
+            model = sharded(model, mesh)
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        train(model, optimizer, 1, parts=parts)
+        small: Any = tdfx.rewrite(model, HALF, example_inputs=X, optimizer=optimizer, emit="modules")
+        before, count[0] = count[0], 0
+        assert before > 0
+        train(small, optimizer, 2, parts=parts)
+        assert count[0] > 0
+        assert all(block.__dict__["_compiled_call_impl"] is not None for block in small.blocks)
+        return values(small)
+
+    assert far(run(net(), True), run(net(), False)) < ROUNDING
+
+
+def check_wrapped_parts_in_shards_are_spoken_of(mesh: DeviceMesh) -> None:
+    model = net()
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    fully_shard(model, mesh=mesh)
+    with refused(
+        tdfx.ModelError, "Its part 'blocks.0' is wrapped by torch.compile, around or inside of which fully_shard"
+    ):
+        tdfx.rewrite(model, HALF)
+
+
 def check_decay_and_penalty_go_on(mesh: DeviceMesh) -> None:
     def run(model: nn.Module, parts: bool) -> dict[str, Tensor]:
         optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)

@@ -38,6 +38,7 @@ LAYERS = (
     {"passes"},
     {"optim"},
     {"distributed"},
+    {"compiled"},
     {"wrappers"},
     {"averaging"},
     {"checkpoint"},

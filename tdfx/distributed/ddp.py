@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.distributed.ranks import Ranks
 from tdfx.errors import ModelError
-from tdfx.structure import HOOKS
+from tdfx.structure import COMPILED, HOOKS
 
 _HOOKS = (
     *HOOKS,
@@ -20,7 +20,7 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_OWN = ("reducer", "logger", "process_group", "device_mesh")
+_OWN = ("reducer", "logger", "process_group", "device_mesh", COMPILED)
 """What belongs to one wrapper alone, or must not be copied."""
 
 
