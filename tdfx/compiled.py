@@ -49,9 +49,13 @@ class Compiled:
             return model
         made = structural_copy(model)
         put_in_place(made, {one: _inner(one) for one in made.modules() if is_wrapped(one)})
-        for path, again in (self.in_place | {path: _settings(one) for path, one in self.wrapped.items()}).items():
-            compile_in_place(made.get_submodule(path), again)
+        self.mark(made)
         return made
+
+    def mark(self, copy: nn.Module) -> None:
+        """Compile in place what is compiled in the model of which this is a plain copy, so that it is seen there too."""
+        for path, again in (self.in_place | {path: _settings(one) for path, one in self.wrapped.items()}).items():
+            compile_in_place(copy.get_submodule(path), again)
 
     def again(self, made: nn.Module) -> nn.Module:
         """Compile the parts of another model as those of this one are, in place of what they are; and return it."""
@@ -65,9 +69,10 @@ class Compiled:
             if path in modules:
                 owner, _, name = path.rpartition(".")
                 inside = modules[path]
-                if id(inside) not in done:
-                    done[id(inside)] = wrapped_again(self.wrapped[path], inside)
-                modules[owner]._modules[name] = done[id(inside)]
+                wrapper = self.wrapped[path]
+                if id(wrapper) not in done:
+                    done[id(wrapper)] = wrapped_again(wrapper, inside)
+                modules[owner]._modules[name] = done[id(wrapper)]
         return made
 
 

@@ -269,6 +269,7 @@ def test_a_block_that_is_held_twice_stays_one() -> None:
             self.block = Block()
             self.fast = torch.compile(self.block, backend="eager")
             self.also = self.fast
+            self.other = torch.compile(self.block, backend="aot_eager")
             self.order = [self.block, self.fast]
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -278,6 +279,9 @@ def test_a_block_that_is_held_twice_stays_one() -> None:
     policy = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1, include=("block.*",))
     small: Any = tdfx.rewrite(model, policy)
     assert small.fast is small.also
+    assert small.other is not small.fast
+    assert small.other.dynamo_ctx is model.other.dynamo_ctx
+    assert small.other._orig_mod is small.block
     assert small.fast._orig_mod is small.block
     assert isinstance(small.block.up, tdfx.Factorized)
     assert torch.allclose(small(X), model(X), atol=1e-5)
@@ -296,11 +300,13 @@ def test_saving_and_loading_know_nothing_of_it(tmp_path: Path) -> None:
     tdfx.save(small, tmp_path / "run.tdfx", optimizer=optimizer)
     again = tdfx.load(tmp_path / "run.tdfx", Blocks())
     assert torch.allclose(again(X), small(X), atol=1e-6)
+    backend = Counting()
     fresh = Blocks()
-    fresh.blocks[0].compile(backend="eager")
+    fresh.blocks[0].compile(backend=backend)
     other: Any = tdfx.load(tmp_path / "run.tdfx", fresh)
     assert code_of(other.blocks[0]) is not None
     assert torch.allclose(other(X), small(X), atol=1e-6)
+    assert backend.count == 1, "the loaded graph calls the block, and so its code"
     assert not any("_orig_mod" in name for name in average.module.state_dict())
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from tdfx.checkpoint.groups import Refill, filled_masters, refill
 from tdfx.checkpoint.record import Record, checked, dense_names, read, tied
+from tdfx.compiled import Compiled
 from tdfx.errors import CheckpointError, TdfxError, nearest
 from tdfx.optim.masters import as_masters
 from tdfx.optim.surgery import as_optimizers
@@ -92,6 +93,7 @@ def load(
 def _own_parameters(model: nn.Module) -> nn.Module:
     """Return a copy with parameters of its own over the same memory, all of which a rewrite may replace."""
     body = structural_copy(model)
+    Compiled.of(model).mark(body)
 
     def own(one: Tensor) -> Tensor:
         if type(one) is not nn.Parameter:
