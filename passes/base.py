@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -42,9 +43,20 @@ Agree = Callable[[Any], Any]
 """From a value that each process has to that of the first one; all must call it."""
 
 
+Together = Callable[[], AbstractContextManager[None]]
+"""Makes a context in which what one of the processes raises is raised on all; all must enter and leave it."""
+
+Ready = Callable[[], None]
+"""Raises what another process has failed with; all must call it, before what they must do together."""
+
+
 def itself(value: Any) -> Any:
     """Return a value as the only process has it."""
     return value
+
+
+def unasked() -> None:
+    """Ask no other process, where there is none."""
 
 
 def alone(tasks: Sequence[Task]) -> Iterable[tuple[Tensor, ...]]:

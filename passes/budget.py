@@ -75,8 +75,8 @@ class BudgetSolver:
             PolicyError: The budget cannot be kept, or needs what is not known.
         """
         names = list(self.budget.limits)
-        if self._measures and self.budget.is_of_time:
-            self._measure_knots()
+        if self._measures and (self.budget.is_of_time or self.policy.min_gain > 0):
+            self.times.prepare(Wanted(self.policy.cost, one.site, self._knots(one)) for one in self.candidates)
         chosen: list[Option | None] = []
         for _ in range(_ROUNDS):
             curves = {one.site.name: _Curve(self, one) for one in self.candidates}
@@ -94,9 +94,6 @@ class BudgetSolver:
     @property
     def _measures(self) -> bool:
         return isinstance(self.policy.cost, MeasuringCost) and any(one.site.flows for one in self.candidates)
-
-    def _measure_knots(self) -> None:
-        self.times.prepare(Wanted(self.policy.cost, one.site, self._knots(one)) for one in self.candidates)
 
     def _knots(self, one: Candidates) -> tuple[Chain, ...]:
         """Return of each scheme the fastest, the slowest and something between, among options that may be worth it."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from tdfx.structure import MODULE_STATE
+from tdfx.structure import COMPILED, MODULE_STATE
 
 
 class FactorizedGraphModule(fx.GraphModule):
@@ -87,7 +87,9 @@ class FactorizedGraphModule(fx.GraphModule):
         """Return an instance of the original class with this module's children, parameters, attributes and mode."""
         own = self.__dict__["_graph_state"] | {"_graph_state", "_body_class"}
         module: nn.Module = object.__new__(self.__dict__["_body_class"])
-        module.__dict__.update({key: value for key, value in self.__dict__.items() if key not in own})
+        # Code from compile() is for this module alone.
+        kept = {key: value for key, value in self.__dict__.items() if key not in own and key != COMPILED}
+        module.__dict__.update(kept)
         return module
 
     def __copy__(self) -> FactorizedGraphModule:

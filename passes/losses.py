@@ -14,6 +14,9 @@ from tdfx.passes.base import Program, Site
 from tdfx.passes.observe import Inputs, observe
 from tdfx.passes.options import Loss
 
+SecondMoment = Callable[[nn.Parameter], Tensor | None]
+"""Returns the second moments of a parameter's gradient, of its shape; None where no optimizer keeps any."""
+
 _MOST_VALUES = 2**21
 """Values of each site's input that are kept for the outputs' error: whole samples, as many as fit, at least one."""
 
@@ -61,7 +64,7 @@ def _power(weight: Tensor, inputs: Sequence[tuple[Operation, Tensor]]) -> float:
     return total
 
 
-def curvature_losses(program: Program, second: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Loss]:
+def curvature_losses(program: Program, second: SecondMoment) -> dict[str, Loss]:
     """Return for each site the squares of its weight's errors, each times the second moment of its gradient.
 
     The second moments that Adam keeps are the diagonal of the empirical Fisher matrix, and half of this sum is the second
@@ -69,7 +72,7 @@ def curvature_losses(program: Program, second: Callable[[nn.Parameter], Tensor |
 
     Args:
         program: With the sites.
-        second: Returns the second moments of a parameter's gradient, of its shape; None where the optimizer keeps none.
+        second: Reads the optimizer's state.
 
     Raises:
         InputError: There is a site without.

@@ -19,6 +19,7 @@ from tdfx.kinds.functional import Call, parse_call
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers import Factorized
 from tdfx.parameters import FactorizedParameter
+from tdfx.passes.base import Ready, unasked
 from tdfx.passes.guard import ParameterGuard, WritesParameterError, custom_functions
 from tdfx.passes.tracer import throwaway, with_own_parameters
 from tdfx.passes.uses import METADATA_FUNCTIONS
@@ -83,7 +84,15 @@ class Observed:
 
 
 @torch.no_grad()
-def observe(module: nn.Module, inputs: Inputs, *, training: bool, shards: bool = False, keep: int = 0) -> Observed:
+def observe(
+    module: nn.Module,
+    inputs: Inputs,
+    *,
+    training: bool,
+    shards: bool = False,
+    ready: Ready = unasked,
+    keep: int = 0,
+) -> Observed:
     """Run a throwaway copy of a module once, and return what it did.
 
     Args:
@@ -92,9 +101,10 @@ def observe(module: nn.Module, inputs: Inputs, *, training: bool, shards: bool =
         training: The mode to run it in.
         shards: Whether its parameters are in shards; every process that holds some must then call this.
         keep: About how many values of each input to keep, in whole samples and at least one; 0 for none.
+        ready: What to call before values of shards are gathered.
     """
     copy = throwaway(module, mode=training)
-    with Whole() if shards else nullcontext():
+    with Whole(ready) if shards else nullcontext():
         try:
             return _run(copy, inputs, {}, keep)
         except WritesParameterError:

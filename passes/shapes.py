@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from tdfx.cost.count import Flow
-from tdfx.errors import InputError
+from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers import Factorized
-from tdfx.passes.base import Change, Pass, PassResult, Program, Site, Slot
+from tdfx.passes.base import Change, Pass, PassResult, Program, Ready, Site, Slot, Together, unasked
 from tdfx.passes.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.obstacles import layers_inside_leaves, obstacle
 from tdfx.passes.uses import Uses, uses_of
@@ -29,13 +30,17 @@ class Shapes(Pass):
 
     name = "shapes"
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, together: Together = nullcontext, ready: Ready = unasked) -> None:
         self.inputs = inputs
+        self.together = together
+        self.ready = ready
 
     def run(self, program: Program) -> PassResult:
         """Attach the flows to the sites."""
         try:
-            seen = observe(program.module, self.inputs, training=False, shards=program.shards)
+            seen = observe(program.module, self.inputs, training=False, shards=program.shards, ready=self.ready)
+        except TdfxError:  # another process has failed
+            raise
         except Exception as error:  # whatever the model raises, it is about these inputs
             raise InputError(
                 f"{type(program.module).__name__} does not accept the example inputs {_describe(self.inputs)}: "
@@ -43,10 +48,38 @@ class Shapes(Pass):
                 f"forward takes, or leave them out to plan without shapes."
             ) from error
         uses = uses_of(program)
-        sites = _with_functional(program, self.inputs, seen, uses)
+        sites = self._with_functional(program, seen, uses)
         sites = [_with_flows(site, seen, id(site.layer) in uses.traced and bool(site.nodes)) for site in sites]
         changes = tuple(Change(site.name, "shape known") for site in sites if site.flows)
         return PassResult(replace(program, sites=tuple(sites)), changes)
+
+    def _with_functional(self, program: Program, seen: Observed, uses: Uses) -> list[Site]:
+        """Return the sites with those that only the run showed to be functional calls."""
+        inside = layers_inside_leaves(program.module)
+        slots = [
+            slot
+            for slot in _slots(program.module)
+            if id(_parameter(program.module, slot)) in seen.functional
+            and id(_parameter(program.module, slot)) not in uses.functional
+            and id(program.module.get_submodule(slot.owner)) not in inside
+        ]
+        if not slots:
+            return list(program.sites)
+        try:
+            # In shards all run the same; whole models may take other ways, each on inputs of its own.
+            with self.together() if program.shards else nullcontext():
+                run = observe(program.module, self.inputs, training=True, shards=program.shards, ready=self.ready)
+            reads = seen.reads | run.reads
+        except Exception as error:  # in train mode a model may want targets too, or larger batches
+            reads, unknown = (
+                seen.reads,
+                f"in train mode the model does not run on the example inputs: {type(error).__name__}",
+            )
+        else:
+            unknown = ""
+        made = {site.name: site for slot in slots for site in _site(program.module, slot, seen, uses, reads, unknown)}
+        sites = [made.pop(site.name, site) for site in program.sites]
+        return _in_order(program.module, [*sites, *made.values()])
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """No site is lost, none is listed twice, and those that were found stay in their order."""
@@ -54,32 +87,6 @@ class Shapes(Pass):
         now = [site.name for site in result.program.sites]
         self.check([name for name in now if name in set(found)] == found, "the sites that were found are still there")
         self.check(len(now) == len(set(now)), "every site is listed once")
-
-
-def _with_functional(program: Program, inputs: Inputs, seen: Observed, uses: Uses) -> list[Site]:
-    """Return the sites with those that only the run showed to be functional calls."""
-    inside = layers_inside_leaves(program.module)
-    slots = [
-        slot
-        for slot in _slots(program.module)
-        if id(_parameter(program.module, slot)) in seen.functional
-        and id(_parameter(program.module, slot)) not in uses.functional
-        and id(program.module.get_submodule(slot.owner)) not in inside
-    ]
-    if not slots:
-        return list(program.sites)
-    try:
-        reads = seen.reads | observe(program.module, inputs, training=True, shards=program.shards).reads
-    except Exception as error:  # in train mode a model may want targets too, or larger batches
-        reads, unknown = (
-            seen.reads,
-            f"in train mode the model does not run on the example inputs: {type(error).__name__}",
-        )
-    else:
-        unknown = ""
-    made = {site.name: site for slot in slots for site in _site(program.module, slot, seen, uses, reads, unknown)}
-    sites = [made.pop(site.name, site) for site in program.sites]
-    return _in_order(program.module, [*sites, *made.values()])
 
 
 def _site(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tdfx.passes.guard import (
 )
 from tdfx.passes.modes import unify
 from tdfx.passes.tracer import SiteTracer, is_site_or_leaf, throwaway, without_hooks
-from tdfx.structure import structural_copy
+from tdfx.structure import COMPILED, structural_copy
 
 _TORCH = Path(torch.__file__).parent
 _REFUSALS = (WritesParameterError, CustomFunctionError)
@@ -41,7 +42,7 @@ class Trace(Pass):
         """Trace the root, and where that fails its children, down to single layers."""
         module = structural_copy(program.module)
         whole: dict[type[nn.Module], str] = {}
-        attempts = dict(_attempts(module, "", whole))
+        attempts = dict(_attempts(module, "", whole, _compiled(program.module, module)))
         graphs = {
             path: Traced(attempt.graphs, attempt.doubt, frozenset(attempt.blocks))
             for path, attempt in attempts.items()
@@ -78,14 +79,17 @@ class Attempt:
     """Path of a module inside it that the graph calls as it is -> why."""
 
 
-def attempt_trace(module: nn.Module, whole: dict[type[nn.Module], str]) -> Attempt:
+def attempt_trace(module: nn.Module, whole: dict[type[nn.Module], str], compiled: Collection[int] = ()) -> Attempt:
     """Trace a module in both modes, and keep those of its blocks whole for which the graph could not stand.
 
     Args:
         module: It is left as it was.
         whole: Class -> why modules of this class are kept whole; what is learned is added.
+        compiled: The modules, by identity, that are compiled by themselves.
     """
     blocks = {path: why for path, one in _blocks(module) if (why := doubt_of_block(one))}
+    # A graph that computed what is in them would leave their code uncalled.
+    blocks |= {path: "it is compiled by itself" for path, one in _blocks(module) if id(one) in compiled}
     while True:
         once = [_Run(module, training, whole, blocks) for training in (True, False)]
         lesson = next(filter(None, (run.lesson() for run in once)), None) or _lesson_of_modes(*once)
@@ -194,25 +198,33 @@ def _way_around(once: list[_Run], kept: dict[str, nn.Module]) -> str:
     return ""
 
 
+def _compiled(model: nn.Module, copy: nn.Module) -> frozenset[int]:
+    """Return the modules of a copy, by identity, that are compiled by themselves in the model."""
+    both = zip(model.modules(), copy.modules(), strict=True)
+    return frozenset(id(twin) for one, twin in both if one.__dict__.get(COMPILED) is not None)
+
+
 def _blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the modules inside one that a graph would look into."""
     return [(path, one) for path, one in module.named_modules() if path and not is_site_or_leaf(one)]
 
 
-def _attempts(module: nn.Module, path: str, whole: dict[type[nn.Module], str]) -> list[tuple[str, Attempt]]:
+def _attempts(
+    module: nn.Module, path: str, whole: dict[type[nn.Module], str], compiled: Collection[int]
+) -> list[tuple[str, Attempt]]:
     """Return the attempt at a module, and those at what its graph does not show."""
     if is_site_or_leaf(module):
         return []
     attempt = Attempt()
     below = [name for name, _ in module.named_children()]
     if type(module).forward is not nn.Module.forward or "forward" in module.__dict__:
-        attempt = attempt_trace(module, whole)
+        attempt = attempt_trace(module, whole, compiled)
         if attempt.graphs:
             below = list(attempt.blocks)
     inner = [
         found
         for name in below
-        for found in _attempts(module.get_submodule(name), f"{path}.{name}" if path else name, whole)
+        for found in _attempts(module.get_submodule(name), f"{path}.{name}" if path else name, whole, compiled)
     ]
     return [(path, attempt), *inner]
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map_only
 
 from tdfx.parameters import FactorizedParameter
+from tdfx.passes.base import Ready, unasked
 from tdfx.passes.uses import METADATA_FUNCTIONS
 from tdfx.shards import full, is_sharded
 
@@ -19,7 +20,14 @@ class Whole(TorchFunctionMode):
 
     So no process ever has more of the model than the weights of one function. The processes that hold the shards must run
     the same module, on inputs of the same shapes, under this.
+
+    Args:
+        ready: What to call before values are gathered, so that nobody waits for a process whose run has failed.
     """
+
+    def __init__(self, ready: Ready = unasked) -> None:
+        super().__init__()
+        self.ready = ready
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -30,6 +38,8 @@ class Whole(TorchFunctionMode):
         if tree_any(lambda one: isinstance(one, FactorizedParameter), (args, named)):
             with self:  # it calls functions with weights of its own
                 return FactorizedParameter.__torch_function__(func, types, args, named)
+        if tree_any(is_sharded, (args, named)):
+            self.ready()
         args, named = tree_map_only(Tensor, _values, (args, named))
         return func(*args, **named)
 

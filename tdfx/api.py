@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,28 +11,27 @@ from typing import Any, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from tdfx.averaging import as_averages
+from tdfx.along import Along
 from tdfx.cost.modelled import MeasuringCost
-from tdfx.errors import ModelError, OptimizerError, PolicyError, TdfxWarning
+from tdfx.errors import ModelError, OptimizerError, PolicyError
 from tdfx.optim.exchanges import join_exchange, split_exchange
-from tdfx.optim.gradients import carry_gradients
 from tdfx.optim.states import second_moment
-from tdfx.optim.surgery import as_optimizers, prepare
+from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.base import Program
 from tdfx.passes.clock import Clock
 from tdfx.passes.find import Find
-from tdfx.passes.losses import curvature_losses, output_losses
+from tdfx.passes.losses import SecondMoment, curvature_losses, output_losses
 from tdfx.passes.merge import Merge
 from tdfx.passes.observe import Inputs
 from tdfx.passes.options import Loss
-from tdfx.passes.rewrite import Init, Rewrite, Swap
+from tdfx.passes.rewrite import Init, Rewrite
 from tdfx.passes.select import Select
 from tdfx.passes.shapes import Shapes
 from tdfx.passes.trace import Trace
+from tdfx.passes.weights import Spectra
 from tdfx.plan import Emit, Plan
 from tdfx.policy import Policy
 from tdfx.ranks.budget import Budget
-from tdfx.shards import own_attributes
 from tdfx.wrappers import Wrapped, unwrap
 
 
@@ -69,7 +68,10 @@ def plan(
         >>> made.sites[0].scheme, made.sites[0].ranks, made.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
-    program, _ = _planned(unwrap(model), policy, example_inputs, as_optimizers(optimizer), emit)
+    wrapped = unwrap(model)
+    with wrapped.together():
+        _check_same(wrapped, policy, emit)
+        program, _ = _planned(wrapped, policy, example_inputs, emit, partial(second_moment, as_optimizers(optimizer)))
     assert program.plan is not None
     return program.plan
 
@@ -81,6 +83,7 @@ def rewrite(
     example_inputs: Inputs | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     averaged: Any = None,
+    masters: Any = None,
     emit: Emit = "graph",
     init: Init = "weight",
 ) -> nn.Module:
@@ -103,6 +106,12 @@ def rewrite(
         averaged: An average of the model that is kept beside it, as ``torch.optim.swa_utils.AveragedModel`` or anything
             else that holds the averaged copy as ``module``, or a list of them. Afterwards it holds one of the returned
             model, in the model's own bases, so that it can go on being updated.
+        masters: Where the optimizer trains wider copies of the model's parameters, float32 beside bfloat16 or float16 say:
+            a dict from each parameter to its master, a list of such pairs, or two lists side by side, parameters first. It
+            is brought up to date in place: entries of weights that were factorized go, those of the factors take their
+            place, and all others stay the same objects. It is the masters that are decomposed; the optimizer holds the
+            factors' masters, and the model their rounded values. Ranks are chosen by the model's own weights, as ``plan``
+            shows them. A parameter that the optimizer holds itself needs no master.
         emit: ``"graph"`` for a ``GraphModule`` where the model allows it, ``"modules"`` for the model's own class. A plan
             that is passed in says this itself.
         init: What the factors start from. ``"weight"``: the nearest to the trained weight. ``"variance"``, for a model that
@@ -118,10 +127,79 @@ def rewrite(
     Raises:
         ModelError, PolicyError, InputError, WeightError: As for ``plan``.
         PlanError: The plan was made for another model.
-        OptimizerError: The optimizer does not hold the weights to be replaced.
+        OptimizerError: The optimizer does not hold the weights to be replaced, or the masters do not go with the model.
         ModelError: An average belongs to another model.
     """
-    optimizers = as_optimizers(optimizer)
+    wrapped = unwrap(model)
+    with wrapped.together():
+        along = Along.of(wrapped, optimizer, averaged, masters)
+        _check_init(init, policy, along)
+        _check_same(wrapped, policy, emit, init)
+        spectra: Spectra = {}
+        if isinstance(policy, Plan):
+            program = replace(_sites(wrapped, policy.emit), plan=wrapped.agree(policy))
+        else:
+            program, select = _planned(wrapped, policy, example_inputs, emit, along.second_moment)
+            # Those of the model's weights are not quite those of their masters.
+            spectra = {} if along.masters else select.spectra
+        along.masters.lift(program.module)
+        step = Rewrite(spectra, init, wrapped.spread)
+        result = step(program).program.module
+        exchanges = [split_exchange(replace(one, factorized=along.masters.apart(one.factorized))) for one in step.swaps]
+        commit = along.prepare(result, exchanges, values=init != "empty", warn=True)
+    return commit()
+
+
+def merge(
+    model: nn.Module,
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    averaged: Any = None,
+    masters: Any = None,
+) -> nn.Module:
+    """Return the original architecture with the factors multiplied out: same class, same state_dict keys.
+
+    The factorized model is left as it was, and shares with the result every parameter that is not a factor.
+
+    Args:
+        model: What ``rewrite`` returned, trained further or not.
+        optimizer: The optimizer that trains it, if training goes on; it then holds the merged model's parameters.
+        averaged: An average of the model, as for ``rewrite``; it is merged too, from its own factors.
+        masters: Wider copies of the parameters that the optimizer trains, as for ``rewrite``; they are joined, and the
+            model gets the rounded result.
+
+    Raises:
+        MergeError: The model did not come from ``rewrite``.
+        OptimizerError: The optimizer does not hold the factors, or the masters do not go with the model.
+
+    Example:
+        >>> import tdfx, torch
+        >>> dense = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        >>> small = tdfx.rewrite(dense, tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
+        >>> list(tdfx.merge(small).state_dict()) == list(dense.state_dict())
+        True
+    """
+    wrapped = unwrap(model)
+    with wrapped.together():
+        along = Along.of(wrapped, optimizer, averaged, masters)
+        step = Merge(wrapped.spread)
+        result = step(Program(module=along.masters.lifted(wrapped.model))).program.module
+        commit = along.prepare(result, [join_exchange(one) for one in step.joins])
+    return commit()
+
+
+def _check_same(wrapped: Wrapped, policy: Policy | Plan | None, emit: Emit, init: Init | None = None) -> None:
+    """Raise ModelError unless all processes pass the same."""
+    said = policy.to_json() if isinstance(policy, Plan) else repr(policy)
+    # Objects that do not say what they are print their address, which differs between processes.
+    wrapped.check_same(
+        (re.sub(r" at 0x[0-9a-f]+", "", said), emit, init),
+        "The processes pass different policies, plans or settings to tdfx. Pass the same ones on each.",
+    )
+
+
+def _check_init(init: Init, policy: Policy | Plan | None, along: Along) -> None:
+    """Raise an error where factors cannot start from what was asked for."""
     if init not in get_args(Init):
         raise PolicyError(
             f"init={init!r} is not known: factors start from the 'weight', as after training, from its 'variance', for a "
@@ -132,87 +210,20 @@ def rewrite(
             "init='empty' reads no weight, and a policy would choose ranks by them. Pass the plan in place of the policy: "
             "tdfx.Plan.from_json, or tdfx.plan of a model that has its values."
         )
-    if init == "empty" and optimizers and any(one.state for one in optimizers):
+    if init == "empty" and any(one.state for one in along.optimizers):
         raise OptimizerError(
             "init='empty' makes factors without values, for which the state that the optimizer has already could not be "
             "worked out. Pass an optimizer that has taken no step, and load its state afterwards."
         )
-    if init == "empty" and averaged is not None:
+    if init == "empty" and along.averages:
         raise ModelError(
             "init='empty' makes factors without values, in whose bases no average could be expressed. Load the average by "
             "itself: rewrite the averaged copy with init='empty' too, and load its values."
         )
-    wrapped = unwrap(model)
-    averages = as_averages(averaged, wrapped)
-    wrapped.check_same(
-        (policy.to_json() if isinstance(policy, Plan) else repr(policy), emit, init, len(optimizers)),
-        "The processes pass different policies, plans or settings to tdfx.rewrite. Pass the same ones on each.",
-    )
-    if isinstance(policy, Plan):
-        step = Rewrite(init=init, spread=wrapped.spread)
-        program = replace(_sites(wrapped, policy.emit), plan=wrapped.agree(policy))
-    else:
-        program, select = _planned(wrapped, policy, example_inputs, optimizers, emit)
-        step = Rewrite(select.spectra, init, wrapped.spread)
-    result = step(program).program.module
-    _warn_of_lost_attachments(step.swaps)
-    if not optimizers:
-        _warn_of_missing_optimizer(step.swaps)
-    exchanges = [split_exchange(swap) for swap in step.swaps]
-    surgery = prepare(optimizers, exchanges)
-    wrapped.level(surgery.tensors())
-    if init != "empty":
-        carry_gradients(exchanges)
-    followers = [one.follow(wrapped.model, result, exchanges) for one in averages]
-    made = wrapped.wrap(result)
-    surgery.commit()
-    for average, follower in zip(averages, followers, strict=True):
-        average.holder.module = follower
-    return made
-
-
-def merge(
-    model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None = None, averaged: Any = None
-) -> nn.Module:
-    """Return the original architecture with the factors multiplied out: same class, same state_dict keys.
-
-    The factorized model is left as it was, and shares with the result every parameter that is not a factor.
-
-    Args:
-        model: What ``rewrite`` returned, trained further or not.
-        optimizer: The optimizer that trains it, if training goes on; it then holds the merged model's parameters.
-        averaged: An average of the model, as for ``rewrite``; it is merged too, from its own factors.
-
-    Raises:
-        MergeError: The model did not come from ``rewrite``.
-        OptimizerError: The optimizer does not hold the factors.
-
-    Example:
-        >>> import tdfx, torch
-        >>> dense = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
-        >>> small = tdfx.rewrite(dense, tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
-        >>> list(tdfx.merge(small).state_dict()) == list(dense.state_dict())
-        True
-    """
-    optimizers = as_optimizers(optimizer)
-    wrapped = unwrap(model)
-    averages = as_averages(averaged, wrapped)
-    step = Merge(wrapped.spread)
-    result = step(Program(module=wrapped.model)).program.module
-    exchanges = [join_exchange(join) for join in step.joins]
-    surgery = prepare(optimizers, exchanges)
-    wrapped.level(surgery.tensors())
-    carry_gradients(exchanges)
-    followers = [one.follow(wrapped.model, result, exchanges) for one in averages]
-    made = wrapped.wrap(result)
-    surgery.commit()
-    for average, follower in zip(averages, followers, strict=True):
-        average.holder.module = follower
-    return made
 
 
 def _planned(
-    wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, optimizers: Sequence[Optimizer], emit: Emit
+    wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit, second: SecondMoment
 ) -> tuple[Program, Select]:
     """Run the passes up to the plan."""
     wish = Policy() if policy is None else policy
@@ -223,22 +234,20 @@ def _planned(
         )
     program = _sites(wrapped, emit)
     if inputs is not None:
-        program = Shapes(inputs)(program).program
+        program = Shapes(inputs, wrapped.together, wrapped.ready)(program).program
         if isinstance(wish.rank, Budget) and wish.rank.is_of_time and isinstance(wish.cost, MeasuringCost):
             program = Clock(inputs, wish.cost, wrapped.agree, wrapped.leads)(program).program
-    losses = _losses(wish, program, inputs, optimizers)
+    losses = _losses(wish, program, inputs, second)
     select = Select(wish, wrapped.spread, wrapped.agree, wrapped.leads, losses)
     return select(program).program, select
 
 
-def _losses(
-    policy: Policy, program: Program, inputs: Inputs | None, optimizers: Sequence[Optimizer]
-) -> dict[str, Loss]:
+def _losses(policy: Policy, program: Program, inputs: Inputs | None, second: SecondMoment) -> dict[str, Loss]:
     """Return what a budget counts as the loss of each site, where that is not the error of its weight."""
     if not isinstance(policy.rank, Budget) or policy.rank.error == "weights":
         return {}
     if policy.rank.error == "curvature":
-        return curvature_losses(program, partial(second_moment, optimizers))
+        return curvature_losses(program, second)
     if inputs is None:
         raise PolicyError(
             "error='outputs' compares the outputs of each site on real inputs, and there are none. Pass example_inputs=..., "
@@ -259,28 +268,3 @@ def _sites(wrapped: Wrapped, emit: Emit) -> Program:
         notes = (f"given back as {kind}, not as a graph: fully_shard gathers parameters where modules are called",)
     program = Program(module=wrapped.model, emit=emit, notes=notes, shards=wrapped.shards)
     return Find()(Trace()(program).program).program
-
-
-def _warn_of_lost_attachments(swaps: Sequence[Swap]) -> None:
-    """Warn where a weight carries hooks or attributes of the user's, which no factor can take over."""
-    for swap in swaps:
-        names = ("_backward_hooks", "_post_accumulate_grad_hooks")
-        if any(own_attributes(weight) or any(getattr(weight, name, None) for name in names) for weight in swap.old):
-            warnings.warn(
-                f"The weight of site {swap.site!r} has hooks or attributes of its own, which its factors do not get. Keep "
-                f"the site, exclude=({swap.site!r},), or attach them anew.",
-                TdfxWarning,
-                stacklevel=3,
-            )
-
-
-def _warn_of_missing_optimizer(swaps: Sequence[Swap]) -> None:
-    trained = [swap.site for swap in swaps if any(weight.grad is not None for weight in swap.old)]
-    if trained:
-        warnings.warn(
-            f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients, {trained[0]!r} "
-            f"first: the optimizer that trains them would go on with the old weights and never see the factors. Pass "
-            f"optimizer=..., or make a new optimizer from the returned model's parameters.",
-            TdfxWarning,
-            stacklevel=3,
-        )

@@ -8,7 +8,7 @@ and to go on averaging those with the model's would destroy both.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,9 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tdfx.errors import ModelError
+from tdfx.layers import formed_like, placement_of
 from tdfx.optim.surgery import Exchange
 from tdfx.ranks.spectrum import working_dtype
+from tdfx.shards import full, placed_like
 from tdfx.wrappers import Wrapped, unwrap
+
+Level = Callable[[Iterable[Tensor]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,60 +35,60 @@ class Averaged:
     """The averaged copy."""
 
     @torch.no_grad()
-    def follow(self, model: nn.Module, made: nn.Module, exchanges: Sequence[Exchange]) -> nn.Module:
+    def follow(self, model: nn.Module, made: nn.Module, exchanges: Sequence[Exchange], level: Level) -> nn.Module:
         """Return what the average is to hold once its model has become another; nothing is changed.
 
         Args:
             model: The model of before.
             made: What came of it; what both share is the same objects in both.
             exchanges: What leaves the model and what takes its place.
+            level: Gives values that each process works out by itself the same bits on all.
         """
         names = _names(model)
         own = _tensors(self.inside.model)
-        twin = copy.deepcopy(made)
-        values: dict[int, Tensor] = {}
+        twins: dict[int, Any] = {key: own[name] for key, name in names.items()}
         for exchange in exchanges:
             before = [cast("nn.Parameter", own[names[id(one)]]) for one in exchange.old]
-            wide = tuple(one.detach().to(working_dtype(one)) for one in before)
-            # The factors of the model may be on another device than the average.
-            moved = tuple(one.to(exchange.new[0].device) for one in wide)
-            for parameter, value in zip(exchange.new, exchange.carrier.iterate(moved), strict=True):
-                like = torch.empty_like(parameter, device=before[0].device, dtype=before[0].dtype, requires_grad=False)
-                values[id(parameter)] = nn.Parameter(like.copy_(value), requires_grad=before[0].requires_grad)
-        for new, old in zip(twin.modules(), made.modules(), strict=True):
-            for name, held in old._parameters.items():
-                if held is not None:
-                    kept = names.get(id(held))
-                    new._parameters[name] = cast("nn.Parameter", values[id(held)] if kept is None else own[kept])
-            for name, buffer in old._buffers.items():
-                if id(buffer) in names:
-                    new._buffers[name] = own[names[id(buffer)]]
+            values = exchange.carrier.iterate(tuple(_wide(one) for one in before))
+            level(values)
+            like = placement_of(before)
+            for parameter, value in zip(exchange.new, values, strict=True):
+                placed = placed_like(formed_like(value, like), like)
+                twins[id(parameter)] = nn.Parameter(placed, requires_grad=like.requires_grad)
+        # What is found in the memo is not copied, so the average shares no tensor with the model, and none is made in vain.
+        twin = copy.deepcopy(made, twins)
         return self.inside.wrap(twin.train(self.inside.model.training))
 
 
-def as_averages(averaged: Any, wrapped: Wrapped) -> tuple[Averaged, ...]:
-    """Return the averages that were passed, each found to be one of this model.
+def _wide(tensor: Tensor) -> Tensor:
+    """Return all the values of a tensor in the dtype in which they are worked with."""
+    values = full(tensor)
+    return values.to(working_dtype(values))
+
+
+def holders_of(averaged: Any) -> list[Any]:
+    """Return what was passed as averages, each found to hold a model.
 
     Raises:
-        ModelError: One holds no averaged copy, or a copy of another model; or the model is sharded.
+        ModelError: One holds no averaged copy.
     """
     given = list(averaged) if isinstance(averaged, list | tuple) else [] if averaged is None else [averaged]
-    if given and wrapped.shards:
-        raise ModelError(
-            "averaged= does not go with a model that fully_shard was called on: an average in shards has no way to its "
-            "factors yet. Make the average anew from the returned model."
-        )
-    return tuple(_checked(one, wrapped.model) for one in given)
+    for holder in given:
+        if not isinstance(getattr(holder, "module", None), nn.Module):
+            raise ModelError(
+                f"averaged={type(holder).__name__} holds no averaged copy of the model as .module. Pass a "
+                f"torch.optim.swa_utils.AveragedModel, or anything that keeps the copy under that name."
+            )
+    return given
 
 
-def _checked(holder: Any, model: nn.Module) -> Averaged:
-    inside = getattr(holder, "module", None)
-    if not isinstance(inside, nn.Module):
-        raise ModelError(
-            f"averaged={type(holder).__name__} holds no averaged copy of the model as .module. Pass a "
-            f"torch.optim.swa_utils.AveragedModel, or anything that keeps the copy under that name."
-        )
-    found = unwrap(inside)
+def averaged_of(holder: Any, model: nn.Module) -> Averaged:
+    """Return an average, found to be one of this model.
+
+    Raises:
+        ModelError: It is an average of another model.
+    """
+    found = unwrap(holder.module)
     mine = {name: tuple(one.shape) for name, one in _tensors(model).items()}
     theirs = {name: tuple(one.shape) for name, one in _tensors(found.model).items()}
     if mine != theirs:

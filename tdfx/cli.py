@@ -1,4 +1,4 @@
-"""The command line: ``tdfx inspect``, ``tdfx demo``, ``tdfx verify``.
+"""The command line: ``tdfx inspect``, ``tdfx demo``, ``tdfx verify``, ``tdfx cache``.
 
 Exit codes: 0 for success (and for two graphs that match), 1 for a proof that failed, 2 for anything that stopped the
 command, with one message and no traceback unless ``--debug`` is given.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 import tdfx
+from tdfx.cost.store import Store, cache_folder
 from tdfx.demo import DEFAULT_EPOCHS, run_demo
 from tdfx.demo_table import demo_view
 from tdfx.errors import InputError, ModelReferenceError, TdfxError
@@ -29,7 +31,8 @@ from tdfx.references import build_model
 FAILED = 1
 STOPPED = 2
 _RULES = (
-    "vbmf[:floor], energy[:share], stable, threshold:above, ratio[:of], params:share or flops:share, and after it any of "
+    "vbmf[:floor], energy[:share], stable, threshold:above, ratio[:of], params:share, flops:share or speedup:times, and "
+    "after it any of "
     ",at_least=N ,at_most=N ,round_to=N."
 )
 
@@ -63,6 +66,9 @@ def main(debug: bool) -> None:
 @click.option("--include", multiple=True, metavar="GLOB", help="Rewrite only these sites.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Keep these sites.")
 @click.option(
+    "--modelled", is_flag=True, help="Estimate times by arithmetic, in place of measuring them on this machine."
+)
+@click.option(
     "--min-gain", type=float, default=tdfx.Policy().min_gain, show_default=True, help="Least speed-up of a site."
 )
 @click.option(
@@ -75,6 +81,7 @@ def inspect(
     rule: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    modelled: bool,
     min_gain: float,
     weights: Path | None,
     json_file: Path | None,
@@ -83,10 +90,13 @@ def inspect(
 
     MODEL is torchvision:NAME, package.module:factory or path/to/file.py:factory. Without --weights the model is untrained,
     and a rule that reads its weights (vbmf, energy, stable, threshold) finds no signal in them; ratio:0.25 shows what a
-    quarter of the ranks would bring.
+    quarter of the ranks would bring. With --input, layers are timed on this machine; what was timed once is kept.
     """
     _check_writable(json_file)
-    policy = tdfx.Policy(rank=parse_rule(rule), include=include or ("*",), exclude=exclude, min_gain=min_gain)
+    cost = tdfx.Modelled() if modelled else tdfx.Measured()
+    policy = tdfx.Policy(
+        rank=parse_rule(rule), include=include or ("*",), exclude=exclude, min_gain=min_gain, cost=cost
+    )
     examples = tuple(_parse_input(one) for one in inputs) or None
     built = build_model(model)
     if weights is not None:
@@ -138,6 +148,20 @@ def verify(model: Path, reference: Path, json_file: Path | None) -> None:
     _write(json_file, json.dumps(report.to_dict(), indent=2))
     if not report.ok:
         sys.exit(FAILED)
+
+
+@main.command()
+@click.option("--clear", is_flag=True, help="Forget all of them.")
+def cache(clear: bool) -> None:
+    """Say where times that were measured on this machine are kept, and how many."""
+    store = Store(cache_folder())
+    try:
+        click.echo(f"{store.clear()} times forgotten" if clear else f"{store.file}: {len(store)} times")
+    except (OSError, sqlite3.Error) as error:
+        raise TdfxError(
+            f"The cache {str(store.file)!r} cannot be {'deleted' if clear else 'read'}: {error}. "
+            + ("Delete the file yourself." if clear else "Forget it with tdfx cache --clear.")
+        ) from error
 
 
 def _show(view: Group) -> None:

@@ -62,6 +62,16 @@ class TdfxWarning(UserWarning):
     """Something that works, but not as the user may think."""
 
 
+def class_named(name: str) -> type[TdfxError]:
+    """Return the class of errors here that has a name, as another process tells it; TdfxError where none has.
+
+    >>> class_named("InputError").__name__, class_named("KeyError").__name__
+    ('InputError', 'TdfxError')
+    """
+    found = globals().get(name)
+    return found if isinstance(found, type) and issubclass(found, TdfxError) else TdfxError
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """Return the closest of ``names`` as a readable list, for the end of an error message.
 

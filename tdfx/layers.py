@@ -153,7 +153,7 @@ class Factorized(nn.Module):
         """
         given = factors or tuple(full(weight) for weight in self.weights)
         joined = self.join(*(weight.to(working_dtype(weight)) for weight in given))
-        return _like(self.kind.from_dense(joined), self.placement)
+        return formed_like(self.kind.from_dense(joined), self.placement)
 
     @torch.no_grad()
     def merged(self, weight: Tensor | None = None) -> nn.Module:
@@ -230,10 +230,17 @@ def _build_chain(
     biases = [None] * (len(chain) - 1) + [bias]
     return nn.Sequential(
         *(
-            build_layer(step, nn.Parameter(placed_like(_like(weight, model), model), requires_grad=requires_grad), own)
+            build_layer(
+                step, nn.Parameter(placed_like(formed_like(weight, model), model), requires_grad=requires_grad), own
+            )
             for step, weight, own in zip(chain, weights, biases, strict=True)
         )
     )
+
+
+def placement_of(weights: Sequence[nn.Parameter]) -> nn.Parameter:
+    """Return the weight that shows where and how others like it are to lie: the one with the kernel."""
+    return max(weights, key=lambda weight: math.prod(weight.shape[2:]))
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:
@@ -250,7 +257,7 @@ def _size_of_factor(factor: nn.Module, before: tuple[int, ...], wanted: tuple[in
     return [new if mine else old for mine, new, old in zip(works, wanted, before, strict=True)]
 
 
-def _like(weight: Tensor, model: Tensor) -> Tensor:
+def formed_like(weight: Tensor, model: Tensor) -> Tensor:
     """Return a new tensor of the model's dtype and device, channels last where the model's weight is.
 
     A weight on the meta device is but a shape: what comes of it has the model's device too, and no particular values.

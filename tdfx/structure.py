@@ -31,7 +31,7 @@ HOOKS = (
 MODULE_STATE = frozenset(nn.Module().__dict__)
 """The attributes in which every module keeps its own state: parameters, buffers, children, hooks, mode."""
 
-_COMPILED = "_compiled_call_impl"
+COMPILED = "_compiled_call_impl"
 """What ``module.compile()`` leaves: code for the module that it was called on, and for no copy of it."""
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -64,7 +64,7 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
             fresh.append((old, twins[id(old)]))
     translator = _Translator(twins)
     for old, new in fresh:
-        new.__dict__.update({key: translator(value) for key, value in old.__dict__.items() if key != _COMPILED})
+        new.__dict__.update({key: translator(value) for key, value in old.__dict__.items() if key != COMPILED})
     return twins[id(model)]
 
 
@@ -83,6 +83,14 @@ def rebind(model: nn.Module, *former: nn.Module) -> None:
         for key, value in attributes.items():
             if key not in {"_parameters", "_buffers", "_modules"}:
                 one.__dict__[key] = translator(value)
+
+
+def put_in_place(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
+    """Let the modules of a model hold others in the place of some of theirs, wherever they speak of them."""
+    translator = _Translator({id(old): new for old, new in others.items()})
+    held = [(one, dict(one.__dict__)) for one in model.modules()]
+    for one, attributes in held:
+        one.__dict__.update({key: translator(value) for key, value in attributes.items()})
 
 
 def shell_of(module: ModuleT) -> ModuleT:

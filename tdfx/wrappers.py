@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from tdfx.compiled import Compiled, again_of, compile_in_place, is_wrapped, wrapped_again
 from tdfx.errors import ModelError
-from tdfx.passes.base import Agree, Spread, alone, itself
+from tdfx.passes.base import Agree, Ready, Spread, Together, alone, itself, unasked
 
 
 def _trusted(value: object, message: str) -> None:
@@ -39,6 +41,10 @@ class Wrapped:
     """Raises ModelError with a message on every process unless all have an equal value; all must call it."""
     level: Callable[[Iterable[Tensor]], None] = _left
     """Gives tensors that each process has computed the bits of the first process; all must call it."""
+    together: Together = nullcontext
+    """Makes a context in which what one process raises is raised on all; all must enter and leave it."""
+    ready: Ready = unasked
+    """Raises what another process has failed with; all must call it, before what they must do together."""
     shards: bool = False
     """True if each process holds a part of every parameter."""
     leads: bool = True
@@ -58,33 +64,57 @@ def unwrap(model: nn.Module) -> Wrapped:
             "A CUDA graph is being captured, and what a rewrite computes must not be replayed with every step. Do it before "
             "the capture, and capture graphs of the old model anew afterwards: they hold on to its weights."
         )
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        inner = unwrap(model._orig_mod)
-        return replace(inner, wrap=lambda made: cast("nn.Module", model.dynamo_ctx(inner.wrap(made))))
+    if is_wrapped(model):
+        inner = unwrap(cast("nn.Module", model._orig_mod))
+        return replace(inner, wrap=lambda made: wrapped_again(model, inner.wrap(made)))
     if isinstance(model, DistributedDataParallel):
         from tdfx.distributed.ddp import Replicas  # as below
 
-        inner, replicas = unwrap(model.module), Replicas(model)
-        ranks = replicas.ranks
+        ranks = Replicas.ranks_of(model)
+        with ranks.together():
+            inner, replicas, again = unwrap(model.module), Replicas(model, ranks), again_of(model)
+
+        def wrap(made: nn.Module) -> nn.Module:
+            found = replicas.wrap(inner.wrap(made))
+            compile_in_place(found, again)
+            return found
+
         return replace(
             inner,
-            wrap=lambda made: replicas.wrap(inner.wrap(made)),
+            wrap=wrap,
             spread=ranks.spread,
             agree=ranks.agree,
             check_same=ranks.check_same,
             level=ranks.level,
             leads=ranks.leads,
+            together=ranks.together,
+            ready=ranks.ready,
         )
     _refuse(model)
+    compiled = Compiled.of(model)
     if any(_is_a(one, "FSDPModule") for one in model.modules()):
+        if compiled.wrapped:
+            raise ModelError(
+                f"Its part {min(compiled.wrapped)!r} is wrapped by torch.compile, around or inside of which fully_shard was "
+                f"called, so it cannot be taken out of both. Compile the part in place, part.compile(), or compile "
+                f"the model as a whole."
+            )
         from tdfx.distributed.fsdp import Sharded  # it takes longer to import than all of tdfx
 
         sharded = Sharded(model)
         ranks = sharded.ranks
         return Wrapped(
-            sharded.plain, sharded.shard, ranks.spread, ranks.agree, ranks.check_same, shards=True, leads=ranks.leads
+            sharded.plain,
+            lambda made: compiled.again(sharded.shard(made)),
+            spread=ranks.spread,
+            agree=ranks.agree,
+            check_same=ranks.check_same,
+            together=ranks.together,
+            ready=ranks.ready,
+            shards=True,
+            leads=ranks.leads,
         )
-    return Wrapped(model, itself)
+    return Wrapped(compiled.plain(model), compiled.again)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -100,12 +130,6 @@ def _refuse(model: nn.Module) -> None:
         raise ModelError(
             f"{where} is wrapped in FullyShardedDataParallel, which keeps the weights as slices of one flat parameter. "
             f"Shard it with torch.distributed.fsdp.fully_shard instead, or rewrite the model before it is wrapped."
-        )
-    compiled = [name for name, one in model.named_modules() if isinstance(one, torch._dynamo.OptimizedModule)]
-    if compiled:
-        raise ModelError(
-            f"Its part {compiled[0]!r} is wrapped by torch.compile, which holds on to the code it compiled. Rewrite the "
-            f"model before its parts are compiled, or compile it as a whole."
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("The model is TorchScript, which cannot be rewritten. Pass the module it was made from.")

@@ -18,9 +18,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 import tdfx
+from tdfx.distributed.ranks import Ranks
 from tdfx.factors.svd import Svd
+from tdfx.layers import Factorized
+from tdfx.passes.base import Task
 
 DDP: Any = DistributedDataParallel
 
@@ -126,6 +130,46 @@ def check_sgd_is_the_single_process_run() -> None:
 
 def check_adamw_is_the_single_process_run() -> None:
     compare(adamw)
+
+
+def check_masters_are_the_bits_of_the_wide_run() -> None:
+    wide = net()
+    plain = net().float()
+    model: Any = DDP(plain)
+    with torch.no_grad():
+        for parameter in wide.parameters():
+            parameter.add_(torch.full_like(parameter, 1e-10))  # digits that the model lacks
+    masters: Any = {
+        one: nn.Parameter(other.detach().clone())
+        for one, other in zip(plain.parameters(), wide.parameters(), strict=True)
+    }
+    optimizer, there = adamw(masters.values()), adamw(wide.parameters())
+
+    def push(current: Any, alone: Any, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for one, other in zip(current.module.parameters(), alone.parameters(), strict=True):
+            gradient = torch.randn(one.shape, generator=generator, dtype=torch.float64)
+            masters[one].grad, other.grad = gradient, gradient.clone()
+        optimizer.step()
+        there.step()
+
+    push(model, wide, 1)
+    wish = tdfx.plan(model, HALF)
+    small: Any = tdfx.rewrite(model, wish, optimizer=optimizer, masters=masters)
+    alone = tdfx.rewrite(wide, wish, optimizer=there)
+    push(small, alone, 2)
+    dense: Any = tdfx.merge(small, optimizer=optimizer, masters=masters)
+    alone = tdfx.merge(alone, optimizer=there)
+    push(dense, alone, 3)
+    assert isinstance(dense, DistributedDataParallel)
+    assert set(masters) == set(dense.parameters())
+    for name, one in dense.module.named_parameters():
+        assert torch.equal(masters[one], alone.get_parameter(name)), name
+    holder = nn.ParameterList(masters.values())
+    check_bits(holder, optimizer)
+    x, y = (half(one).float() for one in next(batches(5, 1)))
+    dense(x).sub(y).square().mean().backward()
+    assert all(one.grad is not None for one in dense.parameters())
 
 
 def check_different_numbers_of_threads_give_the_same_bits() -> None:
@@ -293,6 +337,68 @@ def check_a_failure_on_one_process_is_raised_on_both_and_changes_nothing() -> No
     check_bits(model, optimizer)
 
 
+def check_what_one_process_is_refused_is_raised_on_both() -> None:
+    model: Any = DDP(net())
+    optimizer, other = sgd(model.parameters()), sgd(net().parameters())
+    average = AveragedModel(model.module)
+    train(model, optimizer, 1)
+    second = dist.get_rank() == 1
+    x = next(batches(1, 1))[0]
+    wrong = x[:, :1] if second else x
+    before = [id(one) for one in optimizer.param_groups[0]["params"]], average.module
+    for call in (tdfx.plan, tdfx.rewrite):
+        with two_processes.refused_promptly(
+            tdfx.InputError, "does not accept the example inputs (float64 (8, 1, 3, 3)"
+        ):
+            call(model, HALF, example_inputs=wrong)
+    foreign: Any = other if second else optimizer
+    with two_processes.refused_promptly(tdfx.OptimizerError, "are in none of the optimizers given"):
+        tdfx.rewrite(model, HALF, example_inputs=x, optimizer=foreign, averaged=average)
+    with two_processes.refused_promptly(tdfx.OptimizerError, "is a str, not a torch.optim.Optimizer"):
+        tdfx.rewrite(model, HALF, optimizer="sgd" if second else optimizer)  # type: ignore[arg-type]
+    with two_processes.refused_promptly(tdfx.ModelError, "averaged=Linear holds no averaged copy"):
+        tdfx.rewrite(model, HALF, optimizer=optimizer, averaged=nn.Linear(2, 2) if second else average)
+    with two_processes.refused_promptly(tdfx.PolicyError, "init='random' is not known"):
+        tdfx.rewrite(model, HALF, init="random" if second else "weight")  # type: ignore[arg-type]
+    masters = {} if second else {one: nn.Parameter(one.detach().clone()) for one in model.parameters()}
+    with refused(tdfx.ModelError, "processes pass different optimizers, averages or masters"):
+        tdfx.rewrite(model, HALF, masters=masters)
+    assert before == ([id(one) for one in optimizer.param_groups[0]["params"]], average.module)
+    small: Any = tdfx.rewrite(model, HALF, example_inputs=x, optimizer=optimizer, averaged=average)
+    with two_processes.refused_promptly(tdfx.OptimizerError, "are in none of the optimizers given"):
+        tdfx.merge(small, optimizer=foreign)
+    with refused(tdfx.ModelError, "processes pass different optimizers, averages or masters"):
+        tdfx.merge(small, optimizer=None if second else optimizer)
+    dense = tdfx.merge(small, optimizer=optimizer, averaged=average)
+    train(dense, optimizer, 2)
+    check_bits(dense, optimizer)
+    check_bits(average, optimizer)
+
+
+def check_a_wrapper_that_one_process_uses_otherwise_is_refused_on_both() -> None:
+    model: Any = DDP(net())
+    if dist.get_rank() == 0:
+        model._use_python_reducer = True
+    with two_processes.refused_promptly(tdfx.ModelError, "the Python reducer", rank=0):
+        tdfx.plan(model, HALF)
+
+
+def check_a_task_that_fails_is_told_once() -> None:
+    ranks = Ranks([dist.group.WORLD], "cpu")  # type: ignore[list-item]
+
+    def work() -> tuple[Tensor, ...]:
+        raise KeyError("only where it is done")
+
+    with refused(KeyError, "only where it is done"), ranks.together():
+        list(ranks.spread([Task(tuple, ()), Task(work, ())]))
+    with refused(tdfx.PolicyError, "because of it"), ranks.together():
+        try:
+            list(ranks.spread([Task(work, ())]))
+        except KeyError as error:
+            raise tdfx.PolicyError("because of it") from error
+    assert ranks.agree(dist.get_rank()) == 0, "nobody waits any more"
+
+
 def check_different_policies_are_refused_on_both() -> None:
     rank = tdfx.Ratio(of=0.5 if dist.get_rank() else 0.25)
     with refused(tdfx.ModelError, "processes pass different policies"):
@@ -322,6 +428,34 @@ def check_compiled_inside_and_outside() -> None:
         assert type(inner) is type(wrapped._orig_mod if hasattr(wrapped, "_orig_mod") else wrapped.module)
         small(x).sum().backward()
         assert all(one.grad is not None for one in small.parameters())
+
+
+def check_compiled_in_place() -> None:
+    x = half(next(batches(1, 1))[0])
+    count = [0]
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        count[0] += 1
+        return graph.forward
+
+    model: Any = DDP(net())
+    model.compile(backend=backend)
+    small: Any = tdfx.rewrite(model, HALF)
+    model.module = nn.Identity()  # whoever called the former wrapper's code would see it
+    small(x).sum().backward()
+    assert count[0] > 0
+    assert all(one.grad is not None for one in small.parameters())
+    inner = net()
+    inner[3].compile(backend=backend)
+    inner[5] = torch.compile(inner[5], backend=backend)
+    parts: Any = tdfx.rewrite(DDP(inner), HALF)
+    assert isinstance(parts, DistributedDataParallel)
+    count[0] = 0
+    parts(x).sum().backward()
+    assert count[0] == 2
+    assert isinstance(parts.module[3], Factorized)
+    assert isinstance(parts.module[5], torch._dynamo.OptimizedModule)
+    assert list(tdfx.merge(parts).state_dict()) == list(DDP(inner).state_dict())
 
 
 CHECKS: dict[str, Callable[..., None]] = {

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -456,6 +457,192 @@ def check_a_failure_changes_nothing(mesh: DeviceMesh) -> None:
     assert any(isinstance(one, Factorized) for one in small.modules())
 
 
+def check_what_one_process_is_refused_is_raised_on_both(mesh: DeviceMesh) -> None:
+    model = sharded(mesh=mesh)
+    optimizer, other = SGD(model.parameters(), lr=0.05), SGD(net().parameters(), lr=0.05)
+    train(model, optimizer, 1, parts=True)
+    second = dist.get_rank() == 1
+    before = values(model)
+    for call in (tdfx.plan, tdfx.rewrite):
+        with two_processes.refused_promptly(tdfx.InputError, "does not accept the example inputs (float64 (4, 3)"):
+            call(model, HALF, example_inputs=X[:, :3] if second else X)
+    foreign = other if second else optimizer
+    with two_processes.refused_promptly(tdfx.OptimizerError, "are in none of the optimizers given"):
+        tdfx.rewrite(model, HALF, example_inputs=X, optimizer=foreign)
+    with refused(tdfx.ModelError, "processes pass different optimizers, averages or masters"):
+        tdfx.rewrite(model, HALF, averaged=None if second else Holder(sharded(mesh=mesh)))
+    assert far(values(model), before) == 0.0
+    small = tdfx.rewrite(model, HALF, example_inputs=X, optimizer=optimizer)
+    with two_processes.refused_promptly(tdfx.OptimizerError, "are in none of the optimizers given"):
+        tdfx.merge(small, optimizer=foreign)
+    train(tdfx.merge(small, optimizer=optimizer), optimizer, 2, parts=True)
+    late = sharded(mesh=mesh)
+    late.set_requires_gradient_sync(not second)
+    if second:
+        late._get_fsdp_state()._fsdp_param_group.fsdp_params[0].unsharded_accumulated_grad = torch.ones(2)
+        late._get_fsdp_state()._fsdp_param_group.fsdp_params[0]._unsharded_param = nn.Parameter(torch.ones(2))
+    with two_processes.refused_promptly(tdfx.ModelError, "holds gradients that were not reduced yet"):
+        tdfx.plan(late, HALF)
+
+
+def check_a_run_in_train_mode_that_fails_on_one_process(mesh: DeviceMesh) -> None:
+    class Hidden(Net):
+        """Uses its kernel where no graph sees it, and in train mode fails on one process."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] > 10_000:  # what torch.fx cannot follow
+                raise ValueError
+            if self.training and dist.get_rank() == 1:
+                raise ArithmeticError("only the second process, in train mode")
+            return super().forward(x)
+
+    model = sharded(Hidden().double(), mesh)
+    made = tdfx.plan(model, HALF, example_inputs=X)
+    assert made["kernel"].reason == tdfx.Reason.READ_ELSEWHERE
+    assert "in train mode the model does not run on the example inputs" in made["kernel"].note
+    assert made["first"].factorized
+
+
+class Holder:
+    """Keeps an average in a way of its own: AveragedModel would copy the model, which FSDP2 does not allow."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        for one, other in zip(self.module.parameters(), model.parameters(), strict=True):
+            one.lerp_(other, 0.1)
+
+
+def averaged_run(model: Any, average: Any, *, parts: bool) -> list[dict[str, Tensor]]:
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    found = []
+
+    def some(current: nn.Module, seed: int) -> None:
+        for step in range(3):
+            train(current, optimizer, 10 * seed + step, parts=parts, count=1)
+            for one in current.modules():
+                if isinstance(one, FSDPModule):
+                    one.reshard()
+            average.update(current)
+        found.append(values(average.module))
+
+    some(model, 1)
+    for seed, wish in enumerate((HALF, tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)), 2):
+        model = tdfx.rewrite(model, wish, optimizer=optimizer, averaged=average, emit="modules")
+        found.append(values(average.module))
+        some(model, seed)
+    model = tdfx.merge(model, optimizer=optimizer, averaged=average)
+    found.append(values(average.module))
+    some(model, 4)
+    return found
+
+
+def check_averages_in_shards_are_those_of_the_single_process_run(mesh: DeviceMesh) -> None:
+    average = Holder(sharded(mesh=mesh))
+    norm = average.module.blocks[0].norm.weight
+    here = averaged_run(sharded(mesh=mesh), average, parts=True)
+    there = averaged_run(net(), Holder(net()), parts=False)
+    assert all(far(one, other) < 100 * ROUNDING for one, other in zip(here, there, strict=True))
+    assert far(here[-1], here[0]) > 1e-3
+    assert any(".factors." in name for name in here[1])
+    assert average.module.blocks[0].norm.weight is norm, "what is kept is the very same"
+    assert issubclass(type(average.module), FSDPModule)
+    assert all(isinstance(one, DTensor) for one in average.module.parameters())
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, [one.numpy().tobytes() for one in here[-1].values()])
+    assert both[0] == both[1]
+    assert average.module(X).shape == (4, 5)
+
+
+def check_an_average_may_be_sharded_otherwise_or_not_at_all(mesh: DeviceMesh) -> None:
+    found = []
+    plain = Holder(net())
+    whole_model: Any = net()
+    other = Holder(fully_shard(whole_model, mesh=mesh, reshard_after_forward=False))
+    swa = AveragedModel(net())
+    fully_shard(swa.module, mesh=mesh)
+    for average in (plain, other, swa):
+        model = sharded(mesh=mesh)
+        small = tdfx.rewrite(model, HALF, averaged=average)
+        found.append(values(average.module))
+        own = {one.to_local().data_ptr() for one in small.parameters()}  # type: ignore[attr-defined]
+        if average is not plain:
+            copies: Any = average.module
+            assert not own & {one.to_local().data_ptr() for one in copies.parameters()}
+    assert far(found[0], found[1]) == far(found[0], found[2]) == 0.0
+    assert not any(isinstance(one, DTensor) for one in plain.module.parameters())
+    assert isinstance(swa.module, FSDPModule)
+    swa.update_parameters(small)
+    with refused(tdfx.ModelError, "averaged copy in Holder is not one of this model: 'bias' is (2,)"):
+        tdfx.rewrite(sharded(mesh=mesh), HALF, averaged=Holder(nn.Linear(2, 2)))
+
+
+def check_no_process_ever_holds_an_average(mesh: DeviceMesh) -> None:
+    layers = 32
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(layers))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model, average = sharded(Deep().double(), mesh), Holder(sharded(Deep().double(), mesh))
+    size = layers * 64 * 64 * 8
+    rewriting = Live()
+    with rewriting:
+        small = tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=1 / 8), min_gain=0), averaged=average)
+    assert 0 < rewriting.most < size / 4, rewriting.most / size
+    merging = Live()
+    with merging:
+        tdfx.merge(small, averaged=average)
+    assert 0 < merging.most < size / 4, merging.most / size
+
+
+def check_sites_switch_as_they_settle(mesh: DeviceMesh) -> None:
+    def run(model: nn.Module, parts: bool) -> tuple[tdfx.Switch, list[int], dict[str, Tensor]]:
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        when = tdfx.Settled(every=1, window=2, tolerance=2e-3, moved=1e-4, timeout=14)
+        switch = tdfx.Switch(HALF, when=when)
+        changed = []
+        for step in range(16):
+            train(model, optimizer, step, parts=parts, count=1)
+            now = switch.step(model, optimizer=optimizer, emit="modules")
+            changed += [step] if now is not model else []
+            model = now
+        return switch, changed, values(model)
+
+    here, changed, found = run(sharded(mesh=mesh), True)
+    there, expected, alone = run(net(), False)
+    assert here.done
+    assert len(here.plan.factorized) == 7  # type: ignore[union-attr]
+    assert len(changed) > 1, "not all sites settle at once"
+    assert changed == expected
+    assert [(one.step, one.what, one.sites) for one in here.events] == [
+        (one.step, one.what, one.sites) for one in there.events
+    ]
+    assert far(found, alone) < 100 * ROUNDING
+    both: list[Any] = [None, None]
+    told = [str(here), here.plan.to_json(), [one.numpy().tobytes() for one in found.values()]]  # type: ignore[union-attr]
+    dist.all_gather_object(both, told)
+    assert both[0] == both[1]
+
+
+def check_a_switch_weighs_what_is_left(mesh: DeviceMesh) -> None:
+    model = sharded(mesh=mesh)
+    switch = tdfx.Switch(HALF, when=tdfx.Settled(every=1, timeout=3), total_steps=3)
+    for _ in range(4):
+        model = switch.step(model, example_inputs=X)
+    assert switch.done
+    assert [one.what for one in switch.events] == ["too_late"]
+    assert not any(isinstance(one, Factorized) for one in model.modules())
+
+
 def check_what_is_refused(mesh: DeviceMesh) -> None:
     model = sharded(mesh=mesh)
     model.set_requires_gradient_sync(False)
@@ -487,6 +674,17 @@ def check_what_is_refused(mesh: DeviceMesh) -> None:
     kept = {one.name: one.reason for one in tdfx.plan(parallel, HALF).sites}
     assert kept["last"] == tdfx.Reason.PARAMETRIZED, "without fully_shard a DTensor stays one"
     assert kept["first"] is None
+
+
+def check_masters_are_fsdps_own(mesh: DeviceMesh) -> None:
+    model = sharded(net().bfloat16(), mesh)
+    masters = {one: nn.Parameter(one.detach().float()) for one in model.parameters()}
+    before = dict(masters)
+    with refused(tdfx.OptimizerError, "FSDP2 has mixed precision of its own, with float32 shards as the masters"):
+        tdfx.rewrite(model, HALF, masters=masters)
+    with refused(tdfx.OptimizerError, "Shard a float32 model with MixedPrecisionPolicy"):
+        tdfx.merge(model, masters=masters)
+    assert before.keys() == masters.keys()
 
 
 def check_gradients_of_kept_parameters_stay(mesh: DeviceMesh) -> None:
@@ -742,6 +940,42 @@ def check_a_compiled_model_is_compiled_again(mesh: DeviceMesh) -> None:
         return values(small)
 
     assert far(run(sharded(mesh=mesh), True), run(net(), False)) < ROUNDING
+
+
+def check_blocks_that_are_compiled_in_place_are_so_again(mesh: DeviceMesh) -> None:
+    count = [0]
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        count[0] += 1
+        return graph.forward
+
+    def run(model: Any, parts: bool) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        for block in model.blocks:
+            block.compile(backend=backend)
+        if parts:
+            model = sharded(model, mesh)
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        train(model, optimizer, 1, parts=parts)
+        small: Any = tdfx.rewrite(model, HALF, example_inputs=X, optimizer=optimizer, emit="modules")
+        before, count[0] = count[0], 0
+        assert before > 0
+        train(small, optimizer, 2, parts=parts)
+        assert count[0] > 0
+        assert all(block.__dict__["_compiled_call_impl"] is not None for block in small.blocks)
+        return values(small)
+
+    assert far(run(net(), True), run(net(), False)) < ROUNDING
+
+
+def check_wrapped_parts_in_shards_are_spoken_of(mesh: DeviceMesh) -> None:
+    model = net()
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    fully_shard(model, mesh=mesh)
+    with refused(
+        tdfx.ModelError, "Its part 'blocks.0' is wrapped by torch.compile, around or inside of which fully_shard"
+    ):
+        tdfx.rewrite(model, HALF)
 
 
 def check_decay_and_penalty_go_on(mesh: DeviceMesh) -> None:

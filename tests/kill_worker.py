@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import tdfx
-import tdfx.api
+import tdfx.along
 import tdfx.checkpoint.files
 import tdfx.passes.rewrite
 
@@ -109,7 +109,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "before the rename": (os, "replace"),
     "after the rename": (tdfx.checkpoint.files, "_sync_folder"),
     "inside the rewrite": (tdfx.passes.rewrite, "_emit"),
-    "inside the optimizer": (tdfx.api, "prepare"),
+    "inside the optimizer": (tdfx.along, "prepare"),
 }
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import fx, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import tdfx
 from tdfx.plan import Emit
+
+# Dynamo asks every tensor that enters what it compiles for its gradient, and hides the warning from all but -W error.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
 HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
@@ -74,6 +80,264 @@ def test_the_former_model_can_still_be_called() -> None:
     small = tdfx.rewrite(model, FULL)
     assert torch.allclose(small(X), expected, atol=1e-5)
     assert torch.equal(model(X), expected)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 24)
+        self.down = nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + cast("torch.Tensor", self.down(torch.tanh(self.up(x))))
+
+
+class Blocks(nn.Module):
+    """Blocks that are compiled each by itself, as people do it to large models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(16, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.last = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return cast("torch.Tensor", self.last(x))
+
+
+def code_of(module: nn.Module) -> Any:
+    return module.__dict__.get("_compiled_call_impl")
+
+
+@pytest.mark.parametrize("emit", ["graph", "modules"])
+def test_a_model_that_is_compiled_in_place_is_so_again(emit: Emit) -> None:
+    backend = Counting()
+    model = net()
+    model.compile(backend=backend, fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        step(model, optimizer)
+    assert backend.count == 1
+    small = tdfx.rewrite(model, HALF, optimizer=optimizer, emit=emit)
+    assert backend.count == 1, "nothing is compiled before it is called"
+    for _ in range(4):
+        step(small, optimizer)
+    assert backend.count == 2
+    expected = copy.deepcopy(small)(X)
+    assert code_of(copy.deepcopy(small)) is None, "as copies of modules have it"
+    assert torch.allclose(small(X), expected, atol=1e-6)
+    dense = tdfx.merge(small, optimizer=optimizer)
+    assert code_of(dense) is not None
+    assert torch.allclose(dense(X), expected, atol=1e-5)
+    for _ in range(4):
+        step(dense, optimizer)
+    assert backend.count <= 3
+
+
+def test_the_settings_are_those_of_before() -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return cast("torch.Tensor", self.inside(x))
+
+    strict = Breaks()
+    strict.compile(backend="eager", fullgraph=True)
+    small = tdfx.rewrite(strict, HALF, emit="modules")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        small(X)
+    loose = Breaks()
+    loose.compile(backend="eager")
+    assert tdfx.rewrite(loose, HALF, emit="modules")(X).shape == (4, 8)
+    for sizes, dynamic in ((1, True), (3, False)):
+        torch._dynamo.reset()
+        backend = Counting()
+        other = net()
+        other.compile(backend=backend, dynamic=dynamic)
+        again = tdfx.rewrite(other, HALF)
+        for size in (4, 6, 9):
+            again(torch.randn(size, 16))
+        assert backend.count == sizes, dynamic
+    model = net()
+    model.compile(disable=True)
+    small = tdfx.rewrite(model, HALF)
+    assert small(X).shape == (4, 8)
+
+
+@pytest.mark.parametrize("emit", ["graph", "modules"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_blocks_that_are_compiled_are_so_again(emit: Emit, wrapped: bool) -> None:
+    backend = Counting()
+    model = Blocks()
+    for index, block in enumerate(list(model.blocks)):
+        if wrapped:
+            model.blocks[index] = cast("nn.Module", torch.compile(block, backend=backend, fullgraph=True))
+        else:
+            block.compile(backend=backend, fullgraph=True)
+    keys = list(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    step(model, optimizer)
+    first = backend.count
+    assert 1 <= first <= 3
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1, exclude=("blocks.0.*", "last"))
+    made = tdfx.plan(model, policy)
+    assert [one.name for one in made.factorized] == ["first"] + [
+        f"blocks.{n}.{m}" for n in (1, 2) for m in ("up", "down")
+    ]
+    plain = Blocks()
+    plain.load_state_dict({name.replace("_orig_mod.", ""): one for name, one in model.state_dict().items()})
+    expected = tdfx.rewrite(plain, policy)(X)
+    assert (emit == "graph") == any(
+        "it is compiled by itself" in note for note in tdfx.plan(model, policy, emit=emit).notes
+    )
+    small: Any = tdfx.rewrite(model, policy, optimizer=optimizer, emit=emit)
+    assert isinstance(small, fx.GraphModule) == (emit == "graph")
+    assert backend.count == first
+    for block in small.blocks:
+        assert isinstance(block, torch._dynamo.OptimizedModule) == wrapped
+        assert (code_of(block) is not None) == (not wrapped)
+    assert torch.allclose(small(X), expected, atol=1e-6)
+    step(small, optimizer)
+    second = backend.count
+    assert first < second <= 2 * first, "the factors are compiled"
+    for _ in range(3):
+        step(small, optimizer)
+    assert backend.count == second, "once"
+    stem = "_orig_mod." if wrapped else ""
+    assert f"blocks.1.{stem}up.factors.0.weight" in small.state_dict()
+    assert small.blocks[0].up.weight is model.blocks[0].up.weight  # type: ignore[union-attr]
+    dense = tdfx.merge(small, optimizer=optimizer)
+    assert list(dense.state_dict()) == keys
+    assert type(dense) is Blocks
+    assert torch.allclose(dense(X), small(X), atol=1e-5)
+    step(dense, optimizer)
+    assert backend.count <= second + first
+    assert [code_of(block) is not None for block in cast("Any", dense).blocks] == [not wrapped] * 3
+    assert all(isinstance(block, torch._dynamo.OptimizedModule) == wrapped for block in dense.blocks)
+    model.load_state_dict(dense.state_dict())
+
+
+def test_a_block_that_is_compiled_is_called_as_compiled() -> None:
+    """Without the code of its block a graph would run, and count nothing."""
+    backend = Counting()
+    model = Blocks()
+    model.blocks[1].compile(backend=backend)
+    small = tdfx.rewrite(model, HALF)
+    assert isinstance(small, fx.GraphModule)
+    small(X)
+    assert backend.count == 1
+    none: Any = tdfx.rewrite(Blocks(), HALF)
+    none(X)
+    assert backend.count == 1
+    assert "blocks_1" in small.code
+    assert "blocks_0_up" in small.code
+
+
+def test_what_was_compiled_twice_is_so_again() -> None:
+    outer, inner = Counting(), Counting()
+    model = Blocks()
+    model.get_submodule("blocks.0").compile(backend=inner)
+    model.last = cast("Any", torch.compile(model.last, backend=inner))
+    both: Any = torch.compile(model, backend=outer)
+    both.register_forward_hook(lambda *given: called.append(1))
+    called: list[int] = []
+    small: Any = tdfx.rewrite(both, HALF)
+    assert isinstance(small, torch._dynamo.OptimizedModule)
+    inside: Any = small._orig_mod
+    assert code_of(inside.blocks[0]) is not None
+    assert isinstance(inside.last, torch._dynamo.OptimizedModule)
+    assert isinstance(inside.last._orig_mod, tdfx.Factorized)
+    assert small(X).shape == (4, 8)
+    assert called == [1], "hooks of the wrapper go along"
+    dense: Any = tdfx.merge(small)
+    assert type(dense._orig_mod.last._orig_mod) is nn.Linear
+    assert torch.allclose(dense(X), small(X), atol=1e-5)
+
+
+def test_a_block_that_is_held_twice_stays_one() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.block = Block()
+            self.fast = torch.compile(self.block, backend="eager")
+            self.also = self.fast
+            self.other = torch.compile(self.block, backend="aot_eager")
+            self.order = [self.block, self.fast]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return cast("torch.Tensor", self.also(self.fast(self.block(x))))
+
+    model: Any = Twice()
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1, include=("block.*",))
+    small: Any = tdfx.rewrite(model, policy)
+    assert small.fast is small.also
+    assert small.other is not small.fast
+    assert small.other.dynamo_ctx is model.other.dynamo_ctx
+    assert small.other._orig_mod is small.block
+    assert small.fast._orig_mod is small.block
+    assert isinstance(small.block.up, tdfx.Factorized)
+    assert torch.allclose(small(X), model(X), atol=1e-5)
+    assert model.fast._orig_mod is model.block
+    assert model.order == [model.block, model.fast]
+
+
+def test_saving_and_loading_know_nothing_of_it(tmp_path: Path) -> None:
+    model = Blocks()
+    model.blocks[0] = cast("nn.Module", torch.compile(model.blocks[0], backend="eager"))
+    model.blocks[1].compile(backend="eager")
+    average = AveragedModel(Blocks())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    step(model, optimizer)
+    small = tdfx.rewrite(model, HALF, optimizer=optimizer, averaged=average)
+    tdfx.save(small, tmp_path / "run.tdfx", optimizer=optimizer)
+    again = tdfx.load(tmp_path / "run.tdfx", Blocks())
+    assert torch.allclose(again(X), small(X), atol=1e-6)
+    backend = Counting()
+    fresh = Blocks()
+    fresh.blocks[0].compile(backend=backend)
+    other: Any = tdfx.load(tmp_path / "run.tdfx", fresh)
+    assert code_of(other.blocks[0]) is not None
+    assert torch.allclose(other(X), small(X), atol=1e-6)
+    assert backend.count == 1, "the loaded graph calls the block, and so its code"
+    assert not any("_orig_mod" in name for name in average.module.state_dict())
+
+
+def test_a_merged_model_that_is_compiled_can_be_proved() -> None:
+    model = net()
+    model.compile(backend="eager")
+    dense = tdfx.merge(tdfx.rewrite(model, HALF))
+    assert code_of(dense) is not None
+    reference = net()
+    reference.load_state_dict(dense.state_dict())
+    report = tdfx.verify(dense, reference, example_inputs=(X,))
+    assert report.ok, report
+
+
+def test_gradients_through_compiled_factors_are_those_of_the_plain_ones() -> None:
+    model = Blocks()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    step(model, optimizer)
+    small = tdfx.rewrite(model, HALF, optimizer=optimizer)
+    step(small, optimizer)
+    plain = copy.deepcopy(small)
+    for one in (small, plain):
+        one.zero_grad()
+        one(X).square().sum().backward()
+    for mine, theirs in zip(small.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-4)
+    step(tdfx.merge(small, optimizer=optimizer), optimizer)
 
 
 class Checkpointed(nn.Module):

@@ -73,7 +73,7 @@ def test_factorized_counts_are_torchs(layer: nn.Module, shape: tuple[int, ...]) 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS.keys())
 def test_a_plan_says_the_same(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    policy = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1, cost=Modelled())
     model = nn.Sequential(layer)
     (site,) = tdfx.plan(model, policy, example_inputs=torch.randn(shape)).sites
     assert (site.flops_before, site.flops_after) == (counted(model, shape), counted(tdfx.rewrite(model, policy), shape))

@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -20,6 +23,10 @@ import tdfx
 
 SECONDS = 240
 """What the processes may take together; some 30 s are usual."""
+
+
+WAIT = 20
+"""Seconds after which a process that waits for another in vain gives up."""
 
 
 def start(script: Path, folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -41,12 +48,25 @@ def start(script: Path, folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: found.get(name, lost) for name in names}
 
 
+@contextmanager
+def refused_promptly(kind: type[Exception], own: str, *, rank: int = 1) -> Iterator[None]:
+    """Hold one process to raise an error, and the other to raise one that names it and says the same, without a wait."""
+    began = time.monotonic()
+    told = f"Process {rank} could not go on, so nothing was changed on any process. It says: {kind.__name__}: "
+    with pytest.raises(kind) as caught:
+        yield
+    text = str(caught.value)
+    assert own in text, text
+    assert text.startswith(told) == (dist.get_rank() != rank), text
+    assert time.monotonic() - began < WAIT / 2, "a process waited for another that had failed"
+
+
 def run(folder: Path, prepare: Callable[[], tuple[Any, ...]], checks: Mapping[str, Callable[..., None]]) -> None:
     """Make all checks as one of the two processes, with what ``prepare`` returns as arguments, and write what came of it."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", module="torch.*")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=WAIT))
     arguments = prepare()
     outcomes = {}
     for name, check in checks.items():

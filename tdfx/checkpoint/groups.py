@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from tdfx.checkpoint.record import Record, dense_names
 from tdfx.errors import CheckpointError
+from tdfx.optim.masters import Masters
 
 
 @dataclass(slots=True)
@@ -35,14 +36,53 @@ class Refill:
             optimizer.state.update(states)
 
 
-def refill(optimizers: Sequence[Optimizer], record: Record, dense: nn.Module, made: nn.Module) -> Refill:
-    """Work out what the optimizers will hold, changing nothing.
+def filled_masters(
+    masters: Masters, record: Record, dense: nn.Module, made: nn.Module, *, wanted: bool
+) -> dict[str, nn.Parameter]:
+    """Return the masters of the loaded model's parameters by name, with the saved values; those passed stay as they are.
 
     Args:
-        optimizers: Over the parameters of the dense model; none leaves the saved ones unread.
+        masters: Of the dense model's parameters.
         record: The checkpoint.
         dense: The model that was passed in.
         made: The model that was loaded.
+        wanted: Whether anything is to be trained; the model alone can be loaded without masters.
+
+    Raises:
+        CheckpointError: Other parameters had masters when it was saved.
+    """
+    saved: dict[str, Tensor] = record.get("masters", {}) if wanted else {}
+    dense_of = dense_names(made)
+    now, then = set(masters.named(dense)), {dense_of.get(name, name) for name in saved}
+    if now != then:
+        odd = sorted(now ^ then)
+        raise CheckpointError(
+            f"The checkpoint holds masters of {len(then)} of the dense model's parameters, and {len(now)} were passed: "
+            f"{odd[0]!r} has one {'there' if odd[0] in then else 'here'} alone. Pass masters= for the same parameters as "
+            f"to tdfx.save."
+        )
+    found = dict(made.named_parameters())
+    return {
+        name: nn.Parameter(torch.empty_like(value, device=found[name].device).copy_(value), found[name].requires_grad)
+        for name, value in saved.items()
+    }
+
+
+def refill(
+    optimizers: Sequence[Optimizer],
+    record: Record,
+    dense: Mapping[str, Tensor],
+    loaded: Mapping[str, Tensor],
+    dense_of: Mapping[str, str],
+) -> Refill:
+    """Work out what the optimizers will hold, changing nothing.
+
+    Args:
+        optimizers: Over what trains the dense model; none leaves the saved ones unread.
+        record: The checkpoint.
+        dense: What trains the model that was passed in, by name: its parameters, or their masters.
+        loaded: The same of the model that was loaded.
+        dense_of: Name of a factor's parameter there -> that of the dense one.
 
     Raises:
         CheckpointError: They are not those that were saved: another number, class, or other groups.
@@ -70,7 +110,8 @@ def refill(optimizers: Sequence[Optimizer], record: Record, dense: nn.Module, ma
             )
         states: dict[Tensor, dict[str, Any]] = {}
         for number, (group, then) in enumerate(zip(optimizer.param_groups, one["groups"], strict=True)):
-            parameters = _members(group, then, dense, made, f"Group {number} of {name}")
+            where = f"Group {number} of {name}"
+            parameters = _members(group, then, dense, loaded, dense_of, where)
             settings = tree_map(_copied, then["settings"])
             work.groups.append((group, parameters, settings))
             for parameter, state in zip(parameters, then["state"], strict=True):
@@ -81,11 +122,15 @@ def refill(optimizers: Sequence[Optimizer], record: Record, dense: nn.Module, ma
 
 
 def _members(
-    group: dict[str, Any], then: dict[str, Any], dense: nn.Module, made: nn.Module, where: str
+    group: dict[str, Any],
+    then: dict[str, Any],
+    dense: Mapping[str, Tensor],
+    loaded: Mapping[str, Tensor],
+    dense_of: Mapping[str, str],
+    where: str,
 ) -> list[Tensor]:
-    """Return the loaded model's parameters for a group, in the order in which they were saved."""
-    names = {id(one): name for name, one in dense.named_parameters()}
-    loaded, dense_of = dict(made.named_parameters()), dense_names(made)
+    """Return what trains the loaded model in a group, in the order in which it was saved."""
+    names = {id(one): name for name, one in dense.items()}
     present = {names[id(one)] for one in group["params"] if id(one) in names}
     # Parameters of something else, such as a loss, keep their place among one another.
     foreign = [one for one in group["params"] if id(one) not in names]

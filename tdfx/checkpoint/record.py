@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tdfx.checkpoint.files import read_sealed, write
 from tdfx.errors import CheckpointError
 from tdfx.layers import Factorized
+from tdfx.optim.masters import Masters, as_masters
 from tdfx.optim.surgery import as_optimizers
 from tdfx.parameters import FactorizedParameter
 from tdfx.passes.base import PLAN_ATTRIBUTE
@@ -45,6 +46,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    masters: Any = None,
     extra: Any = None,
 ) -> None:
     """Write a model, before, at or after a rewrite or a merge, to a file from which ``tdfx.load`` makes it again.
@@ -56,11 +58,13 @@ def save(
         model: Any module, rewritten or not, also one under ``torch.compile``.
         path: The file, by custom ``run.tdfx``; what is there is replaced.
         optimizer: The optimizer that trains the model, or a list of them.
+        masters: The wider copies of the parameters that the optimizer trains, as for ``rewrite``.
         extra: What else the run needs: the step, ``scheduler.state_dict()``, a GradScaler's, ``torch.get_rng_state()``.
             Numbers, text, tensors, and lists, tuples, sets and dicts of these. ``tdfx.read`` gives it back.
 
     Raises:
         CheckpointError: Something in it is no plain type or tensor, or the file cannot be written.
+        OptimizerError: The masters do not go with the model.
 
     Example:
         >>> import pathlib, tempfile, tdfx, torch
@@ -72,11 +76,15 @@ def save(
         >>> saved["extra"]["epoch"], torch.equal(again.weight, model.weight)
         (3, True)
     """
-    write(state(model, optimizer=optimizer, extra=extra), path)
+    write(state(model, optimizer=optimizer, masters=masters, extra=extra), path)
 
 
 def state(
-    model: nn.Module, *, optimizer: Optimizer | Sequence[Optimizer] | None = None, extra: Any = None
+    model: nn.Module,
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    masters: Any = None,
+    extra: Any = None,
 ) -> dict[str, Any]:
     """Return what ``save`` would write, to put into a checkpoint of your own; ``tdfx.load`` takes it in place of a path.
 
@@ -85,18 +93,22 @@ def state(
     Args:
         model: As for ``save``.
         optimizer: As for ``save``.
+        masters: As for ``save``.
         extra: As for ``save``.
 
     Raises:
         CheckpointError: Something in it is no plain type or tensor.
+        OptimizerError: The masters do not go with the model.
 
     Example:
         >>> import tdfx, torch
         >>> sorted(tdfx.state(torch.nn.Linear(2, 2))["tensors"])
         ['bias', 'weight']
     """
-    inside = unwrap(model).model
+    wrapped = unwrap(model)
+    inside = wrapped.model
     optimizers = as_optimizers(optimizer)
+    above = as_masters(masters, inside, shards=wrapped.shards)
     held = inside.state_dict()
     return {
         "format": FORMAT,
@@ -108,7 +120,8 @@ def state(
         "metadata": _plain(dict(getattr(held, "_metadata", {})), "the state_dict's metadata"),
         "frozen": _frozen(inside),
         "tied": tied(inside),
-        "optimizers": [_of_optimizer(one, inside, index) for index, one in enumerate(optimizers)],
+        "masters": {name: _plain(master, f"the master of {name!r}") for name, master in above.named(inside).items()},
+        "optimizers": [_of_optimizer(one, inside, above, index) for index, one in enumerate(optimizers)],
         "extra": _plain(extra, "extra"),
     }
 
@@ -230,13 +243,15 @@ def _site(path: str, layer: Factorized) -> dict[str, Any]:
     }
 
 
-def _of_optimizer(optimizer: Optimizer, model: nn.Module, index: int) -> dict[str, Any]:
-    """Return groups and state by the names of parameters; a parameter of another model has none."""
+def _of_optimizer(optimizer: Optimizer, model: nn.Module, above: Masters, index: int) -> dict[str, Any]:
+    """Return groups and state by the names of parameters, of which a master has its own's; one of another model has none."""
     names = {id(one): name for name, one in model.named_parameters()}
+    names |= {id(master): name for name, master in above.named(model).items()}
     if not any(id(one) in names for group in optimizer.param_groups for one in group["params"]):
         raise CheckpointError(
             f"{type(optimizer).__name__} (optimizer {index}) holds no parameter of this {type(model).__name__}: it trains "
-            f"another model, perhaps the one from before a rewrite. Pass the optimizer of this one."
+            f"another model, perhaps the one from before a rewrite. Pass the optimizer of this one, and masters= where it "
+            f"trains wider copies of the parameters."
         )
     groups = [
         {

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
-from tdfx.checkpoint.groups import Refill, refill
-from tdfx.checkpoint.record import Record, checked, read, tied
+from tdfx.checkpoint.groups import Refill, filled_masters, refill
+from tdfx.checkpoint.record import Record, checked, dense_names, read, tied
+from tdfx.compiled import Compiled
 from tdfx.errors import CheckpointError, TdfxError, nearest
+from tdfx.optim.masters import as_masters
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.base import PLAN_ATTRIBUTE, Program
 from tdfx.passes.find import Find
@@ -32,6 +34,7 @@ def load(
     build_model: nn.Module | Callable[[], nn.Module],
     *,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    masters: Any = None,
     map_location: str | torch.device | None = None,
 ) -> nn.Module:
     """Make a model again as it was when it was saved: factorized or not, with its values, and with its optimizer's state.
@@ -45,6 +48,8 @@ def load(
         optimizer: An optimizer of the class that was saved, over the parameters of the dense model, in the same groups; or
             a list of as many as were saved. Afterwards it holds those of the returned model, with the saved state and
             settings. ``build_model`` must then be the model itself. Make schedulers before, and load their state after.
+        masters: Where the optimizer trains wider copies of the dense model's parameters: those, as for ``rewrite``. It then
+            holds the returned model's, with the saved values.
         map_location: The device for all tensors. If left out, each goes to where the dense model has it, or to the CPU
             where that is the meta device. Dtypes and memory formats are those that were saved.
 
@@ -52,7 +57,9 @@ def load(
         A new model of fresh tensors, in the mode of the dense one.
 
     Raises:
-        CheckpointError: The file is damaged, was not made by tdfx or by a newer one, or is of another model or optimizer.
+        CheckpointError: The file is damaged, was not made by tdfx or by a newer one, or is of another model or optimizer, or
+            of other masters.
+        OptimizerError: The masters do not go with the dense model.
 
     Example:
         See ``tdfx.save``.
@@ -65,21 +72,28 @@ def load(
             "that builds another one. Build the model first: model = build(), then the optimizer over model.parameters()."
         )
     wrapped = unwrap(build_model if isinstance(build_model, nn.Module) else build_model())
+    above = as_masters(masters, wrapped.model, shards=wrapped.shards)
     body = _own_parameters(wrapped.model)
     made = _rewritten(body, record)
     _check_keys(made, record)
     target = None if map_location is None else torch.device(map_location)
     with torch.no_grad():
         _fill(made, record, target)
-    work: Refill = refill(optimizers, record, wrapped.model, made)
+    loaded = filled_masters(above, record, wrapped.model, made, wanted=bool(above or optimizers))
+    before = {**dict(wrapped.model.named_parameters()), **above.named(wrapped.model)}
+    after = {**dict(made.named_parameters()), **loaded}
+    dense_of = dense_names(made)
+    work: Refill = refill(optimizers, record, before, after, dense_of)
     result = wrapped.wrap(made)
     work.commit()
+    above.renewed(wrapped.model, made, loaded, dense_of)
     return result
 
 
 def _own_parameters(model: nn.Module) -> nn.Module:
     """Return a copy with parameters of its own over the same memory, all of which a rewrite may replace."""
     body = structural_copy(model)
+    Compiled.of(model).mark(body)
 
     def own(one: Tensor) -> Tensor:
         if type(one) is not nn.Parameter:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.distributed.ranks import Ranks
 from tdfx.errors import ModelError
-from tdfx.structure import HOOKS
+from tdfx.structure import COMPILED, HOOKS
 
 _HOOKS = (
     *HOOKS,
@@ -21,15 +21,19 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_OWN = ("reducer", "logger", "process_group", "device_mesh")
+_OWN = ("reducer", "logger", "process_group", "device_mesh", COMPILED)
 """What belongs to one wrapper alone, or must not be copied."""
 
 
 class Replicas:
     """A model in DistributedDataParallel, whose processes each hold all of it."""
 
-    def __init__(self, model: DistributedDataParallel) -> None:
+    def __init__(self, model: DistributedDataParallel, ranks: Ranks) -> None:
         """Take a wrapper, once its processes were found to hold the same model.
+
+        Args:
+            model: The wrapper.
+            ranks: Its processes, each of which must make this call.
 
         Raises:
             ModelError: They do not, or the wrapper is used in a way that cannot be set up again.
@@ -41,13 +45,17 @@ class Replicas:
                 f"up for. Pass model.module on every process, and wrap what comes back again."
             )
         self.model = model
-        self.ranks = Ranks([model.process_group], model.device)
         held = [(name, tuple(one.shape), str(one.dtype)) for name, one in model.module.named_parameters()]
-        self.ranks.check_same(
+        ranks.check_same(
             (type(model.module).__name__, model.training, held),
             "The processes of the DistributedDataParallel hold models of different structure or mode, so that they could "
             "not go through a rewrite together. Bring them to the same place in training before.",
         )
+
+    @classmethod
+    def ranks_of(cls, model: DistributedDataParallel) -> Ranks:
+        """Return the processes that train the model of a wrapper."""
+        return Ranks([model.process_group], model.device)
 
     def wrap(self, made: nn.Module) -> DistributedDataParallel:
         """Wrap another model with the settings, hooks and attributes of this one, sending nothing.

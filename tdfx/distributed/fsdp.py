@@ -15,6 +15,7 @@ from tdfx.distributed.fsdp_inside import (
     Boundary,
     boundaries_of,
     carry_prefetching,
+    check_use,
     give_values,
     remove_sharding,
 )
@@ -45,10 +46,12 @@ class Sharded:
                 f"ignored. Rewrite the model before fully_shard is called on it."
             )
         self.mesh = max(meshes, key=lambda mesh: mesh.size())
-        _check_meshes(self.boundaries, self.mesh)
         self.ranks = Ranks.of_mesh(self.mesh)
-        self.plain = structural_copy(model)
-        remove_sharding(self.plain, self.boundaries)
+        with self.ranks.together():
+            check_use(self.boundaries)
+            _check_meshes(self.boundaries, self.mesh)
+            self.plain = structural_copy(model)
+            remove_sharding(self.plain, self.boundaries)
 
     def shard(self, made: nn.Module) -> nn.Module:
         """Shard a model of the same structure, in place, at the same modules with the same settings.

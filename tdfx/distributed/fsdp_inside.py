@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,7 +143,7 @@ def boundaries_of(model: nn.Module) -> list[Boundary]:
     states = {id(state): state for one in model.modules() if (state := _state_of(one)) is not None}
     found = [Boundary(tuple(paths[id(one)] for one in state._modules), state) for state in states.values()]
     for boundary in found:
-        _check(boundary)
+        _check_known(boundary)
     return found
 
 
@@ -151,8 +151,8 @@ def _state_of(module: nn.Module) -> Any:
     return module._get_fsdp_state() if isinstance(module, FSDPModule) else None
 
 
-def _check(boundary: Boundary) -> None:
-    """Raise ModelError where torch keeps things elsewhere, or where a use of FSDP2 is not supported."""
+def _check_known(boundary: Boundary) -> None:
+    """Raise ModelError where torch keeps things elsewhere."""
     known: list[tuple[Any, tuple[str, ...]]] = [(boundary.state, _OF_STATES)]
     known += [(group, _OF_GROUPS) for group in boundary.groups]
     known += [(one, _OF_PARAMETERS) for one in boundary.parameters]
@@ -162,7 +162,11 @@ def _check(boundary: Boundary) -> None:
             f"The model is sharded by an FSDP2 that tdfx does not know: it has no {missing[0]}. Rewrite the model before "
             f"fully_shard is called on it, or install a version of torch that this version of tdfx was tested with."
         )
-    for group in boundary.groups:
+
+
+def check_use(boundaries: Iterable[Boundary]) -> None:
+    """Raise ModelError where a use of FSDP2 is not supported, or holds what would be lost."""
+    for boundary, group in [(one, group) for one in boundaries for group in one.groups]:
         spread = getattr(group.mesh_info, "dp_mesh_dims", None) is not None
         if spread or any(getattr(one, "is_dtensor", False) for one in group.fsdp_params):
             raise ModelError(

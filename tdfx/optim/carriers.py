@@ -68,7 +68,9 @@ class ToFactors:
         """Return the factors with one of them fitted to the dense average."""
         layer = self.layer
         weights = [full(weight).to(values[0].dtype) for weight in layer.weights]
-        return layer.scheme.refit(layer.operation, weights, layer.kind.to_dense(values[0]))
+        # An average may be on another device than its model.
+        dense = layer.kind.to_dense(values[0].to(weights[0].device))
+        return layer.scheme.refit(layer.operation, weights, dense)
 
     def _pull_back(self, moment: Tensor, change: Callable[[Tensor], Tensor]) -> Moments:
         detached = [change(full(weight)).to(moment.dtype) for weight in self.layer.weights]

@@ -99,10 +99,10 @@ def register_optimizer(optimizer: type[Optimizer], **roles: Role) -> None:
     _TABLE[optimizer] = Meaning(roles)
 
 
-def second_moment(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> Tensor | None:
+def second_moment(optimizers: Sequence[Optimizer], parameter: Tensor) -> Tensor | None:
     """Return what an optimizer keeps of the squares of a parameter's gradient, of its shape; None where there is nothing."""
     for optimizer in optimizers:
-        state = optimizer.state.get(parameter, {})
+        state: State = optimizer.state.get(parameter, {})
         meaning = _meaning(optimizer, state)
         if meaning is not None:
             unfolded = meaning.unfold(_working(state))

@@ -98,8 +98,8 @@ def prepare(optimizers: Sequence[Optimizer], exchanges: Iterable[Exchange]) -> S
     pending = list(exchanges)
     if not optimizers:
         return surgery
+    check_homes(optimizers, pending)
     home = _homes(optimizers)
-    _check_homes(pending, home)
     for optimizer in optimizers:
         mine = [exchange for exchange in pending if home[id(exchange.old[0])][0][0] is optimizer]
         for group in optimizer.param_groups:
@@ -123,13 +123,18 @@ def _homes(optimizers: Sequence[Optimizer]) -> dict[int, list[tuple[Optimizer, i
     return home
 
 
-def _check_homes(exchanges: Sequence[Exchange], home: dict[int, list[tuple[Optimizer, int]]]) -> None:
+def check_homes(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> None:
+    """Raise OptimizerError unless every parameter to be replaced has one place in the optimizers, where there are any."""
+    if not optimizers:
+        return
+    home = _homes(optimizers)
     missing = [one.site for one in exchanges if any(id(parameter) not in home for parameter in one.old)]
     if missing:
         raise OptimizerError(
             f"The weights of {len(missing)} sites are in none of the optimizers given, the first being {missing[0]!r}: the "
             f"optimizer belongs to another model, or trains only a part of this one. Pass the optimizer (or all of them, "
-            f"as a list) that holds this model's parameters, or keep those sites: Policy(exclude=({missing[0]!r}, ...))."
+            f"as a list) that holds this model's parameters, or keep those sites: Policy(exclude=({missing[0]!r}, ...)). If "
+            f"it holds wider copies of them, such as float32 beside half precision, pass these too: masters=."
         )
     for one in exchanges:
         shared = [parameter for parameter in one.old if len(home[id(parameter)]) > 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tdfx.errors import PolicyError, nearest
+from tdfx.ranks.budget import Budget
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.ratio import Ratio
 from tdfx.ranks.rule import RankRule
@@ -21,10 +22,11 @@ _RULES: dict[str, tuple[Callable[..., RankRule], str | None]] = {
     "threshold": (Threshold, "above"),
     "params": (Target, "parameters"),
     "flops": (Target, "flops"),
+    "speedup": (Budget, "speedup"),
 }
 """Name -> the rule, and the setting that the number after the colon fills, if it takes one."""
 
-_NEEDS_NUMBER = {"threshold", "params", "flops"}
+_NEEDS_NUMBER = {"threshold", "params", "flops", "speedup"}
 _METHODS = ("at_least", "at_most", "round_to")
 
 
@@ -37,6 +39,8 @@ def parse_rule(text: str) -> RankRule:
     VBMF(floor=0.25, weaken=1.0)
     >>> parse_rule("params:0.5,at_least=8")
     Target(parameters=0.5).at_least(8)
+    >>> parse_rule("speedup:2")
+    Budget(speedup=2.0)
 
     A bound with a point is a share of the full rank, one without is a number of ranks, as in the methods of the same names.
 
@@ -59,7 +63,7 @@ def _parse_name(text: str) -> RankRule:
         )
     rule, setting = _RULES[name.lower()]
     if not colon and name.lower() in _NEEDS_NUMBER:
-        raise PolicyError(f"{text!r} needs a number. Write for example {name}:0.5.")
+        raise PolicyError(f"{text!r} needs a number. Write for example {name}:{2 if name == 'speedup' else 0.5}.")
     if not colon:
         return rule()
     if setting is None:

@@ -35,7 +35,7 @@ class FrobeniusDecay:
     Raises:
         ModelError: The model holds no factorized layer.
         OptimizerError: The optimizer is of another class, so that it is not known what it makes of ``weight_decay``, or
-            fused; at a step, that it is given a closure.
+            fused, or holds none of the factors; at a step, that it is given a closure.
 
     Example:
         >>> import tdfx, torch
@@ -58,6 +58,13 @@ class FrobeniusDecay:
             raise ModelError(
                 f"{type(model).__name__} holds no factorized layer whose decay could be another. Pass the model that "
                 f"tdfx.rewrite returned, and make this anew after each rewrite."
+            )
+        held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        if not any(id(weight) in held for layer in self._layers for weight in layer.weights):
+            raise OptimizerError(
+                f"The {type(optimizer).__name__} holds none of the factors of this {type(model).__name__}: it trains "
+                f"another model, or wider copies of the parameters, whose decay this does not know. Pass the optimizer that "
+                f"holds the model's own parameters."
             )
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 

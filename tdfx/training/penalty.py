@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tdfx.errors import PlanError, PolicyError
+from tdfx.errors import OptimizerError, PlanError, PolicyError
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.functional import Call
@@ -45,7 +45,7 @@ class LowRankPenalty:
     Raises:
         PolicyError: A coefficient is out of range.
         PlanError: The plan names a layer that the model lacks, or was made for another shape.
-        OptimizerError: The optimizer is fused, or is given a closure at a step.
+        OptimizerError: The optimizer is fused, or holds none of the weights, or is given a closure at a step.
 
     Example:
         >>> import tdfx, torch
@@ -71,6 +71,13 @@ class LowRankPenalty:
         self.strength = strength
         self.growth = growth
         self._pulled = [_pulled(model, site) for site in plan.factorized]
+        held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        if self._pulled and not any(id(one.weight) in held for one in self._pulled):
+            raise OptimizerError(
+                f"The {type(optimizer).__name__} holds none of the {len(self._pulled)} weights of the plan: it trains "
+                f"another model, or wider copies of the parameters, which this does not know. Pass the optimizer that holds "
+                f"the model's own parameters."
+            )
         self._fresh = True
         self.compress()
         self._handle = optimizer.register_step_pre_hook(self._before_step)

@@ -40,7 +40,9 @@ class Processes:
         if self._replicas:
             from tdfx.distributed.ddp import Replicas  # as in tdfx.wrappers
 
-            self._ranks = [Replicas(one).ranks for one in self._replicas]
+            self._ranks = [Replicas.ranks_of(one) for one in self._replicas]
+            for one, ranks in zip(self._replicas, self._ranks, strict=True):
+                Replicas(one, ranks)  # raises where it cannot be set up again
         elif self._shards:
             from tdfx.distributed.ranks import Ranks
 

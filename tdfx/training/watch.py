@@ -20,6 +20,7 @@ from tdfx.passes.shapes import Shapes
 from tdfx.passes.trace import Trace
 from tdfx.plan import Emit
 from tdfx.policy import Policy
+from tdfx.shards import full, is_sharded
 from tdfx.training.when import Settled
 
 _SHARE = 0.01
@@ -58,7 +59,9 @@ class Survey:
 
 def survey(model: nn.Module, policy: Policy, inputs: Inputs | None, emit: Emit) -> Survey:
     """Look at a model's sites, not at their weights."""
-    program = Find()(Trace()(Program(module=model, emit=emit)).program).program
+    shards = any(map(is_sharded, model.parameters()))
+    start = Program(module=model, emit="modules" if shards else emit, shards=shards)
+    program = Find()(Trace()(start).program).program
     if inputs is not None:
         program = Shapes(inputs)(program).program
     wanted = [one for one in program.sites if one.reason is None and policy.for_site(*one.names) is not None]
@@ -224,7 +227,7 @@ def _norm(values: Tensor) -> Tensor:
 def _weight(model: nn.Module, name: str, path: str) -> Tensor:
     """Return a site's weight as a matrix, in a dtype in which to measure."""
     try:
-        weight = model.get_parameter(path).detach().flatten(1)
+        weight = full(model.get_parameter(path)).flatten(1)
     except AttributeError as error:
         raise ModelError(
             f"{type(model).__name__} has no weight {path!r}, which is that of site {name!r} and is watched: the model was "

@@ -1,0 +1,425 @@
+"""Budgets: what is kept, at the least loss, by whichever measure; and what happens where it cannot be kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdfx
+from tdfx import Budget, InputError, Modelled, Plan, Policy, PolicyError, Ratio, Reason
+from tdfx.cost.count import Flow, flops
+from tdfx.factors.operation import Operation
+from tdfx.factors.registry import get_scheme
+from tdfx.kinds.registry import operation_of
+from tdfx.passes.options import options_of, pack_options, unpack_options
+from tdfx.ranks.spectrum import spectrum
+
+
+class ByFlops:
+    """A cost that measures: a step takes as many seconds as the forward pass has billions of operations."""
+
+    modelled = Modelled()
+    autocast = None
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
+        return flops(chain, flow or Flow(8, (8, 8))) / 1e9
+
+    def measure(self, groups: Any, *, spent: float = 0.0) -> dict[Any, float]:
+        found = {case: self.seconds(*case) for group in groups for case in group}
+        self.asked.append(len(found))
+        return found
+
+    def update_seconds(self, values: int, device: str) -> float:
+        return 0.0
+
+
+def lowish(model: nn.Module) -> nn.Module:
+    """Give weights spectra that fall off, each at a pace of its own."""
+    for number, one in enumerate(layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)):
+        flat = one.weight.detach().flatten(1).double()
+        u, s, v = torch.linalg.svd(flat, full_matrices=False)
+        pace = torch.exp(-torch.arange(len(s)) * (0.05 + 0.05 * (number % 3)))
+        one.weight.data = (u * pace) @ v if one.weight.dim() == 2 else ((u * pace) @ v).reshape(one.weight.shape)
+        one.weight.data = one.weight.data.to(torch.float32)
+    return model
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())
+    return lowish(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 64), nn.Linear(64, 48)))
+
+
+X = torch.randn(4, 16, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def planned(**settings: Any) -> Plan:
+    settings = {"min_gain": 0, "round_to": 1, "cost": Modelled(), **settings}
+    return tdfx.plan(net(), Policy(**settings), example_inputs=(X,))
+
+
+@pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
+@pytest.mark.parametrize("name", ["parameters", "flops", "memory"])
+def test_a_share_is_kept(name: str, share: float) -> None:
+    plan = planned(**{name: share})
+    before, after = getattr(plan, f"{name}_before"), getattr(plan, f"{name}_after")
+    # Ranks are whole numbers, so a little may be left.
+    assert 0.85 * share * before < after <= share * before
+    tight = planned(**{name: share / 2})
+    assert tight.total_error > plan.total_error > 0
+
+
+def test_an_amount_is_kept() -> None:
+    plan = planned(parameters=9_000)
+    assert 8_500 < plan.parameters_after <= 9_000
+    assert planned(flops=5_000_000).flops_after <= 5_000_000  # type: ignore[operator]
+
+
+def test_two_budgets_are_both_kept() -> None:
+    one = planned(parameters=0.5)
+    both = planned(parameters=0.5, flops=0.2)
+    assert both.parameters_after <= 0.5 * both.parameters_before
+    assert both.flops_after <= 0.2 * both.flops_before  # type: ignore[operator]
+    assert one.flops_after > 0.2 * one.flops_before  # type: ignore[operator]
+
+
+def test_what_is_predicted_is_what_the_rewrite_has() -> None:
+    model = net()
+    policy = Policy(parameters=0.4, min_gain=0, round_to=1, cost=Modelled())
+    plan = tdfx.plan(model, policy)
+    small = tdfx.rewrite(model, plan)
+    assert sum(one.numel() for one in small.parameters()) == plan.parameters_after
+    assert len({site.scheme for site in plan.factorized}) > 1
+
+
+def test_no_other_choice_of_the_same_options_loses_less() -> None:
+    torch.manual_seed(0)
+    model = lowish(nn.Sequential(nn.Linear(24, 20), nn.Linear(20, 24), nn.Conv1d(20, 6, 3)))
+    policy = Policy(parameters=0.6, min_gain=0, round_to=4, cost=Modelled())
+    plan = tdfx.plan(model, policy)
+    places = []
+    for site in plan.sites:
+        layer = model.get_submodule(site.name)
+        found = [(site.parameters_before, 0.0)]
+        weight = layer.get_parameter("weight").detach().double()
+        for name in ("svd", "tucker2", "tucker1_out", "tucker1_in"):
+            scheme = get_scheme(name)
+            operation = operation_of(layer)
+            assert operation is not None
+            if not scheme.fits(operation):
+                continue
+            full = scheme.full_ranks(operation)
+            spectra = scheme.spectra(operation, weight)
+            for ranks in itertools.product(*({min(most, 4 * step) for step in range(1, 7)} for most in full)):
+                count = sum(one.parameters for one in scheme.chain(operation, ranks))
+                found.append((count, scheme.error(operation, weight, ranks, spectra) ** 2))
+        places.append(found)
+    limit = int(0.6 * plan.parameters_before) - plan.other_parameters
+    fits = (pick for pick in itertools.product(*map(undominated, places)) if sum(one[0] for one in pick) <= limit)
+    least = min(sum(one[1] for one in pick) for pick in fits)
+    # The options of a budget are fewer than all ranks, so it may lose a little more than the best of all.
+    assert least <= plan.total_error * (1 + 1e-9)
+    assert plan.total_error < 1.3 * least
+
+
+def undominated(options: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    kept: list[tuple[int, float]] = []
+    for one in sorted(options):
+        if not kept or one[1] < kept[-1][1]:
+            kept.append(one)
+    return kept
+
+
+def test_it_loses_less_than_one_share_for_all() -> None:
+    even = tdfx.plan(net(), Policy(rank=Ratio(of=0.3), min_gain=0, round_to=1, cost=Modelled()))
+    solved = planned(parameters=even.parameters_after)
+    assert solved.parameters_after <= even.parameters_after
+    assert solved.total_error < 0.8 * even.total_error
+
+
+def test_a_speedup_is_of_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = ByFlops()
+    sites = sum(one.flops_before or 0 for one in planned(parameters=0.5).sites) / 1e9
+    # A quarter of the step is not the sites'.
+    monkeypatch.setattr("tdfx.passes.clock.Clock._seconds", lambda *_: sites / 0.75)
+    plan = planned(speedup=2, cost=cost)
+    assert plan.step_seconds == pytest.approx(sites / 0.75)
+    assert plan.speedup is not None
+    assert plan.step_seconds is not None
+    assert 2 <= plan.speedup < 2.04
+    after = sum(one.seconds_after for one in plan.sites)  # type: ignore[misc]
+    assert after == pytest.approx((0.5 - 0.25) / 0.75 * sites, rel=0.05)
+    assert planned(seconds=plan.step_seconds / 2, cost=cost).total_error == pytest.approx(plan.total_error)
+    with pytest.raises(
+        PolicyError, match=r"Budget\(speedup=5\) cannot be kept: the most that .* is speedup=3\.[0-9]+\. Ask"
+    ):
+        planned(speedup=5, cost=cost)
+
+
+def test_what_can_be_reached_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdfx.passes.clock.Clock._seconds", lambda *_: 0.02)
+    for name, value in (("speedup", 90), ("seconds", 1e-6), ("parameters", 0.001), ("memory", 1), ("flops", 0.001)):
+        with pytest.raises(
+            PolicyError, match="cannot be kept: the most that the 4 sites in question can give"
+        ) as caught:
+            planned(**{name: value}, cost=ByFlops())
+        said = str(caught.value).split(f"{name}=")[2].split(" ")[0].rstrip(".")
+        planned(**{name: int(said) if said.isdecimal() and name != "speedup" else float(said)}, cost=ByFlops())
+
+
+def test_several_budgets_that_only_together_are_too_much() -> None:
+    # On large images, what flows between two factors takes more memory than the weight that they replace.
+    model, x = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1)), torch.randn(2, 16, 128, 128)
+    settings: dict[str, Any] = {"min_gain": 0, "round_to": 1, "cost": Modelled()}
+    alone: list[dict[str, Any]] = [{"parameters": 0.5}, {"memory": 1.0}]
+    for budget in alone:
+        tdfx.plan(model, Policy(**budget, **settings), example_inputs=x)
+    with pytest.raises(PolicyError, match="each of its budgets can, but not all of them together"):
+        tdfx.plan(model, Policy(parameters=0.5, memory=1.0, **settings), example_inputs=x)
+
+
+def test_without_a_measurement_a_speedup_is_of_the_sites() -> None:
+    plan = tdfx.plan(net(), Policy(speedup=2, min_gain=0, cost=Modelled()))
+    model = Modelled()
+    layers = [net().get_submodule(one.name) for one in plan.sites]
+    operations = [operation_of(one) for one in layers]
+    before = [model.seconds([one], None) for one in operations if one is not None]
+    after = [
+        took / (site.gain or 1.0) if site.factorized else took for took, site in zip(before, plan.sites, strict=True)
+    ]
+    assert sum(before) / sum(after) >= 2
+    with pytest.raises(PolicyError, match="is about the time of the training step, which is not known"):
+        tdfx.plan(net(), Policy(seconds=1.0, cost=Modelled()), example_inputs=(X,))
+    with pytest.raises(PolicyError, match="counts flops, which depends on what flows through each site"):
+        tdfx.plan(net(), Policy(flops=0.5))
+
+
+def test_sites_of_other_rules_count_with_what_they_become() -> None:
+    policy = {"min_gain": 0, "round_to": 1, "cost": Modelled()}
+    given = Policy(rank=Ratio(of=0.1), **policy)  # type: ignore[arg-type]
+    plan = tdfx.plan(net(), Policy(parameters=0.5, overrides={"2": given}, exclude=("7",), **policy))  # type: ignore[arg-type]
+    assert plan["2"].ranks == (3, 3)
+    assert plan["7"].reason is Reason.EXCLUDED
+    assert 0.45 < plan.parameters_after / plan.parameters_before <= 0.5
+
+
+def test_a_site_that_would_not_gain_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdfx.passes.clock.Clock._seconds", lambda *_: 0.02)
+    plan = planned(parameters=0.9, min_gain=1.5, cost=ByFlops())
+    assert plan.factorized
+    assert all(site.gain is not None and site.gain >= 1.5 for site in plan.factorized)
+    kept = [site for site in plan.kept if site.reason is Reason.NO_GAIN]
+    assert {site.note for site in kept} <= {"within the budget as it is"}
+
+
+def test_what_is_chosen_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdfx.passes.clock.Clock._seconds", lambda *_: 0.02)
+    cost = ByFlops()
+    plan = planned(speedup=1.2, cost=cost)
+    assert cost.asked
+    assert all(site.seconds_after is not None for site in plan.factorized)
+
+
+def test_a_factorized_model_stays_as_it_is_under_a_budget() -> None:
+    small = tdfx.rewrite(net(), Policy(rank=Ratio(of=0.5), min_gain=0, cost=Modelled()))
+    plan = tdfx.plan(small, Policy(parameters=0.99, min_gain=0, cost=Modelled()))
+    assert {site.reason for site in plan.sites} == {Reason.FACTORIZED}
+
+
+@pytest.mark.parametrize("scheme", ["svd", "spatial", "tucker2"])
+def test_a_scheme_that_is_asked_for_is_the_only_one(scheme: str) -> None:
+    plan = planned(parameters=0.95, scheme=scheme)
+    assert {site.scheme for site in plan.factorized} == {scheme}
+
+
+def test_the_outputs_error_is_that_of_the_outputs() -> None:
+    # The inputs live in few directions; an error of the weight outside of them costs nothing.
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 32, bias=False)
+    x = torch.randn(64, 4) @ torch.randn(4, 32)
+    model = nn.Sequential(layer, nn.Linear(32, 32, bias=False))
+    settings: dict[str, Any] = {"parameters": 0.6, "min_gain": 0, "round_to": 1, "cost": Modelled()}
+    by_outputs = tdfx.plan(model, Policy(error="outputs", **settings), example_inputs=(x,))
+    by_weights = tdfx.plan(model, Policy(**settings), example_inputs=(x,))
+
+    def lost(plan: Plan) -> float:
+        """Return the squared error of each layer's own output, relative to it, summed."""
+        small = tdfx.rewrite(model, plan)
+        total, entering = 0.0, x
+        small.requires_grad_(False)
+        for name in ("0", "1"):
+            dense, other = model.get_submodule(name)(entering), small.get_submodule(name)(entering)
+            total += float(((dense - other).square().sum() / dense.square().sum()).detach())
+            entering = dense
+        return total
+
+    assert lost(by_outputs) < 0.95 * lost(by_weights)
+    with pytest.raises(PolicyError, match="error='outputs' compares the outputs of each site on real inputs"):
+        tdfx.plan(model, Policy(error="outputs", **settings))
+
+
+def test_the_outputs_loss_is_the_error_whitened_by_the_inputs() -> None:
+    from tdfx.passes.base import Program
+    from tdfx.passes.find import Find
+    from tdfx.passes.losses import output_losses
+    from tdfx.passes.shapes import Shapes
+    from tdfx.passes.trace import Trace
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4)).double()
+    x = torch.randn(20, 6, dtype=torch.float64)
+    program = Shapes((x,))(Find()(Trace()(Program(module=model)).program).program).program
+    loss = output_losses(program, (x,))["0"]
+    error = torch.randn(4, 6, dtype=torch.float64)
+    weight, moments = model[0].weight.detach(), x.T @ x  # type: ignore[operator]
+    expected = torch.trace(error @ moments @ error.T) / torch.trace(weight @ moments @ weight.T)
+    assert loss(error) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_the_curvature_counts_what_the_loss_feels() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    optimizer = torch.optim.Adam(model.parameters())
+    settings: dict[str, Any] = {
+        "parameters": 0.75,
+        "min_gain": 0,
+        "round_to": 1,
+        "cost": Modelled(),
+        "error": "curvature",
+    }
+    with pytest.raises(InputError, match="error='curvature' reads the optimizer's second moments, and there are none"):
+        tdfx.plan(model, Policy(**settings), optimizer=optimizer)
+    model(torch.randn(8, 32)).square().sum().backward()
+    optimizer.step()
+    for index, one in enumerate(model.parameters()):
+        optimizer.state[one]["exp_avg_sq"] = torch.full_like(one, 1e-4 if index else 1.0)
+    plan = tdfx.plan(model, Policy(**settings), optimizer=optimizer)
+    # All that has to go comes out of the layer that the loss does not feel.
+    assert not plan["0"].factorized
+    assert plan["1"].factorized
+    for index, one in enumerate(model.parameters()):
+        optimizer.state[one]["exp_avg_sq"] = torch.full_like(one, 1.0 if index else 1e-4)
+    other = tdfx.plan(model, Policy(**settings), optimizer=optimizer)
+    assert (other["0"].factorized, other["1"].factorized) == (True, False)
+    again = tdfx.rewrite(model, Policy(**settings), optimizer=optimizer)
+    assert sum(one.numel() for one in again.parameters()) == other.parameters_after
+
+
+def test_options_survive_being_sent() -> None:
+    from tdfx.passes.base import Program
+    from tdfx.passes.find import Find
+    from tdfx.passes.trace import Trace
+
+    program = Find()(Trace()(Program(module=net())).program).program
+    policy = Policy(parameters=0.5, round_to=4)
+    site = program.sites[1]
+    weight = site.weight
+    assert weight is not None
+    options = list(options_of(site, policy, weight.detach(), None))
+    (table,) = pack_options(site, policy, None, weight.detach())
+    assert unpack_options(policy, table) == options
+    assert {option.scheme.name for option, _ in options} == {"tucker2", "tucker1_out", "tucker1_in", "spatial"}
+    for option, loss in options:
+        dense = weight.detach().double()
+        factors = option.scheme.split(site.operation, dense, option.ranks, option.scheme.spectra(site.operation, dense))  # type: ignore[arg-type]
+        lost = dense - option.scheme.join(site.operation, factors)  # type: ignore[arg-type]
+        assert loss == pytest.approx(float(lost.square().sum() / dense.square().sum()), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tucker2", "svd", "cp"])
+def test_errors_at_many_ranks_are_those_at_each(name: str) -> None:
+    torch.manual_seed(0)
+    scheme = get_scheme(name)
+    operation = Operation(
+        in_channels=12, out_channels=8, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=2
+    )
+    if name == "svd":
+        operation = Operation(in_channels=12, out_channels=8)
+    weight = torch.randn(operation.weight_shape, dtype=torch.float64)
+    spectra = scheme.spectra(operation, weight)
+    full = scheme.full_ranks(operation)
+    grid = [tuple(max(1, most // part) for most in full) for part in (4, 2)]
+    one_by_one = [scheme.error(operation, weight, ranks, spectra) for ranks in grid]
+    assert scheme.errors(operation, weight, grid, spectra) == pytest.approx(one_by_one, rel=1e-9)
+    assert scheme.errors(operation, 0 * weight, grid, scheme.spectra(operation, 0 * weight)) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("channels", [(12, 8), (2, 40)])
+def test_spectra_of_schemes_that_cut_less_are_the_same_ones(channels: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    operation = Operation(
+        in_channels=channels[0], out_channels=channels[1], kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1)
+    )
+    weight = torch.randn(operation.weight_shape, dtype=torch.float64)
+    tucker = get_scheme("tucker2")
+    known = tucker.partial_spectra(tucker.spectra(operation, weight))
+    assert set(known) == ({"tucker1_out", "tucker1_in"} if channels == (12, 8) else {"tucker1_in"})
+    for name, spectra in known.items():
+        scheme = get_scheme(name)
+        (own,) = scheme.spectra(operation, weight)
+        assert torch.allclose(spectra[0].values, own.values, atol=1e-12)
+        first, second = (
+            scheme.join(operation, scheme.split(operation, weight, (2,), one)) for one in (spectra, (own,))
+        )
+        assert torch.allclose(first, second, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"Budget\(\) has no budget"),
+        ({"speedup": 1}, r"speedup=1 is not a number above 1: it is how many times faster"),
+        ({"speedup": math.nan}, r"speedup=nan is not a number above 1"),
+        ({"seconds": 0}, r"seconds=0 is not a number above 0: it is what the step may take, in seconds"),
+        ({"flops": 0.0}, r"flops=0\.0 is neither a share in \(0, 1\] nor a whole number"),
+        ({"parameters": 1.5}, r"parameters=1\.5 is neither a share"),
+        ({"memory": True}, r"memory=True is neither a share"),
+        ({"speedup": 2, "error": "rank"}, r"error='rank' is not known"),
+    ],
+)
+def test_what_a_budget_does_not_take(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        Budget(**settings)
+
+
+def test_what_a_policy_does_not_take() -> None:
+    with pytest.raises(PolicyError, match=r"rank=Ratio\(of=0\.5\) and speedup=2 both say which ranks to take"):
+        Policy(rank=Ratio(of=0.5), speedup=2)
+    with pytest.raises(PolicyError, match="An override has a budget, and a budget is for all sites together"):
+        Policy(overrides={"a": Policy(speedup=2)})
+    with pytest.raises(PolicyError, match="error='outputs' says what a budget keeps small, and no budget is given"):
+        Policy(error="outputs")
+    with pytest.raises(PolicyError, match=r"Budget\(speedup=2\) cannot choose ranks for site 'a' alone"):
+        Budget(speedup=2).choose("a", [spectrum(torch.eye(3))])
+
+
+def test_a_copy_of_a_policy_keeps_its_budget() -> None:
+    policy = Policy(speedup=2, error="outputs")
+    assert policy.rank == Budget(speedup=2, error="outputs")
+    assert dataclasses.replace(policy, exclude=("a",)).rank == policy.rank
+    assert dataclasses.replace(policy, speedup=3).rank == Budget(speedup=3, error="outputs")
+    assert Policy(rank=Budget(speedup=2)).rank == Policy(speedup=2).rank
+    assert repr(policy.rank) in repr(policy)
+    assert Policy().rank == tdfx.VBMF()
+
+
+def test_a_trained_step_is_unchanged_by_a_plan() -> None:
+    model = net()
+    before: dict[str, Tensor] = {name: one.clone() for name, one in model.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    tdfx.plan(model, Policy(seconds=10.0, min_gain=0), example_inputs=(X,))
+    assert torch.equal(torch.rand(2), expected)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert all(one.grad is None for one in model.parameters())

@@ -1,0 +1,272 @@
+"""Times that are measured: what is timed, in which setting, how often, and what answers where nothing was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdfx
+from tdfx import Measured, Modelled, PolicyError
+from tdfx.cost import measured
+from tdfx.cost.count import Flow, intermediate_values, parameters
+from tdfx.cost.machine import rates
+from tdfx.cost.memory import training_bytes
+from tdfx.cost.setting import Setting
+from tdfx.cost.timing import Timing
+from tdfx.cost.workload import Workload, apply
+from tdfx.factors.operation import Operation
+from tdfx.factors.registry import get_scheme
+from tdfx.kinds.registry import operation_of
+from tdfx.passes.base import Program
+from tdfx.passes.find import Find
+from tdfx.passes.shapes import Shapes
+from tdfx.passes.trace import Trace
+
+CONV = Operation(in_channels=16, out_channels=24, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+FLOW = Flow(2, (8, 8))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDFX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(measured, "_known", {})
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[Operation, ...]]]:
+    """Time nothing: what is timed takes as many seconds as it has operations; return what was timed together."""
+    seen: list[list[tuple[Operation, ...]]] = []
+
+    def turns(runs: Sequence[Any], **_: Any) -> list[Timing]:
+        seen.append([run.__self__.chain for run in runs])
+        return [Timing((float(len(chain)),)) for chain in seen[-1]]
+
+    monkeypatch.setattr(measured, "take_turns", turns)
+    return seen
+
+
+LAYERS = {
+    "linear": (nn.Linear(6, 4, bias=False), (5, 6)),
+    "conv1d": (nn.Conv1d(4, 6, 5, stride=2, padding=3, dilation=2, bias=False), (2, 4, 21)),
+    "conv2d": (nn.Conv2d(4, 6, (3, 2), padding=(1, 0), groups=2, bias=False), (2, 4, 7, 8)),
+    "conv3d": (nn.Conv3d(4, 6, 3, padding=1, bias=False), (2, 4, 5, 4, 5)),
+    "same": (nn.Conv2d(4, 6, (4, 3), padding="same", dilation=2, bias=False), (2, 4, 9, 9)),
+    "valid": (nn.Conv2d(4, 6, 3, padding="valid", padding_mode="reflect", bias=False), (2, 4, 9, 9)),
+    "reflect": (nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="reflect", bias=False), (2, 4, 9, 9)),
+    "circular_same": (nn.Conv2d(4, 6, (4, 3), padding="same", padding_mode="circular", bias=False), (2, 4, 9, 9)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, bias=False), (2, 4, 5, 6)),
+    "transposed1d": (nn.ConvTranspose1d(4, 6, 3, groups=2, dilation=2, bias=False), (2, 4, 5)),
+}
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS.keys())
+def test_what_is_timed_is_what_the_layer_computes(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    operation = operation_of(layer)
+    assert operation is not None
+    x, weight = torch.randn(shape), layer.get_parameter("weight")
+    assert torch.equal(apply(operation, x, weight), layer(x))
+    assert not torch.equal(apply(operation, x, 2 * weight), layer(x))
+
+
+def test_a_workload_computes_every_gradient_in_its_setting() -> None:
+    chain = get_scheme("tucker2").chain(CONV, (8, 8))
+    setting = Setting(channels_last=True, dtype=torch.float64)
+    work = Workload(chain, Flow(2, (8, 8), setting=setting))
+    assert work.input.shape == (2, 16, 8, 8)
+    assert work.input.is_contiguous(memory_format=torch.channels_last)
+    assert all(one.dtype == torch.float64 for one in (work.input, *work.weights))
+    assert [tuple(one.shape) for one in work.wanted] == [(2, 16, 8, 8), (8, 16, 1, 1), (8, 8, 3, 3), (24, 8, 1, 1)]
+    work.run()
+    assert all(one.grad is None for one in work.wanted)
+    first = Workload(chain, Flow(2, (8, 8), setting=Setting(wants_input_gradient=False)))
+    assert not first.input.requires_grad
+    assert len(first.wanted) == 3
+
+
+def test_a_workload_under_autocast_computes_in_its_dtype() -> None:
+    work = Workload([CONV], Flow(2, (8, 8), setting=Setting(autocast=torch.bfloat16)))
+    assert (work.weights[0].dtype, work.input.dtype, work.gradient.dtype) == (torch.float32, *[torch.bfloat16] * 2)
+    work.run()
+
+
+def test_what_competes_shares_its_input() -> None:
+    dense = Workload([CONV], FLOW)
+    other = Workload(get_scheme("tucker2").chain(CONV, (8, 8)), FLOW, shares=(dense,))
+    assert other.input is dense.input
+    assert other.gradient is dense.gradient
+    wider = Workload([CONV], Flow(4, (8, 8)), shares=(dense,))
+    assert wider.input is not dense.input
+
+
+def test_measuring_leaves_the_stream_of_random_numbers_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    Measured(rounds=1, cache=False).seconds([CONV], FLOW)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_measured_time_is_that_of_the_machine() -> None:
+    cost = Measured(rounds=3, cache=False, update_bytes=0)
+    small, large = Flow(1, (8, 8)), Flow(64, (32, 32))
+    times = cost.measure([[((CONV,), small)], [((CONV,), large)]])
+    assert 1e-6 < times[(CONV,), small] < 0.3
+    # A thousand times the work; even on a disturbed machine it takes longer.
+    assert times[(CONV,), large] > 5 * times[(CONV,), small]
+
+
+def test_equal_work_is_timed_once(timed: list[list[tuple[Operation, ...]]]) -> None:
+    chain = get_scheme("tucker2").chain(CONV, (8, 8))
+    cost = Measured(update_bytes=0)
+    times = cost.measure([[((CONV,), FLOW), (chain, FLOW)], [((CONV,), FLOW), (chain, FLOW)]])
+    assert timed == [[(CONV,), chain]]
+    assert times == {((CONV,), FLOW): 1.0, (chain, FLOW): 3.0}
+    assert cost.seconds(chain, FLOW) == 3.0
+    assert len(timed) == 1
+
+
+def test_times_come_from_disk_in_the_next_process(
+    timed: list[list[tuple[Operation, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Measured(update_bytes=0).seconds([CONV], FLOW)
+    monkeypatch.setattr(measured, "_known", {})
+    assert Measured(update_bytes=0).seconds([CONV], FLOW) == 1.0
+    assert len(timed) == 1
+    monkeypatch.setattr(measured, "_known", {})
+    Measured(update_bytes=0, cache=False).seconds([CONV], FLOW)
+    assert len(timed) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Flow(3, (8, 8)),
+        Flow(2, (8, 9)),
+        Flow(2, (8, 8), setting=Setting(channels_last=True)),
+        Flow(2, (8, 8), setting=Setting(dtype=torch.float64)),
+        Flow(2, (8, 8), setting=Setting(autocast=torch.bfloat16)),
+        Flow(2, (8, 8), setting=Setting(wants_input_gradient=False)),
+    ],
+    ids=["samples", "size", "layout", "dtype", "autocast", "gradient"],
+)
+def test_what_differs_in_anything_is_timed_by_itself(timed: list[Any], other: Flow) -> None:
+    cost = Measured()
+    cost.measure([[((CONV,), FLOW)], [((CONV,), other)]])
+    assert len(timed) == 2
+
+
+def test_threads_and_settings_of_torch_count(timed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = Measured()
+    cost.seconds([CONV], FLOW)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    cost.seconds([CONV], FLOW)
+    assert len(timed) == 2
+
+
+def test_what_comes_later_is_compared_with_what_is_known(
+    timed: list[list[tuple[Operation, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = get_scheme("tucker2").chain(CONV, (8, 8))
+    cost = Measured(update_bytes=0)
+    cost.seconds([CONV], FLOW)
+    # Now the machine is twice as slow.
+    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((2.0,)), Timing((6.0,))])
+    times = cost.measure([[((CONV,), FLOW), (chain, FLOW)]])
+    assert times == {((CONV,), FLOW): 1.0, (chain, FLOW): 3.0}
+
+
+def test_without_time_left_arithmetic_answers_in_the_scale_of_what_was_measured(timed: list[Any]) -> None:
+    chain = get_scheme("tucker2").chain(CONV, (8, 8))
+    model, cost = Modelled(), Measured(update_bytes=0)
+    cost.seconds([CONV], FLOW)
+    times = cost.measure([[((CONV,), FLOW), (chain, FLOW)]], spent=cost.budget)
+    assert len(timed) == 1
+    expected = model.seconds(chain, FLOW) / model.seconds([CONV], FLOW)
+    assert times[chain, FLOW] == pytest.approx(expected)
+    assert cost.is_measured([CONV], FLOW)
+    assert not cost.is_measured(chain, FLOW)
+
+
+def test_without_inputs_and_on_the_meta_device_arithmetic_answers(timed: list[Any]) -> None:
+    cost, model = Measured(), Modelled()
+    assert cost.seconds([CONV], None) == model.seconds([CONV], None)
+    on_meta = Flow(2, (8, 8), setting=Setting(device="meta"))
+    assert cost.seconds([CONV], on_meta) == model.seconds([CONV], on_meta)
+    assert not cost.is_measured([CONV], None)
+    assert timed == []
+
+
+def test_what_cannot_be_run_is_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("tdfx.cost.workload.apply", fails)
+    cost = Measured(update_bytes=0, cache=False)
+    assert cost.seconds([CONV], FLOW) == Modelled().seconds([CONV], FLOW)
+
+
+def test_the_optimizers_share_is_what_its_update_moves(timed: list[Any]) -> None:
+    speed = rates(cache=False).bytes_per_second
+    with_update = Measured(update_bytes=28, cache=False).seconds([CONV], FLOW)
+    assert with_update == pytest.approx(1.0 + 28 * parameters([CONV]) / speed, rel=0.5)
+    assert with_update > 1.0
+
+
+@pytest.mark.parametrize("wrong", [{"budget": 0}, {"rounds": 0}, {"rounds": 1.5}, {"update_bytes": -1}])
+def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
+    with pytest.raises(PolicyError, match="has a number out of range: budget is a positive time in seconds"):
+        Measured(**wrong)
+
+
+def test_the_machine_has_rates() -> None:
+    found = rates(cache=False)
+    assert found.flops_per_second > 1e8
+    assert found.bytes_per_second > 1e8
+    assert 0 < found.seconds_per_call < 0.1
+    model = Modelled.of_machine()
+    assert (model.flops_per_second, model.bytes_per_second) == (found.flops_per_second, found.bytes_per_second)
+
+
+def test_intermediate_values_and_memory_by_hand() -> None:
+    chain = get_scheme("tucker2").chain(CONV, (8, 4))
+    assert intermediate_values(chain, FLOW) == 2 * 64 * (4 + 8)
+    assert intermediate_values([CONV], FLOW) == 0
+    half = Flow(2, (8, 8), setting=Setting(autocast=torch.bfloat16))
+    assert training_bytes(chain, [half, half]) == 4 * 4 * parameters(chain) + 2 * (2 * 2 * 64 * (4 + 8))
+
+
+def settings_of(model: nn.Module, x: Any) -> dict[str, Setting]:
+    program = Find()(Trace()(Program(module=model)).program).program
+    sites = Shapes((x,))(program).program.sites
+    return {site.name: site.flows[0].setting for site in sites if site.flows}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.free = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.b(self.a(x)).mean((2, 3))
+        return nn.functional.linear(y.float(), self.free)
+
+
+def test_each_site_says_in_which_setting_it_computes() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    found = settings_of(Net(), x)
+    assert found["a"] == Setting(autocast=torch.bfloat16, wants_input_gradient=False)
+    assert found["b"] == Setting(autocast=torch.bfloat16)
+    assert found["free"] == Setting()
+    layout = {"memory_format": torch.channels_last}
+    last = settings_of(Net().to(**layout), x.contiguous(**layout))
+    assert (last["a"].channels_last, last["b"].channels_last, last["free"].channels_last) == (True, True, False)
+    assert settings_of(nn.Sequential(nn.Conv2d(3, 8, 3)).double(), x.double())["0"].dtype == torch.float64
+    assert tdfx.Policy().cost == Measured()

@@ -1,0 +1,74 @@
+"""The choice within limits, against trying everything."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdfx.solver import Option, OutOfReachError, best_choice, least_totals
+
+numbers = st.integers(0, 50)
+places = st.lists(
+    st.lists(
+        st.builds(Option, numbers.map(float), st.tuples(numbers.map(float), numbers.map(float))), min_size=1, max_size=4
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def total(choice: list[Option], index: int) -> float:
+    return sum(option.costs[index] for option in choice)
+
+
+def by_trying(given: list[list[Option]], limits: list[float]) -> float:
+    """Return the least loss of any choice that keeps the limits; infinite if there is none."""
+    kept = (
+        choice
+        for choice in itertools.product(*given)
+        if all(sum(one.costs[index] for one in choice) <= limit for index, limit in enumerate(limits))
+    )
+    return min((sum(one.loss for one in choice) for choice in kept), default=math.inf)
+
+
+@settings(max_examples=150, deadline=None)
+@given(places, st.lists(st.integers(0, 120).map(float), min_size=2, max_size=2))
+def test_nothing_that_keeps_the_limits_is_better(given: list[list[Option]], limits: list[float]) -> None:
+    least = by_trying(given, limits)
+    if least == math.inf:
+        with pytest.raises(OutOfReachError):
+            best_choice(given, limits)
+        return
+    choice = [place[index] for place, index in zip(given, best_choice(given, limits), strict=True)]
+    assert all(total(choice, index) <= limit for index, limit in enumerate(limits))
+    assert sum(one.loss for one in choice) == pytest.approx(least, abs=1e-4)
+
+
+def test_a_choice_that_is_good_place_by_place_is_not_the_best() -> None:
+    # Greedily, by what a unit of cost saves, the first place would be cut; then the second does not fit any more.
+    given = [[Option(0.0, (5.0,)), Option(1.0, (4.0,))], [Option(0.0, (5.0,)), Option(2.0, (2.0,))]]
+    assert best_choice(given, [7.0]) == [0, 1]
+    assert best_choice(given, [10.0]) == [0, 0]
+    assert best_choice(given, [6.0]) == [1, 1]
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e9])
+def test_units_do_not_matter(scale: float) -> None:
+    given = [
+        [Option(0.0, (5 * scale,)), Option(scale, (4 * scale,))],
+        [Option(0.0, (5 * scale,)), Option(2 * scale, (2 * scale,))],
+    ]
+    assert best_choice(given, [7 * scale]) == [0, 1]
+
+
+def test_without_places_there_is_nothing_to_choose() -> None:
+    assert best_choice([], [1.0]) == []
+
+
+def test_the_least_of_each_cost_alone() -> None:
+    given = [[Option(0.0, (5.0, 1.0)), Option(1.0, (4.0, 2.0))], [Option(0.0, (3.0, 3.0))]]
+    assert least_totals(given, 2) == [7.0, 4.0]

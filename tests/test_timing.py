@@ -1,0 +1,150 @@
+"""Timing in turns, with a clock that the tests move; and the file in which times are kept."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tdfx
+from tdfx.cost.store import Store, cache_folder
+from tdfx.cost.timing import Timing, take_turns
+
+
+class Clock:
+    """A clock that only what is timed moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def taking(self, name: str, calls: list[str], *seconds: float) -> Callable[[], None]:
+        """Return a function that takes these times, call by call, the last one for ever, and notes that it was called."""
+        left = list(seconds)
+
+        def run() -> None:
+            calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def test_things_take_turns_and_the_median_counts() -> None:
+    clock, calls = Clock(), list[str]()
+    # The first call of each is the warm-up.
+    runs = [clock.taking("a", calls, 9.0, 1.0, 1.2, 1.1), clock.taking("b", calls, 9.0, 2.0)]
+    first, second = take_turns(runs, rounds=3, clock=clock)
+    assert calls == ["a", "b"] * 4
+    assert [first.seconds, second.seconds] == pytest.approx([1.1, 2.0])
+
+
+def test_a_disturbed_sample_does_not_count_and_another_is_taken() -> None:
+    clock, calls = Clock(), list[str]()
+    runs = [clock.taking("a", calls, 1.0, 1.0, 7.0, 1.0, 1.1), clock.taking("b", calls, 2.0)]
+    first, second = take_turns(runs, rounds=3, clock=clock)
+    assert first.trusted == pytest.approx((1.0, 1.0, 1.1))
+    assert len(first.samples) == len(second.samples) == 4
+    assert first.seconds == pytest.approx(1.0)
+
+
+def test_where_everything_is_disturbed_it_ends_all_the_same() -> None:
+    clock, calls = Clock(), list[str]()
+    (found,) = take_turns([clock.taking("a", calls, 1.0, 1.0, *(2.0**n for n in range(20)))], rounds=3, clock=clock)
+    assert len(found.samples) == 6
+
+
+def test_no_round_is_begun_that_would_take_too_long() -> None:
+    clock, calls = Clock(), list[str]()
+    (found,) = take_turns([clock.taking("a", calls, 1.0)], rounds=50, most_seconds=5.5, clock=clock)
+    assert len(found.samples) == 4
+    (found,) = take_turns([clock.taking("a", calls, 1.0)], rounds=50, most_seconds=0.1, clock=clock)
+    assert len(found.samples) == 1
+
+
+def test_what_is_over_in_no_time_is_repeated() -> None:
+    clock, calls = Clock(), list[str]()
+    (found,) = take_turns([clock.taking("a", calls, 1e-5)], rounds=2, clock=clock)
+    assert found.seconds == pytest.approx(1e-5)
+    assert len(calls) == 1 + 2 * 100
+
+
+def test_the_median_is_of_trusted_samples() -> None:
+    assert Timing((3.0, 1.0, 1.2)).trusted == (1.0, 1.2)
+    assert Timing((3.0, 1.0, 1.2)).seconds == pytest.approx(1.1)
+
+
+def test_times_are_kept_for_other_processes(tmp_path: Path) -> None:
+    store = Store(tmp_path / "new" / "folder")
+    assert store.get(["a"]) == {}
+    store.put({"a": 0.5, "b": 0.25})
+    assert Store(store.folder).get(["b", "c", "a"]) == {"b": 0.25, "a": 0.5}
+    store.put({"a": 0.75})
+    assert (store.get(["a"]), len(store)) == ({"a": 0.75}, 2)
+    assert store.clear() == 2
+    assert (store.get(["a"]), len(store), store.clear()) == ({}, 0, 0)
+
+
+def test_the_oldest_times_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdfx.cost.store._MOST_ROWS", 3)
+    store = Store(tmp_path)
+    for number in range(5):
+        monkeypatch.setattr("tdfx.cost.store.time.time", lambda number=number: float(number))
+        store.put({str(number): float(number)})
+    assert store.get([str(number) for number in range(5)]) == {"2": 2.0, "3": 3.0, "4": 4.0}
+
+
+def test_a_file_that_is_no_cache_is_no_failure(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.file.write_bytes(b"this is not a database, and long enough to be looked at" * 100)
+    assert store.get(["a"]) == {}
+    store.put({"a": 1.0})
+    assert store.get(["a"]) == {}
+    assert store.clear() == 0
+    store.put({"a": 1.0})
+    assert store.get(["a"]) == {"a": 1.0}
+
+
+def test_a_folder_that_cannot_be_made_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = Store(tmp_path / "file")
+    store.put({"a": 1.0})
+    assert store.get(["a"]) == {}
+
+
+def test_all_or_none_of_a_batch_is_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put({"a": 1.0})
+    store.put({"b": 2.0, "c": None})  # type: ignore[dict-item]
+    assert store.get(["a", "b", "c"]) == {"a": 1.0}
+
+
+def test_several_processes_write_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tdfx.cost.store import Store\n"
+        "for n in range(40): Store(Path(sys.argv[1])).put({f'{sys.argv[2]} {n}': float(n)})"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(tdfx.__file__).resolve().parents[1])}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], env=environment) for name in ("x", "y", "z")
+    ]
+    assert [one.wait(timeout=120) for one in running] == [0, 0, 0]
+    assert len(Store(tmp_path)) == 120
+    with sqlite3.connect(Store(tmp_path).file) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+
+
+def test_the_folder_is_the_users_or_the_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDFX_CACHE_DIR", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("TDFX_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    if sys.platform == "linux":
+        assert cache_folder() == tmp_path / "xdg" / "tdfx"
