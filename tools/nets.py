@@ -139,5 +139,7 @@ def build(name: str) -> tuple[nn.Module, int]:
     if name in NETS:
         builder, side = NETS[name]
         return builder(), side
-    model: nn.Module = torchvision.models.get_model(name, weights=None)
+    # These two warn unless they are told how to draw their weights, and take long for it in the old way.
+    options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     return model, 224
