@@ -207,7 +207,7 @@ def study(_tools: None) -> Any:
         def model(self) -> nn.Module:
             return build_model(16)
 
-    return tool("study_default").Study(Tiny(), 0, 10, time.process_time)
+    return tool("study_runs").Study(Tiny(), 0, 10, time.process_time)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_the_summary_takes_the_worst_task_and_the_mean_speed(dense: Any) -> None
         full = replace(dense, task=task, accuracy=98.0, loss=1.0, dense_seconds=1.0)
         runs += [full, replace(full, policy="p", accuracy=accuracy, loss=1.1, step=step)]
     (row,) = zip(*(column.cells for column in tool("study_default").summary(runs).columns), strict=True)
-    assert row[:4] == ("p", "+1.00", "+10.0", "4.00")
+    assert row[:4] == ("p", "+1.00", "+0.100", "4.00")
 
 
 def test_text_is_held_out_and_answers_are_the_next_bytes() -> None:
@@ -279,5 +279,5 @@ def test_text_is_held_out_and_answers_are_the_next_bytes() -> None:
 
 def test_every_candidate_has_a_name_of_its_own() -> None:
     found = tool("study_default").candidates()
-    assert len(found) == 18
+    assert len(found) == 19
     assert found["VBMF(floor=0.25, weaken=1.0)"] == tdfx.Policy()

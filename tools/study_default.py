@@ -3,41 +3,31 @@
 A network trains densely for a fifth of the run. From that moment the same run goes on, on the same batches, dense, and with
 each policy: planned, rewritten, trained to the end, merged, and scored on what is held out. A policy's step is timed in
 turns with the dense one. The time of a run is its steps times the time of each, with plan, rewrite and merge: "in all" with
-the measuring on a machine that has never seen the network, "later" without, once the times are known.
+the measuring on a machine that has never seen the network, "later" without, once the times are known. These runs take
+seconds; "if long" is what a run would come to that is so long that only its steps count.
 
 Takes about 25 minutes on two cores, and one with --quick.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, mean
 
 import click
-import torch
-from bench_common import Seconds, keep, own_times, set_clock
-from bench_freeze import rate, spread
+from bench_common import Seconds, keep, set_clock
+from bench_freeze import spread
 from rich.console import Console
 from rich.table import Table
-from study_tasks import TASKS, Batch, Task, loss_of
-from torch import nn
-from torch.optim import Optimizer
+from study_runs import FULL, Run, Study
+from study_tasks import TASKS, Task
 
 import tdfx
 from tdfx.cost.machine import rates
-from tdfx.cost.timing import take_turns
-from tdfx.demo import LEARNING_RATE
-
-SWITCH_AT = 0.2
-"""Part of the steps after which a run is rewritten."""
-ROUNDS = 5
-"""Steps of either model that are timed in turns."""
-FULL = "dense"
 
 
 def candidates() -> dict[str, tdfx.Policy]:
@@ -54,6 +44,7 @@ def candidates() -> dict[str, tdfx.Policy]:
             tdfx.StableRank(),
             tdfx.Ratio(of=0.25),
             tdfx.Ratio(of=0.5),
+            tdfx.VBMF() | tdfx.Ratio(of=0.5),
         )
     ]
     budgets = [
@@ -72,135 +63,6 @@ def _name(policy: tdfx.Policy) -> str:
     """
     text = repr(policy.rank)
     return text.removeprefix("Budget(").removesuffix(")") if text.startswith("Budget(") else text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What one policy came to, from one seed."""
-
-    task: str
-    policy: str
-    seed: int
-    accuracy: float = 0.0
-    """Right answers on what is held out, in percent."""
-    loss: float = 0.0
-    """Mean loss on it, in nats."""
-    step: float = 1.0
-    """Time of a step after the switch, in that of a dense one."""
-    dense_seconds: float = 0.0
-    """A dense run."""
-    first_plan: float = 0.0
-    """Planning with no times known yet, in seconds; 0 where some were."""
-    plan: float = 0.0
-    """Planning with times known, in seconds."""
-    rewrite: float = 0.0
-    merge: float = 0.0
-    """What these take, in seconds."""
-    factorized: int = 0
-    """Sites that were rewritten."""
-    error: float = 0.0
-    """The plan's total error."""
-    predicted: float | None = None
-    """How many times faster the plan said that the step gets, where it says so."""
-    refused: str = ""
-    """Why the policy could not be followed."""
-
-    def faster(self, *, measuring: bool) -> float:
-        """Return how many times faster the whole run was than a dense one."""
-        plan = (self.first_plan or self.plan) if measuring else self.plan
-        part = SWITCH_AT + (1 - SWITCH_AT) * self.step
-        return self.dense_seconds / (part * self.dense_seconds + plan + self.rewrite + self.merge)
-
-
-class Study:
-    """Runs of one task from one seed."""
-
-    def __init__(self, task: Task, seed: int, steps: int, clock: Seconds, dense_seconds: float = 0.0) -> None:
-        """Train up to the switch; a dense run's time may be known from before."""
-        self.task, self.seed, self.steps, self.clock = task, seed, steps, clock
-        self.switch = max(1, round(SWITCH_AT * steps))
-        torch.manual_seed(seed)
-        self.start = task.model().train()
-        self.optimizer = task.optimizer(self.start.parameters())
-        self.example = next(task.data(seed))
-        self._train(self.start, self.optimizer, range(self.switch))
-        self.dense_seconds = dense_seconds
-
-    def dense(self) -> Run:
-        """Go on as it is."""
-        model, optimizer = copy.deepcopy((self.start, self.optimizer))
-        (timing,) = take_turns([self._step(*copy.deepcopy((model, optimizer)))], rounds=ROUNDS)
-        self.dense_seconds = self.steps * timing.seconds
-        self._train(model, optimizer, range(self.switch, self.steps))
-        return self._run(FULL, model)
-
-    def with_policy(self, name: str, policy: tdfx.Policy, known: dict[str, float]) -> Run:
-        """Go on with a policy; what is measured for it is added to what is known."""
-        model, optimizer = copy.deepcopy((self.start, self.optimizer))
-        cold = not known
-        with own_times(known):
-            try:
-                first, _ = self._planned(model, policy, optimizer)
-                again, plan = self._planned(model, policy, optimizer)
-            except (tdfx.PolicyError, tdfx.InputError) as error:
-                return Run(task=self.task.name, policy=name, seed=self.seed, refused=str(error))
-        begin = self.clock()
-        small = tdfx.rewrite(model, plan, optimizer=optimizer)
-        rewrite = self.clock() - begin
-        dense = self._step(*copy.deepcopy((self.start, self.optimizer)))
-        before, after = take_turns([dense, self._step(*copy.deepcopy((small, optimizer)))], rounds=ROUNDS)
-        self._train(small, optimizer, range(self.switch, self.steps))
-        begin = self.clock()
-        merged = tdfx.merge(small)
-        return self._run(
-            name,
-            merged,
-            merge=self.clock() - begin,
-            step=after.seconds / before.seconds,
-            first_plan=first if cold else 0.0,
-            plan=again,
-            rewrite=rewrite,
-            factorized=len(plan.factorized),
-            error=plan.total_error,
-            predicted=self.dense_seconds / self.steps / plan.predicted_seconds(self.dense_seconds / self.steps),
-        )
-
-    def _planned(self, model: nn.Module, policy: tdfx.Policy, optimizer: Optimizer) -> tuple[float, tdfx.Plan]:
-        begin = self.clock()
-        plan = tdfx.plan(model, policy, example_inputs=(self.example[0],), optimizer=optimizer)
-        return self.clock() - begin, plan
-
-    def _run(self, name: str, model: nn.Module, **figures: float | None) -> Run:
-        accuracy, loss = self.task.score(model)
-        own = {"task": self.task.name, "policy": name, "seed": self.seed}
-        return Run(**own, accuracy=accuracy, loss=loss, dense_seconds=self.dense_seconds, **figures)  # type: ignore[arg-type]
-
-    def _step(self, model: nn.Module, optimizer: Optimizer) -> _Step:
-        return _Step(model, optimizer, self.task.data(self.seed))
-
-    def _train(self, model: nn.Module, optimizer: Optimizer, steps: range) -> None:
-        """Train from one step of the schedule to another, on the batches that belong there."""
-        step = _Step(model, optimizer, self.task.data(self.seed if steps.start == 0 else 1000 + self.seed))
-        for done in steps:
-            for group in optimizer.param_groups:
-                group["lr"] = self.task.peak * rate((done + 1) / self.steps) / LEARNING_RATE
-            step()
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A training step, with the making of its batch."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    data: Iterator[Batch]
-
-    def __call__(self) -> None:
-        x, y = next(self.data)
-        loss = loss_of(self.model(x), y)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
 
 
 @click.command(help=__doc__)
@@ -305,6 +167,7 @@ def table_of(task: str, runs: list[Run]) -> Table:
             f"{geometric_mean(said):.2f}" if said else "",
             f"{done[0].faster(measuring=True):.2f}",
             f"{geometric_mean(one.faster(measuring=False) for one in done):.2f}",
+            f"{geometric_mean(one.faster_if_long for one in done):.2f}",
             f"{done[0].first_plan:.1f}, {mean(one.plan for one in done):.1f}",
             "/".join(str(one.factorized) for one in done),
             f"{mean(one.error for one in done):.2f}",
@@ -327,14 +190,15 @@ def summary(runs: list[Run]) -> Table:
     for name, own in _by_policy([one for one in runs if one.policy != FULL and not one.refused]).items():
         tasks = {one.task: [other for other in own if other.task == one.task] for one in own}
         lost = [mean(dense[one.task, one.seed].accuracy - one.accuracy for one in of) for of in tasks.values()]
-        gained = [mean(one.loss / dense[one.task, one.seed].loss - 1 for one in of) for of in tasks.values()]
+        gained = [mean(one.loss - dense[one.task, one.seed].loss for one in of) for of in tasks.values()]
         table.add_row(
             name,
             f"{max(lost):+.2f}",
-            f"{100 * max(gained):+.1f}",
+            f"{max(gained):+.3f}",
             f"{geometric_mean(1 / one.step for one in own):.2f}",
             f"{geometric_mean(of[0].faster(measuring=True) for of in tasks.values()):.2f}",
             f"{geometric_mean(one.faster(measuring=False) for one in own):.2f}",
+            f"{geometric_mean(one.faster_if_long for one in own):.2f}",
             str(len(tasks)),
         )
     return table
