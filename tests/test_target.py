@@ -86,7 +86,7 @@ def test_the_target_is_met_where_a_measurement_keeps_sites_that_arithmetic_would
     found = tdfx.plan(model(), Policy(rank=Target(parameters=share), cost=Contrary()), example_inputs=INPUT)
     before, after = total(list(found), "parameters")
     assert [site.name for site in found.factorized] == ["5"]
-    assert 0.9 * share * before < after <= share * before
+    assert 0.85 * share * before < after <= share * before
     assert {site.reason for site in found.kept} <= {Reason.NO_GAIN, Reason.TOO_SMALL}
 
 
@@ -153,7 +153,7 @@ def test_a_target_inside_other_rules_counts_what_they_make_of_it() -> None:
         found = tdfx.plan(model(), Policy(rank=rule, min_gain=0))
         before, after = total(list(found), "parameters")
         share = 0.5 if "at_least" in repr(rule) else 0.6
-        assert 0.9 * share * before < after <= share * before
+        assert 0.85 * share * before < after <= share * before
         assert found.notes[0].startswith(f"{rule!r} came to ")
     assert found["5"].ranks == (40,)
     alone = tdfx.plan(model(), Policy(rank=Target(parameters=0.6), min_gain=0))
