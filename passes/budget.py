@@ -75,7 +75,7 @@ class BudgetSolver:
             PolicyError: The budget cannot be kept, or needs what is not known.
         """
         names = list(self.budget.limits)
-        if self._measures and (self.budget.is_of_time or self.policy.min_gain > 0):
+        if self._measures:
             self.times.prepare(Wanted(self.policy.cost, one.site, self._knots(one)) for one in self.candidates)
         chosen: list[Option | None] = []
         for _ in range(_ROUNDS):
@@ -93,7 +93,10 @@ class BudgetSolver:
 
     @property
     def _measures(self) -> bool:
-        return isinstance(self.policy.cost, MeasuringCost) and any(one.site.flows for one in self.candidates)
+        """True if times decide anything, and can be measured."""
+        decide = self.budget.is_of_time or self.policy.min_gain > 0
+        known = any(one.site.flows for one in self.candidates)
+        return decide and known and isinstance(self.policy.cost, MeasuringCost)
 
     def _knots(self, one: Candidates) -> tuple[Chain, ...]:
         """Return of each scheme the fastest, the slowest and something between, among options that may be worth it."""

@@ -52,7 +52,7 @@ class Select(Pass):
         self._read: Spectra = {}
         self._lowerings: dict[str, Lowering] = {}
         self._resolved: dict[int, Policy] = {}
-        self._refused: set[str] = set()
+        self._refused: dict[str, SitePlan] = {}
 
     def requires(self, program: Program) -> None:
         """Every pattern matches some site, and every weight that may be split is finite."""
@@ -152,11 +152,11 @@ class Select(Pass):
             self.times.prepare(
                 Wanted(one.policy.cost, one.site, tuple(option.chain for option in one.options))
                 for one in proposed
-                if isinstance(one, Proposal)
+                if isinstance(one, Proposal) and one.policy.min_gain > 0
             )
             decided = [self._settled(one) for one in proposed]
-            refused = {one.name for one in decided if one.reason is Reason.NO_GAIN} - self._refused
-            if not (self._resolved and refused):
+            refused = {one.name: one for one in decided if one.reason in {Reason.NO_GAIN, Reason.TOO_SMALL}}
+            if not self._resolved or refused.keys() <= self._refused.keys():
                 return tuple(map(self._with_seconds, sites, decided)), notes
             self._refused |= refused
 
@@ -166,7 +166,7 @@ class Select(Pass):
         for site in sites:
             policy = self.policy.for_site(*site.names) if site.reason is None else None
             scheme = scheme_of(site, policy) if policy is not None else None
-            if policy is not None and scheme is not None and not policy.rank.exact:
+            if policy is not None and scheme is not None and policy.min_gain > 0 and not policy.rank.exact:
                 lowest = lowest_option(site, policy, scheme).chain
                 if self.times.estimated_gain(policy.cost, site, lowest) < _DOUBT * policy.min_gain:
                     cases.append(Wanted(policy.cost, site, (lowest,)))
@@ -196,7 +196,7 @@ class Select(Pass):
     def _on_trial(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
         """Return what a policy would decide, without a measurement."""
         if site.name in self._refused:
-            return kept_plan(site, Reason.NO_GAIN)
+            return self._refused[site.name]
         gain = partial(self.times.estimated_gain, policy.cost)
         found = propose(site, policy, scheme, self._spectra, gain)
         return found.settled(gain) if isinstance(found, Proposal) else found
@@ -215,10 +215,11 @@ class Select(Pass):
             asked = "no scheme stands" if policy.scheme == AUTO else f"{policy.scheme} does not stand"
             return kept_plan(site, Reason.NO_SCHEME, f"{asked} for {geometry(site.operation)}")
         if site.name in self._refused:
-            return kept_plan(site, Reason.NO_GAIN, "measured", scheme.full_ranks(site.operation))
+            return self._refused[site.name]
         resolved = self._resolved.get(id(policy), policy)
         # A rule that aims at a total has counted on one scheme for each site.
-        variants = isinstance(policy.cost, MeasuringCost) and bool(site.flows) and resolved is policy
+        timed = isinstance(policy.cost, MeasuringCost) and policy.min_gain > 0 and bool(site.flows)
+        variants = timed and resolved is policy
         gain = partial(self.times.gain, policy.cost)
         return propose(site, resolved, scheme, self._spectra, gain, variants=variants)
 

@@ -13,7 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from tdfx.plan import Plan, SitePlan
 
-_PLAIN_WIDTH = 160
+_PLAIN_WIDTH = 200
 
 
 def render_plan(plan: Plan) -> str:
@@ -39,15 +39,19 @@ def plan_view(plan: Plan) -> Group:
     table.add_column("error", justify="right", no_wrap=True)
     table.add_column("params", justify="right", no_wrap=True)
     table.add_column("FLOPs", justify="right", no_wrap=True)
+    timed = any(site.seconds_before is not None for site in plan.sites)
+    if timed:
+        table.add_column("ms", justify="right", no_wrap=True)
     table.add_column("gain", justify="right", no_wrap=True)
     table.add_column("why")
     for site in plan.sites:
         # As Text, because a name may hold what rich reads as markup.
-        table.add_row(*map(Text, _row(site)), style=None if site.factorized else "dim")
+        table.add_row(*map(Text, _row(site, timed)), style=None if site.factorized else "dim")
     return Group(table, Text(), *(Text(line) for line in _summary(plan)))
 
 
-def _row(site: SitePlan) -> tuple[str, ...]:
+def _row(site: SitePlan, timed: bool) -> tuple[str, ...]:
+    times = (_times(site.seconds_before, site.seconds_after),) if timed else ()
     shape = "×".join(map(str, site.shape)) or "?"
     why = site.note if site.factorized else ": ".join(filter(None, (str(site.reason), site.note)))
     return (
@@ -58,6 +62,7 @@ def _row(site: SitePlan) -> tuple[str, ...]:
         f"{site.error:.1%}" if site.error is not None else "",
         _before_after(site.parameters_before, site.parameters_after),
         _before_after(site.flops_before, site.flops_after),
+        *times,
         f"{site.gain:.2f}x" if site.gain is not None else "",
         why,
     )
@@ -77,6 +82,23 @@ def _summary(plan: Plan) -> list[str]:
             f"FLOPs of the sites, forward {_before_after(plan.flops_before, plan.flops_after)}"
             + _share(plan.flops_before, plan.flops_after)
         )
+    if plan.memory_before is not None and plan.memory_before != plan.memory_after:
+        lines.append(
+            f"bytes of the sites in training {_before_after(plan.memory_before, plan.memory_after)}"
+            + _share(plan.memory_before, plan.memory_after)
+        )
+    timed = [one for one in plan.sites if one.seconds_before is not None and one.seconds_after is not None]
+    if timed:
+        before, after = (sum(getattr(one, f"seconds_{when}") for one in timed) for when in ("before", "after"))
+        lines.append(f"measured, {len(timed)} sites: {_times(before, after)} ms a step" + _faster(before, after))
+    if plan.step_seconds is not None:
+        lines.append(
+            f"training step {_times(plan.step_seconds, plan.step_seconds_after)} ms"
+            + _faster(plan.step_seconds, plan.step_seconds_after)
+            + ", as predicted"
+        )
+    if plan.factorized and plan.total_error > 0:
+        lines.append(f"total error {plan.total_error:.3g} (the squares of the sites' errors, summed)")
     return [*lines, *(f"note: {note}" for note in plan.notes)]
 
 
@@ -84,6 +106,21 @@ def _before_after(before: int | None, after: int | None) -> str:
     if before is None or after is None:
         return ""
     return short_number(before) if before == after else f"{short_number(before)} → {short_number(after)}"
+
+
+def _times(before: float | None, after: float | None) -> str:
+    """Return times in milliseconds with three figures.
+
+    >>> _times(0.01234, 0.005)
+    '12.3 → 5'
+    """
+    if before is None or after is None:
+        return ""
+    return f"{1e3 * before:.3g}" if before == after else f"{1e3 * before:.3g} → {1e3 * after:.3g}"
+
+
+def _faster(before: float, after: float | None) -> str:
+    return f" ({before / after:.2f}x faster)" if after and after != before else ""
 
 
 def _share(before: int | None, after: int | None) -> str:

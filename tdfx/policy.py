@@ -45,7 +45,7 @@ class Policy:
     """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts."""
     min_gain: float = 1.05
     """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every
-    site whatever it costs."""
+    site whatever it costs, so that nothing is measured unless a budget of time asks for it."""
     round_to: int | Literal["auto"] = 8
     """Ranks are rounded up to a multiple of this, at least 1, since hardware computes channels in blocks. Ranks at full
     rank and ranks given by ``Fixed`` are left alone. ``"auto"`` takes the multiple from each weight's dtype and device

@@ -86,7 +86,7 @@ def test_a_step_that_cannot_be_taken_says_why() -> None:
 
 def checked(**settings: Any) -> tuple[nn.Module, nn.Module, tdfx.Plan]:
     model = Net()
-    policy = Policy(rank=Ratio(of=0.25), min_gain=0, cost=Measured(rounds=1, cache=False), **settings)
+    policy = Policy(rank=Ratio(of=0.25), min_gain=0.01, cost=Measured(rounds=1, cache=False), **settings)
     plan = tdfx.plan(model, policy, example_inputs=(X,))
     return model, tdfx.rewrite(model, plan), plan
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from tdfx import VBMF, Energy, Fixed, Modelled, Policy, PolicyError, Ratio
+from tdfx import VBMF, Energy, Fixed, Measured, Policy, PolicyError, Ratio
 
 
 def test_defaults() -> None:
     policy = Policy()
-    assert (policy.rank, policy.scheme, policy.min_gain, policy.cost) == (VBMF(), "auto", 1.05, Modelled())
+    assert (policy.rank, policy.scheme, policy.min_gain, policy.cost) == (VBMF(), "auto", 1.05, Measured())
     assert policy.wants("any.name")
     assert policy.patterns() == {"include": (), "exclude": (), "overrides": (), "rank": ()}
 
 
-@pytest.mark.parametrize("rank", [0.5, "vbmf", Energy, None, 16])
+@pytest.mark.parametrize("rank", [0.5, "vbmf", Energy, 16])
 def test_rank_must_be_a_rule(rank: Any) -> None:
     with pytest.raises(PolicyError, match=r"rank=.* is not a rank rule: it decides .* rank=tdfx\.Energy\(share=0\.9\)"):
         Policy(rank=rank)

@@ -52,7 +52,7 @@ class Measured:
     update_bytes: int = 28
     """Bytes that the optimizer reads and writes for each weight value in one step, not negative: 28 for Adam and 20 for SGD
     with momentum in float32."""
-    modelled: Modelled = field(default_factory=Modelled)
+    modelled: Modelled = field(default_factory=Modelled, repr=False)
     """What answers where nothing was measured."""
 
     def __post_init__(self) -> None:
