@@ -187,11 +187,12 @@ def test_the_fit_finds_the_numbers_again() -> None:
 
 
 def test_layers_are_timed_dense_and_factorized(tmp_path: Path) -> None:
-    run("bench_cost", "--nets=tiny", "--batch=2", "--rounds=1", f"--json={tmp_path / 'out'}")
-    found = json.loads((tmp_path / "out").read_text(encoding="utf-8"))
-    assert {one["net"] for one in found["results"]["distances"]} == {"tiny", "all"}
-    assert set(found["models"]) == {"Modelled()", "of_machine", "fitted"}
-    for one in found["results"]["times"]:
+    files = tmp_path / "distances", tmp_path / "times"
+    run("bench_cost", "--nets=tiny", "--batch=2", "--rounds=1", f"--json={files[0]}", f"--times={files[1]}")
+    distances, times = (json.loads(one.read_text(encoding="utf-8")) for one in files)
+    assert {one["net"] for one in distances["results"]} == {"tiny", "all"}
+    assert set(distances["models"]) == {"Modelled()", "of_machine", "fitted"}
+    for one in times["results"]:
         assert one["seconds"] > 0
         assert len(one["chain"]) in (2, 3)
 

@@ -207,7 +207,8 @@ def _flow(flow: Flow) -> dict[str, object]:
 @click.option("--rounds", default=3, show_default=True, help="Undisturbed samples of each.")
 @click.option("--measure-seconds", default=120.0, show_default=True, help="What measuring may take, for each network.")
 @click.option("--cpu-time", is_flag=True, help="Count the time of one thread's computation: for a loaded machine.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every time, and the distances.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the distances to a file.")
+@click.option("--times", "times_file", type=click.Path(path_type=Path), help="Write every time to a file.")
 def main(
     nets: str,
     batch: int | None,
@@ -217,6 +218,7 @@ def main(
     measure_seconds: float,
     cpu_time: bool,
     json_file: Path | None,
+    times_file: Path | None,
 ) -> None:
     """Time, model, compare, print."""
     clock = set_clock(cpu_time, threads)
@@ -232,8 +234,9 @@ def main(
     Console(width=150).print(table_of(distances))
     for name, model in models.items():
         click.echo(f"{name}: {model!r}")
-    results = {"distances": [asdict(one) for one in distances], "times": [_to_dict(one) for one in timed]}
-    keep(json_file, results, clock=clock.__name__, models={name: asdict(one) for name, one in models.items()})
+    settings = {"clock": clock.__name__, "models": {name: asdict(one) for name, one in models.items()}}
+    keep(json_file, [asdict(one) for one in distances], **settings)
+    keep(times_file, [_to_dict(one) for one in timed], **settings)
 
 
 if __name__ == "__main__":

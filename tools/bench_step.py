@@ -199,7 +199,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 @click.command(help=__doc__)
-@click.option("--nets", default=",".join(BATCHES), show_default=True, help="Names, of tools/nets.py or torchvision.")
+@click.option("--nets", help=f"Names, of tools/nets.py or torchvision; {','.join(BATCHES)} if left out.")
 @click.option("--policy", "rules", multiple=True, default=("ratio:0.25",), show_default=True, help="As tdfx inspect's.")
 @click.option("--speedup", type=float, help="How many times faster, in place of --policy.")
 @click.option(
@@ -217,7 +217,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 @click.option("--cpu-time", is_flag=True, help="Count the time of one thread's computation: for a loaded machine.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures, as they come.")
 def main(
-    nets: str,
+    nets: str | None,
     rules: tuple[str, ...],
     speedup: float | None,
     promise: bool,
@@ -236,7 +236,9 @@ def main(
     clock = set_clock(cpu_time, threads)
     rates(device, cache=False)  # once for a machine, whatever is trained on it
     bench = Bench(rounds=rounds, clock=clock, cost=Measured(budget=measure_seconds, autocast=autocast))
-    names, large = classifiers(most_parameters) if promise else (nets.split(","), [])
+    names, large = (
+        classifiers(most_parameters) if promise and nets is None else ((nets or ",".join(BATCHES)).split(","), [])
+    )
     chosen = (ready(name, batch=batch or (2 if promise else None), device=device, autocast=autocast) for name in names)
     rows: list[Row] = []
     with _progress(len(names)) as advance:
