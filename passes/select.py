@@ -19,12 +19,14 @@ from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers import Factorized
 from tdfx.passes.base import Agree, Change, Pass, PassResult, Program, Site, Spread, Task, alone, itself
 from tdfx.passes.estimate import chain_at, flops_of, gain_of, is_lazy, kept_plan
-from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
+from tdfx.passes.spectra import ROOM, KeptSpectra, Spectra, unread
+from tdfx.passes.weights import check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.multiple import device_multiple, round_gently
-from tdfx.ranks.rule import RankRule, Total, round_ranks
-from tdfx.ranks.spectrum import Spectrum, pack, unpack
+from tdfx.ranks.rule import Choice, RankRule, Total, round_ranks
+from tdfx.ranks.spectrum import pack, unpack, working_dtype
+from tdfx.shards import full
 
 
 class Select(Pass):
@@ -36,9 +38,10 @@ class Select(Pass):
         self.policy = policy
         self.spread = spread
         self.agree = agree
-        self.spectra: Spectra = {}
-        self._read: Spectra = {}
-        self._lowerings: dict[str, Lowering] = {}
+        self.spectra = KeptSpectra()
+        self._read: dict[str, Spectra] = {}
+        self._errors: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
+        self._lowering_in_hand: tuple[str, Lowering] | None = None
         self._resolved: dict[int, Policy] = {}
 
     def requires(self, program: Program) -> None:
@@ -58,6 +61,8 @@ class Select(Pass):
         together = self.spread is not alone
         if together:
             self._read = self._read_together(program.sites)
+        weights = [weight for site in program.sites if site.reason in _OPEN for weight in site.weights]
+        self.spectra.room = ROOM * max((one.numel() * working_dtype(one).itemsize for one in weights), default=0)
         notes = self._resolve(program.sites)
         decided = tuple(self._decide(site) for site in program.sites)
         # From here on the processes read the same weights, in the same order.
@@ -123,8 +128,21 @@ class Select(Pass):
             return kept_plan(site, Reason.NO_SCHEME, f"{asked} for {_geometry(site.operation)}")
         decided = self._rank_or_lower(site, self._resolved.get(id(policy), policy), scheme)
         if decided.ranks is None:
-            self.spectra.pop(site.name, None)
+            self.spectra.take(site, scheme)
+        elif self.spread is alone:
+            # Processes must agree on the ranks first.
+            self._settle(site, scheme, decided)
         return decided
+
+    def _settle(self, site: Site, scheme: Scheme, decided: SitePlan) -> None:
+        """Work out what a split loses while the site's bases are in hand, and keep of these what the split will need."""
+        assert decided.ranks is not None
+        (error,) = self._error(site, decided, *map(full, site.weights))
+        self._errors[site.name, scheme.name, decided.ranks] = error
+        if isinstance(site.layer, Factorized):
+            self.spectra.take(site, scheme)  # its split begins with the factors
+        else:
+            self.spectra.cut(site, scheme, decided.ranks)
 
     def _with_errors(self, sites: Sequence[Site], decided: Sequence[SitePlan]) -> tuple[SitePlan, ...]:
         """Say of each site that is to be factorized what that loses."""
@@ -138,15 +156,20 @@ class Select(Pass):
         assert decision.scheme is not None
         assert decision.ranks is not None
         assert site.operation is not None
+        known = self._errors.get((site.name, decision.scheme, decision.ranks))
+        if known is not None:
+            return (known,)
         if isinstance(site.layer, Factorized):
-            lowering = self._lowerings.get(site.name) or lowering_of(site.layer, weights)
+            lowering = self._lowering(site, site.layer, weights)
             return (torch.tensor(lowering.error(decision.ranks), dtype=torch.float64),)
         scheme = get_scheme(decision.scheme)
         weight = working_weight(site, *weights)
-        spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
+        spectra = self.spectra.bases(site, scheme)
+        if spectra is None:
+            spectra = self.spectra.put(site, scheme, scheme.spectra(site.operation, weight))
         return (torch.tensor(scheme.error(site.operation, weight, decision.ranks, spectra), dtype=torch.float64),)
 
-    def _read_together(self, sites: Sequence[Site]) -> Spectra:
+    def _read_together(self, sites: Sequence[Site]) -> dict[str, Spectra]:
         """Read every weight that may be split, once; of the spectra keep the values, which are small."""
         own = [(site, self.policy.for_site(*site.names)) for site in sites if site.reason in _OPEN]
         cases = [(site, scheme) for site, policy in own if policy and (scheme := _scheme(site, policy)) is not None]
@@ -156,16 +179,23 @@ class Select(Pass):
             for (site, _), found in zip(cases, self.spread(tasks), strict=True)
         }
 
-    def _spectra(self, site: Site, scheme: Scheme) -> tuple[Spectrum, ...]:
+    def _choice(self, site: Site, rule: RankRule, scheme: Scheme) -> Choice:
+        """Return what a rule chooses, and decompose nothing for one that does not look."""
+        assert site.operation is not None
+        spectra = self._spectra(site, scheme) if rule.reads_values else unread(scheme, site.operation)
+        return rule.choose(_name_for(rule, site), spectra)
+
+    def _spectra(self, site: Site, scheme: Scheme) -> Spectra:
         """Return the spectra of what a site computes with now."""
         if site.name in self._read:
             return self._read[site.name]
+        known = self.spectra.values(site, scheme)
+        if known is not None:
+            return known
         if isinstance(site.layer, Factorized):
-            return self._lowering(site, site.layer).spectra
-        if site.name not in self.spectra:
-            assert site.operation is not None
-            self.spectra[site.name] = scheme.spectra(site.operation, working_weight(site))
-        return self.spectra[site.name]
+            return self.spectra.put(site, scheme, self._lowering(site, site.layer).spectra)
+        assert site.operation is not None
+        return self.spectra.put(site, scheme, scheme.spectra(site.operation, working_weight(site)))
 
     def _rank_or_lower(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
         """Return the decision for a site that a scheme fits, but for its error."""
@@ -180,7 +210,7 @@ class Select(Pass):
         too_small = replace(kept_plan(site, Reason.TOO_SMALL, _why_no_gain(lowest, "", policy), full), gain=most)
         if most < policy.min_gain and not policy.rank.exact:
             return too_small
-        choice = policy.rank.choose(_name_for(policy.rank, site), self._spectra(site, scheme))
+        choice = self._choice(site, policy.rank, scheme)
         if choice.kept and not choice.signal and most < policy.min_gain:
             return too_small
         if choice.kept:
@@ -209,7 +239,7 @@ class Select(Pass):
         if not site.layer.weights[0].requires_grad:
             return kept
         now, full = site.layer.origin.ranks, scheme.full_ranks(site.operation)
-        choice = policy.rank.choose(_name_for(policy.rank, site), self._spectra(site, scheme))
+        choice = self._choice(site, policy.rank, scheme)
         if choice.kept:
             return kept
         wanted = choice.ranks if choice.exact else _rounded(choice.ranks, choice.limits or full, policy, site, scheme)
@@ -229,11 +259,12 @@ class Select(Pass):
             gain=gain,
         )
 
-    def _lowering(self, site: Site, layer: Factorized) -> Lowering:
-        """Return how a layer's factors can be split anew, worked out once."""
-        if site.name not in self._lowerings:
-            self._lowerings[site.name] = lowering_of(layer)
-        return self._lowerings[site.name]
+    def _lowering(self, site: Site, layer: Factorized, weights: Sequence[Tensor] | None = None) -> Lowering:
+        """Return how a layer's factors can be split anew, worked out once while it is looked at."""
+        if self._lowering_in_hand is None or self._lowering_in_hand[0] != site.name:
+            self._lowering_in_hand = None  # two at once would be too many
+            self._lowering_in_hand = site.name, lowering_of(layer, weights)
+        return self._lowering_in_hand[1]
 
 
 _OPEN = (None, Reason.FACTORIZED)
