@@ -774,10 +774,8 @@ def check_attributes_of_a_user_are_spoken_of(mesh: DeviceMesh) -> None:
 def check_precision_of_single_parameters(mesh: DeviceMesh) -> None:
     if "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__:
         return  # this torch has no such thing
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16,
-        param_dtype_override_fn=lambda one: torch.float32 if one.dim() == 1 else None,
-    )
+    newer: dict[str, Any] = {"param_dtype_override_fn": lambda one: torch.float32 if one.dim() == 1 else None}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, **newer)
     model = net().float()
     fully_shard(model, mesh=mesh, mp_policy=policy)
     small: Any = tdfx.rewrite(model, HALF)
