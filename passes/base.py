@@ -60,8 +60,8 @@ def unasked() -> None:
 
 
 def alone(tasks: Sequence[Task]) -> Iterable[tuple[Tensor, ...]]:
-    """Do the tasks in the only process that there is."""
-    return [task() for task in tasks]
+    """Do the tasks in the only process that there is, each when its result is asked for."""
+    return (task() for task in tasks)
 
 
 @dataclass(frozen=True, slots=True)
