@@ -15,7 +15,7 @@ from tdfx.errors import PolicyError, nearest
 from tdfx.factors.registry import AUTO, get_scheme
 from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers import Factorized
-from tdfx.passes.base import Agree, Change, Pass, PassResult, Program, Site, Spread, Task, alone, itself
+from tdfx.passes.base import Agree, Change, Lead, Pass, PassResult, Program, Site, Spread, Task, alone, itself
 from tdfx.passes.budget import BudgetSolver, Candidates, Whole
 from tdfx.passes.estimate import chain_at, chain_now, is_lazy, kept_plan
 from tdfx.passes.options import Loss, pack_options, schemes_for, unpack_options
@@ -41,14 +41,14 @@ class Select(Pass):
         policy: Policy,
         spread: Spread = alone,
         agree: Agree = itself,
-        leads: bool = True,
+        lead: Lead | None = None,
         losses: Mapping[str, Loss] | None = None,
     ) -> None:
         """Take the wish, how processes share work, and what a budget counts as a site's loss if not its weight's error."""
         self.policy = policy
         self.spread = spread
         self.agree = agree
-        self.times = Times(agree, leads)
+        self.times = Times(lead or Lead())
         self.losses = losses or {}
         self.spectra = KeptSpectra()
         self._read: dict[str, Spectra] = {}

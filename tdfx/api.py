@@ -236,9 +236,9 @@ def _planned(
     if inputs is not None:
         program = Shapes(inputs, wrapped.together, wrapped.ready)(program).program
         if isinstance(wish.rank, Budget) and wish.rank.is_of_time and isinstance(wish.cost, MeasuringCost):
-            program = Clock(inputs, wish.cost, wrapped.agree, wrapped.leads)(program).program
+            program = Clock(inputs, wish.cost, wrapped.lead)(program).program
     losses = _losses(wish, program, inputs, second)
-    select = Select(wish, wrapped.spread, wrapped.agree, wrapped.leads, losses)
+    select = Select(wish, wrapped.spread, wrapped.agree, wrapped.lead, losses)
     return select(program).program, select
 
 

@@ -13,8 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What tests measure is of no use to the user's own runs. The processes that tests start inherit it.
 os.environ["TDFX_CACHE_DIR"] = tempfile.mkdtemp(prefix="tdfx-tests-")
 
-atexit.register(shutil.rmtree, os.environ["TDFX_CACHE_DIR"], ignore_errors=True)
-
 import onnx
 import pytest
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from tdfx.onnx_proof.export import export_module
 
+atexit.register(shutil.rmtree, os.environ["TDFX_CACHE_DIR"], ignore_errors=True)
 # Small tensors gain nothing from threads, and tests must not wait for one another's; this holds for doctests too.
 torch.set_num_threads(1)
 

@@ -53,9 +53,10 @@ class Switch:
         policy: What to rewrite and how far; ``Policy()`` for None.
         when: ``AtStep``, ``AtEpoch`` or ``Settled``.
         total_steps: Steps of the whole training. With it a switch is weighed: what it is predicted to save in the steps
-            that are left against what it takes. Step times are measured; which part of a step a plan saves is the part
-            of the sites' modelled time, as if nothing else took time. What a switch takes is counted as twice the time of
-            making the plan, since the rewrite does that work again, and ``recompile_seconds``.
+            that are left against what it takes. Step times are measured; what of a step a plan saves is what it predicts
+            where its sites were measured, else their part of the sites' modelled time, as if nothing else took any. What a
+            switch takes is counted as twice the time of making the plan, since the rewrite does that work again, and
+            ``recompile_seconds``.
         recompile_seconds: What compiling the model again takes, or capturing it, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after each switch, see ``Rewarm``; 0 for none.
         clock: Returns the time in seconds.
@@ -184,18 +185,31 @@ class Switch:
         arguments: dict[str, Any],
     ) -> nn.Module:
         wrapped = unwrap(model)
-        emit: Emit = arguments.get("emit", "graph")
-        if not isinstance(self.when, Settled):
+        with wrapped.together():
+            if isinstance(self.when, Settled):
+                return self._decide_settled(self.when, model, wrapped, optimizer, inputs, arguments)
             return self._switch(model, wrapped, None, optimizer, inputs, arguments)
+
+    def _decide_settled(
+        self,
+        when: Settled,
+        model: nn.Module,
+        wrapped: Wrapped,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        inputs: Inputs | None,
+        arguments: dict[str, Any],
+    ) -> nn.Module:
+        """Look at the sites that wait, and switch those that are ripe."""
+        emit: Emit = arguments.get("emit", "graph")
         if self._watch is None:
             found = self._surveyed(wrapped, inputs, emit)
-            sites = Watch.begin(self.when, found)
+            sites = Watch.begin(when, found)
             self._watch = sites
             if not sites.sites:
                 self._say("kept", (), "the policy wants no site of the model that may be rewritten")
                 self._done = True
                 return model
-        timeout = self.when.timeout
+        timeout = when.timeout
         late = timeout is not None and self._step >= timeout
         if self._step == 1 or self._step % self._watch.interval == 0:
             self._watch = self._watch.look(wrapped.model)
@@ -206,7 +220,7 @@ class Switch:
         return model
 
     def _surveyed(self, wrapped: Wrapped, inputs: Inputs | None, emit: Emit) -> Survey:
-        found = survey(wrapped.model, self.policy, inputs, emit)
+        found = survey(wrapped, self.policy, inputs, emit)
         self._seconds = found.seconds
         return found
 
