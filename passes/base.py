@@ -6,17 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, fx, nn
 
 from tdfx.cost.count import Flow
-from tdfx.errors import PassError
+from tdfx.errors import PassError, TdfxError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import find_kind, kind_of
 from tdfx.layers import Factorized
 from tdfx.plan import Emit, Plan, Reason
 from tdfx.shards import full
+
+Result = TypeVar("Result")
 
 PLAN_ATTRIBUTE = "_tdfx_plan"
 """Where a rewritten model keeps its plan; this is also how a merge knows of a rewrite that kept every site."""
@@ -59,9 +61,31 @@ def unasked() -> None:
     """Ask no other process, where there is none."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """How the first of the processes that train a model does what need not be done by all, such as timing."""
+
+    agree: Agree = itself
+    is_mine: bool = True
+    """True on the first process, and on the only one."""
+
+    def do(self, work: Callable[[], Result]) -> Result:
+        """Return on every process what the work gives on the first, or raise what it raises there; all must call this."""
+        outcome: tuple[Result | None, TdfxError | None] = (None, None)
+        if self.is_mine:
+            try:
+                outcome = work(), None
+            except TdfxError as error:
+                outcome = None, error
+        result, failure = self.agree(outcome)
+        if failure is not None:
+            raise failure
+        return cast("Result", result)
+
+
 def alone(tasks: Sequence[Task]) -> Iterable[tuple[Tensor, ...]]:
-    """Do the tasks in the only process that there is."""
-    return [task() for task in tasks]
+    """Do the tasks in the only process that there is, each when its result is asked for."""
+    return (task() for task in tasks)
 
 
 @dataclass(frozen=True, slots=True)

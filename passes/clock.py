@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import PolicyError
-from tdfx.passes.base import Agree, Pass, PassResult, Program, itself
+from tdfx.passes.base import Lead, Pass, PassResult, Program
 from tdfx.passes.observe import Inputs
 from tdfx.passes.step import Step, time_steps
 
@@ -16,12 +17,11 @@ class Clock(Pass):
 
     name = "clock"
 
-    def __init__(self, inputs: Inputs, cost: MeasuringCost, agree: Agree = itself, leads: bool = True) -> None:
-        """Take the inputs, what measures the sites, and how the processes that train the model agree."""
+    def __init__(self, inputs: Inputs, cost: MeasuringCost, lead: Lead) -> None:
+        """Take the inputs, what measures the sites, and who does it."""
         self.inputs = inputs
         self.cost = cost
-        self.agree = agree
-        self.leads = leads
+        self.lead = lead
 
     def requires(self, program: Program) -> None:
         """One process can run the model by itself."""
@@ -33,7 +33,7 @@ class Clock(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Time it on the first process, and tell the others."""
-        return PassResult(replace(program, step_seconds=self.agree(self._seconds(program) if self.leads else None)))
+        return PassResult(replace(program, step_seconds=self.lead.do(partial(self._seconds, program))))
 
     def _seconds(self, program: Program) -> float:
         step = Step(program.module, self.inputs, self.cost.autocast)

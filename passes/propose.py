@@ -14,10 +14,11 @@ from tdfx.factors.scheme import Scheme
 from tdfx.layers import Factorized
 from tdfx.passes.base import Site
 from tdfx.passes.estimate import Chain, chain_at, flops_of, kept_plan, memory_of
+from tdfx.passes.spectra import unread
 from tdfx.plan import Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.multiple import device_multiple, round_gently
-from tdfx.ranks.rule import RankRule, round_ranks
+from tdfx.ranks.rule import Choice, RankRule, round_ranks
 from tdfx.ranks.spectrum import Spectrum
 
 Gain = Callable[[Site, Chain], float]
@@ -105,7 +106,7 @@ def propose(
     kept = kept_plan(site, Reason.TOO_SMALL, why_no_gain(lowest.ranks, "", policy), full)
     if most < policy.min_gain and not policy.rank.exact:
         return replace(kept, gain=most)
-    choice = policy.rank.choose(_name_for(policy.rank, site), read(site, scheme))
+    choice = _choice(site, policy.rank, scheme, read)
     if choice.kept and not choice.signal and most < policy.min_gain:
         return replace(kept, gain=most)
     if choice.kept:
@@ -125,7 +126,7 @@ def _propose_lower(site: Site, policy: Policy, scheme: Scheme, read: Read) -> Si
     if not site.layer.trains:
         return kept
     now, full = site.layer.origin.ranks, scheme.full_ranks(site.operation)
-    choice = policy.rank.choose(_name_for(policy.rank, site), read(site, scheme))
+    choice = _choice(site, policy.rank, scheme, read)
     if choice.kept:
         return kept
     wanted = choice.ranks if choice.exact else rounded(choice.ranks, choice.limits or full, policy, site, scheme)
@@ -172,6 +173,13 @@ def geometry(operation: Operation) -> str:
     kernel = "×".join(map(str, operation.kernel))
     shape = f"a {kernel} kernel" if operation.dims else "a linear map"
     return f"{shape} in {operation.groups} groups" if operation.groups > 1 else shape
+
+
+def _choice(site: Site, rule: RankRule, scheme: Scheme, read: Read) -> Choice:
+    """Return what a rule chooses, and decompose nothing for one that does not look."""
+    assert site.operation is not None
+    spectra = read(site, scheme) if rule.reads_values else unread(scheme, site.operation)
+    return rule.choose(_name_for(rule, site), spectra)
 
 
 def _name_for(rule: RankRule, site: Site) -> str:

@@ -21,8 +21,9 @@ from tdfx.parameters import FactorizedParameter
 from tdfx.passes.base import PLAN_ATTRIBUTE, Change, Pass, PassResult, Program, Site, Slot, Spread, Task, alone
 from tdfx.passes.graph_module import FactorizedGraphModule
 from tdfx.passes.obstacles import obstacle
+from tdfx.passes.spectra import KeptSpectra
 from tdfx.passes.uses import owners_of
-from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
+from tdfx.passes.weights import check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.structure import rebind, structural_copy
 
@@ -55,8 +56,8 @@ class Rewrite(Pass):
 
     name = "rewrite"
 
-    def __init__(self, spectra: Spectra | None = None, init: Init = "weight", spread: Spread = alone) -> None:
-        self.spectra = spectra or {}
+    def __init__(self, spectra: KeptSpectra | None = None, init: Init = "weight", spread: Spread = alone) -> None:
+        self.spectra = KeptSpectra() if spectra is None else spectra
         self.init = init
         self.spread = spread
         self.swaps: tuple[Swap, ...] = ()
@@ -107,7 +108,7 @@ class Rewrite(Pass):
         if isinstance(site.layer, Factorized):
             return lowering_of(site.layer, weights).split(decision.ranks)
         weight = working_weight(site, *weights)
-        spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
+        spectra = self.spectra.take(site, scheme) or scheme.spectra(site.operation, weight)
         factors = scheme.split(site.operation, weight, decision.ranks, spectra)
         if self.init == "variance":
             return _rescaled(factors, weight, scheme.join(site.operation, factors))

@@ -15,18 +15,20 @@ from tdfx.errors import PolicyError, nearest
 from tdfx.factors.registry import AUTO, get_scheme
 from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers import Factorized
-from tdfx.passes.base import Agree, Change, Pass, PassResult, Program, Site, Spread, Task, alone, itself
+from tdfx.passes.base import Agree, Change, Lead, Pass, PassResult, Program, Site, Spread, Task, alone, itself
 from tdfx.passes.budget import BudgetSolver, Candidates, Whole
 from tdfx.passes.estimate import chain_at, chain_now, is_lazy, kept_plan
 from tdfx.passes.options import Loss, pack_options, schemes_for, unpack_options
 from tdfx.passes.propose import Proposal, geometry, lowest_option, propose, scheme_of
+from tdfx.passes.spectra import ROOM, KeptSpectra, Spectra
 from tdfx.passes.times import Times, Wanted
-from tdfx.passes.weights import Spectra, check_weight, lowering_of, working_weight
+from tdfx.passes.weights import check_weight, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.budget import Budget
 from tdfx.ranks.rule import RankRule, Total
-from tdfx.ranks.spectrum import Spectrum, pack, unpack
+from tdfx.ranks.spectrum import pack, unpack, working_dtype
+from tdfx.shards import full
 
 
 class Select(Pass):
@@ -39,18 +41,19 @@ class Select(Pass):
         policy: Policy,
         spread: Spread = alone,
         agree: Agree = itself,
-        leads: bool = True,
+        lead: Lead | None = None,
         losses: Mapping[str, Loss] | None = None,
     ) -> None:
         """Take the wish, how processes share work, and what a budget counts as a site's loss if not its weight's error."""
         self.policy = policy
         self.spread = spread
         self.agree = agree
-        self.times = Times(agree, leads)
+        self.times = Times(lead or Lead())
         self.losses = losses or {}
-        self.spectra: Spectra = {}
-        self._read: Spectra = {}
-        self._lowerings: dict[str, Lowering] = {}
+        self.spectra = KeptSpectra()
+        self._read: dict[str, Spectra] = {}
+        self._errors: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
+        self._lowering_in_hand: tuple[str, Lowering] | None = None
         self._resolved: dict[int, Policy] = {}
         self._refused: dict[str, SitePlan] = {}
 
@@ -71,6 +74,8 @@ class Select(Pass):
         together = self.spread is not alone
         if together:
             self._read = self._read_together(program.sites)
+        weights = [weight for site in program.sites if site.reason in _OPEN for weight in site.weights]
+        self.spectra.room = ROOM * max((one.numel() * working_dtype(one).itemsize for one in weights), default=0)
         rest = _other_parameters(program)
         decided, notes = self._decide_all(program.sites, rest, program.step_seconds)
         # From here on the processes read the same weights, in the same order.
@@ -134,6 +139,12 @@ class Select(Pass):
         """Decide the sites of a budget together."""
         tasks = [Task(partial(pack_options, one, self.policy, self.losses.get(one.name)), one.weights) for one in sites]
         tables = [unpack_options(self.policy, table) for (table,) in self.spread(tasks)]
+        if not self.losses:
+            self._errors |= {
+                (site.name, option.scheme.name, option.ranks): torch.tensor(lost**0.5, dtype=torch.float64)
+                for site, table in zip(sites, tables, strict=True)
+                for option, lost in table
+            }
         whole = Whole(tuple(others), rest, step_seconds)
         candidates = [Candidates(site, tuple(table)) for site, table in zip(sites, tables, strict=True)]
         solved = BudgetSolver(self.policy, self.times, whole, candidates).solve()
@@ -221,16 +232,31 @@ class Select(Pass):
         timed = isinstance(policy.cost, MeasuringCost) and policy.min_gain > 0 and bool(site.flows)
         variants = timed and resolved is policy
         gain = partial(self.times.gain, policy.cost)
-        return propose(site, resolved, scheme, self._spectra, gain, variants=variants)
+        found = propose(site, resolved, scheme, self._spectra, gain, variants=variants)
+        if not isinstance(found, Proposal):
+            self.spectra.take(site, scheme)
+        elif self.spread is alone:
+            # Processes must agree on the ranks first.
+            self._foresee(found)
+        return found
+
+    def _foresee(self, found: Proposal) -> None:
+        """Work out what a rule's own option loses while the bases are in hand, and keep of these what its split needs."""
+        site, option = found.site, found.options[0]
+        (error,) = self._error(site, option.scheme, option.ranks, *map(full, site.weights))
+        self._errors[site.name, option.scheme.name, option.ranks] = error
+        if isinstance(site.layer, Factorized):
+            self.spectra.take(site, option.scheme)  # its split begins with the factors
+        else:
+            self.spectra.cut(site, option.scheme, option.ranks)
 
     def _settled(self, found: SitePlan | Proposal) -> SitePlan:
         if not isinstance(found, Proposal):
-            self.spectra.pop(found.name, None)
             return found
         decided = found.settled(partial(self.times.gain, found.policy.cost))
         if decided.scheme != found.options[0].scheme.name:
             # What was read is of use to the rule's own scheme alone.
-            self.spectra.pop(decided.name, None)
+            self.spectra.take(found.site, found.options[0].scheme)
         return decided
 
     def _with_seconds(self, site: Site, decided: SitePlan) -> SitePlan:
@@ -247,23 +273,30 @@ class Select(Pass):
         """Say of each site that is to be factorized what that loses."""
         known = {site.name: site for site in sites}
         todo = [one for one in decided if one.factorized]
-        tasks = [Task(partial(self._error, known[one.name], one), known[one.name].weights) for one in todo]
+        tasks = [Task(partial(self._error_of, known[one.name], one), known[one.name].weights) for one in todo]
         errors = {one.name: float(error) for one, (error,) in zip(todo, self.spread(tasks), strict=True)}
         return tuple(replace(one, error=errors[one.name]) if one.factorized else one for one in decided)
 
-    def _error(self, site: Site, decision: SitePlan, *weights: Tensor) -> tuple[Tensor]:
+    def _error_of(self, site: Site, decision: SitePlan, *weights: Tensor) -> tuple[Tensor]:
         assert decision.scheme is not None
         assert decision.ranks is not None
+        known = self._errors.get((site.name, decision.scheme, decision.ranks))
+        return (
+            (known,) if known is not None else self._error(site, get_scheme(decision.scheme), decision.ranks, *weights)
+        )
+
+    def _error(self, site: Site, scheme: Scheme, ranks: tuple[int, ...], *weights: Tensor) -> tuple[Tensor]:
         assert site.operation is not None
         if isinstance(site.layer, Factorized):
-            lowering = self._lowerings.get(site.name) or lowering_of(site.layer, weights)
-            return (torch.tensor(lowering.error(decision.ranks), dtype=torch.float64),)
-        scheme = get_scheme(decision.scheme)
+            lowering = self._lowering(site, site.layer, weights)
+            return (torch.tensor(lowering.error(ranks), dtype=torch.float64),)
         weight = working_weight(site, *weights)
-        spectra = self.spectra.get(site.name) or scheme.spectra(site.operation, weight)
-        return (torch.tensor(scheme.error(site.operation, weight, decision.ranks, spectra), dtype=torch.float64),)
+        spectra = self.spectra.bases(site, scheme)
+        if spectra is None:
+            spectra = self.spectra.put(site, scheme, scheme.spectra(site.operation, weight))
+        return (torch.tensor(scheme.error(site.operation, weight, ranks, spectra), dtype=torch.float64),)
 
-    def _read_together(self, sites: Sequence[Site]) -> Spectra:
+    def _read_together(self, sites: Sequence[Site]) -> dict[str, Spectra]:
         """Read every weight that may be split, once; of the spectra keep the values, which are small."""
         own = [(site, self.policy.for_site(*site.names)) for site in sites if site.reason in _OPEN]
         cases = [(site, scheme) for site, policy in own if policy and (scheme := scheme_of(site, policy)) is not None]
@@ -273,22 +306,24 @@ class Select(Pass):
             for (site, _), found in zip(cases, self.spread(tasks), strict=True)
         }
 
-    def _spectra(self, site: Site, scheme: Scheme) -> tuple[Spectrum, ...]:
+    def _spectra(self, site: Site, scheme: Scheme) -> Spectra:
         """Return the spectra of what a site computes with now."""
         if site.name in self._read:
             return self._read[site.name]
+        known = self.spectra.values(site, scheme)
+        if known is not None:
+            return known
         if isinstance(site.layer, Factorized):
-            return self._lowering(site, site.layer).spectra
-        if site.name not in self.spectra:
-            assert site.operation is not None
-            self.spectra[site.name] = scheme.spectra(site.operation, working_weight(site))
-        return self.spectra[site.name]
+            return self.spectra.put(site, scheme, self._lowering(site, site.layer).spectra)
+        assert site.operation is not None
+        return self.spectra.put(site, scheme, scheme.spectra(site.operation, working_weight(site)))
 
-    def _lowering(self, site: Site, layer: Factorized) -> Lowering:
-        """Return how a layer's factors can be split anew, worked out once."""
-        if site.name not in self._lowerings:
-            self._lowerings[site.name] = lowering_of(layer)
-        return self._lowerings[site.name]
+    def _lowering(self, site: Site, layer: Factorized, weights: Sequence[Tensor] | None = None) -> Lowering:
+        """Return how a layer's factors can be split anew, worked out once while it is looked at."""
+        if self._lowering_in_hand is None or self._lowering_in_hand[0] != site.name:
+            self._lowering_in_hand = None  # two at once would be too many
+            self._lowering_in_hand = site.name, lowering_of(layer, weights)
+        return self._lowering_in_hand[1]
 
 
 _DOUBT = 2.0

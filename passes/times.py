@@ -6,9 +6,10 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tdfx.cost.modelled import Case, Cost, MeasuringCost
-from tdfx.passes.base import Agree, Site, itself
+from tdfx.passes.base import Lead, Site
 from tdfx.passes.estimate import Chain, calls_of, chain_now
 
 
@@ -29,9 +30,8 @@ class Times:
     what it found. ``estimate`` and ``estimated_gain`` never measure.
     """
 
-    def __init__(self, agree: Agree = itself, leads: bool = True) -> None:
-        self.agree = agree
-        self.leads = leads
+    def __init__(self, lead: Lead) -> None:
+        self.lead = lead
         self._known: dict[int, dict[Case, float]] = {}
         self._spent: dict[int, float] = defaultdict(float)
 
@@ -45,7 +45,7 @@ class Times:
                 groups.setdefault(id(one.cost), []).extend(_groups(one))
         for key, cost in costs.items():
             began = time.perf_counter()
-            found = self.agree(cost.measure(groups[key], spent=self._spent[key]) if self.leads else None)
+            found = self.lead.do(partial(cost.measure, groups[key], spent=self._spent[key]))
             self._spent[key] += time.perf_counter() - began
             self._known.setdefault(key, {}).update(found)
 

@@ -11,11 +11,8 @@ from tdfx.errors import WeightError
 from tdfx.factors.scheme import Lowering
 from tdfx.layers import Factorized
 from tdfx.passes.base import Site
-from tdfx.ranks.spectrum import Spectrum, working_dtype
+from tdfx.ranks.spectrum import working_dtype
 from tdfx.shards import full
-
-Spectra = dict[str, tuple[Spectrum, ...]]
-"""Site name -> its spectra, so that the rewrite need not compute them again."""
 
 
 def working_weight(site: Site, weight: Tensor | None = None) -> Tensor:

@@ -37,10 +37,11 @@ from tdfx.ranks.target import Target
 from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 from tdfx.training.decay import FrobeniusDecay
+from tdfx.training.events import SwitchEvent
 from tdfx.training.freeze import Freeze
 from tdfx.training.penalty import LowRankPenalty
 from tdfx.training.rewarm import Rewarm
-from tdfx.training.switch import Switch, SwitchEvent
+from tdfx.training.switch import Switch
 from tdfx.training.when import AtEpoch, AtStep, Settled
 from tdfx.verify import VerifyReport, verify
 

@@ -27,8 +27,8 @@ from tdfx.passes.options import Loss
 from tdfx.passes.rewrite import Init, Rewrite
 from tdfx.passes.select import Select
 from tdfx.passes.shapes import Shapes
+from tdfx.passes.spectra import KeptSpectra
 from tdfx.passes.trace import Trace
-from tdfx.passes.weights import Spectra
 from tdfx.plan import Emit, Plan
 from tdfx.policy import Policy
 from tdfx.ranks.budget import Budget
@@ -135,13 +135,13 @@ def rewrite(
         along = Along.of(wrapped, optimizer, averaged, masters)
         _check_init(init, policy, along)
         _check_same(wrapped, policy, emit, init)
-        spectra: Spectra = {}
+        spectra = KeptSpectra()
         if isinstance(policy, Plan):
             program = replace(_sites(wrapped, policy.emit), plan=wrapped.agree(policy))
         else:
             program, select = _planned(wrapped, policy, example_inputs, emit, along.second_moment)
             # Those of the model's weights are not quite those of their masters.
-            spectra = {} if along.masters else select.spectra
+            spectra = KeptSpectra() if along.masters else select.spectra
         along.masters.lift(program.module)
         step = Rewrite(spectra, init, wrapped.spread)
         result = step(program).program.module
@@ -236,9 +236,9 @@ def _planned(
     if inputs is not None:
         program = Shapes(inputs, wrapped.together, wrapped.ready)(program).program
         if isinstance(wish.rank, Budget) and wish.rank.is_of_time and isinstance(wish.cost, MeasuringCost):
-            program = Clock(inputs, wish.cost, wrapped.agree, wrapped.leads)(program).program
+            program = Clock(inputs, wish.cost, wrapped.lead)(program).program
     losses = _losses(wish, program, inputs, second)
-    select = Select(wish, wrapped.spread, wrapped.agree, wrapped.leads, losses)
+    select = Select(wish, wrapped.spread, wrapped.agree, wrapped.lead, losses)
     return select(program).program, select
 
 

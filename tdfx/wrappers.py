@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tdfx.compiled import Compiled, again_of, compile_in_place, is_wrapped, wrapped_again
 from tdfx.errors import ModelError
-from tdfx.passes.base import Agree, Ready, Spread, Together, alone, itself, unasked
+from tdfx.passes.base import Agree, Lead, Ready, Spread, Together, alone, itself, unasked
 
 
 def _trusted(value: object, message: str) -> None:
@@ -47,8 +47,8 @@ class Wrapped:
     """Raises what another process has failed with; all must call it, before what they must do together."""
     shards: bool = False
     """True if each process holds a part of every parameter."""
-    leads: bool = True
-    """True for the first of the processes, and for the only one."""
+    lead: Lead = field(default_factory=Lead)
+    """Lets the first process do what all need not do."""
 
 
 def unwrap(model: nn.Module) -> Wrapped:
@@ -86,7 +86,7 @@ def unwrap(model: nn.Module) -> Wrapped:
             agree=ranks.agree,
             check_same=ranks.check_same,
             level=ranks.level,
-            leads=ranks.leads,
+            lead=Lead(ranks.agree, ranks.leads),
             together=ranks.together,
             ready=ranks.ready,
         )
@@ -112,7 +112,7 @@ def unwrap(model: nn.Module) -> Wrapped:
             together=ranks.together,
             ready=ranks.ready,
             shards=True,
-            leads=ranks.leads,
+            lead=Lead(ranks.agree, ranks.leads),
         )
     return Wrapped(compiled.plain(model), compiled.again)
 

@@ -1,8 +1,17 @@
-"""What every test shares: one thread and a seed; and one exported network for the tests of the ONNX proof."""
+"""What every test shares: one thread, a seed and an order; and one exported network for the tests of the ONNX proof."""
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from pathlib import Path
+
+# Tests run in several processes, some of which start more. OpenMP reads this once, when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What tests measure is of no use to the user's own runs. The processes that tests start inherit it.
+os.environ["TDFX_CACHE_DIR"] = tempfile.mkdtemp(prefix="tdfx-tests-")
 
 import onnx
 import pytest
@@ -13,11 +22,18 @@ from torch import Tensor
 
 from tdfx.onnx_proof.export import export_module
 
+atexit.register(shutil.rmtree, os.environ["TDFX_CACHE_DIR"], ignore_errors=True)
+# Small tensors gain nothing from threads, and tests must not wait for one another's; this holds for doctests too.
+torch.set_num_threads(1)
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    # Small tensors gain nothing from threads, and tests must not wait for one another's.
-    torch.set_num_threads(1)
+LONGEST = ("test_zoo", "test_fsdp", "test_demo", "test_readme", "test_kill", "test_laws", "test_ddp", "test_verify")
+"""The files that take longest, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that at the end no process is left alone with one of them."""
+    place = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)

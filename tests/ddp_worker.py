@@ -375,6 +375,51 @@ def check_what_one_process_is_refused_is_raised_on_both() -> None:
     check_bits(average, optimizer)
 
 
+def check_a_switch_that_one_process_is_refused_fails_on_both() -> None:
+    model: Any = DDP(net())
+    x = next(batches(1, 1))[0]
+    wrong = x[:, :1] if dist.get_rank() == 1 else x
+    switch = tdfx.Switch(HALF, when=tdfx.Settled(every=1))
+    with two_processes.refused_promptly(tdfx.InputError, "does not accept the example inputs (float64 (8, 1, 3, 3)"):
+        switch.step(model, example_inputs=wrong)
+    assert switch.step(model, example_inputs=x) is model
+
+
+def check_the_first_process_measures_for_both() -> None:
+    timed: list[int] = []
+    measure = tdfx.Measured.measure
+
+    def counted(self: Any, groups: Any, **settings: Any) -> Any:
+        timed.append(1)
+        return measure(self, groups, **settings)
+
+    tdfx.Measured.measure = counted  # type: ignore[method-assign]
+    try:
+        cost = tdfx.Measured(rounds=1, cache=False)
+        x = next(batches(1, 1))[0]
+        for policy in (
+            tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0.01, cost=cost),
+            tdfx.Policy(parameters=0.8, min_gain=0.01, round_to=1, cost=cost),
+            tdfx.Policy(seconds=10.0, cost=cost),
+        ):
+            timed.clear()
+            plan = tdfx.plan(DDP(net()), policy, example_inputs=x)
+            assert bool(timed) == (dist.get_rank() == 0)
+            assert any(site.seconds_before is not None for site in plan.sites)
+            plans: list[Any] = [None, None]
+            dist.all_gather_object(plans, plan.to_json())
+            assert plans[0] == plans[1]
+    finally:
+        tdfx.Measured.measure = measure  # type: ignore[method-assign]
+
+
+def check_a_step_that_the_first_process_cannot_time_is_refused_on_both() -> None:
+    # Of one sample, batch norm has no statistics in train mode.
+    model = DDP(nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.Linear(64, 4)))
+    with refused(tdfx.InputError, "does not run on the example inputs in train mode"):
+        tdfx.plan(model, tdfx.Policy(speedup=1.1), example_inputs=torch.randn(1, 4))
+
+
 def check_a_wrapper_that_one_process_uses_otherwise_is_refused_on_both() -> None:
     model: Any = DDP(net())
     if dist.get_rank() == 0:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # noqa: F401  # making an optimizer imports it: here once, and not for two seconds in every child
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 

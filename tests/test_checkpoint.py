@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import zipfile
 from collections.abc import Callable
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 import tdfx
-from tdfx.checkpoint import files
+from tdfx.checkpoint import files, temporary
 
 HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0)
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
@@ -327,6 +330,60 @@ def test_a_failed_write_leaves_the_former_file(tmp_path: Path, monkeypatch: pyte
     assert [one.name for one in tmp_path.iterdir()] == ["run.tdfx"]
     with pytest.raises(tdfx.CheckpointError, match="could not be written"):
         tdfx.save(model, tmp_path / "nowhere" / "run.tdfx")
+
+
+def left_behind(target: Path) -> Path:
+    """Begin a file as a process does that dies before it is whole."""
+    with temporary.begin(target) as file:
+        file.write(b"half of it")
+    return Path(file.name)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such locks on this system")
+def test_a_save_clears_away_what_dead_processes_left_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model = saved_run(tmp_path)
+    dead, elsewhere = left_behind(path), left_behind(tmp_path / "run.tdfx.2")
+    mine = tmp_path / ".run.tdfx.notes.tmp"
+    mine.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(temporary, "_kernel", lambda: "0123abcd")
+        lately, long_ago = left_behind(path), left_behind(path)
+    os.utime(long_ago, (0, 0))
+    with temporary.begin(path) as alive:
+        tdfx.save(model, path)
+        assert not dead.exists()
+        assert not long_ago.exists()
+        assert {one.name for one in tmp_path.iterdir()} == {
+            path.name, elsewhere.name, mine.name, lately.name, Path(alive.name).name
+        }  # fmt: skip
+        os.replace(alive.name, tmp_path / "other")  # noqa: PTH105
+    assert tdfx.read(path)["model"] == "Sequential"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such locks on this system")
+def test_a_file_that_is_taken_for_dead_before_it_is_locked_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, times = temporary._lock, iter([True, False])
+
+    def late(file: BufferedWriter) -> None:
+        if next(times):
+            temporary.clear(tmp_path / "run.tdfx")
+        right(file)
+
+    monkeypatch.setattr(temporary, "_lock", late)
+    with temporary.begin(tmp_path / "run.tdfx") as file:
+        assert [one.name for one in tmp_path.iterdir()] == [Path(file.name).name]
+    assert list(times) == []
+
+
+def test_one_checksum_is_enough_and_torchs_setting_stays(tmp_path: Path) -> None:
+    path, _ = saved_run(tmp_path)
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes()[: -files._SEAL.size])) as inside:
+        assert {one.CRC for one in inside.infolist()} == {0}
+    assert torch.serialization.get_crc32_options()
 
 
 def test_a_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:

@@ -280,3 +280,43 @@ def test_verify_is_stopped_by_files_that_it_cannot_read_or_write() -> None:
     assert "'missing.onnx' is not a file" in refused("verify", "missing.onnx", good)
     assert "'damaged.onnx' cannot be read as ONNX" in refused("verify", good, "damaged.onnx")
     assert "Cannot write 'no/report.json'" in refused("verify", good, good, "--json", "no/report.json")
+
+
+def test_the_cache_is_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDFX_CACHE_DIR", str(tmp_path / "cache"))
+    file = tmp_path / "cache" / "times.sqlite3"
+    assert shown("cache") == f"{file}: 0 times\n"
+    shown("inspect", "nets:build", "--input", "2,3,12,12", "--policy", "ratio:0.25")
+    number = int(shown("cache").split()[-2])
+    assert number > 0
+    assert shown("cache", "--clear") == f"{number} times forgotten\n"
+    assert not file.exists()
+    file.write_text("this is no database")
+    result = run("cache")
+    assert result.exit_code == STOPPED
+    assert "cannot be read: file is not a database. Forget it with tdfx cache --clear." in result.output
+    assert shown("cache", "--clear") == "0 times forgotten\n"
+
+
+def test_modelled_times_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDFX_CACHE_DIR", str(tmp_path / "cache"))
+    text = shown("inspect", "nets:build", "--input", "2,3,12,12", "--policy", "ratio:0.25", "--modelled")
+    assert "measured" not in text
+    assert not (tmp_path / "cache").exists()
+    assert "measured, 2 sites" in shown("inspect", "nets:build", "--input", "2,3,12,12", "--policy", "ratio:0.25")
+
+
+def test_a_budget_is_a_policy(tmp_path: Path) -> None:
+    assert "within the budget" in shown(
+        "inspect", "nets:build", "--modelled", "--policy", "speedup:1.01", "--min-gain", "0"
+    )
+    result = run("inspect", "nets:build", "--modelled", "--policy", "speedup:100")
+    assert result.exit_code == STOPPED
+    assert (
+        "Budget(speedup=100.0) cannot be kept: the most that the 2 sites in question can give is speedup="
+        in result.output
+    )
+    assert (
+        "'speedup' needs a number. Write for example speedup:2."
+        in run("inspect", "nets:build", "--policy", "speedup").output
+    )

@@ -252,6 +252,6 @@ def test_large_shapes_are_quick_from_values_alone() -> None:
     # Noise of variance 1 fills [sqrt(M) - sqrt(L), sqrt(M) + sqrt(L)]; any rule that forms vectors takes far longer.
     noise = torch.linspace(math.sqrt(2000) + math.sqrt(300), math.sqrt(2000) - math.sqrt(300), 290)
     values = torch.cat([torch.full((10,), 200.0), noise]).double()
-    start = time.perf_counter()
+    start = time.process_time()
     assert evbmf_rank(values, 2000, 300) == 10
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

@@ -97,6 +97,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, run: Run, optimize
             steps.append(end_of(folder)["extra"]["step"])
         assert run(folder, optimizer) == 0
         assert same(end_of(folder), expected), kill
+        assert [one.name for one in folder.iterdir()] == ["run.tdfx"], f"{kill} left something behind"
     assert len(set(steps) - {0, STEPS}) > 1, "runs were killed at several steps"
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import tdfx
 
@@ -65,8 +65,19 @@ class Residual(nn.Module):
         return self.head.in_features
 
 
+class NarrowResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
+    """torchvision's ResNet-18, all of its depth and its own forward, at a quarter of its width."""
+
+    def __init__(self) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2])
+        self.fc = nn.Linear(128, 10)
+
+    def _make_layer(self, block: Any, planes: int, *arguments: Any, **named: Any) -> nn.Sequential:
+        return cast("nn.Sequential", super()._make_layer(block, planes // 4, *arguments, **named))
+
+
 Build = Callable[[], nn.Module]
-NETS: dict[str, Build] = {"conv_net": conv_net, "residual": Residual, "resnet18": lambda: resnet18(num_classes=10)}
+NETS: dict[str, Build] = {"conv_net": conv_net, "residual": Residual, "resnet18": NarrowResNet}
 EMITS = ("graph", "modules")
 
 

@@ -24,12 +24,15 @@ def text() -> str:
 
 def test_the_python_blocks_run_one_after_the_other(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["report"].ok
-    assert "of 21 sites factorized" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of 21 sites factorized" in out
+    assert names["made"].parameters_after <= 0.5 * names["made"].parameters_before
+    assert re.search(r"training step .* ms → .* ms: .*x faster; .*x was predicted", out)
     held = {id(one) for group in names["optimizer"].param_groups for one in group["params"]}
     assert held == {id(one) for one in names["small"].parameters()}
     assert isinstance(names["model"], torch.nn.Module)

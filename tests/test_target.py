@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import nn
 
 import tdfx
 from tdfx import VBMF, Fixed, Modelled, Plan, Policy, PolicyError, Ratio, Reason, SitePlan, Target
-from tdfx.passes.base import Program
+from tdfx.factors.scheme import Scheme
+from tdfx.passes.base import Program, Site
 from tdfx.passes.find import Find
 from tdfx.passes.select import Select
 from tdfx.passes.trace import Trace
-from tdfx.ranks.rule import RankRule, Total
+from tdfx.ranks.rule import Choice, RankRule, Total
+from tdfx.ranks.spectrum import Spectrum
 
 INPUT = torch.rand(64, 3, 16, 16)
 
@@ -235,7 +238,7 @@ def test_spectra_are_kept_for_what_is_rewritten_only() -> None:
     made = select(program).program.plan
     assert made is not None
     assert [one.name for one in made.factorized] == ["1"]
-    assert set(select.spectra) == {"1"}
+    assert select.spectra.names == {"1"}
 
 
 class Half(tdfx.Ratio):
@@ -244,6 +247,32 @@ class Half(tdfx.Ratio):
     def resolve(self, dense: Total, after: Any) -> RankRule:
         assert after(self).parameters < dense.parameters
         return Fixed({"*": 4})
+
+
+class Read(tdfx.Ratio):
+    """A rule of the user's that looks where the one it is made of does not."""
+
+    def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
+        return Choice(tuple(int((one.values > 0.5 * one.values.max()).sum()) for one in spectra))
+
+
+def test_only_rules_that_look_make_a_site_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    right = Select._spectra
+
+    def noted(self: Select, site: Site, scheme: Scheme) -> tuple[Spectrum, ...]:
+        read.append(site.name)
+        return right(self, site, scheme)
+
+    monkeypatch.setattr(Select, "_spectra", noted)
+    blind = [Ratio(of=0.5), Fixed({"*": 4}), Ratio(of=0.1).at_least(3) | Fixed({"*": 2}), Target(parameters=0.5)]
+    for rule in blind:
+        tdfx.plan(model(), Policy(rank=rule, min_gain=0))
+        assert read == []
+    for rule in (tdfx.VBMF(), Fixed({"*": 4}) | tdfx.VBMF(), tdfx.Energy().at_most(4), Read()):
+        tdfx.plan(model(), Policy(rank=rule, min_gain=0))
+        assert read
+        read.clear()
 
 
 def test_a_rule_of_the_users_may_see_all_sites() -> None:

@@ -2,20 +2,23 @@
 
 A file is what ``torch.save`` writes, which ``torch.load(weights_only=True)`` reads, and a seal after its end: a mark, the
 length and a CRC-32. torch's format and not safetensors, because it keeps strides (channels last), shared storage, every
-dtype, and the plain values beside the tensors; torch itself does not look at its checksums when it reads.
+dtype, and the plain values beside the tensors; torch itself does not look at its checksums when it reads. So it writes none:
+the seal's covers everything, and one takes as long as the other.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import struct
 import zlib
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch.utils.serialization import config
 
+from tdfx.checkpoint.temporary import begin, clear
 from tdfx.errors import CheckpointError
 
 _MARK = b"tdfxseal"
@@ -46,31 +49,41 @@ class _Sealing:
 def write(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a record to a file that takes its place at once, when all of it is on the disk.
 
+    What processes that were killed here left beside it is cleared away first.
+
     Raises:
         CheckpointError: The folder is missing or cannot be written to, or the disk is full.
     """
     # A link goes on pointing to the file, as it does when one is opened and written.
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        # By open() itself, so that the file has the permissions of any other.
-        with open(temporary, "xb") as file:  # noqa: PTH123
-            if target.exists():
-                temporary.chmod(target.stat().st_mode & 0o777)
-            sealing = _Sealing(file)
-            torch.save(record, sealing)  # type: ignore[arg-type]
-            sealing.seal()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)  # noqa: PTH105
+        clear(target)
+        with begin(target) as file:
+            try:
+                _fill(file, record, target)
+                if os.name == "nt":
+                    file.close()  # open files have fixed names there
+                os.replace(file.name, target)  # noqa: PTH105
+            finally:
+                Path(file.name).unlink(missing_ok=True)
         _sync_folder(target.parent)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"The checkpoint {str(path)!r} could not be written: {error}. What was there before is unchanged. Pass the "
             f"path of a file in a folder that exists, with room on its disk."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _fill(file: BufferedWriter, record: dict[str, Any], target: Path) -> None:
+    """Write a record and its seal to a new file, and wait until they are on the disk."""
+    if target.exists():
+        Path(file.name).chmod(target.stat().st_mode & 0o777)
+    sealing = _Sealing(file)
+    with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+        torch.save(record, sealing)  # type: ignore[arg-type]
+    sealing.seal()
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def read_sealed(path: str | os.PathLike[str]) -> Any:

@@ -53,8 +53,13 @@ class Linearized:
 
         The vector-Jacobian product is linear in its vector, so its own vector-Jacobian product is the one that is wanted.
         """
-        pushed: Tensor = torch.func.vjp(self.pull, torch.zeros_like(self.value))[1](tuple(moves))[0]
+        pushed: Tensor = torch.func.vjp(self.pull, _constant(0.0, self.value))[1](tuple(moves))[0]
         return pushed
+
+
+def _constant(number: float, like: Tensor) -> Tensor:
+    """Return a tensor of equal values in another one's shape that takes no memory."""
+    return like.new_full((), number).expand_as(like)
 
 
 def linearize(join: Callable[..., Tensor], factors: Sequence[Tensor]) -> Linearized:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ class SliceSpectrum(Spectrum):
 
     fitted: dict[int, Modes] = field(default_factory=dict, compare=False)
     """Rank -> the components found at it, because finding them takes long and both error and split want them."""
+
+    def cut(self, rank: int) -> SliceSpectrum:
+        """Return the spectrum with the components of this rank, where they were found, in place of the basis."""
+        if rank not in self.fitted:
+            return replace(self, fitted={})
+        return replace(self, basis=self.values.new_empty(0), fitted={rank: self.fitted[rank]})
+
+    def without_basis(self) -> SliceSpectrum:
+        """Return the spectrum with its values alone."""
+        return replace(self, basis=self.values.new_empty(0), fitted={})
 
 
 class Cp(Scheme):

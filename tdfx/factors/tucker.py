@@ -97,10 +97,12 @@ class Tucker2(Scheme):
         core, left, right = _from_factors(operation, factors)
         by_core, by_left, by_right = _from_factors(operation, gradients)
         inverse_left, inverse_right = pseudo_inverse(left), pseudo_inverse(right)
-        inside = _outer_product(inverse_left.mT, by_core, inverse_right)
-        out_part = _outside(left, inverse_left, by_left, torch.einsum("gpq...,giq->gpi...", core, right))
+        # Each part is as large as the dense weight: no two are held beside their sum.
+        parts = _outer_product(inverse_left.mT, by_core, inverse_right)
+        parts += _outside(left, inverse_left, by_left, torch.einsum("gpq...,giq->gpi...", core, right))
         in_part = _outside(right, inverse_right, by_right, torch.einsum("gpq...,gop->gqo...", core, left))
-        return from_groups(operation, inside + out_part + in_part.transpose(1, 2))
+        parts += in_part.transpose(1, 2)
+        return from_groups(operation, parts)
 
     def refit(self, operation: Operation, factors: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
         """Fit the core."""
@@ -159,7 +161,7 @@ class Tucker2(Scheme):
         self, w_goik: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the core (g, p, q, k...) and the two truncated orthonormal bases (g, o, p) and (g, i, q)."""
-        left, right = (one.basis[..., :rank] for one, rank in zip(spectra, ranks, strict=True))
+        left, right = (one.leading(rank) for one, rank in zip(spectra, ranks, strict=True))
         if self.refine:
             each = zip(w_goik, left, right, strict=True)
             left, right = map(torch.stack, zip(*(iterate_tucker(*one, self.refine) for one in each), strict=True))

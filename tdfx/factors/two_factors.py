@@ -69,7 +69,9 @@ class TwoFactors(Scheme):
         by_left, by_right = self.to_matrices(operation, gradients)
         inverse = pseudo_inverse(left)
         outside = by_left - left @ (inverse @ by_left)
-        return self.fold(operation, inverse.mT @ by_right + outside @ pseudo_inverse(right).mT)
+        dense = inverse.mT @ by_right
+        dense += outside @ pseudo_inverse(right).mT
+        return self.fold(operation, dense)
 
     def refit(self, operation: Operation, factors: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
         """Fit the matrix that has more values."""
@@ -134,7 +136,7 @@ class TwoFactors(Scheme):
 
 def _halves(matrix: Tensor, rank: int, one: Spectrum) -> tuple[Tensor, Tensor]:
     """Return (g, m, p) and (g, p, n), each with the square root of the spectrum, whose product is nearest to a matrix."""
-    basis = one.basis[..., :rank]
+    basis = one.leading(rank)
     if one.rows <= one.cols:
         left, right = basis, basis.mT @ matrix
         scale = root_scale(right.norm(dim=2))

@@ -24,6 +24,11 @@ class _Around(RankRule):
         """As the rule inside."""
         return self.rule.exact
 
+    @property
+    def reads_values(self) -> bool:
+        """As the rule inside."""
+        return self.rule.reads_values
+
     def patterns(self) -> tuple[str, ...]:
         """Return the patterns of the rule inside."""
         return self.rule.patterns()
@@ -137,6 +142,11 @@ class Fallback(RankRule):
     def exact(self) -> bool:
         """True if any of the rules may choose ranks that rounding must leave alone."""
         return any(rule.exact for rule in self.rules)
+
+    @property
+    def reads_values(self) -> bool:
+        """True if any of the rules may look at singular values."""
+        return any(rule.reads_values for rule in self.rules)
 
     def patterns(self) -> tuple[str, ...]:
         """Return the patterns of all rules, in their order."""

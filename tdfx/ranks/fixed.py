@@ -46,6 +46,11 @@ class Fixed(RankRule):
         return hash(tuple(self.ranks.items()))
 
     @property
+    def reads_values(self) -> bool:
+        """False, unless a subclass chooses by itself."""
+        return type(self).choose is not Fixed.choose
+
+    @property
     def exact(self) -> bool:
         """True: ranks given by hand are meant as they are."""
         return True

@@ -19,6 +19,11 @@ class Ratio(RankRule):
     def __post_init__(self) -> None:
         check_share("of", self.of, "the part of each full rank to keep", "For a quarter of the ranks pass of=0.25.")
 
+    @property
+    def reads_values(self) -> bool:
+        """False, unless a subclass chooses by itself."""
+        return type(self).choose is not Ratio.choose
+
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
         """Return ``of`` times each full rank, rounded to the nearest whole rank, at least 1."""
         return Choice(tuple(max(1, round(self.of * one.full_rank)) for one in spectra))

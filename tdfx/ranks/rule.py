@@ -64,6 +64,11 @@ class RankRule(ABC):
         """True if the rule may choose ranks that the policy's rounding must leave alone, as ranks given by hand."""
         return False
 
+    @property
+    def reads_values(self) -> bool:
+        """True if the rule may look at singular values; otherwise it is given full ranks alone, which cost nothing."""
+        return True
+
     @abstractmethod
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
         """Return the ranks of one site.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,21 @@ class Spectrum:
     def shape(self) -> tuple[int, int]:
         """The rows and columns that ranks, shares and floors refer to."""
         return (self.rows, self.cols) if self.original is None else self.original
+
+    def leading(self, rank: int) -> Tensor:
+        """Return the first columns of the basis, shape (d, rank) or (g, d, rank).
+
+        They lie in memory in one way, whether the basis was cut before or not, so that products have the same bits.
+        """
+        return self.basis[..., :rank].contiguous()
+
+    def cut(self, rank: int) -> Spectrum:
+        """Return the spectrum with as much of its basis as a split at this rank needs."""
+        return replace(self, basis=self.leading(rank))
+
+    def without_basis(self) -> Spectrum:
+        """Return the spectrum with its values alone, which is all that rank rules read."""
+        return replace(self, basis=self.values.new_empty(0))
 
     def energy(self) -> Tensor:
         """Return the share of ``sum(s**2)`` held by the first 1, 2, ... values, shape (r,); zeros for a zero matrix."""
@@ -98,8 +113,7 @@ def spectrum(matrix: Tensor, *, rows_side: bool | None = None) -> Spectrum:
     """
     rows, cols = matrix.shape[-2:]
     left = rows <= cols if rows_side is None else rows_side
-    gram = matrix @ matrix.mT if left else matrix.mT @ matrix
-    values, basis = singular_side(gram, min(rows, cols))
+    values, basis = singular_side(matrix @ matrix.mT if left else matrix.mT @ matrix, min(rows, cols))
     together = values if matrix.dim() == 2 else values.square().sum(0).sqrt()
     return Spectrum(together, basis, rows, cols)
 
@@ -112,10 +126,12 @@ def singular_side(gram: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         keep: How many, at most d.
     """
     eigenvalues, vectors = symmetric_eigen(gram)
+    del gram  # each of these is as large as a square weight
     values = eigenvalues.flip(-1)[..., :keep].clamp_min(0).sqrt()
     basis = vectors.flip(-1)[..., :keep]
+    del vectors
     peak = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))
-    return values, basis * torch.where(peak < 0, -1.0, 1.0)
+    return values, basis.mul_(torch.where(peak < 0, -1.0, 1.0))
 
 
 def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import glob
 import inspect
-import math
-import re
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast, get_args
+from dataclasses import replace
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -23,42 +21,18 @@ from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.observe import Inputs
 from tdfx.plan import Emit, Plan, Reason
 from tdfx.policy import Policy
+from tdfx.training.events import SwitchEvent, What
+from tdfx.training.resume import TIMES, attributes_of, rewarms_of, state_of
 from tdfx.training.rewarm import Rewarm, check_rates
+from tdfx.training.settings import check_settings
 from tdfx.training.watch import Survey, Watch, survey
-from tdfx.training.when import Settled, When, check_whole, is_number
+from tdfx.training.weigh import weigh
+from tdfx.training.when import Settled, When
 from tdfx.wrappers import Wrapped, unwrap
-
-_FORMAT = 1
-_TIMES = 101
-"""Step times that are kept for the median."""
 
 _OWN = ("model", "policy", "example_inputs", "optimizer")
 _PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {*_OWN}
 """Arguments of ``rewrite`` that ``step`` passes on."""
-
-What = Literal["switched", "waiting", "kept", "too_late"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwitchEvent:
-    """One thing that a ``Switch`` decided."""
-
-    step: int
-    """Training steps taken by then."""
-    what: What
-    """``"switched"``; ``"waiting"``, to be asked again later; ``"kept"`` for good; ``"too_late"``, kept since too few steps
-    are left for a switch to pay."""
-    sites: tuple[str, ...]
-    """The sites it concerns."""
-    why: str
-    """The reason in words."""
-
-    def __str__(self) -> str:
-        named = ", ".join(one or "the model itself" for one in self.sites[:3]) + (
-            ", ..." if len(self.sites) > 3 else ""
-        )
-        which = f"{len(self.sites)} site{'s' * (len(self.sites) != 1)} ({named})" if self.sites else "no site"
-        return f"step {self.step}: {self.what.replace('_', ' ')}, {which}: {self.why}"
 
 
 class Switch:
@@ -79,9 +53,10 @@ class Switch:
         policy: What to rewrite and how far; ``Policy()`` for None.
         when: ``AtStep``, ``AtEpoch`` or ``Settled``.
         total_steps: Steps of the whole training. With it a switch is weighed: what it is predicted to save in the steps
-            that are left against what it takes. Step times are measured; which part of a step a plan saves is the part
-            of the sites' modelled time, as if nothing else took time. What a switch takes is counted as twice the time of
-            making the plan, since the rewrite does that work again, and ``recompile_seconds``.
+            that are left against what it takes. Step times are measured; what of a step a plan saves is what it predicts
+            where its sites were measured, else their part of the sites' modelled time, as if nothing else took any. What a
+            switch takes is counted as twice the time of making the plan, since the rewrite does that work again, and
+            ``recompile_seconds``.
         recompile_seconds: What compiling the model again takes, or capturing it, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after each switch, see ``Rewarm``; 0 for none.
         clock: Returns the time in seconds.
@@ -112,25 +87,7 @@ class Switch:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.policy = Policy() if policy is None else policy
-        if not isinstance(self.policy, Policy):
-            raise PolicyError(
-                f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite once it is time, which a plan "
-                f"made now could not know. Pass tdfx.Policy(rank=...)."
-            )
-        if not isinstance(when, get_args(When)):
-            raise PolicyError(
-                f"when={when!r} does not say when to switch. Pass for example when=tdfx.AtStep(500) or "
-                f"when=tdfx.Settled(timeout=20_000)."
-            )
-        if total_steps is not None:
-            check_whole("total_steps", total_steps, "the steps of the whole training", "total_steps=10_000")
-        if not (is_number(recompile_seconds) and 0 <= recompile_seconds < math.inf):
-            raise PolicyError(
-                f"recompile_seconds={recompile_seconds!r} is not a time of at least 0: it is what compiling the rewritten "
-                f"model takes, in seconds. Leave it out where nothing is compiled."
-            )
-        if rewarm != 0:
-            check_whole("rewarm", rewarm, "the steps of the re-warm-up, or 0 for none", "rewarm=200")
+        check_settings(self.policy, when, total_steps, recompile_seconds, rewarm)
         self.when = when
         self.total_steps = total_steps
         self.recompile_seconds = recompile_seconds
@@ -143,7 +100,7 @@ class Switch:
         self._seconds: dict[str, float] = {}
         self._watch: Watch | None = None
         self._next = 1 if isinstance(when, Settled) else when.at
-        self._times: deque[float] = deque(maxlen=_TIMES)
+        self._times: deque[float] = deque(maxlen=TIMES)
         self._last: float | None = None
         self._rewarms: list[Rewarm] = []
 
@@ -215,7 +172,7 @@ class Switch:
 
     def _remembered(self) -> dict[str, Any]:
         """Return what a failed step has to put back."""
-        times = deque(self._times, maxlen=_TIMES)
+        times = deque(self._times, maxlen=TIMES)
         if self._last is not None:
             times.pop()
         return {**vars(self), "_step": self._step - 1, "_times": times, "_last": None}
@@ -228,18 +185,31 @@ class Switch:
         arguments: dict[str, Any],
     ) -> nn.Module:
         wrapped = unwrap(model)
-        emit: Emit = arguments.get("emit", "graph")
-        if not isinstance(self.when, Settled):
+        with wrapped.together():
+            if isinstance(self.when, Settled):
+                return self._decide_settled(self.when, model, wrapped, optimizer, inputs, arguments)
             return self._switch(model, wrapped, None, optimizer, inputs, arguments)
+
+    def _decide_settled(
+        self,
+        when: Settled,
+        model: nn.Module,
+        wrapped: Wrapped,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        inputs: Inputs | None,
+        arguments: dict[str, Any],
+    ) -> nn.Module:
+        """Look at the sites that wait, and switch those that are ripe."""
+        emit: Emit = arguments.get("emit", "graph")
         if self._watch is None:
             found = self._surveyed(wrapped, inputs, emit)
-            sites = Watch.begin(self.when, found)
+            sites = Watch.begin(when, found)
             self._watch = sites
             if not sites.sites:
                 self._say("kept", (), "the policy wants no site of the model that may be rewritten")
                 self._done = True
                 return model
-        timeout = self.when.timeout
+        timeout = when.timeout
         late = timeout is not None and self._step >= timeout
         if self._step == 1 or self._step % self._watch.interval == 0:
             self._watch = self._watch.look(wrapped.model)
@@ -250,7 +220,7 @@ class Switch:
         return model
 
     def _surveyed(self, wrapped: Wrapped, inputs: Inputs | None, emit: Emit) -> Survey:
-        found = survey(wrapped.model, self.policy, inputs, emit)
+        found = survey(wrapped, self.policy, inputs, emit)
         self._seconds = found.seconds
         return found
 
@@ -277,7 +247,10 @@ class Switch:
         made = Plan.from_json(text)
         if self.total_steps is not None and not self._seconds:
             self._surveyed(wrapped, inputs, emit)
-        pays, verdict = self._weigh(made, planning, step_seconds)
+        pays, verdict = True, ""
+        if self.total_steps is not None and made.factorized:
+            left = max(0, self.total_steps - self._step)
+            pays, verdict = weigh(made, self._seconds, left, step_seconds, planning, self.recompile_seconds)
         switched = made.factorized if pays else ()
         if switched:
             passed = {key: value for key, value in arguments.items() if key != "emit"}
@@ -315,20 +288,6 @@ class Switch:
         self._watch = self._watch.without([name for name in names if name not in waiting], waiting)
         self._done = not self._watch.sites
 
-    def _weigh(self, made: Plan, planning: float, step_seconds: float) -> tuple[bool, str]:
-        """Return whether a switch pays in the steps that are left, and the sum in words."""
-        if self.total_steps is None or not made.factorized:
-            return True, ""
-        left = max(0, self.total_steps - self._step)
-        if step_seconds < 0:
-            return left > 0, f"; {left} steps are left, and no step was timed yet"
-        total = sum(self._seconds.values())
-        saved = sum(self._seconds.get(one.name, 0.0) * (1 - 1 / (one.gain or 1.0)) for one in made.factorized)
-        saving = left * step_seconds * (saved / total if total > 0 else 0.0)
-        takes = 2 * planning + self.recompile_seconds
-        sums = f"saves {saving:.3g} s in the {left} steps left and takes {takes:.3g} s"
-        return saving > takes, f"; it {sums}" if saving > takes else f"a switch {sums}"
-
     def _why(self, timed_out: bool) -> str:
         if not isinstance(self.when, Settled):
             return "the step that was asked for"
@@ -346,7 +305,7 @@ class Switch:
             if one.name in self._seconds and one.gain:
                 self._seconds = {**self._seconds, one.name: self._seconds[one.name] / one.gain}
         # Steps take another time from now on.
-        self._times = deque(maxlen=_TIMES)
+        self._times = deque(maxlen=TIMES)
 
     def _start_rewarm(self, optimizer: Optimizer | Sequence[Optimizer] | None) -> None:
         if self.rewarm:
@@ -359,20 +318,7 @@ class Switch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that later decisions depend on, in plain types and tensors."""
-        return {
-            "format": _FORMAT,
-            "policy": _named(self.policy),
-            "when": repr(self.when),
-            "step": self._step,
-            "done": self._done,
-            "next": self._next,
-            "plan": None if self._plan is None else self._plan.to_json(indent=None),
-            "events": [{**asdict(one), "sites": list(one.sites)} for one in self._events],
-            "seconds": dict(self._seconds),
-            "times": list(self._times),
-            "watch": None if self._watch is None else self._watch.state_dict(),
-            "rewarms": [one.state_dict() for one in self._rewarms if not one.done],
-        }
+        return state_of(vars(self))
 
     def load_state_dict(
         self, state: Mapping[str, Any], *, optimizer: Optimizer | Sequence[Optimizer] | None = None
@@ -387,72 +333,12 @@ class Switch:
             PolicyError: It is the state of something else, or of another policy or ``when``. Then nothing was loaded.
             OptimizerError: A re-warm-up was under way, and not as many optimizers are given as then.
         """
-        if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
-            raise PolicyError(
-                f"This is not the state of a Switch of this version: {_short(state)}. Pass what Switch.state_dict returned."
-            )
-        for key, own in (("policy", _named(self.policy)), ("when", repr(self.when))):
-            if state.get(key) != own:
-                raise PolicyError(
-                    f"The state was saved with {key}={state.get(key)}, and this switch has {key}={own}: it would decide "
-                    f"otherwise than the run it came from. Make the Switch with the same {key}, or start without the state."
-                )
-        try:
-            events = [SwitchEvent(**{**one, "sites": tuple(one["sites"])}) for one in state["events"]]
-            values: dict[str, Any] = {
-                "_step": int(state["step"]),
-                "_done": bool(state["done"]),
-                "_next": int(state["next"]),
-                "_plan": None if state["plan"] is None else Plan.from_json(state["plan"]),
-                "_events": tuple(events),
-                "_seconds": {str(name): float(value) for name, value in state["seconds"].items()},
-                "_times": deque(map(float, state["times"]), maxlen=_TIMES),
-                "_last": None,
-                "_watch": None,
-            }
-            if isinstance(self.when, Settled) and state["watch"] is not None:
-                values["_watch"] = Watch.of_state(self.when, state["watch"])
-            warming = list(state["rewarms"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PolicyError(
-                f"The state of this Switch is damaged ({type(error).__name__}: {error}). Pass what Switch.state_dict "
-                f"returned, unchanged."
-            ) from error
-        rewarms = self._rewarmed(warming, as_optimizers(optimizer))
+        values, warming = attributes_of(state, self.policy, self.when)
+        rewarms = rewarms_of(warming, as_optimizers(optimizer))
         for one in self._rewarms:
             one.remove()
         vars(self).update(values, _rewarms=rewarms)
 
-    def _rewarmed(self, states: Sequence[Mapping[str, Any]], optimizers: Sequence[Optimizer]) -> list[Rewarm]:
-        """Make the re-warm-ups that were under way."""
-        if not states:
-            return []
-        if len(states) != len(optimizers):
-            raise OptimizerError(
-                f"A re-warm-up of {len(states)} optimizers was under way, and {len(optimizers)} are given. Pass those that "
-                f"train the model: load_state_dict(state, optimizer=optimizer)."
-            )
-        made: list[Rewarm] = []
-        try:
-            for one, state in zip(optimizers, states, strict=True):
-                made.append(Rewarm(one, state.get("steps", 0), start=state.get("start", 0)))
-                made[-1].load_state_dict(state)
-        except Exception:
-            for rewarm in made:
-                rewarm.remove()
-            raise
-        return made
-
     def __str__(self) -> str:
         head = f"Switch(when={self.when!r}): {self._step} steps, {'done' if self._done else 'waiting'}"
         return "\n".join([head, *(f"  {one}" for one in self._events)])
-
-
-def _named(policy: Policy) -> str:
-    """Return a policy as it prints itself, without addresses, which differ between processes."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(policy))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:77]}..."

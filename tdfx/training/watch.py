@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError
 from tdfx.kinds.registry import kind_of
 from tdfx.passes.base import Program, Site
@@ -20,8 +21,9 @@ from tdfx.passes.shapes import Shapes
 from tdfx.passes.trace import Trace
 from tdfx.plan import Emit
 from tdfx.policy import Policy
-from tdfx.shards import full, is_sharded
+from tdfx.shards import full
 from tdfx.training.when import Settled
+from tdfx.wrappers import Wrapped
 
 _SHARE = 0.01
 """Largest share of the training's time that looks may take."""
@@ -57,13 +59,12 @@ class Survey:
         return max(every, math.ceil(look / (_SHARE * self.step_flops)))
 
 
-def survey(model: nn.Module, policy: Policy, inputs: Inputs | None, emit: Emit) -> Survey:
+def survey(wrapped: Wrapped, policy: Policy, inputs: Inputs | None, emit: Emit) -> Survey:
     """Look at a model's sites, not at their weights."""
-    shards = any(map(is_sharded, model.parameters()))
-    start = Program(module=model, emit="modules" if shards else emit, shards=shards)
+    start = Program(module=wrapped.model, emit="modules" if wrapped.shards else emit, shards=wrapped.shards)
     program = Find()(Trace()(start).program).program
     if inputs is not None:
-        program = Shapes(inputs)(program).program
+        program = Shapes(inputs, wrapped.together, wrapped.ready)(program).program
     wanted = [one for one in program.sites if one.reason is None and policy.for_site(*one.names) is not None]
     called = [one for one in program.sites if one.operation is not None and one.calls]
     work = [flops_of(one, chain_now(one)) for one in called]
@@ -89,7 +90,9 @@ def _seconds(policy: Policy, site: Site) -> float:
     assert site.operation is not None
     flows = site.flows or (None,)
     operations = [(flow.operation if flow is not None else None) or site.operation for flow in flows]
-    return sum(policy.cost.seconds(chain(one), flow) for one, flow in zip(operations, flows, strict=True))
+    # What a measurement would take is not worth it: only the parts that sites have in a step count.
+    cost = policy.cost.modelled if isinstance(policy.cost, MeasuringCost) else policy.cost
+    return sum(cost.seconds(chain(one), flow) for one, flow in zip(operations, flows, strict=True))
 
 
 @dataclass(slots=True)

@@ -1,0 +1,174 @@
+"""A switch takes a few copies of the largest weight, however many layers there are, beside what was there and what stays."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+import tdfx
+from tdfx.passes import select
+from tdfx.passes.base import Program
+from tdfx.passes.find import Find
+from tdfx.passes.rewrite import Rewrite
+from tdfx.passes.select import Select
+from tdfx.passes.trace import Trace
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+pytestmark = pytest.mark.skipif(
+    not (TOOLS / "live_bytes.py").is_file(), reason="the checkout's tools are not beside these tests"
+)
+
+FEW = 12
+"""Copies of the largest weight in its own dtype, of which each in float64 makes two: the weight, its other unfolding, its
+basis and two such for the bases kept; or two moments, what the join gives, its derivative and two in between."""
+FULL_RANK = 24
+"""The same at full rank, where each factor may be as large as the weight, and so is all that comes between them."""
+MANY = 24
+
+Call = Callable[[nn.Module, Optimizer], object]
+
+
+def policy(share: float) -> tdfx.Policy:
+    return tdfx.Policy(rank=tdfx.Ratio(of=share), min_gain=0, round_to=1)
+
+
+def linears(depth: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(depth)))
+
+
+def convolutions(depth: int) -> nn.Sequential:
+    layers = (nn.Conv2d(24, 24, 3, padding=1, bias=False) for _ in range(depth))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+Build = Callable[[int], nn.Sequential]
+BUILDS: dict[Build, tuple[int, ...]] = {linears: (2, 64), convolutions: (2, 24, 4, 4)}
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    return importlib.import_module("live_bytes").LiveBytes
+
+
+def held(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+    parameters = list(model.parameters())
+    gradients = [one.grad for one in parameters if one.grad is not None]
+    states = [one for parameter in parameters for one in optimizer.state[parameter].values()]
+    return [*parameters, *gradients, *states]
+
+
+def trained(model: nn.Module, shape: tuple[int, ...]) -> Optimizer:
+    """Take one step of AdamW, so that there are gradients and two moments of everything."""
+    optimizer = AdamW(model.parameters())
+    torch.autograd.backward(model(torch.randn(shape)).square().mean())
+    optimizer.step()
+    return optimizer
+
+
+def copies_at_work(counter: Any, model: nn.Module, optimizer: Optimizer, call: Call) -> float:
+    """Return the peak of a call less what was there and what it made to stay, in weights of one layer."""
+    before = held(model, optimizer)
+    with counter(before) as live:
+        found = live.begin()
+        result = call(model, optimizer)
+        gc.collect()
+        at_work = live.peak - max(found, live.now)
+    del result
+    return float(at_work / largest(model))
+
+
+def largest(model: nn.Module) -> int:
+    def bytes_of(layer: nn.Module) -> int:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return weight.numel() * weight.element_size()
+
+    return max(bytes_of(one) for one in model.modules() if isinstance(one, nn.Linear | nn.Conv2d | tdfx.Factorized))
+
+
+CALLS: dict[str, Call] = {
+    "plan": lambda model, _: tdfx.plan(model, policy(0.25)),
+    # Here bases cut to the ranks would be as large as the weights, so that there is no room for most of them.
+    "plan at full rank": lambda model, _: tdfx.plan(model, policy(1.0)),
+    "rewrite": lambda model, optimizer: tdfx.rewrite(model, policy(0.25), optimizer=optimizer),
+    "rewrite at full rank": lambda model, optimizer: tdfx.rewrite(model, policy(1.0), optimizer=optimizer),
+    "rewrite to a target": lambda model, optimizer: tdfx.rewrite(
+        model, tdfx.Policy(rank=tdfx.Target(parameters=0.5), min_gain=0), optimizer=optimizer
+    ),
+}
+LATER: dict[str, Call] = {
+    "lowering": lambda model, optimizer: tdfx.rewrite(model, policy(0.1), optimizer=optimizer),
+    "merge": lambda model, optimizer: tdfx.merge(model, optimizer=optimizer),
+}
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("name", [*CALLS, *LATER])
+def test_many_layers_take_no_more_than_a_few_copies_of_one(counter: Any, build: Build, name: str) -> None:
+    model: nn.Module = build(MANY)
+    optimizer = trained(model, BUILDS[build])
+    if name in LATER:
+        model = tdfx.rewrite(model, policy(0.25), optimizer=optimizer)
+        optimizer = trained(model, BUILDS[build])
+    found = copies_at_work(counter, model, optimizer, {**CALLS, **LATER}[name])
+    assert 1 < found < (FULL_RANK if name.endswith("full rank") else FEW)
+
+
+def test_bases_of_all_sites_would_be_seen(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "ROOM", 10**6)
+    model = linears(MANY)
+    optimizer = trained(model, BUILDS[linears])
+    # Each basis is as large as the weight, in float64.
+    assert copies_at_work(counter, model, optimizer, CALLS["plan at full rank"]) > 2 * MANY
+
+
+def test_a_copy_that_is_kept_is_seen_until_it_goes(counter: Any) -> None:
+    weight = torch.zeros(1000)
+    with counter([weight]) as live:
+        assert live.begin() == 4000
+        kept = weight.clone()
+        assert (live.now, live.peak) == (8000, 8000)
+        part = kept[:10].view(2, 5)
+        del kept
+        assert live.now == 8000, "a view holds all of it"
+        del part
+        assert (live.now, live.peak) == (4000, 8000)
+
+
+def test_what_only_autograd_holds_is_seen(counter: Any) -> None:
+    x = torch.zeros(1000, requires_grad=True)
+    with counter([x]) as live:
+        y = x.exp().sin()  # the derivative needs the exponential, which has no name
+        assert live.now == 12000
+        del y
+        assert live.now == 4000
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_kept_cut_and_computed_anew_bases_give_the_same_bits(build: Build, share: float) -> None:
+    found = []
+    for room in (0, 1, 10**6):
+        torch.manual_seed(0)
+        program = Find()(Trace()(Program(module=build(4))).program).program
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(select, "ROOM", room)
+            step = Select(policy(share))
+            planned = step(program).program
+        kept = len(step.spectra.names)
+        assert (kept < 4) if room == 0 else kept > 0
+        made = Rewrite(step.spectra)(planned).program.module
+        assert step.spectra.names == set(), "what was used is not kept"
+        errors = [one.error for one in planned.plan or ()]
+        found.append(([one.detach().numpy().tobytes() for one in made.parameters()], errors))
+    assert found[0] == found[1] == found[2]
