@@ -132,6 +132,11 @@ def test_a_step_counts_as_slower_once_seen_twice(second: float, code: int, monke
     assert next(seen, None) is None
 
 
+def test_a_network_that_fails_is_named() -> None:
+    output = run("bench_step", "--nets=tiny", "--batch=2", "--rounds=1", "--speedup=50", code=1)
+    assert "failed: tiny: PolicyError: Budget(speedup=50.0) cannot be kept" in output
+
+
 def test_classifiers_are_all_but_the_large_ones() -> None:
     names, large = tool("bench_step").classifiers(2e6)
     assert "squeezenet1_0" in names
@@ -265,6 +270,8 @@ def test_the_summary_takes_the_worst_task_and_the_mean_speed(dense: Any) -> None
     for task, step, accuracy in (("one", 0.5, 97.0), ("two", 0.125, 98.5)):
         full = replace(dense, task=task, accuracy=98.0, loss=1.0, dense_seconds=1.0)
         runs += [full, replace(full, policy="p", accuracy=accuracy, loss=1.1, step=step)]
+    for table in (tool("study_default").summary(runs), tool("study_default").table_of("one", runs)):
+        assert all(column.header for column in table.columns)
     (row,) = zip(*(column.cells for column in tool("study_default").summary(runs).columns), strict=True)
     assert row[:4] == ("p", "+1.00", "+0.100", "4.00")
 

@@ -239,19 +239,26 @@ def main(
     names, large = (
         classifiers(most_parameters) if promise and nets is None else ((nets or ",".join(BATCHES)).split(","), [])
     )
-    chosen = (ready(name, batch=batch or (2 if promise else None), device=device, autocast=autocast) for name in names)
     rows: list[Row] = []
+    failed: dict[str, str] = {}
     with _progress(len(names)) as advance:
-        for net in chosen:
-            for row in bench.rows(net, rules, speedup, promise):
-                rows.append(row)
-                keep(json_file, [asdict(one) for one in rows], clock=clock.__name__, device=device, dtype=dtype)
-            advance(net.name)
+        for name in names:
+            try:
+                net = ready(name, batch=batch or (2 if promise else None), device=device, autocast=autocast)
+                for row in bench.rows(net, rules, speedup, promise):
+                    rows.append(row)
+                    keep(json_file, [asdict(one) for one in rows], clock=clock.__name__, device=device, dtype=dtype)
+            except (tdfx.TdfxError, RuntimeError) as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+            advance(name)
     Console(width=150).print(table_of(rows))
-    if large:
-        click.echo(f"left out for their size: {', '.join(large)}")
-    if promise and (slow := [one.net for one in rows if one.faster < LEAST]):
-        click.echo(f"slower: {', '.join(slow)}")
+    slow = [one.net for one in rows if promise and one.faster < LEAST]
+    for what, which in (("left out for their size", large), ("slower", slow)):
+        if which:
+            click.echo(f"{what}: {', '.join(which)}")
+    for name, why in failed.items():
+        click.echo(f"failed: {name}: {why}")
+    if slow or failed:
         sys.exit(1)
 
 

@@ -148,6 +148,7 @@ def table_of(task: str, runs: list[Run]) -> Table:
         "predicted",
         "run faster, in all",
         "later",
+        "if long",
         "plan s",
         "sites",
         "error",
@@ -179,10 +180,11 @@ def summary(runs: list[Run]) -> Table:
     """Return for each policy the worst of all tasks, and the geometric mean of the speed-ups."""
     heads = (
         "worst accuracy lost, points",
-        "worst loss gained, %",
+        "worst loss gained, nats",
         "step faster",
         "run faster, in all",
         "later",
+        "if long",
         "tasks",
     )
     table = Table("policy", *heads, box=None)
