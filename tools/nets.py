@@ -21,16 +21,16 @@ def vgg19(classes: int = 10) -> nn.Module:
 class ResNetForSmallImages(nn.Module):
     """The residual networks of 6n + 2 layers for 32×32 images (He et al. 2016, section 4.2), shortcuts without weights."""
 
-    def __init__(self, depth: int = 56, classes: int = 10) -> None:
+    def __init__(self, depth: int = 56, classes: int = 10, width: int = 16, colors: int = 3) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        widths = [16] * blocks + [32] * blocks + [64] * blocks
-        self.blocks = nn.Sequential(*(_Block(a, b) for a, b in zip([16, *widths], widths, strict=False)))
-        self.head = nn.Linear(64, classes)
+        self.stem = nn.Sequential(nn.Conv2d(colors, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        widths = [width] * blocks + [2 * width] * blocks + [4 * width] * blocks
+        self.blocks = nn.Sequential(*(_Block(a, b) for a, b in zip([width, *widths], widths, strict=False)))
+        self.head = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits for images (n, 3, 32, 32)."""
+        """Return logits for images (n, colors, h, w)."""
         logits: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
         return logits
 
@@ -90,6 +90,42 @@ class _Dense(nn.Module):
         return torch.cat([x, self.conv(F.relu(self.norm(x)))], 1)
 
 
+class CharacterModel(nn.Module):
+    """A transformer that predicts the next byte, built from linear layers, normalized before each block."""
+
+    def __init__(self, width: int = 256, layers: int = 2, heads: int = 4, length: int = 64) -> None:
+        super().__init__()
+        self.bytes = nn.Embedding(256, width)
+        self.places = nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(_TransformerBlock(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 256)
+        self.register_buffer("order", torch.arange(length), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, length, 256) for bytes (n, length)."""
+        logits: Tensor = self.head(self.norm(self.blocks(self.bytes(x) + self.places(self.order))))
+        return logits
+
+
+class _TransformerBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.read = nn.Linear(width, 3 * width)
+        self.write = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # (n, length, 3, heads, each) -> three of (n, heads, length, each)
+        q, k, v = self.read(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.write(seen.transpose(1, 2).flatten(2))
+        out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return out
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "vgg19": (vgg19, 32),
     "resnet56": (lambda: ResNetForSmallImages(56), 32),
@@ -103,5 +139,7 @@ def build(name: str) -> tuple[nn.Module, int]:
     if name in NETS:
         builder, side = NETS[name]
         return builder(), side
-    model: nn.Module = torchvision.models.get_model(name, weights=None)
+    # These two warn unless they are told how to draw their weights, and take long for it in the old way.
+    options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     return model, 224

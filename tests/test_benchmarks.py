@@ -1,0 +1,291 @@
+"""The benchmarks of steps, costs and default policies, on networks that take no time."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import tdfx
+from tdfx.check import StepCheck
+from tdfx.cost.timing import take_turns
+from tdfx.demo import build_model
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+pytestmark = pytest.mark.skipif(
+    not (TOOLS / "bench_step.py").is_file(), reason="the checkout's tools are not beside these tests"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tools() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        patch.setitem(tool("nets").NETS, "tiny", (tiny, 8))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _same_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(take_turns, "__kwdefaults__", dict(take_turns.__kwdefaults__ or {}))
+
+
+def tool(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def tiny() -> nn.Module:
+    """Return a network whose middle layer is worth a rewrite."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.Flatten(), nn.Linear(4096, 10)
+    )
+
+
+def run(name: str, *arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(tool(name).main, [*arguments, "--cpu-time"])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("name", ["bench_common", "bench_cost", "study_default"])
+def test_the_benchmarks_examples_run(name: str) -> None:
+    result = doctest.testmod(tool(name))
+    assert (result.failed, result.attempted > 0) == (0, True)
+
+
+# The clock, times of their own, and what is kept.
+
+
+@pytest.mark.parametrize(("cpu_time", "counts"), [(True, False), (False, True)])
+def test_cpu_time_does_not_count_waiting(cpu_time: bool, counts: bool) -> None:
+    threads = torch.get_num_threads()
+    tool("bench_common").set_clock(cpu_time, threads)
+    (waiting,) = take_turns([lambda: time.sleep(0.02)], rounds=1)
+    assert (waiting.seconds >= 0.02) == counts
+    assert torch.get_num_threads() == threads
+
+
+def test_times_of_their_own_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDFX_CACHE_DIR", str(tmp_path))
+    measured = importlib.import_module("tdfx.cost.measured")
+    before, known = dict(measured._known), dict[str, float]()
+    with tool("bench_common").own_times(known):
+        tdfx.plan(tiny(), tdfx.Policy(rank=tdfx.Ratio(of=0.25)), example_inputs=(torch.rand(2, 3, 8, 8),))
+    assert known
+    assert measured._known == before
+    assert not any(tmp_path.iterdir())
+
+
+def test_figures_are_kept_with_what_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [str(TOOLS / "bench_step.py"), "--json", str(tmp_path / "out.json")])
+    tool("bench_common").keep(tmp_path / "out.json", [1.5], seeds=3)
+    tool("bench_common").keep(None, [1.5])
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["command"] == "python tools/bench_step.py --json out.json"
+    assert (found["results"], found["seeds"], found["versions"]["torch"]) == ([1.5], 3, torch.__version__)
+    assert str(tmp_path) not in file.read_text(encoding="utf-8")
+
+
+# Steps.
+
+
+def test_a_step_is_timed_and_predicted(tmp_path: Path) -> None:
+    run("bench_step", "--nets=tiny", "--batch=8", "--rounds=1", "--policy=ratio:0.125", f"--json={tmp_path / 'out'}")
+    (row,) = json.loads((tmp_path / "out").read_text(encoding="utf-8"))["results"]
+    assert row["faster"] == pytest.approx(row["dense_ms"] / row["tdfx_ms"])
+    assert row["off"] == pytest.approx(row["faster"] / row["predicted"] - 1)
+    assert (row["net"], row["batch"], row["policy"], row["sites"]) == ("tiny", 8, "ratio:0.125", 3)
+    assert row["factorized"] > 0
+
+
+def test_a_budget_stands_beside_uniform_ranks_of_equal_time(tmp_path: Path) -> None:
+    run("bench_step", "--nets=tiny", "--batch=16", "--rounds=1", "--speedup=1.3", f"--json={tmp_path / 'out'}")
+    ours, uniform = json.loads((tmp_path / "out").read_text(encoding="utf-8"))["results"]
+    assert (ours["policy"], uniform["policy"].startswith("Ratio(of=")) == ("speedup=1.3", True)
+    assert ours["total_error"] > 0
+    assert uniform["factorized"] > 0
+
+
+@pytest.mark.parametrize(("second", "code"), [(0.99, 0), (0.97, 1)])
+def test_a_step_counts_as_slower_once_seen_twice(second: float, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, seen = tool("bench_step"), iter([0.9, second])
+    monkeypatch.setattr(bench, "classifiers", lambda most: (["tiny"], ["giant"]))
+    monkeypatch.setattr(bench.Bench, "check", lambda *_: StepCheck(
+        seconds_before=next(seen), seconds_after=1.0, seconds_predicted=1.0))  # fmt: skip
+    output = run("bench_step", "--never-slower", code=code)
+    assert ("slower: tiny" in output) == (code == 1)
+    assert "left out for their size: giant" in output
+    assert next(seen, None) is None
+
+
+def test_a_network_that_fails_is_named() -> None:
+    output = run("bench_step", "--nets=tiny", "--batch=2", "--rounds=1", "--speedup=50", code=1)
+    assert "failed: tiny: PolicyError: Budget(speedup=50.0) cannot be kept" in output
+
+
+def test_classifiers_are_all_but_the_large_ones() -> None:
+    names, large = tool("bench_step").classifiers(2e6)
+    assert "squeezenet1_0" in names
+    assert "resnet18" in large
+    assert not {"fasterrcnn_resnet50_fpn", "raft_small", "r3d_18"} & {*names, *large}
+
+
+# Costs.
+
+
+def timed(model: tdfx.Modelled) -> list[Any]:
+    """Return what a machine would measure on which times are exactly as modelled."""
+    bench = tool("bench_cost")
+    net = tool("bench_nets").Net(name="tiny", model=tiny(), x=torch.rand(8, 3, 8, 8), layout="default", autocast=None)
+    found = []
+    for site in bench.sites_of(net):
+        (_, (dense,)), *others = bench.options_of(site)
+        found += [
+            bench.Timed("tiny", name, dense, case, model.seconds(*dense), model.seconds(*case))
+            for name, (case,) in others
+        ]
+    return found
+
+
+SLOW = tdfx.Modelled(flops_per_second=3e10, bytes_per_second=5e9, seconds_per_call=2e-5)
+
+
+def test_a_model_is_no_distance_from_itself_in_another_scale() -> None:
+    scaled = tdfx.Modelled(flops_per_second=6e10, bytes_per_second=1e10, seconds_per_call=1e-5)
+    found = tool("bench_cost").distance("tiny", "scaled", scaled, timed(SLOW))
+    assert found.times == pytest.approx((1.0, 1.0))
+    assert found.gains == pytest.approx((1.0, 1.0))
+    assert found.otherwise == 0.0
+
+
+def test_a_model_without_arithmetic_is_far_off() -> None:
+    wrong = tdfx.Modelled(flops_per_second=1e15, bytes_per_second=1e15, seconds_per_call=1e-4)
+    found = tool("bench_cost").distance("tiny", "wrong", wrong, timed(SLOW))
+    # All that counts is the number of operations: nothing ever gains.
+    gains = [
+        one.gain * (1 if "/" not in one.name and len(one.case[0]) == 1 else len(one.case[0])) for one in timed(SLOW)
+    ]
+    assert math.log(found.gains[0]) == pytest.approx(float(torch.tensor(gains).log().abs().quantile(0.5)), rel=1e-2)
+    assert found.otherwise == pytest.approx(sum(one.gain >= 1.05 for one in timed(SLOW)) / len(gains))
+    assert found.otherwise > 0.2
+
+
+def test_the_fit_finds_the_numbers_again() -> None:
+    found = tool("bench_cost").fitted(timed(SLOW))
+    assert found.flops_per_second == pytest.approx(SLOW.flops_per_second, rel=0.02)
+    assert found.bytes_per_second == pytest.approx(SLOW.bytes_per_second, rel=0.02)
+    assert found.seconds_per_call == pytest.approx(SLOW.seconds_per_call, rel=0.02)
+
+
+def test_layers_are_timed_dense_and_factorized(tmp_path: Path) -> None:
+    files = tmp_path / "distances", tmp_path / "times"
+    run("bench_cost", "--nets=tiny", "--batch=2", "--rounds=1", f"--json={files[0]}", f"--times={files[1]}")
+    distances, times = (json.loads(one.read_text(encoding="utf-8")) for one in files)
+    assert {one["net"] for one in distances["results"]} == {"tiny", "all"}
+    assert set(distances["models"]) == {"Modelled()", "of_machine", "fitted"}
+    for one in times["results"]:
+        assert one["seconds"] > 0
+        assert len(one["chain"]) in (2, 3)
+
+
+# The study of default policies.
+
+
+@pytest.fixture(scope="module")
+def study(_tools: None) -> Any:
+    class Tiny(tool("study_tasks").Vgg):  # type: ignore[misc]
+        name, steps = "tiny", 10
+
+        def model(self) -> nn.Module:
+            return build_model(16)
+
+    return tool("study_runs").Study(Tiny(), 0, 10, time.process_time)
+
+
+@pytest.fixture(scope="module")
+def dense(study: Any) -> Any:
+    return study.dense()
+
+
+def test_a_run_with_nothing_rewritten_is_the_dense_run(study: Any, dense: Any) -> None:
+    found = study.with_policy("none", tdfx.Policy(exclude=("*",)), {})
+    assert (found.accuracy, found.loss) == (dense.accuracy, dense.loss)
+    assert (found.factorized, found.error) == (0, 0.0)
+
+
+def test_a_run_with_low_ranks_is_another(study: Any, dense: Any) -> None:
+    # A gain is asked for, so it is measured, and any will do.
+    known, policy = dict[str, float](), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0.01)
+    found = study.with_policy("low", policy, known)
+    assert found.loss != dense.loss
+    assert (found.factorized, found.error > 0, found.refused) == (7, True, "")
+    assert found.first_plan > 0
+    assert known
+    assert study.with_policy("low", policy, known).first_plan == 0.0
+
+
+def test_a_policy_that_cannot_be_followed_is_said_to_be(study: Any, dense: Any) -> None:
+    found = study.with_policy("curved", tdfx.Policy(speedup=1.5, error="curvature"), {})
+    assert "second moments" in found.refused
+    again = tool("study_default")._read(None)
+    assert again == []
+
+
+def test_the_time_of_a_run_is_that_of_its_parts(dense: Any) -> None:
+    one = replace(dense, dense_seconds=10.0, step=0.5, first_plan=4.0, plan=1.0, rewrite=0.5, merge=0.5)
+    assert one.faster(measuring=False) == pytest.approx(10 / (2 + 4 + 1 + 0.5 + 0.5))
+    assert one.faster(measuring=True) == pytest.approx(10 / (2 + 4 + 4 + 0.5 + 0.5))
+    assert replace(one, first_plan=0.0).faster(measuring=True) == one.faster(measuring=False)
+
+
+def test_runs_that_a_file_holds_are_not_made_again(study: Any, dense: Any, tmp_path: Path) -> None:
+    tools, policies = tool("study_default"), {"none": tdfx.Policy(exclude=("*",))}
+    made = list(tools.runs_of([study.task], policies, 1, 1.0, time.process_time))
+    assert [one.policy for one in made] == ["dense", "none"]
+    file = tmp_path / "out.json"
+    tool("bench_common").keep(file, [tools.asdict(one) for one in made])
+    read = tuple(tools._read(file))
+    assert read == tuple(made)
+    assert list(tools.runs_of([study.task], policies, 1, 1.0, time.process_time, read)) == []
+    (missing,) = tools.runs_of([study.task], policies, 1, 1.0, time.process_time, read[:1])
+    assert (missing.policy, missing.loss) == ("none", made[1].loss)
+
+
+def test_the_summary_takes_the_worst_task_and_the_mean_speed(dense: Any) -> None:
+    runs = []
+    for task, step, accuracy in (("one", 0.5, 97.0), ("two", 0.125, 98.5)):
+        full = replace(dense, task=task, accuracy=98.0, loss=1.0, dense_seconds=1.0)
+        runs += [full, replace(full, policy="p", accuracy=accuracy, loss=1.1, step=step)]
+    for table in (tool("study_default").summary(runs), tool("study_default").table_of("one", runs)):
+        assert all(column.header for column in table.columns)
+    (row,) = zip(*(column.cells for column in tool("study_default").summary(runs).columns), strict=True)
+    assert row[:4] == ("p", "+1.00", "+0.100", "4.00")
+
+
+def test_text_is_held_out_and_answers_are_the_next_bytes() -> None:
+    task = tool("study_tasks").Characters()
+    x, y = next(task.data(0))
+    assert (x.shape, y.shape) == ((8, 64), (8, 64))
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    train, test = (bytes(one.tolist()) for one in task.text)
+    assert not any(test[start : start + 1000] in train for start in range(0, len(test) - 1000, 5000))
+
+
+def test_every_candidate_has_a_name_of_its_own() -> None:
+    found = tool("study_default").candidates()
+    assert len(found) == 19
+    assert found["VBMF(floor=0.25, weaken=1.0)"] == tdfx.Policy()
