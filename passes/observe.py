@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tdfx.cost.setting import Setting
+from tdfx.cost.setting import Setting, autocast_now
 from tdfx.kinds.functional import Call, parse_call
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers import Factorized
@@ -42,9 +42,9 @@ class Entered:
         """Describe a tensor; ``given`` are the addresses of the storages of the model's own inputs."""
         kind = tensor.device.type
         setting = Setting(
-            device=str(tensor.device),
+            device=kind,
             dtype=tensor.dtype,
-            autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+            autocast=autocast_now(kind),
             channels_last=is_channels_last(tensor),
             wants_input_gradient=_address(tensor) not in given,
         )

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tdfx.cost.setting import computing_in
 from tdfx.cost.timing import Timing, take_turns
 from tdfx.errors import InputError
-from tdfx.passes.guard import ParameterGuard, WritesParameterError
 from tdfx.passes.observe import Inputs, split_inputs
 from tdfx.passes.tracer import throwaway, with_own_parameters
+from tdfx.structure import HOOKS
 
 
 class Step:
@@ -32,13 +33,12 @@ class Step:
         self.arguments, self.named = tree_map_only(Tensor, lambda one: one.detach().clone(), split_inputs(inputs))
         self.device = next((str(one.device) for one in module.parameters()), "cpu")
         self.autocast = autocast
-        self.module = throwaway(module, mode=True)
+        self.module = _without_backward_hooks(throwaway(module, mode=True))
+        # A forward may write to its parameters, at any of its calls, and hooks hang on them.
+        with_own_parameters(self.module)
         try:
-            with self.undisturbed(ParameterGuard(self.module)):
+            with self.undisturbed():
                 self._forward()
-        except WritesParameterError:
-            self.module = throwaway(module, mode=True)
-            with_own_parameters(self.module)
         except Exception as error:  # whatever the model raises, it is about these inputs
             raise InputError(
                 f"{type(module).__name__} does not run on the example inputs in train mode, in which its step is to be "
@@ -66,19 +66,15 @@ class Step:
         return found
 
     def _forward(self) -> Any:
-        with self._autocast():
+        kind = torch.device(self.device).type
+        with computing_in(self.autocast, kind) if self.autocast is not None else nullcontext():
             return self.module(*self.arguments, **self.named)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype=self.autocast)
-
     @contextmanager
-    def undisturbed(self, guard: AbstractContextManager[object] | None = None) -> Iterator[None]:
+    def undisturbed(self) -> Iterator[None]:
         """Leave the stream of random numbers as it was, and say nothing of warnings."""
         cuda = sorted({one.device.index for one in self.module.parameters() if one.device.type == "cuda"})
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=cuda), guard or nullcontext():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=cuda):
             warnings.simplefilter("ignore")
             yield
 
@@ -88,6 +84,16 @@ def time_steps(steps: Sequence[Step], *, rounds: int = 3, most_seconds: float = 
     runs: list[Callable[[], None]] = [one.run for one in steps]
     with steps[0].undisturbed():
         return take_turns(runs, device=steps[0].device, rounds=rounds, most_seconds=most_seconds)
+
+
+def _without_backward_hooks(module: nn.Module) -> nn.Module:
+    """Take off a throwaway copy what a user wants to be called with the gradients of the training."""
+    for one in module.modules():
+        for name in HOOKS:
+            value = one.__dict__[name]
+            if "backward" in name and hasattr(value, "clear"):
+                one.__dict__[name] = type(value)()
+    return module
 
 
 def _has_gradient(value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,17 +32,17 @@ class Times:
 
     def __init__(self, lead: Lead) -> None:
         self.lead = lead
-        self._known: dict[int, dict[Case, float]] = {}
-        self._spent: dict[int, float] = defaultdict(float)
+        self._known: dict[object, dict[Case, float]] = {}
+        self._spent: dict[object, float] = defaultdict(float)
 
     def prepare(self, wanted: Iterable[Wanted]) -> None:
         """Let the costs that measure do so for some sites, each as it is now first and then the chains."""
-        costs: dict[int, MeasuringCost] = {}
-        groups: dict[int, list[list[Case]]] = {}
+        costs: dict[object, MeasuringCost] = {}
+        groups: dict[object, list[list[Case]]] = {}
         for one in wanted:
             if isinstance(one.cost, MeasuringCost):
-                costs[id(one.cost)] = one.cost
-                groups.setdefault(id(one.cost), []).extend(_groups(one))
+                costs[_key(one.cost)] = one.cost
+                groups.setdefault(_key(one.cost), []).extend(_groups(one))
         for key, cost in costs.items():
             began = time.perf_counter()
             found = self.lead.do(partial(cost.measure, groups[key], spent=self._spent[key]))
@@ -51,7 +51,7 @@ class Times:
 
     def measured(self, cost: Cost, site: Site, chain: Chain) -> float | None:
         """Return the time of a training step of a site, over all its calls; None where nothing was prepared for it."""
-        known = self._known.get(id(cost), {})
+        known = self._known.get(_key(cost), {})
         found = [known.get((tuple(steps), flow)) for steps, flow in calls_of(site, chain)]
         times = [one for one in found if one is not None]
         return sum(times) if len(times) == len(found) else None
@@ -71,6 +71,11 @@ class Times:
     def estimated_gain(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return how many times faster the site's step becomes by arithmetic."""
         return self.estimate(cost, site, chain_now(site)) / self.estimate(cost, site, chain)
+
+
+def _key(cost: Cost) -> object:
+    """Return what equal costs have in common, so that they share their times and their budget."""
+    return cost if isinstance(cost, Hashable) else id(cost)
 
 
 def _groups(wanted: Wanted) -> Iterable[list[Case]]:

@@ -42,7 +42,7 @@ def best_choice(places: Sequence[Sequence[Option]], limits: Sequence[float]) -> 
 
     Example:
         >>> cheap, dear = Option(2.0, (1.0,)), Option(0.0, (3.0,))
-        >>> best_choice([[cheap, dear], [cheap, dear]], [4.0])
+        >>> sorted(best_choice([[cheap, dear], [cheap, dear]], [4.0]))
         [0, 1]
     """
     from scipy.optimize import Bounds, LinearConstraint, milp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 from dataclasses import dataclass, fields
@@ -9,14 +10,15 @@ from pathlib import Path
 
 import torch
 
+from tdfx.cost.setting import computing_in
 from tdfx.cost.store import Store, cache_folder
 from tdfx.cost.timing import take_turns
 
 _VERSION = 1
 """To be raised when what is timed changes, so that times of before are not taken for times of now."""
-_SIDE = {"cpu": 768, "cuda": 8192}
-_STREAM = {"cpu": 2**24, "cuda": 2**28}
-"""Values in each tensor, far more than the caches hold."""
+_SIDE = {"cpu": 768, "cuda": 4096}
+_STREAM = {"cpu": 2**24, "cuda": 2**25}
+"""Values in each tensor: more than the caches hold, and little beside what training takes."""
 
 
 @functools.cache
@@ -43,13 +45,30 @@ def describe_machine(device: str) -> str:
     switches = (
         torch.get_num_threads(),
         torch.backends.mkldnn.enabled,
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
+        *_precisions(),
         torch.backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
     )
     version = f"{torch.__version__} cuda {torch.version.cuda}"
     return " | ".join(map(str, (_VERSION, kind, where, torch.backends.cpu.get_cpu_capability(), *switches, version)))
+
+
+def _precisions() -> list[str]:
+    """Return in which precision products of float32 are computed, by whichever of torch's two ways that was said."""
+    found = []
+    for backend in (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+        torch.backends.mkldnn.matmul,
+        torch.backends.mkldnn.conv,
+    ):
+        found.append(str(getattr(backend, "fp32_precision", "")))
+    # Where one of the ways was used, the other may refuse to be read.
+    with contextlib.suppress(RuntimeError):
+        found.append(torch.get_float32_matmul_precision())
+    with contextlib.suppress(RuntimeError):
+        found.append(str(torch.backends.cudnn.allow_tf32))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +115,7 @@ def _measure(device: str, dtype: torch.dtype) -> tuple[float, float, float]:
     tiny = torch.ones(8, 8, device=device, dtype=dtype, requires_grad=True)
 
     def step() -> None:
-        with torch.enable_grad():
+        with torch.enable_grad(), computing_in(None, kind):
             out = tiny @ tiny
         torch.autograd.grad(out, tiny, out.detach())
 

@@ -18,7 +18,7 @@ from tdfx.cost.machine import describe_machine, rates
 from tdfx.cost.modelled import Case, Modelled
 from tdfx.cost.setting import Setting
 from tdfx.cost.store import Store, cache_folder
-from tdfx.cost.timing import take_turns
+from tdfx.cost.timing import Timing, take_turns
 from tdfx.cost.workload import Workload
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
@@ -27,6 +27,8 @@ _QUIET = 2.0
 """Seconds before a progress bar appears."""
 _known: dict[str, float] = {}
 """What this process has measured or read, by key."""
+_hasty: set[str] = set()
+"""Keys of times for which there was no time to take enough samples; they count in this process, and are not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,7 @@ class Measured:
     optimizer's share is added: the memory that its update of the weights reads and writes.
 
     Without example inputs nobody knows what will flow through a site, and ``Modelled`` answers, as it does for what is left
-    when ``budget`` is spent, then in the scale of what was measured.
+    when ``budget`` is spent; what is measured is never compared with what is not.
     """
 
     budget: float = 20.0
@@ -56,8 +58,9 @@ class Measured:
     """What answers where nothing was measured."""
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.rounds, int) and self.rounds >= 1
-        if not (self.budget > 0 and whole and self.update_bytes >= 0):
+        whole = type(self.rounds) is int and self.rounds >= 1
+        numbers = all(isinstance(one, int | float) for one in (self.budget, self.update_bytes))
+        if not (numbers and self.budget > 0 and whole and self.update_bytes >= 0):
             raise PolicyError(
                 f"{self!r} has a number out of range: budget is a positive time in seconds, rounds a whole number of at "
                 f"least 1, update_bytes a number of bytes that is not negative. Leave a field out to take its default."
@@ -66,10 +69,12 @@ class Measured:
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
         """Return the time of one training step through a chain, in seconds, measured now if it is not known yet."""
         case = (tuple(chain), flow)
-        return self.measure([[case]])[case]
+        return self.measure([[case]]).get(case, self.modelled.seconds(chain, flow))
 
     def measure(self, groups: Iterable[Sequence[Case]], *, spent: float = 0.0) -> dict[Case, float]:
         """Return the times of cases in seconds; those of one group, which compete for one place, are timed in turns.
+
+        What could not be timed, or not any more within the budget, is not there.
 
         Args:
             groups: What competes for each place, what is there now first.
@@ -95,9 +100,9 @@ class Measured:
                     _known.update(fresh)
                     done.update(fresh)
                 advance(len(missing))
-        if self.cache and done:
-            Store(cache_folder()).put({key: _known[key] for key in done})
-        return self._answers(cases, keys)
+        if self.cache and done - _hasty:
+            Store(cache_folder()).put({key: _known[key] for key in done - _hasty})
+        return {case: _known[key] + self._update(*case) for case, key in keys.items() if key in _known}
 
     def _unknown(self, groups: Iterable[Sequence[Case]], keys: Mapping[Case, str]) -> list[tuple[Case, list[Case]]]:
         """Return of each group its first case and those that are not known yet, each key once."""
@@ -109,18 +114,6 @@ class Measured:
                 found.append((group[0], missing))
                 seen |= {keys[case] for case in missing}
         return found
-
-    def is_measured(self, chain: Sequence[Operation], flow: Flow | None) -> bool:
-        """Return True if the time of a chain is known from a measurement."""
-        return flow is not None and _can_run(flow) and self._key(tuple(chain), flow) in _known
-
-    def _answers(self, cases: Sequence[Case], keys: Mapping[Case, str]) -> dict[Case, float]:
-        """Return the measured times, and for the others those of the model in the scale of what was measured."""
-        known = {case: _known[key] for case, key in keys.items() if key in _known}
-        modelled = {case: self.modelled.seconds(*case) for case in cases}
-        ours = sum(modelled[case] for case in known)
-        scale = sum(known.values()) / ours if ours > 0 else 1.0
-        return {case: known.get(case, scale * modelled[case]) + self._update(*case) for case in cases}
 
     def update_seconds(self, values: int, device: str) -> float:
         """Return how long an optimizer takes for its update of so many weight values, which only memory decides."""
@@ -151,10 +144,11 @@ class Measured:
         """Time what is missing in a group; its first, if known already, once more, to see how the machine is now."""
         known = [first] if keys[first] in _known else []
         found = self._time([*known, *missing], most_seconds)
-        drift = [_known[keys[first]] / found[first] for first in known if first in found]
-        return {keys[case]: found[case] * (drift or [1.0])[0] for case in missing if case in found}
+        _hasty.update(keys[case] for case, one in found.items() if len(one.trusted) < self.rounds)
+        drift = [_known[keys[first]] / found[first].seconds for first in known if first in found]
+        return {keys[case]: found[case].seconds * (drift or [1.0])[0] for case in missing if case in found}
 
-    def _time(self, cases: Sequence[Case], most_seconds: float) -> dict[Case, float]:
+    def _time(self, cases: Sequence[Case], most_seconds: float) -> dict[Case, Timing]:
         """Time cases in turns; one that cannot be run by itself, for want of memory or of a kernel, is left out."""
         works: dict[Case, Workload] = {}
         for case in cases:
@@ -170,19 +164,33 @@ class Measured:
         try:
             found = take_turns(runs, device=device, rounds=self.rounds, most_seconds=most_seconds)
         except RuntimeError:
-            return {}
-        return {case: one.seconds for case, one in zip(works, found, strict=True)}
+            # One of them cannot compute its gradients, and the others can do without it.
+            return (
+                {} if len(cases) == 1 else {key: one for case in cases for key, one in self._time([case], 0.0).items()}
+            )
+        return dict(zip(works, found, strict=True))
 
 
 def _can_run(flow: Flow) -> bool:
     return flow.setting.device_type != "meta"
 
 
+def _on_a_terminal() -> bool:
+    """Return True if somebody may look at a bar; a program may have closed its stderr, or put anything in its place."""
+    try:
+        return bool(sys.stderr.isatty())
+    except (AttributeError, ValueError):
+        return False
+
+
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """Give a function that counts cases; a bar appears on a terminal where that takes long."""
+    if not _on_a_terminal():
+        yield lambda count: None
+        return
     columns = TextColumn("timing layers"), BarColumn(), MofNCompleteColumn()
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task("", total=total)
     began = time.perf_counter()
 

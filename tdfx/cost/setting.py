@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ class Setting:
     """Where and how one call of a site computes."""
 
     device: str = "cpu"
-    """The device, as torch writes it."""
+    """The kind of device: several processes have one each, and all of one kind."""
     dtype: torch.dtype = torch.float32
     """Of the weight."""
     autocast: torch.dtype | None = None
@@ -31,3 +32,17 @@ class Setting:
     def device_type(self) -> str:
         """The kind of device, such as ``"cuda"``."""
         return torch.device(self.device).type
+
+
+def autocast_now(kind: str) -> torch.dtype | None:
+    """Return what autocast computes in on a kind of device at this moment; None where it is off or there is none."""
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def computing_in(autocast: torch.dtype | None, kind: str) -> AbstractContextManager[object]:
+    """Return a context in which autocast computes in a dtype, or is off, whatever is in force around it."""
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, dtype=autocast, enabled=autocast is not None)

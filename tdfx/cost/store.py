@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,12 @@ _SCHEMA = "CREATE TABLE IF NOT EXISTS times (key BLOB PRIMARY KEY, seconds REAL 
 def cache_folder() -> Path:
     """Return the folder of tdfx's cache: ``$TDFX_CACHE_DIR``, or the user's own for caches."""
     own = os.environ.get("TDFX_CACHE_DIR")
-    return Path(own) if own else user_cache_path("tdfx", appauthor=False)
+    if own:
+        return Path(own)
+    try:
+        return user_cache_path("tdfx", appauthor=False)
+    except RuntimeError:  # the user has no home, as in some containers
+        return Path(tempfile.gettempdir()) / "tdfx-cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +50,6 @@ class Store:
     def get(self, keys: Sequence[str]) -> dict[str, float]:
         """Return the times in seconds of those keys that are known."""
         found: dict[str, float] = {}
-        if not self.file.exists():
-            return found
         with contextlib.suppress(sqlite3.Error, OSError), self._opened() as connection:
             for key in keys:
                 row = connection.execute("SELECT seconds FROM times WHERE key = ?", (_digest(key),)).fetchone()
@@ -58,7 +62,7 @@ class Store:
         now = time.time()
         with contextlib.suppress(sqlite3.Error, OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._opened() as connection:
+            with self._opened(create=True) as connection:
                 rows = [(_digest(key), seconds, now) for key, seconds in times.items()]
                 connection.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?)", rows)
                 connection.execute(
@@ -86,12 +90,15 @@ class Store:
             return int(connection.execute("SELECT COUNT(*) FROM times").fetchone()[0])
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
+    def _opened(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
         """Open the file for one transaction, which is undone if it fails."""
+        if not (create or self.file.exists()):
+            raise FileNotFoundError(self.file)
         connection = sqlite3.connect(self.file, timeout=_WAIT)
         try:
             with connection:
-                connection.execute(_SCHEMA)
+                if create:
+                    connection.execute(_SCHEMA)
                 yield connection
         finally:
             connection.close()

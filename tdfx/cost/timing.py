@@ -13,6 +13,8 @@ import torch
 _SHORTEST = 1e-3
 """A sample repeats what is timed until it takes about this long, in seconds: the clock and the wait for a device count
 for little then."""
+_LONG = 0.02
+"""A call that takes longer than this, in seconds, need not be repeated, cold or not."""
 _OUTLIER = 1.25
 """A sample this many times longer than the shortest was disturbed by something else: nothing makes a run too fast."""
 
@@ -59,19 +61,23 @@ def take_turns(
         device: Where they work.
         rounds: Trusted samples to take of each, at least 1.
         most_seconds: About how long all of it may take.
-        warmups: Calls of each beforehand that do not count; at least one is made, to see how long it takes.
+        warmups: Calls of each beforehand that do not count; at least one is made, and one more of what is short, to see how
+            often to repeat it.
         clock: Returns the time in seconds.
     """
     wait = _wait(device)
     began = clock()
     repeats = []
     for run in runs:
-        for _ in range(max(1, warmups)):
+        for call in range(max(1, warmups) + 1):
             wait()
             start = clock()
             run()
             wait()
             took = clock() - start
+            # The first call is cold, and says little of how often a short one should be repeated.
+            if call + 1 >= warmups and took > _LONG:
+                break
         repeats.append(max(1, math.ceil(_SHORTEST / max(took, 1e-9))) if took < _SHORTEST else 1)
     samples: list[list[float]] = [[] for _ in runs]
     for _ in range(2 * rounds):

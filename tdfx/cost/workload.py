@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdfx.cost.count import Flow
+from tdfx.cost.setting import computing_in
 from tdfx.factors.operation import Operation
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -47,16 +47,11 @@ class Workload:
         torch.autograd.grad(out, self.wanted, self.gradient)
 
     def _forward(self) -> Tensor:
-        with self._autocast():
+        with computing_in(self.setting.autocast, self.setting.device_type):
             x = self.input
             for operation, weight in zip(self.chain, self.weights, strict=True):
                 x = apply(operation, x, weight)
         return x
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.setting.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.setting.device_type, dtype=self.setting.autocast)
 
     def _random(self, shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
         # Drawn by a generator of its own: the stream of the user's run is left alone.
