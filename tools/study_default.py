@@ -22,7 +22,7 @@ import click
 from bench_common import Seconds, keep, set_clock
 from bench_freeze import spread
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from study_runs import FULL, Run, Study
 from study_tasks import TASKS, Task
 
@@ -97,7 +97,7 @@ def main(
         runs.append(run)
         click.echo(f"seed {run.seed}, {run.task}, {run.policy}: {_in_short(run)}", err=True)
         keep(json_file, [asdict(one) for one in runs], clock="CPU time" if cpu_time else "wall clock")
-    console = Console(width=150)
+    console = Console(width=170)
     for task in tasks:
         console.print(table_of(task.name, [one for one in runs if one.task == task.name]), "")
     console.print(summary(runs))
@@ -153,7 +153,7 @@ def table_of(task: str, runs: list[Run]) -> Table:
         "sites",
         "error",
     )
-    table = Table(task, *heads, box=None)
+    table = Table(Column(task, no_wrap=True), *heads, box=None)
     for name, own in _by_policy(runs).items():
         done = [one for one in own if not one.refused]
         if not done:
@@ -187,7 +187,7 @@ def summary(runs: list[Run]) -> Table:
         "if long",
         "tasks",
     )
-    table = Table("policy", *heads, box=None)
+    table = Table(Column("policy", no_wrap=True), *heads, box=None)
     dense = {(one.task, one.seed): one for one in runs if one.policy == FULL}
     for name, own in _by_policy([one for one in runs if one.policy != FULL and not one.refused]).items():
         tasks = {one.task: [other for other in own if other.task == one.task] for one in own}
