@@ -24,6 +24,8 @@ _ROUNDS = 8
 _KNOTS = 3
 """Options of each scheme that are measured beforehand: those between them take what lies between."""
 
+_MARGIN = 1.02
+"""What is said to be possible is this many times less than what was found to be."""
 _SURELY = 0.6
 """One option is faster than another beyond doubt if it is estimated to take less than this share of its time."""
 
@@ -74,22 +76,27 @@ class BudgetSolver:
         Raises:
             PolicyError: The budget cannot be kept, or needs what is not known.
         """
-        names = list(self.budget.limits)
         if self._measures:
             self.times.prepare(Wanted(self.policy.cost, one.site, self._knots(one)) for one in self.candidates)
-        chosen: list[Option | None] = []
         for _ in range(_ROUNDS):
-            curves = {one.site.name: _Curve(self, one) for one in self.candidates}
-            places = [self._place(one, curves[one.site.name], names) for one in self.candidates]
-            limits = [self._limit(name) for name in names]
-            try:
-                picks = best_choice([[option for _, option in place] for place in places], limits)
-            except OutOfReachError:
-                raise self._out_of_reach(names, limits, places) from None
-            chosen = [place[pick][0] for place, pick in zip(places, picks, strict=True)]
+            chosen = self._choice()
             if not self._learned(chosen):
                 break
+        else:
+            # Time and again something else was chosen that was not known yet: now what is known has to do.
+            chosen = self._choice(known=True)
         return [self._decision(one.site, option) for one, option in zip(self.candidates, chosen, strict=True)]
+
+    def _choice(self, *, known: bool = False) -> list[Option | None]:
+        """Return what is best by the times as they are known now; with ``known``, among options that were measured."""
+        names = list(self.budget.limits)
+        places = [self._place(one, _Curve(self, one), names, known=known) for one in self.candidates]
+        limits = [self._limit(name) for name in names]
+        try:
+            picks = best_choice([[option for _, option in place] for place in places], limits)
+        except OutOfReachError:
+            raise self._out_of_reach(names, limits, places) from None
+        return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
 
     @property
     def _measures(self) -> bool:
@@ -127,11 +134,15 @@ class BudgetSolver:
         self.times.prepare(Wanted(cost, site, (option.chain,)) for site, option in new)
         return bool(new)
 
-    def _place(self, one: Candidates, curve: _Curve, names: Sequence[str]) -> list[tuple[Option | None, Weighed]]:
+    def _place(
+        self, one: Candidates, curve: _Curve, names: Sequence[str], *, known: bool
+    ) -> list[tuple[Option | None, Weighed]]:
         """Return what can be done with a site, with loss and costs: to keep it, and the options that gain enough."""
         now = curve.seconds(None)
         found: list[tuple[Option | None, Weighed]] = [(None, Weighed(0.0, self._costs(one.site, None, now, names)))]
         for option, loss in one.options:
+            if known and self.times.measured(self.policy.cost, one.site, option.chain) is None:
+                continue
             seconds = curve.seconds(option)
             if now / seconds >= self.policy.min_gain:
                 found.append((option, Weighed(loss, self._costs(one.site, option, seconds, names))))
@@ -154,17 +165,20 @@ class BudgetSolver:
         value = self.budget.limits[name]
         if name in {"speedup", "seconds"}:
             return self._time_limit(name, value)
-        kept = [kept_plan(one.site, Reason.NO_GAIN) for one in self.candidates]
-        before = [getattr(one, f"{name}_before") for one in (*kept, *self.whole.others)]
-        rest = [getattr(one, f"{name}_after") for one in self.whole.others]
-        if None in before:
+        before = self._amounts(name, "before")
+        if not any(before) and self.candidates:
             raise PolicyError(
                 f"{self.budget!r} counts {name}, which depends on what flows through each site. Pass example_inputs=... "
                 f"(--input on the command line), or give a budget of parameters."
             )
         beside = self.whole.other_parameters if name == "parameters" else 0
         amount = value if value > 1 or isinstance(value, int) else value * (sum(before) + beside)
-        return float(amount - sum(rest) - beside)
+        return float(amount - sum(getattr(one, f"{name}_after") or 0 for one in self.whole.others) - beside)
+
+    def _amounts(self, name: str, when: str) -> list[int]:
+        """Return what each site has of something; nothing where it is not known what flows through it."""
+        kept = [kept_plan(one.site, Reason.NO_GAIN) for one in self.candidates]
+        return [getattr(one, f"{name}_{when}") or 0 for one in (*kept, *self.whole.others)]
 
     def _time_limit(self, name: str, value: float) -> float:
         own = [self._seconds_now(one.site) for one in self.candidates]
@@ -176,13 +190,20 @@ class BudgetSolver:
                     f"and a cost that measures, cost=tdfx.Measured()."
                 )
             return sum(own) / value
-        others = [(one.seconds_before, one.seconds_after) for one in self.whole.others]
-        known = [(before, after) for before, after in others if before is not None and after is not None]
-        alone = sum(own) + sum(before for before, _ in known)
-        scale = min(1.0, step / alone) if alone > 0 else 1.0
         wanted = step / value if name == "speedup" else value
-        saved = sum(before - after for before, after in known)
-        return sum(own) - ((step - wanted) / scale - saved)
+        saved = sum(before - after for before, after in self._times_of_others)
+        return sum(own) - ((step - wanted) / self._scale(step) - saved)
+
+    @property
+    def _times_of_others(self) -> list[tuple[float, float]]:
+        others = [(one.seconds_before, one.seconds_after) for one in self.whole.others]
+        return [(before, after) for before, after in others if before is not None and after is not None]
+
+    def _scale(self, step: float) -> float:
+        """Return how much of a site's time by itself it takes in the step, which no site takes longer than."""
+        alone = sum(self._seconds_now(one.site) for one in self.candidates)
+        alone += sum(before for before, _ in self._times_of_others)
+        return min(1.0, step / alone) if alone > 0 else 1.0
 
     def _seconds_now(self, site: Site) -> float:
         now = chain_now(site)
@@ -192,34 +213,44 @@ class BudgetSolver:
     def _out_of_reach(
         self, names: Sequence[str], limits: Sequence[float], places: Sequence[Sequence[tuple[Option | None, Weighed]]]
     ) -> PolicyError:
-        """Say which budget cannot be kept, and what can be."""
+        """Say which budgets cannot be kept, and what can be."""
         least = least_totals([[option for _, option in place] for place in places], len(names))
-        for name, limit, total in zip(names, limits, least, strict=True):
-            if total > limit:
-                can = self._reachable(name, total - limit)
-                return PolicyError(
-                    f"{self.budget!r} cannot be kept: the most that the {len(places)} sites in question can give is "
-                    f"{name}={can}. Ask for that, let more sites be rewritten (include, exclude, min_gain), or let ranks be "
-                    f"lower with round_to=1."
-                )
+        told = [
+            self._reachable(name, total - limit)
+            for name, limit, total in zip(names, limits, least, strict=True)
+            if total > limit
+        ]
+        if not told:
+            return PolicyError(
+                f"{self.budget!r} cannot be kept: each of its budgets can, but not all of them together. Loosen one of them."
+            )
+        if not all(told):
+            return PolicyError(
+                f"{self.budget!r} cannot be kept: the {len(places)} sites in question can give nothing of it. Let more "
+                f"sites be rewritten (include, exclude, min_gain), or ask for something else."
+            )
         return PolicyError(
-            f"{self.budget!r} cannot be kept: each of its budgets can, but not all of them together. Loosen one of them."
+            f"{self.budget!r} cannot be kept: the most that the {len(places)} sites in question can give is "
+            f"{' and '.join(told)}. Ask for that, let more sites be rewritten (include, exclude, min_gain), or let ranks be "
+            f"lower with round_to=1."
         )
 
     def _reachable(self, name: str, missing: float) -> str:
-        """Return the setting of a budget at which nothing would be missing, as a user writes it."""
+        """Return the budget at which nothing would be missing, as a user writes it; "" where that would be none."""
         value = self.budget.limits[name]
-        if name == "speedup":
+        if name in {"speedup", "seconds"}:
             step = self.whole.step_seconds or sum(self._seconds_now(one.site) for one in self.candidates)
-            return f"{_cut(step / (step / value + missing)):g}"
-        if name == "seconds":
-            return f"{1.005 * (value + missing):.3g}"
+            least = (step / value if name == "speedup" else value) + missing * self._scale(step)
+            # Times are never quite the same again.
+            found = _cut(step / least / _MARGIN) if name == "speedup" else _MARGIN * least
+            if name == "seconds":
+                return f"seconds={found:.3g}" if found < step else ""
+            return f"speedup={found:g}" if found > 1 else ""
         if value > 1 or isinstance(value, int):
-            return f"{int(value + missing) + 1}"
-        kept = [kept_plan(one.site, Reason.NO_GAIN) for one in self.candidates]
-        before = sum(getattr(one, f"{name}_before") for one in (*kept, *self.whole.others))
-        before += self.whole.other_parameters if name == "parameters" else 0
-        return f"{value + missing / before + 5e-4:.3f}"
+            return f"{name}={int(value + missing) + 1}"
+        before = sum(self._amounts(name, "before")) + (self.whole.other_parameters if name == "parameters" else 0)
+        share = value + missing / before + 5e-4 if before else 1.0
+        return f"{name}={share:.3f}" if share < 1 else ""
 
     def _decision(self, site: Site, option: Option | None) -> SitePlan:
         assert site.operation is not None

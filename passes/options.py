@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -19,8 +18,10 @@ from tdfx.ranks.spectrum import Spectrum
 
 _SCHEMES = ("tucker2", "tucker1_out", "tucker1_in", "spatial", "svd")
 """What a budget chooses among, where the policy names no scheme."""
-_LEVELS = 14
+_LEVELS = 16
 """Ranks that are tried of each scheme: from those that lose the least that is worth anything to the lowest."""
+_HIGHEST = 0.9
+"""Share of the full rank from which ranks are tried downwards."""
 _LARGEST = 1024
 """Longest side that is decomposed for a scheme which stands beside another: more would take too long."""
 
@@ -98,8 +99,8 @@ def _grid(
     energies = [one.energy() for one in spectra]
     found = []
     for level in range(_LEVELS):
-        share = (level + 0.5) / _LEVELS
-        shares = tuple(max(1, math.ceil((1 - share) * most)) for most in full)
+        # In equal ratios, down to rank 1.
+        shares = tuple(max(1, round((_HIGHEST * most) ** (1 - level / (_LEVELS - 1)))) for most in full)
         # Where the values fall off unevenly, the mode that loses less gets fewer ranks than its share of them.
         cut = max(_tail(energy, rank) for energy, rank in zip(energies, shares, strict=True))
         even = tuple(_least_rank(energy, cut) for energy in energies)

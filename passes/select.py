@@ -120,7 +120,7 @@ class Select(Pass):
         budgeted = [one for one in sites if self._in_budget(one)]
         plain = [one for one in sites if not self._in_budget(one)]
         decided, notes = self._decide_each(plain)
-        if not budgeted:
+        if not isinstance(self.policy.rank, Budget):
             return decided, notes
         found = dict(zip((one.name for one in plain), decided, strict=True))
         found |= {one.name: one for one in self._solve(budgeted, decided, rest, step_seconds)}

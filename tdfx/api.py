@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, get_args
 
 from torch import nn
@@ -15,8 +14,6 @@ from tdfx.along import Along
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError, OptimizerError, PolicyError
 from tdfx.optim.exchanges import join_exchange, split_exchange
-from tdfx.optim.states import second_moment
-from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.base import Program
 from tdfx.passes.clock import Clock
 from tdfx.passes.find import Find
@@ -41,6 +38,7 @@ def plan(
     *,
     example_inputs: Inputs | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    masters: Any = None,
     emit: Emit = "graph",
 ) -> Plan:
     """Say what ``rewrite`` would do, and change nothing.
@@ -51,6 +49,7 @@ def plan(
         example_inputs: Inputs that the model accepts, for the FLOPs and times of each site: a tensor, a tuple of
             positional arguments, or a mapping of keyword arguments. Without them nominal shapes are assumed.
         optimizer: What trains the model; read, and only by a budget whose ``error`` is ``"curvature"``.
+        masters: The wider copies that the optimizer trains, as for ``rewrite``; for the same budget.
         emit: How ``rewrite`` is to give the model back: ``"graph"`` or ``"modules"``.
 
     Returns:
@@ -71,7 +70,8 @@ def plan(
     wrapped = unwrap(model)
     with wrapped.together():
         _check_same(wrapped, policy, emit)
-        program, _ = _planned(wrapped, policy, example_inputs, emit, partial(second_moment, as_optimizers(optimizer)))
+        along = Along.of(wrapped, optimizer, None, masters)
+        program, _ = _planned(wrapped, policy, example_inputs, emit, along.second_moment)
     assert program.plan is not None
     return program.plan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, cast
 
@@ -16,8 +16,6 @@ from tdfx.ranks.budget import Budget, Measure
 from tdfx.ranks.multiple import AUTO as AUTO_MULTIPLE
 from tdfx.ranks.rule import RankRule
 from tdfx.ranks.vbmf import VBMF
-
-_BUDGETS = ("speedup", "seconds", "flops", "parameters", "memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,21 +51,30 @@ class Policy:
     two instead, so that no rank is doubled."""
     cost: Cost = field(default_factory=Measured)
     """What says how long a site takes, dense and factorized: measured on this machine, or ``Modelled()``."""
-    speedup: float | None = field(default=None, repr=False)
-    """A budget in place of ``rank``: how many times faster the training step shall be; see ``Budget``, as for the next."""
-    seconds: float | None = field(default=None, repr=False)
+    speedup: InitVar[float | None] = None
+    """A budget in place of ``rank``, which is then ``Budget(...)``: how many times faster the training step shall be."""
+    seconds: InitVar[float | None] = None
     """What the training step may take, in seconds."""
-    flops: float | None = field(default=None, repr=False)
+    flops: InitVar[float | None] = None
     """Forward operations of the sites: a share, or a whole number of them."""
-    parameters: float | None = field(default=None, repr=False)
+    parameters: InitVar[float | None] = None
     """Parameters of the model: a share, or a whole number of them."""
-    memory: float | None = field(default=None, repr=False)
+    memory: InitVar[float | None] = None
     """Bytes that the sites add to a training step: a share, or a whole number of them."""
-    error: Measure = field(default="weights", repr=False)
+    error: InitVar[Measure | None] = None
     """What a budget keeps small: the error of the ``"weights"``, of the ``"outputs"``, or by the loss's ``"curvature"``."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", self._rule())
+    def __post_init__(
+        self,
+        speedup: float | None,
+        seconds: float | None,
+        flops: float | None,
+        parameters: float | None,
+        memory: float | None,
+        error: Measure | None,
+    ) -> None:
+        budgets = {"speedup": speedup, "seconds": seconds, "flops": flops, "parameters": parameters, "memory": memory}
+        object.__setattr__(self, "rank", self._rule(budgets, error))
         if not isinstance(self.rank, RankRule):
             raise PolicyError(
                 f"rank={self.rank!r} is not a rank rule: it decides how much of each weight is kept. "
@@ -100,23 +107,22 @@ class Policy:
                 f"of it. Pass {AUTO_MULTIPLE!r} for what suits each weight's dtype and device. Pass 1 for no rounding."
             )
 
-    def _rule(self) -> RankRule:
+    def _rule(self, budgets: Mapping[str, float | None], error: Measure | None) -> RankRule:
         """Return the rule in force: the one given, one that keeps the budgets given, or the default."""
-        given = {name: value for name in _BUDGETS if (value := getattr(self, name)) is not None}
+        given = {name: value for name, value in budgets.items() if value is not None}
         if not given:
-            if self.error != "weights":
+            if error is not None:
                 raise PolicyError(
-                    f"error={self.error!r} says what a budget keeps small, and no budget is given. Pass for example "
-                    f"Policy(speedup=2, error={self.error!r})."
+                    f"error={error!r} says what a budget keeps small, and no budget is given beside it. Pass for example "
+                    f"Policy(speedup=2, error={error!r})."
                 )
             return VBMF() if self.rank is None else self.rank
-        # A copy of a policy, as by dataclasses.replace, passes the rule that was made of the budgets.
-        if not (self.rank is None or isinstance(self.rank, Budget)):
+        if self.rank is not None:
             raise PolicyError(
                 f"rank={self.rank!r} and {', '.join(f'{name}={value!r}' for name, value in given.items())} both say which "
                 f"ranks to take. Leave out one of the two."
             )
-        return Budget(**given, error=self.error)
+        return Budget(**given, error="weights" if error is None else error)
 
     @staticmethod
     def _is_number(value: object) -> bool:

@@ -140,3 +140,32 @@ def test_times_survive_json() -> None:
     assert again == plan
     assert again["conv"].seconds_before is not None
     assert again.predicted_seconds(1.0) == plan.predicted_seconds(1.0)
+
+
+def test_a_step_calls_nobody_with_made_up_gradients() -> None:
+    model = Net()
+    called: list[str] = []
+    model.conv.weight.register_hook(lambda gradient: called.append("tensor"))
+    model.head.register_full_backward_hook(lambda *_: called.append("module"))
+    Step(model, (X,)).run()
+    assert called == []
+    model(X)["logits"].sum().backward()
+    assert called == ["module", "tensor"]
+
+
+class Sometimes(nn.Linear):
+    """Writes to its weight at every second forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.__dict__["count"] = self.__dict__.get("count", 0) + 1
+        if self.__dict__["count"] % 2 == 0:
+            with torch.no_grad():
+                self.weight.mul_(0.5)
+        return super().forward(input)
+
+
+def test_a_weight_that_is_written_to_now_and_then_is_the_copys() -> None:
+    model = nn.Sequential(Sometimes(4, 4))
+    before = model.get_parameter("0.weight").detach().clone()
+    time_steps([Step(model, torch.randn(2, 4))], rounds=3)
+    assert torch.equal(model.get_parameter("0.weight"), before)

@@ -7,6 +7,7 @@ import functools
 import platform
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,14 +56,9 @@ def describe_machine(device: str) -> str:
 
 def _precisions() -> list[str]:
     """Return in which precision products of float32 are computed, by whichever of torch's two ways that was said."""
-    found = []
-    for backend in (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
-        torch.backends.mkldnn.matmul,
-        torch.backends.mkldnn.conv,
-    ):
-        found.append(str(getattr(backend, "fp32_precision", "")))
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn)
+    inner = [getattr(one, name, None) for one in backends for name in ("matmul", "conv")]
+    found = [str(getattr(one, "fp32_precision", "")) for one in (*backends, *inner)]
     # Where one of the ways was used, the other may refuse to be read.
     with contextlib.suppress(RuntimeError):
         found.append(torch.get_float32_matmul_precision())
