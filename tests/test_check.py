@@ -145,7 +145,7 @@ def test_times_survive_json() -> None:
 def test_a_step_calls_nobody_with_made_up_gradients() -> None:
     model = Net()
     called: list[str] = []
-    model.conv.weight.register_hook(lambda gradient: called.append("tensor"))
+    model.conv.weight.register_hook(lambda gradient: called.append("tensor"))  # type: ignore[no-untyped-call]
     model.head.register_full_backward_hook(lambda *_: called.append("module"))
     Step(model, (X,)).run()
     assert called == []
