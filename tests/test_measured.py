@@ -45,7 +45,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[Operation, ...]]]:
 
     def turns(runs: Sequence[Any], **_: Any) -> list[Timing]:
         seen.append([run.__self__.chain for run in runs])
-        return [Timing((float(len(chain)),) * 3) for chain in seen[-1]]
+        return [Timing((float(len(run.__self__.chain) * run.__self__.steps),) * 3) for run in runs]
 
     monkeypatch.setattr(measured, "take_turns", turns)
     return seen
@@ -78,30 +78,35 @@ def test_a_workload_computes_every_gradient_in_its_setting() -> None:
     chain = get_scheme("tucker2").chain(CONV, (8, 8))
     setting = Setting(channels_last=True, dtype=torch.float64)
     work = Workload(chain, Flow(2, (8, 8), setting=setting))
-    assert work.input.shape == (2, 16, 8, 8)
-    assert work.input.is_contiguous(memory_format=torch.channels_last)
-    assert all(one.dtype == torch.float64 for one in (work.input, *work.weights))
-    assert [tuple(one.shape) for one in work.wanted] == [(2, 16, 8, 8), (8, 16, 1, 1), (8, 8, 3, 3), (24, 8, 1, 1)]
+    assert work.inputs[0].shape == (2, 16, 8, 8)
+    assert work.inputs[0].is_contiguous(memory_format=torch.channels_last)
+    assert all(one.dtype == torch.float64 for one in (work.inputs[0], *work.weights))
+    assert [tuple(one.shape) for one in work.wanted(work.inputs[0])] == [
+        (2, 16, 8, 8),
+        (8, 16, 1, 1),
+        (8, 8, 3, 3),
+        (24, 8, 1, 1),
+    ]
     work.run()
-    assert all(one.grad is None for one in work.wanted)
+    assert all(one.grad is None for one in work.wanted(work.inputs[0]))
     first = Workload(chain, Flow(2, (8, 8), setting=Setting(wants_input_gradient=False)))
-    assert not first.input.requires_grad
-    assert len(first.wanted) == 3
+    assert not first.inputs[0].requires_grad
+    assert len(first.wanted(first.inputs[0])) == 3
 
 
 def test_a_workload_under_autocast_computes_in_its_dtype() -> None:
     work = Workload([CONV], Flow(2, (8, 8), setting=Setting(autocast=torch.bfloat16)))
-    assert (work.weights[0].dtype, work.input.dtype, work.gradient.dtype) == (torch.float32, *[torch.bfloat16] * 2)
+    assert (work.weights[0].dtype, work.inputs[0].dtype, work.gradient.dtype) == (torch.float32, *[torch.bfloat16] * 2)
     work.run()
 
 
 def test_what_competes_shares_its_input() -> None:
     dense = Workload([CONV], FLOW)
     other = Workload(get_scheme("tucker2").chain(CONV, (8, 8)), FLOW, shares=(dense,))
-    assert other.input is dense.input
+    assert other.inputs is dense.inputs
     assert other.gradient is dense.gradient
     wider = Workload([CONV], Flow(4, (8, 8)), shares=(dense,))
-    assert wider.input is not dense.input
+    assert wider.inputs is not dense.inputs
 
 
 def test_measuring_leaves_the_stream_of_random_numbers_alone() -> None:
@@ -176,7 +181,7 @@ def test_what_comes_later_is_compared_with_what_is_known(
     cost = Measured(update_bytes=0)
     cost.seconds([CONV], FLOW)
     # Now the machine is twice as slow.
-    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((2.0,)), Timing((6.0,))])
+    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((8 * 2.0,)), Timing((8 * 6.0,))])
     times = cost.measure([[((CONV,), FLOW), (chain, FLOW)]])
     assert times == {((CONV,), FLOW): 1.0, (chain, FLOW): 3.0}
 
@@ -192,10 +197,10 @@ def test_what_there_is_no_time_for_is_not_there(timed: list[Any]) -> None:
 
 
 def test_a_hasty_time_counts_now_and_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((2.0, 9.0, 9.0))])
+    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((16.0, 72.0, 72.0))])
     assert Measured(update_bytes=0).seconds([CONV], FLOW) == 2.0
     monkeypatch.setattr(measured, "_known", {})
-    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((1.0, 1.0, 1.0))])
+    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((8.0, 8.0, 8.0))])
     assert Measured(update_bytes=0).seconds([CONV], FLOW) == 1.0
 
 
@@ -284,7 +289,7 @@ def test_autocast_around_a_plan_is_not_in_what_is_timed() -> None:
         work = Workload([CONV], FLOW)
         assert work.gradient.dtype == torch.float32
         with torch.no_grad():
-            assert work._forward().dtype == torch.float32
+            assert work._forward(work.inputs[0]).dtype == torch.float32
 
 
 def test_either_way_of_asking_for_a_precision_can_be_described(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,3 +308,11 @@ def test_nobody_has_to_look(stream: Any, monkeypatch: pytest.MonkeyPatch, timed:
     monkeypatch.setattr("sys.stderr", stream)
     Measured(update_bytes=0).seconds([CONV], FLOW)
     assert timed
+
+
+def test_a_run_is_steps_whose_activations_do_not_stay_in_the_caches() -> None:
+    assert Workload([CONV], FLOW).steps == 8
+    assert Workload([CONV], Flow(64, (64, 64))).steps == 1
+    work = Workload([CONV], Flow(8, (128, 128)))
+    assert 1 < work.steps < 8
+    assert len({one.data_ptr() for one in work.inputs}) == work.steps

@@ -43,7 +43,7 @@ class Measured:
     when ``budget`` is spent; what is measured is never compared with what is not.
     """
 
-    budget: float = 20.0
+    budget: float = 15.0
     """Seconds that measuring for one plan may take, positive; what is in the cache costs nothing."""
     rounds: int = 3
     """Undisturbed samples of each computation, at least 1."""
@@ -168,7 +168,7 @@ class Measured:
             return (
                 {} if len(cases) == 1 else {key: one for case in cases for key, one in self._time([case], 0.0).items()}
             )
-        return dict(zip(works, found, strict=True))
+        return {case: one.divided(works[case].steps) for case, one in zip(works, found, strict=True)}
 
 
 def _can_run(flow: Flow) -> bool:

@@ -26,6 +26,10 @@ class Timing:
     samples: tuple[float, ...]
     """Seconds of each sample, in the order in which they were taken."""
 
+    def divided(self, parts: int) -> Timing:
+        """Return the times of one of several equal parts."""
+        return Timing(tuple(one / parts for one in self.samples))
+
     @property
     def trusted(self) -> tuple[float, ...]:
         """The samples that are not outliers."""
