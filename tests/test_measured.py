@@ -181,7 +181,7 @@ def test_what_comes_later_is_compared_with_what_is_known(
     cost = Measured(update_bytes=0)
     cost.seconds([CONV], FLOW)
     # Now the machine is twice as slow.
-    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((8 * 2.0,)), Timing((8 * 6.0,))])
+    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((4 * 2.0,)), Timing((4 * 6.0,))])
     times = cost.measure([[((CONV,), FLOW), (chain, FLOW)]])
     assert times == {((CONV,), FLOW): 1.0, (chain, FLOW): 3.0}
 
@@ -197,10 +197,10 @@ def test_what_there_is_no_time_for_is_not_there(timed: list[Any]) -> None:
 
 
 def test_a_hasty_time_counts_now_and_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((16.0, 72.0, 72.0))])
+    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((8.0, 36.0, 36.0))])
     assert Measured(update_bytes=0).seconds([CONV], FLOW) == 2.0
     monkeypatch.setattr(measured, "_known", {})
-    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((8.0, 8.0, 8.0))])
+    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((4.0, 4.0, 4.0))])
     assert Measured(update_bytes=0).seconds([CONV], FLOW) == 1.0
 
 
@@ -311,8 +311,8 @@ def test_nobody_has_to_look(stream: Any, monkeypatch: pytest.MonkeyPatch, timed:
 
 
 def test_a_run_is_steps_whose_activations_do_not_stay_in_the_caches() -> None:
-    assert Workload([CONV], FLOW).steps == 8
+    assert Workload([CONV], FLOW).steps == 4
     assert Workload([CONV], Flow(64, (64, 64))).steps == 1
     work = Workload([CONV], Flow(8, (128, 128)))
-    assert 1 < work.steps < 8
+    assert 1 < work.steps <= 4
     assert len({one.data_ptr() for one in work.inputs}) == work.steps

@@ -116,6 +116,6 @@ def _measure(device: str, dtype: torch.dtype) -> tuple[float, float, float]:
         torch.autograd.grad(out, tiny, out.detach())
 
     product, stream, call = take_turns(
-        [lambda: square @ square, lambda: torch.add(long, other, out=long), step], device=device, rounds=5
+        [lambda: square @ square, lambda: torch.add(long, other, out=long), step], device=device, rounds=3
     )
     return 2 * side**3 / product.seconds, 3 * values * dtype.itemsize / stream.seconds, call.seconds / 3

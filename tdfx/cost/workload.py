@@ -22,7 +22,7 @@ _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 _COLD = 2**26
 """Bytes of activations between a forward and its backward, more than caches hold: as in a model, where what was kept for the
 backward has long left the caches when that comes."""
-_MOST_COPIES = 8
+_MOST_COPIES = 4
 """Inputs at most: what is so small that more would be needed costs next to nothing but its start-up."""
 
 
