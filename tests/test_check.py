@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -169,3 +170,15 @@ def test_a_weight_that_is_written_to_now_and_then_is_the_copys() -> None:
     before = model.get_parameter("0.weight").detach().clone()
     time_steps([Step(model, torch.randn(2, 4))], rounds=3)
     assert torch.equal(model.get_parameter("0.weight"), before)
+
+
+def test_a_site_that_was_not_timed_is_predicted_to_save_nothing() -> None:
+    model, small, plan = checked()
+    sites = tuple(replace(one, seconds_before=None, seconds_after=None) if one.name == "conv" else one for one in plan)
+    partly = replace(plan, sites=sites)
+    assert [one.name for one in partly.factorized] == ["conv", "head"]
+    head = partly["head"]
+    assert head.seconds_before is not None
+    assert head.seconds_after is not None
+    assert partly.predicted_seconds(1.0) == pytest.approx(1.0 - head.seconds_before + head.seconds_after)
+    assert partly.check(small, example_inputs=(X,), dense=model, rounds=1).seconds_predicted > 0
