@@ -165,7 +165,7 @@ class BudgetSolver:
         value = self.budget.limits[name]
         if name in {"speedup", "seconds"}:
             return self._time_limit(name, value)
-        before = self._amounts(name, "before")
+        before = self._amounts(name)
         if not any(before) and self.candidates:
             raise PolicyError(
                 f"{self.budget!r} counts {name}, which depends on what flows through each site. Pass example_inputs=... "
@@ -175,10 +175,10 @@ class BudgetSolver:
         amount = value if value > 1 or isinstance(value, int) else value * (sum(before) + beside)
         return float(amount - sum(getattr(one, f"{name}_after") or 0 for one in self.whole.others) - beside)
 
-    def _amounts(self, name: str, when: str) -> list[int]:
-        """Return what each site has of something; nothing where it is not known what flows through it."""
+    def _amounts(self, name: str) -> list[int]:
+        """Return what each site has of something now; nothing where it is not known what flows through it."""
         kept = [kept_plan(one.site, Reason.NO_GAIN) for one in self.candidates]
-        return [getattr(one, f"{name}_{when}") or 0 for one in (*kept, *self.whole.others)]
+        return [getattr(one, f"{name}_before") or 0 for one in (*kept, *self.whole.others)]
 
     def _time_limit(self, name: str, value: float) -> float:
         own = [self._seconds_now(one.site) for one in self.candidates]
@@ -248,7 +248,7 @@ class BudgetSolver:
             return f"speedup={found:g}" if found > 1 else ""
         if value > 1 or isinstance(value, int):
             return f"{name}={int(value + missing) + 1}"
-        before = sum(self._amounts(name, "before")) + (self.whole.other_parameters if name == "parameters" else 0)
+        before = sum(self._amounts(name)) + (self.whole.other_parameters if name == "parameters" else 0)
         share = value + missing / before + 5e-4 if before else 1.0
         return f"{name}={share:.3f}" if share < 1 else ""
 

@@ -127,8 +127,7 @@ class Measured:
         return self.update_seconds(parameters(chain), flow.setting.device)
 
     def _key(self, chain: tuple[Operation, ...], flow: Flow) -> str:
-        setting = replace(self._setting(flow), device=flow.setting.device_type)
-        return f"{describe_machine(flow.setting.device)} {(chain, flow.samples, flow.size, setting)!r}"
+        return f"{describe_machine(flow.setting.device)} {(chain, flow.samples, flow.size, self._setting(flow))!r}"
 
     def _setting(self, flow: Flow) -> Setting:
         return flow.setting if self.autocast is None else replace(flow.setting, autocast=self.autocast)
