@@ -427,3 +427,20 @@ def test_a_trained_step_is_unchanged_by_a_plan() -> None:
     assert torch.equal(torch.rand(2), expected)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert all(one.grad is None for one in model.parameters())
+
+
+def test_a_budget_takes_nothing_that_gains_less_than_is_asked_for() -> None:
+    loose = planned(parameters=0.97, min_gain=0.01, cost=ByFlops())
+    assert min(site.gain or 0 for site in loose.factorized) < 4
+    strict = planned(parameters=0.97, min_gain=4, cost=ByFlops())
+    assert strict.factorized
+    assert min(site.gain or 0 for site in strict.factorized) >= 4
+
+
+def test_sites_that_take_longer_alone_than_the_step_count_as_parts_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = sum(one.flops_before or 0 for one in planned(parameters=0.5).sites) / 1e9
+    monkeypatch.setattr("tdfx.passes.clock.Clock._seconds", lambda *_: sites / 2)
+    plan = planned(speedup=1.5, cost=ByFlops())
+    after = sum(one.seconds_after or 0 for one in plan.sites)
+    # All of the step is the sites', so they have to get faster by as much.
+    assert 1.5 <= sites / after < 1.8
