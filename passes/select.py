@@ -27,6 +27,7 @@ from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.budget import Budget
 from tdfx.ranks.rule import RankRule, Total
+from tdfx.ranks.signal import NO_SIGNAL
 from tdfx.ranks.spectrum import pack, unpack, working_dtype
 from tdfx.shards import full
 
@@ -41,14 +42,14 @@ class Select(Pass):
         policy: Policy,
         spread: Spread = alone,
         agree: Agree = itself,
-        lead: Lead | None = None,
+        times: Times | None = None,
         losses: Mapping[str, Loss] | None = None,
     ) -> None:
         """Take the wish, how processes share work, and what a budget counts as a site's loss if not its weight's error."""
         self.policy = policy
         self.spread = spread
         self.agree = agree
-        self.times = Times(lead or Lead())
+        self.times = times or Times(Lead())
         self.losses = losses or {}
         self.spectra = KeptSpectra()
         self._read: dict[str, Spectra] = {}
@@ -123,32 +124,46 @@ class Select(Pass):
         if not isinstance(self.policy.rank, Budget):
             return decided, notes
         found = dict(zip((one.name for one in plain), decided, strict=True))
-        found |= {one.name: one for one in self._solve(budgeted, decided, rest, step_seconds)}
-        return tuple(found[one.name] for one in sites), notes
+        solved, more = self._solve(budgeted, decided, rest, step_seconds)
+        found |= {one.name: one for one in solved}
+        return tuple(found[one.name] for one in sites), (*notes, *more)
 
     def _in_budget(self, site: Site) -> bool:
         """Return True for a site that a budget decides, together with all others of its kind."""
         if not isinstance(self.policy.rank, Budget) or site.reason is not None or site.operation is None:
             return False
-        own = self.policy.for_site(*site.names) is self.policy
-        return own and any(True for _ in schemes_for(site.operation, self.policy))
+        own = self.policy.for_site(*site.names)
+        return own is not None and own.rank == self.policy.rank and any(schemes_for(site.operation, own))
 
     def _solve(
         self, sites: Sequence[Site], others: Sequence[SitePlan], rest: int, step_seconds: float | None
-    ) -> list[SitePlan]:
-        """Decide the sites of a budget together."""
-        tasks = [Task(partial(pack_options, one, self.policy, self.losses.get(one.name)), one.weights) for one in sites]
-        tables = [unpack_options(self.policy, table) for (table,) in self.spread(tasks)]
+    ) -> tuple[list[SitePlan], tuple[str, ...]]:
+        """Decide the sites of a budget together; return notes too."""
+        budget = self.policy.rank
+        assert isinstance(budget, Budget)
+        cases = [(site, own) for site in sites if (own := self.policy.for_site(*site.names)) is not None]
+        tasks = [
+            Task(partial(pack_options, site, own, self.losses.get(site.name)), site.weights) for site, own in cases
+        ]
+        found = [unpack_options(own, *packed) for (_, own), packed in zip(cases, self.spread(tasks), strict=True)]
         if not self.losses:
             self._errors |= {
                 (site.name, option.scheme.name, option.ranks): torch.tensor(lost**0.5, dtype=torch.float64)
-                for site, table in zip(sites, tables, strict=True)
-                for option, lost in table
+                for site, one in zip(sites, found, strict=True)
+                for option, lost in one.options
             }
-        whole = Whole(tuple(others), rest, step_seconds)
-        candidates = [Candidates(site, tuple(table)) for site, table in zip(sites, tables, strict=True)]
-        solved = BudgetSolver(self.policy, self.times, whole, candidates).solve()
-        return [self._with_seconds(site, one) for site, one in zip(sites, solved, strict=True)]
+        without = [site for site, one in zip(sites, found, strict=True) if not one.signal]
+        kept = {one.name: kept_plan(one, Reason.NO_SIGNAL, NO_SIGNAL) for one in without if budget.noise_floor == 1}
+        candidates = [
+            Candidates(site, own, one.options)
+            for (site, own), one in zip(cases, found, strict=True)
+            if site.name not in kept
+        ]
+        solver = BudgetSolver(self.policy, self.times, Whole((*others, *kept.values()), rest, step_seconds), candidates)
+        solved = {one.site.name: plan for one, plan in zip(candidates, solver.solve(), strict=True)}
+        noisy = [one.name for one in without if one.name in solved and solved[one.name].factorized]
+        notes = (*solver.notes, *([_noisy(noisy, budget)] if noisy else []))
+        return [self._with_seconds(site, (kept | solved)[site.name]) for site in sites], notes
 
     def _decide_each(self, sites: Sequence[Site]) -> tuple[tuple[SitePlan, ...], tuple[str, ...]]:
         """Resolve rules that see all their sites at once, then decide site by site; return the notes of the former too.
@@ -355,6 +370,18 @@ def _other_parameters(program: Program) -> int:
     """Count the parameters that belong to no site's weight."""
     counted = sum(parameter.numel() for parameter in program.module.parameters() if not is_lazy(parameter))
     return counted - sum(kept_plan(site, Reason.EXCLUDED).parameters_before for site in program.sites)
+
+
+def _noisy(names: Sequence[str], budget: Budget) -> str:
+    """Say that weights are cut which have learned nothing yet that could be told from noise."""
+    few = ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
+    least = (
+        f"no rank there is below {budget.noise_floor:g} of the full one" if budget.noise_floor else "they have no floor"
+    )
+    return (
+        f"{len(names)} of the weights that are cut show nothing above the noise yet ({few}); {least}. Train longer before "
+        f"the switch, or keep them with noise_floor=1, if the loss suffers"
+    )
 
 
 def _total(plans: Sequence[SitePlan]) -> Total:

@@ -208,9 +208,7 @@ class Plan:
         timed = [(one.seconds_before, one.seconds_after) for one in self.sites]
         known = [(before, after) for before, after in timed if before is not None and after is not None]
         alone = sum(before for before, _ in known)
-        # By themselves sites may take longer than in the model, never longer than all of it.
-        scale = min(1.0, step_seconds / alone) if alone > 0 else 1.0
-        return step_seconds - scale * sum(before - after for before, after in known)
+        return step_seconds - part_of_step(alone, step_seconds) * sum(before - after for before, after in known)
 
     @property
     def speedup(self) -> float | None:
@@ -340,3 +338,16 @@ def _in_words(hint: Any) -> str:
         return f"a list of {_WORDS.get(get_args(hint)[0], 'site').removeprefix('a ')}s"
     known = Reason if hint is Reason else get_args(hint)
     return f"one of {', '.join(known)}" if known else _WORDS[hint]
+
+
+def part_of_step(alone: float, step: float) -> float:
+    """Return how much of their time by themselves sites take in a step: all of it, unless that were longer than the step.
+
+    Args:
+        alone: Time of all sites, each by itself.
+        step: Time of the step, in the same unit.
+
+    >>> part_of_step(0.5, 1.0), part_of_step(2.0, 1.0)
+    (1.0, 0.5)
+    """
+    return min(1.0, step / alone) if alone > 0 else 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal, cast
 
@@ -15,7 +15,9 @@ from tdfx.factors.registry import AUTO, get_scheme
 from tdfx.ranks.budget import Budget, Measure
 from tdfx.ranks.multiple import AUTO as AUTO_MULTIPLE
 from tdfx.ranks.rule import RankRule
-from tdfx.ranks.vbmf import VBMF
+
+DEFAULT_RULE = Budget(speedup=2.0, strict=False, floor=0.25, noise_floor=0.5)
+"""The rank rule of a policy that gives none; chosen by ``tools/study_default.py``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,8 @@ class Policy:
     """
 
     rank: RankRule = field(default=cast("RankRule", None))
-    """The rule that reads a rank from each weight: ``VBMF()`` if left out, or what keeps the budgets below."""
+    """The rule that reads a rank from each weight, or what keeps the budgets below. If left out: as much of a step twice as
+    fast as can be had without ranks below a quarter, from the weights that have learned something."""
     scheme: str = AUTO
     """How weights are split: ``"auto"`` for tucker2 or svd, whichever fits each site, or a scheme's name, with its options
     after a colon as in ``"tucker2:refine=3"``."""
@@ -40,7 +43,9 @@ class Policy:
     exclude: tuple[str, ...] = ()
     """Patterns of the sites that are kept, whatever ``include`` says."""
     overrides: Mapping[str, Policy | None] = field(default_factory=dict)
-    """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts."""
+    """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts. One that gives no
+    rank takes this policy's; where that is a budget its sites are part of it, with their own scheme, ``round_to`` and
+    ``min_gain``, and this policy's ``cost``."""
     min_gain: float = 1.05
     """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every
     site whatever it costs, so that nothing is measured unless a budget of time asks for it."""
@@ -89,8 +94,9 @@ class Policy:
             )
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
-        object.__setattr__(self, "overrides", _overrides(self.overrides))
-        if any(one is not None and isinstance(one.rank, Budget) for one in self.overrides.values()):
+        own = {key: self._joined(one) for key, one in _overrides(self.overrides).items()}
+        object.__setattr__(self, "overrides", own)
+        if any(one is not None and isinstance(one.rank, Budget) and one.rank != self.rank for one in own.values()):
             raise PolicyError(
                 "An override has a budget, and a budget is for all sites together. Give it to the policy itself, and the "
                 "sites of the override another rule."
@@ -116,13 +122,19 @@ class Policy:
                     f"error={error!r} says what a budget keeps small, and no budget is given beside it. Pass for example "
                     f"Policy(speedup=2, error={error!r})."
                 )
-            return VBMF() if self.rank is None else self.rank
+            return DEFAULT_RULE if self.rank is None else self.rank
         if self.rank is not None:
             raise PolicyError(
                 f"rank={self.rank!r} and {', '.join(f'{name}={value!r}' for name, value in given.items())} both say which "
                 f"ranks to take. Leave out one of the two."
             )
         return Budget(**given, error="weights" if error is None else error)
+
+    def _joined(self, override: Policy | None) -> Policy | None:
+        """Give an override this policy's rank where it has none of its own; where that is a budget, its cost too."""
+        if override is None or override.rank not in {DEFAULT_RULE, self.rank}:
+            return override
+        return replace(override, rank=self.rank, cost=self.cost if isinstance(self.rank, Budget) else override.cost)
 
     @staticmethod
     def _is_number(value: object) -> bool:

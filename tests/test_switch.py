@@ -21,7 +21,7 @@ from tdfx.wrappers import unwrap
 # Layers this small take most of their time to start, which would make no factors pay.
 COST = tdfx.Modelled(seconds_per_call=0)
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, cost=COST)
-SIGNAL = tdfx.Policy(min_gain=0, round_to=1, cost=COST)
+SIGNAL = tdfx.Policy(rank=tdfx.VBMF(), min_gain=0, round_to=1, cost=COST)
 SIZE = 48
 
 

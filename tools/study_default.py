@@ -52,7 +52,12 @@ def candidates() -> dict[str, tdfx.Policy]:
         for speedup in (1.5, 2.0, 2.5)
         for error in ("weights", "outputs", "curvature")
     ]
-    return {_name(one): one for one in [*rules, *budgets]}
+    safe = [
+        tdfx.Policy(rank=tdfx.Budget(speedup=speedup, strict=False, floor=floor, noise_floor=noise))
+        for speedup in (2.0, 2.5)
+        for floor, noise in ((0.0, 0.5), (0.125, 0.25), (0.125, 0.5), (0.25, 0.25), (0.25, 0.5), (0.25, 1.0))
+    ]
+    return {_name(one): one for one in [*rules, *budgets, *safe]}
 
 
 def _name(policy: tdfx.Policy) -> str:
