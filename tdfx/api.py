@@ -143,7 +143,7 @@ def rewrite(
         else:
             program, select = _planned(wrapped, policy, example_inputs, emit, along.second_moment)
             # Those of the model's weights are not quite those of their masters.
-            spectra = KeptSpectra() if along.masters else select.spectra
+            spectra = KeptSpectra() if along.masters else select.readings.kept
         along.masters.lift(program.module)
         step = Rewrite(spectra, init, wrapped.spread)
         result = step(program).program.module

@@ -27,7 +27,7 @@ from study_runs import FULL, Run, Study
 from study_tasks import TASKS, Task
 
 import tdfx
-from tdfx.cost.machine import rates
+from tdfx.cost.rates import stream_rate
 
 
 def candidates() -> dict[str, tdfx.Policy]:
@@ -94,7 +94,7 @@ def main(
 ) -> None:
     """Run all, and print a table for each task and one of them all."""
     clock = set_clock(cpu_time, threads)
-    rates(cache=False)  # once for a machine, whatever is trained on it
+    stream_rate(cache=False)  # once for a machine, whatever is trained on it
     policies = {name: one for name, one in candidates().items() if not only or any(text in name for text in only)}
     tasks = [one() for one in TASKS if not which or any(text in one.name for text in which)]
     runs = _read(json_file)

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from tdfx.cost.count import Flow, parameters
-from tdfx.cost.machine import describe_machine, rates
+from tdfx.cost.machine import describe_machine
 from tdfx.cost.modelled import Case, Modelled
+from tdfx.cost.rates import stream_rate
 from tdfx.cost.setting import Setting
 from tdfx.cost.store import Store, cache_folder
 from tdfx.cost.timing import Timing, take_turns
@@ -119,7 +120,7 @@ class Measured:
         """Return how long an optimizer takes for its update of so many weight values, which only memory decides."""
         if not self.update_bytes:
             return 0.0
-        return self.update_bytes * values / rates(device, cache=self.cache).bytes_per_second
+        return self.update_bytes * values / stream_rate(device, cache=self.cache)
 
     def _update(self, chain: Sequence[Operation], flow: Flow | None) -> float:
         if flow is None or not _can_run(flow):

@@ -10,7 +10,7 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 
 from tdfx.cost.count import Flow, StepCount, count_chain
-from tdfx.cost.machine import rates
+from tdfx.cost.rates import rates
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
 
@@ -73,11 +73,11 @@ class Modelled:
 
     @classmethod
     def of_machine(cls, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """Return the model with the numbers of this machine, measured in about a second and then kept on disk.
+        """Return the model with the numbers of this machine, from three small layers timed in about a second, then kept.
 
         Args:
             device: Where the model trains, as torch writes it.
-            dtype: Of the products.
+            dtype: In which the layers compute.
         """
         found = rates(device, dtype)
         return cls(
