@@ -16,7 +16,7 @@ from tdfx.ranks.budget import Budget, Measure
 from tdfx.ranks.multiple import AUTO as AUTO_MULTIPLE
 from tdfx.ranks.rule import RankRule
 
-DEFAULT_RULE = Budget(speedup=2.0, strict=False, floor=0.25, noise_floor=0.5)
+DEFAULT_RULE = Budget(speedup=2.0, strict=False, floor=0.125, noise_floor=0.25)
 """The rank rule of a policy that gives none; chosen by ``tools/study_default.py``."""
 
 
@@ -33,8 +33,9 @@ class Policy:
     """
 
     rank: RankRule = field(default=cast("RankRule", None))
-    """The rule that reads a rank from each weight, or what keeps the budgets below. If left out: as much of a step twice as
-    fast as can be had without ranks below a quarter, from the weights that have learned something."""
+    """The rule that reads a rank from each weight, or what keeps the budgets below. If left out: a step twice as fast at the
+    least error, or as near to that as is reasonable, with no rank below an eighth of the full one where much would be
+    lost, nor below a quarter where a weight shows no signal yet."""
     scheme: str = AUTO
     """How weights are split: ``"auto"`` for tucker2 or svd, whichever fits each site, or a scheme's name, with its options
     after a colon as in ``"tucker2:refine=3"``."""

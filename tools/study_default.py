@@ -53,9 +53,8 @@ def candidates() -> dict[str, tdfx.Policy]:
         for error in ("weights", "outputs", "curvature")
     ]
     safe = [
-        tdfx.Policy(rank=tdfx.Budget(speedup=speedup, strict=False, floor=floor, noise_floor=noise))
-        for speedup in (2.0, 2.5)
-        for floor, noise in ((0.0, 0.5), (0.125, 0.25), (0.125, 0.5), (0.25, 0.25), (0.25, 0.5), (0.25, 1.0))
+        tdfx.Policy(rank=tdfx.Budget(speedup=2.0, strict=False, floor=floor, noise_floor=noise))
+        for floor, noise in ((0.125, 0.25), (0.125, 0.5), (0.25, 0.25), (0.25, 1.0))
     ]
     return {_name(one): one for one in [*rules, *budgets, *safe]}
 
