@@ -476,11 +476,12 @@ def test_a_budget_is_kept_by_sites_that_settle_one_after_another() -> None:
                 _learn(model.get_submodule(f"layers.{place}"))
         model = switch.step(model)
         counts.append(sum(one.numel() for one in model.parameters()))
-    names = [event.sites for event in switch.events if event.what == "switched"]
-    assert names == [("layers.0", "layers.1"), ("layers.2", "layers.3")]
+    switched = [event for event in switch.events if event.what == "switched"]
+    assert {name for event in switched if event.step < 9 for name in event.sites} == {"layers.0", "layers.1"}
+    assert len(switched) > 2
     # The first two give what is best in a plan for all four, not all of it; the others give the rest.
-    assert 0.6 < counts[7] / dense < 0.9
-    assert 0.45 < counts[-1] / dense <= 0.5
+    assert 0.55 < counts[7] / dense < 0.9
+    assert 0.49 < counts[-1] / dense <= 0.5
     assert switch.plan is not None
     assert switch.plan.parameters_after == counts[-1]
     assert switch.plan.parameters_before == dense
