@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import random
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -418,14 +420,31 @@ def test_a_copy_of_a_policy_keeps_its_budget() -> None:
     assert Policy().rank == Budget(speedup=2, strict=False, floor=0.125, noise_floor=0.25)
 
 
+class Drawing(nn.Module):
+    """Draws from every stream of random numbers, as augmentation inside of a model does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x + torch.rand_like(x) * random.random() * float(np.random.rand()))
+        return found
+
+
 def test_a_trained_step_is_unchanged_by_a_plan() -> None:
     model = net()
     before: dict[str, Tensor] = {name: one.clone() for name, one in model.state_dict().items()}
-    torch.manual_seed(5)
-    expected = torch.rand(2)
-    torch.manual_seed(5)
-    tdfx.plan(model, Policy(seconds=10.0, min_gain=0), example_inputs=(X,))
-    assert torch.equal(torch.rand(2), expected)
+    noisy = Drawing(model)
+
+    def drawn() -> tuple[float, float, float]:
+        return float(torch.rand(())), random.random(), float(np.random.rand())
+
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    expected = drawn()
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    tdfx.plan(noisy, Policy(seconds=10.0, min_gain=0), example_inputs=(X,))
+    assert drawn() == expected
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert all(one.grad is None for one in model.parameters())
 
