@@ -22,7 +22,7 @@ from tdfx.passes.options import Loss, pack_options, schemes_for, unpack_options
 from tdfx.passes.propose import Proposal, geometry, lowest_option, propose, scheme_of
 from tdfx.passes.spectra import ROOM, KeptSpectra, Spectra
 from tdfx.passes.times import Times, Wanted
-from tdfx.passes.weights import check_weight, lowering_of, working_weight
+from tdfx.passes.weights import check_weight, has_values, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.budget import Budget
@@ -65,8 +65,9 @@ class Select(Pass):
                 for pattern in patterns:
                     _check_pattern(setting, pattern, names)
         for site in program.sites:
-            if site.reason in _OPEN and self.policy.for_site(*site.names) is not None:
-                check_weight(site)
+            policy = self.policy.for_site(*site.names)
+            if site.reason in _OPEN and policy is not None:
+                check_weight(site, policy.rank)
 
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
@@ -235,7 +236,7 @@ class Select(Pass):
         found = propose(site, resolved, scheme, self._spectra, gain, variants=variants)
         if not isinstance(found, Proposal):
             self.spectra.take(site, scheme)
-        elif self.spread is alone:
+        elif self.spread is alone and has_values(site):
             # Processes must agree on the ranks first.
             self._foresee(found)
         return found
@@ -271,11 +272,11 @@ class Select(Pass):
 
     def _with_errors(self, sites: Sequence[Site], decided: Sequence[SitePlan]) -> tuple[SitePlan, ...]:
         """Say of each site that is to be factorized what that loses."""
-        known = {site.name: site for site in sites}
-        todo = [one for one in decided if one.factorized]
+        known = {site.name: site for site in sites if has_values(site)}
+        todo = [one for one in decided if one.factorized and one.name in known]
         tasks = [Task(partial(self._error_of, known[one.name], one), known[one.name].weights) for one in todo]
         errors = {one.name: float(error) for one, (error,) in zip(todo, self.spread(tasks), strict=True)}
-        return tuple(replace(one, error=errors[one.name]) if one.factorized else one for one in decided)
+        return tuple(replace(one, error=errors[one.name]) if one.name in errors else one for one in decided)
 
     def _error_of(self, site: Site, decision: SitePlan, *weights: Tensor) -> tuple[Tensor]:
         assert decision.scheme is not None
@@ -298,7 +299,7 @@ class Select(Pass):
 
     def _read_together(self, sites: Sequence[Site]) -> dict[str, Spectra]:
         """Read every weight that may be split, once; of the spectra keep the values, which are small."""
-        own = [(site, self.policy.for_site(*site.names)) for site in sites if site.reason in _OPEN]
+        own = [(one, self.policy.for_site(*one.names)) for one in sites if one.reason in _OPEN and has_values(one)]
         cases = [(site, scheme) for site, policy in own if policy and (scheme := scheme_of(site, policy)) is not None]
         tasks = [Task(partial(_packed_spectra, site, scheme), site.weights) for site, scheme in cases]
         return {

@@ -104,7 +104,8 @@ class SitePlan:
     gain: float | None = None
     """How many times faster the site's training step becomes, by the policy's cost; None where that was not asked."""
     error: float | None = None
-    """Frobenius norm of what the split loses, relative to that of the weight as it is now; None where the site is kept."""
+    """Frobenius norm of what the split loses, relative to that of the weight as it is now; None where the site is kept,
+    or where its weight lies on the meta device and has no values."""
 
     def __post_init__(self) -> None:
         if (self.scheme is None) != (self.ranks is None) or (self.scheme is None) == (self.reason is None):
