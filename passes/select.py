@@ -65,9 +65,9 @@ class Select(Pass):
                 for pattern in patterns:
                     _check_pattern(setting, pattern, names)
         for site in program.sites:
-            policy = self.policy.for_site(*site.names)
-            if site.reason in _OPEN and policy is not None:
-                check_weight(site, policy.rank)
+            own = self.policy.for_site(*site.names)
+            if site.reason in _OPEN and own is not None:
+                check_weight(site, own.rank)
 
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:

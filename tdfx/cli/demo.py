@@ -37,7 +37,7 @@ def demo(seed: int, epochs: int, json_file: Path | None) -> None:
             bars.update(tasks[name], completed=done, total=total)
 
         result = run_demo(seed=seed, epochs=epochs, tick=tick)
-    show(demo_view(result))
+    show(lambda width: demo_view(result, width))
     write(json_file, json.dumps(result.to_dict(), indent=2))
     if not result.verified:
         sys.exit(FAILED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdfx.errors import InputError
+from tdfx.errors import InputError, first_line
 
 _INPUT_DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
@@ -13,11 +13,14 @@ _INPUT_DTYPES = {
 }
 
 
-def parse_input(text: str) -> Tensor:
+def parse_input(text: str, device: torch.device | str = "cpu") -> Tensor:
     """Return a tensor for a shape: random where the dtype is floating, zeros where it is not.
 
     >>> parse_input("int64:2,3").shape, parse_input("2,3").dtype
     (torch.Size([2, 3]), torch.float32)
+
+    Raises:
+        InputError: The text is no shape, or such a tensor cannot be made on the device.
     """
     kind, colon, shape = text.rpartition(":")
     dtype = getattr(torch, kind, None) if colon else torch.float32
@@ -29,9 +32,11 @@ def parse_input(text: str) -> Tensor:
         )
     try:
         dims = [int(size) for size in sizes]
-        return torch.rand(dims).to(dtype) if dtype.is_floating_point else torch.zeros(dims, dtype=dtype)
+        if not dtype.is_floating_point:
+            return torch.zeros(dims, dtype=dtype, device=device)
+        return torch.rand(dims, device=device).to(dtype)
     except (RuntimeError, OverflowError, ValueError, TypeError) as error:
-        first_line = str(error).partition("\n")[0].rstrip(".")
         raise InputError(
-            f"--input {text!r} cannot be made: {type(error).__name__}: {first_line}. Give a smaller shape, or another dtype."
+            f"--input {text!r} cannot be made: {type(error).__name__}: {first_line(error)}. Give a smaller shape, or "
+            f"another dtype."
         ) from error
