@@ -25,6 +25,7 @@ from tdfx.passes.times import Times, Wanted
 from tdfx.passes.weights import check_weight, has_values, lowering_of, working_weight
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
+from tdfx.progress import progress
 from tdfx.ranks.budget import Budget
 from tdfx.ranks.rule import RankRule, Total
 from tdfx.ranks.spectrum import pack, unpack, working_dtype
@@ -160,7 +161,11 @@ class Select(Pass):
         self._measure_doubtful(sites)
         while True:
             notes = self._resolve(sites)
-            proposed = [self._proposed(site) for site in sites]
+            proposed = []
+            with progress("reading weights", len(sites)) as advance:
+                for site in sites:
+                    proposed.append(self._proposed(site))
+                    advance(1)
             self.times.prepare(
                 Wanted(one.policy.cost, one.site, tuple(option.chain for option in one.options))
                 for one in proposed

@@ -24,7 +24,7 @@ in_checkout = pytest.mark.skipif(
 )
 
 LAYERS = (
-    {"errors", "numbers", "shards"},
+    {"errors", "numbers", "progress", "shards"},
     {"ranks"},
     {"factors"},
     {"cost", "solver"},

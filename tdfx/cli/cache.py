@@ -10,7 +10,7 @@ from tdfx.cost.store import Store, cache_folder
 from tdfx.errors import TdfxError
 
 
-@click.command()
+@click.command(short_help="Show or forget the times measured on this machine.")
 @click.option("--clear", is_flag=True, help="Forget all of them.")
 def cache(clear: bool) -> None:
     """Say where times that were measured on this machine are kept, and how many."""

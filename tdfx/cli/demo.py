@@ -14,11 +14,12 @@ from tdfx.cli.codes import FAILED
 from tdfx.cli.output import check_writable, show, write
 from tdfx.demo import DEFAULT_EPOCHS, run_demo
 from tdfx.demo_table import demo_view
+from tdfx.progress import on_a_terminal
 
 _RUNS = {"full": "full training", "tdfx": "with tdfx    "}
 
 
-@click.command()
+@click.command(short_help="Train on real digits with and without tdfx, and prove it.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights and data order, for both runs.")
 @click.option("--epochs", type=int, default=DEFAULT_EPOCHS, show_default=True, help="Epochs of each run.")
 @click.option(
@@ -28,7 +29,7 @@ def demo(seed: int, epochs: int, json_file: Path | None) -> None:
     """Train a network on real digits as it is and with tdfx, merge it back, and prove it."""
     check_writable(json_file)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("epoch {task.completed}/{task.total}")
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not on_a_terminal()) as bars:
         tasks = {name: bars.add_task(label, total=epochs, start=False) for name, label in _RUNS.items()}
 
         def tick(name: str, done: int, total: int) -> None:

@@ -17,6 +17,7 @@ from tdfx.cli.rows import SORTS, picked
 from tdfx.cli.weights import load_weights
 from tdfx.errors import ModelReferenceError, TdfxError
 from tdfx.plan_table import plan_view
+from tdfx.progress import waiting
 from tdfx.ranks.registry import parse_rule
 from tdfx.references import build_model
 
@@ -25,10 +26,14 @@ _RULES = (
     "after it any of ,at_least=N ,at_most=N ,round_to=N; several with | in between; or a .toml or .json file with the "
     "settings of tdfx.Policy.  [default: vbmf]"
 )
+_UNTRAINED = (
+    "Hint: the weights are those that the model was built with. Load trained ones with --weights, or see what a quarter of "
+    "the ranks would bring: --policy ratio:0.25."
+)
 _FILE = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
 
 
-@click.command()
+@click.command(short_help="Show what would be rewritten, and why not where not.")
 @click.argument("model", shell_complete=complete_model)
 @click.option(
     "--input", "inputs", multiple=True, metavar="SHAPE", help="Shape of an input, such as 8,3,224,224 or int64:2,16."
@@ -106,19 +111,22 @@ def inspect(
     policy = _policy(wish, include, exclude, min_gain, modelled)
     where = parse_device(device)
     examples = tuple(parse_input(one, where) for one in inputs) or None
-    built = build_on(where, model, build_model)
-    if weights is not None:
-        if where.type == "meta":
-            raise ModelReferenceError(
-                "--weights has no use on --device meta, which holds no values. Leave out one of the two."
-            )
-        load_weights(built, weights)
+    if weights is not None and where.type == "meta":
+        raise ModelReferenceError(
+            "--weights has no use on --device meta, which holds no values. Leave out one of the two."
+        )
+    with waiting(f"building {model}"):
+        built = build_on(where, model, build_model)
+        if weights is not None:
+            load_weights(built, weights)
     plan = tdfx.plan(built, policy, example_inputs=examples)
     sites = picked(plan, filters, sort)
     if STDOUT not in {json_file, csv_file}:
         show(lambda width: plan_view(plan, width, sites))
     write(json_file, plan.to_json())
     write(csv_file, to_csv(sites))
+    if weights is None and any(one.reason is tdfx.Reason.NO_SIGNAL for one in plan):
+        click.echo(_UNTRAINED, err=True)
 
 
 def _policy(
