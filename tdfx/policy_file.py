@@ -180,7 +180,10 @@ class _Reader:
         """Return what is made, or raise its error with the place where its values stand."""
         try:
             return make()
-        except PolicyError as error:
+        except (
+            PolicyError,
+            ValueError,
+        ) as error:  # the latter where a message would show a number that is far too long
             raise self._error(path, str(error)) from error
 
     def _error(self, path: str, message: str) -> PolicyError:
@@ -193,5 +196,8 @@ def _under(path: str, key: str) -> str:
 
 def _shown(value: object) -> str:
     """Return a value as text that is short enough for a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # TOML's 0x takes numbers that Python does not write in decimal
+        return "a number of thousands of digits"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

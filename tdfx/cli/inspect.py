@@ -133,9 +133,8 @@ def _policy(
     wish: str, include: tuple[str, ...], exclude: tuple[str, ...], min_gain: float | None, modelled: bool
 ) -> tdfx.Policy:
     """Return the policy of a rule or a file, with what other options say in place of what it says."""
-    path = Path(wish)
-    is_file = path.suffix.lower() in {".toml", ".json"} or path.is_file()
-    policy = tdfx.read_policy(path) if is_file else tdfx.Policy(rank=parse_rule(wish))
+    is_file = Path(wish).suffix.lower() in {".toml", ".json"}
+    policy = tdfx.read_policy(wish) if is_file else tdfx.Policy(rank=parse_rule(wish))
     if include:
         policy = replace(policy, include=include)
     if exclude:

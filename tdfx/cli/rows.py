@@ -74,7 +74,7 @@ def ordered(sites: Sequence[SitePlan], key: str) -> tuple[SitePlan, ...]:
 def _saving(sites: Sequence[SitePlan]) -> _Key:
     """Return what a rewrite saves of each site: time where any was measured, else operations, else parameters."""
     for quantity in ("seconds", "flops"):
-        if any(getattr(one, f"{quantity}_before") is not None for one in sites):
+        if any(_difference(one, quantity) is not None for one in sites):
             return lambda one, quantity=quantity: _difference(one, quantity)  # type: ignore[misc]
     return lambda one: _difference(one, "parameters")
 
