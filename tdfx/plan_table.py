@@ -68,6 +68,7 @@ _CUTS: tuple[tuple[_Column, _Column | None], ...] = (
     (_MILLISECONDS, None),
     (_ERROR, None),
     (_RANKS, None),
+    (_PARAMETERS_LEFT, None),
 )
 """What is said more shortly, or not at all, where there is too little room: the first that can best be missed."""
 
@@ -137,7 +138,7 @@ def _fitted(rows: Sequence[SitePlan], width: int | None) -> tuple[list[_Column],
         """Return what is left for the names."""
         return width - sum(widths[column] + _GAP for column in columns if column is not _NAME)
 
-    least = min(_least_name([_NAME.text(one) for one in rows], max(_LEAST_NAME, width // 3)), widths[_NAME])
+    least = min(_least_name([_NAME.text(one) for one in rows], max(_LEAST_NAME, width // 2)), widths[_NAME])
     for cut, shorter in _CUTS:
         # What would only be shortened gives way to whole names; what would be lost does not.
         if room() >= (widths[_NAME] if shorter is not None else least):
