@@ -108,8 +108,8 @@ def inspect(
     check_writable(csv_file)
     if json_file == csv_file == STDOUT:
         raise TdfxError("--json - and --csv - both write to the standard output. Name a file for one of them.")
-    policy = _policy(wish, include, exclude, min_gain, modelled)
     where = parse_device(device)
+    policy = _policy(wish, include, exclude, min_gain, modelled or where.type == "meta")
     examples = tuple(parse_input(one, where) for one in inputs) or None
     if weights is not None and where.type == "meta":
         raise ModelReferenceError(

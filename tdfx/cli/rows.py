@@ -9,7 +9,7 @@ from tdfx.errors import TdfxError, nearest
 from tdfx.plan import Plan, Reason, SitePlan
 
 SORTS = ("order", "name", "time", "saved", "gain", "error", "parameters", "flops")
-FILTERS = ("factorized", "kept", *Reason)
+FILTERS = ("factorized", "kept", *map(str, Reason))
 """What ``--filter`` takes beside globs."""
 
 _Key = Callable[[SitePlan], float | None]
