@@ -20,9 +20,10 @@ from tdfx.passes.options import Loss, pack_options, schemes_for, unpack_options
 from tdfx.passes.propose import Option, Proposal, geometry, lowest_option, propose, scheme_of
 from tdfx.passes.readings import Readings
 from tdfx.passes.times import Times, Wanted
-from tdfx.passes.weights import check_weight
+from tdfx.passes.weights import check_weight, has_values
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
+from tdfx.progress import progress
 from tdfx.ranks.budget import Budget
 from tdfx.ranks.rule import RankRule, Total
 from tdfx.ranks.signal import NO_SIGNAL
@@ -59,8 +60,9 @@ class Select(Pass):
                 for pattern in patterns:
                     _check_pattern(setting, pattern, names)
         for site in program.sites:
-            if site.reason in _OPEN and self.policy.for_site(*site.names) is not None:
-                check_weight(site)
+            own = self.policy.for_site(*site.names)
+            if site.reason in _OPEN and own is not None:
+                check_weight(site, own.rank)
 
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
@@ -69,7 +71,7 @@ class Select(Pass):
         open_to = [(site, self.policy.for_site(*site.names)) for site in program.sites if site.reason in _OPEN]
         self.readings.make_room(weight for site, _ in open_to for weight in site.weights)
         if together:
-            cases = [(site, scheme_of(site, policy)) for site, policy in open_to if policy is not None]
+            cases = [(one, scheme_of(one, policy)) for one, policy in open_to if policy is not None and has_values(one)]
             self.readings.read_together([(site, scheme) for site, scheme in cases if scheme is not None], self.spread)
         rest = _other_parameters(program)
         decided, notes = self._decide_all(program.sites, rest, program.step_seconds)
@@ -165,7 +167,11 @@ class Select(Pass):
         self._measure_doubtful(sites)
         while True:
             notes = self._resolve(sites)
-            proposed = [self._proposed(site) for site in sites]
+            proposed = []
+            with progress("reading weights", len(sites)) as advance:
+                for site in sites:
+                    proposed.append(self._proposed(site))
+                    advance(1)
             self.times.prepare(
                 Wanted(one.policy.cost, one.site, tuple(option.chain for option in one.options))
                 for one in proposed
@@ -241,7 +247,7 @@ class Select(Pass):
         found = propose(site, resolved, scheme, self.readings.spectra_of, gain, variants=variants)
         if not isinstance(found, Proposal):
             self.readings.drop(site, scheme)
-        elif self.spread is alone:
+        elif self.spread is alone and has_values(site):
             # Processes must agree on the ranks first.
             self.readings.foresee(site, found.options[0])
         return found
@@ -267,12 +273,12 @@ class Select(Pass):
 
     def _with_errors(self, sites: Sequence[Site], decided: Sequence[SitePlan]) -> tuple[SitePlan, ...]:
         """Say of each site that is to be factorized what that loses."""
-        known = {site.name: site for site in sites}
-        todo = [one for one in decided if one.factorized]
+        known = {site.name: site for site in sites if has_values(site)}
+        todo = [one for one in decided if one.factorized and one.name in known]
         cases = [(known[one.name], Option.of(one)) for one in todo]
         tasks = [Task(partial(self.readings.error, site, option), site.weights) for site, option in cases]
         errors = {one.name: float(error) for one, (error,) in zip(todo, self.spread(tasks), strict=True)}
-        return tuple(replace(one, error=errors[one.name]) if one.factorized else one for one in decided)
+        return tuple(replace(one, error=errors[one.name]) if one.name in errors else one for one in decided)
 
 
 _DOUBT = 2.0

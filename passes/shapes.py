@@ -44,8 +44,8 @@ class Shapes(Pass):
         except Exception as error:  # whatever the model raises, it is about these inputs
             raise InputError(
                 f"{type(program.module).__name__} does not accept the example inputs {_describe(self.inputs)}: "
-                f"{type(error).__name__}: {error}. Pass example_inputs=(x,) with the shape, dtype and device that its "
-                f"forward takes, or leave them out to plan without shapes."
+                f"{type(error).__name__}: {error}. Pass example_inputs=(x,) (--input on the command line) with the shape, "
+                f"dtype and device that its forward takes, or leave them out to plan without shapes."
             ) from error
         uses = uses_of(program)
         sites = self._with_functional(program, seen, uses)

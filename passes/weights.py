@@ -11,6 +11,7 @@ from tdfx.errors import WeightError
 from tdfx.factors.scheme import Lowering
 from tdfx.layers import Factorized
 from tdfx.passes.base import Site
+from tdfx.ranks.rule import RankRule
 from tdfx.ranks.spectrum import working_dtype
 from tdfx.shards import full
 
@@ -37,18 +38,37 @@ def lowering_of(layer: Factorized, weights: Sequence[Tensor] | None = None) -> L
     return layer.scheme.lowering(layer.operation, [weight.to(working_dtype(weight)) for weight in given])
 
 
-def check_weight(site: Site) -> None:
-    """Raise WeightError if a site's weight cannot be decomposed."""
+def has_values(site: Site) -> bool:
+    """Return False for a site whose weight lies on the meta device, where there are shapes alone."""
+    return not any(isinstance(weight, Tensor) and weight.is_meta for weight in site.weights)
+
+
+def check_weight(site: Site, rule: RankRule | None = None) -> None:
+    """Raise WeightError if a site's weight cannot be decomposed, or not even looked at.
+
+    Args:
+        site: A site that may be split.
+        rule: What will look at the weight, if nothing else: one that reads no values can do without them.
+    """
+    if not has_values(site):
+        if rule is None or rule.reads_values:
+            raise WeightError(_no_values(site, rule))
+        return
     for weight in site.weights:
         _check_one(site, weight)
 
 
+def _no_values(site: Site, rule: RankRule | None) -> str:
+    lacks = f"The weight of site {site.name!r} is on the meta device and has no values, "
+    if rule is None:
+        return f"{lacks}so it cannot be split. Load the model on a real device first, or pass init='empty' with a plan."
+    return (
+        f"{lacks}and {rule!r} reads them. Load the model on a real device first, or take a rule that reads none: "
+        f"Ratio, Fixed or Target (ratio:0.25 or params:0.5 on the command line)."
+    )
+
+
 def _check_one(site: Site, weight: Tensor) -> None:
-    if weight.is_meta:
-        raise WeightError(
-            f"The weight of site {site.name!r} is on the meta device and has no values, so its ranks cannot be read. "
-            f"Load the model on a real device first."
-        )
     weight = full(weight)
     # The sum shows every NaN and infinity, and is much cheaper; where it shows one, it may also have overflowed.
     if not bool(torch.isfinite(weight.sum())) and not bool(torch.isfinite(weight).all()):

@@ -28,6 +28,7 @@ from tdfx.layers import Factorized
 from tdfx.optim.states import register_optimizer
 from tdfx.plan import Emit, Plan, Reason, SitePlan
 from tdfx.policy import Policy
+from tdfx.policy_file import read_policy
 from tdfx.ranks.budget import Budget
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.fixed import Fixed
@@ -94,6 +95,7 @@ __all__ = [
     "merge",
     "plan",
     "read",
+    "read_policy",
     "register_kind",
     "register_optimizer",
     "rewrite",

@@ -7,11 +7,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tdfx.demo import DemoResult
-from tdfx.plan_table import plan_view, short_number
+from tdfx.numbers import short_number
+from tdfx.plan_table import plan_view
 
 
-def demo_view(result: DemoResult) -> Group:
-    """Return the plan, the two runs side by side and the proof, for a rich console."""
+def demo_view(result: DemoResult, width: int | None = None) -> Group:
+    """Return the plan, the two runs side by side and the proof, for a rich console of a width, or of any."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     for name in ("full", "tdfx", "merged"):
@@ -21,7 +22,7 @@ def demo_view(result: DemoResult) -> Group:
     table.add_row("accuracy on held-out images", *(f"{one:.2f} %" for one in accuracies))
     before, after = result.plan.parameters_before, result.plan.parameters_after
     table.add_row("parameters", short_number(before), short_number(after), short_number(before))
-    return Group(plan_view(result.plan), Text(), table, Text(), *(Text(line) for line in _lines(result)))
+    return Group(plan_view(result.plan, width), Text(), table, Text(), *(Text(line) for line in _lines(result)))
 
 
 def _lines(result: DemoResult) -> list[str]:

@@ -72,6 +72,15 @@ def class_named(name: str) -> type[TdfxError]:
     return found if isinstance(found, type) and issubclass(found, TdfxError) else TdfxError
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text without its full stop, to stand within a sentence; its class if it has none.
+
+    >>> first_line(ValueError("no room.\\n  File ...")), first_line(KeyError())
+    ('no room', 'KeyError')
+    """
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """Return the closest of ``names`` as a readable list, for the end of an error message.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -12,12 +13,10 @@ from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import Cost
 from tdfx.errors import PolicyError
 from tdfx.factors.registry import AUTO, get_scheme
-from tdfx.ranks.budget import Budget, Measure
+from tdfx.numbers import is_number
+from tdfx.ranks.budget import DEFAULT_RULE, Budget, Measure
 from tdfx.ranks.multiple import AUTO as AUTO_MULTIPLE
 from tdfx.ranks.rule import RankRule
-
-DEFAULT_RULE = Budget(speedup=2.0, strict=False, floor=0.125, noise_floor=0.25)
-"""The rank rule of a policy that gives none; chosen by ``tools/study_default.py``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +101,7 @@ class Policy:
                 "An override has a budget, and a budget is for all sites together. Give it to the policy itself, and the "
                 "sites of the override another rule."
             )
-        if not self._is_number(self.min_gain) or self.min_gain < 0:
+        if not (is_number(self.min_gain) or self.min_gain == math.inf) or self.min_gain < 0:
             raise PolicyError(
                 f"min_gain={self.min_gain!r} is not a number of at least 0: it is how many times faster a site must "
                 f"get to be rewritten. Pass 1.05 for five percent, or 0 to rewrite every site whatever it costs."
@@ -136,10 +135,6 @@ class Policy:
         if override is None or override.rank not in {DEFAULT_RULE, self.rank}:
             return override
         return replace(override, rank=self.rank, cost=self.cost if isinstance(self.rank, Budget) else override.cost)
-
-    @staticmethod
-    def _is_number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
     def __hash__(self) -> int:
         return hash((self.rank, self.scheme, self.include, self.exclude, self.min_gain, self.round_to))

@@ -54,7 +54,11 @@ def _from_torchvision(name: str) -> nn.Module:
 
 
 def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
         raise ModelReferenceError(f"There is no file {str(path)!r} to take a model from. {_FORMS}")
     name = f"_tdfx_reference_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

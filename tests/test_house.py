@@ -24,11 +24,13 @@ in_checkout = pytest.mark.skipif(
 )
 
 LAYERS = (
-    {"errors", "shards"},
+    {"errors", "numbers", "progress", "shards"},
     {"ranks"},
     {"factors"},
     {"cost", "solver"},
     {"policy"},
+    {"policy_file"},
+    {"plan_totals"},
     {"plan_table"},
     {"plan"},
     {"structure"},
@@ -58,7 +60,18 @@ LAYERS = (
 PASSES = {"trace", "find", "shapes", "select", "rewrite", "merge"}
 """The passes of the compiler; the other files of the folder are what they share."""
 
-LAZY = {"click", "matplotlib", "networkx", "onnx", "onnxruntime", "onnxscript", "sklearn", "tensorly", "torchvision"}
+LAZY = {
+    "click",
+    "matplotlib",
+    "networkx",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "safetensors",
+    "sklearn",
+    "tensorly",
+    "torchvision",
+}
 """What `import tdfx` must leave alone."""
 
 

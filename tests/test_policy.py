@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tdfx import Energy, Fixed, Measured, Policy, PolicyError, Ratio
-from tdfx.policy import DEFAULT_RULE
+from tdfx.ranks.budget import DEFAULT_RULE
 
 
 def test_defaults() -> None:

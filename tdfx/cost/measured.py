@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from tdfx.cost.count import Flow, parameters
 from tdfx.cost.machine import describe_machine
@@ -23,9 +20,9 @@ from tdfx.cost.timing import Timing, take_turns
 from tdfx.cost.workload import Workload
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
+from tdfx.numbers import is_number
+from tdfx.progress import progress
 
-_QUIET = 2.0
-"""Seconds before a progress bar appears."""
 _known: dict[str, float] = {}
 """What this process has measured or read, by key."""
 _hasty: set[str] = set()
@@ -60,11 +57,12 @@ class Measured:
 
     def __post_init__(self) -> None:
         whole = type(self.rounds) is int and self.rounds >= 1
-        numbers = all(isinstance(one, int | float) for one in (self.budget, self.update_bytes))
-        if not (numbers and self.budget > 0 and whole and self.update_bytes >= 0):
+        numbers = all(is_number(one) or one == math.inf for one in (self.budget, self.update_bytes))
+        if not (numbers and isinstance(self.cache, bool) and self.budget > 0 and whole and self.update_bytes >= 0):
             raise PolicyError(
                 f"{self!r} has a number out of range: budget is a positive time in seconds, rounds a whole number of at "
-                f"least 1, update_bytes a number of bytes that is not negative. Leave a field out to take its default."
+                f"least 1, update_bytes a number of bytes that is not negative, cache True or False. Leave a "
+                f"field out to take its default."
             )
 
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
@@ -92,7 +90,7 @@ class Measured:
         weights = [sum(self.modelled.seconds(*case) for case in missing) for _, missing in work]
         done: set[str] = set()
         ends = time.perf_counter() + self.budget - spent
-        with _progress(sum(len(missing) for _, missing in work)) as advance:
+        with progress("timing layers", sum(len(missing) for _, missing in work)) as advance:
             for index, (first, missing) in enumerate(work):
                 left = ends - time.perf_counter()
                 if left > 0:
@@ -173,33 +171,3 @@ class Measured:
 
 def _can_run(flow: Flow) -> bool:
     return flow.setting.device_type != "meta"
-
-
-def _on_a_terminal() -> bool:
-    """Return True if somebody may look at a bar; a program may have closed its stderr, or put anything in its place."""
-    try:
-        return bool(sys.stderr.isatty())
-    except (AttributeError, ValueError):
-        return False
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function that counts cases; a bar appears on a terminal where that takes long."""
-    if not _on_a_terminal():
-        yield lambda count: None
-        return
-    columns = TextColumn("timing layers"), BarColumn(), MofNCompleteColumn()
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("", total=total)
-    began = time.perf_counter()
-
-    def advance(count: int) -> None:
-        bar.update(task, advance=count)
-        if not bar.live.is_started and time.perf_counter() - began > _QUIET:
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        bar.stop()

@@ -13,6 +13,7 @@ from tdfx.cost.count import Flow, StepCount, count_chain
 from tdfx.cost.rates import rates
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
+from tdfx.numbers import is_number
 
 _NOMINAL_SAMPLES = 32
 _NOMINAL_SIZE = 32
@@ -87,7 +88,9 @@ class Modelled:
         )
 
     def __post_init__(self) -> None:
-        if not (self.flops_per_second > 0 and self.bytes_per_second > 0 and self.seconds_per_call >= 0):
+        each = (self.flops_per_second, self.bytes_per_second, self.seconds_per_call)
+        numbers = all(is_number(one) or one == math.inf for one in each)
+        if not (numbers and self.flops_per_second > 0 and self.bytes_per_second > 0 and self.seconds_per_call >= 0):
             raise PolicyError(
                 f"{self!r} has a rate that is not positive or a negative time: the first two are amounts per second, "
                 f"the third is in seconds. Leave a field out to take its default."

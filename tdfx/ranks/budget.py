@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from tdfx.errors import PolicyError
+from tdfx.numbers import is_number
 from tdfx.ranks.rule import Choice, RankRule, check_share
 from tdfx.ranks.spectrum import Spectrum
 
@@ -67,7 +68,7 @@ class Budget(RankRule):
         for name in ("speedup", "seconds"):
             value = getattr(self, name)
             least = 1.0 if name == "speedup" else 0.0
-            if value is not None and not (_is_number(value) and least < value < math.inf):
+            if value is not None and not (is_number(value) and least < value < math.inf):
                 raise PolicyError(
                     f"{name}={value!r} is not a number above {least:g}: it is "
                     + (
@@ -78,7 +79,7 @@ class Budget(RankRule):
                 )
         for name in ("flops", "parameters", "memory"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and _is_amount(value)):
+            if value is not None and not (is_number(value) and _is_amount(value)):
                 raise PolicyError(
                     f"{name}={value!r} is neither a share in (0, 1] nor a whole number of at least 1: it is what may be "
                     f"left. For half of what the model has pass {name}=0.5."
@@ -130,9 +131,9 @@ class Budget(RankRule):
         )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_amount(value: float) -> bool:
     return value >= 1 if isinstance(value, int) else 0 < value <= 1 or (value > 1 and value == int(value))
+
+
+DEFAULT_RULE = Budget(speedup=2.0, strict=False, floor=0.125, noise_floor=0.25)
+"""The rank rule of a policy that gives none; chosen by ``tools/study_default.py``."""

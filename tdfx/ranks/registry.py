@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial, reduce
+from operator import or_
 
 from tdfx.errors import PolicyError, nearest
-from tdfx.ranks.budget import Budget
+from tdfx.ranks.budget import DEFAULT_RULE, Budget
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.ratio import Ratio
 from tdfx.ranks.rule import RankRule
@@ -15,6 +18,7 @@ from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 
 _RULES: dict[str, tuple[Callable[..., RankRule], str | None]] = {
+    "default": (partial(replace, DEFAULT_RULE), "speedup"),
     "vbmf": (VBMF, "floor"),
     "energy": (Energy, "share"),
     "ratio": (Ratio, "of"),
@@ -31,7 +35,7 @@ _METHODS = ("at_least", "at_most", "round_to")
 
 
 def parse_rule(text: str) -> RankRule:
-    """Build a rank rule from a short string: a name, or a name and a number, then any bounds, from left to right.
+    """Build a rank rule from a short string: a name, or a name and a number, then any bounds.
 
     >>> parse_rule("energy:0.8")
     Energy(share=0.8)
@@ -41,12 +45,31 @@ def parse_rule(text: str) -> RankRule:
     Target(parameters=0.5).at_least(8)
     >>> parse_rule("speedup:2")
     Budget(speedup=2.0)
+    >>> parse_rule("default:3")
+    Budget(speedup=3.0, strict=False, floor=0.125, noise_floor=0.25)
+    >>> parse_rule("vbmf | ratio:0.5")
+    VBMF(floor=0.25, weaken=1.0) | Ratio(of=0.5)
 
-    A bound with a point is a share of the full rank, one without is a number of ranks, as in the methods of the same names.
+    A bound with a point is a share of the full rank, one without is a number of ranks, as in the methods of the same names;
+    they are applied from left to right. With ``|`` in between, each rule decides where those before it keep the site.
 
     Raises:
         PolicyError: The name is not known, or a number is missing, is none, or is not in range.
     """
+    rule, *others = map(_parse_one, text.split("|"))
+    return reduce(or_, others, rule)
+
+
+def rule_names() -> tuple[str, ...]:
+    """Return the names of the rules that can be asked for by a string.
+
+    >>> rule_names()[:3]
+    ('default', 'vbmf', 'energy')
+    """
+    return tuple(_RULES)
+
+
+def _parse_one(text: str) -> RankRule:
     first, *bounds = text.strip().split(",")
     rule = _parse_name(first.strip())
     for bound in bounds:

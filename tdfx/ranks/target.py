@@ -62,6 +62,11 @@ class Target(RankRule):
         assert share is not None
         return share
 
+    @property
+    def reads_values(self) -> bool:
+        """False: what it comes to is a ``Ratio``."""
+        return False
+
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
         """Raise: one site cannot say what all of them come to.
 

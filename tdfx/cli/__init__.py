@@ -1,0 +1,9 @@
+"""The command line: ``tdfx inspect``, ``demo``, ``verify``, ``cache`` and ``completion``; one file a command.
+
+Exit codes: 0 for success (and for two graphs that match), 1 for a proof that failed, 2 for anything that stopped the
+command, with one message and no traceback unless ``--debug`` is given, and 130 where it was interrupted.
+"""
+
+from tdfx.cli.root import main
+
+__all__ = ["main"]

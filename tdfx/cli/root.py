@@ -1,0 +1,56 @@
+"""The program itself: its commands, and what becomes of an error."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+import tdfx
+from tdfx.cli import cache, completion, demo, inspect, verify
+from tdfx.cli.codes import INTERRUPTED, STOPPED
+from tdfx.errors import TdfxError, first_line
+
+_CODES = """\b
+Exit codes:
+  0  done; for verify: both are the same
+  1  a proof failed: verify found a difference, or demo did
+  2  the command could not be carried out; the message says why, --debug where
+"""
+
+
+class _Commands(click.Group):
+    """Turns errors into one message: those that tdfx raises on purpose, and those that it should not have raised."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"Error: {error if isinstance(error, TdfxError) else _defect(error)}", err=True)
+            ctx.exit(STOPPED)
+
+
+def _defect(error: Exception) -> str:
+    return (
+        f"tdfx failed where it should not have: {type(error).__name__}: {first_line(error)}. Run it again as "
+        f"tdfx --debug ... to see where, and please report it with what that prints."
+    )
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_CODES)
+@click.version_option(tdfx.__version__, prog_name="tdfx")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Train PyTorch models faster by factorizing their layers mid-training."""
+
+
+for command in (inspect.inspect, demo.demo, verify.verify, cache.cache, completion.completion):
+    main.add_command(command)
