@@ -173,17 +173,22 @@ def fold(name: str, width: int) -> str:
     >>> fold("encoder.layers.encoder_layer_11.mlp.0", 28)
     'encoder…coder_layer_11.mlp.0'
     >>> fold("encoder.layers.encoder_layer_11.self_attention.out_proj", 28)
-    'encoder…11…tention.out_proj'
+    'encoder…11…ttention.out_proj'
+    >>> fold("layer3.0.downsample.0", 19)
+    'layer3.0…wnsample.0'
     """
     if cell_len(name) <= width:
         return name
     first, _, rest = name.partition(".")
     inner, _, last = rest.rpartition(".")
-    spare = [place for place, letter in enumerate(f".{inner}.") if not letter.isdigit()]
+    middle = f".{inner}." if inner else ""
+    places = groupby(range(len(middle)), lambda place: middle[place].isdigit())
+    words = [list(run) for is_number, run in places if not is_number]
+    spare = [place for word in sorted(words, key=len, reverse=True) for place in word]
     shorter = name
-    for count in range(1, len(spare) + 1 if inner else 0):
+    for count in range(1, len(spare) + 1):
         gone = set(spare[:count])
-        letters = (None if place in gone else letter for place, letter in enumerate(f".{inner}."))
+        letters = (None if place in gone else letter for place, letter in enumerate(middle))
         shorter = f"{first}{_with_gaps(letters)}{last}"
         if cell_len(shorter) <= width:
             return shorter

@@ -18,8 +18,10 @@ from torch import Tensor
 
 import tdfx
 from tdfx.cli import main
+from tdfx.cli.device import build_on
 from tdfx.cli.rows import SORTS
 from tdfx.plan import Plan
+from tdfx.references import build_model
 
 MODEL = """
 import torch
@@ -43,6 +45,13 @@ def build():
 def needs_values():
     model = Net()
     assert model.head.weight.sum().item() != 0
+    return model
+
+def tied():
+    model = Net()
+    model.norm = nn.BatchNorm2d(4)
+    model.spare.weight = model.head.weight
+    model.stem.weight.requires_grad_(False)
     return model
 
 class Tokens(nn.Module):
@@ -380,6 +389,18 @@ def test_a_huge_model_is_looked_at_without_its_weights() -> None:
     result = CliRunner().invoke(main, ["inspect", "torchvision:vit_h_14", "--device", "meta", "--policy", "ratio"])
     assert result.exit_code == 0, result.output
     assert "parameters 632M → " in result.stdout
+
+
+def test_what_a_model_computes_to_be_built_is_computed_without_its_weights() -> None:
+    arguments = ["inspect", "torchvision:regnet_y_400mf", "--device", "meta", "--policy", "params:0.5"]
+    result = CliRunner().invoke(main, [*arguments, "--input", "2,3,64,64", "--min-gain", "0"])
+    assert result.exit_code == 0, result.output
+    assert "note: Target(parameters=0.5) came to Ratio(of=" in result.stdout
+    built = build_on(torch.device("meta"), "nets.py:tied", build_model)
+    assert all(one.is_meta for one in (*built.parameters(), *built.buffers()))
+    assert built.get_parameter("head.weight") is built.get_parameter("spare.weight")
+    assert not built.get_parameter("stem.weight").requires_grad
+    assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
 def test_a_rule_that_needs_values_says_so_on_the_meta_device() -> None:
