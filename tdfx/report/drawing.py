@@ -74,9 +74,9 @@ def _draw(
         if node >= 0
     ]
     label = f"{piece.title or 'outermost'}: {len([one for one in spots if one >= 0])} boxes"
-    svg = Markup('<svg class="net" viewBox="0 0 {w:.0f} {h:.0f}" width="{w:.0f}" height="{h:.0f}" role="group" ').format(
-        w=width, h=height
-    ) + Markup('aria-label="{}">{}</svg>').format(label, Markup("").join(parts))
+    svg = Markup(
+        '<svg class="net" viewBox="0 0 {w:.0f} {h:.0f}" width="{w:.0f}" height="{h:.0f}" role="group" '
+    ).format(w=width, h=height) + Markup('aria-label="{}">{}</svg>').format(label, Markup("").join(parts))
     return Drawing(piece.title, svg, wide=width > 2 * (_WIDTH + _GAP_X) + 2 * _MARGIN)
 
 
@@ -127,7 +127,9 @@ def _line(x: float, top: float, bottom: float) -> Markup:
 
 
 def _arrow(path: str, x: float, y: float) -> Markup:
-    return Markup('<path class="edge" d="{}"/><path class="head" d="M{x:.0f} {y:.0f}l-3 -6h6z"/>').format(path, x=x, y=y)
+    return Markup('<path class="edge" d="{}"/><path class="head" d="M{x:.0f} {y:.0f}l-3 -6h6z"/>').format(
+        path, x=x, y=y
+    )
 
 
 def _box(box: Box, spot: _Spot, title: str, rewritten: Mapping[str, str], names: Mapping[str, int]) -> Markup:

@@ -6,10 +6,9 @@ can put side by side where it is wide, and under one another on a phone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from os.path import commonprefix
 
 import networkx as nx
 
@@ -108,7 +107,7 @@ def _ordered(layers: list[list[int]], edges: Sequence[tuple[int, ...]]) -> tuple
     above: dict[int, list[int]] = {}
     below: dict[int, list[int]] = {}
     for way in edges:
-        for first, second in pairwise(way):
+        for first, second in itertools.pairwise(way):
             above.setdefault(second, []).append(first)
             below.setdefault(first, []).append(second)
     place = {node: _spread(index, layer) for layer in layers for index, node in enumerate(layer)}
@@ -131,7 +130,8 @@ def _mean(places: Sequence[float], otherwise: float) -> float:
 def _title_of(group: Sequence[int], network: Network) -> str:
     """Return the innermost module that holds all of the boxes, but for those that belong to the root."""
     paths = [network.boxes[node].path[:-1] for node in group if len(network.boxes[node].path) > 1]
-    return ".".join(commonprefix(paths)) if paths else ""
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in shared)
 
 
 def _without_edges(network: Network) -> list[Piece]:

@@ -165,7 +165,9 @@ def _few_enough(graph: nx.DiGraph) -> nx.DiGraph:
 
 def _collapsed(graph: nx.DiGraph, depth: int) -> nx.DiGraph:
     """Return the graph with one box for each module at a depth; those that feed one another both ways become one."""
-    keys = {node: data["box"].path[:depth] if len(data["box"].path) > depth else node for node, data in graph.nodes.items()}
+    keys = {
+        node: data["box"].path[:depth] if len(data["box"].path) > depth else node for node, data in graph.nodes.items()
+    }
     outer = nx.DiGraph()
     outer.add_nodes_from(keys.values())
     outer.add_edges_from((keys[a], keys[b]) for a, b in graph.edges if keys[a] != keys[b])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+import jinja2
 import torch
 from torch import nn
 
@@ -21,7 +22,7 @@ from tdfx.passes.observe import Inputs
 from tdfx.plan import Plan, SitePlan
 from tdfx.plan_totals import totals
 from tdfx.report.drawing import drawings_of
-from tdfx.report.files import need, write_whole
+from tdfx.report.files import write_whole
 from tdfx.report.look import Look, look
 from tdfx.report.spectra import Curve
 from tdfx.report.totals import Total, totals_of
@@ -30,9 +31,7 @@ _POINTS = 96
 """Points of a curve that the page draws."""
 
 
-def page(
-    model: nn.Module, plan: Plan, path: str | os.PathLike[str], *, example_inputs: Inputs | None = None
-) -> None:
+def page(model: nn.Module, plan: Plan, path: str | os.PathLike[str], *, example_inputs: Inputs | None = None) -> None:
     """Write a report of a plan as one self-contained HTML file, which appears whole or not at all.
 
     It has the totals, a table of the sites that sorts and filters, the spectrum of each, and the network's graph. It
@@ -45,10 +44,9 @@ def page(
         example_inputs: As for ``tdfx.plan``; needed where sites are seen in a run alone.
 
     Raises:
-        ReportError: jinja2 is not installed, or the file cannot be written.
+        ReportError: The file cannot be written.
         ModelError, PlanError, InputError, WeightError: As for ``tdfx.report.look``.
     """
-    need("jinja2", "A page")
     write_page(look(model, plan, example_inputs=example_inputs), path)
 
 
@@ -56,24 +54,20 @@ def write_page(seen: Look, path: str | os.PathLike[str]) -> None:
     """Write the page of a model that was looked at already.
 
     Raises:
-        ReportError: jinja2 is not installed, or the file cannot be written.
+        ReportError: The file cannot be written.
     """
     write_whole(path, render_page(seen).encode())
 
 
 def render_page(seen: Look) -> str:
-    """Return the text of the page.
-
-    Raises:
-        ReportError: jinja2 is not installed.
-    """
-    jinja = need("jinja2", "A page")
+    """Return the text of the page."""
     folder = files("tdfx.report") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    made = jinja.Environment(
-        loader=jinja.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("tdfx.report"),
+        # A name may hold anything, HTML too.
         autoescape=True,
-        undefined=jinja.StrictUndefined,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -172,4 +166,3 @@ def _three(value: float) -> float:
 def _hash(text: str) -> str:
     """Return what a content security policy calls a text by."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -117,11 +117,15 @@ def _figure(seen: Look, numbered: Sequence[tuple[int, SitePlan]], columns: int, 
     rows = math.ceil(len(numbered) / columns)
     head = _HEAD if with_head else 0.0
     width, height = _PANEL[0] * columns, _PANEL[1] * rows + head + 0.75
-    figure: Figure = figures.Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05)  # type: ignore[union-attr]
+    layout = need("matplotlib.layout_engine", "A picture").ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05)
+    figure: Figure = figures.Figure(figsize=(width, height), layout=layout)
     count = len(seen.plan.factorized)
     figure.suptitle(
-        f"{seen.plan.model or 'model'}: {count} of {len(seen.plan)} sites factorized", fontsize=12, color=_INK, x=0.02, ha="left"
+        f"{seen.plan.model or 'model'}: {count} of {len(seen.plan)} sites factorized",
+        fontsize=12,
+        color=_INK,
+        x=0.02,
+        ha="left",
     )
     top, bottom = _parts(figure, head, _PANEL[1] * rows)
     if top is not None:
@@ -139,7 +143,7 @@ def _figure(seen: Look, numbered: Sequence[tuple[int, SitePlan]], columns: int, 
 def _parts(figure: Figure, head: float, rest: float) -> tuple[Any, Any]:
     """Return the parts of a figure for the totals and for the spectra, None for one that is empty."""
     if head and rest:
-        top, bottom = figure.subfigures(2, 1, height_ratios=[head, rest])
+        top, bottom = cast("Any", figure.subfigures(2, 1, height_ratios=[head, rest]))
         return top, bottom
     whole = figure.subfigures(1, 1)
     return (whole, None) if head else (None, whole)
@@ -154,7 +158,7 @@ def _totals(part: Any, plan: Plan) -> None:
     rest = plan.other_parameters
     total = f"{short_number(sum(a for a, _ in counts) + rest)} → {short_number(sum(b for _, b in counts) + rest)}"
     _bars(right, counts, f"parameters by site; in all {total}", "parameters")
-    left.legend(loc="best", fontsize=7, frameon=False)
+    right.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, fontsize=7.5, frameon=False, borderpad=0)
 
 
 def _work(plan: Plan) -> tuple[list[tuple[float, float]], str, str]:
@@ -188,7 +192,9 @@ def _bars(axes: Axes, pairs: Sequence[tuple[float, float]], title: str, unit: st
     axes.set_xlim(0.3, len(pairs) + 0.7)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=12, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=4))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short_number(value) if value >= 100 else f"{value:g}"))
+    axes.yaxis.set_major_formatter(
+        ticker.FuncFormatter(lambda value, _: short_number(value) if value >= 100 else f"{value:g}")
+    )
     axes.set_ylabel(unit, fontsize=7.5, color=_SOFT)
     axes.set_xlabel("site, as numbered below", fontsize=7.5, color=_SOFT)
 
@@ -206,19 +212,23 @@ def _spectrum(axes: Axes, number: int, site: SitePlan, curves: Sequence[Curve]) 
         if curve.rank is not None:
             cut = curve.rank / len(values)
             axes.axvline(cut, color=colour, linewidth=0.9, linestyle=(0, (3, 2)))
-            axes.fill_between([0, cut], _FLOOR, 1.5, color=colour, alpha=0.07, linewidth=0)
+            if len(curves) == 1:
+                axes.fill_between([0, cut], _FLOOR, 1.5, color=colour, alpha=0.07, linewidth=0)
     axes.set_yscale("log")
     lowest = min((value for curve in curves for value in curve.values if value > 0), default=0.1)
     axes.set_ylim(max(_FLOOR, min(0.1, 10 ** math.floor(math.log10(lowest)))), 1.5)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 1], ["0", "/".join(str(len(curve.values)) for curve in curves)])
-    for tick, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
-        tick.set_horizontalalignment(side)
+    first, last = axes.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
     axes.minorticks_off()
     ranks = "/".join(str(curve.rank) for curve in curves) if curves[0].rank is not None else "kept"
     name = fold(site.name or "(root)", _LETTERS)
     # As it is: a name may hold what matplotlib would read as mathematics.
-    axes.set_title(f"{number} {name}\n{ranks}", fontsize=6.5, color=_SOFT if kept else _INK, loc="left", parse_math=False)
+    axes.set_title(
+        f"{number} {name}\n{ranks}", fontsize=6.5, color=_SOFT if kept else _INK, loc="left", parse_math=False
+    )
 
 
 def _quiet(axes: Axes) -> None:
