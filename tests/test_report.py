@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from tdfx.errors import InputError, ModelError, PlanError, ReportError, WeightEr
 from tdfx.report.drawing import drawings_of
 from tdfx.report.layout import START, pieces_of
 from tdfx.report.network import MOST_BOXES, Box, Network
-from tdfx.report.page import render_page
-from tdfx.report.plot import write_plot
+from tdfx.report.picture import write_plot
+from tdfx.report.webpage import render_page
 
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), cost=tdfx.Modelled(), min_gain=0)
 
@@ -88,7 +89,7 @@ def look(model: nn.Module, policy: tdfx.Policy = QUARTER) -> tdfx.report.Look:
 
 def test_curves_are_the_singular_values_of_the_unfoldings(net: Net, plan: tdfx.Plan) -> None:
     out, into = tdfx.report.look(net, plan).spectra["blocks.0.conv1"]
-    weight = net.blocks[0].get_parameter("conv1.weight").double()
+    weight = net.blocks[0].get_parameter("conv1.weight").detach().double()
     for curve, axis, rank in zip((out, into), (0, 1), plan["blocks.0.conv1"].ranks or (), strict=True):
         expected = torch.linalg.svdvals(weight.movedim(axis, 0).flatten(1))
         relative = expected / expected[0]
@@ -210,7 +211,7 @@ def test_pieces_end_where_all_that_follows_comes_from_one_box(net: Net) -> None:
     assert max(map(len, block.edges)) == 4
 
 
-@pytest.mark.parametrize("name", ["resnet152", "densenet121", "googlenet", "efficientnet_v2_l", "swin_t"])
+@pytest.mark.parametrize("name", ["resnet101", "densenet121", "googlenet", "swin_t"])
 def test_the_graph_of_a_large_model_stays_readable(name: str) -> None:
     with torch.device("meta"):
         options: dict[str, Any] = {"init_weights": False} if name == "googlenet" else {}
@@ -222,7 +223,8 @@ def test_the_graph_of_a_large_model_stays_readable(name: str) -> None:
     shown = [site for box in seen.network.boxes.values() for site in box.sites]
     assert sorted(shown) == sorted(one.name for one in seen.plan if one.calls)
     assert all(a < b for a, b in seen.network.edges)
-    assert len(drawings_of(seen.network, seen.plan)) > 3
+    widest = max(float(re.findall(r'width="(\d+)"', one.svg)[0]) for one in drawings_of(seen.network, seen.plan))
+    assert widest <= 800  # GoogLeNet: four branches, and the way to an auxiliary head beside them
 
 
 def test_a_model_that_cannot_be_followed_shows_its_sites_and_says_so() -> None:
@@ -280,8 +282,6 @@ def test_names_may_hold_html(tmp_path: Path) -> None:
     model = nn.Module()
     model.add_module(evil.replace(".", ""), nn.Linear(32, 32))
     made = tdfx.plan(model, QUARTER)
-    from dataclasses import replace
-
     made = replace(made, model=evil, policy=evil, notes=(evil,), sites=(replace(made.sites[0], note=evil),))
     text = render_page(tdfx.report.look(model, made))
     page = Page(text)
@@ -337,7 +337,7 @@ def test_reports_appear_whole_or_not_at_all(net: Net, plan: tdfx.Plan, tmp_path:
 # Pictures
 
 
-@pytest.mark.parametrize("sites", [1, 5, 20, 60])
+@pytest.mark.parametrize("sites", [1, 5, 20])
 def test_a_picture_has_a_panel_for_every_site(sites: int, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(sites)))
@@ -354,9 +354,10 @@ def test_a_picture_has_a_panel_for_every_site(sites: int, tmp_path: Path) -> Non
     assert (tmp_path / "again.svg").read_text() == text
 
 
-def test_a_pdf_has_pages_and_a_png_has_one(tmp_path: Path) -> None:
+def test_a_pdf_has_pages_and_a_png_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    seen = look(nn.Sequential(*(nn.Linear(16, 16) for _ in range(60))))
+    monkeypatch.setattr("tdfx.report.picture.ROWS_OF_A_PAGE", 1)
+    seen = look(nn.Sequential(*(nn.Linear(16, 16) for _ in range(5))))
     write_plot(seen, tmp_path / "picture.pdf")
     assert len(re.findall(rb"/Type /Page\b", (tmp_path / "picture.pdf").read_bytes())) == 2
     write_plot(seen, tmp_path / "picture.png")
@@ -379,7 +380,9 @@ def test_a_name_with_dollars_is_no_mathematics_and_settings_of_the_user_stay(tmp
 def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(
     net: Net, plan: tdfx.Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ReportError, match=r"'a\.gif' has the suffix '\.gif', and a picture is written as \.png, \.svg, \.pdf"):
+    with pytest.raises(
+        ReportError, match=r"'a\.gif' has the suffix '\.gif', and a picture is written as \.png, \.svg, \.pdf"
+    ):
         tdfx.report.plot(net, plan, "a.gif")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ReportError, match=r"A picture needs matplotlib, .* pip install 'tdfx\[report\]'"):

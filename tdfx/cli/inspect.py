@@ -21,7 +21,7 @@ from tdfx.plan_table import plan_view
 from tdfx.progress import waiting
 from tdfx.ranks.registry import parse_rule
 from tdfx.references import build_model
-from tdfx.report.plot import check_plot
+from tdfx.report.picture import check_plot
 
 _RULES = (
     "vbmf[:floor], energy[:share], stable, threshold:above, ratio[:of], params:share, flops:share or speedup:times, and "

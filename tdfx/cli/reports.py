@@ -9,9 +9,9 @@ from torch import nn
 from tdfx.passes.observe import Inputs
 from tdfx.plan import Plan
 from tdfx.progress import waiting
-from tdfx.report.look import look
-from tdfx.report.page import write_page
-from tdfx.report.plot import write_plot
+from tdfx.report.picture import write_plot
+from tdfx.report.seen import look
+from tdfx.report.webpage import write_page
 
 
 def write_reports(

@@ -46,9 +46,13 @@ def pieces_of(network: Network) -> list[Piece]:
 
 
 def _depths(graph: nx.DiGraph) -> dict[int, int]:
+    """Return the layer of each box: right below the lowest that feeds it, or, for an input, right above what it feeds."""
     depth: dict[int, int] = {}
     for node in nx.topological_sort(graph):
         depth[node] = 1 + max((depth[one] for one in graph.predecessors(node)), default=-1)
+    for node in graph:
+        if not graph.in_degree(node) and graph.out_degree(node):
+            depth[node] = min(depth[one] for one in graph.successors(node)) - 1
     return depth
 
 

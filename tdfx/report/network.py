@@ -88,7 +88,10 @@ def _operations(traced: fx.Graph, program: Program) -> nx.DiGraph:
         graph.add_node(node, box=box, index=index)
         graph.add_edges_from((one, node) for one in inputs if one not in plain)
     (end,) = [node for node in graph if node.op == "output"]
-    useful = nx.ancestors(graph, end) | {end}
+    # What is worked out from parameters alone, such as a table of positions, is no part of what flows.
+    starts = [node for node in graph if node.op == "placeholder" or graph.nodes[node]["box"].sites]
+    flowing = set(starts).union(*(nx.descendants(graph, node) for node in starts if not graph.in_degree(node)))
+    useful = flowing & nx.ancestors(graph, end) | {end}
     graph.remove_nodes_from([node for node in graph if node not in useful])
     return graph
 

@@ -17,7 +17,7 @@ from tdfx.passes.observe import Inputs
 from tdfx.plan import Plan, SitePlan
 from tdfx.plan_table import fold
 from tdfx.report.files import need, write_whole
-from tdfx.report.look import Look, look
+from tdfx.report.seen import Look, look
 from tdfx.report.spectra import Curve
 
 if TYPE_CHECKING:

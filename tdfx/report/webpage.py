@@ -23,7 +23,7 @@ from tdfx.plan import Plan, SitePlan
 from tdfx.plan_totals import totals
 from tdfx.report.drawing import drawings_of
 from tdfx.report.files import write_whole
-from tdfx.report.look import Look, look
+from tdfx.report.seen import Look, look
 from tdfx.report.spectra import Curve
 from tdfx.report.totals import Total, totals_of
 
