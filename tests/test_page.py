@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -141,7 +142,7 @@ def test_a_click_shows_the_spectrum_with_its_rank(seen: Seen, made: tuple[tdfx.P
     # The line falls from left to right, and the rank stands a quarter of the way.
     points = json.loads(seen.page.evaluate(_POINTS))
     assert len(points) == 96
-    assert all(a[0] < b[0] and a[1] <= b[1] for a, b in zip(points, points[1:], strict=False))
+    assert all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(points))
     cut = float(dialog.locator(".rank").first.get_attribute("x1") or 0)
     first, last = points[0][0], points[-1][0]
     assert (cut - first) / (last - first) == pytest.approx(23.5 / 95, abs=0.002)

@@ -55,7 +55,8 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.deep(self.blocks(self.stem(x)))
         batch = x.size(0)
-        return self.head(x.mean((2, 3)).view(batch, -1))
+        out: Tensor = self.head(x.mean((2, 3)).view(batch, -1))
+        return out
 
 
 class Branches(nn.Module):
