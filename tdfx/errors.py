@@ -54,6 +54,10 @@ class ExportError(TdfxError, RuntimeError):
     """A model that torch.onnx cannot export, or an ONNX file that cannot be run."""
 
 
+class ReportError(TdfxError, RuntimeError):
+    """A report that cannot be drawn, for want of a package, or cannot be written."""
+
+
 class PassError(TdfxError, AssertionError):
     """A compiler pass broke its own contract: a defect of tdfx, never of the model."""
 

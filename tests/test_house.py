@@ -33,6 +33,7 @@ LAYERS = (
     {"plan_totals"},
     {"plan_table"},
     {"plan"},
+    {"scalars"},
     {"structure"},
     {"kinds"},
     {"layers"},
@@ -51,7 +52,7 @@ LAYERS = (
     {"training", "check"},
     {"__init__"},
     {"demo"},
-    {"references", "demo_table"},
+    {"references", "demo_table", "report"},
     {"cli"},
     {"__main__"},
 )
@@ -62,6 +63,7 @@ PASSES = {"trace", "find", "shapes", "select", "rewrite", "merge"}
 
 LAZY = {
     "click",
+    "jinja2",
     "matplotlib",
     "networkx",
     "onnx",

@@ -13,6 +13,7 @@ from tdfx.cli.csv_text import to_csv
 from tdfx.cli.device import build_on, parse_device
 from tdfx.cli.inputs import parse_input
 from tdfx.cli.output import STDOUT, check_writable, show, write
+from tdfx.cli.reports import write_reports
 from tdfx.cli.rows import SORTS, picked
 from tdfx.cli.weights import load_weights
 from tdfx.errors import ModelReferenceError, TdfxError
@@ -20,6 +21,7 @@ from tdfx.plan_table import plan_view
 from tdfx.progress import waiting
 from tdfx.ranks.registry import parse_rule
 from tdfx.references import build_model
+from tdfx.report.picture import check_plot
 
 _RULES = (
     "default[:times], speedup:times, vbmf[:floor], energy[:share], stable, threshold:above, ratio[:of], params:share or "
@@ -30,6 +32,7 @@ _UNTRAINED = (
     "Hint: the weights are those that the model was built with. Load trained ones with --weights, or see what a quarter of "
     "the ranks would bring: --policy ratio:0.25."
 )
+_PATH = click.Path(dir_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
 
 
@@ -81,6 +84,19 @@ _FILE = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
     type=_FILE,
     help="Write the sites that are shown to a file; - writes them in place of the table.",
 )
+@click.option(
+    "--plot",
+    "plot_file",
+    type=_PATH,
+    help="Draw the singular values of every site with the chosen ranks, and time and parameters before and after, into a "
+    ".png, .svg or .pdf.",
+)
+@click.option(
+    "--html",
+    "html_file",
+    type=_PATH,
+    help="Write one page that needs no network: a table that sorts, the spectrum of each site, and the network's graph.",
+)
 def inspect(
     model: str,
     inputs: tuple[str, ...],
@@ -95,6 +111,8 @@ def inspect(
     filters: tuple[str, ...],
     json_file: Path | None,
     csv_file: Path | None,
+    plot_file: Path | None,
+    html_file: Path | None,
 ) -> None:
     """Show which layers of MODEL would be rewritten, and why not where not.
 
@@ -105,8 +123,10 @@ def inspect(
 
     The table fits the terminal; in a pipe nothing of it is cut.
     """
-    check_writable(json_file)
-    check_writable(csv_file)
+    for file in (json_file, csv_file, plot_file, html_file):
+        check_writable(file)
+    if plot_file is not None:
+        check_plot(plot_file)
     if json_file == csv_file == STDOUT:
         raise TdfxError("--json - and --csv - both write to the standard output. Name a file for one of them.")
     where = parse_device(device)
@@ -126,6 +146,7 @@ def inspect(
         show(lambda width: plan_view(plan, width, sites))
     write(json_file, plan.to_json())
     write(csv_file, to_csv(sites))
+    write_reports(built, plan, examples, plot_file, html_file)
     if weights is None and policy.rank.reads_values:
         click.echo(_UNTRAINED, err=True)
 

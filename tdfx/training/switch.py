@@ -6,6 +6,7 @@ import glob
 import inspect
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,12 +17,13 @@ from torch.optim import Optimizer
 
 from tdfx.api import plan as make_plan
 from tdfx.api import rewrite
-from tdfx.errors import OptimizerError, PolicyError, nearest
+from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.observe import Inputs
 from tdfx.plan import Emit, Plan, Reason
 from tdfx.policy import Policy
 from tdfx.ranks.budget import Budget
+from tdfx.scalars import Writer, check_writer, log_plan
 from tdfx.training.events import SwitchEvent, What
 from tdfx.training.instalments import left_of, only
 from tdfx.training.resume import TIMES, attributes_of, rewarms_of, state_of
@@ -62,6 +64,8 @@ class Switch:
             ``recompile_seconds``.
         recompile_seconds: What compiling the model again takes, or capturing it, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after each switch, see ``Rewarm``; 0 for none.
+        writer: Where to log what each switch did, as ``tdfx.report.log_plan`` does, and how long steps took before it: a
+            ``SummaryWriter``, or anything with ``add_scalar(tag, value, step)``. Pass it on one process alone.
         clock: Returns the time in seconds.
 
     Raises:
@@ -87,14 +91,18 @@ class Switch:
         total_steps: int | None = None,
         recompile_seconds: float = 0.0,
         rewarm: int = 0,
+        writer: Writer | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.policy = Policy() if policy is None else policy
         check_settings(self.policy, when, total_steps, recompile_seconds, rewarm)
+        if writer is not None:
+            check_writer(writer)
         self.when = when
         self.total_steps = total_steps
         self.recompile_seconds = recompile_seconds
         self.rewarm = rewarm
+        self.writer = writer
         self._clock = clock
         self._step = 0
         self._done = False
@@ -318,8 +326,20 @@ class Switch:
         for one in made.factorized:
             if one.name in self._seconds and one.gain:
                 self._seconds = {**self._seconds, one.name: self._seconds[one.name] / one.gain}
+        self._log(self._plan)
         # Steps take another time from now on.
         self._times = deque(maxlen=TIMES)
+
+    def _log(self, plan: Plan) -> None:
+        """Log what was switched; a logger that fails must not undo it, since the optimizer has gone along already."""
+        if self.writer is None:
+            return
+        try:
+            log_plan(self.writer, plan, self._step)
+            if self._times:
+                self.writer.add_scalar("tdfx/step_ms_before_switch", 1e3 * statistics.median(self._times), self._step)
+        except Exception as error:  # of whatever class the logger has
+            warnings.warn(f"The switch at step {self._step} was not logged: {error!r}.", TdfxWarning, stacklevel=2)
 
     def _start_rewarm(self, optimizer: Optimizer | Sequence[Optimizer] | None) -> None:
         if self.rewarm:

@@ -1,0 +1,56 @@
+"""What reports show of a model beside its plan: the spectra of its weights, and its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from tdfx.errors import ModelError
+from tdfx.passes.base import Program
+from tdfx.passes.find import Find
+from tdfx.passes.observe import Inputs
+from tdfx.passes.shapes import Shapes
+from tdfx.passes.trace import Trace
+from tdfx.plan import Plan
+from tdfx.report.network import Network, network_of
+from tdfx.report.spectra import Curve, curves_of
+from tdfx.wrappers import unwrap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """A model as a plan sees it."""
+
+    plan: Plan
+    spectra: Mapping[str, tuple[Curve, ...]]
+    """Site -> one curve for each of its ranks; without those that no scheme fits, or that lie on the meta device."""
+    network: Network
+    """The model's operations and what flows between them."""
+
+
+def look(model: nn.Module, plan: Plan, *, example_inputs: Inputs | None = None) -> Look:
+    """Read the spectra of a model's weights and its graph, once for several reports; the model is left as it was.
+
+    Args:
+        model: What the plan was made for.
+        plan: What ``tdfx.plan`` gave.
+        example_inputs: As for ``tdfx.plan``; needed where sites are seen in a run alone.
+
+    Raises:
+        ModelError: The model is sharded, so that no process holds its weights.
+        PlanError: The plan was made for another model.
+        InputError: The model does not accept the example inputs.
+        WeightError: A weight holds NaN or infinity.
+    """
+    wrapped = unwrap(model)
+    if wrapped.shards:
+        raise ModelError(
+            "The model is sharded by fully_shard, and a report reads whole weights on one process. Make the report from an "
+            "unsharded copy, loaded from a checkpoint say, or write plan.to_json() alone."
+        )
+    program = Find()(Trace()(Program(module=wrapped.model)).program).program
+    if example_inputs is not None:
+        program = Shapes(example_inputs, wrapped.together, wrapped.ready)(program).program
+    return Look(plan=plan, spectra=curves_of(program.sites, plan), network=network_of(program))

@@ -1,0 +1,103 @@
+"""The singular values of every site, with the ranks that a plan chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tdfx.errors import PlanError
+from tdfx.factors.registry import get_scheme, scheme_for
+from tdfx.layers import Factorized
+from tdfx.passes.base import Site
+from tdfx.passes.weights import check_weight, has_values, lowering_of, working_weight
+from tdfx.plan import Plan, SitePlan
+from tdfx.progress import progress
+from tdfx.ranks.spectrum import Spectrum
+
+_MODES = {2: ("output channels", "input channels")}
+"""What the ranks of a scheme that has two of them count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """The singular values of one unfolding of a site's weight."""
+
+    mode: str
+    """What its rank counts, where a scheme has several; "" where it has one."""
+    values: tuple[float, ...]
+    """Descending, relative to the largest, so in [0, 1]; all zero for a zero weight."""
+    rank: int | None
+    """How many of them the plan keeps, or the factors have now; None where the site is kept dense."""
+    energy: float | None
+    """Share of the sum of squares that these hold, in [0, 1]; None without a rank."""
+
+
+def curves_of(sites: Sequence[Site], plan: Plan) -> dict[str, tuple[Curve, ...]]:
+    """Return the curves of every site that a scheme fits and whose weight has values, by the site's name.
+
+    Args:
+        sites: Those of the model that the plan was made for.
+        plan: Names schemes and ranks.
+
+    Raises:
+        PlanError: The plan was made for another model.
+        WeightError: A weight holds NaN or infinity.
+    """
+    known = {site.name: site for site in sites}
+    _check_same_model(known, plan)
+    found = {}
+    with progress("reading spectra", len(plan)) as advance:
+        for decision in plan:
+            site = known.get(decision.name)
+            curves = () if site is None else _curves(site, decision)
+            if curves:
+                found[decision.name] = curves
+            advance(1)
+    return found
+
+
+def _check_same_model(known: dict[str, Site], plan: Plan) -> None:
+    for one in plan:
+        site = known.get(one.name)
+        if site is None and one.factorized:
+            raise PlanError(
+                f"The plan factorizes {one.name!r}, and the model has no such site: it was made for another model, or with "
+                f"example inputs that show more. Pass the model that was given to tdfx.plan, and the same example_inputs."
+            )
+        operation = None if site is None else site.operation
+        if operation is not None and one.shape and operation.weight_shape != one.shape:
+            raise PlanError(
+                f"The weight of {one.name!r} has shape {operation.weight_shape}, and {one.shape} in the plan: it was made "
+                f"for another model. Pass the model that was given to tdfx.plan."
+            )
+
+
+@torch.no_grad()
+def _curves(site: Site, decision: SitePlan) -> tuple[Curve, ...]:
+    operation = site.operation
+    if operation is None or not site.weights or not has_values(site) or any(one.is_complex() for one in site.weights):
+        return ()
+    if isinstance(site.layer, Factorized):
+        check_weight(site)
+        ranks = decision.ranks or site.layer.origin.ranks
+        return _with_ranks(lowering_of(site.layer).spectra, ranks)
+    scheme = get_scheme(decision.scheme) if decision.scheme is not None else scheme_for(operation)
+    if scheme is None:
+        return ()
+    check_weight(site)
+    return _with_ranks(scheme.spectra(operation, working_weight(site)), decision.ranks)
+
+
+def _with_ranks(spectra: Sequence[Spectrum], ranks: Sequence[int] | None) -> tuple[Curve, ...]:
+    modes = _MODES.get(len(spectra), ("",) * len(spectra))
+    chosen = (None,) * len(spectra) if ranks is None else ranks
+    return tuple(_curve(mode, one, rank) for mode, one, rank in zip(modes, spectra, chosen, strict=True))
+
+
+def _curve(mode: str, spectrum: Spectrum, rank: int | None) -> Curve:
+    largest = float(spectrum.values.max())
+    values = spectrum.values / largest if largest > 0 else spectrum.values
+    energy = None if rank is None else float(spectrum.energy()[min(rank, len(values)) - 1])
+    return Curve(mode=mode, values=tuple(values.tolist()), rank=rank, energy=energy)
