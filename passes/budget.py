@@ -291,10 +291,15 @@ class BudgetSolver:
         return f"{name}={share:.3f}" if share < 1 else ""
 
     def _decision(self, one: Candidates, option: Option | None) -> SitePlan:
-        if option is None:
-            return kept_plan(one.site, Reason.NO_GAIN, "within the budget as it is")
         curve = self._curve(one)
-        before, after = curve.seconds(None), curve.seconds(option)
+        before = curve.seconds(None)
+        if option is None:
+            gain = max((before / curve.seconds(each) for each, _ in one.options), default=0.0)
+            if gain >= one.policy.min_gain and one.options:
+                return kept_plan(one.site, Reason.NOT_NEEDED)
+            note = f"{one.policy.min_gain:g}x was asked of it, at any ranks that the budget allows"
+            return replace(kept_plan(one.site, Reason.NO_GAIN, note), gain=gain or None)
+        after = curve.seconds(option)
         decided = factorized_plan(kept_plan(one.site, Reason.NO_GAIN), one.site, option, "", before / after)
         return replace(decided, seconds_before=before, seconds_after=after) if curve.points else decided
 

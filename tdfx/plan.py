@@ -35,6 +35,8 @@ class Reason(StrEnum):
     """By the policy's cost, factorizing at the chosen ranks would not make its training step enough faster."""
     TOO_SMALL = "too_small"
     """By the policy's cost, not even the lowest ranks would."""
+    NOT_NEEDED = "not_needed"
+    """The policy's budget is kept at less loss without it."""
     NO_SCHEME = "no_scheme"
     """No scheme, or not the one asked for, can stand for this kind of layer."""
     FROZEN = "frozen"

@@ -449,6 +449,17 @@ def test_a_trained_step_is_unchanged_by_a_plan() -> None:
     assert all(one.grad is None for one in model.parameters())
 
 
+def test_what_a_budget_leaves_says_whether_it_could_have_gained() -> None:
+    plan = planned(parameters=0.97, min_gain=1.5, cost=ByFlops())
+    assert {one.reason for one in plan.kept} == {Reason.NOT_NEEDED}
+    none = planned(parameters=0.97, min_gain=0, include=("2",), rank=None, cost=ByFlops())
+    assert none["2"].factorized
+    hopeless = planned(rank=Budget(parameters=0.5, strict=False), min_gain=1e9, cost=ByFlops())
+    for one in hopeless:
+        assert (one.reason, one.note) == (Reason.NO_GAIN, "1e+09x was asked of it, at any ranks that the budget allows")
+        assert one.gain is not None and 1 < one.gain < 1e9  # noqa: PT018
+
+
 def test_a_budget_takes_nothing_that_gains_less_than_is_asked_for() -> None:
     loose = planned(parameters=0.97, min_gain=0.01, cost=ByFlops())
     assert min(site.gain or 0 for site in loose.factorized) < 4
