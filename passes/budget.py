@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 from tdfx.cost.count import parameters
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import PolicyError
 from tdfx.passes.base import Site
+from tdfx.passes.curve import Curve
 from tdfx.passes.estimate import Chain, chain_now, flops_of, kept_plan, memory_of
 from tdfx.passes.propose import Option, factorized_plan
 from tdfx.passes.times import Times, Wanted
-from tdfx.plan import Reason, SitePlan
+from tdfx.plan import Reason, SitePlan, part_of_step
 from tdfx.policy import Policy
 from tdfx.ranks.budget import Budget
 from tdfx.solver import Option as Weighed
@@ -21,6 +22,10 @@ from tdfx.solver import OutOfReachError, best_choice, least_totals
 
 _ROUNDS = 8
 """Times that a choice is measured and made anew with what was found; two or three are usual."""
+_PART = 0.9
+"""How far a budget that cannot be kept, and need not, is followed: the last steps cost most and bring least."""
+_LEAST_WAY = 0.01
+"""Part of the way to a budget that is not worth going."""
 _KNOTS = 3
 """Options of each scheme that are measured beforehand: those between them take what lies between."""
 
@@ -35,6 +40,8 @@ class Candidates:
     """A site that a budget decides, and what it may become."""
 
     site: Site
+    policy: Policy
+    """What is in force for it; its rank rule is the budget."""
     options: tuple[tuple[Option, float], ...]
     """Each with its loss."""
 
@@ -63,6 +70,8 @@ class BudgetSolver:
     times: Times
     whole: Whole
     candidates: Sequence[Candidates]
+    notes: list[str] = field(default_factory=list)
+    """What there is to know of the solution."""
 
     @property
     def budget(self) -> Budget:
@@ -78,30 +87,55 @@ class BudgetSolver:
         """
         if self._measures:
             self.times.prepare(Wanted(self.policy.cost, one.site, self._knots(one)) for one in self.candidates)
+        chosen = self._choice()
         for _ in range(_ROUNDS):
-            chosen = self._choice()
             if not self._learned(chosen):
                 break
-        else:
-            # Time and again something else was chosen that was not known yet: now what is known has to do.
-            chosen = self._choice(known=True)
-        return [self._decision(one.site, option) for one, option in zip(self.candidates, chosen, strict=True)]
+            chosen = self._choice()
+        self._note_untimed(chosen)
+        return [self._decision(one, option) for one, option in zip(self.candidates, chosen, strict=True)]
 
-    def _choice(self, *, known: bool = False) -> list[Option | None]:
-        """Return what is best by the times as they are known now; with ``known``, among options that were measured."""
+    def _choice(self) -> list[Option | None]:
+        """Return what is best by the times as they are known now."""
         names = list(self.budget.limits)
-        places = [self._place(one, _Curve(self, one), names, known=known) for one in self.candidates]
+        places = [self._place(one, self._curve(one), names) for one in self.candidates]
         limits = [self._limit(name) for name in names]
+        weighed = [[option for _, option in place] for place in places]
+        self.notes = []
         try:
-            picks = best_choice([[option for _, option in place] for place in places], limits)
+            picks = best_choice(weighed, limits)
         except OutOfReachError:
-            raise self._out_of_reach(names, limits, places) from None
+            if self.budget.strict:
+                raise self._out_of_reach(names, limits, places) from None
+            picks = self._near(names, weighed, limits)
         return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
+
+    def _curve(self, one: Candidates) -> Curve:
+        return Curve(self.times, self.policy.cost, one.site, (option for option, _ in one.options))
+
+    def _near(self, names: Sequence[str], places: Sequence[Sequence[Weighed]], limits: Sequence[float]) -> list[int]:
+        """Return the choice of least loss that goes most of the way to limits which no choice keeps."""
+        # The first option of each place is the one that loses least: to keep the site, as a rule.
+        now = [sum(place[0].costs[index] for place in places) for index in range(len(limits))]
+        least = least_totals(places, len(limits))
+        ways = zip(now, least, limits, strict=True)
+        way = min([(most - end) / (most - limit) for most, end, limit in ways if most > limit], default=0.0)
+        told = " and ".join(filter(None, self._told(names, limits, least)))
+        self.notes = [
+            f"{self.budget!r} cannot be kept: {f'{told} is the most' if told else 'nothing of it can be had'}; of what that "
+            f"would take, {_PART:.0%} is done, since the last steps cost most and bring least"
+        ]
+        while way > _LEAST_WAY:
+            way *= _PART
+            closer = [most - way * max(0.0, most - limit) for most, limit in zip(now, limits, strict=True)]
+            with suppress(OutOfReachError):
+                return best_choice(places, closer)
+        return [0] * len(places)
 
     @property
     def _measures(self) -> bool:
         """True if times decide anything, and can be measured."""
-        decide = self.budget.is_of_time or self.policy.min_gain > 0
+        decide = self.budget.is_of_time or any(one.policy.min_gain > 0 for one in self.candidates)
         known = any(one.site.flows for one in self.candidates)
         return decide and known and isinstance(self.policy.cost, MeasuringCost)
 
@@ -122,29 +156,33 @@ class BudgetSolver:
         return tuple(knots)
 
     def _learned(self, chosen: Sequence[Option | None]) -> bool:
-        """Measure what was chosen; return True if that changes anything."""
-        if not self._measures:
-            return False
-        cost = self.policy.cost
-        new = [
-            (one.site, option)
-            for one, option in zip(self.candidates, chosen, strict=True)
-            if option is not None and self.times.measured(cost, one.site, option.chain) is None
-        ]
-        self.times.prepare(Wanted(cost, site, (option.chain,)) for site, option in new)
-        return bool(new)
+        """Measure what was chosen, while there is time; return True if that told anything new."""
+        new = self._untimed(chosen)
+        self.times.prepare(Wanted(self.policy.cost, site, (option.chain,)) for site, option in new)
+        return len(self._untimed(chosen)) < len(new)
 
-    def _place(
-        self, one: Candidates, curve: _Curve, names: Sequence[str], *, known: bool
-    ) -> list[tuple[Option | None, Weighed]]:
+    def _untimed(self, chosen: Sequence[Option | None]) -> list[tuple[Site, Option]]:
+        """Return what was chosen and could be measured, but is not."""
+        pairs = [(one.site, option) for one, option in zip(self.candidates, chosen, strict=True) if option is not None]
+        cost = self.policy.cost
+        return [pair for pair in pairs if self._measures and self.times.measured(cost, pair[0], pair[1].chain) is None]
+
+    def _note_untimed(self, chosen: Sequence[Option | None]) -> None:
+        untimed = self._untimed(chosen)
+        if untimed:
+            self.notes.append(
+                f"{len(untimed)} sites were not timed as they will be, for want of time or since they cannot run alone: "
+                f"their times are estimates. What was timed is kept, so the next plan knows more; or give more seconds with "
+                f"cost=tdfx.Measured(budget=...)"
+            )
+
+    def _place(self, one: Candidates, curve: Curve, names: Sequence[str]) -> list[tuple[Option | None, Weighed]]:
         """Return what can be done with a site, with loss and costs: to keep it, and the options that gain enough."""
         now = curve.seconds(None)
         found: list[tuple[Option | None, Weighed]] = [(None, Weighed(0.0, self._costs(one.site, None, now, names)))]
         for option, loss in one.options:
-            if known and self.times.measured(self.policy.cost, one.site, option.chain) is None:
-                continue
             seconds = curve.seconds(option)
-            if now / seconds >= self.policy.min_gain:
+            if now / seconds >= one.policy.min_gain:
                 found.append((option, Weighed(loss, self._costs(one.site, option, seconds, names))))
         return _undominated(found)
 
@@ -200,10 +238,9 @@ class BudgetSolver:
         return [(before, after) for before, after in others if before is not None and after is not None]
 
     def _scale(self, step: float) -> float:
-        """Return how much of a site's time by itself it takes in the step, which no site takes longer than."""
+        """Return how much of a site's time by itself it takes in the step."""
         alone = sum(self._seconds_now(one.site) for one in self.candidates)
-        alone += sum(before for before, _ in self._times_of_others)
-        return min(1.0, step / alone) if alone > 0 else 1.0
+        return part_of_step(alone + sum(before for before, _ in self._times_of_others), step)
 
     def _seconds_now(self, site: Site) -> float:
         now = chain_now(site)
@@ -215,11 +252,7 @@ class BudgetSolver:
     ) -> PolicyError:
         """Say which budgets cannot be kept, and what can be."""
         least = least_totals([[option for _, option in place] for place in places], len(names))
-        told = [
-            self._reachable(name, total - limit)
-            for name, limit, total in zip(names, limits, least, strict=True)
-            if total > limit
-        ]
+        told = self._told(names, limits, least)
         if not told:
             return PolicyError(
                 f"{self.budget!r} cannot be kept: each of its budgets can, but not all of them together. Loosen one of them."
@@ -234,6 +267,11 @@ class BudgetSolver:
             f"{' and '.join(told)}. Ask for that, let more sites be rewritten (include, exclude, min_gain), or let ranks be "
             f"lower with round_to=1."
         )
+
+    def _told(self, names: Sequence[str], limits: Sequence[float], least: Sequence[float]) -> list[str]:
+        """Return of each budget that cannot be kept what can be."""
+        each = zip(names, limits, least, strict=True)
+        return [self._reachable(name, total - limit) for name, limit, total in each if total > limit]
 
     def _reachable(self, name: str, missing: float) -> str:
         """Return the budget at which nothing would be missing, as a user writes it; "" where that would be none."""
@@ -252,53 +290,13 @@ class BudgetSolver:
         share = value + missing / before + 5e-4 if before else 1.0
         return f"{name}={share:.3f}" if share < 1 else ""
 
-    def _decision(self, site: Site, option: Option | None) -> SitePlan:
-        assert site.operation is not None
+    def _decision(self, one: Candidates, option: Option | None) -> SitePlan:
         if option is None:
-            return kept_plan(site, Reason.NO_GAIN, "within the budget as it is")
-        gain = self.times.gain(self.policy.cost, site, option.chain)
-        return factorized_plan(kept_plan(site, Reason.NO_GAIN), site, option, "", gain)
-
-
-class _Curve:
-    """The times of one site's options: measured, or estimated in the scale of those of their scheme that were measured."""
-
-    def __init__(self, solver: BudgetSolver, one: Candidates) -> None:
-        self.times, self.cost, self.site = solver.times, solver.policy.cost, one.site
-        self.points: dict[str, list[tuple[float, float]]] = {}
-        for option, _ in one.options:
-            measured = self.times.measured(self.cost, self.site, option.chain)
-            if measured is not None:
-                guess = self.times.estimate(self.cost, self.site, option.chain)
-                self.points.setdefault(option.scheme.name, []).append((guess, measured / guess))
-        for points in self.points.values():
-            points.sort()
-
-    def seconds(self, option: Option | None) -> float:
-        """Return the time of an option, or of the site as it is."""
-        chain = chain_now(self.site) if option is None else option.chain
-        measured = self.times.measured(self.cost, self.site, chain)
-        if measured is not None:
-            return measured
-        guess = self.times.estimate(self.cost, self.site, chain)
-        points = self.points.get(option.scheme.name, []) if option is not None else []
-        if points:
-            return guess * _between(points, guess)
-        now = self.times.measured(self.cost, self.site, chain_now(self.site))
-        return guess if now is None else guess * now / self.times.estimate(self.cost, self.site, chain_now(self.site))
-
-
-def _between(points: Sequence[tuple[float, float]], at: float) -> float:
-    """Interpolate between sorted points, and take the nearest outside of them.
-
-    >>> _between([(1.0, 2.0), (3.0, 4.0)], 2.0), _between([(1.0, 2.0), (3.0, 4.0)], 9.0)
-    (3.0, 4.0)
-    """
-    place = bisect.bisect([x for x, _ in points], at)
-    if place in (0, len(points)):
-        return points[max(0, place - 1)][1]
-    (x0, y0), (x1, y1) = points[place - 1 : place + 1]
-    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+            return kept_plan(one.site, Reason.NO_GAIN, "within the budget as it is")
+        curve = self._curve(one)
+        before, after = curve.seconds(None), curve.seconds(option)
+        decided = factorized_plan(kept_plan(one.site, Reason.NO_GAIN), one.site, option, "", before / after)
+        return replace(decided, seconds_before=before, seconds_after=after) if curve.points else decided
 
 
 def _undominated(found: Sequence[tuple[Option | None, Weighed]]) -> list[tuple[Option | None, Weighed]]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from tdfx.cost.modelled import MeasuringCost
-from tdfx.errors import PolicyError
+from tdfx.errors import InputError, PolicyError
 from tdfx.passes.base import Lead, Pass, PassResult, Program
 from tdfx.passes.observe import Inputs
 from tdfx.passes.step import Step, time_steps
@@ -17,15 +17,16 @@ class Clock(Pass):
 
     name = "clock"
 
-    def __init__(self, inputs: Inputs, cost: MeasuringCost, lead: Lead) -> None:
-        """Take the inputs, what measures the sites, and who does it."""
+    def __init__(self, inputs: Inputs, cost: MeasuringCost, lead: Lead, *, strict: bool = True) -> None:
+        """Take the inputs, what measures the sites, who does it, and whether a step that cannot be timed is an error."""
         self.inputs = inputs
         self.cost = cost
         self.lead = lead
+        self.strict = strict
 
     def requires(self, program: Program) -> None:
         """One process can run the model by itself."""
-        if program.shards:
+        if program.shards and self.strict:
             raise PolicyError(
                 "A budget of speedup= or seconds= needs the time of the training step, and a model that fully_shard was "
                 "called on runs on all processes together. Give a budget of flops= or parameters=, or plan before sharding."
@@ -33,7 +34,15 @@ class Clock(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Time it on the first process, and tell the others."""
-        return PassResult(replace(program, step_seconds=self.lead.do(partial(self._seconds, program))))
+        if program.shards:
+            return PassResult(_with_note(program, "a model in shards runs on all processes together"))
+        try:
+            seconds = self.lead.do(partial(self._seconds, program))
+        except InputError as error:
+            if self.strict:
+                raise
+            return PassResult(_with_note(program, str(error)))
+        return PassResult(replace(program, step_seconds=seconds))
 
     def _seconds(self, program: Program) -> float:
         step = Step(program.module, self.inputs, self.cost.autocast)
@@ -41,7 +50,14 @@ class Clock(Pass):
         return time_steps([step])[0].seconds + self.cost.update_seconds(trained, step.device)
 
     def ensures(self, before: Program, result: PassResult) -> None:
-        """The time is known, and nothing else has changed."""
+        """The time is known, unless it need not be, and nothing else has changed."""
         now = result.program
-        self.check(now.step_seconds is not None and now.step_seconds > 0, "the step was timed")
-        self.check(replace(now, step_seconds=before.step_seconds) == before, "nothing else has changed")
+        known = now.step_seconds is not None and now.step_seconds > 0
+        self.check(known or not self.strict, "the step was timed")
+        self.check(
+            replace(now, step_seconds=before.step_seconds, notes=before.notes) == before, "nothing else has changed"
+        )
+
+
+def _with_note(program: Program, why: str) -> Program:
+    return replace(program, notes=(*program.notes, f"the step as a whole was not timed, only its sites: {why}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ from tdfx.parameters import FactorizedParameter
 from tdfx.passes.base import Ready, unasked
 from tdfx.passes.guard import ParameterGuard, WritesParameterError, custom_functions
 from tdfx.passes.tracer import throwaway, with_own_parameters
+from tdfx.passes.undisturbed import undisturbed
 from tdfx.passes.uses import METADATA_FUNCTIONS
 from tdfx.passes.whole import Whole
 
@@ -122,13 +122,11 @@ def _run(copy: nn.Module, inputs: Inputs, originals: Mapping[int, int], keep: in
         if is_candidate(layer) or isinstance(layer, Factorized):
             watching.attach(path, layer)
     with (
-        warnings.catch_warnings(),
-        torch.random.fork_rng(devices=_cuda_devices(copy)),
+        undisturbed(copy),
         nullcontext() if originals else ParameterGuard(copy),
         watching,
         custom_functions(watching.see),
     ):
-        warnings.simplefilter("ignore")
         copy(*arguments, **named)
     for one, original in originals.items():
         if one in observed.functional:
@@ -213,7 +211,3 @@ class _Watching(TorchFunctionMode):
     def _note_reads(self, values: Any) -> None:
         found: Iterable[Any] = tree_leaves(values)
         self.observed.reads.update(id(one) for one in found if isinstance(one, nn.Parameter))
-
-
-def _cuda_devices(module: nn.Module) -> list[torch.device]:
-    return list({parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"})

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Self
 
 from tdfx.cost.count import parameters
 from tdfx.factors.operation import Operation
@@ -34,6 +35,13 @@ class Option:
 
     scheme: Scheme
     ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, decision: SitePlan) -> Self:
+        """Return the way that a decision takes."""
+        assert decision.scheme is not None
+        assert decision.ranks is not None
+        return cls(get_scheme(decision.scheme), decision.ranks)
 
     @property
     def chain(self) -> Chain:

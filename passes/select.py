@@ -8,28 +8,25 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import PolicyError, nearest
 from tdfx.factors.registry import AUTO, get_scheme
-from tdfx.factors.scheme import Lowering, Scheme
-from tdfx.layers import Factorized
+from tdfx.factors.scheme import Scheme
 from tdfx.passes.base import Agree, Change, Lead, Pass, PassResult, Program, Site, Spread, Task, alone, itself
 from tdfx.passes.budget import BudgetSolver, Candidates, Whole
 from tdfx.passes.estimate import chain_at, chain_now, is_lazy, kept_plan
 from tdfx.passes.options import Loss, pack_options, schemes_for, unpack_options
-from tdfx.passes.propose import Proposal, geometry, lowest_option, propose, scheme_of
-from tdfx.passes.spectra import ROOM, KeptSpectra, Spectra
+from tdfx.passes.propose import Option, Proposal, geometry, lowest_option, propose, scheme_of
+from tdfx.passes.readings import Readings
 from tdfx.passes.times import Times, Wanted
-from tdfx.passes.weights import check_weight, has_values, lowering_of, working_weight
+from tdfx.passes.weights import check_weight, has_values
 from tdfx.plan import Plan, Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.progress import progress
 from tdfx.ranks.budget import Budget
 from tdfx.ranks.rule import RankRule, Total
-from tdfx.ranks.spectrum import pack, unpack, working_dtype
-from tdfx.shards import full
+from tdfx.ranks.signal import NO_SIGNAL
 
 
 class Select(Pass):
@@ -42,19 +39,16 @@ class Select(Pass):
         policy: Policy,
         spread: Spread = alone,
         agree: Agree = itself,
-        lead: Lead | None = None,
+        times: Times | None = None,
         losses: Mapping[str, Loss] | None = None,
     ) -> None:
         """Take the wish, how processes share work, and what a budget counts as a site's loss if not its weight's error."""
         self.policy = policy
         self.spread = spread
         self.agree = agree
-        self.times = Times(lead or Lead())
+        self.times = times or Times(Lead())
         self.losses = losses or {}
-        self.spectra = KeptSpectra()
-        self._read: dict[str, Spectra] = {}
-        self._errors: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
-        self._lowering_in_hand: tuple[str, Lowering] | None = None
+        self.readings = Readings()
         self._resolved: dict[int, Policy] = {}
         self._refused: dict[str, SitePlan] = {}
 
@@ -74,10 +68,11 @@ class Select(Pass):
     def run(self, program: Program) -> PassResult:
         """Resolve rules that see all their sites at once, then decide site by site."""
         together = self.spread is not alone
+        open_to = [(site, self.policy.for_site(*site.names)) for site in program.sites if site.reason in _OPEN]
+        self.readings.make_room(weight for site, _ in open_to for weight in site.weights)
         if together:
-            self._read = self._read_together(program.sites)
-        weights = [weight for site in program.sites if site.reason in _OPEN for weight in site.weights]
-        self.spectra.room = ROOM * max((one.numel() * working_dtype(one).itemsize for one in weights), default=0)
+            cases = [(one, scheme_of(one, policy)) for one, policy in open_to if policy is not None and has_values(one)]
+            self.readings.read_together([(site, scheme) for site, scheme in cases if scheme is not None], self.spread)
         rest = _other_parameters(program)
         decided, notes = self._decide_all(program.sites, rest, program.step_seconds)
         # From here on the processes read the same weights, in the same order.
@@ -125,32 +120,43 @@ class Select(Pass):
         if not isinstance(self.policy.rank, Budget):
             return decided, notes
         found = dict(zip((one.name for one in plain), decided, strict=True))
-        found |= {one.name: one for one in self._solve(budgeted, decided, rest, step_seconds)}
-        return tuple(found[one.name] for one in sites), notes
+        solved, more = self._solve(budgeted, decided, rest, step_seconds)
+        found |= {one.name: one for one in solved}
+        return tuple(found[one.name] for one in sites), (*notes, *more)
 
     def _in_budget(self, site: Site) -> bool:
         """Return True for a site that a budget decides, together with all others of its kind."""
         if not isinstance(self.policy.rank, Budget) or site.reason is not None or site.operation is None:
             return False
-        own = self.policy.for_site(*site.names) is self.policy
-        return own and any(True for _ in schemes_for(site.operation, self.policy))
+        own = self.policy.for_site(*site.names)
+        return own is not None and own.rank == self.policy.rank and any(schemes_for(site.operation, own))
 
     def _solve(
         self, sites: Sequence[Site], others: Sequence[SitePlan], rest: int, step_seconds: float | None
-    ) -> list[SitePlan]:
-        """Decide the sites of a budget together."""
-        tasks = [Task(partial(pack_options, one, self.policy, self.losses.get(one.name)), one.weights) for one in sites]
-        tables = [unpack_options(self.policy, table) for (table,) in self.spread(tasks)]
+    ) -> tuple[list[SitePlan], tuple[str, ...]]:
+        """Decide the sites of a budget together; return notes too."""
+        budget = self.policy.rank
+        assert isinstance(budget, Budget)
+        cases = [(site, own) for site in sites if (own := self.policy.for_site(*site.names)) is not None]
+        tasks = [
+            Task(partial(pack_options, site, own, self.losses.get(site.name)), site.weights) for site, own in cases
+        ]
+        found = [unpack_options(own, *packed) for (_, own), packed in zip(cases, self.spread(tasks), strict=True)]
         if not self.losses:
-            self._errors |= {
-                (site.name, option.scheme.name, option.ranks): torch.tensor(lost**0.5, dtype=torch.float64)
-                for site, table in zip(sites, tables, strict=True)
-                for option, lost in table
-            }
-        whole = Whole(tuple(others), rest, step_seconds)
-        candidates = [Candidates(site, tuple(table)) for site, table in zip(sites, tables, strict=True)]
-        solved = BudgetSolver(self.policy, self.times, whole, candidates).solve()
-        return [self._with_seconds(site, one) for site, one in zip(sites, solved, strict=True)]
+            for site, one in zip(sites, found, strict=True):
+                self.readings.know(site, {option: lost**0.5 for option, lost in one.options})
+        without = [site for site, one in zip(sites, found, strict=True) if not one.signal]
+        kept = {one.name: kept_plan(one, Reason.NO_SIGNAL, NO_SIGNAL) for one in without if budget.noise_floor == 1}
+        candidates = [
+            Candidates(site, own, one.options)
+            for (site, own), one in zip(cases, found, strict=True)
+            if site.name not in kept
+        ]
+        solver = BudgetSolver(self.policy, self.times, Whole((*others, *kept.values()), rest, step_seconds), candidates)
+        solved = {one.site.name: plan for one, plan in zip(candidates, solver.solve(), strict=True)}
+        noisy = [one.name for one in without if one.name in solved and solved[one.name].factorized]
+        notes = (*solver.notes, *([_noisy(noisy, budget)] if noisy else []))
+        return [self._with_seconds(site, (kept | solved)[site.name]) for site in sites], notes
 
     def _decide_each(self, sites: Sequence[Site]) -> tuple[tuple[SitePlan, ...], tuple[str, ...]]:
         """Resolve rules that see all their sites at once, then decide site by site; return the notes of the former too.
@@ -215,7 +221,7 @@ class Select(Pass):
         if site.name in self._refused:
             return self._refused[site.name]
         gain = partial(self.times.estimated_gain, policy.cost)
-        found = propose(site, policy, scheme, self._spectra, gain)
+        found = propose(site, policy, scheme, self.readings.spectra_of, gain)
         return found.settled(gain) if isinstance(found, Proposal) else found
 
     def _proposed(self, site: Site) -> SitePlan | Proposal:
@@ -238,23 +244,13 @@ class Select(Pass):
         timed = isinstance(policy.cost, MeasuringCost) and policy.min_gain > 0 and bool(site.flows)
         variants = timed and resolved is policy
         gain = partial(self.times.gain, policy.cost)
-        found = propose(site, resolved, scheme, self._spectra, gain, variants=variants)
+        found = propose(site, resolved, scheme, self.readings.spectra_of, gain, variants=variants)
         if not isinstance(found, Proposal):
-            self.spectra.take(site, scheme)
+            self.readings.drop(site, scheme)
         elif self.spread is alone and has_values(site):
             # Processes must agree on the ranks first.
-            self._foresee(found)
+            self.readings.foresee(site, found.options[0])
         return found
-
-    def _foresee(self, found: Proposal) -> None:
-        """Work out what a rule's own option loses while the bases are in hand, and keep of these what its split needs."""
-        site, option = found.site, found.options[0]
-        (error,) = self._error(site, option.scheme, option.ranks, *map(full, site.weights))
-        self._errors[site.name, option.scheme.name, option.ranks] = error
-        if isinstance(site.layer, Factorized):
-            self.spectra.take(site, option.scheme)  # its split begins with the factors
-        else:
-            self.spectra.cut(site, option.scheme, option.ranks)
 
     def _settled(self, found: SitePlan | Proposal) -> SitePlan:
         if not isinstance(found, Proposal):
@@ -262,7 +258,7 @@ class Select(Pass):
         decided = found.settled(partial(self.times.gain, found.policy.cost))
         if decided.scheme != found.options[0].scheme.name:
             # What was read is of use to the rule's own scheme alone.
-            self.spectra.take(found.site, found.options[0].scheme)
+            self.readings.drop(found.site, found.options[0].scheme)
         return decided
 
     def _with_seconds(self, site: Site, decided: SitePlan) -> SitePlan:
@@ -279,73 +275,16 @@ class Select(Pass):
         """Say of each site that is to be factorized what that loses."""
         known = {site.name: site for site in sites if has_values(site)}
         todo = [one for one in decided if one.factorized and one.name in known]
-        tasks = [Task(partial(self._error_of, known[one.name], one), known[one.name].weights) for one in todo]
+        cases = [(known[one.name], Option.of(one)) for one in todo]
+        tasks = [Task(partial(self.readings.error, site, option), site.weights) for site, option in cases]
         errors = {one.name: float(error) for one, (error,) in zip(todo, self.spread(tasks), strict=True)}
         return tuple(replace(one, error=errors[one.name]) if one.name in errors else one for one in decided)
-
-    def _error_of(self, site: Site, decision: SitePlan, *weights: Tensor) -> tuple[Tensor]:
-        assert decision.scheme is not None
-        assert decision.ranks is not None
-        known = self._errors.get((site.name, decision.scheme, decision.ranks))
-        return (
-            (known,) if known is not None else self._error(site, get_scheme(decision.scheme), decision.ranks, *weights)
-        )
-
-    def _error(self, site: Site, scheme: Scheme, ranks: tuple[int, ...], *weights: Tensor) -> tuple[Tensor]:
-        assert site.operation is not None
-        if isinstance(site.layer, Factorized):
-            lowering = self._lowering(site, site.layer, weights)
-            return (torch.tensor(lowering.error(ranks), dtype=torch.float64),)
-        weight = working_weight(site, *weights)
-        spectra = self.spectra.bases(site, scheme)
-        if spectra is None:
-            spectra = self.spectra.put(site, scheme, scheme.spectra(site.operation, weight))
-        return (torch.tensor(scheme.error(site.operation, weight, ranks, spectra), dtype=torch.float64),)
-
-    def _read_together(self, sites: Sequence[Site]) -> dict[str, Spectra]:
-        """Read every weight that may be split, once; of the spectra keep the values, which are small."""
-        own = [(one, self.policy.for_site(*one.names)) for one in sites if one.reason in _OPEN and has_values(one)]
-        cases = [(site, scheme) for site, policy in own if policy and (scheme := scheme_of(site, policy)) is not None]
-        tasks = [Task(partial(_packed_spectra, site, scheme), site.weights) for site, scheme in cases]
-        return {
-            site.name: tuple(map(unpack, found[::2], found[1::2]))
-            for (site, _), found in zip(cases, self.spread(tasks), strict=True)
-        }
-
-    def _spectra(self, site: Site, scheme: Scheme) -> Spectra:
-        """Return the spectra of what a site computes with now."""
-        if site.name in self._read:
-            return self._read[site.name]
-        known = self.spectra.values(site, scheme)
-        if known is not None:
-            return known
-        if isinstance(site.layer, Factorized):
-            return self.spectra.put(site, scheme, self._lowering(site, site.layer).spectra)
-        assert site.operation is not None
-        return self.spectra.put(site, scheme, scheme.spectra(site.operation, working_weight(site)))
-
-    def _lowering(self, site: Site, layer: Factorized, weights: Sequence[Tensor] | None = None) -> Lowering:
-        """Return how a layer's factors can be split anew, worked out once while it is looked at."""
-        if self._lowering_in_hand is None or self._lowering_in_hand[0] != site.name:
-            self._lowering_in_hand = None  # two at once would be too many
-            self._lowering_in_hand = site.name, lowering_of(layer, weights)
-        return self._lowering_in_hand[1]
 
 
 _DOUBT = 2.0
 """A site whose gain at the lowest ranks is less than this many times what is asked for may be too small to be rewritten."""
 _OPEN = (None, Reason.FACTORIZED)
 """What a site may say of itself for a policy to decide on it: nothing, or that its ranks could be lowered."""
-
-
-def _packed_spectra(site: Site, scheme: Scheme, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Return two tensors for each spectrum of what a site computes with: the values, and what else is to be known."""
-    assert site.operation is not None
-    if isinstance(site.layer, Factorized):
-        spectra = lowering_of(site.layer, weights).spectra
-    else:
-        spectra = scheme.spectra(site.operation, working_weight(site, *weights))
-    return tuple(part for one in spectra for part in pack(one))
 
 
 Case = tuple[Site, Scheme]
@@ -361,6 +300,18 @@ def _other_parameters(program: Program) -> int:
     """Count the parameters that belong to no site's weight."""
     counted = sum(parameter.numel() for parameter in program.module.parameters() if not is_lazy(parameter))
     return counted - sum(kept_plan(site, Reason.EXCLUDED).parameters_before for site in program.sites)
+
+
+def _noisy(names: Sequence[str], budget: Budget) -> str:
+    """Say that weights are cut which have learned nothing yet that could be told from noise."""
+    few = ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
+    least = (
+        f"no rank there is below {budget.noise_floor:g} of the full one" if budget.noise_floor else "they have no floor"
+    )
+    return (
+        f"{len(names)} of the weights that are cut show nothing above the noise yet ({few}); {least}. Train longer before "
+        f"the switch, or keep them with noise_floor=1, if the loss suffers"
+    )
 
 
 def _total(plans: Sequence[SitePlan]) -> Total:

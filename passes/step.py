@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from tdfx.cost.timing import Timing, take_turns
 from tdfx.errors import InputError
 from tdfx.passes.observe import Inputs, split_inputs
 from tdfx.passes.tracer import throwaway, with_own_parameters
+from tdfx.passes.undisturbed import undisturbed
 from tdfx.structure import HOOKS
 
 
@@ -37,7 +37,7 @@ class Step:
         # A forward may write to its parameters, at any of its calls, and hooks hang on them.
         with_own_parameters(self.module)
         try:
-            with self.undisturbed():
+            with undisturbed(self.module):
                 self._forward()
         except Exception as error:  # whatever the model raises, it is about these inputs
             raise InputError(
@@ -70,19 +70,11 @@ class Step:
         with computing_in(self.autocast, kind) if self.autocast is not None else nullcontext():
             return self.module(*self.arguments, **self.named)
 
-    @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """Leave the stream of random numbers as it was, and say nothing of warnings."""
-        cuda = sorted({one.device.index for one in self.module.parameters() if one.device.type == "cuda"})
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=cuda):
-            warnings.simplefilter("ignore")
-            yield
-
 
 def time_steps(steps: Sequence[Step], *, rounds: int = 3, most_seconds: float = math.inf) -> list[Timing]:
     """Time the training steps of some models in turns."""
     runs: list[Callable[[], None]] = [one.run for one in steps]
-    with steps[0].undisturbed():
+    with undisturbed(steps[0].module):
         return take_turns(runs, device=steps[0].device, rounds=rounds, most_seconds=most_seconds)
 
 

@@ -30,10 +30,11 @@ class Times:
     what it found. ``estimate`` and ``estimated_gain`` never measure.
     """
 
-    def __init__(self, lead: Lead) -> None:
+    def __init__(self, lead: Lead, spent: float = 0.0) -> None:
+        """Take who measures, and the seconds that measuring for the same plan has taken already."""
         self.lead = lead
         self._known: dict[object, dict[Case, float]] = {}
-        self._spent: dict[object, float] = defaultdict(float)
+        self._spent: dict[object, float] = defaultdict(lambda: spent)
 
     def prepare(self, wanted: Iterable[Wanted]) -> None:
         """Let the costs that measure do so for some sites, each as it is now first and then the chains."""

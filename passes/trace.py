@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from tdfx.passes.guard import (
 )
 from tdfx.passes.modes import unify
 from tdfx.passes.tracer import SiteTracer, is_site_or_leaf, throwaway, without_hooks
+from tdfx.passes.undisturbed import undisturbed
 from tdfx.structure import COMPILED, structural_copy
 
 _TORCH = Path(torch.__file__).parent
@@ -111,12 +111,10 @@ class _Run:
         watch = Watch(copy)
         try:
             with (
-                warnings.catch_warnings(),
-                torch.random.fork_rng(devices=[]),
+                undisturbed(copy),
                 ParameterGuard(module),
                 custom_functions(refuse_custom_function),
             ):
-                warnings.simplefilter("ignore")
                 self.graph = self.tracer.trace_in_mode(copy, training)
                 if watch.drew() and not self.tracer.doubts:
                     self.doubts[""] = "its forward draws random numbers that a graph would freeze"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -25,6 +26,7 @@ from tdfx.passes.rewrite import Init, Rewrite
 from tdfx.passes.select import Select
 from tdfx.passes.shapes import Shapes
 from tdfx.passes.spectra import KeptSpectra
+from tdfx.passes.times import Times
 from tdfx.passes.trace import Trace
 from tdfx.plan import Emit, Plan
 from tdfx.policy import Policy
@@ -141,7 +143,7 @@ def rewrite(
         else:
             program, select = _planned(wrapped, policy, example_inputs, emit, along.second_moment)
             # Those of the model's weights are not quite those of their masters.
-            spectra = KeptSpectra() if along.masters else select.spectra
+            spectra = KeptSpectra() if along.masters else select.readings.kept
         along.masters.lift(program.module)
         step = Rewrite(spectra, init, wrapped.spread)
         result = step(program).program.module
@@ -233,6 +235,7 @@ def _planned(
             f"Pass tdfx.Policy(rank=...), or a plan to rewrite."
         )
     program = _sites(wrapped, emit)
+    spent = 0.0
     if inputs is not None:
         program = Shapes(inputs, wrapped.together, wrapped.ready)(program).program
         # What the processes decide by must be the same, whatever batch each of them has.
@@ -240,9 +243,11 @@ def _planned(
         sites = tuple(replace(site, flows=one) for site, one in zip(program.sites, flows, strict=True))
         program = replace(program, sites=sites)
         if isinstance(wish.rank, Budget) and wish.rank.is_of_time and isinstance(wish.cost, MeasuringCost):
-            program = Clock(inputs, wish.cost, wrapped.lead)(program).program
+            began = time.perf_counter()
+            program = Clock(inputs, wish.cost, wrapped.lead, strict=wish.rank.strict)(program).program
+            spent = time.perf_counter() - began
     losses = _losses(wish, program, inputs, second)
-    select = Select(wish, wrapped.spread, wrapped.agree, wrapped.lead, losses)
+    select = Select(wish, wrapped.spread, wrapped.agree, Times(wrapped.lead, spent), losses)
     return select(program).program, select
 
 

@@ -15,6 +15,7 @@ from tdfx.cost.timing import take_turns
 from tdfx.errors import PlanError
 from tdfx.passes.observe import Inputs
 from tdfx.passes.step import Step
+from tdfx.passes.undisturbed import undisturbed
 from tdfx.plan import Plan
 from tdfx.wrappers import unwrap
 
@@ -91,7 +92,7 @@ def check_step(
         )
     before = unwrap(merge(model) if dense is None else dense).model
     steps = [_RealStep(one, example_inputs, optimizer, autocast) for one in (before, unwrap(model).model)]
-    with steps[0].step.undisturbed():
+    with undisturbed(steps[0].step.module):
         first, second = take_turns([one.run for one in steps], device=steps[0].step.device, rounds=rounds)
     return StepCheck(
         seconds_before=first.seconds,

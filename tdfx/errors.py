@@ -82,7 +82,7 @@ def first_line(error: BaseException) -> str:
     >>> first_line(ValueError("no room.\\n  File ...")), first_line(KeyError())
     ('no room', 'KeyError')
     """
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    return str(error).strip().partition("\n")[0].rstrip(".!") or type(error).__name__
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:

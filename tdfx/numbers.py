@@ -1,6 +1,20 @@
-"""Numbers as a person reads them."""
+"""What is a number, and numbers as a person reads them."""
 
 from __future__ import annotations
+
+import math
+
+
+def is_number(value: object) -> bool:
+    """Return True for a finite number; a bool is none, nor is a whole number that is too large to be computed with.
+
+    >>> is_number(2), is_number(0.5), is_number(True), is_number("2"), is_number(10**400)
+    (True, True, False, False, False)
+    """
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def short_number(value: float) -> str:

@@ -209,9 +209,7 @@ class Plan:
         timed = [(one.seconds_before, one.seconds_after) for one in self.sites]
         known = [(before, after) for before, after in timed if before is not None and after is not None]
         alone = sum(before for before, _ in known)
-        # By themselves sites may take longer than in the model, never longer than all of it.
-        scale = min(1.0, step_seconds / alone) if alone > 0 else 1.0
-        return step_seconds - scale * sum(before - after for before, after in known)
+        return step_seconds - part_of_step(alone, step_seconds) * sum(before - after for before, after in known)
 
     @property
     def speedup(self) -> float | None:
@@ -222,7 +220,7 @@ class Plan:
     @property
     def total_error(self) -> float:
         """The squares of the sites' errors, summed: what a budget keeps as small as it can."""
-        return sum(one.error**2 for one in self.sites if one.error is not None)
+        return sum(one.error * one.error for one in self.sites if one.error is not None)
 
     def check(self, model: nn.Module, *, example_inputs: Inputs, **settings: Any) -> StepCheck:
         """Time the real training step before and after the rewrite, and say how good the prediction was.
@@ -320,24 +318,47 @@ def _fits(value: object, kind: Any) -> bool:
 
 
 def _is_a(value: object, kind: type[object]) -> bool:
-    """Return True for a value of a JSON type: a bool is no number, and a whole number is a float too."""
+    """Return True for a value of a JSON type: a bool is no number, and a whole number of 64 bits is a float too."""
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return False
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+_WORDS = {
+    int: "a whole number below 2**63",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    types.NoneType: "null",
+}
+
+_MANY = {int: "whole numbers below 2**63", str: "texts"}
 
 
 def _in_words(hint: Any) -> str:
     """Return a declared type as a person would say it.
 
     >>> _in_words(tuple[int, ...] | None)
-    'a list of whole numbers or null'
+    'a list of whole numbers below 2**63 or null'
     """
     if get_origin(hint) is types.UnionType:
         return " or ".join(_in_words(choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list of {_WORDS.get(get_args(hint)[0], 'site').removeprefix('a ')}s"
+        return f"a list of {_MANY.get(get_args(hint)[0], 'sites')}"
     known = Reason if hint is Reason else get_args(hint)
     return f"one of {', '.join(known)}" if known else _WORDS[hint]
+
+
+def part_of_step(alone: float, step: float) -> float:
+    """Return how much of their time by themselves sites take in a step: all of it, unless that were longer than the step.
+
+    Args:
+        alone: Time of all sites, each by itself.
+        step: Time of the step, in the same unit.
+
+    >>> part_of_step(0.5, 1.0), part_of_step(2.0, 1.0)
+    (1.0, 0.5)
+    """
+    return min(1.0, step / alone) if alone > 0 else 1.0

@@ -68,6 +68,7 @@ _CUTS: tuple[tuple[_Column, _Column | None], ...] = (
     (_MILLISECONDS, None),
     (_ERROR, None),
     (_RANKS, None),
+    (_PARAMETERS_LEFT, None),
 )
 """What is said more shortly, or not at all, where there is too little room: the first that can best be missed."""
 
@@ -137,7 +138,7 @@ def _fitted(rows: Sequence[SitePlan], width: int | None) -> tuple[list[_Column],
         """Return what is left for the names."""
         return width - sum(widths[column] + _GAP for column in columns if column is not _NAME)
 
-    least = min(_least_name([_NAME.text(one) for one in rows], max(_LEAST_NAME, width // 3)), widths[_NAME])
+    least = min(_least_name([_NAME.text(one) for one in rows], max(_LEAST_NAME, width // 2)), widths[_NAME])
     for cut, shorter in _CUTS:
         # What would only be shortened gives way to whole names; what would be lost does not.
         if room() >= (widths[_NAME] if shorter is not None else least):
@@ -172,17 +173,22 @@ def fold(name: str, width: int) -> str:
     >>> fold("encoder.layers.encoder_layer_11.mlp.0", 28)
     'encoder…coder_layer_11.mlp.0'
     >>> fold("encoder.layers.encoder_layer_11.self_attention.out_proj", 28)
-    'encoder…11…tention.out_proj'
+    'encoder…11…ttention.out_proj'
+    >>> fold("layer3.0.downsample.0", 19)
+    'layer3.0…wnsample.0'
     """
     if cell_len(name) <= width:
         return name
     first, _, rest = name.partition(".")
     inner, _, last = rest.rpartition(".")
-    spare = [place for place, letter in enumerate(f".{inner}.") if not letter.isdigit()]
+    middle = f".{inner}." if inner else ""
+    places = groupby(range(len(middle)), lambda place: middle[place].isdigit())
+    words = [list(run) for is_number, run in places if not is_number]
+    spare = [place for word in sorted(words, key=len, reverse=True) for place in word]
     shorter = name
-    for count in range(1, len(spare) + 1 if inner else 0):
+    for count in range(1, len(spare) + 1):
         gone = set(spare[:count])
-        letters = (None if place in gone else letter for place, letter in enumerate(f".{inner}."))
+        letters = (None if place in gone else letter for place, letter in enumerate(middle))
         shorter = f"{first}{_with_gaps(letters)}{last}"
         if cell_len(shorter) <= width:
             return shorter

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal, cast
 
@@ -12,10 +13,10 @@ from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import Cost
 from tdfx.errors import PolicyError
 from tdfx.factors.registry import AUTO, get_scheme
-from tdfx.ranks.budget import Budget, Measure
+from tdfx.numbers import is_number
+from tdfx.ranks.budget import DEFAULT_RULE, Budget, Measure
 from tdfx.ranks.multiple import AUTO as AUTO_MULTIPLE
 from tdfx.ranks.rule import RankRule
-from tdfx.ranks.vbmf import VBMF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,9 @@ class Policy:
     """
 
     rank: RankRule = field(default=cast("RankRule", None))
-    """The rule that reads a rank from each weight: ``VBMF()`` if left out, or what keeps the budgets below."""
+    """The rule that reads a rank from each weight, or what keeps the budgets below. If left out: a step twice as fast at the
+    least error, or as near to that as is reasonable, with no rank below an eighth of the full one where much would be
+    lost, nor below a quarter where a weight shows no signal yet."""
     scheme: str = AUTO
     """How weights are split: ``"auto"`` for tucker2 or svd, whichever fits each site, or a scheme's name, with its options
     after a colon as in ``"tucker2:refine=3"``."""
@@ -40,7 +43,9 @@ class Policy:
     exclude: tuple[str, ...] = ()
     """Patterns of the sites that are kept, whatever ``include`` says."""
     overrides: Mapping[str, Policy | None] = field(default_factory=dict)
-    """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts."""
+    """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts. One that gives no
+    rank takes this policy's; where that is a budget its sites are part of it, with their own scheme, ``round_to`` and
+    ``min_gain``, and this policy's ``cost``."""
     min_gain: float = 1.05
     """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every
     site whatever it costs, so that nothing is measured unless a budget of time asks for it."""
@@ -89,13 +94,14 @@ class Policy:
             )
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
-        object.__setattr__(self, "overrides", _overrides(self.overrides))
-        if any(one is not None and isinstance(one.rank, Budget) for one in self.overrides.values()):
+        own = {key: self._joined(one) for key, one in _overrides(self.overrides).items()}
+        object.__setattr__(self, "overrides", own)
+        if any(one is not None and isinstance(one.rank, Budget) and one.rank != self.rank for one in own.values()):
             raise PolicyError(
                 "An override has a budget, and a budget is for all sites together. Give it to the policy itself, and the "
                 "sites of the override another rule."
             )
-        if not self._is_number(self.min_gain) or self.min_gain < 0:
+        if not (is_number(self.min_gain) or self.min_gain == math.inf) or self.min_gain < 0:
             raise PolicyError(
                 f"min_gain={self.min_gain!r} is not a number of at least 0: it is how many times faster a site must "
                 f"get to be rewritten. Pass 1.05 for five percent, or 0 to rewrite every site whatever it costs."
@@ -116,7 +122,7 @@ class Policy:
                     f"error={error!r} says what a budget keeps small, and no budget is given beside it. Pass for example "
                     f"Policy(speedup=2, error={error!r})."
                 )
-            return VBMF() if self.rank is None else self.rank
+            return DEFAULT_RULE if self.rank is None else self.rank
         if self.rank is not None:
             raise PolicyError(
                 f"rank={self.rank!r} and {', '.join(f'{name}={value!r}' for name, value in given.items())} both say which "
@@ -124,9 +130,11 @@ class Policy:
             )
         return Budget(**given, error="weights" if error is None else error)
 
-    @staticmethod
-    def _is_number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    def _joined(self, override: Policy | None) -> Policy | None:
+        """Give an override this policy's rank where it has none of its own; where that is a budget, its cost too."""
+        if override is None or override.rank not in {DEFAULT_RULE, self.rank}:
+            return override
+        return replace(override, rank=self.rank, cost=self.cost if isinstance(self.rank, Budget) else override.cost)
 
     def __hash__(self) -> int:
         return hash((self.rank, self.scheme, self.include, self.exclude, self.min_gain, self.round_to))

@@ -15,7 +15,6 @@ from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import Cost, Modelled
 from tdfx.errors import PolicyError, nearest
 from tdfx.policy import Policy
-from tdfx.ranks.budget import Budget
 from tdfx.ranks.fixed import Fixed
 from tdfx.ranks.registry import parse_rule
 from tdfx.ranks.rule import RankRule
@@ -52,10 +51,14 @@ def read_policy(source: str | Path | Mapping[str, Any]) -> Policy:
         >>> read_policy({"rank": "ratio:0.5", "exclude": ["fc"], "cost": "modelled"}).rank
         Ratio(of=0.5)
     """
-    if isinstance(source, Mapping):
-        return _Reader("The policy").policy(source)
-    path = Path(source)
-    return _Reader(f"The policy {str(path)!r}").policy(_loaded(path))
+    name = "The policy" if isinstance(source, Mapping) else f"The policy {str(source)!r}"
+    table = source if isinstance(source, Mapping) else _loaded(Path(source))
+    try:
+        return _Reader(name).policy(table)
+    except RecursionError as error:
+        raise PolicyError(
+            f"{name} has overrides within overrides without end. Name the sites in fewer tables."
+        ) from error
 
 
 def _loaded(path: Path) -> object:
@@ -105,7 +108,7 @@ class _Reader:
             alone = {**(budgets if key == "error" else {}), key: value}
             self._made(lambda alone=alone: Policy(**alone), _under(path, key))  # type: ignore[misc]
         if around is not None:
-            given = {**self._inherited(around, given, path), **given}
+            given = {**self._inherited(around, given), **given}
         found = self._made(lambda: Policy(**given), path)
         if "overrides" not in table:
             return found
@@ -125,15 +128,9 @@ class _Reader:
             for pattern, one in tables.items()
         }
 
-    def _inherited(self, around: Policy, given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    def _inherited(self, around: Policy, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return what an override takes from the policy around it."""
         has_budget = any(key in given for key in _BUDGETS)
-        if isinstance(around.rank, Budget) and "rank" not in given and not has_budget:
-            raise self._error(
-                path,
-                "it gives no rank, and the budget around it is for all other sites together. Give it a rule, such as "
-                'rank = "ratio:0.5".',
-            )
         return {name: getattr(around, name) for name in _INHERITED if name != "rank" or not has_budget}
 
     def _rank(self, value: object, path: str) -> RankRule:
@@ -180,7 +177,10 @@ class _Reader:
         """Return what is made, or raise its error with the place where its values stand."""
         try:
             return make()
-        except PolicyError as error:
+        except (
+            PolicyError,
+            ValueError,
+        ) as error:  # the latter where a message would show a number that is far too long
             raise self._error(path, str(error)) from error
 
     def _error(self, path: str, message: str) -> PolicyError:
@@ -193,5 +193,8 @@ def _under(path: str, key: str) -> str:
 
 def _shown(value: object) -> str:
     """Return a value as text that is short enough for a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # TOML's 0x takes numbers that Python does not write in decimal
+        return "a number of thousands of digits"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

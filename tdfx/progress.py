@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 _QUIET = 2.0
 """Seconds before a bar appears."""
@@ -27,8 +28,9 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     if _shown or not on_a_terminal():
         yield lambda count: None
         return
-    bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True), transient=True)
-    task = bar.add_task("", total=total)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(what, total=total)
     began = time.perf_counter()
 
     def advance(count: int) -> None:
@@ -52,7 +54,7 @@ def waiting(what: str) -> Iterator[None]:
         return
     _shown.append(what)
     try:
-        with Console(stderr=True).status(what):
+        with Console(stderr=True).status(Text(what)):
             yield
     finally:
         _shown.remove(what)

@@ -49,12 +49,21 @@ def _from_torchvision(name: str) -> nn.Module:
     # Detection and segmentation models would otherwise download the weights of a backbone.
     takes_backbone = "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters
     backbone = {"weights_backbone": None} if takes_backbone else {}
-    model: nn.Module = models.get_model(name, weights=None, **backbone)
+    try:
+        model: nn.Module = models.get_model(name, weights=None, **backbone)
+    except Exception as error:  # as for any other factory
+        raise ModelReferenceError(
+            f"torchvision's {name!r} could not be built: {type(error).__name__}: {error}."
+        ) from error
     return model
 
 
 def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
         raise ModelReferenceError(f"There is no file {str(path)!r} to take a model from. {_FORMS}")
     name = f"_tdfx_reference_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tdfx.errors import PolicyError
 
+if TYPE_CHECKING:
+    import highspy
+
+_STDOUT = 1
+"""The process's own, which Python's may stand before."""
 _SECONDS = 20.0
 """After this the best choice found so far counts."""
 _TIGHTENINGS = 10
 """Times that a solution which passes a limit by the solver's tolerance is looked for anew."""
-_TIMED_OUT = 1
-"""HiGHS's status for a search that ended by the clock."""
 _GAP = 1e-6
 """Relative difference to the least possible loss at which the search ends."""
 
@@ -37,7 +44,7 @@ class OutOfReachError(Exception):
 def best_choice(places: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[int]:
     """Return the index of one option for each place: a multiple-choice knapsack, solved as a mixed-integer program.
 
-    The solver is HiGHS (Huangfu and Hall 2018), by way of ``scipy.optimize.milp``.
+    The solver is HiGHS (Huangfu and Hall 2018), by its own package: the copy inside scipy prints a line now and then.
 
     Args:
         places: At least one option each.
@@ -52,42 +59,14 @@ def best_choice(places: Sequence[Sequence[Option]], limits: Sequence[float]) -> 
         >>> sorted(best_choice([[cheap, dear], [cheap, dear]], [4.0]))
         [0, 1]
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     if not places:
         if any(limit < 0 for limit in limits):
             raise OutOfReachError
         return []
-    options = [option for place in places for option in place]
-    owner = np.repeat(np.arange(len(places)), [len(place) for place in places])
-    one_each = csr_array((np.ones(len(options)), (owner, np.arange(len(options)))))
-    losses = np.array([option.loss for option in options])
-    largest = losses.max()
-    starts = np.cumsum([0, *(len(place) for place in places)])
+    search = _Search(places)
     tight = [float(limit) for limit in limits]
     for _ in range(_TIGHTENINGS):
-        constraints = [LinearConstraint(one_each, 1, 1)]
-        for index, limit in enumerate(tight):
-            # In units of the limit, since the solver's tolerances are absolute.
-            unit = abs(limit) if limit else 1.0
-            costs = np.array([option.costs[index] for option in options]) / unit
-            constraints.append(LinearConstraint(costs[None], -np.inf, limit / unit))
-        found = milp(
-            losses / largest if largest > 0 else losses,
-            constraints=constraints,
-            integrality=np.ones(len(options)),
-            bounds=Bounds(0, 1),
-            options={"time_limit": _SECONDS, "mip_rel_gap": _GAP},
-        )
-        if found.x is None:
-            if found.status == _TIMED_OUT:
-                raise PolicyError(
-                    f"No choice for the {len(places)} sites was found in {_SECONDS:g} s that keeps the budget, nor that "
-                    f"there is none. Ask for a little less, or leave sites out with exclude."
-                )
-            raise OutOfReachError
-        chosen = [int(np.argmax(found.x[begin:end])) for begin, end in itertools.pairwise(starts)]
+        chosen = search.within(tight)
         over = [
             sum(place[pick].costs[index] for place, pick in zip(places, chosen, strict=True)) - limit
             for index, limit in enumerate(limits)
@@ -97,6 +76,79 @@ def best_choice(places: Sequence[Sequence[Option]], limits: Sequence[float]) -> 
         # Within the solver's tolerance, and yet above the limit.
         tight = [limit - 2 * max(0.0, one) for limit, one in zip(tight, over, strict=True)]
     raise OutOfReachError
+
+
+class _Search:
+    """A binary variable for each option, of which one in each place is 1."""
+
+    def __init__(self, places: Sequence[Sequence[Option]]) -> None:
+        self.count = len(places)
+        options = [option for place in places for option in place]
+        losses = np.array([option.loss for option in options])
+        # HiGHS's tolerances are absolute.
+        self.losses = losses / (losses.max() or 1.0)
+        self.costs = np.array([option.costs for option in options])
+        self.starts = np.cumsum([0, *(len(place) for place in places)])
+
+    def within(self, limits: Sequence[float]) -> list[int]:
+        """Return the index of one option for each place, of least loss.
+
+        Raises:
+            OutOfReachError: No choice keeps the limits.
+            PolicyError: Time ran out before one was found.
+        """
+        import highspy
+
+        highs = _quiet()
+        highs.setOptionValue("time_limit", _SECONDS)
+        highs.setOptionValue("parallel", "off")  # threads that wait would disturb what is timed next
+        highs.setOptionValue("mip_rel_gap", _GAP)
+        everything = np.arange(len(self.losses), dtype=np.int32)
+        highs.addVars(len(everything), np.zeros(len(everything)), np.ones(len(everything)))
+        highs.changeColsCost(len(everything), everything, self.losses)
+        highs.changeColsIntegrality(len(everything), everything, np.ones(len(everything), np.uint8))
+        for begin, end in itertools.pairwise(self.starts):
+            highs.addRow(1.0, 1.0, end - begin, everything[begin:end], np.ones(end - begin))
+        for costs, limit in zip(self.costs.T, limits, strict=True):
+            unit = abs(limit) or 1.0
+            highs.addRow(-highspy.kHighsInf, limit / unit, len(everything), everything, costs / unit)
+        highs.run()
+        values = np.array(highs.getSolution().col_value)
+        if highs.getInfo().primal_solution_status != highspy.kSolutionStatusFeasible:
+            if highs.getModelStatus() == highspy.HighsModelStatus.kTimeLimit:
+                raise PolicyError(
+                    f"No choice for the {self.count} sites was found in {_SECONDS:g} s that keeps the budget, nor that "
+                    f"there is none. Ask for a little less, or leave sites out with exclude."
+                )
+            raise OutOfReachError
+        return [int(np.argmax(values[begin:end])) for begin, end in itertools.pairwise(self.starts)]
+
+
+def _quiet() -> highspy.Highs:
+    """Return a solver that prints nothing; some versions greet on the process's own stdout when the first one is made."""
+    import highspy
+
+    with _stdout_closed():
+        highs = highspy.Highs()  # type: ignore[no-untyped-call]
+    highs.silent()
+    return highs
+
+
+@contextmanager
+def _stdout_closed() -> Iterator[None]:
+    """Send to nowhere what a library writes to the process's stdout, past Python."""
+    try:
+        kept = os.dup(_STDOUT)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), _STDOUT)
+        yield
+    finally:
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
 
 
 def least_totals(places: Sequence[Sequence[Option]], count: int) -> list[float]:

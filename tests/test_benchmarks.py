@@ -287,5 +287,5 @@ def test_text_is_held_out_and_answers_are_the_next_bytes() -> None:
 
 def test_every_candidate_has_a_name_of_its_own() -> None:
     found = tool("study_default").candidates()
-    assert len(found) == 19
-    assert found["VBMF(floor=0.25, weaken=1.0)"] == tdfx.Policy()
+    assert len(found) == 23
+    assert tdfx.Policy() in found.values()

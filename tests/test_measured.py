@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import tdfx
 from tdfx import Measured, Modelled, PolicyError
 from tdfx.cost import measured
 from tdfx.cost.count import Flow, intermediate_values, parameters
-from tdfx.cost.machine import rates
 from tdfx.cost.memory import training_bytes
+from tdfx.cost.rates import rates, stream_rate
 from tdfx.cost.setting import Setting
 from tdfx.cost.timing import Timing
 from tdfx.cost.workload import Workload, apply
@@ -223,7 +224,7 @@ def test_what_cannot_be_run_is_modelled(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_optimizers_share_is_what_its_update_moves(timed: list[Any]) -> None:
-    speed = rates(cache=False).bytes_per_second
+    speed = stream_rate(cache=False)
     with_update = Measured(update_bytes=28, cache=False).seconds([CONV], FLOW)
     assert with_update == pytest.approx(1.0 + 28 * parameters([CONV]) / speed, rel=0.5)
     assert with_update > 1.0
@@ -241,7 +242,23 @@ def test_the_machine_has_rates() -> None:
     assert found.bytes_per_second > 1e8
     assert 0 < found.seconds_per_call < 0.1
     model = Modelled.of_machine()
-    assert (model.flops_per_second, model.bytes_per_second) == (found.flops_per_second, found.bytes_per_second)
+    assert model == Modelled(**dataclasses.asdict(found))
+    assert stream_rate(cache=False) > 1e8
+
+
+def test_the_rates_are_those_at_which_modelled_times_are_the_measured_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = Modelled(flops_per_second=7e10, bytes_per_second=3e9, seconds_per_call=2e-5)
+
+    def exact(runs: Any, **_: Any) -> list[Timing]:
+        works = [run.__self__ for run in runs]
+        flows = [Flow(one.inputs[0].shape[0], tuple(one.inputs[0].shape[2:])) for one in works]
+        return [Timing((one.steps * truth.seconds(one.chain, flow),)) for one, flow in zip(works, flows, strict=True)]
+
+    monkeypatch.setattr("tdfx.cost.rates.take_turns", exact)
+    monkeypatch.setattr("tdfx.cost.rates._known", {})
+    found = Modelled(**dataclasses.asdict(rates(cache=False)))
+    for name in ("flops_per_second", "bytes_per_second", "seconds_per_call"):
+        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=1e-6)
 
 
 def test_intermediate_values_and_memory_by_hand() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import tdfx
-from tdfx.passes import select
+from tdfx.passes import readings
 from tdfx.passes.base import Program
 from tdfx.passes.find import Find
 from tdfx.passes.rewrite import Rewrite
@@ -125,7 +125,7 @@ def test_many_layers_take_no_more_than_a_few_copies_of_one(counter: Any, build: 
 
 
 def test_bases_of_all_sites_would_be_seen(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "ROOM", 10**6)
+    monkeypatch.setattr(readings, "ROOM", 10**6)
     model = linears(MANY)
     optimizer = trained(model, BUILDS[linears])
     # Each basis is as large as the weight, in float64.
@@ -162,13 +162,13 @@ def test_kept_cut_and_computed_anew_bases_give_the_same_bits(build: Build, share
         torch.manual_seed(0)
         program = Find()(Trace()(Program(module=build(4))).program).program
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(select, "ROOM", room)
+            patch.setattr(readings, "ROOM", room)
             step = Select(policy(share))
             planned = step(program).program
-        kept = len(step.spectra.names)
+        kept = len(step.readings.kept.names)
         assert (kept < 4) if room == 0 else kept > 0
-        made = Rewrite(step.spectra)(planned).program.module
-        assert step.spectra.names == set(), "what was used is not kept"
+        made = Rewrite(step.readings.kept)(planned).program.module
+        assert step.readings.kept.names == set(), "what was used is not kept"
         errors = [one.error for one in planned.plan or ()]
         found.append(([one.detach().numpy().tobytes() for one in made.parameters()], errors))
     assert found[0] == found[1] == found[2]

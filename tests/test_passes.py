@@ -216,7 +216,8 @@ def test_a_network_with_no_site_is_an_empty_plan() -> None:
 
 def test_untrained_weights_are_kept_for_want_of_signal() -> None:
     torch.manual_seed(3)
-    plan = tdfx.plan(nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)), tdfx.Policy(min_gain=0))
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    plan = tdfx.plan(model, tdfx.Policy(rank=tdfx.VBMF(), min_gain=0))
     assert {site.reason for site in plan} == {tdfx.Reason.NO_SIGNAL}
     assert "train longer" in plan.sites[0].note
 

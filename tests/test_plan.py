@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import tdfx
 from tdfx.errors import PlanError
 from tdfx.plan import Plan, Reason, SitePlan
+from tdfx.ranks.target import Target
 
 
 class Net(nn.Module):
@@ -256,7 +258,7 @@ def test_the_text_has_every_site_the_totals_and_the_notes() -> None:
     for name in ("conv1", "conv2", "fc", "spare", "(root)"):
         assert sum(line.startswith(f"{name} ") for line in lines) == 1, name
     assert re.search(r"^conv2 +Conv2d 32×16×3×3 +tucker2 +16/8 ", text, re.MULTILINE)
-    assert re.search(r"^conv1 .* kept .* excluded$", text, re.MULTILINE)
+    assert re.search(r"^conv1 +Conv2d 16×3×3×3 +excluded ", text, re.MULTILINE)
     assert "Net: 3 of 5 sites factorized; kept: 1 excluded, 1 not_called" in lines
     assert re.search(r"^parameters \S+ → \S+ \(\d+%\)$", text, re.MULTILINE)
     assert lines[-2:] == ["note: first", "note: second"]
@@ -266,3 +268,43 @@ def test_the_text_has_every_site_the_totals_and_the_notes() -> None:
 def test_a_name_is_shown_as_it_is(name: str) -> None:
     # Keys of an nn.ModuleDict may hold brackets, which rich reads as markup in a string.
     assert str(Plan(sites=(site(name=name),))).splitlines()[1].startswith(f"{name} ")
+
+
+def test_a_model_without_values_is_planned_as_one_with_them_but_for_the_errors() -> None:
+    with torch.device("meta"):
+        model = Net()
+    empty = torch.zeros(2, 3, 8, 8, device="meta")
+    for rank in (
+        tdfx.Ratio(of=0.5),
+        Target(parameters=0.6),
+        tdfx.Fixed({"conv*": 8, "fc": 4}),
+        tdfx.Ratio(of=0.5).at_least(8),
+    ):
+        policy = tdfx.Policy(rank=rank, min_gain=0, cost=tdfx.Modelled())
+        there, here = (
+            tdfx.plan(net, policy, example_inputs=x) for net, x in ((model, empty), (Net(), torch.zeros(2, 3, 8, 8)))
+        )
+        assert here.total_error > 0
+        assert there == replace(here, sites=tuple(replace(one, error=None) for one in here))
+    lower = tdfx.rewrite(model, there, init="empty")
+    again = tdfx.plan(lower, tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1), example_inputs=empty)
+    assert again["conv2"].ranks == (8, 4)
+    assert again["conv2"].error is None
+
+
+def test_weights_without_values_are_not_read_and_not_split() -> None:
+    with torch.device("meta"):
+        model = Net()
+    ratio = tdfx.Ratio(of=0.5)
+    for rank in (tdfx.VBMF(), tdfx.Energy(), tdfx.Budget(parameters=0.6), ratio | tdfx.VBMF()):
+        with pytest.raises(
+            tdfx.WeightError, match=r"is on the meta device and has no values, and .* reads them\. Load"
+        ):
+            tdfx.plan(model, tdfx.Policy(rank=rank, min_gain=0))
+    part = tdfx.Policy(rank=ratio, min_gain=0, overrides={"fc": tdfx.Policy(rank=tdfx.VBMF())})
+    with pytest.raises(
+        tdfx.WeightError, match="The weight of site 'fc' is on the meta device and has no values, and VBMF"
+    ):
+        tdfx.plan(model, part)
+    with pytest.raises(tdfx.WeightError, match=r"so it cannot be split\. Load the model .*, or pass init='empty'"):
+        tdfx.rewrite(model, tdfx.Policy(rank=ratio, min_gain=0))

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from tdfx import VBMF, Energy, Fixed, Measured, Policy, PolicyError, Ratio
+from tdfx import Energy, Fixed, Measured, Policy, PolicyError, Ratio
+from tdfx.ranks.budget import DEFAULT_RULE
 
 
 def test_defaults() -> None:
     policy = Policy()
-    assert (policy.rank, policy.scheme, policy.min_gain, policy.cost) == (VBMF(), "auto", 1.05, Measured())
+    assert (policy.rank, policy.scheme, policy.min_gain, policy.cost) == (DEFAULT_RULE, "auto", 1.05, Measured())
     assert policy.wants("any.name")
     assert policy.patterns() == {"include": (), "exclude": (), "overrides": (), "rank": ()}
 

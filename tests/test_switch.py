@@ -21,7 +21,7 @@ from tdfx.wrappers import unwrap
 # Layers this small take most of their time to start, which would make no factors pay.
 COST = tdfx.Modelled(seconds_per_call=0)
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, cost=COST)
-SIGNAL = tdfx.Policy(min_gain=0, round_to=1, cost=COST)
+SIGNAL = tdfx.Policy(rank=tdfx.VBMF(), min_gain=0, round_to=1, cost=COST)
 SIZE = 48
 
 
@@ -442,3 +442,75 @@ def test_the_stable_rank_and_the_turn_are_those_of_the_definition() -> None:
 def test_settings_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(tdfx.PolicyError, match=message):
         make()
+
+
+class Uneven(nn.Module):
+    """Layers of one size, of which the learning rates decide when each settles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Linear(SIZE, SIZE) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
+def _learn(layer: nn.Module) -> None:
+    """Let a weight turn, to one whose rank stays."""
+    weight = layer.get_parameter("weight")
+    generator = torch.Generator().manual_seed(1)
+    columns = torch.randn(SIZE, 4, generator=generator)
+    weight.data.add_(columns @ torch.randn(4, SIZE, generator=generator))
+
+
+def test_a_budget_is_kept_by_sites_that_settle_one_after_another() -> None:
+    policy = tdfx.Policy(parameters=0.5, min_gain=0, round_to=1, cost=COST)
+    switch = tdfx.Switch(policy, when=tdfx.Settled(every=1, window=2))
+    model: nn.Module = Uneven()
+    dense = sum(one.numel() for one in model.parameters())
+    counts = []
+    for step in range(16):
+        if step in {1, 8}:
+            for place in (0, 1) if step == 1 else (2, 3):
+                _learn(model.get_submodule(f"layers.{place}"))
+        model = switch.step(model)
+        counts.append(sum(one.numel() for one in model.parameters()))
+    switched = [event for event in switch.events if event.what == "switched"]
+    assert {name for event in switched if event.step < 9 for name in event.sites} == {"layers.0", "layers.1"}
+    assert len(switched) > 2
+    # The first two give what is best in a plan for all four, not all of it; the others give the rest.
+    assert 0.55 < counts[7] / dense < 0.9
+    assert 0.49 < counts[-1] / dense <= 0.5
+    assert switch.plan is not None
+    assert switch.plan.parameters_after == counts[-1]
+    assert switch.plan.parameters_before == dense
+
+
+def test_what_is_left_of_a_budget() -> None:
+    from tdfx.training.instalments import left_of, only
+
+    model = Uneven()
+    whole = tdfx.plan(model, tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, cost=COST))
+    first = only(whole, ["layers.0"])
+    assert [one.factorized for one in first] == [True, False, False, False]
+    assert first["layers.3"].parameters_after == first["layers.3"].parameters_before
+    policy = tdfx.Policy(parameters=0.5, flops=1000, cost=COST)
+    share = first.parameters_after / first.parameters_before
+    seconds = {one.name: 1.0 for one in whole}
+    assert left_of(policy, first, seconds).rank == tdfx.Budget(parameters=0.5 / share, flops=1000)
+    assert left_of(policy, None, seconds) is policy
+    ruled = tdfx.Policy(cost=COST, rank=tdfx.Ratio(of=0.5))
+    assert left_of(ruled, first, seconds) is ruled
+    # Of four seconds at first, one site took (gain) times what it takes now.
+    gain = first["layers.0"].gain
+    assert gain is not None
+    timed = left_of(tdfx.Policy(speedup=3, cost=COST), first, seconds).rank
+    assert isinstance(timed, tdfx.Budget)
+    assert timed.speedup == pytest.approx(3 * 4 / (3 + gain))
+    done = left_of(tdfx.Policy(parameters=share, cost=COST), first, seconds)
+    assert not tdfx.plan(model, done).factorized
+    measured = replace(
+        first, step_seconds=10.0, sites=tuple(replace(one, seconds_before=2.0, seconds_after=1.0) for one in first)
+    )
+    assert left_of(tdfx.Policy(speedup=2), measured, {}).rank == tdfx.Budget(speedup=2 / (10 / 6))

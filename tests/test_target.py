@@ -17,6 +17,7 @@ from tdfx import VBMF, Fixed, Modelled, Plan, Policy, PolicyError, Ratio, Reason
 from tdfx.factors.scheme import Scheme
 from tdfx.passes.base import Program, Site
 from tdfx.passes.find import Find
+from tdfx.passes.readings import Readings
 from tdfx.passes.select import Select
 from tdfx.passes.trace import Trace
 from tdfx.ranks.rule import Choice, RankRule, Total
@@ -238,7 +239,7 @@ def test_spectra_are_kept_for_what_is_rewritten_only() -> None:
     made = select(program).program.plan
     assert made is not None
     assert [one.name for one in made.factorized] == ["1"]
-    assert select.spectra.names == {"1"}
+    assert select.readings.kept.names == {"1"}
 
 
 class Half(tdfx.Ratio):
@@ -258,13 +259,13 @@ class Read(tdfx.Ratio):
 
 def test_only_rules_that_look_make_a_site_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    right = Select._spectra
+    right = Readings.spectra_of
 
-    def noted(self: Select, site: Site, scheme: Scheme) -> tuple[Spectrum, ...]:
+    def noted(self: Readings, site: Site, scheme: Scheme) -> tuple[Spectrum, ...]:
         read.append(site.name)
         return right(self, site, scheme)
 
-    monkeypatch.setattr(Select, "_spectra", noted)
+    monkeypatch.setattr(Readings, "spectra_of", noted)
     blind = [Ratio(of=0.5), Fixed({"*": 4}), Ratio(of=0.1).at_least(3) | Fixed({"*": 2}), Target(parameters=0.5)]
     for rule in blind:
         tdfx.plan(model(), Policy(rank=rule, min_gain=0))

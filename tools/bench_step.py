@@ -33,8 +33,8 @@ from torchvision import models
 
 import tdfx
 from tdfx.check import StepCheck
-from tdfx.cost.machine import rates
 from tdfx.cost.measured import Measured
+from tdfx.cost.rates import stream_rate
 from tdfx.ranks.registry import parse_rule
 
 LEAST = 0.98
@@ -234,7 +234,7 @@ def main(
     """Time, collect, print."""
     autocast = _AUTOCAST[dtype]
     clock = set_clock(cpu_time, threads)
-    rates(device, cache=False)  # once for a machine, whatever is trained on it
+    stream_rate(device, cache=False)  # once for a machine, whatever is trained on it
     bench = Bench(rounds=rounds, clock=clock, cost=Measured(budget=measure_seconds, autocast=autocast))
     names, large = (
         classifiers(most_parameters) if promise and nets is None else ((nets or ",".join(BATCHES)).split(","), [])

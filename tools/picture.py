@@ -17,7 +17,7 @@ from tdfx.demo import BATCH, LEARNING_RATE, build_model, jitter, load_digits
 @click.argument("path", type=click.Path(path_type=Path), default="tools/results/spectra.png")
 @click.option("--epochs", type=click.IntRange(min=0), default=3, show_default=True, help="Epochs before the plan.")
 def main(path: Path, epochs: int) -> None:
-    """Train, plan by the default rule with modelled times, draw."""
+    """Train, plan by VBMF with modelled times, draw."""
     torch.manual_seed(0)
     digits, generator = load_digits(), torch.Generator().manual_seed(0)
     model = build_model()
@@ -28,7 +28,7 @@ def main(path: Path, epochs: int) -> None:
             cross_entropy(model(jitter(digits.train_x[batch], generator)), digits.train_y[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     inputs = (digits.train_x[:BATCH],)
-    plan = tdfx.plan(model, tdfx.Policy(cost=tdfx.Modelled()), example_inputs=inputs)
+    plan = tdfx.plan(model, tdfx.Policy(rank=tdfx.VBMF(), cost=tdfx.Modelled()), example_inputs=inputs)
     tdfx.report.plot(model, plan, path, example_inputs=inputs)
     click.echo(plan)
 

@@ -27,7 +27,7 @@ from study_runs import FULL, Run, Study
 from study_tasks import TASKS, Task
 
 import tdfx
-from tdfx.cost.machine import rates
+from tdfx.cost.rates import stream_rate
 
 
 def candidates() -> dict[str, tdfx.Policy]:
@@ -52,7 +52,11 @@ def candidates() -> dict[str, tdfx.Policy]:
         for speedup in (1.5, 2.0, 2.5)
         for error in ("weights", "outputs", "curvature")
     ]
-    return {_name(one): one for one in [*rules, *budgets]}
+    safe = [
+        tdfx.Policy(rank=tdfx.Budget(speedup=2.0, strict=False, floor=floor, noise_floor=noise))
+        for floor, noise in ((0.125, 0.25), (0.125, 0.5), (0.25, 0.25), (0.25, 1.0))
+    ]
+    return {_name(one): one for one in [*rules, *budgets, *safe]}
 
 
 def _name(policy: tdfx.Policy) -> str:
@@ -89,7 +93,7 @@ def main(
 ) -> None:
     """Run all, and print a table for each task and one of them all."""
     clock = set_clock(cpu_time, threads)
-    rates(cache=False)  # once for a machine, whatever is trained on it
+    stream_rate(cache=False)  # once for a machine, whatever is trained on it
     policies = {name: one for name, one in candidates().items() if not only or any(text in name for text in only)}
     tasks = [one() for one in TASKS if not which or any(text in one.name for text in which)]
     runs = _read(json_file)

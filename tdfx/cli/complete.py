@@ -39,7 +39,7 @@ def complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 def complete_filter(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Return what filters there are beside globs."""
-    return [str(one) for one in FILTERS if one.startswith(incomplete)]
+    return [one for one in FILTERS if one.startswith(incomplete)]
 
 
 def _paths(incomplete: str, endings: tuple[str, ...]) -> list[str]:

@@ -24,9 +24,9 @@ from tdfx.references import build_model
 from tdfx.report.picture import check_plot
 
 _RULES = (
-    "vbmf[:floor], energy[:share], stable, threshold:above, ratio[:of], params:share, flops:share or speedup:times, and "
-    "after it any of ,at_least=N ,at_most=N ,round_to=N; several with | in between; or a .toml or .json file with the "
-    "settings of tdfx.Policy.  [default: vbmf]"
+    "default[:times], speedup:times, vbmf[:floor], energy[:share], stable, threshold:above, ratio[:of], params:share or "
+    "flops:share, and after it any of ,at_least=N ,at_most=N ,round_to=N; several with | in between; or a .toml or .json "
+    "file with the settings of tdfx.Policy.  [default: default]"
 )
 _UNTRAINED = (
     "Hint: the weights are those that the model was built with. Load trained ones with --weights, or see what a quarter of "
@@ -41,7 +41,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
 @click.option(
     "--input", "inputs", multiple=True, metavar="SHAPE", help="Shape of an input, such as 8,3,224,224 or int64:2,16."
 )
-@click.option("--policy", "wish", default="vbmf", metavar="RULE|FILE", help=_RULES, shell_complete=complete_policy)
+@click.option("--policy", "wish", default="default", metavar="RULE|FILE", help=_RULES, shell_complete=complete_policy)
 @click.option("--include", multiple=True, metavar="GLOB", help="Rewrite only these sites.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Keep these sites.")
 @click.option("--min-gain", type=float, help=f"Least speed-up of a site.  [default: {tdfx.Policy().min_gain}]")
@@ -117,8 +117,9 @@ def inspect(
     """Show which layers of MODEL would be rewritten, and why not where not.
 
     MODEL is torchvision:NAME, package.module:factory or path/to/file.py:factory. Without --weights the model is untrained,
-    and a rule that reads its weights (vbmf, energy, stable, threshold) finds no signal in them; ratio:0.25 shows what a
-    quarter of the ranks would bring. With --input, layers are timed on this machine; what was timed once is kept.
+    and what a rule reads from its weights (errors, and ranks by vbmf, energy, stable, threshold) says nothing of trained
+    ones; ratio:0.25 shows what a quarter of the ranks would bring. With --input, the training step and its layers are timed
+    on this machine; what was timed once is kept.
 
     The table fits the terminal; in a pipe nothing of it is cut.
     """
@@ -128,8 +129,8 @@ def inspect(
         check_plot(plot_file)
     if json_file == csv_file == STDOUT:
         raise TdfxError("--json - and --csv - both write to the standard output. Name a file for one of them.")
-    policy = _policy(wish, include, exclude, min_gain, modelled)
     where = parse_device(device)
+    policy = _policy(wish, include, exclude, min_gain, modelled or where.type == "meta")
     examples = tuple(parse_input(one, where) for one in inputs) or None
     if weights is not None and where.type == "meta":
         raise ModelReferenceError(
@@ -146,7 +147,7 @@ def inspect(
     write(json_file, plan.to_json())
     write(csv_file, to_csv(sites))
     write_reports(built, plan, examples, plot_file, html_file)
-    if weights is None and any(one.reason is tdfx.Reason.NO_SIGNAL for one in plan):
+    if weights is None and policy.rank.reads_values:
         click.echo(_UNTRAINED, err=True)
 
 
@@ -154,9 +155,8 @@ def _policy(
     wish: str, include: tuple[str, ...], exclude: tuple[str, ...], min_gain: float | None, modelled: bool
 ) -> tdfx.Policy:
     """Return the policy of a rule or a file, with what other options say in place of what it says."""
-    path = Path(wish)
-    is_file = path.suffix.lower() in {".toml", ".json"} or path.is_file()
-    policy = tdfx.read_policy(path) if is_file else tdfx.Policy(rank=parse_rule(wish))
+    is_file = Path(wish).suffix.lower() in {".toml", ".json"}
+    policy = tdfx.read_policy(wish) if is_file else tdfx.Policy(rank=parse_rule(wish))
     if include:
         policy = replace(policy, include=include)
     if exclude:

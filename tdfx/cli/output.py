@@ -38,7 +38,11 @@ def check_writable(path: Path | None) -> None:
     """Raise TdfxError before the work, not after it, if its result cannot be written."""
     if path is None or path == STDOUT:
         return
-    if not (path.parent.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)):
+    try:
+        possible = path.parent.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+    except OSError:  # a name that is too long
+        possible = False
+    if not possible:
         raise TdfxError(f"Cannot write {str(path)!r}. Name a file in a folder that exists and that you may write to.")
 
 

@@ -9,7 +9,7 @@ from tdfx.errors import TdfxError, nearest
 from tdfx.plan import Plan, Reason, SitePlan
 
 SORTS = ("order", "name", "time", "saved", "gain", "error", "parameters", "flops")
-FILTERS = ("factorized", "kept", *Reason)
+FILTERS = ("factorized", "kept", *map(str, Reason))
 """What ``--filter`` takes beside globs."""
 
 _Key = Callable[[SitePlan], float | None]
@@ -74,7 +74,7 @@ def ordered(sites: Sequence[SitePlan], key: str) -> tuple[SitePlan, ...]:
 def _saving(sites: Sequence[SitePlan]) -> _Key:
     """Return what a rewrite saves of each site: time where any was measured, else operations, else parameters."""
     for quantity in ("seconds", "flops"):
-        if any(getattr(one, f"{quantity}_before") is not None for one in sites):
+        if any(_difference(one, quantity) is not None for one in sites):
             return lambda one, quantity=quantity: _difference(one, quantity)  # type: ignore[misc]
     return lambda one: _difference(one, "parameters")
 

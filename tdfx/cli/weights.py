@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,11 @@ def _pickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes for a file that is missing, damaged or not weights
+        # Where code would have to run, torch's own text says how to let it run.
+        is_code = isinstance(error, pickle.UnpicklingError)
+        why = "it holds more than tensors, and code in a file is not run" if is_code else first_line(error)
         raise ModelReferenceError(
-            f"The weights {str(path)!r} could not be read: {type(error).__name__}: {first_line(error)}. "
+            f"The weights {str(path)!r} could not be read: {type(error).__name__}: {why}. "
             f"Save them with torch.save(model.state_dict(), path)."
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,14 +11,16 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from tdfx.cost.count import Flow, parameters
-from tdfx.cost.machine import describe_machine, rates
+from tdfx.cost.machine import describe_machine
 from tdfx.cost.modelled import Case, Modelled
+from tdfx.cost.rates import stream_rate
 from tdfx.cost.setting import Setting
 from tdfx.cost.store import Store, cache_folder
 from tdfx.cost.timing import Timing, take_turns
 from tdfx.cost.workload import Workload
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
+from tdfx.numbers import is_number
 from tdfx.progress import progress
 
 _known: dict[str, float] = {}
@@ -54,11 +57,12 @@ class Measured:
 
     def __post_init__(self) -> None:
         whole = type(self.rounds) is int and self.rounds >= 1
-        numbers = all(isinstance(one, int | float) for one in (self.budget, self.update_bytes))
-        if not (numbers and self.budget > 0 and whole and self.update_bytes >= 0):
+        numbers = all(is_number(one) or one == math.inf for one in (self.budget, self.update_bytes))
+        if not (numbers and isinstance(self.cache, bool) and self.budget > 0 and whole and self.update_bytes >= 0):
             raise PolicyError(
                 f"{self!r} has a number out of range: budget is a positive time in seconds, rounds a whole number of at "
-                f"least 1, update_bytes a number of bytes that is not negative. Leave a field out to take its default."
+                f"least 1, update_bytes a number of bytes that is not negative, cache True or False. Leave a "
+                f"field out to take its default."
             )
 
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
@@ -114,7 +118,7 @@ class Measured:
         """Return how long an optimizer takes for its update of so many weight values, which only memory decides."""
         if not self.update_bytes:
             return 0.0
-        return self.update_bytes * values / rates(device, cache=self.cache).bytes_per_second
+        return self.update_bytes * values / stream_rate(device, cache=self.cache)
 
     def _update(self, chain: Sequence[Operation], flow: Flow | None) -> float:
         if flow is None or not _can_run(flow):

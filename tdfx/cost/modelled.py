@@ -10,9 +10,10 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 
 from tdfx.cost.count import Flow, StepCount, count_chain
-from tdfx.cost.machine import rates
+from tdfx.cost.rates import rates
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
+from tdfx.numbers import is_number
 
 _NOMINAL_SAMPLES = 32
 _NOMINAL_SIZE = 32
@@ -73,11 +74,11 @@ class Modelled:
 
     @classmethod
     def of_machine(cls, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """Return the model with the numbers of this machine, measured in about a second and then kept on disk.
+        """Return the model with the numbers of this machine, from three small layers timed in about a second, then kept.
 
         Args:
             device: Where the model trains, as torch writes it.
-            dtype: Of the products.
+            dtype: In which the layers compute.
         """
         found = rates(device, dtype)
         return cls(
@@ -87,7 +88,9 @@ class Modelled:
         )
 
     def __post_init__(self) -> None:
-        if not (self.flops_per_second > 0 and self.bytes_per_second > 0 and self.seconds_per_call >= 0):
+        each = (self.flops_per_second, self.bytes_per_second, self.seconds_per_call)
+        numbers = all(is_number(one) or one == math.inf for one in each)
+        if not (numbers and self.flops_per_second > 0 and self.bytes_per_second > 0 and self.seconds_per_call >= 0):
             raise PolicyError(
                 f"{self!r} has a rate that is not positive or a negative time: the first two are amounts per second, "
                 f"the third is in seconds. Leave a field out to take its default."

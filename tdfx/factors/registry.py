@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
 from tdfx.errors import PolicyError, nearest
@@ -20,6 +21,9 @@ AUTO = "auto"
 _SCHEMES: dict[str, Scheme] = {
     one.name: one for one in (Tucker2(), Svd(), Tucker1Out(), Tucker1In(), Spatial(), Depthwise(), Cp())
 }
+_MOST = 1000
+"""The largest value of an option, which is a number of rounds: more would only seem to hang."""
+_WHOLE = re.compile(r"[0-9]{1,9}")
 _ALIASES = {"channel": "tucker1_out"}
 """Other names by which the literature knows a scheme."""
 _AUTO = ("tucker2", "svd")
@@ -62,10 +66,10 @@ def _with_options(scheme: Scheme, text: str) -> Scheme:
     settings: dict[str, int] = {}
     for part in text.split(","):
         option, _, value = part.partition("=")
-        if option not in scheme.options or not value.isdecimal() or int(value) < 1:
+        if option not in scheme.options or not _WHOLE.fullmatch(value) or not 1 <= int(value) <= _MOST:
             raise PolicyError(
                 f"scheme={f'{scheme.name}:{text}'!r} has the option {part!r}, which is not known: an option is a name and a "
-                f"whole number of at least 1, and {scheme.name} takes {known}."
+                f"whole number from 1 to {_MOST}, and {scheme.name} takes {known}."
             )
         settings[option] = int(value)
     return type(scheme)(**settings)

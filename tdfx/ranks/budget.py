@@ -8,11 +8,15 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from tdfx.errors import PolicyError
-from tdfx.ranks.rule import Choice, RankRule
+from tdfx.numbers import is_number
+from tdfx.ranks.rule import Choice, RankRule, check_share
 from tdfx.ranks.spectrum import Spectrum
 
 Measure = Literal["weights", "outputs", "curvature"]
 """What a total error is made of."""
+
+_LIMITS = ("speedup", "seconds", "flops", "parameters", "memory")
+"""The fields that are budgets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -46,6 +50,14 @@ class Budget(RankRule):
     """What is kept small: ``"weights"``, the sum of the sites' squared errors relative to each weight's norm; ``"outputs"``,
     relative to each site's output on the example inputs; ``"curvature"``, the weights' squared errors times the optimizer's
     second moments, an estimate of what the loss loses (needs ``optimizer=`` with such state)."""
+    strict: bool = True
+    """What becomes of a budget that cannot be kept: True refuses it and says what can be had, False goes nine tenths of the
+    way that can be gone."""
+    floor: float = 0.0
+    """Least share of the full rank to keep in each mode, in [0, 1], of a weight that would lose more than a tenth of its
+    square below that."""
+    noise_floor: float = 0.0
+    """The same, where it is more, for a weight whose spectrum is still that of noise by EVBMF; 1 keeps it as it is."""
 
     def __post_init__(self) -> None:
         if not self.limits:
@@ -56,7 +68,7 @@ class Budget(RankRule):
         for name in ("speedup", "seconds"):
             value = getattr(self, name)
             least = 1.0 if name == "speedup" else 0.0
-            if value is not None and not (_is_number(value) and least < value < math.inf):
+            if value is not None and not (is_number(value) and least < value < math.inf):
                 raise PolicyError(
                     f"{name}={value!r} is not a number above {least:g}: it is "
                     + (
@@ -67,7 +79,7 @@ class Budget(RankRule):
                 )
         for name in ("flops", "parameters", "memory"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and _is_amount(value)):
+            if value is not None and not (is_number(value) and _is_amount(value)):
                 raise PolicyError(
                     f"{name}={value!r} is neither a share in (0, 1] nor a whole number of at least 1: it is what may be "
                     f"left. For half of what the model has pass {name}=0.5."
@@ -77,15 +89,29 @@ class Budget(RankRule):
                 f"error={self.error!r} is not known: what is kept small is the error of the 'weights', of the 'outputs', or "
                 f"by the loss's 'curvature'."
             )
+        if not isinstance(self.strict, bool):
+            raise PolicyError(
+                f"strict={self.strict!r} is neither True nor False: it says whether a budget that cannot be kept is "
+                f"refused. Pass strict=False to go as far as can be gone."
+            )
+        for name in ("floor", "noise_floor"):
+            check_share(
+                name,
+                getattr(self, name),
+                "the least part of each full rank to keep",
+                f"For a quarter pass {name}=0.25; for no floor pass {name}=0.",
+                zero_allowed=True,
+            )
 
     def __repr__(self) -> str:
-        given = [f"{name}={value!r}" for name, value in self.limits.items()]
-        return f"Budget({', '.join([*given, *([] if self.error == 'weights' else [f'error={self.error!r}'])])})"
+        """Return what was given, and leave out what is as usual."""
+        values = ((one, getattr(self, one.name)) for one in fields(self))
+        return f"Budget({', '.join(f'{one.name}={value!r}' for one, value in values if value != one.default)})"
 
     @property
     def limits(self) -> dict[str, float]:
         """The budgets that are given, by name."""
-        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "error"}
+        found = {name: getattr(self, name) for name in _LIMITS}
         return {name: value for name, value in found.items() if value is not None}
 
     @property
@@ -105,9 +131,9 @@ class Budget(RankRule):
         )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_amount(value: float) -> bool:
     return value >= 1 if isinstance(value, int) else 0 < value <= 1 or (value > 1 and value == int(value))
+
+
+DEFAULT_RULE = Budget(speedup=2.0, strict=False, floor=0.125, noise_floor=0.25)
+"""The rank rule of a policy that gives none; chosen by ``tools/study_default.py``."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from dataclasses import replace
+from functools import partial, reduce
 from operator import or_
 
 from tdfx.errors import PolicyError, nearest
-from tdfx.ranks.budget import Budget
+from tdfx.ranks.budget import DEFAULT_RULE, Budget
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.ratio import Ratio
 from tdfx.ranks.rule import RankRule
@@ -17,6 +18,7 @@ from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 
 _RULES: dict[str, tuple[Callable[..., RankRule], str | None]] = {
+    "default": (partial(replace, DEFAULT_RULE), "speedup"),
     "vbmf": (VBMF, "floor"),
     "energy": (Energy, "share"),
     "ratio": (Ratio, "of"),
@@ -43,6 +45,8 @@ def parse_rule(text: str) -> RankRule:
     Target(parameters=0.5).at_least(8)
     >>> parse_rule("speedup:2")
     Budget(speedup=2.0)
+    >>> parse_rule("default:3")
+    Budget(speedup=3.0, strict=False, floor=0.125, noise_floor=0.25)
     >>> parse_rule("vbmf | ratio:0.5")
     VBMF(floor=0.25, weaken=1.0) | Ratio(of=0.5)
 
@@ -60,7 +64,7 @@ def rule_names() -> tuple[str, ...]:
     """Return the names of the rules that can be asked for by a string.
 
     >>> rule_names()[:3]
-    ('vbmf', 'energy', 'ratio')
+    ('default', 'vbmf', 'energy')
     """
     return tuple(_RULES)
 

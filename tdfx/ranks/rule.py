@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tdfx.errors import PolicyError
+from tdfx.numbers import is_number
 from tdfx.ranks.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ class RankRule(ABC):
 
 def check_share(name: str, value: float, meaning: str, example: str, *, zero_allowed: bool = False) -> None:
     """Raise PolicyError unless ``value`` is a share in (0, 1], or in [0, 1] where zero is allowed."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value > 1 or value < 0 or (value == 0 and not zero_allowed):
+    if not is_number(value) or value > 1 or value < 0 or (value == 0 and not zero_allowed):
         interval = "[0, 1]" if zero_allowed else "(0, 1]"
         raise PolicyError(f"{name}={value!r} is not in {interval}: it is {meaning}. {example}")
 

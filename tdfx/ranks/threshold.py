@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tdfx.errors import PolicyError
+from tdfx.numbers import is_number
 from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.signal import NO_SIGNAL, has_signal
 from tdfx.ranks.spectrum import Spectrum
@@ -28,13 +28,12 @@ class Threshold(RankRule):
     """True if ``above`` is a share of the largest singular value of each mode."""
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.above, int | float) and not isinstance(self.above, bool)
-        if self.relative and not (is_number and 0 < self.above < 1):
+        if self.relative and not (is_number(self.above) and 0 < self.above < 1):
             raise PolicyError(
                 f"above={self.above!r} is not in (0, 1): with relative=True it is the part of the largest singular value "
                 f"that a kept one exceeds. For one percent pass above=0.01."
             )
-        if not is_number or not 0 <= self.above < math.inf:
+        if not is_number(self.above) or self.above < 0:
             raise PolicyError(
                 f"above={self.above!r} is not a number of at least 0: it is the singular value that a kept one exceeds. "
                 f"Pass for example above=0.1, or above=0.01 with relative=True for one percent of the largest."

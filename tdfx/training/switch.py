@@ -22,8 +22,10 @@ from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.observe import Inputs
 from tdfx.plan import Emit, Plan, Reason
 from tdfx.policy import Policy
+from tdfx.ranks.budget import Budget
 from tdfx.scalars import Writer, check_writer, log_plan
 from tdfx.training.events import SwitchEvent, What
+from tdfx.training.instalments import left_of, only
 from tdfx.training.resume import TIMES, attributes_of, rewarms_of, state_of
 from tdfx.training.rewarm import Rewarm, check_rates
 from tdfx.training.settings import check_settings
@@ -42,7 +44,8 @@ class Switch:
 
     Call ``step`` once after each optimizer step, before the next backward, and go on with the model that it returns: the
     same object, but for the few steps that switch. Where sites switch at different steps, a later switch leaves the
-    earlier ones as they are. A rule that sees all sites at once, such as ``Target``, then sees those that switch together.
+    earlier ones as they are. A rule that sees all sites at once, such as ``Target``, then sees those that switch together. A
+    budget is for the whole model still: each site gets what is best for it in a plan for all that are left.
 
     To resume, load the state, give a freshly built model the form that ``plan`` says, then load model and optimizer::
 
@@ -247,9 +250,14 @@ class Switch:
         emit: Emit = arguments.get("emit", "graph")
         began = self._clock()
         policy = self.policy
-        if names is not None:
+        in_parts = names is not None and isinstance(policy.rank, Budget)
+        if in_parts:
+            policy = left_of(policy, self._plan, self._seconds)
+        elif names is not None:
             policy = replace(policy, include=tuple(glob.escape(name) for name in names))
         made = make_plan(model, policy, example_inputs=inputs, emit=emit)
+        if in_parts:
+            made = only(made, names or ())
         numbers = [self._clock() - began, statistics.median(self._times) if self._times else -1.0]
         text, planning, step_seconds = wrapped.agree([made.to_json(indent=None), *numbers])
         made = Plan.from_json(text)
@@ -308,7 +316,13 @@ class Switch:
         earlier = {} if self._plan is None else {one.name: one for one in self._plan.factorized}
         dense = self._plan or made
         whole = tuple(earlier.get(one.name, one) for one in made)
-        self._plan = replace(made, sites=whole, other_parameters=dense.other_parameters, policy=repr(self.policy))
+        self._plan = replace(
+            made,
+            sites=whole,
+            other_parameters=dense.other_parameters,
+            policy=repr(self.policy),
+            step_seconds=dense.step_seconds,
+        )
         for one in made.factorized:
             if one.name in self._seconds and one.gain:
                 self._seconds = {**self._seconds, one.name: self._seconds[one.name] / one.gain}

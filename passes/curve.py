@@ -1,0 +1,55 @@
+"""The times of a site's many options, of which a few were measured."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Sequence
+
+from tdfx.cost.modelled import Cost
+from tdfx.passes.base import Site
+from tdfx.passes.estimate import chain_now
+from tdfx.passes.propose import Option
+from tdfx.passes.times import Times
+
+
+class Curve:
+    """The times of one site's options: measured, or estimated in the scale of those of their scheme that were measured."""
+
+    def __init__(self, times: Times, cost: Cost, site: Site, options: Iterable[Option]) -> None:
+        """Take what is known now of a site's options by a cost."""
+        self.times, self.cost, self.site = times, cost, site
+        self.points: dict[str, list[tuple[float, float]]] = {}
+        """Of each scheme the estimates of what was measured, sorted, and how many times longer each takes in fact."""
+        for option in options:
+            measured = self.times.measured(self.cost, self.site, option.chain)
+            if measured is not None:
+                guess = self.times.estimate(self.cost, self.site, option.chain)
+                self.points.setdefault(option.scheme.name, []).append((guess, measured / guess))
+        for points in self.points.values():
+            points.sort()
+
+    def seconds(self, option: Option | None) -> float:
+        """Return the time of an option, or of the site as it is."""
+        chain = chain_now(self.site) if option is None else option.chain
+        measured = self.times.measured(self.cost, self.site, chain)
+        if measured is not None:
+            return measured
+        guess = self.times.estimate(self.cost, self.site, chain)
+        points = self.points.get(option.scheme.name, []) if option is not None else []
+        if points:
+            return guess * _between(points, guess)
+        now = self.times.measured(self.cost, self.site, chain_now(self.site))
+        return guess if now is None else guess * now / self.times.estimate(self.cost, self.site, chain_now(self.site))
+
+
+def _between(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Interpolate between sorted points, and take the nearest outside of them.
+
+    >>> _between([(1.0, 2.0), (3.0, 4.0)], 2.0), _between([(1.0, 2.0), (3.0, 4.0)], 9.0)
+    (3.0, 4.0)
+    """
+    place = bisect.bisect([x for x, _ in points], at)
+    if place in (0, len(points)):
+        return points[max(0, place - 1)][1]
+    (x0, y0), (x1, y1) = points[place - 1 : place + 1]
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
