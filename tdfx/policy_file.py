@@ -51,10 +51,14 @@ def read_policy(source: str | Path | Mapping[str, Any]) -> Policy:
         >>> read_policy({"rank": "ratio:0.5", "exclude": ["fc"], "cost": "modelled"}).rank
         Ratio(of=0.5)
     """
-    if isinstance(source, Mapping):
-        return _Reader("The policy").policy(source)
-    path = Path(source)
-    return _Reader(f"The policy {str(path)!r}").policy(_loaded(path))
+    name = "The policy" if isinstance(source, Mapping) else f"The policy {str(source)!r}"
+    table = source if isinstance(source, Mapping) else _loaded(Path(source))
+    try:
+        return _Reader(name).policy(table)
+    except RecursionError as error:
+        raise PolicyError(
+            f"{name} has overrides within overrides without end. Name the sites in fewer tables."
+        ) from error
 
 
 def _loaded(path: Path) -> object:

@@ -153,7 +153,9 @@ def test_a_weight_that_is_not_finite(value: float) -> None:
 
 def test_a_weight_on_the_meta_device() -> None:
     with pytest.raises(tdfx.WeightError, match="weight of site '' is on the meta device and has no values"):
-        tdfx.plan(nn.Linear(4, 4, device="meta"), QUARTER)
+        tdfx.rewrite(nn.Linear(4, 4, device="meta"), QUARTER)
+    with pytest.raises(tdfx.WeightError, match=r"weight of site '' is on the meta device .* and VBMF\(.* reads them"):
+        tdfx.plan(nn.Linear(4, 4, device="meta"), replace(QUARTER, rank=tdfx.VBMF()))
 
 
 def test_an_unknown_scheme() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,18 @@ def test_rules_in_a_string_are_those_of_python() -> None:
 def test_an_override_may_be_part_of_the_budget_around_it() -> None:
     policy = tdfx.read_policy({"parameters": 0.5, "cost": "modelled", "overrides": {"fc": {"scheme": "svd"}}})
     assert policy == tdfx.Policy(parameters=0.5, cost=tdfx.Modelled(), overrides={"fc": tdfx.Policy(scheme="svd")})
+
+
+def test_overrides_within_overrides_have_an_end(tmp_path: Path) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(sys.getrecursionlimit()):
+        deep = {"overrides": {"*": deep}}
+    with pytest.raises(PolicyError, match="The policy has overrides within overrides without end"):
+        tdfx.read_policy(deep)
+    # What a file may hold is bounded by what its parser takes, but that is deeper than what can be made of it.
+    depth = sys.getrecursionlimit() // 4
+    (tmp_path / "p.json").write_text('{"overrides": {"*": ' * depth + "{}" + "}}" * depth)
+    with pytest.raises(PolicyError, match=r"The policy '.*p\.json' (has overrides within|is not JSON)"):
+        tdfx.read_policy(tmp_path / "p.json")
+    shallow = tdfx.read_policy({"overrides": {"*": {"overrides": {"fc": "keep"}}}})
+    assert shallow.for_site("fc") is None

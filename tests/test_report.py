@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import json
 import re
 import sys
@@ -346,8 +347,8 @@ def test_a_picture_has_a_panel_for_every_site(sites: int, tmp_path: Path) -> Non
     write_plot(seen, tmp_path / "picture.svg")
     text = (tmp_path / "picture.svg").read_text()
     # A comment before each text says what it reads.
-    assert all(f"<!-- {number} {number - 1} -->" in text for number in range(1, sites + 1))
-    assert f"<!-- {sites + 1} {sites} -->" not in text
+    assert all(f"<!-- {number} · {number - 1} -->" in text for number in range(1, sites + 1))
+    assert f"<!-- {sites + 1} · {sites} -->" not in text
     width, height = (float(one) for one in re.findall(r'(?:width|height)="([\d.]+)pt"', text)[:2])
     assert width <= 17 * 72
     assert height <= (4 + 1.45 * (sites / 3 + 1)) * 72
@@ -404,3 +405,16 @@ def test_inspect_writes_both(tmp_path: Path) -> None:
     assert "Sequential" in (tmp_path / "a.html").read_text()
     refused = CliRunner().invoke(main, ["inspect", "no_such:model", "--html", f"{tmp_path}/nowhere/a.html"])
     assert "Cannot write" in refused.stderr
+
+
+def test_the_tool_that_makes_the_picture_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    tools = Path(__file__).parents[1] / "tools"
+    if not (tools / "picture.py").is_file():
+        pytest.skip("the checkout's tools are not beside these tests")
+    monkeypatch.syspath_prepend(str(tools))
+    result = CliRunner().invoke(importlib.import_module("picture").main, [f"{tmp_path}/a.png", "--epochs", "0"])
+    assert result.exit_code == 0, result.output
+    assert "7 sites" in result.output
+    assert (tmp_path / "a.png").stat().st_size > 10_000

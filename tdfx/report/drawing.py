@@ -9,13 +9,14 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from tdfx.plan import Plan
+from tdfx.plan_table import fold
 from tdfx.report.layout import START, Piece, pieces_of
 from tdfx.report.network import Box, Network
 
 _WIDTH, _GAP_X, _GAP_Y, _MARGIN = 142, 10, 16, 8
 _TALL, _LOW = 36, 22
 _BEND = 14
-_LETTERS = 21
+_LETTERS = 20
 """Letters that a box has room for."""
 _SLIVER = 0.5
 
@@ -143,7 +144,7 @@ def _box(box: Box, spot: _Spot, title: str, rewritten: Mapping[str, str], names:
     lines = [first, second] if box.sites else [first]
     text = Markup("").join(
         Markup('<text{} x="{:.0f}" y="{:.0f}">{}</text>').format(
-            Markup(' class="small"') if index else "", spot.x, spot.top + 15 + 14 * index, _short(line)
+            Markup(' class="small"') if index else "", spot.x, spot.top + 15 + 14 * index, fold(line, _LETTERS)
         )
         for index, line in enumerate(lines)
     )
@@ -153,7 +154,7 @@ def _box(box: Box, spot: _Spot, title: str, rewritten: Mapping[str, str], names:
     known = [names[one] for one in box.sites if one in names]
     if len(box.sites) == 1 and known:
         return Markup('<a href="#site-{n}" data-site="{n}" aria-label="{}">{}</a>').format(full, inside, n=known[0])
-    inner = ".".join(box.path).rstrip(".") + "."
+    inner = ".".join(box.path) + "."
     return Markup('<a href="#sites" data-filter="{}" aria-label="{}">{}</a>').format(inner, full, inside)
 
 
@@ -167,14 +168,10 @@ def _words(box: Box, title: str, rewritten: Mapping[str, str], done: int) -> tup
         what = rewritten.get(name, "kept")
         after = " · ".join(box.steps[1:])
         return f"{name or '(root)'}: {what}" + (f"; then {after}" if after else ""), _within(name, title), what
-    inner = ".".join(box.path).rstrip(".")
+    inner = ".".join(box.path)
     what = f"{done} of {len(box.sites)} rewritten"
-    return f"{inner}: {what}", _within(inner, title), what
+    return f"{inner}: {what}", inner, what
 
 
 def _within(name: str, title: str) -> str:
     return (name.removeprefix(f"{title}.") if title else name) or "(root)"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _LETTERS else f"{text[: _LETTERS - 1]}…"

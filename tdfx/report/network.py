@@ -192,4 +192,4 @@ def _joined(graph: nx.DiGraph, nodes: list[fx.Node], depth: int) -> Box:
         return boxes[0]
     sites = tuple(dict.fromkeys(name for box in boxes for name in box.sites))
     path = boxes[0].path[:depth]
-    return Box((*path, ""), (".".join(path),), sites, collapsed=True)
+    return Box(path, (".".join(path),), sites, collapsed=True)

@@ -136,7 +136,7 @@ def _figure(seen: Look, numbered: Sequence[tuple[int, SitePlan]], columns: int, 
             _spectrum(axes[place], number, site, seen.spectra[site.name])
         for place in range(len(numbered), rows * columns):
             axes[place].set_axis_off()
-        _legend(bottom, [curve for _, site in numbered for curve in seen.spectra[site.name]])
+        _legend(bottom, [curve for _, site in numbered for curve in seen.spectra[site.name]], min(4, columns // 2))
     return figure
 
 
@@ -158,7 +158,8 @@ def _totals(part: Any, plan: Plan) -> None:
     rest = plan.other_parameters
     total = f"{short_number(sum(a for a, _ in counts) + rest)} → {short_number(sum(b for _, b in counts) + rest)}"
     _bars(right, counts, f"parameters by site; in all {total}", "parameters")
-    right.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, fontsize=7.5, frameon=False, borderpad=0)
+    handles, labels = right.get_legend_handles_labels()
+    part.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=7.5, frameon=False)
 
 
 def _work(plan: Plan) -> tuple[list[tuple[float, float]], str, str]:
@@ -227,7 +228,7 @@ def _spectrum(axes: Axes, number: int, site: SitePlan, curves: Sequence[Curve]) 
     name = fold(site.name or "(root)", _LETTERS)
     # As it is: a name may hold what matplotlib would read as mathematics.
     axes.set_title(
-        f"{number} {name}\n{ranks}", fontsize=6.5, color=_SOFT if kept else _INK, loc="left", parse_math=False
+        f"{number} · {name}\n{ranks}", fontsize=6.5, color=_SOFT if kept else _INK, loc="left", parse_math=False
     )
 
 
@@ -239,15 +240,15 @@ def _quiet(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(part: Any, curves: Sequence[Curve]) -> None:
-    """Say under the panels what the colours mean."""
+def _legend(part: Any, curves: Sequence[Curve], columns: int) -> None:
+    """Say under the panels what the colours mean, in so many columns."""
     lines = need("matplotlib.lines", "A picture")
     modes = list(dict.fromkeys(curve.mode for curve in curves if curve.rank is not None))
     found = [lines.Line2D([], [], color=colour, label=_NAMES[index]) for index, colour in enumerate(_MODES)]
     shown = found if any(modes) else [lines.Line2D([], [], color=_MODES[0], label="singular values")]
     shown.append(lines.Line2D([], [], color=_SOFT, label="kept dense"))
     shown.append(lines.Line2D([], [], color=_INK, linestyle=(0, (3, 2)), linewidth=0.9, label="chosen rank"))
-    part.legend(handles=shown, loc="outside lower left", ncols=len(shown), fontsize=7.5, frameon=False)
+    part.legend(handles=shown, loc="outside lower left", ncols=columns, fontsize=7.5, frameon=False)
 
 
 _NAMES = ("singular values (of the output channels, where there are two)", "singular values of the input channels")
