@@ -1,0 +1,247 @@
+"""Contract each chain of factors to one node, and the layer it stands for likewise, so that the two can be compared.
+
+Where a chain begins and ends is read off the tensors that the rewrite recorded by name, never guessed from nodes that
+happen to follow one another. What lies between is taken together: factors, the padding that a layer does by itself, the
+zeros that the exporter writes for a missing bias.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tdfx.onnx_proof.geometry import CONVOLUTIONS, PRODUCTS, geometry_of, operator_of
+from tdfx.onnx_proof.graph import Graph, Initializer, Node, sources_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from tdfx.onnx_proof.chains import Chain
+
+_LAYOUT = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+"""Operators that hand a weight on as it is, in another form."""
+
+SUFFIX = " site"
+"""What the operator of a contracted node ends with."""
+
+
+class ContractionError(Exception):
+    """A chain that is not one: what was found in its place, and where."""
+
+    def __init__(self, text: str, node: int | None = None) -> None:
+        super().__init__(text)
+        self.node = node
+
+
+@dataclass(frozen=True, slots=True)
+class Contracted:
+    """A graph with some sites contracted, and how many nodes each of them had."""
+
+    graph: Graph
+    sizes: dict[str, tuple[int, ...]]
+    """Site -> the number of nodes that were made one, for each place where the site is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """One site as a graph has it: names of its tensors."""
+
+    chain: Chain
+    weights: tuple[str, ...]
+    bias: str | None
+
+
+def differing(own: Iterable[Chain], others: Iterable[Chain]) -> tuple[Chain, ...]:
+    """Return the chains that only one of two graphs has, or that they have at other ranks, one for each site."""
+    mine, theirs = ({one.site: one for one in some} for some in (own, others))
+    return tuple(one for site, one in {**theirs, **mine}.items() if mine.get(site) != theirs.get(site))
+
+
+def contract(graph: Graph, chains: Iterable[Chain]) -> Contracted:
+    """Return ``graph`` with one node for each place where a site of ``chains`` is computed, factorized or dense.
+
+    Raises:
+        ContractionError: if the graph does not compute a site the way that was recorded.
+
+    """
+    factorized = {one.site: one for one in graph.chains}
+    work = _Work(graph)
+    for dense in chains:
+        own = factorized.get(dense.site)
+        if own is not None:
+            work.site(_Form(own, own.factors, own.factor_bias))
+        else:
+            work.site(_Form(dense, (dense.weight,), dense.bias))
+    return work.result()
+
+
+class _Work:
+    """The nodes to go, and what comes in their place."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.readers: dict[str, list[int]] = defaultdict(list)
+        for index, node in enumerate(graph.nodes):
+            for name in filter(None, node.inputs):
+                self.readers[name].append(index)
+        self.results = {port.name for port in graph.outputs}
+        self.gone: set[int] = set()
+        self.made: dict[int, Node] = {}
+        self.initializers = dict(graph.initializers)
+        self.sizes: dict[str, tuple[int, ...]] = {}
+
+    def site(self, form: _Form) -> None:
+        """Contract one site wherever it is computed."""
+        heads = self._readers_of_weight(form, form.weights[0])
+        tails = [self._with_bias(form, one) for one in self._readers_of_weight(form, form.weights[-1])]
+        data = {self._data(form, head)[0] for head in heads}
+        regions = [self._region(form, tail, set(heads), data) for tail in tails]
+        for tail, (region, head) in zip(tails, regions, strict=True):
+            self._replace(form, tail, head, region)
+        self.sizes[form.chain.site] = tuple(len(region) for region, _ in regions)
+        self._rename(form)
+
+    def _readers_of_weight(self, form: _Form, name: str) -> list[int]:
+        """Return the nodes that multiply by a weight, in whatever form it reaches them."""
+        if name not in self.graph.initializers:
+            raise ContractionError(f"the site {form.chain} has no tensor {name!r} in the graph")
+        found, waiting = [], [name]
+        while waiting:
+            value = waiting.pop()
+            for index in self.readers[value]:
+                node = self.graph.nodes[index]
+                if node.op in CONVOLUTIONS | PRODUCTS:
+                    found.append(index)
+                elif node.op in _LAYOUT:
+                    waiting.extend(filter(None, node.outputs))
+                elif node.op != "Shape":
+                    raise ContractionError(f"the weight {name!r} of the site {form.chain} is read by {node}", index)
+        return sorted(found)
+
+    def _with_bias(self, form: _Form, tail: int) -> int:
+        """Return the node that adds the bias, where that is another one than the last to multiply."""
+        if form.bias is None or form.bias in self.graph.nodes[tail].inputs:
+            return tail
+        after = self.readers[self.graph.nodes[tail].outputs[0]]
+        found = [one for one in after if self.graph.nodes[one].op == "Add" and form.bias in self.graph.nodes[one].inputs]
+        if len(found) != 1:
+            raise ContractionError(f"the bias {form.bias!r} of the site {form.chain} is not added to its result", tail)
+        return found[0]
+
+    def _data(self, form: _Form, head: int) -> tuple[str, int | None]:
+        """Return the value that goes into a chain, and the node of the layer's own padding."""
+        name = self.graph.nodes[head].inputs[0]
+        maker = self.graph.maker(name)
+        if form.chain.pads and maker is not None and self.graph.nodes[maker].op == "Pad":
+            return self.graph.nodes[maker].inputs[0], maker
+        return name, None
+
+    def _region(self, form: _Form, tail: int, heads: set[int], data: set[str]) -> tuple[set[int], int]:
+        """Return the nodes from the data to ``tail``, and the one that begins them."""
+        found, waiting = set(), [tail]
+        while waiting:
+            index = waiting.pop()
+            if index in found:
+                continue
+            found.add(index)
+            for name in filter(None, self.graph.nodes[index].inputs):
+                maker = self.graph.maker(name)
+                if name in data:
+                    continue
+                if maker is not None:
+                    waiting.append(maker)
+                elif self.graph.sources[name][0] == "input":
+                    raise ContractionError(f"the site {form.chain} reads the input {name!r} on the way", index)
+        inside = heads & found
+        if len(inside) != 1:
+            raise ContractionError(f"the site {form.chain} ends {len(inside)} chains at one node", tail)
+        return self._without_shared(form, found, tail, *inside), *inside
+
+    def _without_shared(self, form: _Form, found: set[int], tail: int, head: int) -> set[int]:
+        """Leave to the others what they read too: the exporter keeps equal constants once."""
+        begin = self._data(form, head)[1]
+        flow: set[str] = set()
+        for index in sorted(found):
+            node = self.graph.nodes[index]
+            if index in {begin, head} or flow & {*node.inputs}:
+                flow.update(node.outputs)
+        kept = set(found)
+        for index in sorted(found - {tail}, reverse=True):
+            outputs = [name for name in self.graph.nodes[index].outputs if name]
+            if any(name in self.results or not kept.issuperset(self.readers[name]) for name in outputs):
+                if flow.intersection(outputs):
+                    text = f"a value inside the site {form.chain}, {outputs[0]!r}, is read elsewhere too"
+                    raise ContractionError(text, index)
+                kept.discard(index)
+        return kept
+
+    def _replace(self, form: _Form, tail: int, head: int, region: set[int]) -> None:
+        nodes = [self.graph.nodes[index] for index in sorted(region)]
+        own = {*form.weights, form.bias}
+        others = (name for node in nodes for name in node.inputs if name in self.graph.initializers)
+        extra = dict.fromkeys(name for name in others if name not in own)
+        self.gone |= region
+        self.made[tail] = Node(
+            name=form.chain.site or "the model itself",
+            op=operator_of(nodes) + SUFFIX,
+            attributes=geometry_of(nodes, self.graph),
+            inputs=tuple(filter(None, (self._data(form, head)[0], form.chain.weight, form.chain.bias, *extra))),
+            outputs=self.graph.nodes[tail].outputs[:1],
+        )
+
+    def _rename(self, form: _Form) -> None:
+        """Let the dense tensors stand in place of the factors."""
+        dtype = self.graph.initializers[form.weights[0]].dtype
+        bias = self.graph.initializers[form.bias] if form.bias in self.graph.initializers else None
+        for name in (*form.weights, form.bias):
+            self.initializers.pop(name or "", None)
+        weight = form.chain.weight
+        shape = form.chain.shape if len(form.weights) > 1 else self.graph.initializers[weight].shape
+        self.initializers[weight] = Initializer(weight, dtype, shape, None, anonymous=False)
+        if bias is not None and form.chain.bias is not None:
+            self.initializers[form.chain.bias] = replace(bias, name=form.chain.bias)
+
+    def result(self) -> Contracted:
+        """Return the graph as it is now, without what only contracted nodes have read."""
+        gone = self.gone | self._dead()
+        nodes = tuple(
+            self.made.get(index, node)
+            for index, node in enumerate(self.graph.nodes)
+            if index in self.made or index not in gone
+        )
+        sources = sources_of(self.graph.inputs, self.initializers, nodes, self.graph.outputs)
+        graph = replace(self.graph, nodes=nodes, initializers=self.initializers, sources=sources, chains=())
+        return Contracted(graph, self.sizes)
+
+    def _dead(self) -> set[int]:
+        """Return the nodes whose last readers are gone."""
+        dead: set[int] = set()
+        kept = {name for node in self.made.values() for name in node.inputs} | self.results
+        waiting = self._makers(self.gone)
+        while waiting:
+            index = waiting.pop()
+            outputs = [name for name in self.graph.nodes[index].outputs if name]
+            read = any(name in kept or not (self.gone | dead).issuperset(self.readers[name]) for name in outputs)
+            if index not in self.gone | dead and not read:
+                dead.add(index)
+                waiting.extend(self._makers([index]))
+        return dead
+
+    def _makers(self, indices: Iterable[int]) -> list[int]:
+        found = (self.graph.maker(name) for index in indices for name in self.graph.nodes[index].inputs)
+        return [one for one in found if one is not None]
+
+
+def described(
+    chains: Sequence[Chain], sizes: dict[str, tuple[int, ...]], others: dict[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    """Say of each contracted chain what it was, and how many nodes became one on either side."""
+    lines = []
+    for chain in chains:
+        counts = [sorted(set(some[chain.site])) for some in (sizes, others)]
+        nodes = " and ".join("/".join(map(str, some)) or "no" for some in counts)
+        calls = len(sizes[chain.site])
+        times = f", at {calls} places" if calls > 1 else ""
+        lines.append(f"{chain}: {nodes} nodes are one{times}")
+    return tuple(lines)
