@@ -21,10 +21,12 @@ from tdfx.errors import (
     TdfxWarning,
     WeightError,
 )
+from tdfx.export import export
 from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import register_kind
 from tdfx.layers import Factorized
+from tdfx.onnx_proof.report import ExportReport, VerifyReport
 from tdfx.optim.states import register_optimizer
 from tdfx.plan import Emit, Plan, Reason, SitePlan
 from tdfx.policy import Policy
@@ -43,7 +45,7 @@ from tdfx.training.penalty import LowRankPenalty
 from tdfx.training.rewarm import Rewarm
 from tdfx.training.switch import Switch
 from tdfx.training.when import AtEpoch, AtStep, Settled
-from tdfx.verify import VerifyReport, verify
+from tdfx.verify import verify
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,7 @@ __all__ = [
     "Emit",
     "Energy",
     "ExportError",
+    "ExportReport",
     "Factorized",
     "Fixed",
     "Freeze",
@@ -90,6 +93,7 @@ __all__ = [
     "Threshold",
     "VerifyReport",
     "WeightError",
+    "export",
     "load",
     "merge",
     "plan",

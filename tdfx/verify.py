@@ -96,7 +96,8 @@ def _check_inputs(given: object, needed: bool) -> Given | None:
         if needed:
             raise InputError(
                 "example_inputs is missing: a module is exported by running it on example inputs. "
-                "Pass example_inputs=(x,), with tensors of the shape and dtype that the model takes."
+                "Pass example_inputs=(x,), with tensors of the shape and dtype that the model takes; on the command line, "
+                "--input with a shape."
             )
         return None
     return check_given(given)
@@ -115,15 +116,13 @@ def _to_file(model: Model, inputs: Given | None, axes: Axes | None, path: Path) 
 
 def _compare(paths: tuple[Path, Path], inputs: Given | None, tolerance: float | None) -> VerifyReport:
     from tdfx.onnx_proof.compare import compare_factorized
-    from tdfx.onnx_proof.export import load_file
-    from tdfx.onnx_proof.graph import read_graph
+    from tdfx.onnx_proof.export import read_file
     from tdfx.onnx_proof.place import picture
     from tdfx.onnx_proof.running import compare_numbers, default_tolerance
     from tdfx.onnx_proof.weights import weight_difference
 
     start = time.perf_counter()
-    models = load_file(paths[0]), load_file(paths[1])
-    graph, other = read_graph(models[0]), read_graph(models[1])
+    (proto, graph), (other_proto, other) = (read_file(path) for path in paths)
     proof = compare_factorized(graph, other)
     found = proof.comparison
     numbers = compare_numbers(paths, (graph, other), inputs)
@@ -136,7 +135,7 @@ def _compare(paths: tuple[Path, Path], inputs: Given | None, tolerance: float | 
         max_error=numbers.max_error,
         tolerance=accepted,
         problem=numbers.problem,
-        weight=weight_difference(models, paths, graph) if apart and not proof.chains else None,
+        weight=weight_difference((proto, other_proto), paths, graph) if apart and not proof.chains else None,
         inputs="random" if inputs is None else "given",
         nodes=len(graph.nodes),
         contracted=proof.described,

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tdfx.errors import InputError, nearest
@@ -123,5 +124,5 @@ def grown(module: nn.Module, given: Given, axes: Axes) -> Given:
 def _longer(tensor: Tensor, axes: Sequence[int]) -> Tensor:
     for axis in axes:
         index = [0, *range(tensor.shape[axis])] if tensor.shape[axis] else []
-        tensor = tensor.index_select(axis, tensor.new_tensor(index, dtype=int).long())
+        tensor = tensor.index_select(axis, torch.tensor(index, dtype=torch.int64, device=tensor.device))
     return tensor

@@ -68,8 +68,7 @@ def _chain(path: str, layer: Factorized) -> Chain:
         bias=f"{head}{kind.bias}" if has_bias else None,
         pads=operation.padding_mode != "zeros" or isinstance(operation.padding, str),
         exact=all(
-            rank >= full
-            for rank, full in zip(layer.origin.ranks, layer.scheme.full_ranks(operation), strict=True)
+            rank >= full for rank, full in zip(layer.origin.ranks, layer.scheme.full_ranks(operation), strict=True)
         ),
     )
 

@@ -92,7 +92,7 @@ class _Work:
         self.sizes: dict[str, tuple[int, ...]] = {}
 
     def site(self, form: _Form) -> None:
-        """Contract one site wherever it is computed."""
+        """Contract one site wherever it is computed; in eval mode, to which an export is bound, that may be nowhere."""
         heads = self._readers_of_weight(form, form.weights[0])
         tails = [self._with_bias(form, one) for one in self._readers_of_weight(form, form.weights[-1])]
         data = {self._data(form, head)[0] for head in heads}
@@ -104,8 +104,6 @@ class _Work:
 
     def _readers_of_weight(self, form: _Form, name: str) -> list[int]:
         """Return the nodes that multiply by a weight, in whatever form it reaches them."""
-        if name not in self.graph.initializers:
-            raise ContractionError(f"the site {form.chain} has no tensor {name!r} in the graph")
         found, waiting = [], [name]
         while waiting:
             value = waiting.pop()
@@ -124,7 +122,9 @@ class _Work:
         if form.bias is None or form.bias in self.graph.nodes[tail].inputs:
             return tail
         after = self.readers[self.graph.nodes[tail].outputs[0]]
-        found = [one for one in after if self.graph.nodes[one].op == "Add" and form.bias in self.graph.nodes[one].inputs]
+        found = [
+            one for one in after if self.graph.nodes[one].op == "Add" and form.bias in self.graph.nodes[one].inputs
+        ]
         if len(found) != 1:
             raise ContractionError(f"the bias {form.bias!r} of the site {form.chain} is not added to its result", tail)
         return found[0]
@@ -153,10 +153,10 @@ class _Work:
                     waiting.append(maker)
                 elif self.graph.sources[name][0] == "input":
                     raise ContractionError(f"the site {form.chain} reads the input {name!r} on the way", index)
-        inside = heads & found
+        inside = sorted(heads & found)
         if len(inside) != 1:
             raise ContractionError(f"the site {form.chain} ends {len(inside)} chains at one node", tail)
-        return self._without_shared(form, found, tail, *inside), *inside
+        return self._without_shared(form, found, tail, inside[0]), inside[0]
 
     def _without_shared(self, form: _Form, found: set[int], tail: int, head: int) -> set[int]:
         """Leave to the others what they read too: the exporter keeps equal constants once."""
@@ -192,13 +192,13 @@ class _Work:
 
     def _rename(self, form: _Form) -> None:
         """Let the dense tensors stand in place of the factors."""
-        dtype = self.graph.initializers[form.weights[0]].dtype
-        bias = self.graph.initializers[form.bias] if form.bias in self.graph.initializers else None
+        first = self.graph.initializers.get(form.weights[0])
+        bias = self.graph.initializers.get(form.bias or "")
         for name in (*form.weights, form.bias):
             self.initializers.pop(name or "", None)
-        weight = form.chain.weight
-        shape = form.chain.shape if len(form.weights) > 1 else self.graph.initializers[weight].shape
-        self.initializers[weight] = Initializer(weight, dtype, shape, None, anonymous=False)
+        if first is not None:
+            shape = form.chain.shape if len(form.weights) > 1 else first.shape
+            self.initializers[form.chain.weight] = Initializer(form.chain.weight, first.dtype, shape, None, False)
         if bias is not None and form.chain.bias is not None:
             self.initializers[form.chain.bias] = replace(bias, name=form.chain.bias)
 
@@ -210,8 +210,11 @@ class _Work:
             for index, node in enumerate(self.graph.nodes)
             if index in self.made or index not in gone
         )
-        sources = sources_of(self.graph.inputs, self.initializers, nodes, self.graph.outputs)
-        graph = replace(self.graph, nodes=nodes, initializers=self.initializers, sources=sources, chains=())
+        # Tensors that nothing reads are exported or not, depending on whether the model is a graph already.
+        read = {name for node in nodes for name in node.inputs} | self.results
+        initializers = {name: one for name, one in self.initializers.items() if name in read}
+        sources = sources_of(self.graph.inputs, initializers, nodes, self.graph.outputs)
+        graph = replace(self.graph, nodes=nodes, initializers=initializers, sources=sources, chains=())
         return Contracted(graph, self.sizes)
 
     def _dead(self) -> set[int]:
@@ -240,8 +243,10 @@ def described(
     lines = []
     for chain in chains:
         counts = [sorted(set(some[chain.site])) for some in (sizes, others)]
-        nodes = " and ".join("/".join(map(str, some)) or "no" for some in counts)
         calls = len(sizes[chain.site])
-        times = f", at {calls} places" if calls > 1 else ""
-        lines.append(f"{chain}: {nodes} nodes are one{times}")
+        if not any(counts):
+            lines.append(f"{chain}: not computed in eval mode")
+            continue
+        nodes = " and ".join("/".join(map(str, some)) or "no" for some in counts)
+        lines.append(f"{chain}: {nodes} nodes are one{f', at {calls} places' if calls > 1 else ''}")
     return tuple(lines)

@@ -22,7 +22,7 @@ from tdfx.compiled import is_wrapped
 from tdfx.errors import ExportError, InputError
 from tdfx.onnx_proof.arguments import Axes, Given, Outputs, described, dynamic_shapes, in_order
 from tdfx.onnx_proof.chains import METADATA_KEY, chains_of, to_metadata
-from tdfx.onnx_proof.graph import compared_by_value
+from tdfx.onnx_proof.graph import Graph, compared_by_value, read_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -116,6 +116,24 @@ def bare(module: nn.Module) -> nn.Module:
         assert isinstance(inner, nn.Module)
         module = inner
     return module
+
+
+def read_file(path: Path) -> tuple[ModelProto, Graph]:
+    """Read an ONNX file, as ``load_file`` does, and the graph in it.
+
+    Raises:
+        ExportError: if there is no such file, or no valid graph in it.
+
+    """
+    model = load_file(path)
+    try:
+        return model, read_graph(model)
+    except ExportError:
+        raise
+    except Exception as error:  # the bytes may hold anything
+        raise ExportError(
+            f"{str(path)!r} holds a damaged ONNX graph: {_reason(error)} Export the model again."
+        ) from error
 
 
 def load_file(path: Path) -> ModelProto:

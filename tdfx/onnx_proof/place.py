@@ -47,10 +47,7 @@ def _side(graph: Graph, index: int | None) -> list[str]:
 def _readers(graph: Graph, index: int) -> list[str]:
     made = set(filter(None, graph.nodes[index].outputs))
     readers = [
-        f"{one}, argument {position}"
-        for one in graph.nodes
-        for position, name in enumerate(one.inputs)
-        if name in made
+        f"{one}, argument {position}" for one in graph.nodes for position, name in enumerate(one.inputs) if name in made
     ]
     readers += [f"output {port.name!r}" for port in graph.outputs if port.name in made]
     shown = [f"  ╰▷ {one}" for one in readers[:_SHOWN]] or ["  ╰▷ nothing"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 _SHOWN = 8
@@ -103,8 +104,9 @@ class VerifyReport:
         if self.numbers_match:
             return [f"same numbers ({error})"]
         if self.approximate:
-            chains = f"{self.approximate} of {len(self.contracted)} chain(s) are below full rank"
-            return [f"the numbers differ by the approximation ({error}); {chains}"]
+            return [
+                f"the numbers differ by the approximation ({error}); {self.approximate} chain(s) are below full rank"
+            ]
         return [f"the numbers differ ({error})", *([f"  {self.weight}"] if self.weight is not None else [])]
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,3 +130,33 @@ class VerifyReport:
             "settled_by": self.settled_by,
             "seconds": self.seconds,
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """What ``export`` has written, and how it was proved."""
+
+    files: tuple[Path, ...]
+    """The ONNX file, and, for large models, the one with the weights."""
+    size: int
+    """Bytes of all of them."""
+    nodes: int
+    """Number of nodes, with functions inlined."""
+    inputs: tuple[str, ...]
+    """Name, dtype and shape of each input; dynamic axes are numbered ``?0``, ``?1`` and so on, equal ones alike."""
+    outputs: tuple[str, ...]
+    """The same of each output."""
+    chains: int
+    """How many sites are chains of factors."""
+    max_error: float
+    """Largest ``max|a - b| / max|b|`` between ONNX Runtime and the model, over outputs and sizes; no unit."""
+    tolerance: float
+    """The largest ``max_error`` that counts as rounding."""
+
+    def __str__(self) -> str:
+        chains = f", {self.chains} site(s) factorized" if self.chains else ""
+        return (
+            f"{self.files[0]}: {self.nodes} nodes, {self.size / 1e6:.1f} MB{chains}\n"
+            f"  {'; '.join(self.inputs)} -> {'; '.join(self.outputs)}\n"
+            f"  same numbers as the model (largest relative error {self.max_error:.1e}, tolerance {self.tolerance:.1e})"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto, external_data_helper, numpy_helper
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tdfx.onnx_proof.graph import Graph
-    from tdfx.onnx_proof.inputs import Array
 
 
 def weight_difference(models: tuple[ModelProto, ModelProto], paths: tuple[Path, Path], graph: Graph) -> str | None:
@@ -34,7 +33,7 @@ def weight_difference(models: tuple[ModelProto, ModelProto], paths: tuple[Path, 
     return None
 
 
-def _values(tensor: TensorProto, path: Path) -> Array:
+def _values(tensor: TensorProto, path: Path) -> Any:
     if external_data_helper.uses_external_data(tensor):
         tensor = TensorProto.FromString(tensor.SerializeToString())  # loading changes it, and would keep all in memory
         external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
