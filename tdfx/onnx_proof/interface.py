@@ -35,9 +35,12 @@ def exit_difference(model: Graph, reference: Graph, names: bool = True) -> Diffe
     return Difference(text, *(graph.maker(_name_at(graph.outputs, position)) for graph in (model, reference)))
 
 
-def port_difference(kind: str, ports: Sequence[Port], others: Sequence[Port]) -> str | None:
-    """Return the first difference in number, dtype or shape of inputs or outputs, whatever their names."""
-    found = _port_difference(kind, ports, others)
+def port_difference(kind: str, ports: Sequence[Port], others: Sequence[Port], start: int = 0) -> str | None:
+    """Return the first difference in number, dtype or shape of inputs or outputs, whatever their names.
+
+    ``start`` is the position of the first of ``ports`` among all.
+    """
+    found = _port_difference(kind, ports, others, start)
     return None if found is None else found[0]
 
 
@@ -58,11 +61,13 @@ def stored_difference(model: Graph, reference: Graph) -> Difference | None:
     return None
 
 
-def _port_difference(kind: str, ports: Sequence[Port], others: Sequence[Port]) -> tuple[str, int] | None:
+def _port_difference(
+    kind: str, ports: Sequence[Port], others: Sequence[Port], start: int = 0
+) -> tuple[str, int] | None:
     """Return the first difference besides names, and the position that it is at."""
     if len(ports) != len(others):
         return f"the model has {len(ports)} {kind}(s), the reference {len(others)}", min(len(ports), len(others))
-    for position, (one, other) in enumerate(zip(ports, others, strict=True)):
+    for position, (one, other) in enumerate(zip(ports, others, strict=True), start):
         if one.dtype != other.dtype:
             text = f"{kind} {position}, {one.name!r}, has dtype {one.dtype}, but {other.dtype} in the reference"
             return text, position
