@@ -39,8 +39,13 @@ class Text(nn.Module):
 
 def _mobilenet() -> nn.Module:
     row = partial(InvertedResidualConfig, width_mult=1.0)
-    rows = [row(8, 3, 16, 8, True, "RE", 2, 1), row(8, 3, 24, 8, False, "HS", 1, 1), row(8, 5, 24, 16, True, "HS", 2, 1)]
-    return MobileNetV3(rows, last_channel=32, num_classes=10, dropout=0.0)
+    rows = [
+        row(8, 3, 16, 8, True, "RE", 2, 1),
+        row(8, 3, 24, 8, False, "HS", 1, 1),
+        row(8, 5, 24, 16, True, "HS", 2, 1),
+    ]
+    model: nn.Module = MobileNetV3(rows, last_channel=32, num_classes=10, dropout=0.0)
+    return model
 
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
@@ -80,7 +85,7 @@ def swap_operands(model: ModelProto) -> str | None:
     assert node is not None
     one, other = places[node.op_type]
     node.input[one], node.input[other] = node.input[other], node.input[one]
-    return node.name
+    return str(node.name)
 
 
 def swap_operands_of_add(model: ModelProto) -> str | None:
@@ -88,7 +93,7 @@ def swap_operands_of_add(model: ModelProto) -> str | None:
     if node is None:
         return None  # a DenseNet adds nothing
     node.input[0], node.input[1] = node.input[1], node.input[0]
-    return node.name
+    return str(node.name)
 
 
 def read_twice(model: ModelProto) -> str | None:
@@ -97,14 +102,14 @@ def read_twice(model: ModelProto) -> str | None:
     if node is None:
         return None
     node.input[1] = node.input[0]
-    return node.name
+    return str(node.name)
 
 
 def change_attribute(model: ModelProto) -> str | None:
     node = _last(model, "BatchNormalization", "LayerNormalization")
     assert node is not None
     next(one for one in node.attribute if one.name == "epsilon").f *= 1.5
-    return node.name
+    return str(node.name)
 
 
 def perturb_weight(model: ModelProto) -> str | None:
@@ -115,7 +120,7 @@ def perturb_weight(model: ModelProto) -> str | None:
     values = numpy_helper.to_array(tensor).copy()
     values.flat[values.size // 2] += 0.01 * np.abs(values).max()
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    return tensor.name
+    return str(tensor.name)
 
 
 def drop_activation(model: ModelProto) -> str | None:
@@ -125,7 +130,7 @@ def drop_activation(model: ModelProto) -> str | None:
     for one in model.graph.node:
         one.input[:] = [node.input[0] if name == node.output[0] else name for name in one.input]
     model.graph.node.remove(node)
-    return node.name
+    return str(node.name)
 
 
 def _change_ints(model: ModelProto, name: str, values: Callable[[list[int]], list[int]]) -> str | None:
@@ -134,7 +139,7 @@ def _change_ints(model: ModelProto, name: str, values: Callable[[list[int]], lis
         if found:
             changed = values(list(found[0].ints))
             found[0].ints[:] = changed
-            return node.name
+            return str(node.name)
     return None
 
 
@@ -154,7 +159,7 @@ def drop_bias(model: ModelProto) -> str | None:
     gemm = _last(model, "Gemm")
     assert gemm is not None
     del gemm.input[2:]
-    return gemm.name
+    return str(gemm.name)
 
 
 def add_node(model: ModelProto) -> str | None:
@@ -164,7 +169,7 @@ def add_node(model: ModelProto) -> str | None:
     node = helper.make_node("Relu", [gemm.input[0]], ["planted"], name="planted")
     model.graph.node.insert(list(model.graph.node).index(gemm), node)
     gemm.input[0] = "planted"
-    return node.name
+    return str(node.name)
 
 
 def swap_concat(model: ModelProto) -> str | None:
@@ -174,7 +179,7 @@ def swap_concat(model: ModelProto) -> str | None:
         return None
     node = found[-1]
     node.input[0], node.input[1] = node.input[1], node.input[0]
-    return node.name
+    return str(node.name)
 
 
 def other_permutation(model: ModelProto) -> str | None:
@@ -183,7 +188,7 @@ def other_permutation(model: ModelProto) -> str | None:
         return None
     order = list(node.attribute[0].ints)
     node.attribute[0].ints[:] = [*order[:-2], order[-1], order[-2]]
-    return node.name
+    return str(node.name)
 
 
 def rename_output(model: ModelProto) -> str | None:
@@ -204,28 +209,28 @@ def rename_input(model: ModelProto) -> str | None:
 
 def other_input_shape(model: ModelProto) -> str | None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value += 1
-    return model.graph.input[0].name
+    return str(model.graph.input[0].name)
 
 
 def dynamic_axis(model: ModelProto) -> str | None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
-    return model.graph.input[0].name
+    return str(model.graph.input[0].name)
 
 
 def other_input_dtype(model: ModelProto) -> str | None:
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.DOUBLE
-    return model.graph.input[0].name
+    return str(model.graph.input[0].name)
 
 
 def other_output_dtype(model: ModelProto) -> str | None:
     model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
-    return model.graph.output[0].name
+    return str(model.graph.output[0].name)
 
 
 def other_weight_dtype(model: ModelProto) -> str | None:
     tensor = next(one for one in model.graph.initializer if one.data_type == TensorProto.FLOAT and one.dims)
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
-    return tensor.name
+    return str(tensor.name)
 
 
 def other_opset(model: ModelProto) -> str | None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import tdfx
 from tdfx.errors import ExportError
 from tdfx.onnx_proof.chains import METADATA_KEY
-from tdfx.onnx_proof.export import export_module
+from tdfx.onnx_proof.compare import Comparison, compare_factorized
+from tdfx.onnx_proof.export import export_module, read_file
 
 X = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -49,35 +50,86 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "cp": (lambda: conv(padding=1, stride=2), "cp"),
     "depthwise": (lambda: conv(padding=1, stride=2), "depthwise"),
     "groups": (lambda: conv(groups=2, padding=1), "tucker2"),
-    "depthwise layer": (lambda: nn.Conv2d(8, 8, 3, groups=8, padding=1), "spatial"),
+    "depthwise_layer": (lambda: nn.Conv2d(8, 8, 3, groups=8, padding=1), "spatial"),
     "same": (lambda: conv(padding="same"), "tucker2"),
     "reflect": (lambda: conv(padding=1, padding_mode="reflect"), "tucker2"),
-    "circular, spatial": (lambda: conv(padding=(2, 1), padding_mode="circular"), "spatial"),
-    "replicate, no bias": (lambda: conv(padding=1, padding_mode="replicate", bias=False), "channel"),
+    "circular_spatial": (lambda: conv(padding=(2, 1), padding_mode="circular"), "spatial"),
+    "replicate": (lambda: conv(padding=1, padding_mode="replicate", bias=False), "tucker1_out"),
     "transposed": (lambda: nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1), "tucker2"),
-    "transposed, spatial": (lambda: nn.ConvTranspose2d(8, 6, 3, stride=(2, 1), output_padding=(1, 0)), "spatial"),
-    "1x1": (lambda: nn.Conv2d(8, 12, 1, stride=2), "svd"),
+    "transposed_spatial": (lambda: nn.ConvTranspose2d(8, 6, 3, stride=(2, 1), output_padding=(1, 0)), "spatial"),
+    "pointwise": (lambda: nn.Conv2d(8, 12, 1, stride=2), "svd"),
     "linear": (lambda: nn.Linear(9, 7), "svd"),
-    "linear, no bias": (lambda: nn.Linear(9, 7, bias=False), "svd"),
+    "linear_bare": (lambda: nn.Linear(9, 7, bias=False), "svd"),
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_every_scheme_is_contracted_to_what_it_stands_for(name: str) -> None:
-    build, scheme = LAYERS[name]
-    model = Wide(build())
-    factorized = factorize(model, scheme)
-    report = tdfx.verify(factorized, model, (X,))
+class Every(nn.Module):
+    """All of them side by side, so that they are exported together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: build() for name, (build, _) in LAYERS.items()})
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [torch.tanh(one(torch.relu(x))) for one in self.layers.values()]
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """The files of the factorized, the original and the merged model."""
+    torch.manual_seed(0)
+    model = Every()
+    rank, cost = tdfx.Ratio(of=0.5), tdfx.Modelled()
+    schemes = {
+        f"layers.{name}": tdfx.Policy(rank=rank, scheme=scheme, min_gain=0, round_to=1, cost=cost)
+        for name, (_, scheme) in LAYERS.items()
+    }
+    factorized = tdfx.rewrite(model, tdfx.Policy(overrides=schemes), example_inputs=(X,))
+    folder = tmp_path_factory.mktemp("every")
+    models = {"factorized": factorized, "original": model, "merged": tdfx.merge(factorized)}
+    for name, one in models.items():
+        export_module(one, (X,), folder / f"{name}.onnx")
+    return folder / "factorized.onnx", folder / "original.onnx", folder / "merged.onnx"
+
+
+def test_every_scheme_is_contracted_to_what_it_stands_for(every: tuple[Path, Path, Path]) -> None:
+    factorized, original, merged = every
+    report = tdfx.verify(factorized, original, (X,))
     assert report.ok, report
     assert report.structure_matches
-    assert report.approximate == 1
-    assert len(report.contracted) == 1
-    assert report.contracted[0].startswith(f"layer ({scheme.replace('channel', 'tucker1_out')}")
-    assert report.max_error > 1e-3
-    assert tdfx.verify(factorized, tdfx.merge(factorized), (X,)).numbers_match
+    names = [one.partition(" ")[0] for one in report.contracted]
+    assert names == [f"layers.{name}" for name in LAYERS]
+    for line, (_, scheme) in zip(report.contracted, LAYERS.values(), strict=True):
+        assert f"({scheme} " in line
+    assert report.approximate == len(LAYERS)
+    assert 1e-3 < report.max_error < 10
     text = str(report)
-    assert f"same structure ({report.nodes} nodes) after contracting 1 chain(s) of factors\n    layer (" in text
+    assert (
+        f"same structure ({report.nodes} nodes) after contracting {len(LAYERS)} chain(s) of factors\n    layers" in text
+    )
+    assert f"    and {len(LAYERS) - 8} more\n" in text
     assert "the numbers differ by the approximation (largest relative error" in text
+    exact = tdfx.verify(factorized, merged, (X,))
+    assert exact.structure_matches
+    assert exact.numbers_match
+
+
+@pytest.mark.parametrize("place", range(2))
+def test_no_layer_passes_for_another(every: tuple[Path, Path, Path], place: int, tmp_path: Path) -> None:
+    """Each convolution of the original in turn gets another stride or padding."""
+    factorized, original, _ = every
+    name = ("strides", "pads")[place]
+    clean = onnx.load(original)
+    for index, node in enumerate(clean.graph.node):
+        if node.op_type not in {"Conv", "ConvTranspose"}:
+            continue
+        model = ModelProto.FromString(clean.SerializeToString())
+        found = next(one for one in model.graph.node[index].attribute if one.name == name)
+        found.ints[0] += 1
+        onnx.save(model, tmp_path / "changed.onnx")
+        report = compare_factorized(read_file(factorized)[1], read_file(tmp_path / "changed.onnx")[1])
+        assert report.comparison.structure is not None
+        assert " site) has " in report.comparison.structure.text
 
 
 class Functional(nn.Module):
@@ -101,8 +153,8 @@ def test_a_layer_called_twice_and_a_parameter_are_contracted(emit: str) -> None:
     factorized = tdfx.rewrite(model, policy, example_inputs=(X,), emit=emit)  # type: ignore[arg-type]
     report = tdfx.verify(factorized, model, (X,))
     assert report.ok, report
-    assert [one.partition(" (")[0] for one in report.contracted] == ["weight", "twice"]
-    assert report.contracted[1].endswith("13 and 1 nodes are one, at 2 places")
+    assert [one.partition(" (")[0] for one in report.contracted] == ["twice", "weight"]
+    assert report.contracted[0].endswith("13 and 1 nodes are one, at 2 places")
 
 
 class Heads(nn.Module):
@@ -132,7 +184,7 @@ def test_at_full_rank_the_numbers_must_agree() -> None:
     assert report.numbers_match
     assert report.approximate == 0
     with torch.no_grad():
-        factorized.get_submodule("layer.factors.1").weight.mul_(1.01)  # type: ignore[operator, union-attr]
+        factorized.get_submodule("layer.factors.1").weight.mul_(1.01)  # type: ignore[operator]
     report = tdfx.verify(factorized, model, (X,))
     assert report.graphs_match
     assert not report.ok
@@ -194,12 +246,17 @@ def take_weight_apart(model: ModelProto) -> None:
     node.input[1] = "planted"
 
 
-def add_input(model: ModelProto) -> None:
-    between(model, "Relu")
-    node = next(one for one in model.graph.node if one.name == "planted")
-    node.op_type = "Mul"
-    node.input.append("scale")
-    model.graph.input.append(helper.make_tensor_value_info("scale", onnx.TensorProto.FLOAT, [1]))
+def read_past(model: ModelProto) -> None:
+    convolutions(model)[1].input[0] = "x"
+
+
+def add_ones(model: ModelProto) -> None:
+    """Make a bias of what were zeros."""
+    for one in model.graph.node:
+        for attribute in one.attribute:
+            if attribute.name in {"value_float", "value"} and one.op_type == "Constant":
+                one.CopyFrom(helper.make_node("Constant", [], [*one.output], name=one.name, value_float=1.0))
+                return
 
 
 CHANGES: dict[str, tuple[Callable[[ModelProto], None], str]] = {
@@ -209,16 +266,22 @@ CHANGES: dict[str, tuple[Callable[[ModelProto], None], str]] = {
     "pads": (lambda m: set_ints(convolutions(m)[1], "pads", [1, 1, 1, 0]), r"has pads \[1, 1, 1, 0\], but 'layer' in"),
     "inner padding": (lambda m: set_ints(convolutions(m)[0], "pads", [1, 0, 0, 0]), r"has pads \[2, 1, 1, 1\], but"),
     "dilations": (lambda m: set_ints(convolutions(m)[1], "dilations", [2, 2]), r"has extent \[4, 4\], but 'layer' in"),
-    "weight apart": (take_weight_apart, r"in the model, the weight 'layer\.factors\.0\.weight' of the site .* is read by"),
-    "input inside": (add_input, r"in the model, the site layer \(tucker2 .*\) reads the input 'scale' on the way"),
+    "nonlinear": (
+        lambda m: between(m, "Relu"),
+        r"in the model, 'planted' \(Relu\) stands inside the site layer \(tuck",
+    ),
+    "weight apart": (
+        take_weight_apart,
+        r"in the model, the weight 'layer\.factors\.0\.weight' of the site .* is read by",
+    ),
+    "read past": (read_past, r"in the model, the site layer \(tucker2 .*\) reads 'x' on the way"),
+    "ones": (add_ones, r"in the model, the site layer \(tucker2 .*\) adds '\w+', which is not its bias"),
     "read inside": (read_inside, r"in the model, a value inside the site layer \(tucker2 .*\), 'conv2d', is read else"),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_chain_that_does_something_else_is_seen(
-    name: str, files: tuple[ModelProto, Path], tmp_path: Path
-) -> None:
+def test_a_chain_that_does_something_else_is_seen(name: str, files: tuple[ModelProto, Path], tmp_path: Path) -> None:
     model = ModelProto.FromString(files[0].SerializeToString())
     change, text = CHANGES[name]
     change(model)
@@ -230,12 +293,25 @@ def test_a_chain_that_does_something_else_is_seen(
     assert report.place is not None
 
 
-def test_a_nonlinear_node_inside_a_chain_is_seen(files: tuple[ModelProto, Path], tmp_path: Path) -> None:
-    model = ModelProto.FromString(files[0].SerializeToString())
-    between(model, "Relu")
-    onnx.save(model, tmp_path / "changed.onnx")
-    report = tdfx.verify(tmp_path / "changed.onnx", files[1])
-    assert not report.structure_matches, report
+@pytest.mark.parametrize(("name", "value"), [("alpha", 2.0), ("transB", 0), ("transA", 1)])
+def test_a_product_that_does_something_else_is_seen(name: str, value: float, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(8, 8))
+    export_module(model, (X[:, :, 0, 0],), tmp_path / "original.onnx")
+    factorized = factorize(model, x=X[:, :, 0, 0], rank=1.0)
+    export_module(factorized, (X[:, :, 0, 0],), tmp_path / "changed.onnx")
+    assert compare_factorized(
+        *(read_file(tmp_path / f"{one}.onnx")[1] for one in ("changed", "original"))
+    ).comparison == (Comparison(None, "walk"))
+    proto = onnx.load(tmp_path / "changed.onnx")
+    gemm = next(one for one in proto.graph.node if one.op_type == "Gemm")
+    kept = [one for one in gemm.attribute if one.name != name]
+    del gemm.attribute[:]
+    gemm.attribute.extend([*kept, helper.make_attribute(name, value)])
+    onnx.save(proto, tmp_path / "changed.onnx")
+    changed, original = (read_file(tmp_path / f"{one}.onnx")[1] for one in ("changed", "original"))
+    structure = compare_factorized(changed, original).comparison.structure
+    assert structure is not None
+    assert structure.text.startswith("node '1' (Linear site) has ")
 
 
 @pytest.mark.parametrize(
@@ -249,9 +325,7 @@ def test_a_nonlinear_node_inside_a_chain_is_seen(files: tuple[ModelProto, Path],
         ("factors", "factors is"),
     ],
 )
-def test_damaged_metadata_is_refused(
-    text: str, message: str, files: tuple[ModelProto, Path], tmp_path: Path
-) -> None:
+def test_damaged_metadata_is_refused(text: str, message: str, files: tuple[ModelProto, Path], tmp_path: Path) -> None:
     model = ModelProto.FromString(files[0].SerializeToString())
     (entry,) = model.metadata_props
     assert entry.key == METADATA_KEY

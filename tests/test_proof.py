@@ -61,7 +61,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def _step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
     loss = torch.nn.functional.cross_entropy(model(x), torch.tensor([1, 2]))
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 

@@ -38,6 +38,8 @@ class Chain:
     """Name of the bias in the original."""
     pads: bool
     """True if the layer pads by an operation of its own, before its convolution."""
+    oriented: bool
+    """True if the dense weight is laid out as the factors' weights are."""
     exact: bool
     """True at full rank, where the chain can stand for any weight."""
 
@@ -67,6 +69,7 @@ def _chain(path: str, layer: Factorized) -> Chain:
         factor_bias=f"{head}factors.{last}.bias" if has_bias else None,
         bias=f"{head}{kind.bias}" if has_bias else None,
         pads=operation.padding_mode != "zeros" or isinstance(operation.padding, str),
+        oriented=whole or operation.dims > 0 or isinstance(layer.origin.layer, nn.Linear),
         exact=all(
             rank >= full for rank, full in zip(layer.origin.ranks, layer.scheme.full_ranks(operation), strict=True)
         ),
@@ -99,7 +102,7 @@ _LISTS = {"ranks": int, "factors": str, "shape": int}
 _SCALARS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("site", "scheme", "weight"), (str,)),
     **dict.fromkeys(("factor_bias", "bias"), (str, type(None))),
-    **dict.fromkeys(("pads", "exact"), (bool,)),
+    **dict.fromkeys(("pads", "oriented", "exact"), (bool,)),
 }
 
 

@@ -7,20 +7,29 @@ zeros that the exporter writes for a missing bias.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tdfx.onnx_proof.geometry import CONVOLUTIONS, PRODUCTS, geometry_of, operator_of
+from tdfx.onnx_proof.geometry import CONVOLUTIONS, PRODUCTS, geometry_of, is_turned, operator_of
 from tdfx.onnx_proof.graph import Graph, Initializer, Node, sources_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     from tdfx.onnx_proof.chains import Chain
 
 _LAYOUT = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 """Operators that hand a weight on as it is, in another form."""
+
+_HANDING_ON = {"Identity", "Pad", "Squeeze", "Unsqueeze"}
+"""Operators that the data may go through between factors."""
+
+_HELPERS = {*_LAYOUT, "CastLike", "Constant", "Expand", "Shape"}
+"""Operators that hand a chain its weights, and the zeros for a missing bias."""
+
+_ZERO = re.compile(r"(^|of )-?0(\.0)?$")
 
 SUFFIX = " site"
 """What the operator of a contracted node ends with."""
@@ -93,29 +102,31 @@ class _Work:
 
     def site(self, form: _Form) -> None:
         """Contract one site wherever it is computed; in eval mode, to which an export is bound, that may be nowhere."""
-        heads = self._readers_of_weight(form, form.weights[0])
-        tails = [self._with_bias(form, one) for one in self._readers_of_weight(form, form.weights[-1])]
-        data = {self._data(form, head)[0] for head in heads}
-        regions = [self._region(form, tail, set(heads), data) for tail in tails]
-        for tail, (region, head) in zip(tails, regions, strict=True):
-            self._replace(form, tail, head, region)
-        self.sizes[form.chain.site] = tuple(len(region) for region, _ in regions)
+        products = [self._products(form, name) for name in form.weights]
+        sizes = []
+        for last in sorted(products[-1]):
+            path = self._path(form, self._with_bias(form, last), products)
+            region = self._region(form, path)
+            self._replace(form, path, region, products)
+            sizes.append(len(region))
+        self.sizes[form.chain.site] = tuple(sizes)
         self._rename(form)
 
-    def _readers_of_weight(self, form: _Form, name: str) -> list[int]:
-        """Return the nodes that multiply by a weight, in whatever form it reaches them."""
-        found, waiting = [], [name]
+    def _products(self, form: _Form, name: str) -> dict[int, bool]:
+        """Return the nodes that multiply by a weight, in whatever form it reaches them, and whether transposed."""
+        found: dict[int, bool] = {}
+        waiting = [(name, False)]
         while waiting:
-            value = waiting.pop()
+            value, turned = waiting.pop()
             for index in self.readers[value]:
                 node = self.graph.nodes[index]
                 if node.op in CONVOLUTIONS | PRODUCTS:
-                    found.append(index)
+                    found[index] = turned ^ is_turned(node)
                 elif node.op in _LAYOUT:
-                    waiting.extend(filter(None, node.outputs))
+                    waiting.extend((output, turned ^ (node.op == "Transpose")) for output in node.outputs if output)
                 elif node.op != "Shape":
                     raise ContractionError(f"the weight {name!r} of the site {form.chain} is read by {node}", index)
-        return sorted(found)
+        return found
 
     def _with_bias(self, form: _Form, tail: int) -> int:
         """Return the node that adds the bias, where that is another one than the last to multiply."""
@@ -129,65 +140,83 @@ class _Work:
             raise ContractionError(f"the bias {form.bias!r} of the site {form.chain} is not added to its result", tail)
         return found[0]
 
-    def _data(self, form: _Form, head: int) -> tuple[str, int | None]:
-        """Return the value that goes into a chain, and the node of the layer's own padding."""
-        name = self.graph.nodes[head].inputs[0]
-        maker = self.graph.maker(name)
-        if form.chain.pads and maker is not None and self.graph.nodes[maker].op == "Pad":
-            return self.graph.nodes[maker].inputs[0], maker
-        return name, None
+    def _path(self, form: _Form, tail: int, products: Sequence[Container[int]]) -> list[int]:
+        """Return the nodes through which the data goes, from the first: one product for each weight, in their order."""
+        path, left = [tail], len(products)
+        while True:
+            index = path[-1]
+            node = self.graph.nodes[index]
+            if node.op in CONVOLUTIONS | PRODUCTS and index in products[left - 1]:
+                self._check_added(form, index)
+                left -= 1
+            elif node.op not in _HANDING_ON and not (node.op == "Add" and index == tail):
+                raise ContractionError(f"{node} stands inside the site {form.chain}", index)
+            maker = self.graph.maker(self._data_of(form, node))
+            if left == 0:
+                is_own = form.chain.pads and maker is not None and self.graph.nodes[maker].op == "Pad"
+                return [*([maker] if is_own and maker is not None else []), *reversed(path)]
+            if maker is None:
+                raise ContractionError(f"the site {form.chain} reads {node.inputs[0]!r} on the way", index)
+            path.append(maker)
 
-    def _region(self, form: _Form, tail: int, heads: set[int], data: set[str]) -> tuple[set[int], int]:
-        """Return the nodes from the data to ``tail``, and the one that begins them."""
-        found, waiting = set(), [tail]
+    def _data_of(self, form: _Form, node: Node) -> str:
+        """Return the value that a node on the path takes from the one before it."""
+        return node.inputs[1] if node.op == "Add" and node.inputs[0] == form.bias else node.inputs[0]
+
+    def _check_added(self, form: _Form, index: int) -> None:
+        """Raise an error unless what a product adds is a tensor by name, or the exporter's zeros."""
+        for name in filter(None, self.graph.nodes[index].inputs[2:]):
+            value, maker = name, self.graph.maker(name)
+            while maker is not None and self.graph.nodes[maker].op in {"CastLike", "Expand"}:
+                value = self.graph.nodes[maker].inputs[0]
+                maker = self.graph.maker(value)
+            texts = [one.text for one in self.graph.nodes[maker].attributes] if maker is not None else []
+            zeros = len(texts) == 1 and _ZERO.search(texts[0]) is not None
+            if not zeros and value not in self.graph.initializers:
+                raise ContractionError(f"the site {form.chain} adds {value!r}, which is not its bias", index)
+
+    def _region(self, form: _Form, path: Sequence[int]) -> set[int]:
+        """Return the nodes of a path, with those that hand it its weights and zeros."""
+        data = self.graph.nodes[path[0]].inputs[0]
+        found: set[int] = set()
+        waiting = [path[-1]]
         while waiting:
             index = waiting.pop()
-            if index in found:
-                continue
-            found.add(index)
-            for name in filter(None, self.graph.nodes[index].inputs):
-                maker = self.graph.maker(name)
-                if name in data:
-                    continue
-                if maker is not None:
-                    waiting.append(maker)
-                elif self.graph.sources[name][0] == "input":
-                    raise ContractionError(f"the site {form.chain} reads the input {name!r} on the way", index)
-        inside = sorted(heads & found)
-        if len(inside) != 1:
-            raise ContractionError(f"the site {form.chain} ends {len(inside)} chains at one node", tail)
-        return self._without_shared(form, found, tail, inside[0]), inside[0]
-
-    def _without_shared(self, form: _Form, found: set[int], tail: int, head: int) -> set[int]:
-        """Leave to the others what they read too: the exporter keeps equal constants once."""
-        begin = self._data(form, head)[1]
-        flow: set[str] = set()
-        for index in sorted(found):
             node = self.graph.nodes[index]
-            if index in {begin, head} or flow & {*node.inputs}:
-                flow.update(node.outputs)
+            if index not in path and node.op not in _HELPERS:
+                raise ContractionError(f"{node} has a part in the site {form.chain}", index)
+            found.add(index)
+            makers = (self.graph.maker(name) for name in node.inputs if name and name != data)
+            waiting.extend(one for one in makers if one is not None and one not in found)
+        return self._without_shared(form, found, path)
+
+    def _without_shared(self, form: _Form, found: set[int], path: Sequence[int]) -> set[int]:
+        """Leave to the others what they read too: the exporter keeps equal constants once."""
         kept = set(found)
-        for index in sorted(found - {tail}, reverse=True):
+        for index in sorted(found - {path[-1]}, reverse=True):
             outputs = [name for name in self.graph.nodes[index].outputs if name]
             if any(name in self.results or not kept.issuperset(self.readers[name]) for name in outputs):
-                if flow.intersection(outputs):
+                if index in path:
                     text = f"a value inside the site {form.chain}, {outputs[0]!r}, is read elsewhere too"
                     raise ContractionError(text, index)
                 kept.discard(index)
         return kept
 
-    def _replace(self, form: _Form, tail: int, head: int, region: set[int]) -> None:
-        nodes = [self.graph.nodes[index] for index in sorted(region)]
+    def _replace(
+        self, form: _Form, path: Sequence[int], region: set[int], products: Sequence[Mapping[int, bool]]
+    ) -> None:
+        nodes = [self.graph.nodes[index] for index in path]
         own = {*form.weights, form.bias}
         others = (name for node in nodes for name in node.inputs if name in self.graph.initializers)
         extra = dict.fromkeys(name for name in others if name not in own)
+        turned = [some[index] for index in path for some in products if index in some] if form.chain.oriented else []
         self.gone |= region
-        self.made[tail] = Node(
+        self.made[path[-1]] = Node(
             name=form.chain.site or "the model itself",
             op=operator_of(nodes) + SUFFIX,
-            attributes=geometry_of(nodes, self.graph),
-            inputs=tuple(filter(None, (self._data(form, head)[0], form.chain.weight, form.chain.bias, *extra))),
-            outputs=self.graph.nodes[tail].outputs[:1],
+            attributes=geometry_of(nodes, self.graph, sorted(set(turned))),
+            inputs=tuple(filter(None, (nodes[0].inputs[0], form.chain.weight, form.chain.bias, *extra))),
+            outputs=nodes[-1].outputs[:1],
         )
 
     def _rename(self, form: _Form) -> None:

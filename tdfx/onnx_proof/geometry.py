@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from tdfx.onnx_proof.values import Attribute
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from tdfx.onnx_proof.graph import Graph, Node
 
@@ -51,8 +51,19 @@ def operator_of(nodes: Iterable[Node]) -> str:
     return next((one for one in ("ConvTranspose", "Conv") if one in operators), "Linear")
 
 
-def geometry_of(nodes: Iterable[Node], graph: Graph) -> tuple[Attribute, ...]:
-    """Return what the nodes' attributes come to, sorted by name; nothing for linear maps."""
+def is_turned(node: Node) -> bool:
+    """Return True if a node transposes the weight that it multiplies by."""
+    return any(one.name == "transB" and one.text == "1" for one in node.attributes)
+
+
+def geometry_of(nodes: Sequence[Node], graph: Graph, turned: Sequence[bool] = ()) -> tuple[Attribute, ...]:
+    """Return what the attributes of nodes come to, sorted by name.
+
+    Args:
+        nodes: Those that the data goes through, in its order.
+        graph: Where they are from.
+        turned: For linear maps, whether weights are transposed before they are multiplied by, each answer once.
+    """
     composed: _Composed | None = None
     pads: list[tuple[str, list[int]]] = []
     for node in nodes:
@@ -63,7 +74,7 @@ def geometry_of(nodes: Iterable[Node], graph: Graph) -> tuple[Attribute, ...]:
         elif node.op == "Pad":
             pads.append(_pad(node, graph))
     if composed is None:
-        return ()
+        return _linear(nodes, turned)
     values = {
         "taps": composed.taps,
         "extent": composed.extent,
@@ -75,6 +86,18 @@ def geometry_of(nodes: Iterable[Node], graph: Graph) -> tuple[Attribute, ...]:
         "padded": [sum(sizes) for sizes in zip(*(sizes for _, sizes in pads), strict=False)],
     }
     return tuple(sorted(Attribute(name, "INTS", str(value)) for name, value in values.items()))
+
+
+def _linear(nodes: Sequence[Node], turned: Sequence[bool]) -> tuple[Attribute, ...]:
+    """Return the factors that a product of matrices has besides them, and how it reads the weights."""
+    factor = {name: math.prod(_number(node, name) for node in nodes if node.op == "Gemm") for name in ("alpha", "beta")}
+    first = [node.op for node in nodes if any(one.name == "transA" and one.text == "1" for one in node.attributes)]
+    values = {**factor, "transposed_inputs": len(first), "transposed_weights": [*map(int, turned)]}
+    return tuple(sorted(Attribute(name, "FLOATS", str(value)) for name, value in values.items()))
+
+
+def _number(node: Node, name: str) -> float:
+    return next((float(one.text) for one in node.attributes if one.name == name), 1.0)
 
 
 def _kernel(node: Node, graph: Graph) -> list[int]:

@@ -90,7 +90,10 @@ def _conflict(kind: str, ports: Sequence[Port], others: Sequence[Port]) -> str |
     for position, (one, other) in enumerate(zip(ports, others, strict=True)):
         sizes, other_sizes = one.shape or (), other.shape or ()
         known = one.shape is not None and other.shape is not None
-        clash = known and any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(sizes, other_sizes))
+        fixed = (
+            pair for pair in zip(sizes, other_sizes, strict=False) if not any(isinstance(one, str) for one in pair)
+        )
+        clash = known and any(size != other_size for size, other_size in fixed)
         if one.dtype != other.dtype or clash or (known and len(sizes) != len(other_sizes)):
             return port_difference(kind, ports[position:], others[position:], position)
     return None
