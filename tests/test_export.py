@@ -87,7 +87,7 @@ def test_an_optimized_export_is_another_graph_with_the_same_numbers(tmp_path: Pa
 
 
 def test_large_weights_go_to_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdfx.export.SINGLE_FILE_BYTES", 1000)
+    monkeypatch.setitem(tdfx.export.__globals__, "SINGLE_FILE_BYTES", 1000)
     model, path = nn.Linear(64, 32), tmp_path / "net.onnx"
     x = torch.randn(2, 64)
     first = tdfx.export(model, path, example_inputs=x)

@@ -127,6 +127,7 @@ def read_file(path: Path) -> tuple[ModelProto, Graph]:
     """
     model = load_file(path)
     try:
+        _check_texts(model)
         return model, read_graph(model)
     except ExportError:
         raise
@@ -134,6 +135,21 @@ def read_file(path: Path) -> tuple[ModelProto, Graph]:
         raise ExportError(
             f"{str(path)!r} holds a damaged ONNX graph: {_reason(error)} Export the model again."
         ) from error
+
+
+def _check_texts(model: ModelProto) -> None:
+    """Raise ValueError where protobuf found bytes that are no text, which it hands on as they are."""
+    graph = model.graph
+    named = [*graph.initializer, *graph.input, *graph.output, *graph.node]
+    texts: list[object] = [one.name for one in named]
+    for node in graph.node:
+        texts += [node.op_type, node.domain, *node.input, *node.output, *(one.name for one in node.attribute)]
+    for port in (*graph.input, *graph.output):
+        texts += [size.dim_param for size in port.type.tensor_type.shape.dim]
+    texts += [text for one in model.metadata_props for text in (one.key, one.value)]
+    wrong = next((one for one in texts if not isinstance(one, str)), None)
+    if wrong is not None:
+        raise ValueError(f"the name {wrong!r} is not UTF-8")
 
 
 def load_file(path: Path) -> ModelProto:

@@ -204,7 +204,12 @@ def sources_of(
     for index, node in enumerate(nodes):
         _check_known(node.inputs, sources, f"node {node}")
         sources.update({name: ("node", index, slot) for slot, name in enumerate(node.outputs) if name})
-    _check_known([port.name for port in outputs], sources, "the graph's list of outputs")
+    names = [port.name for port in outputs]
+    _check_known(names, sources, "the graph's list of outputs")
+    if "" in names:
+        raise ExportError(
+            f"output {names.index('')} of the graph has no name, so nothing can make it. Export it again."
+        )
     return sources
 
 
