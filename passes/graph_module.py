@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,7 @@ class FactorizedGraphModule(fx.GraphModule):
 
 
 def _follow_mode(train: Callable[..., Any], evaluation: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(train)  # with its signature, by which torch.export names the inputs
     def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
         return train(self, *args, **named) if self.training else evaluation(self, *args, **named)
 

@@ -22,10 +22,12 @@ from tdfx.errors import (
     TdfxWarning,
     WeightError,
 )
+from tdfx.export import export
 from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import register_kind
 from tdfx.layers import Factorized
+from tdfx.onnx_proof.report import ExportReport, VerifyReport
 from tdfx.optim.states import register_optimizer
 from tdfx.plan import Emit, Plan, Reason, SitePlan
 from tdfx.policy import Policy
@@ -45,7 +47,7 @@ from tdfx.training.penalty import LowRankPenalty
 from tdfx.training.rewarm import Rewarm
 from tdfx.training.switch import Switch
 from tdfx.training.when import AtEpoch, AtStep, Settled
-from tdfx.verify import VerifyReport, verify
+from tdfx.verify import verify
 
 __version__ = "0.1.0"
 
@@ -58,6 +60,7 @@ __all__ = [
     "Emit",
     "Energy",
     "ExportError",
+    "ExportReport",
     "Factorized",
     "Fixed",
     "Freeze",
@@ -93,6 +96,7 @@ __all__ = [
     "Threshold",
     "VerifyReport",
     "WeightError",
+    "export",
     "load",
     "merge",
     "plan",

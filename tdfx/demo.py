@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from tdfx.api import merge, plan, rewrite
 from tdfx.errors import PolicyError, TdfxError
+from tdfx.onnx_proof.report import VerifyReport
 from tdfx.plan import Plan
 from tdfx.policy import Policy
-from tdfx.verify import VerifyReport, verify
+from tdfx.verify import verify
 
 BATCH = 64
 LEARNING_RATE = 0.05

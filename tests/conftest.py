@@ -26,7 +26,17 @@ atexit.register(shutil.rmtree, os.environ["TDFX_CACHE_DIR"], ignore_errors=True)
 # Small tensors gain nothing from threads, and tests must not wait for one another's; this holds for doctests too.
 torch.set_num_threads(1)
 
-LONGEST = ("test_zoo", "test_fsdp", "test_demo", "test_readme", "test_kill", "test_laws", "test_ddp", "test_verify")
+LONGEST = (
+    "test_zoo",
+    "test_fsdp",
+    "test_demo",
+    "test_readme",
+    "test_kill",
+    "test_laws",
+    "test_proof",
+    "test_ddp",
+    "test_verify",
+)
 """The files that take longest, the longest first."""
 
 

@@ -264,7 +264,7 @@ def onnx_file(path: str, operator: str = "Relu", value: float = 1.0) -> str:
     ("operator", "value", "code", "line"),
     [
         ("Relu", 1.0, OK, "verified"),
-        ("Sigmoid", 1.0, FAILED, "the graphs differ"),
+        ("Sigmoid", 1.0, FAILED, "the structures differ"),
         ("Relu", 2.0, FAILED, "the numbers differ"),
     ],
 )

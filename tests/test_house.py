@@ -47,6 +47,7 @@ LAYERS = (
     {"checkpoint"},
     {"onnx_proof"},
     {"verify"},
+    {"export"},
     {"along"},
     {"api"},
     {"training", "check"},

@@ -16,8 +16,10 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from tdfx.errors import ExportError, InputError, ModelError
+from tdfx.onnx_proof.export import Settings, export_module
+from tdfx.onnx_proof.report import VerifyReport
 from tdfx.onnx_proof.running import measure
-from tdfx.verify import VerifyReport, verify
+from tdfx.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -228,7 +230,10 @@ def test_random_numbers_go_on_as_before(x: Tensor) -> None:
     ("inputs", "text"),
     [
         (None, r"^example_inputs is missing: a module is exported by running it.*Pass example_inputs=\(x,\)"),
-        ((3,), r"^example_inputs must be a tuple of tensors, not \(int\): pass example_inputs=\(x,\)\.$"),
+        (
+            (3,),
+            r"^example_inputs must be a tuple of tensors, not \(int\): pass example_inputs=\(x,\), or a dict of tensors by",
+        ),
     ],
 )
 def test_bad_inputs_are_refused(inputs: object, text: str) -> None:
@@ -257,6 +262,51 @@ def test_inputs_that_do_not_fit_a_file_are_refused(inputs: tuple[Tensor, ...], t
     onnx.save(small([node("Relu", "x", "y")], ["y"]), tmp_path / "a.onnx")
     with pytest.raises(InputError, match=text):
         verify(tmp_path / "a.onnx", tmp_path / "a.onnx", inputs)
+
+
+def test_inputs_are_taken_by_name() -> None:
+    class Minus(nn.Module):
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return left - right
+
+    given = {"right": torch.ones(2), "left": torch.full((2,), 3.0)}
+    assert verify(Minus(), Minus(), given).ok
+    with pytest.raises(
+        InputError, match=r"^Minus does not accept the example inputs \(left: float32\[2\]\): TypeError"
+    ):
+        verify(Minus(), Minus(), {"left": torch.ones(2)})
+
+
+def test_a_file_says_which_names_it_takes(tmp_path: Path) -> None:
+    onnx.save(small([node("Relu", "x", "y")], ["y"]), tmp_path / "a.onnx")
+    assert verify(tmp_path / "a.onnx", tmp_path / "a.onnx", {"x": torch.ones(3, 4)}).ok
+    with pytest.raises(InputError, match=r"^example_inputs has no 'x', only 'z'; the graph takes 'x'\.$"):
+        verify(tmp_path / "a.onnx", tmp_path / "a.onnx", {"z": torch.ones(3, 4)})
+
+
+def test_dynamic_axes_are_part_of_the_interface(x: Tensor, tmp_path: Path) -> None:
+    axes = {"x": {0: "batch"}}
+    model = seeded_net()
+    export_module(model, (x,), tmp_path / "open.onnx", Settings(dynamic_axes=axes))
+    assert verify(model, tmp_path / "open.onnx", (x,), dynamic_axes=axes).ok
+    report = verify(model, tmp_path / "open.onnx", (x,))
+    assert report.interface == "input 0, 'x', has shape [2, 3, 8, 8], but [?0, 3, 8, 8] in the reference"
+    assert not report.ok
+
+
+def test_a_file_whose_output_has_no_name_is_refused(tmp_path: Path) -> None:
+    model = small([node("Relu", "x", "y")], ["y"])
+    model.graph.output[0].name = ""
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=r"^output 0 of the graph has no name"):
+        verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    content = small([node("Relu", "x", "y")], ["y"]).SerializeToString()
+    (tmp_path / "a.onnx").write_bytes(content.replace(b"n_y", b"n\x81y"))
+    with pytest.raises(ExportError, match=r"holds a damaged ONNX graph: ValueError: the name b'n.x81y' is not UTF-8\."):
+        verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
 
 
 def test_random_inputs_need_a_rank(tmp_path: Path) -> None:
@@ -305,7 +355,14 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
 
 def test_a_report_cannot_contradict_itself() -> None:
     report = VerifyReport(
-        difference=None, max_error=math.nan, tolerance=1.0, problem=None, nodes=1, settled_by="walk", seconds=0.0
+        structure=None,
+        interface=None,
+        max_error=math.nan,
+        tolerance=1.0,
+        problem=None,
+        nodes=1,
+        settled_by="walk",
+        seconds=0.0,
     )
     assert not report.ok
     assert not bool(report)

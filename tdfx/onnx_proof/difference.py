@@ -8,6 +8,7 @@ that it reads is still the same in both.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,20 @@ if TYPE_CHECKING:
 
     from tdfx.onnx_proof.graph import Graph, Node, Source
     from tdfx.onnx_proof.values import Attribute
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where two graphs part, in words, and the nodes to look at."""
+
+    text: str
+    node: int | None = None
+    """Index of the node in the model's graph; None if there is none to show."""
+    other: int | None = None
+    """The same in the reference's."""
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Classes:
@@ -48,23 +63,26 @@ class Classes:
         return kind != "node" or self.of_node[int(key)] in known
 
 
-def first_difference(model: Graph, reference: Graph) -> str | None:
+def first_difference(model: Graph, reference: Graph) -> Difference | None:
     """Return where ``model`` first departs from ``reference``, or None if both compute the same things as often."""
     palette: dict[object, int] = {}
     own, others = Classes(model, palette), Classes(reference, palette)
     fronts = own.frontier(set(others.of_node)), others.frontier(set(own.of_node))
     if fronts[0]:
-        node = model.nodes[fronts[0][0]]
-        counterpart = _counterpart(node, own, others, fronts[1])
-        if counterpart is None:
-            return f"node {node} has no counterpart in the reference"
-        return _difference_of(node, counterpart, own, others)
+        index = fronts[0][0]
+        other = _counterpart(model.nodes[index], own, others, fronts[1])
+        if other is None:
+            return Difference(f"node {model.nodes[index]} has no counterpart in the reference", index)
+        return Difference(_difference_of(model.nodes[index], reference.nodes[other], own, others), index, other)
     if fronts[1]:
-        return f"node {reference.nodes[fronts[1][0]]} of the reference has no counterpart in the model"
+        other = fronts[1][0]
+        return Difference(
+            f"node {reference.nodes[other]} of the reference has no counterpart in the model", None, other
+        )
     return _count_difference(own, others)
 
 
-def _counterpart(node: Node, own: Classes, others: Classes, front: Sequence[int]) -> Node | None:
+def _counterpart(node: Node, own: Classes, others: Classes, front: Sequence[int]) -> int | None:
     """Return the node of the reference that ``node`` was most likely meant to be."""
     arguments = own.arguments(node)
 
@@ -72,7 +90,7 @@ def _counterpart(node: Node, own: Classes, others: Classes, front: Sequence[int]
         other = others.graph.nodes[index]
         return 2 * (others.arguments(other) == arguments) + 2 * (other.op == node.op), other.name == node.name
 
-    return others.graph.nodes[max(front, key=likeness)] if front else None
+    return max(front, key=likeness) if front else None
 
 
 def _difference_of(node: Node, other: Node, own: Classes, others: Classes) -> str:
@@ -85,7 +103,7 @@ def _difference_of(node: Node, other: Node, own: Classes, others: Classes) -> st
         return f"node {node} has {len(mine)} input(s), but {other.name!r} in the reference has {len(theirs)}"
     for position, (one, another) in enumerate(zip(mine, theirs, strict=True)):
         if one != another:
-            reads = _origin(node.inputs[position], own.graph), _origin(other.inputs[position], others.graph)
+            reads = origin(node.inputs[position], own.graph), origin(other.inputs[position], others.graph)
             return (
                 f"node {node} takes {reads[0]} as argument {position}, but {other.name!r} in the reference {reads[1]}"
             )
@@ -102,7 +120,7 @@ def _attribute_difference(attributes: Sequence[Attribute], other: Node) -> str:
     return f"{texts[0]}, but {other.name!r} in the reference has {texts[1].removeprefix(f'{name} ')}"
 
 
-def _origin(name: str, graph: Graph) -> str:
+def origin(name: str, graph: Graph) -> str:
     """Say in words where a value comes from."""
     source: Source = graph.sources[name] if name else ("none", "", 0)
     match source:
@@ -118,12 +136,12 @@ def _origin(name: str, graph: Graph) -> str:
             return "nothing"
 
 
-def _count_difference(own: Classes, others: Classes) -> str | None:
+def _count_difference(own: Classes, others: Classes) -> Difference | None:
     counts, other_counts = Counter(own.of_node), Counter(others.of_node)
     for index, one in enumerate(own.of_node):
         if counts[one] != other_counts[one]:
-            node = own.graph.nodes[index]
-            return (
-                f"the model has {counts[one]} node(s) that compute what {node} does, the reference {other_counts[one]}"
+            times = f"{counts[one]} node(s) that compute what {own.graph.nodes[index]} does"
+            return Difference(
+                f"the model has {times}, the reference {other_counts[one]}", index, others.of_node.index(one)
             )
     return None

@@ -14,6 +14,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, inliner
 
 from tdfx.errors import ExportError
+from tdfx.onnx_proof.chains import Chain, chains_in
 from tdfx.onnx_proof.values import Attribute, attributes_of, dtype_name, tensor_text
 
 if TYPE_CHECKING:
@@ -88,6 +89,13 @@ class Graph:
     nodes: tuple[Node, ...]
     sources: dict[str, Source]
     """Where each value comes from, by value name."""
+    chains: tuple[Chain, ...] = ()
+    """The sites that a rewrite has factorized, as recorded in the file."""
+
+    def maker(self, name: str) -> int | None:
+        """Return the index of the node that makes a value; None for inputs, stored tensors and ``""``."""
+        kind, key, _ = self.sources[name] if name else ("none", "", 0)
+        return int(key) if kind == "node" else None
 
     def depth(self) -> int:
         """Return the number of nodes on the longest path."""
@@ -105,6 +113,7 @@ def read_graph(model: ModelProto) -> Graph:
         ExportError: if a node reads a value that nothing before it makes.
 
     """
+    chains = chains_in(model)
     if model.functions:
         model = inliner.inline_local_functions(model)
     nodes = tuple(_read_node(node, index) for index, node in enumerate(model.graph.node))
@@ -118,7 +127,8 @@ def read_graph(model: ModelProto) -> Graph:
         outputs=outputs,
         initializers=initializers,
         nodes=nodes,
-        sources=_sources(inputs, initializers, nodes, outputs),
+        sources=sources_of(inputs, initializers, nodes, outputs),
+        chains=chains,
     )
 
 
@@ -179,16 +189,27 @@ def _read_size(size: onnx.TensorShapeProto.Dimension, symbols: dict[str, str]) -
     return symbols.setdefault(size.dim_param, f"?{len(symbols)}") if size.dim_param else "?"
 
 
-def _sources(
+def sources_of(
     inputs: Iterable[Port], initializers: dict[str, Initializer], nodes: Iterable[Node], outputs: Iterable[Port]
 ) -> dict[str, Source]:
+    """Return where each value comes from.
+
+    Raises:
+        ExportError: if a node reads a value that nothing before it makes.
+
+    """
     sources: dict[str, Source] = {port.name: ("input", position, 0) for position, port in enumerate(inputs)}
     for one in initializers.values():
         sources[one.name] = ("constant", one.value or "", 0) if one.anonymous else ("initializer", one.name, 0)
     for index, node in enumerate(nodes):
         _check_known(node.inputs, sources, f"node {node}")
         sources.update({name: ("node", index, slot) for slot, name in enumerate(node.outputs) if name})
-    _check_known([port.name for port in outputs], sources, "the graph's list of outputs")
+    names = [port.name for port in outputs]
+    _check_known(names, sources, "the graph's list of outputs")
+    if "" in names:
+        raise ExportError(
+            f"output {names.index('')} of the graph has no name, so nothing can make it. Export it again."
+        )
     return sources
 
 

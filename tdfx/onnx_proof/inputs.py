@@ -16,6 +16,7 @@ from tdfx.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tdfx.onnx_proof.arguments import Given
     from tdfx.onnx_proof.graph import Graph, Port
 
 Array = npt.NDArray[np.generic]
@@ -36,16 +37,22 @@ _TYPES = {
 }
 
 
-def to_arrays(inputs: Sequence[Tensor], ports: Sequence[Port]) -> list[Array]:
-    """Return example inputs as arrays, after checking that the graph takes them.
+def to_arrays(inputs: Given, ports: Sequence[Port]) -> list[Array]:
+    """Return example inputs as arrays, in the graph's order, after checking that the graph takes them.
 
     Raises:
-        InputError: if their number, dtype or shape is not what the graph says.
+        InputError: if their number, names, dtype or shape is not what the graph says.
 
     """
+    names = ", ".join(repr(port.name) for port in ports)
     if len(inputs) != len(ports):
-        names = ", ".join(repr(port.name) for port in ports)
         raise InputError(f"example_inputs holds {len(inputs)} tensor(s), but the graph takes {len(ports)}: {names}.")
+    if isinstance(inputs, dict):
+        missing = [port.name for port in ports if port.name not in inputs]
+        if missing:
+            given = ", ".join(map(repr, inputs))
+            raise InputError(f"example_inputs has no {missing[0]!r}, only {given}; the graph takes {names}.")
+        inputs = tuple(inputs[port.name] for port in ports)
     return [_to_array(tensor, port) for tensor, port in zip(inputs, ports, strict=True)]
 
 
@@ -60,6 +67,11 @@ def _to_array(tensor: Tensor, port: Port) -> Array:
             f"the example input for {port.name!r} is {dtype}{list(tensor.shape)}, but the graph takes "
             f"{port.dtype}{list(sizes)}: give a tensor of that dtype and shape."
         )
+    return as_array(tensor)
+
+
+def as_array(tensor: Tensor) -> Array:
+    """Return a tensor's values as an array of the dtype that ONNX Runtime takes and gives."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:  # numpy has no such type of its own
         return tensor.view(torch.int16).numpy().view(tensor_dtype_to_np_dtype(TensorProto.BFLOAT16))

@@ -2,7 +2,7 @@
 
 Argument order must count, and networkx compares labels of vertices only, so each argument is a vertex of its own:
 value -> argument 1 -> node -> value. A search on bare labels does not end on real models; refined colours (Weisfeiler
-and Leman, 1968) leave little to search.
+and Leman, 1968) leave little to search, and what has a colour of its own needs none.
 """
 
 from __future__ import annotations
@@ -34,8 +34,26 @@ def isomorphic(model: Graph, reference: Graph, pins: Mapping[str, str] | None = 
     one, other = to_digraph(model, numbers), to_digraph(reference, other_numbers)
     if not refine(one, other):
         return False
-    mapping = nx.vf2pp_isomorphism(one, other, node_label="colour")
+    mapping = _mapping(one, other)
     return mapping is not None and all(other.has_edge(mapping[tail], mapping[head]) for tail, head in one.edges)
+
+
+def _mapping(one: nx.DiGraph, other: nx.DiGraph) -> dict[Vertex, Vertex] | None:
+    """Return partners for all vertices of two refined graphs, or None if there are none.
+
+    A vertex whose colour is unique has one possible partner. Those of a shared colour all have the same edges to it, or the
+    colour would have split, so the search among them need not look at it.
+    """
+    counts = Counter(colour for _, colour in one.nodes(data="colour"))
+    theirs = {colour: vertex for vertex, colour in other.nodes(data="colour")}
+    mapping = {vertex: theirs[colour] for vertex, colour in one.nodes(data="colour") if counts[colour] == 1}
+    if len(mapping) == len(one):
+        return mapping
+    matched = set(mapping.values())
+    rest = one.subgraph(vertex for vertex in one if vertex not in mapping)
+    others = other.subgraph(vertex for vertex in other if vertex not in matched)
+    found = nx.vf2pp_isomorphism(rest, others, node_label="colour")
+    return None if found is None else {**mapping, **found}
 
 
 def to_digraph(graph: Graph, pinned: Mapping[str, int]) -> nx.DiGraph:
@@ -81,22 +99,39 @@ def _add_node(result: nx.DiGraph, graph: Graph, index: int, pinned: Mapping[str,
 
 
 def refine(one: nx.DiGraph, other: nx.DiGraph) -> bool:
-    """Give both graphs an attribute ``colour`` that no longer splits; return False if colours prove them different."""
-    palette: dict[Hashable, int] = {}
-    colours, other_colours = (
-        {vertex: palette.setdefault(label, len(palette)) for vertex, label in graph.nodes(data="label")}
-        for graph in (one, other)
-    )
+    """Give both graphs an attribute ``colour`` that no longer splits; return False if colours prove them different.
+
+    One sweep along the edges and one against them carry most of what there is to know from end to end. Rounds over all
+    vertices, of which a deep model would take as many as it has layers, then find the little that is left.
+    """
+    graphs = (one, other)
+    colours = [dict(graph.nodes(data="label")) for graph in graphs]
+    for forward in (True, False):
+        palette: dict[Hashable, int] = {}
+        colours = [_sweep(graph, some, palette, forward) for graph, some in zip(graphs, colours, strict=True)]
     classes = 0
-    while Counter(colours.values()) == Counter(other_colours.values()):
-        if len(set(colours.values())) == classes:
-            nx.set_node_attributes(one, colours, "colour")
-            nx.set_node_attributes(other, other_colours, "colour")
+    while Counter(colours[0].values()) == Counter(colours[1].values()):
+        if len(set(colours[0].values())) == classes:
+            for graph, some in zip(graphs, colours, strict=True):
+                nx.set_node_attributes(graph, some, "colour")
             return True
-        classes = len(set(colours.values()))
+        classes = len(set(colours[0].values()))
         palette = {}
-        colours, other_colours = _next(one, colours, palette), _next(other, other_colours, palette)
+        colours = [_next(graph, some, palette) for graph, some in zip(graphs, colours, strict=True)]
     return False
+
+
+def _sweep(
+    graph: nx.DiGraph, colours: Mapping[Vertex, Hashable], palette: dict[Hashable, int], forward: bool
+) -> Colours:
+    """Return colours that say a vertex's old one and the new ones of all that leads to it, or that it leads to."""
+    order = list(nx.topological_sort(graph))
+    around = graph.predecessors if forward else graph.successors
+    result: Colours = {}
+    for vertex in order if forward else reversed(order):
+        near = tuple(sorted(result[one] for one in around(vertex)))
+        result[vertex] = palette.setdefault((colours[vertex], near), len(palette))
+    return result
 
 
 def _next(graph: nx.DiGraph, colours: Colours, palette: dict[Hashable, int]) -> Colours:
