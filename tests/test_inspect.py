@@ -435,7 +435,7 @@ def test_a_model_that_does_not_fit_on_a_device_says_so() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 90 GiB.")
 
     with pytest.raises(
-        ModelReferenceError, match="'nets:large' could not be moved to 'cuda': CUDA out of memory. Take anot"
+        ModelReferenceError, match=r"'nets:large' could not be moved to 'cuda': CUDA out of memory\. Take anot"
     ):
         build_on(torch.device("cuda"), "nets:large", lambda _: Large(2, 2))
 
