@@ -23,7 +23,8 @@ _UNBOUNDED = 100_000
 """Columns of a plain text, which nothing cuts."""
 _GAP = 2
 _LEAST_NAME = 16
-"""Columns to which names are folded before anything else is left out, and a few more where they would not differ."""
+"""Columns to which names are folded before anything else is left out: these, or three tenths of the width, and a few more
+where names would not differ."""
 _LEAST_NOTE = 16
 
 
@@ -138,7 +139,8 @@ def _fitted(rows: Sequence[SitePlan], width: int | None) -> tuple[list[_Column],
         """Return what is left for the names."""
         return width - sum(widths[column] + _GAP for column in columns if column is not _NAME)
 
-    least = min(_least_name([_NAME.text(one) for one in rows], max(_LEAST_NAME, width // 2)), widths[_NAME])
+    short = max(_LEAST_NAME, width * 3 // 10)
+    least = min(_least_name([_NAME.text(one) for one in rows], short, max(short, width // 2)), widths[_NAME])
     for cut, shorter in _CUTS:
         # What would only be shortened gives way to whole names; what would be lost does not.
         if room() >= (widths[_NAME] if shorter is not None else least):
@@ -161,9 +163,9 @@ def _width(column: _Column, rows: Sequence[SitePlan]) -> int:
     return max(cell_len(column.title), *(cell_len(column.text(one)) for one in rows))
 
 
-def _least_name(names: Sequence[str], most: int) -> int:
-    """Return the least width at which folded names still differ, if there is one up to ``most``."""
-    widths = range(min(_LEAST_NAME, most), most + 1)
+def _least_name(names: Sequence[str], least: int, most: int) -> int:
+    """Return the least width from ``least`` on at which folded names still differ, if there is one up to ``most``."""
+    widths = range(least, most + 1)
     return next((width for width in widths if len({fold(one, width) for one in names}) == len(set(names))), most)
 
 

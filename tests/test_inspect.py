@@ -20,6 +20,7 @@ import tdfx
 from tdfx.cli import main
 from tdfx.cli.device import build_on
 from tdfx.cli.rows import SORTS
+from tdfx.errors import ModelReferenceError
 from tdfx.plan import Plan
 from tdfx.references import build_model
 
@@ -426,6 +427,25 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     message = refused("--device", device)
     assert f"--device {device!r} cannot be used here: " in message
     assert "Take cpu, a device that this machine has, or meta, which needs no memory." in message
+
+
+def test_a_model_that_does_not_fit_on_a_device_says_so() -> None:
+    class Large(torch.nn.Linear):
+        def to(self, *_: Any, **__: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 90 GiB.")
+
+    with pytest.raises(
+        ModelReferenceError, match=r"'nets:large' could not be moved to 'cuda': CUDA out of memory\. Take anot"
+    ):
+        build_on(torch.device("cuda"), "nets:large", lambda _: Large(2, 2))
+
+
+def test_a_model_of_torchvision_that_cannot_be_built_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("no disk")
+
+    monkeypatch.setattr("torchvision.models.get_model", fails)
+    assert "torchvision's 'resnet18' could not be built: OSError: no disk." in refused(model="torchvision:resnet18")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
