@@ -39,6 +39,7 @@ LAYERS = (
     {"optim"},
     {"distributed"},
     {"compiled"},
+    {"part"},
     {"wrappers"},
     {"averaging"},
     {"checkpoint"},
@@ -48,6 +49,7 @@ LAYERS = (
     {"api"},
     {"training", "check"},
     {"__init__"},
+    {"integrations"},
     {"demo"},
     {"references", "demo_table"},
     {"cli"},
@@ -58,7 +60,9 @@ LAYERS = (
 PASSES = {"trace", "find", "shapes", "select", "rewrite", "merge"}
 """The passes of the compiler; the other files of the folder are what they share."""
 
-LAZY = {"click", "matplotlib", "networkx", "onnx", "onnxruntime", "onnxscript", "sklearn", "tensorly", "torchvision"}
+TOOLS = {"click", "matplotlib", "networkx", "onnx", "onnxruntime", "onnxscript", "sklearn", "tensorly", "torchvision"}
+TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
+LAZY = TOOLS | TRAINERS
 """What `import tdfx` must leave alone."""
 
 
