@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from tdfx.checkpoint.files import read_sealed, write
 from tdfx.errors import CheckpointError
+from tdfx.optim.surgery import as_optimizers
 from tdfx.part import Part
 from tdfx.passes.observe import Inputs
 from tdfx.policy import Policy
@@ -112,7 +112,7 @@ class SwitchCallback(TrainerCallback):
                 f"without this callback, or the process was killed while it was written. Resume the checkpoint before it."
             )
         self._inside.load_state_dict(read_sealed(Path(folder, FILE)))
-        self._inside.factorize_as_saved(trainer.model, _inner(trainer.optimizer))
+        self._inside.factorize_as_saved(trainer.model, as_optimizers(trainer.optimizer))
         self._resumed = True
         return str(folder)
 
@@ -130,29 +130,24 @@ class SwitchCallback(TrainerCallback):
             )
         self._resumed = False
         batches, each = len(kwargs["train_dataloader"]), args.gradient_accumulation_steps
-        self._inside.begin(Part(kwargs["model"]), _inner(kwargs["optimizer"]), lambda: math.ceil(batches / each))
+        self._inside.begin(Part(kwargs["model"]), as_optimizers(kwargs["optimizer"]), lambda: math.ceil(batches / each))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count an optimizer step, and switch if it is time."""
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         autocast = torch.autocast(args.device.type, dtype) if args.bf16 or args.fp16 else None
-        self._inside.step(self._part(kwargs["model"]), _inner(kwargs["optimizer"]), autocast=autocast)
+        self._inside.step(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]), autocast=autocast)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put what a resumed run needs beside what the Trainer has written."""
         if state.is_world_process_zero:
             write(self._inside.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Merge."""
-        self._inside.end(self._part(kwargs["model"]), _inner(kwargs["optimizer"]))
+        self._inside.end(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]))
 
     def _part(self, model: nn.Module) -> Part:
         return Part(self._inside.replica or model)
-
-
-def _inner(optimizer: Any) -> list[Optimizer]:
-    """Return the optimizer in what Accelerate has put around it; nothing where there is none yet."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    return [] if optimizer is None else [optimizer]
