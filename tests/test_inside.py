@@ -7,7 +7,8 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 import pytest
 import torch
@@ -53,7 +54,14 @@ def sites(model: nn.Module) -> int:
 
 
 def inside(policy: tdfx.Policy = POLICY, **settings: Any) -> Inside:
-    defaults = {"when": None, "epoch": 1, "merge": True, "example_inputs": None, "options": {}, "advice": "Do this."}
+    defaults: dict[str, Any] = {
+        "when": None,
+        "epoch": 1,
+        "merge": True,
+        "example_inputs": None,
+        "options": {},
+        "advice": "Do this.",
+    }
     return Inside(policy, **{**defaults, **settings})
 
 
@@ -69,7 +77,7 @@ def test_a_part_becomes_what_is_made_of_it_and_stays_the_object() -> None:
     assert sites(holder) == sites(net) == 2
     assert torch.equal(net(X), expected(X))
     assert net.listed == [net.conv]
-    assert net.call.__self__ is net
+    assert cast("MethodType", net.call).__self__ is net
     assert torch.equal(net.call(X), expected(X))
     part.put(tdfx.merge(part))
     assert list(holder.state_dict()) == list(Holder().state_dict())
@@ -80,7 +88,7 @@ def test_a_part_becomes_what_is_made_of_it_and_stays_the_object() -> None:
 def test_a_part_of_a_compiled_model_is_compiled_again() -> None:
     torch._dynamo.reset()
     net = Net()
-    whole = torch.compile(net, backend="eager")
+    whole = cast("nn.Module", torch.compile(net, backend="eager"))
     before = whole(X)
     part = Part(whole)
     assert part.inside is net
@@ -100,11 +108,11 @@ def test_a_part_inside_of_a_compiled_child() -> None:
 
 
 def test_a_part_that_is_not_there_and_one_that_cannot_stay_are_refused() -> None:
-    with pytest.raises(tdfx.ModelError, match="Holder has no module 'nett' to be rewritten. It has 'net', 'other'"):
+    with pytest.raises(tdfx.ModelError, match=r"Holder has no module 'nett' to be rewritten. It has 'net', 'other'"):
         Part(Holder(), "nett")
     part = Part(Holder(), "other")
     made = tdfx.rewrite(part, POLICY, emit="modules")
-    with pytest.raises(tdfx.ModelError, match="A Linear cannot become a Factorized.*Name the module that holds it"):
+    with pytest.raises(tdfx.ModelError, match=r"A Linear cannot become a Factorized.*Name the module that holds it"):
         part.put(made)
     with pytest.raises(tdfx.ModelError, match="a single Linear"):
         inside().prepare(nn.Linear(4, 4))
@@ -118,7 +126,7 @@ def test_a_module_follows_what_is_loaded_into_it() -> None:
     policy = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, include=("fc",))
     become(half, tdfx.rewrite(half, policy, emit="modules"))
     follower = Holder()
-    follower.net.register_load_state_dict_pre_hook(Follow(lambda: plan, ""))
+    cast("Any", follower.net).register_load_state_dict_pre_hook(Follow(lambda: plan, ""))
     for model, count in ((split, 2), (half, 1), (dense, 0), (split, 2), (split, 2), (dense, 0)):
         follower.load_state_dict({f"net.{key}": value for key, value in model.state_dict().items()}, strict=False)
         assert sites(follower) == count
@@ -128,7 +136,7 @@ def test_a_module_follows_what_is_loaded_into_it() -> None:
 def test_a_state_that_says_nothing_of_a_site_leaves_it() -> None:
     split = Net()
     become(split, tdfx.rewrite(split, POLICY, emit="modules"))
-    split.register_load_state_dict_pre_hook(Follow(lambda: None, ""))
+    cast("Any", split).register_load_state_dict_pre_hook(Follow(lambda: None, ""))
     split.load_state_dict({"fc.bias": torch.zeros(32)}, strict=False)
     assert sites(split) == 2
 
@@ -137,8 +145,8 @@ def test_factors_of_an_unknown_split_change_nothing() -> None:
     split, fresh = Net(), Net()
     become(split, tdfx.rewrite(split, POLICY, emit="modules"))
     before = copy.deepcopy(fresh.state_dict())
-    fresh.register_load_state_dict_pre_hook(Follow(lambda: None, "Do this."))
-    with pytest.raises(tdfx.CheckpointError, match="factors of 2 sites, 'conv' first.*Do this."):
+    cast("Any", fresh).register_load_state_dict_pre_hook(Follow(lambda: None, "Do this."))
+    with pytest.raises(tdfx.CheckpointError, match=r"factors of 2 sites, 'conv' first.*Do this."):
         fresh.load_state_dict(split.state_dict())
     assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
 
@@ -147,7 +155,7 @@ def test_copies_follow_and_pickles_do_not() -> None:
     net = Net()
     plan = tdfx.plan(net, POLICY, emit="modules")
     split = tdfx.rewrite(net, plan)
-    net.register_load_state_dict_pre_hook(Follow(lambda: plan, ""))
+    cast("Any", net).register_load_state_dict_pre_hook(Follow(lambda: plan, ""))
     twin = copy.deepcopy(net)
     twin.load_state_dict(split.state_dict())
     assert (sites(twin), sites(net)) == (2, 0)
@@ -158,7 +166,7 @@ def test_copies_follow_and_pickles_do_not() -> None:
 
 def test_groups_are_put_into_the_order_in_which_they_were_saved() -> None:
     """States that torch has given out by places end where they belong."""
-    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     saved = AdamW([net[0].weight, net[1].weight, net[0].bias, net[1].bias], lr=0.1)
     net(torch.randn(3, 4)).square().sum().backward()
     saved.step()
@@ -175,7 +183,7 @@ def test_groups_are_put_into_the_order_in_which_they_were_saved() -> None:
 
 
 def test_groups_of_other_parameters_are_refused() -> None:
-    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     names = names_of([SGD([net[0].weight, net[0].bias], lr=0.1)], net)
     with pytest.raises(tdfx.OptimizerError, match=r"held 2 parameters when it was saved and holds 2 now, and 0.bias"):
         put_in_order([SGD([net[0].weight, net[1].bias], lr=0.1)], names, net)

@@ -112,7 +112,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, build: Any) -> No
 
 
 def test_a_run_that_is_resumed_from_before_the_switch_ends_with_the_same_bits(tmp_path: Path) -> None:
-    late = {"callback": {"epoch": None, "when": tdfx.AtStep(PER_EPOCH + 2), "rewarm": 3}}
+    late: Any = {"callback": {"epoch": None, "when": tdfx.AtStep(PER_EPOCH + 2), "rewarm": 3}}
     whole, _ = trained(bert, tmp_path / "whole", **late)
     folder = tmp_path / "whole" / f"checkpoint-{PER_EPOCH}"
     late = {"callback": {"epoch": None, "when": tdfx.AtStep(PER_EPOCH + 2), "rewarm": 3}}

@@ -15,7 +15,6 @@ import two_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import tdfx
 from tdfx.layers import Factorized
 
 WHOLE: dict[str, dict[str, torch.Tensor]] = {}
@@ -42,9 +41,11 @@ def check_same(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 def lightning_run(folder: Path, *, epochs: int = 3, ckpt: Path | None = None, save: Path | None = None) -> Any:
     import lightning.pytorch as pl
-    from test_lightning import POLICY, Classifier, SwitchCallback, loader
+    from test_lightning import POLICY, Classifier, loader
 
-    class Counting(pl.Callback):  # type: ignore[misc, name-defined]
+    from tdfx.integrations.lightning import SwitchCallback
+
+    class Counting(pl.Callback):  # type: ignore[misc]
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
             assert isinstance(trainer.strategy.model, DistributedDataParallel)
             assert trainer.strategy.model.module is pl_module

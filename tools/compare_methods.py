@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from study_tasks import Batch
@@ -62,7 +62,7 @@ def rank_of(full: int, share: float) -> int:
     return max(1, round(share * full))
 
 
-def layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | nn.Conv2d]]:
     """Yield the owner, the name there, and the layer, of each ungrouped Conv2d and each Linear."""
     for owner in list(model.modules()):
         for name, one in list(owner._modules.items()):
@@ -94,35 +94,31 @@ def _by_hand(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch)
 
 
 def _tucker_chain(layer: nn.Conv2d, core: Tensor, last: Tensor, first: Tensor) -> nn.Module:
-    enter = nn.Conv2d(first.shape[0], first.shape[1], 1, bias=False)
-    kernel = nn.Conv2d(
-        core.shape[1], core.shape[0], layer.kernel_size, layer.stride, layer.padding, layer.dilation, bias=False
-    )
-    leave = nn.Conv2d(last.shape[1], last.shape[0], 1, bias=layer.bias is not None)
-    enter.weight.data, kernel.weight.data, leave.weight.data = first.T[:, :, None, None], core, last[:, :, None, None]
-    if layer.bias is not None:
-        leave.bias = layer.bias
-    return nn.Sequential(enter, kernel, leave)
+    kernel = nn.Conv2d(core.shape[1], core.shape[0], 1, bias=False)
+    kernel.weight.data, kernel.kernel_size = core.contiguous(), layer.kernel_size
+    kernel.stride, kernel.padding, kernel.dilation = layer.stride, layer.padding, layer.dilation
+    return nn.Sequential(_pointwise(first.T, None), kernel, _pointwise(last, layer.bias))
 
 
-def _svd_chain(layer: nn.Module, share: float) -> nn.Module:
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
+def _svd_chain(layer: nn.Linear | nn.Conv2d, share: float) -> nn.Module:
     u, s, vt = torch.linalg.svd(layer.weight.data.flatten(1), full_matrices=False)
     rank = rank_of(len(s), share)
     w_out, w_in = u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * vt[:rank]
-    has_bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        chain = [nn.Linear(w_in.shape[1], rank, bias=False), nn.Linear(rank, w_out.shape[0], bias=has_bias)]
-    else:
-        chain = [
-            nn.Conv2d(w_in.shape[1], rank, 1, layer.stride, layer.padding, bias=False),
-            nn.Conv2d(rank, w_out.shape[0], 1, bias=has_bias),
-        ]
-    for one, weight in zip(chain, (w_in, w_out), strict=True):
-        one.weight.data = weight.reshape(one.weight.shape).contiguous()
-    if has_bias:
-        chain[1].bias = layer.bias
-    return nn.Sequential(*chain)
+    if isinstance(layer, nn.Conv2d):
+        enter = _pointwise(w_in, None)
+        enter.stride = layer.stride
+        return nn.Sequential(enter, _pointwise(w_out, layer.bias))
+    enter_linear, leave = nn.Linear(w_in.shape[1], rank, bias=False), nn.Linear(rank, w_out.shape[0])
+    enter_linear.weight.data, leave.weight.data = w_in.contiguous(), w_out.contiguous()
+    leave.register_parameter("bias", layer.bias)
+    return nn.Sequential(enter_linear, leave)
+
+
+def _pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    made = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False)
+    made.weight.data = weight[:, :, None, None].contiguous()
+    made.register_parameter("bias", cast("nn.Parameter | None", bias))
+    return made
 
 
 def _greenformer(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Made:
@@ -130,7 +126,7 @@ def _greenformer(model: nn.Module, optimizer: Optimizer, share: float, batch: Ba
 
     for owner, name, one in layers_of(model):
         # Called with a layer it returns one; called with a model it leaves the layers right under it alone.
-        rank = rank_of(min(one.weight.shape[0], one.weight[0].numel()), share)  # type: ignore[index]
+        rank = rank_of(min(one.weight.shape[0], one.weight.shape[1:].numel()), share)
         owner._modules[name] = auto_fact(one, rank=rank, solver="svd", num_iter=20)
     return model, None
 

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from tdfx.cost.timing import take_turns
 
-
 SLOWEST = 10.0
 """Dense steps that a step may take in a method that is trained to the end."""
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -32,7 +31,7 @@ except ImportError:
 _ADVICE = "Load it by trainer.fit, validate, test or predict with ckpt_path=, and this callback among the Trainer's."
 
 
-class SwitchCallback(Callback):
+class SwitchCallback(Callback):  # type: ignore[misc]
     """Factorizes what a Lightning ``Trainer`` trains, in the middle of training, and merges it at the end.
 
     The module stays the object that it is, with its class and methods; its layers change. Optimizers, schedulers, gradient
@@ -162,7 +161,8 @@ class SwitchCallback(Callback):
 
     def _path(self, pl_module: LightningModule) -> str:
         inside = self._part(pl_module).inside
-        return next(name for name, one in pl_module.named_modules() if one is inside)
+        modules: Iterable[tuple[str, nn.Module]] = pl_module.named_modules()
+        return next(name for name, one in modules if one is inside)
 
 
 class _InAverage:
@@ -196,10 +196,10 @@ def _state_in_checkpoint(trainer: Trainer, key: str) -> Mapping[str, Any] | None
 
 
 def _steps_per_epoch(trainer: Trainer) -> int:
-    batches = trainer.num_training_batches
+    batches = float(trainer.num_training_batches)
     if not math.isfinite(batches):
         raise ModelError(
             "The training loader has no length, so it is not known how many steps an epoch has. Pass when=tdfx.AtStep(...) "
             "in place of epoch=."
         )
-    return math.ceil(batches / trainer.accumulate_grad_batches)
+    return math.ceil(batches / int(trainer.accumulate_grad_batches))

@@ -34,7 +34,7 @@ FILE = "tdfx.pt"
 _ADVICE = "Give the model their form first: trainer.train(resume_from_checkpoint=callback.resume(trainer, checkpoint))."
 
 
-class SwitchCallback(TrainerCallback):
+class SwitchCallback(TrainerCallback):  # type: ignore[misc]
     """Factorizes what a Transformers ``Trainer`` trains, in the middle of training, and merges it at the end.
 
     The model stays the object that it is, with its class, ``config`` and methods; its layers change. Optimizer, scheduler,

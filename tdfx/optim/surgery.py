@@ -57,7 +57,7 @@ class Surgery:
 
 
 _SHELLS = {"AcceleratedOptimizer", "LightningOptimizer"}
-"""Classes of Accelerate's and Lightning's that put something around the steps of an optimizer and keep nothing of its state."""
+"""What Accelerate and Lightning put around an optimizer; it keeps nothing of the parameters' state itself."""
 
 
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:

@@ -1,4 +1,4 @@
-"""A ``Switch`` inside of somebody else's trainer, which holds on to the model, calls back, and writes its own checkpoints."""
+"""A ``Switch`` inside of somebody else's trainer, which holds on to the model and writes checkpoints of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -99,7 +99,9 @@ class Inside:
                 f"to stand. Name the module that holds it."
             )
         self.release(module)
-        module.register_load_state_dict_pre_hook(Follow(lambda: _plan_of(coming()) or self.plan, self.advice))
+        cast("Any", module).register_load_state_dict_pre_hook(
+            Follow(lambda: _plan_of(coming()) or self.plan, self.advice)
+        )
 
     def release(self, module: nn.Module) -> None:
         """Take everything off a module again."""
