@@ -63,6 +63,10 @@ class Part(nn.Module):
             ModelError: It is of another class.
         """
         become(self.inside, made)
+        self.renew()
+
+    def renew(self) -> None:
+        """Let the wrapper around the whole work for the parameters that the model has now; all processes must do this."""
         if self.replica is not None:
             from tdfx.distributed.ddp import renew  # as in tdfx.wrappers
 

@@ -26,7 +26,19 @@ atexit.register(shutil.rmtree, os.environ["TDFX_CACHE_DIR"], ignore_errors=True)
 # Small tensors gain nothing from threads, and tests must not wait for one another's; this holds for doctests too.
 torch.set_num_threads(1)
 
-LONGEST = ("test_zoo", "test_fsdp", "test_demo", "test_readme", "test_kill", "test_laws", "test_ddp", "test_verify")
+LONGEST = (
+    "test_zoo",
+    "test_fsdp",
+    "test_demo",
+    "test_readme",
+    "test_kill",
+    "test_laws",
+    "test_ddp",
+    "test_verify",
+    "test_trainers_processes",
+    "test_transformers",
+    "test_lightning",
+)
 """The files that take longest, the longest first."""
 
 

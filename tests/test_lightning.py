@@ -294,6 +294,71 @@ def test_settings_are_checked_at_once() -> None:
         SwitchCallback(POLICY, epoch=1, rewarm=-1)
 
 
+class Adversaries(pl.LightningModule):  # type: ignore[misc, name-defined]
+    """Two modules, two optimizers, and steps by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.maker, self.judge = nn.Sequential(nn.Linear(192, 32), nn.Linear(32, 192)), net()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        for optimizer in self.optimizers():
+            made = self.maker(batch[0].flatten(1)).view_as(batch[0])
+            loss = nn.functional.cross_entropy(self.judge(made), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return AdamW(self.maker.parameters(), 1e-2), AdamW(self.judge.parameters(), 1e-2)
+
+
+def test_two_modules_switch_each_with_a_callback_of_its_own(tmp_path: Path) -> None:
+    def run(module: Adversaries, epochs: int, ckpt: Path | None) -> Any:
+        callbacks = [
+            SwitchCallback(POLICY, epoch=epoch, attribute=name, merge=False)
+            for epoch, name in ((1, "maker"), (2, "judge"))
+        ]
+        made = trainer(tmp_path, callbacks, epochs=epochs)
+        made.fit(module, loader(), ckpt_path=ckpt)
+        made.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return callbacks
+
+    torch.manual_seed(0)
+    whole = Adversaries()
+    steps = [one.switch.events[0].step for one in run(whole, 3, None)]
+    assert steps == [PER_EPOCH, 2 * PER_EPOCH]
+    assert (sites(whole.maker), sites(whole.judge)) == (2, 3)
+    for epochs in (1, 2):
+        torch.manual_seed(0)
+        run(Adversaries(), epochs, None)
+        resumed = Adversaries()
+        run(resumed, 3, tmp_path / f"{epochs}.ckpt")
+        assert same(whole, resumed)
+
+
+def test_the_other_package_of_lightning_takes_the_callback_too(tmp_path: Path) -> None:
+    other = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed beside Lightning")
+
+    class Plain(other.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = net()
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return AdamW(self.parameters(), 1e-2)
+
+    module, own = Plain(), SwitchCallback(POLICY, epoch=1, merge=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    settings = {"max_epochs": 2, "enable_checkpointing": False}
+    other.Trainer(default_root_dir=tmp_path, callbacks=[own], **quiet, **settings).fit(module, loader())
+    assert sites(module) == 3
+
+
 def test_layers_switch_as_they_settle(tmp_path: Path) -> None:
     when = tdfx.Settled(every=1, window=1, tolerance=10.0, moved=1e-4, timeout=8)
     module = Classifier()

@@ -86,7 +86,7 @@ def main(
         if method not in own and environments is not None:
             add(elsewhere(method, environments, tasks))
         elif method not in own:
-            add(_failure(one, method, f"{method.module} {method.version} is not installed here") for one in tasks)
+            add(_failure(one, method, f"{method.module} is not installed here") for one in tasks)
     if not here:
         Console(width=150).print(*tables(found), sep="\n\n")
 

@@ -85,6 +85,12 @@ class SwitchCallback(Callback):  # type: ignore[misc]
         self._seen = 0
 
     @property
+    def state_key(self) -> str:
+        """Under which the Trainer keeps the callback's state; several callbacks may rewrite several modules."""
+        key: str = self._generate_state_key(attribute=self.attribute)
+        return key
+
+    @property
     def switch(self) -> Switch:
         """What decides; ``print(callback.switch)`` says what it did."""
         return self._inside.switch

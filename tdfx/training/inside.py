@@ -70,7 +70,7 @@ class Inside:
         self.switch = self._make(when or AtStep(1))
         self._inputs = example_inputs
         self._saved: Mapping[str, Any] | None = None
-        self._names: Names = []
+        self._trained: tuple[nn.Module, Sequence[Optimizer]] | None = None
         self._capture: _Capture | None = None
 
     @property
@@ -127,7 +127,7 @@ class Inside:
             self.switch.load_state_dict(saved["switch"], optimizer=optimizers)
             self.merged = bool(saved["merged"])
             put_in_order(optimizers, saved["names"], part.model)
-        self._names = names_of(optimizers, part.model)
+        self._trained = part.model, optimizers
         self._capture = _Capture(part.inside)
 
     def step(
@@ -168,23 +168,24 @@ class Inside:
             )
         if made is not part:
             part.put(made)
-            self._names = names_of(optimizers, part.model)
 
     def end(self, part: Part, optimizers: Sequence[Optimizer], *, averaged: Sequence[Any] = ()) -> None:
         """Training ends: merge, if that was asked for."""
-        if not self.merge or not any(isinstance(one, Factorized) for one in part.inside.modules()):
+        layers = [one for one in part.inside.modules() if isinstance(one, Factorized)]
+        if not self.merge or not layers:
+            # Its parameters may be others all the same, where the best checkpoint was loaded.
+            part.renew()
             return
         held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
-        layers = [one for one in part.inside.modules() if isinstance(one, Factorized)]
-        # The best checkpoint may have been loaded meanwhile, and optimizers know nothing of that.
+        # Of a checkpoint that was loaded meanwhile the optimizers know nothing.
         trained = all(id(weight) in held for layer in layers for weight in layer.weights)
         part.put(merge(part, optimizer=optimizers if trained else None, averaged=list(averaged) or None))
         self.merged = True
-        self._names = names_of(optimizers, part.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return in plain types and tensors what a resumed run needs beside model and optimizers."""
-        return {"switch": self.switch.state_dict(), "merged": self.merged, "names": self._names}
+        names: Names = [] if self._trained is None else names_of(self._trained[1], self._trained[0])
+        return {"switch": self.switch.state_dict(), "merged": self.merged, "names": names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state when training begins; until then it says what form the model is to have."""
