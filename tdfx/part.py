@@ -39,10 +39,11 @@ class Part(nn.Module):
             raise ModelError(
                 f"{type(model).__name__} has no module {path!r} to be rewritten. It has {names or 'none'}."
             ) from error
+        outer = inside
         while is_wrapped(inside):
             inside = cast("nn.Module", inside._orig_mod)
         # Not as its children: it owns none of them.
-        self.__dict__.update(replica=replica, model=model, inside=inside)
+        self.__dict__.update(replica=replica, model=model, inside=inside, outer=outer)
 
     replica: DistributedDataParallel | None
     """The wrapper around the whole."""
@@ -50,6 +51,8 @@ class Part(nn.Module):
     """The model out of its wrappers."""
     inside: nn.Module
     """The module that this stands for."""
+    outer: nn.Module
+    """The same, in the wrapper of ``torch.compile`` if it has one of its own."""
 
     def put(self, made: nn.Module) -> None:
         """Let the trainer's module become another, and its wrapper work for the parameters that it has now.

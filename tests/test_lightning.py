@@ -258,6 +258,24 @@ def test_bf16_autocast_goes_on(tmp_path: Path) -> None:
     assert {one.dtype for one in module.parameters()} == {torch.float32}
 
 
+def test_a_compiled_child_is_measured_on_its_first_batch_and_compiled_again(tmp_path: Path) -> None:
+    class Compiled(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch.compile(self.model, backend="eager", fullgraph=True)
+
+    torch.manual_seed(0)
+    whole = Compiled()
+    callback, _ = fitted(tmp_path, whole, epochs=2, save=tmp_path / "a.ckpt")
+    assert sites(whole) == 3
+    assert callback.switch.plan is not None
+    # Only example inputs tell how many operations a convolution takes.
+    assert callback.switch.plan.flops_before
+    resumed = Compiled()
+    fitted(tmp_path, resumed, epochs=2, ckpt=tmp_path / "a.ckpt")
+    assert same(whole, resumed)
+
+
 def test_a_module_whose_layers_are_its_own_is_rewritten_itself(tmp_path: Path) -> None:
     module = Flat()
     fitted(tmp_path, module)

@@ -170,6 +170,21 @@ def test_bf16_autocast_goes_on(tmp_path: Path) -> None:
     assert {one.dtype for one in model.parameters()} == {torch.float32}
 
 
+def test_a_compiled_model_is_compiled_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, own = bert(), callback()
+    made = trainer(tmp_path, model, own, torch_compile=True, torch_compile_backend="eager", save_strategy="no")
+    made.train()
+    assert sites(model) > 3
+    assert own.switch.plan is not None
+    # Only example inputs tell how many there are.
+    assert own.switch.plan.flops_before
+    before = [one.detach().clone() for one in model.parameters()]
+    made.train()
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(moved)
+
+
 @pytest.mark.parametrize("best", [PER_EPOCH - 2, 3 * PER_EPOCH])
 def test_the_best_checkpoint_is_loaded_at_the_end_whatever_its_form(tmp_path: Path, best: int) -> None:
     """The best is from before or after the switch; training ends with its outputs, merged."""

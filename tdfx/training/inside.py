@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from tdfx.api import merge
+from tdfx.compiled import is_wrapped
 from tdfx.errors import ModelError, PolicyError
 from tdfx.kinds.registry import is_candidate
 from tdfx.layers import Factorized
@@ -128,7 +130,7 @@ class Inside:
             self.merged = bool(saved["merged"])
             put_in_order(optimizers, saved["names"], part.model)
         self._trained = part.model, optimizers
-        self._capture = _Capture(part.inside)
+        self._capture = _Capture(part.outer)
 
     def step(
         self,
@@ -184,6 +186,8 @@ class Inside:
 
     def state_dict(self) -> dict[str, Any]:
         """Return in plain types and tensors what a resumed run needs beside model and optimizers."""
+        if self._saved is not None:
+            return dict(self._saved)
         names: Names = [] if self._trained is None else names_of(self._trained[1], self._trained[0])
         return {"switch": self.switch.state_dict(), "merged": self.merged, "names": names}
 
@@ -203,7 +207,10 @@ class _Capture:
     def __init__(self, module: nn.Module) -> None:
         self.inputs: Inputs | None = None
         self._replica: weakref.ref[DistributedDataParallel] | None = None
-        self._handle = module.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._module = module
+        # No part of what a compiler makes of the model.
+        self._hook = torch.compiler.disable(self._see)
+        module.register_forward_pre_hook(self._hook, with_kwargs=True)
 
     @property
     def replica(self) -> DistributedDataParallel | None:
@@ -211,15 +218,14 @@ class _Capture:
         return None if self._replica is None else self._replica()
 
     def remove(self) -> None:
-        """Stop looking."""
-        self._handle.remove()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Capture:
-        return self
+        """Stop looking; handles know nothing of a module that has become another."""
+        for key in [key for key, one in self._module._forward_pre_hooks.items() if one is self._hook]:
+            del self._module._forward_pre_hooks[key]
+            self._module._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         # Lightning lends the forward of its module to other methods, whose inputs are not the model's.
-        if not module.training or not inspect.ismethod(module.forward):
+        if module is not self._module or not module.training or not _is_its_own(module):
             return
         self.remove()
         active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
@@ -228,11 +234,16 @@ class _Capture:
         self.inputs = _as_inputs(module, *given)
 
 
+def _is_its_own(module: nn.Module) -> bool:
+    return is_wrapped(module) or inspect.ismethod(module.forward)
+
+
 def _as_inputs(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Inputs:
     """Return arguments as example inputs: by place, or all by name."""
     if not named:
         return args
-    bound = inspect.signature(module.forward).bind(*args, **named)
+    inner = module._orig_mod if is_wrapped(module) else module
+    bound = inspect.signature(cast("nn.Module", inner).forward).bind(*args, **named)
     found: dict[str, Any] = {}
     for key, value in bound.arguments.items():
         kind = bound.signature.parameters[key].kind
