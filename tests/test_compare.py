@@ -180,21 +180,26 @@ def test_the_program_prints_and_keeps_a_table(tmp_path: Path) -> None:
     assert kept["share"] == 0.25
     again = CliRunner().invoke(compare.main, ["--table", str(file)])
     assert again.stdout == result.stdout
+    fewer = [one for one in kept["results"] if one["method"] != "TensorLy by hand" or one["seed"] == 0]
+    file.write_text(json.dumps({"results": fewer}), encoding="utf-8")
+    result = CliRunner().invoke(compare.main, options)
+    assert result.stderr.count("done") == 1
+    assert {one.method for one in compare.read(file) if one.seed == 1} == {"dense", "TensorLy by hand"}
 
 
 def test_rows_are_medians_and_the_fastest_come_first() -> None:
     made = tool("compare_runs").Outcome
     rows = [
+        made(task="t", method="dense", seed=0, torch=torch.__version__),
         *(made(task="t", method="slow", seed=seed, torch=torch.__version__, step=step, accuracy=90.0 + seed)
           for seed, step in enumerate((0.5, 0.8, 1.0))),
         made(task="t", method="failed", seed=0, torch=torch.__version__, failed="E: why"),
         made(task="t", method="fast", seed=0, torch="1.0+cu", step=0.25),
-        made(task="t", method="dense", seed=0, torch=torch.__version__),
     ]  # fmt: skip
-    (table,) = tool("compare").tables(rows)
-    first, second = (list(column.cells) for column in table.columns[:2])
-    assert first == ["dense", "fast (torch 1.0)", "slow", "failed"]
-    assert second == ["1.00", "4.00", "1.25", "failed: E: why"]
+    lines = [re.split(r" {2,}", line.strip()) for line in tool("compare").report(rows).splitlines()]
+    assert [line[:2] for line in lines[1:-1]] == [["dense", "1.00"], ["fast (torch 1.0)", "4.00"], ["slow", "1.25"]]
+    assert lines[3][5] == "91.00"
+    assert lines[-1] == ["failed failed: E: why"]
 
 
 def test_a_package_that_cannot_be_installed_is_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,3 +207,12 @@ def test_a_package_that_cannot_be_installed_is_an_outcome(tmp_path: Path, monkey
     monkeypatch.setattr(compare, "install", lambda method, environment: "error: no such thing")
     found = compare.elsewhere(method("nothing", module="nothing_at_all"), tmp_path, [task()()])
     assert [one.failed for one in found] == ["cannot be installed: error: no such thing"]
+
+
+def test_the_readmes_table_is_that_of_the_results() -> None:
+    readme, file = TOOLS.parent / "README.md", TOOLS / "results" / "compare.json"
+    block = re.search(
+        r"<!-- python tools/compare.py --table .*?-->\n```\n(.*?)\n```", readme.read_text("utf-8"), re.DOTALL
+    )
+    assert block is not None
+    assert block.group(1) == tool("compare").report(tool("compare").read(file))

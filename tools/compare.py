@@ -10,13 +10,15 @@ With --table FILE nothing runs: the table of what a file holds is printed.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import venv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, fields
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -24,7 +26,7 @@ from typing import Any
 import click
 import torch
 import torchvision
-from bench_common import Seconds, keep, set_clock
+from bench_common import keep, set_clock
 from compare_methods import Method, methods
 from compare_runs import Comparison, Outcome
 from rich.console import Console
@@ -34,6 +36,8 @@ from study_tasks import TASKS, Task
 
 from tdfx.cost.machine import rates
 
+_WIDTH = 124
+_HEADS = ("step faster", "switch, steps", "parameters", "output error", "accuracy %", "loss", "optimizer")
 _MINUTES = 15
 """What pip may take to install one package."""
 
@@ -49,7 +53,12 @@ _MINUTES = 15
 @click.option("--quick", is_flag=True, help="One seed, a tenth of the steps: to see that it runs, not what comes out.")
 @click.option("--cpu-time", is_flag=True, help="Count the time of one thread's computation: for a loaded machine.")
 @click.option("--threads", default=2, show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every outcome to a file.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    help="Write every outcome, as they come; none that the file holds is made again.",
+)
 @click.option("--table", "table_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Print one.")
 def main(
     seeds: int,
@@ -67,49 +76,38 @@ def main(
 ) -> None:
     """Run everything and print the table."""
     if table_file is not None:
-        Console(width=150).print(*tables(read(table_file)), sep="\n\n")
+        click.echo(report(read(table_file)))
         return
     clock = set_clock(cpu_time, threads)
     wanted = [one for one in methods(paper_code) if not only or any(text in one.name for text in only)]
     tasks = [one() for one in TASKS if not which or any(text in one.name for text in which)]
     own = [one for one in wanted if one.is_here()]
+    rates(cache=False)  # once for a machine, whatever is trained on it
     seconds = "CPU time" if cpu_time else "wall clock"
-    found: list[Outcome] = []
+    found = read(json_file) if json_file is not None and json_file.exists() else []
+    before = {(one.task, one.method, one.seed) for one in found}
 
     def add(more: Iterable[Outcome]) -> None:
         for one in more:
             found.append(one)
             keep(json_file, [asdict(one) for one in found], share=share, clock=seconds)
 
-    add(outcomes(tasks, own, range(1 if quick else seeds), 0.1 if quick else 1.0, share, clock, dense=not here))
+    part = 0.1 if quick else 1.0
+    for seed, task in product(range(1 if quick else seeds), tasks):
+        missing = [one for one in own if (task.name, one.name, seed) not in before]
+        dense = not here and (task.name, FULL, seed) not in before
+        if missing or dense:
+            add(Comparison(task, seed, max(5, round(part * task.steps)), clock).outcomes(missing, share, dense=dense))
+            click.echo(f"seed {seed}, {task.name}: done", err=True)
     for method in wanted:
-        if method not in own and environments is not None:
+        if method in own or all((task.name, method.name, 0) in before for task in tasks):
+            continue
+        if environments is not None:
             add(elsewhere(method, environments, tasks))
-        elif method not in own:
+        else:
             add(_failure(one, method, f"{method.module} is not installed here") for one in tasks)
     if not here:
-        Console(width=150).print(*tables(found), sep="\n\n")
-
-
-def outcomes(
-    tasks: list[Task],
-    own: list[Method],
-    seeds: Iterable[int],
-    part: float,
-    share: float,
-    clock: Seconds,
-    *,
-    dense: bool,
-) -> Iterator[Outcome]:
-    """Yield what the methods that are here came to."""
-    if not own and not dense:
-        return
-    rates(cache=False)  # once for a machine, whatever is trained on it
-    for seed in seeds:
-        for task in tasks:
-            study = Comparison(task, seed, max(5, round(part * task.steps)), clock)
-            yield from study.outcomes(own, share, dense=dense)
-            click.echo(f"seed {seed}, {task.name}: done", err=True)
+        click.echo(report(found))
 
 
 def elsewhere(method: Method, folder: Path, tasks: list[Task]) -> list[Outcome]:
@@ -165,18 +163,21 @@ def read(file: Path) -> list[Outcome]:
     return [Outcome(**{key: value for key, value in one.items() if key in known}) for one in results]
 
 
-def tables(found: list[Outcome]) -> list[Table]:
-    """Return a table for each task: medians of times and errors, means of accuracies, over the seeds."""
-    made = []
+def report(found: list[Outcome]) -> str:
+    """Return a table for each task, the fastest methods first, and under it what failed."""
+    console = Console(width=_WIDTH, file=io.StringIO(), record=True, color_system=None)
     for task in dict.fromkeys(one.task for one in found):
-        heads = ("step faster", "switch, steps", "parameters", "output error", "accuracy %", "loss", "optimizer")
-        table = Table(Column(task, no_wrap=True), *heads, box=None)
         own = [one for one in found if one.task == task]
-        names = list(dict.fromkeys(one.method for one in own))
-        for name in sorted(names, key=lambda name: _speed(own, name), reverse=True):
-            _add_row(table, name, [one for one in own if one.method == name])
-        made.append(table)
-    return made
+        names = sorted(dict.fromkeys(one.method for one in own), key=lambda name: _speed(own, name), reverse=True)
+        table = Table(Column(task, no_wrap=True), *_HEADS, box=None)
+        for name in names:
+            _add_row(table, name, [one for one in own if one.method == name and not one.failed], found[0].torch)
+        console.print(table)
+        for one in {one.method: one for one in own if one.failed}.values():
+            # As far as one line goes.
+            console.print(f" {one.method} failed: {one.failed}"[: _WIDTH - 1], markup=False, highlight=False)
+        console.print()
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines()).rstrip()
 
 
 def _speed(found: list[Outcome], name: str) -> float:
@@ -185,12 +186,11 @@ def _speed(found: list[Outcome], name: str) -> float:
     return float("inf") if name == FULL else median(1 / one.step for one in done) if done else 0.0
 
 
-def _add_row(table: Table, name: str, runs: list[Outcome]) -> None:
-    done = [one for one in runs if not one.failed]
+def _add_row(table: Table, name: str, done: list[Outcome], home: str) -> None:
+    """Add medians of times and errors and means of accuracies over the seeds, if there is any."""
     if not done:
-        table.add_row(name, f"failed: {runs[0].failed}")
         return
-    other = "" if done[0].torch == torch.__version__ else f" (torch {done[0].torch.split('+')[0]})"
+    other = "" if done[0].torch == home else f" (torch {done[0].torch.split('+')[0]})"
     table.add_row(
         f"{name}{other}",
         f"{median(1 / one.step for one in done):.2f}",

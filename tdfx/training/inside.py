@@ -209,7 +209,7 @@ class _Capture:
         self._replica: weakref.ref[DistributedDataParallel] | None = None
         self._module = module
         # No part of what a compiler makes of the model.
-        self._hook = torch.compiler.disable(self._see)
+        self._hook = cast("Any", torch.compiler).disable(self._see)
         module.register_forward_pre_hook(self._hook, with_kwargs=True)
 
     @property
