@@ -26,6 +26,15 @@ class Part(nn.Module):
         ModelError: There is no such module.
     """
 
+    replica: DistributedDataParallel | None
+    """The wrapper around the whole."""
+    model: nn.Module
+    """The model out of its wrappers."""
+    inside: nn.Module
+    """The module that this stands for."""
+    outer: nn.Module
+    """The same, in the wrapper of ``torch.compile`` if it has one of its own."""
+
     def __init__(self, whole: nn.Module, path: str = "") -> None:
         super().__init__()
         replica, model = None, whole
@@ -44,15 +53,6 @@ class Part(nn.Module):
             inside = cast("nn.Module", inside._orig_mod)
         # Not as its children: it owns none of them.
         self.__dict__.update(replica=replica, model=model, inside=inside, outer=outer)
-
-    replica: DistributedDataParallel | None
-    """The wrapper around the whole."""
-    model: nn.Module
-    """The model out of its wrappers."""
-    inside: nn.Module
-    """The module that this stands for."""
-    outer: nn.Module
-    """The same, in the wrapper of ``torch.compile`` if it has one of its own."""
 
     def put(self, made: nn.Module) -> None:
         """Let the trainer's module become another, and its wrapper work for the parameters that it has now.

@@ -9,13 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import two_processes
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import tdfx
 from tdfx.layers import Factorized
+from tdfx.part import Part
+from tdfx.training.inside import Inside
 
 WHOLE: dict[str, dict[str, torch.Tensor]] = {}
 """What the runs without interruption ended with."""
@@ -107,6 +113,23 @@ def check_transformers_merges(folder: Path) -> None:
     model = transformers_run(folder / "merged", merge=True)
     assert sites(model) == 0
     check_bits(model)
+
+
+def check_an_unwrapped_model_is_refused(folder: Path) -> None:
+    """By both processes, before anything is counted."""
+    net = nn.Sequential(nn.Linear(8, 8))
+    callback = Inside(None, when=None, epoch=1, merge=True, example_inputs=None, options={}, advice="")
+    with pytest.raises(tdfx.ModelError, match="2 processes train this Sequential, and it is not in"):
+        callback.step(Part(net), [torch.optim.SGD(net.parameters(), lr=0.1)])
+
+
+def check_a_sharded_model_is_refused(folder: Path) -> None:
+    """It cannot become another in place; nothing is changed."""
+    net = nn.Sequential(nn.Linear(8, 8))
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(tdfx.ModelError, match=r"sharded by fully_shard.*loop of your own, with tdfx.Switch"):
+        tdfx.rewrite(Part(net), tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0))
+    assert sites(net) == 0
 
 
 CHECKS: dict[str, Callable[..., None]] = {
