@@ -141,6 +141,20 @@ def test_a_state_that_says_nothing_of_a_site_leaves_it() -> None:
     assert sites(split) == 2
 
 
+def test_what_is_factorized_and_not_loaded_keeps_its_values() -> None:
+    split, dense = Net(), Net()
+    plan = tdfx.plan(split, POLICY, emit="modules")
+    become(split, tdfx.rewrite(split, plan))
+    joined = tdfx.merge(split).get_parameter("fc.weight").detach().clone()
+    cast("Any", split).register_load_state_dict_pre_hook(Follow(lambda: plan, ""))
+    split.load_state_dict(
+        {key: value for key, value in dense.state_dict().items() if key.startswith("conv")}, strict=False
+    )
+    assert sites(split) == 1
+    assert torch.equal(cast("Any", split.conv).weight, dense.conv.weight)
+    torch.testing.assert_close(tdfx.merge(split).get_parameter("fc.weight"), joined)
+
+
 def test_factors_of_an_unknown_split_change_nothing() -> None:
     split, fresh = Net(), Net()
     become(split, tdfx.rewrite(split, POLICY, emit="modules"))

@@ -209,6 +209,27 @@ def test_the_best_checkpoint_is_loaded_at_the_end_whatever_its_form(tmp_path: Pa
     torch.testing.assert_close(outputs(model), outputs(expected), rtol=1e-4, atol=1e-5)
 
 
+class Endless(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Data without a length."""
+
+    def __iter__(self) -> Any:
+        while True:
+            yield from (Sentences(of_tokens=False)[index] for index in range(32))
+
+
+def test_data_without_a_length_have_no_epochs_and_have_steps(tmp_path: Path) -> None:
+    for own in (callback(), callback(epoch=None, when=tdfx.AtStep(2))):
+        model = bert()
+        made = trainer(tmp_path, model, own, max_steps=3, save_strategy="no")
+        made.train_dataset = Endless()
+        if own.switch.when == tdfx.AtStep(2):
+            made.train()
+            assert sites(model) > 3
+        else:
+            with pytest.raises(tdfx.ModelError, match=r"no length.*when=tdfx.AtStep"):
+                made.train()
+
+
 def test_a_run_that_goes_on_without_resume_is_refused(tmp_path: Path) -> None:
     trained(bert, tmp_path)
     before = trainer(tmp_path, bert(), callback())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tdfx.checkpoint.files import read_sealed, write
-from tdfx.errors import CheckpointError
+from tdfx.errors import CheckpointError, ModelError
 from tdfx.optim.surgery import as_optimizers
 from tdfx.part import Part
 from tdfx.passes.observe import Inputs
@@ -129,8 +129,9 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
                 f"The Trainer goes on from step {state.global_step}, of which the callback knows nothing. {_ADVICE}"
             )
         self._resumed = False
-        batches, each = len(kwargs["train_dataloader"]), args.gradient_accumulation_steps
-        self._inside.begin(Part(kwargs["model"]), as_optimizers(kwargs["optimizer"]), lambda: math.ceil(batches / each))
+        loader, each = kwargs["train_dataloader"], args.gradient_accumulation_steps
+        optimizers = as_optimizers(kwargs["optimizer"])
+        self._inside.begin(Part(kwargs["model"]), optimizers, lambda: _steps_per_epoch(loader, each))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count an optimizer step, and switch if it is time."""
@@ -151,3 +152,13 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
 
     def _part(self, model: nn.Module) -> Part:
         return Part(self._inside.replica or model)
+
+
+def _steps_per_epoch(loader: Any, accumulated: int) -> int:
+    try:
+        return math.ceil(len(loader) / accumulated)
+    except TypeError as error:
+        raise ModelError(
+            "The training data have no length, so it is not known how many steps an epoch has. Pass when=tdfx.AtStep(...) "
+            "in place of epoch=."
+        ) from error

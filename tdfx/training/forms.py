@@ -62,6 +62,7 @@ def _nothing(*arguments: Any) -> None:
     pass
 
 
+@torch.no_grad()
 def take_form(
     module: nn.Module,
     plan: Plan | None,
@@ -88,11 +89,18 @@ def take_form(
             f"What is loaded into this {type(module).__name__} holds factors of {len(unknown)} sites, {unknown[0]!r} first, "
             f"and it is not known how these were split. {advice}"
         )
+    if names == _factorized(module).keys():
+        return
+    before = dict(module.named_parameters())
     made = merge(module) if _factorized(module) else module
     if names and plan is not None:
         sites = tuple(one for path, one in known.items() if path in names)
         wish = replace(plan, sites=sites, emit="modules")
         made = rewrite(made, wish, init="empty", optimizer=optimizer or None)
+    for name, one in made.named_parameters():
+        # Not all that was factorized before and still is need be in what is loaded.
+        if name in before and before[name] is not one and before[name].shape == one.shape:
+            one.copy_(before[name])
     become(module, made)
 
 
@@ -139,10 +147,11 @@ def put_in_order(optimizers: Sequence[Optimizer], saved: Names, model: nn.Module
                 f"with the same groups as in the run that was saved."
             )
     held = dict(model.named_parameters())
+    known = {id(one) for one in held.values()}
     for optimizer, groups in zip(optimizers, saved, strict=False):
         states = {}
         for group, names in zip(optimizer.param_groups, groups, strict=True):
-            foreign = iter([one for one in group["params"] if not any(one is other for other in held.values())])
+            foreign = iter([one for one in group["params"] if id(one) not in known])
             wanted = [next(foreign) if name is None else held[name] for name in names]
             for old, new in zip(group["params"], wanted, strict=True):
                 if old in optimizer.state:
