@@ -197,15 +197,16 @@ def test_rows_are_medians_and_the_fastest_come_first() -> None:
         made(task="t", method="fast", seed=0, torch="1.0+cu", step=0.25),
     ]  # fmt: skip
     lines = [re.split(r" {2,}", line.strip()) for line in tool("compare").report(rows).splitlines()]
-    assert [line[:2] for line in lines[1:-1]] == [["dense", "1.00"], ["fast (torch 1.0)", "4.00"], ["slow", "1.25"]]
-    assert lines[3][5] == "91.00"
+    assert [line[:2] for line in lines[1:-1]] == [["dense", "1"], ["fast (torch 1.0)", "1"], ["slow", "3"]]
+    assert [line[2] for line in lines[1:-1]] == ["1.00", "4.00", "1.25"]
+    assert lines[3][6] == "91.00"
     assert lines[-1] == ["failed failed: E: why"]
 
 
 def test_a_package_that_cannot_be_installed_is_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compare = tool("compare")
     monkeypatch.setattr(compare, "install", lambda method, environment: "error: no such thing")
-    found = compare.elsewhere(method("nothing", module="nothing_at_all"), tmp_path, [task()()])
+    found = compare.elsewhere(method("nothing", module="nothing_at_all"), tmp_path, [task()()], [])
     assert [one.failed for one in found] == ["cannot be installed: error: no such thing"]
 
 

@@ -37,7 +37,7 @@ from study_tasks import TASKS, Task
 from tdfx.cost.machine import rates
 
 _WIDTH = 124
-_HEADS = ("step faster", "switch, steps", "parameters", "output error", "accuracy %", "loss", "optimizer")
+_HEADS = ("seeds", "step faster", "switch", "parameters", "error", "accuracy %", "loss", "optimizer")
 _MINUTES = 15
 """What pip may take to install one package."""
 
@@ -92,32 +92,42 @@ def main(
             found.append(one)
             keep(json_file, [asdict(one) for one in found], share=share, clock=seconds)
 
-    part = 0.1 if quick else 1.0
-    for seed, task in product(range(1 if quick else seeds), tasks):
+    part, seeds = (0.1, 1) if quick else (1.0, seeds)
+    for seed, task in product(range(seeds), tasks):
         missing = [one for one in own if (task.name, one.name, seed) not in before]
         dense = not here and (task.name, FULL, seed) not in before
         if missing or dense:
             add(Comparison(task, seed, max(5, round(part * task.steps)), clock).outcomes(missing, share, dense=dense))
             click.echo(f"seed {seed}, {task.name}: done", err=True)
     for method in wanted:
-        if method in own or all((task.name, method.name, 0) in before for task in tasks):
+        mine = [one for one in found if one.method == method.name]
+        done = {(one.task, one.seed) for one in mine}
+        if method in own or all(one in done for one in product([task.name for task in tasks], range(seeds))):
             continue
+        found = [one for one in found if one.method != method.name]
         if environments is not None:
-            add(elsewhere(method, environments, tasks))
+            add(elsewhere(method, environments, tasks, mine))
         else:
-            add(_failure(one, method, f"{method.module} is not installed here") for one in tasks)
+            add(mine or [_failure(one, method, f"{method.module} is not installed here") for one in tasks])
     if not here:
         click.echo(report(found))
 
 
-def elsewhere(method: Method, folder: Path, tasks: list[Task]) -> list[Outcome]:
-    """Run a method in an environment of its own, which is made if it is missing; what goes wrong is an outcome too."""
+def elsewhere(method: Method, folder: Path, tasks: list[Task], before: list[Outcome]) -> list[Outcome]:
+    """Run a method in an environment of its own, which is made if it is missing; what goes wrong is an outcome too.
+
+    Args:
+        method: What is not here.
+        folder: Of the environments.
+        tasks: What to run it on.
+        before: What it came to before, none of which is made again.
+    """
     environment = folder.resolve() / method.name.lower().replace(" ", "-").replace("'", "")
     error = "" if environment.exists() else install(method, environment)
     if error:
         return [_failure(one, method, f"cannot be installed: {error}") for one in tasks]
     file = environment / "outcomes.json"
-    file.unlink(missing_ok=True)
+    keep(file, [asdict(one) for one in before])
     options = [one for one in sys.argv[1:] if not one.startswith(("--json=", "--method=", "--environments="))]
     for name in ("--json", "--method", "--environments"):
         while name in options:
@@ -131,7 +141,7 @@ def elsewhere(method: Method, folder: Path, tasks: list[Task]) -> list[Outcome]:
         text=True,
         check=False,
     )
-    if not file.exists():
+    if done.returncode != 0:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
         return [_failure(one, method, "".join(last)) for one in tasks]
     return read(file)
@@ -193,6 +203,7 @@ def _add_row(table: Table, name: str, done: list[Outcome], home: str) -> None:
     other = "" if done[0].torch == home else f" (torch {done[0].torch.split('+')[0]})"
     table.add_row(
         f"{name}{other}",
+        str(len(done)),
         f"{median(1 / one.step for one in done):.2f}",
         f"{median(one.switch_steps for one in done):.1f}",
         f"{median(one.parameters for one in done):.2f}",
