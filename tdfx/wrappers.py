@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tdfx.compiled import Compiled, again_of, compile_in_place, is_wrapped, wrapped_again
 from tdfx.errors import ModelError
+from tdfx.part import Part
 from tdfx.passes.base import Agree, Lead, Ready, Spread, Together, alone, itself, unasked
 
 
@@ -64,6 +65,8 @@ def unwrap(model: nn.Module) -> Wrapped:
             "A CUDA graph is being captured, and what a rewrite computes must not be replayed with every step. Do it before "
             "the capture, and capture graphs of the old model anew afterwards: they hold on to its weights."
         )
+    if isinstance(model, Part):
+        return _unwrap_part(model)
     if is_wrapped(model):
         inner = unwrap(cast("nn.Module", model._orig_mod))
         return replace(inner, wrap=lambda made: wrapped_again(model, inner.wrap(made)))
@@ -115,6 +118,17 @@ def unwrap(model: nn.Module) -> Wrapped:
             lead=Lead(ranks.agree, ranks.leads),
         )
     return Wrapped(compiled.plain(model), compiled.again)
+
+
+def _unwrap_part(part: Part) -> Wrapped:
+    """Return the module that a part stands for, with the agreement of the processes that train the whole."""
+    inner = unwrap(part.inside)
+    if inner.shards:
+        raise ModelError(
+            f"{type(part.inside).__name__} is sharded by fully_shard, which keeps account of the modules that it was called "
+            f"on, so none of them can become another in place. Rewrite it in a loop of your own, with tdfx.Switch."
+        )
+    return inner if part.replica is None else replace(unwrap(part.replica), model=inner.model, wrap=inner.wrap)
 
 
 def _refuse(model: nn.Module) -> None:

@@ -36,6 +36,9 @@ LONGEST = (
     "test_proof",
     "test_ddp",
     "test_verify",
+    "test_trainers_processes",
+    "test_transformers",
+    "test_lightning",
 )
 """The files that take longest, the longest first."""
 

@@ -42,6 +42,7 @@ LAYERS = (
     {"optim"},
     {"distributed"},
     {"compiled"},
+    {"part"},
     {"wrappers"},
     {"averaging"},
     {"checkpoint"},
@@ -52,6 +53,7 @@ LAYERS = (
     {"api"},
     {"training", "check"},
     {"__init__"},
+    {"integrations"},
     {"demo"},
     {"references", "demo_table", "report"},
     {"cli"},
@@ -62,7 +64,7 @@ LAYERS = (
 PASSES = {"trace", "find", "shapes", "select", "rewrite", "merge"}
 """The passes of the compiler; the other files of the folder are what they share."""
 
-LAZY = {
+TOOLS = {
     "click",
     "jinja2",
     "matplotlib",
@@ -75,6 +77,8 @@ LAZY = {
     "tensorly",
     "torchvision",
 }
+TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
+LAZY = TOOLS | TRAINERS
 """What `import tdfx` must leave alone."""
 
 

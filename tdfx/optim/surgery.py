@@ -56,15 +56,19 @@ class Surgery:
                 optimizer.state[parameter] = state
 
 
+_SHELLS = {"AcceleratedOptimizer", "LightningOptimizer"}
+"""What Accelerate and Lightning put around an optimizer; it keeps nothing of the parameters' state itself."""
+
+
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
-    """Return the optimizers as a tuple.
+    """Return the optimizers as a tuple, out of what trainers have put around them.
 
     Raises:
         OptimizerError: Something else was passed.
     """
     given = list(optimizer) if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
     found: list[Optimizer] = []
-    for one in given:
+    for one in map(_inner, given):
         if not isinstance(one, Optimizer):
             raise OptimizerError(
                 f"optimizer={one!r} is a {type(one).__name__}, not a torch.optim.Optimizer: its parameters and state could "
@@ -83,6 +87,12 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
             )
         found.append(one)
     return tuple(found)
+
+
+def _inner(optimizer: Any) -> Any:
+    while any(kind.__name__ in _SHELLS for kind in type(optimizer).__mro__):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def prepare(optimizers: Sequence[Optimizer], exchanges: Iterable[Exchange]) -> Surgery:

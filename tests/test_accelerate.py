@@ -1,0 +1,91 @@
+"""The README's loop with Accelerate, as it stands there, and what goes along with it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import tdfx
+from tdfx.layers import Factorized
+
+accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install 'tdfx[transformers]'")
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def names(precision: str, rewarm: int = 0) -> dict[str, Any]:
+    """Return what the README's loop speaks of."""
+    accelerate.state.AcceleratorState._reset_state(True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    data = TensorDataset(torch.randn(32, 3, 8, 8), torch.randint(4, (32,)))
+    return {
+        "torch": torch,
+        "tdfx": tdfx,
+        "accelerator": accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2),
+        "model": model,
+        "optimizer": optimizer,
+        "loader": DataLoader(data, batch_size=4),
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+        "policy": tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0),
+        "steps": [],
+    }
+
+
+def loop() -> str:
+    """Return the README's code, with the switch after two steps and a look at what it made."""
+    if not README.is_file():
+        pytest.skip("the README is not beside the tests")
+    found = re.search(r"<!-- accelerate -->\n```py\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    text = found.group(1).replace("AtStep(500)", "AtStep(2)")
+    line = 'emit="modules")\n'
+    assert text.count(line) == 1
+    return text.replace(line, line + "        steps.append((model, model(x).dtype))\n")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_readmes_loop_switches_and_merges(precision: str) -> None:
+    own = names(precision)
+    exec(compile(loop(), "README.md", "exec"), own)
+    sites = [sum(isinstance(one, Factorized) for one in model.modules()) for model, _ in own["steps"]]
+    assert sites == [0, 2, 2, 2]
+    # Accelerate gives outputs back in float32, from whatever it computed them.
+    assert {dtype for _, dtype in own["steps"]} == {torch.float32}
+    model, optimizer = own["model"], own["optimizer"]
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "3.weight", "3.bias"]
+    held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    assert held == {id(one) for one in model.parameters()}
+    assert all(int(optimizer.state[one]["step"]) == 4 for one in model.parameters())
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**4)
+
+
+def test_autocast_goes_on_in_the_rewritten_model() -> None:
+    own = names("bf16")
+    exec(compile(loop(), "README.md", "exec"), own)
+    seen: list[torch.dtype] = []
+    factorized = own["steps"][-1][0]
+    factorized[0].register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
+    factorized(torch.randn(2, 3, 8, 8))
+    assert seen == [torch.bfloat16]
+
+
+def test_a_prepared_optimizer_is_rewarmed() -> None:
+    own = names("no")
+    model, optimizer = own["accelerator"].prepare(own["model"], own["optimizer"])
+    switch = tdfx.Switch(own["policy"], when=tdfx.AtStep(1), rewarm=4)
+    model = switch.step(model, optimizer=optimizer)
+    before = [one.detach().clone() for one in model.parameters()]
+    for one in model.parameters():
+        one.grad = torch.ones_like(one)
+    optimizer.step()
+    # Adam's first step is the rate, of which a tenth is taken, but for weight decay.
+    moved = max(float((a - b.detach()).abs().max()) for a, b in zip(before, model.parameters(), strict=True))
+    assert moved == pytest.approx(1e-3, rel=0.05)

@@ -1,0 +1,424 @@
+"""Lightning's Trainer with the callback: it trains, switches, resumes to the same bits, merges, and keeps what it held."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
+
+import tdfx
+from tdfx.layers import Factorized
+
+pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed: pip install 'tdfx[lightning]'")
+
+from tdfx.integrations.lightning import SwitchCallback  # noqa: E402
+
+POLICY = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
+FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
+PER_EPOCH = 4
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1024, 32),
+        nn.Linear(32, 4),
+    )
+
+
+class Classifier(pl.LightningModule):  # type: ignore[misc, name-defined]
+    """What a user writes, with a module of its own as a child."""
+
+    def __init__(self, steps: int = 12) -> None:
+        super().__init__()
+        self.model: Any = net()
+        self.steps = steps
+        self.rates: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x)
+        return out
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self.log("test", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = AdamW(self.parameters(), 1e-2)
+        scheduler = CosineAnnealingLR(optimizer, self.steps)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class Flat(Classifier):
+    """One whose layers are its own, and whose forward calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(192, 32), nn.Linear(32, 4)
+        del self.model
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x.flatten(1)).relu())
+        return out
+
+
+def loader() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(32, 3, 8, 8, generator=generator), torch.randint(4, (32,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=32 // PER_EPOCH)
+
+
+def trainer(folder: Path, callbacks: list[Any], epochs: int = 3, **settings: Any) -> Any:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    settings = {"enable_checkpointing": False, "max_epochs": epochs, **settings}
+    return pl.Trainer(default_root_dir=folder, callbacks=callbacks, **quiet, **settings)
+
+
+def sites(model: nn.Module) -> int:
+    return sum(isinstance(one, Factorized) for one in model.modules())
+
+
+def fitted(
+    folder: Path, module: Any, *, ckpt: Any = None, save: Any = None, policy: Any = POLICY, **settings: Any
+) -> Any:
+    """Train a module in a Trainer of its own and return the callback and the Trainer."""
+    options = {"epoch": 1, "merge": False, **settings.pop("callback", {})}
+    if "when" in options:
+        del options["epoch"]
+    callback = SwitchCallback(policy, **options)
+    made = trainer(folder, [callback, *settings.pop("others", [])], **settings)
+    made.fit(module, loader(), ckpt_path=ckpt)
+    if save is not None:
+        made.save_checkpoint(save)
+    return callback, made
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_it_trains_switches_and_merges_the_objects_that_the_user_holds(tmp_path: Path) -> None:
+    module = Classifier()
+    model, keys = module.model, list(module.state_dict())
+    callback, made = fitted(tmp_path, module, callback={"merge": True})
+    assert [one.what for one in callback.switch.events] == ["switched"]
+    assert callback.switch.events[0].step == PER_EPOCH
+    assert module.model is model
+    assert (sites(module), list(module.state_dict())) == (0, keys)
+    assert not model._load_state_dict_pre_hooks
+    assert not model._forward_pre_hooks
+    held = {id(one) for group in made.optimizers[0].param_groups for one in group["params"]}
+    assert held == {id(one) for one in module.parameters()}
+    assert all("exp_avg" in made.optimizers[0].state[one] for one in module.parameters())
+    torch.testing.assert_close(module.rates, CosineSchedule(12), rtol=1e-9, atol=0)
+
+
+def CosineSchedule(steps: int) -> list[float]:  # noqa: N802
+    optimizer: Optimizer = AdamW([nn.Parameter(torch.zeros(1))], 1e-2)
+    scheduler = CosineAnnealingLR(optimizer, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_at_full_rank_a_run_that_switches_is_the_run_that_does_not_at_first(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = Classifier().double()
+    torch.manual_seed(0)
+    other = Classifier().double()
+    x = next(iter(loader()))[0].double()
+    # One step after the switch is not yet taken: the outputs are those of the dense run.
+    for module, callbacks in ((dense, []), (other, [SwitchCallback(FULL, epoch=1, merge=False)])):
+        trainer(tmp_path, callbacks, epochs=1, precision="64-true").fit(module, loader())
+    assert (sites(dense), sites(other)) == (0, 3)
+    torch.testing.assert_close(other.eval()(x), dense.eval()(x), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, epochs: int) -> None:
+    torch.manual_seed(0)
+    whole = Classifier()
+    fitted(tmp_path, whole)
+    torch.manual_seed(0)
+    fitted(tmp_path, Classifier(), epochs=epochs, save=tmp_path / "a.ckpt")
+    torch.manual_seed(1)
+    resumed = Classifier()
+    callback, _ = fitted(tmp_path, resumed, ckpt=tmp_path / "a.ckpt")
+    assert sites(resumed) == 3
+    assert same(whole, resumed)
+    assert [one.step for one in callback.switch.events] == [PER_EPOCH]
+
+
+def test_a_run_that_is_resumed_from_before_the_switch_ends_with_the_same_bits(tmp_path: Path) -> None:
+    late = {"callback": {"when": tdfx.AtStep(PER_EPOCH + 2), "rewarm": 3}}
+    torch.manual_seed(0)
+    whole = Classifier()
+    fitted(tmp_path, whole, **copy.deepcopy(late))
+    torch.manual_seed(0)
+    fitted(tmp_path, Classifier(), epochs=1, save=tmp_path / "a.ckpt", **copy.deepcopy(late))
+    resumed = Classifier()
+    fitted(tmp_path, resumed, ckpt=tmp_path / "a.ckpt", **copy.deepcopy(late))
+    assert sites(resumed) == 3
+    assert same(whole, resumed)
+
+
+def test_a_rewarmup_goes_on_over_a_restart(tmp_path: Path) -> None:
+    warm = {"callback": {"epoch": 1, "rewarm": 6}}
+    torch.manual_seed(0)
+    whole = Classifier()
+    fitted(tmp_path, whole, **copy.deepcopy(warm))
+    torch.manual_seed(0)
+    fitted(tmp_path, Classifier(), epochs=2, save=tmp_path / "a.ckpt", **copy.deepcopy(warm))
+    resumed = Classifier()
+    fitted(tmp_path, resumed, ckpt=tmp_path / "a.ckpt", **copy.deepcopy(warm))
+    assert same(whole, resumed)
+    torch.manual_seed(0)
+    cold = Classifier()
+    fitted(tmp_path, cold)
+    assert not same(whole, cold)
+
+
+def test_a_factorized_checkpoint_is_tested_in_another_process(tmp_path: Path) -> None:
+    module = Classifier()
+    _, made = fitted(tmp_path, module, save=tmp_path / "a.ckpt")
+    expected = made.test(module, loader(), verbose=False)
+    fresh = Classifier()
+    again = trainer(tmp_path, [SwitchCallback(POLICY, epoch=1)])
+    assert again.test(fresh, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False) == expected
+    assert sites(fresh) == 3
+
+
+def test_a_dense_checkpoint_is_loaded_into_a_factorized_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    early = Classifier()
+    trainer(tmp_path, [SwitchCallback(POLICY, epoch=2)], epochs=1).fit(early, loader())
+    module = Classifier()
+    callback, made = fitted(tmp_path, module)
+    assert sites(module) == 3
+    callback.setup(made, module, "test")
+    module.load_state_dict(early.state_dict())
+    assert sites(module) == 0
+    assert same(module, early)
+
+
+def test_without_the_callback_a_factorized_checkpoint_is_refused_by_its_keys(tmp_path: Path) -> None:
+    fitted(tmp_path, Classifier(), save=tmp_path / "a.ckpt")
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*factors"):
+        trainer(tmp_path, []).fit(Classifier(), loader(), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_factors_that_nobody_knows_of_are_refused(tmp_path: Path) -> None:
+    module = Classifier()
+    fitted(tmp_path, module)
+    fresh = Classifier()
+    callback = SwitchCallback(POLICY, epoch=1)
+    callback.setup(trainer(tmp_path, [callback]), fresh, "fit")
+    with pytest.raises(tdfx.CheckpointError, match=r"factors of 3 sites, '0' first.*ckpt_path="):
+        fresh.load_state_dict(module.state_dict())
+    assert sites(fresh) == 0
+
+
+def test_gradient_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
+    callback, made = fitted(tmp_path, Classifier(), accumulate_grad_batches=2)
+    assert made.global_step == 6
+    assert callback.switch.events[0].step == 2
+
+
+def test_bf16_autocast_goes_on(tmp_path: Path) -> None:
+    module = Classifier()
+    seen: list[torch.dtype] = []
+    module.model[-1].register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
+    fitted(tmp_path, module, precision="bf16-mixed")
+    assert sites(module) == 3
+    assert set(seen) == {torch.bfloat16}
+    assert {one.dtype for one in module.parameters()} == {torch.float32}
+
+
+def test_a_compiled_child_is_measured_on_its_first_batch_and_compiled_again(tmp_path: Path) -> None:
+    class Compiled(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch.compile(self.model, backend="eager", fullgraph=True)
+
+    torch.manual_seed(0)
+    whole = Compiled()
+    callback, _ = fitted(tmp_path, whole, epochs=2, save=tmp_path / "a.ckpt")
+    assert sites(whole) == 3
+    assert callback.switch.plan is not None
+    # Only example inputs tell how many operations a convolution takes.
+    assert callback.switch.plan.flops_before
+    resumed = Compiled()
+    fitted(tmp_path, resumed, epochs=2, ckpt=tmp_path / "a.ckpt")
+    assert same(whole, resumed)
+
+
+def test_a_module_whose_layers_are_its_own_is_rewritten_itself(tmp_path: Path) -> None:
+    module = Flat()
+    fitted(tmp_path, module)
+    assert isinstance(module.first, Factorized)
+    assert isinstance(module.second, Factorized)
+
+
+def test_an_attribute_names_what_is_rewritten(tmp_path: Path) -> None:
+    module = Classifier()
+    module.model = nn.Sequential(module.model[:4], module.model[4:])
+    fitted(tmp_path, module, callback={"attribute": "model.1"})
+    assert (sites(module.model[0]), sites(module.model[1])) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [("modle", "Classifier has no module 'modle' to be rewritten. It has 'model'."), ("model.0", "a single Conv2d")],
+)
+def test_an_attribute_that_cannot_be_rewritten_is_refused(tmp_path: Path, attribute: str, message: str) -> None:
+    with pytest.raises(tdfx.ModelError, match=message):
+        fitted(tmp_path, Classifier(), callback={"attribute": attribute})
+
+
+@pytest.mark.parametrize("given", [{}, {"epoch": 1, "when": tdfx.AtStep(3)}])
+def test_one_of_two_says_when(given: dict[str, Any]) -> None:
+    with pytest.raises(tdfx.PolicyError, match="one of them says when to switch"):
+        SwitchCallback(POLICY, **given)
+
+
+def test_settings_are_checked_at_once() -> None:
+    with pytest.raises(tdfx.PolicyError, match="epoch=0 is not a whole number"):
+        SwitchCallback(POLICY, epoch=0)
+    with pytest.raises(tdfx.PolicyError, match="rewarm=-1"):
+        SwitchCallback(POLICY, epoch=1, rewarm=-1)
+
+
+class Adversaries(pl.LightningModule):  # type: ignore[misc, name-defined]
+    """Two modules, two optimizers, and steps by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.maker, self.judge = nn.Sequential(nn.Linear(192, 32), nn.Linear(32, 192)), net()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        for optimizer in self.optimizers():
+            made = self.maker(batch[0].flatten(1)).view_as(batch[0])
+            loss = nn.functional.cross_entropy(self.judge(made), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return AdamW(self.maker.parameters(), 1e-2), AdamW(self.judge.parameters(), 1e-2)
+
+
+def test_two_modules_switch_each_with_a_callback_of_its_own(tmp_path: Path) -> None:
+    def run(module: Adversaries, epochs: int, ckpt: Path | None) -> Any:
+        callbacks = [
+            SwitchCallback(POLICY, epoch=epoch, attribute=name, merge=False)
+            for epoch, name in ((1, "maker"), (2, "judge"))
+        ]
+        made = trainer(tmp_path, callbacks, epochs=epochs)
+        made.fit(module, loader(), ckpt_path=ckpt)
+        made.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return callbacks
+
+    torch.manual_seed(0)
+    whole = Adversaries()
+    steps = [one.switch.events[0].step for one in run(whole, 3, None)]
+    assert steps == [PER_EPOCH, 2 * PER_EPOCH]
+    assert (sites(whole.maker), sites(whole.judge)) == (2, 3)
+    for epochs in (1, 2):
+        torch.manual_seed(0)
+        run(Adversaries(), epochs, None)
+        resumed = Adversaries()
+        run(resumed, 3, tmp_path / f"{epochs}.ckpt")
+        assert same(whole, resumed)
+
+
+def test_the_other_package_of_lightning_takes_the_callback_too(tmp_path: Path) -> None:
+    other = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed beside Lightning")
+
+    class Plain(other.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = net()
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return AdamW(self.parameters(), 1e-2)
+
+    module, own = Plain(), SwitchCallback(POLICY, epoch=1, merge=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    settings = {"max_epochs": 2, "enable_checkpointing": False}
+    other.Trainer(default_root_dir=tmp_path, callbacks=[own], **quiet, **settings).fit(module, loader())
+    assert sites(module) == 3
+
+
+def test_layers_switch_as_they_settle(tmp_path: Path) -> None:
+    when = tdfx.Settled(every=1, window=1, tolerance=10.0, moved=1e-4, timeout=8)
+    module = Classifier()
+    callback, _ = fitted(tmp_path, module, callback={"when": when})
+    assert callback.switch.done
+    assert sites(module) == 3
+
+
+def test_an_average_in_the_module_goes_along(tmp_path: Path) -> None:
+    class Averaging(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ema = AveragedModel(self.model)
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            self.ema.update_parameters(self.model)
+
+    module = Averaging()
+    fitted(tmp_path, module)
+    assert (sites(module.model), sites(module.ema)) == (3, 3)
+    assert list(module.ema.module.state_dict()) == list(module.model.state_dict())
+
+
+def test_the_averaging_callback_goes_along(tmp_path: Path) -> None:
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    if not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no EMAWeightAveraging")
+
+    def averaged(module: Any, **settings: Any) -> None:
+        saving = callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        others = [callbacks.EMAWeightAveraging(decay=0.9), saving]
+        fitted(tmp_path, module, others=others, enable_checkpointing=True, **settings)
+
+    torch.manual_seed(0)
+    whole = Classifier()
+    averaged(whole)
+    resumed = Classifier()
+    # Of the average and of the model, both of which it holds.
+    averaged(resumed, ckpt=tmp_path / "epoch=1.ckpt")
+    assert sites(resumed) == 3
+    assert same(whole, resumed)
+    plain = Classifier()
+    torch.manual_seed(0)
+    fitted(tmp_path, plain)
+    assert not same(whole, plain)

@@ -1,0 +1,23 @@
+"""The callbacks in DistributedDataParallel: two processes check them together, and each check is told here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trainers_worker
+import two_processes
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What went wrong in each check; "" for nothing."""
+    script, folder = Path(trainers_worker.__file__), tmp_path_factory.mktemp("trainers")
+    return two_processes.start(script, folder, trainers_worker.CHECKS)
+
+
+@pytest.mark.parametrize("name", trainers_worker.CHECKS)
+def test_two_processes(name: str, request: pytest.FixtureRequest) -> None:
+    if not trainers_worker.installed(name):
+        pytest.skip("what it needs is not installed: pip install 'tdfx[integrations]'")
+    assert request.getfixturevalue("outcomes")[name] == ""

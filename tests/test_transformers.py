@@ -1,0 +1,257 @@
+"""The Trainer of Transformers with the callback: it trains, switches, resumes to the same bits, merges, saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdfx
+from tdfx.layers import Factorized
+
+transformers = pytest.importorskip(
+    "transformers", reason="Transformers is not installed: pip install 'tdfx[transformers]'"
+)
+pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install 'tdfx[transformers]'")
+
+from tdfx.integrations.transformers import FILE, SwitchCallback  # noqa: E402
+
+POLICY = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
+PER_EPOCH = 4
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def bert() -> Any:
+    settings = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "num_labels": 3}
+    made = transformers.BertConfig(vocab_size=64, hidden_size=32, max_position_embeddings=16, **settings)
+    return transformers.BertForSequenceClassification(made)
+
+
+def gpt2() -> Any:
+    settings = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, **settings))
+
+
+class Sentences(torch.utils.data.Dataset[dict[str, Any]]):
+    """Random ones, with a class or with themselves as labels."""
+
+    def __init__(self, *, of_tokens: bool) -> None:
+        self.of_tokens = of_tokens
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = torch.randint(64, (12,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids if self.of_tokens else int(ids[0]) % 3}
+
+
+def trainer(folder: Path, model: Any, callback: SwitchCallback | None, **settings: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 32 // PER_EPOCH,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "epoch",
+        "logging_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    arguments = transformers.TrainingArguments(output_dir=str(folder), **{**defaults, **settings})
+    data = Sentences(of_tokens=not hasattr(model, "bert"))
+    callbacks = [] if callback is None else [callback]
+    return transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+
+
+def callback(**settings: Any) -> SwitchCallback:
+    return SwitchCallback(POLICY, **{"epoch": 1, "merge": False, **settings})
+
+
+def sites(model: nn.Module) -> int:
+    return sum(isinstance(one, Factorized) for one in model.modules())
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def trained(build: Any, folder: Path, seed: int = 0, resume: Path | None = None, **settings: Any) -> tuple[Any, Any]:
+    torch.manual_seed(seed)
+    model, own = build(), callback(**settings.pop("callback", {}))
+    made = trainer(folder, model, own, **settings)
+    made.train(resume_from_checkpoint=None if resume is None else own.resume(made, resume))
+    return model, made
+
+
+def outputs(model: Any) -> Tensor:
+    ids = torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=ids).logits
+    return found
+
+
+@pytest.mark.parametrize("build", [bert, gpt2])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, build: Any) -> None:
+    whole, made = trained(build, tmp_path / "whole")
+    assert sites(whole) > 3
+    for step in (PER_EPOCH, 2 * PER_EPOCH):
+        folder = tmp_path / "whole" / f"checkpoint-{step}"
+        resumed, again = trained(build, tmp_path / "again", seed=1, resume=folder)
+        assert same(whole, resumed)
+        assert again.lr_scheduler.get_last_lr() == made.lr_scheduler.get_last_lr()
+
+
+def test_a_run_that_is_resumed_from_before_the_switch_ends_with_the_same_bits(tmp_path: Path) -> None:
+    late: Any = {"callback": {"epoch": None, "when": tdfx.AtStep(PER_EPOCH + 2), "rewarm": 3}}
+    whole, _ = trained(bert, tmp_path / "whole", **late)
+    folder = tmp_path / "whole" / f"checkpoint-{PER_EPOCH}"
+    late = {"callback": {"epoch": None, "when": tdfx.AtStep(PER_EPOCH + 2), "rewarm": 3}}
+    resumed, _ = trained(bert, tmp_path / "again", seed=1, resume=folder, **late)
+    assert sites(resumed) > 3
+    assert same(whole, resumed)
+
+
+def test_the_optimizer_that_the_user_passed_resumes_too(tmp_path: Path) -> None:
+    def with_own(folder: Path, resume: Path | None) -> Any:
+        torch.manual_seed(0)
+        model, own = bert(), callback()
+        made = trainer(folder, model, own)
+        made.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        made.train(resume_from_checkpoint=None if resume is None else own.resume(made, resume))
+        return model
+
+    whole = with_own(tmp_path / "whole", None)
+    resumed = with_own(tmp_path / "again", tmp_path / "whole" / f"checkpoint-{2 * PER_EPOCH}")
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("build", [bert, gpt2])
+def test_it_merges_and_saves_what_from_pretrained_takes(tmp_path: Path, build: Any) -> None:
+    torch.manual_seed(0)
+    model, own = build(), callback(merge=True)
+    made = trainer(tmp_path, model, own)
+    made.train()
+    assert [(one.step, one.what) for one in own.switch.events] == [(PER_EPOCH, "switched")]
+    assert sites(model) == 0
+    assert list(model.state_dict()) == list(build().state_dict())
+    made.save_model(str(tmp_path / "saved"))
+    again = type(model).from_pretrained(str(tmp_path / "saved"))
+    assert torch.equal(outputs(again), outputs(model))
+    inner = made.optimizer.optimizer
+    held = {id(one) for group in inner.param_groups for one in group["params"]}
+    assert held == {id(one) for one in model.parameters()}
+    assert all("exp_avg" in inner.state[one] for one in model.parameters())
+
+
+def test_the_switch_is_where_the_epoch_ends_with_accumulation(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own = callback()
+    trainer(tmp_path, bert(), own, gradient_accumulation_steps=2, save_strategy="no").train()
+    assert [(one.step, one.what) for one in own.switch.events] == [(PER_EPOCH // 2, "switched")]
+
+
+def test_bf16_autocast_goes_on(tmp_path: Path) -> None:
+    model, _ = trained(bert, tmp_path, bf16=True, save_strategy="no")
+    seen: list[torch.dtype] = []
+    model.classifier.register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
+    outputs(model)
+    assert sites(model) > 3
+    assert seen == [torch.bfloat16]
+    assert {one.dtype for one in model.parameters()} == {torch.float32}
+
+
+def test_a_compiled_model_is_compiled_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, own = bert(), callback()
+    made = trainer(tmp_path, model, own, torch_compile=True, torch_compile_backend="eager", save_strategy="no")
+    made.train()
+    assert sites(model) > 3
+    assert own.switch.plan is not None
+    # Only example inputs tell how many there are.
+    assert own.switch.plan.flops_before
+    before = [one.detach().clone() for one in model.parameters()]
+    made.train()
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(moved)
+
+
+@pytest.mark.parametrize("best", [PER_EPOCH - 2, 3 * PER_EPOCH])
+def test_the_best_checkpoint_is_loaded_at_the_end_whatever_its_form(tmp_path: Path, best: int) -> None:
+    """The best is from before or after the switch; training ends with its outputs, merged."""
+
+    def score(prediction: Any) -> dict[str, float]:
+        return {"closeness": -abs(made.state.global_step - best)}
+
+    torch.manual_seed(0)
+    model, own = bert(), callback(merge=True)
+    settings = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    made = trainer(tmp_path, model, own, metric_for_best_model="closeness", load_best_model_at_end=True, **settings)
+    made.compute_metrics = score
+    made.train()
+    assert sites(model) == 0
+    assert made.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    expected = bert()
+    other = callback()
+    other.resume(trainer(tmp_path / "other", expected, other), tmp_path / f"checkpoint-{best}")
+    state = transformers.trainer.safetensors.torch.load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    expected.load_state_dict(state)
+    assert (sites(expected) > 3) == (best > PER_EPOCH)
+    torch.testing.assert_close(outputs(model), outputs(expected), rtol=1e-4, atol=1e-5)
+
+
+class Endless(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Data without a length."""
+
+    def __iter__(self) -> Any:
+        while True:
+            yield from (Sentences(of_tokens=False)[index] for index in range(32))
+
+
+def test_data_without_a_length_have_no_epochs_and_have_steps(tmp_path: Path) -> None:
+    for own in (callback(), callback(epoch=None, when=tdfx.AtStep(2))):
+        model = bert()
+        made = trainer(tmp_path, model, own, max_steps=3, save_strategy="no")
+        made.train_dataset = Endless()
+        if own.switch.when == tdfx.AtStep(2):
+            made.train()
+            assert sites(model) > 3
+        else:
+            with pytest.raises(tdfx.ModelError, match=r"no length.*when=tdfx.AtStep"):
+                made.train()
+
+
+def test_a_run_that_goes_on_without_resume_is_refused(tmp_path: Path) -> None:
+    trained(bert, tmp_path)
+    before = trainer(tmp_path, bert(), callback())
+    with pytest.raises(tdfx.CheckpointError, match=r"goes on from step 4.*callback.resume\(trainer, checkpoint\)"):
+        before.train(resume_from_checkpoint=_dense(tmp_path))
+    model = bert()
+    after = trainer(tmp_path, model, callback())
+    with pytest.raises(tdfx.CheckpointError, match=r"holds factors of 8 sites.*callback.resume"):
+        after.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{3 * PER_EPOCH}"))
+    assert sites(model) == 0
+
+
+def _dense(folder: Path) -> str:
+    """Return a checkpoint of a run without the callback."""
+    trainer(folder / "dense", bert(), None, num_train_epochs=1).train()
+    return str(folder / "dense" / f"checkpoint-{PER_EPOCH}")
+
+
+def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
+    own = callback()
+    made = trainer(tmp_path, bert(), own)
+    with pytest.raises(tdfx.CheckpointError, match="There is no checkpoint in"):
+        own.resume(made)
+    with pytest.raises(tdfx.CheckpointError, match=f"holds no {FILE}"):
+        own.resume(made, _dense(tmp_path))

@@ -1,0 +1,154 @@
+"""What two processes check together of the callbacks, in DDP over gloo; started by test_trainers_processes.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import two_processes
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import tdfx
+from tdfx.layers import Factorized
+from tdfx.part import Part
+from tdfx.training.inside import Inside
+
+WHOLE: dict[str, dict[str, torch.Tensor]] = {}
+"""What the runs without interruption ended with."""
+
+
+def sites(model: nn.Module) -> int:
+    return sum(isinstance(one, Factorized) for one in model.modules())
+
+
+def check_bits(model: nn.Module) -> None:
+    """Hold the processes to the same parameters."""
+    mine = torch.cat([one.detach().flatten() for one in model.parameters()])
+    both = [torch.empty_like(mine), torch.empty_like(mine)]
+    dist.all_gather(both, mine)
+    assert torch.equal(*both)
+
+
+def check_same(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    assert list(model.state_dict()) == list(state)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def lightning_run(folder: Path, *, epochs: int = 3, ckpt: Path | None = None, save: Path | None = None) -> Any:
+    import lightning.pytorch as pl
+    from test_lightning import POLICY, Classifier, loader
+
+    from tdfx.integrations.lightning import SwitchCallback
+
+    class Counting(pl.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            assert isinstance(trainer.strategy.model, DistributedDataParallel)
+            assert trainer.strategy.model.module is pl_module
+
+    torch.manual_seed(0)
+    module, own = Classifier(steps=6), SwitchCallback(POLICY, epoch=1, merge=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings: dict[str, Any] = {"accelerator": "cpu", "strategy": "ddp", "devices": 2, "enable_checkpointing": False}
+    made = pl.Trainer(default_root_dir=folder, max_epochs=epochs, callbacks=[own, Counting()], **quiet, **settings)
+    made.fit(module, loader(), ckpt_path=ckpt)
+    if save is not None:
+        made.save_checkpoint(save)
+    return module
+
+
+def check_lightning_trains_alike(folder: Path) -> None:
+    """Half of the data each, and the same weights on both; factors move after the switch."""
+    module = lightning_run(folder)
+    assert sites(module) == 3
+    check_bits(module)
+    WHOLE["lightning"] = {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def check_lightning_resumes(folder: Path) -> None:
+    """After the switch, in DDP; to the same bits."""
+    lightning_run(folder, epochs=2, save=folder / "lightning.ckpt")
+    resumed = lightning_run(folder, ckpt=folder / "lightning.ckpt")
+    check_same(resumed, WHOLE["lightning"])
+
+
+def transformers_run(folder: Path, *, resume: Path | None = None, merge: bool = False) -> Any:
+    from test_transformers import bert, callback, trainer
+
+    torch.manual_seed(0)
+    model, own = bert(), callback(merge=merge)
+    made = trainer(folder, model, own, ddp_find_unused_parameters=False, per_device_train_batch_size=4)
+    made.train(resume_from_checkpoint=None if resume is None else own.resume(made, resume))
+    assert isinstance(made.model_wrapped, DistributedDataParallel)
+    assert made.model_wrapped.module is model
+    return model
+
+
+def check_transformers_trains_alike(folder: Path) -> None:
+    """The wrapper is found, and reduces the gradients of the factors."""
+    model = transformers_run(folder / "whole")
+    assert sites(model) > 3
+    check_bits(model)
+    WHOLE["transformers"] = {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def check_transformers_resumes(folder: Path) -> None:
+    """After the switch, in DDP; to the same bits."""
+    resumed = transformers_run(folder / "again", resume=folder / "whole" / "checkpoint-8")
+    check_same(resumed, WHOLE["transformers"])
+
+
+def check_transformers_merges(folder: Path) -> None:
+    """At the end, on both."""
+    model = transformers_run(folder / "merged", merge=True)
+    assert sites(model) == 0
+    check_bits(model)
+
+
+def check_an_unwrapped_model_is_refused(folder: Path) -> None:
+    """By both processes, before anything is counted."""
+    net = nn.Sequential(nn.Linear(8, 8))
+    callback = Inside(None, when=None, epoch=1, merge=True, example_inputs=None, options={}, advice="")
+    with pytest.raises(tdfx.ModelError, match="2 processes train this Sequential, and it is not in"):
+        callback.step(Part(net), [torch.optim.SGD(net.parameters(), lr=0.1)])
+
+
+def check_a_sharded_model_is_refused(folder: Path) -> None:
+    """It cannot become another in place; nothing is changed."""
+    net = nn.Sequential(nn.Linear(8, 8))
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(tdfx.ModelError, match=r"sharded by fully_shard.*loop of your own, with tdfx.Switch"):
+        tdfx.rewrite(Part(net), tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0))
+    assert sites(net) == 0
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    name: check for name, check in list(globals().items()) if name.startswith("check_") and name.count("_") > 1
+}
+NEEDS = {"lightning": ("lightning",), "transformers": ("transformers", "accelerate")}
+"""Word in the name of a check -> what must be installed."""
+
+
+def installed(name: str) -> bool:
+    """Return True if what a check needs is here."""
+    return all(importlib.util.find_spec(one) is not None for word in NEEDS if word in name for one in NEEDS[word])
+
+
+def prepare() -> tuple[Path]:
+    """Take the folder, and let the frameworks warn as they like."""
+    warnings.simplefilter("ignore")
+    return (Path(sys.argv[1]),)
+
+
+if __name__ == "__main__":
+    two_processes.run(Path(sys.argv[1]), prepare, {name: one for name, one in CHECKS.items() if installed(name)})
