@@ -23,7 +23,7 @@ def main(path: Path, epochs: int) -> None:
     model = build_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     for _ in range(epochs):
-        for batch in torch.randperm(len(digits.train_x), generator=generator).split(BATCH):  # type: ignore[no-untyped-call]
+        for batch in torch.split(torch.randperm(len(digits.train_x), generator=generator), BATCH):
             optimizer.zero_grad()
             cross_entropy(model(jitter(digits.train_x[batch], generator)), digits.train_y[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
