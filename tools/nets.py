@@ -18,12 +18,14 @@ def vgg19(classes: int = 10, colors: int = 3, pools: int = 5) -> nn.Module:
         colors: Channels of an image.
         pools: How many of the five poolings are left; smaller images take fewer, at most log2 of their side.
     """
-    model = torchvision.models.vgg19_bn(num_classes=classes)
+    model: nn.Module = torchvision.models.vgg19_bn(num_classes=classes)
+    features = model.get_submodule("features")
+    assert isinstance(features, nn.Sequential)
     if colors != 3:
-        model.features[0] = nn.Conv2d(colors, 64, 3, padding=1)
-    places = [place for place, one in enumerate(model.features) if isinstance(one, nn.MaxPool2d)]
+        features[0] = nn.Conv2d(colors, 64, 3, padding=1)
+    places = [place for place, one in enumerate(features) if isinstance(one, nn.MaxPool2d)]
     for place in places[pools:]:
-        model.features[place] = nn.AdaptiveMaxPool2d(1) if place == places[-1] else nn.Identity()
+        features[place] = nn.AdaptiveMaxPool2d(1) if place == places[-1] else nn.Identity()
     model.avgpool = nn.Identity()
     model.classifier = nn.Linear(512, classes)
     return model

@@ -26,7 +26,7 @@ class Board:
                     f"output.tensorboard={folder!r} asks for TensorBoard, which is not installed. Install it with "
                     f"pip install tensorboard, or set output.tensorboard=''."
                 ) from error
-            self._writer = SummaryWriter(folder)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(folder)
 
     def write(self, epoch: int, values: Mapping[str, float]) -> None:
         """Write each number under its name."""

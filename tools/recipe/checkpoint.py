@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from recipe.errors import RecipeError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tdfx
+from recipe.errors import RecipeError
 
 if TYPE_CHECKING:
     from recipe.trainer import Run

@@ -13,7 +13,6 @@ from typing import Any
 
 from recipe.errors import RecipeError
 from recipe.settings import Data, Model, Output, Switching, Training
-
 from tdfx.errors import nearest
 
 

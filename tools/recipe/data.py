@@ -9,11 +9,12 @@ from typing import Any
 
 import platformdirs
 import torch
+from sources import pieces, python_sources
+from torch import Tensor
+
 from recipe.config import Config
 from recipe.errors import RecipeError
 from recipe.models import Shape
-from sources import pieces, python_sources
-from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]
 """What goes in, and what is to come out."""

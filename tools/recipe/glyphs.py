@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from recipe.errors import RecipeError
 from torch import Tensor
+
+from recipe.errors import RecipeError
 
 CLASSES = string.ascii_uppercase + string.ascii_lowercase + string.digits
 SIDE = 32
 """Pixels of a side."""
-LEAST_FAMILIES = 6
+LEAST_FAMILIES, LEAST_DESIGNS = 6, 4
+_PACKAGES = "fonts-dejavu fonts-liberation fonts-freefont-ttf fonts-lato fonts-roboto-unhinted fonts-inconsolata"
 ALIKE = 0.93
 """Families of which two faces are more alike than this, by the cosine of their pixels, count as one design."""
 TURN, ZOOM, SHIFT, BEND = 0.2, 0.15, 0.12, 0.09
@@ -114,19 +116,20 @@ def _glyph(font: ImageFont.FreeTypeFont, letter: str) -> Tensor:
 
 
 def held_apart(faces: Sequence[Face], folders: Sequence[str] = ()) -> tuple[list[Face], list[Face]]:
-    """Return faces to train on and faces held out: a fourth of the designs, so that no family, and no copy of one, is in both.
+    """Return faces to train on and faces held out: a fourth of the designs, so that no family or copy of one is in both.
 
     Raises:
         RecipeError: There are too few families.
     """
     families = sorted({one.family for one in faces})
-    groups = list(designs(faces)) if len(families) >= LEAST_FAMILIES else []
-    if len(groups) < 4:
+    groups = list(designs(faces))
+    if len(families) < LEAST_FAMILIES or len(groups) < LEAST_DESIGNS:
         where = f"in {', '.join(folders)}" if folders else "among the fonts of this machine"
+        named = ", ".join(families[:5]) or "none"
         raise RecipeError(
-            f"There are {len(families)} families of fonts with all letters and digits {where} ({', '.join(families[:5]) or 'none'}"
-            f"), and {LEAST_FAMILIES} of at least 4 designs are needed, so that some can be held out. Install more, on "
-            f"Debian: apt-get install fonts-dejavu fonts-liberation fonts-freefont-ttf fonts-lato fonts-open-sans fonts-roboto"
+            f"There are {len(families)} families of fonts with all letters and digits {where} ({named}), of {len(groups)} "
+            f"designs. {LEAST_FAMILIES} families of {LEAST_DESIGNS} designs are needed, so that some can be held out. "
+            f"Install more, on Debian: apt-get install {_PACKAGES}"
         )
     # The largest is always trained on: most free fonts are related to it, one way or another.
     groups.sort(key=lambda group: (-sum(one.family in group for one in faces), min(group)))

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
 from recipe.config import Config
 from recipe.data import Batch, DataSet, InMemory, Place, cache_folder, generator_of
 from recipe.errors import RecipeError
 from recipe.glyphs import CLASSES, distorted, glyph_images
 from recipe.models import Shape
-from torch import Tensor
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
-
 from tdfx.demo import jitter, load_digits
 from tdfx.errors import TdfxError
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torchvision
 from nets import CharacterModel, DenseNetForSmallImages, ResNetForSmallImages, vgg19
-from recipe.errors import RecipeError
-from recipe.settings import Model
 from torch import nn
 
+from recipe.errors import RecipeError
+from recipe.settings import Model
 from tdfx.demo import build_model
 from tdfx.errors import nearest
 
@@ -101,8 +100,9 @@ def build(wish: Model, shape: Shape) -> nn.Module:
 def _fitted(model: nn.Module, name: str, shape: Shape) -> nn.Module:
     """Let a network of torchvision take images of other colors, and lose less of small ones."""
     if shape.side <= SMALL and isinstance(model, torchvision.models.ResNet):
-        model.conv1 = nn.Conv2d(shape.colors, model.conv1.out_channels, 3, padding=1, bias=False)
-        model.maxpool = cast("nn.MaxPool2d", nn.Identity())
+        stem = nn.Conv2d(shape.colors, _first_convolution(model).out_channels, 3, padding=1, bias=False)
+        model.register_module("conv1", stem)
+        model.register_module("maxpool", nn.Identity())
         return model
     if shape.side <= SMALL and isinstance(model, torchvision.models.MobileNetV2):
         # The stem, and the depthwise convolution of the first block that halves: 32×32 end as 4×4, not as 1×1.

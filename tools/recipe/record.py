@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from recipe.phases import TRAINING
-from recipe.trainer import Run
 
 import tdfx
+from recipe.phases import TRAINING
+from recipe.trainer import Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from recipe.settings import Training
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
+
+from recipe.settings import Training
 
 
 def rate_at(step: int, steps_per_epoch: int, wish: Training) -> float:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from recipe.data import DataSet
 from torch import Tensor, nn
+
+from recipe.data import DataSet
 
 
 @dataclass(frozen=True, slots=True)

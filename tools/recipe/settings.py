@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from recipe.errors import RecipeError
-
 from tdfx.errors import PolicyError, nearest
 from tdfx.policy import Policy
 from tdfx.ranks.registry import parse_rule
@@ -117,7 +116,7 @@ class Switching:
     """When the model is rewritten, and how."""
 
     policy: str = "default"
-    """``"none"`` for a run as it is, ``"default"`` for ``tdfx.Policy()``, or a rule as ``tdfx inspect --policy`` takes it."""
+    """``"none"`` for a run as it is, ``"default"`` for ``tdfx.Policy()``, or a rule as ``tdfx inspect`` takes it."""
     when: str = "epoch"
     """``"epoch"``, or ``"settled"`` for each layer when its rank has settled."""
     epoch: int = 1

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from recipe.config import Config
-from recipe.settings import Switching
 
 import tdfx
+from recipe.config import Config
+from recipe.settings import Switching
 from tdfx.ranks.registry import parse_rule
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -10,6 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+import tdfx
 from recipe import checkpoint
 from recipe.board import Board
 from recipe.config import Config
@@ -19,11 +24,6 @@ from recipe.phases import Phases
 from recipe.schedule import make_average, make_optimizer, rate_at, set_rate
 from recipe.score import Score, loss_of, moved, score
 from recipe.switching import DTYPES, make_switch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
-
-import tdfx
 
 Clock = Callable[[], float]
 Say = Callable[[str], None]
