@@ -1,8 +1,8 @@
 """The paper's claim as a table: networks and data sets, each in full and under several policies, from several seeds.
 
 Every row is a whole training by a config of tools/configs, by the recipe of tools/train.py; all policies of one seed run one
-after the other, then those of the next, so that a machine that gets slower does so for all. What --json holds is not run
-again. --readme puts the table of tools/results/paper_table.json into the README, and runs nothing.
+after the other, then those of the next, so that a machine that gets slower does so for all. What the folder of --json holds
+is not run again. --readme puts the table of tools/results/paper_table into the README, and runs nothing.
 
 All of it takes some hours on two cores; --run digits and --run text about half an hour each, --run glyphs the rest.
 """
@@ -13,6 +13,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -25,7 +26,7 @@ from recipe.table import tables, with_block
 from rich.console import Console
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "paper_table.json"
+RESULTS = HERE / "results" / "paper_table"
 README = HERE.parent / "README.md"
 GROUPS = ("digits", "text", "glyphs", "cifar10")
 
@@ -37,7 +38,7 @@ GROUPS = ("digits", "text", "glyphs", "cifar10")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a setting in all configs.")
 @click.option("--cpu-time", is_flag=True, help="Count the time of one thread's computation: for a loaded machine.")
 @click.option("--threads", default=2, show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every row as it comes, and go on.")
+@click.option("--json", "folder", type=click.Path(path_type=Path), help="Folder to write rows to, as they come.")
 @click.option("--plot", "plot_folder", type=click.Path(path_type=Path), help="Folder for accuracy against time.")
 @click.option("--readme", is_flag=True, help="Put the table that was kept into the README.")
 def main(
@@ -47,7 +48,7 @@ def main(
     overrides: tuple[str, ...],
     cpu_time: bool,
     threads: int,
-    json_file: Path | None,
+    folder: Path | None,
     plot_folder: Path | None,
     readme: bool,
 ) -> None:
@@ -57,16 +58,16 @@ def main(
         README.write_text(text, encoding="utf-8")
         return
     clock = set_clock(cpu_time, threads)
-    found = read_rows(json_file)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     configs = configs_of(names, overrides)
+    found = [one for one in read_rows(folder) if one.run in configs]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"clock": "CPU time" if cpu_time else "wall clock", "seeds": seeds}
     for row in rows(
         configs, only or list(POLICIES), range(seeds), clock=clock, device=device, say=_say, done=tuple(found)
     ):
         found.append(row)
         _say(f"refused: {row.refused}" if row.record is None else f"{row.record.total:.1f} s")
-        keep(json_file, as_json(found), **settings)
+        write_rows(folder, [one for one in found if one.run == row.run], **settings)
     click.echo(rendered(found))
     if plot_folder is not None:
         draw(found, plot_folder)
@@ -95,11 +96,19 @@ def _group(file: Path) -> int:
     return next((place for place, group in enumerate(GROUPS) if file.stem.startswith(group)), len(GROUPS))
 
 
-def read_rows(file: Path | None) -> list[Row]:
-    """Return the rows that a file holds."""
-    if file is None or not file.exists():
+def read_rows(folder: Path | None) -> list[Row]:
+    """Return the rows that a folder holds, those of each config in a file of their own."""
+    if folder is None or not folder.is_dir():
         return []
-    return [row_of(one) for one in json.loads(file.read_text(encoding="utf-8"))["results"]]
+    files = sorted(folder.glob("*.json"), key=lambda one: (_group(one), one.name))
+    return [row_of(one) for file in files for one in json.loads(file.read_text(encoding="utf-8"))["results"]]
+
+
+def write_rows(folder: Path | None, own: Sequence[Row], **settings: Any) -> None:
+    """Write all rows of a config, beside the command and the versions."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        keep(folder / f"{own[0].run}.json", as_json(own), **settings)
 
 
 def rendered(found: Sequence[Row]) -> str:

@@ -30,6 +30,14 @@ class Config:
     switch: Switching = field(default_factory=Switching)
     output: Output = field(default_factory=Output)
 
+    def __post_init__(self) -> None:
+        wish, epochs = self.switch, self.training.epochs
+        if wish.policy != "none" and wish.when == "epoch" and wish.epoch >= epochs:
+            raise RecipeError(
+                f"switch.epoch={wish.epoch} leaves none of the training.epochs={epochs} after the switch. Switch earlier, or "
+                f"set switch.policy='none' for a run as it is."
+            )
+
 
 def read_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the settings of a file, with some replaced.
@@ -52,15 +60,6 @@ def read_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     for one in overrides:
         _override(values, one)
     config: Config = build(Config, values, "")
-    if (
-        config.switch.policy != "none"
-        and config.switch.when == "epoch"
-        and config.switch.epoch >= config.training.epochs
-    ):
-        raise RecipeError(
-            f"switch.epoch={config.switch.epoch} leaves none of the training.epochs={config.training.epochs} after the "
-            f"switch. Switch earlier, or set switch.policy='none' for a run as it is."
-        )
     return config
 
 
