@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -182,8 +184,8 @@ def test_the_board_has_the_figures(tmp_path: Path) -> None:
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     error = tool("recipe.errors").RecipeError
     with pytest.raises(error, match=r"asks for TensorBoard.*pip install tensorboard"):
         tool("recipe.board").Board(str(tmp_path))
@@ -192,12 +194,12 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def _has(name: str) -> bool:
-    return __import__("importlib.util").util.find_spec(name) is not None
+    return importlib.util.find_spec(name) is not None
 
 
 def test_a_mistake_is_told_without_a_traceback(tmp_path: Path) -> None:
     result = command(tmp_path, "--set", "training.epoch=3")
     assert (result.exit_code, result.output) == (
         1,
-        "Error: There is no setting 'training.epoch'. Nearest: 'epochs', 'optimizer', 'gamma'.\n",
+        "Error: There is no setting 'training.epoch'. Nearest: 'epochs'.\n",
     )

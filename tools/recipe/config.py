@@ -34,8 +34,8 @@ class Config:
         wish, epochs = self.switch, self.training.epochs
         if wish.policy != "none" and wish.when == "epoch" and wish.epoch >= epochs:
             raise RecipeError(
-                f"switch.epoch={wish.epoch} leaves none of the training.epochs={epochs} after the switch. Switch earlier, or "
-                f"set switch.policy='none' for a run as it is."
+                f"switch.epoch={wish.epoch} leaves none of the training.epochs={epochs} after the switch. Switch earlier, "
+                f"or set switch.policy='none' for a run as it is."
             )
 
 
