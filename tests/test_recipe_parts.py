@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_steps_are_those_of_torch() -> None:
 def test_rates_rise_before_they_fall(schedule: dict[str, Any]) -> None:
     found = rates(training(epochs=10, lr=0.4, warmup=2.5, **schedule), 4)
     assert found[:10] == pytest.approx([0.04 * (step + 1) for step in range(10)])
-    assert all(before >= after for before, after in zip(found[9:], found[10:], strict=False))
+    assert all(before >= after for before, after in itertools.pairwise(found[9:]))
     assert found[-1] < 0.1
 
 
@@ -111,10 +112,10 @@ def test_scoring_leaves_every_layer_in_its_mode() -> None:
     before = [one.training for one in run.model.modules()]
     found = tool("recipe.score").score(run.model, run.data, run.device, run.layout)
     assert [one.training for one in run.model.modules()] == before
-    run.model.eval()
     x, y = run.data.test
-    assert found.accuracy == pytest.approx(100 * float((run.model(x).argmax(1) == y).double().mean()))
-    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(run.model(x), y)), rel=1e-5)
+    outputs = run.model.eval()(x).detach()
+    assert found.accuracy == pytest.approx(100 * float((outputs.argmax(1) == y).double().mean()))
+    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(outputs, y)), rel=1e-5)
 
 
 def test_time_goes_to_the_phase_in_which_it_passes() -> None:
@@ -215,5 +216,5 @@ def test_networks_of_torchvision_lose_less_of_small_images(name: str, last: int)
 
 def test_a_network_of_one_width_says_so() -> None:
     models, settings = tool("recipe.models"), tool("recipe.settings")
-    with pytest.raises(tool("recipe.errors").RecipeError, match="model.width=8: 'vgg19' comes in one width only"):
+    with pytest.raises(tool("recipe.errors").RecipeError, match=r"model.width=8: 'vgg19' comes in one width only"):
         models.build(settings.Model(name="vgg19", width=8), models.Shape(7, 3, 32))

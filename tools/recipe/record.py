@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,7 +58,7 @@ def record_of(run: Run, *, checks: bool = True) -> Record:
     plan = None if run.switch is None else run.switch.plan
     verified = run.prove() if checks and run.config.output.verify and plan is not None and run.place.first else None
     return Record(
-        config=asdict(run.config),
+        config=json.loads(json.dumps(asdict(run.config))),  # as it is read back: lists for tuples
         processes=run.place.world,
         device=_device_name(run.device),
         epochs=run.history,

@@ -57,12 +57,15 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
 
     @torch.no_grad()
     def toward(averages: Sequence[Tensor], values: Sequence[Tensor], count: Any) -> None:
-        # The count stays on its device, so that nothing waits for it.
-        weight = 1 - ((1 + count) / (10 + count)).clamp(max=decay)
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, weight.to(average.dtype))
-            else:
+        # The lists are of one dtype and device each. The count stays on its device, so that nothing waits for it.
+        kind = averages[0].dtype
+        if not kind.is_floating_point:
+            for average, value in zip(averages, values, strict=True):
                 average.copy_(value)
+            return
+        done = count.to(torch.promote_types(kind, torch.float32))
+        weight = (1 - ((1 + done) / (10 + done)).clamp(max=decay)).to(kind)
+        for average, value in zip(averages, values, strict=True):
+            average.lerp_(value, weight)
 
     return AveragedModel(model, multi_avg_fn=toward, use_buffers=True)
