@@ -172,12 +172,10 @@ def test_steps_of_few_bits_train(amp: str) -> None:
 
 
 def test_the_board_has_the_figures(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = run_of(config_of(output__tensorboard=str(tmp_path), training__epochs=2))
     run.train()
-    found = EventAccumulator(str(tmp_path)).Reload()
+    found = events.EventAccumulator(str(tmp_path)).Reload()
     assert [one.value for one in found.Scalars("run/accuracy")] == pytest.approx(
         [one["accuracy"] for one in run.history]
     )

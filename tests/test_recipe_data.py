@@ -15,15 +15,14 @@ pytestmark = pytest.mark.skipif(
     not (TOOLS / "train.py").is_file(), reason="the checkout's tools are not beside these tests"
 )
 
-Batch = tuple[Tensor, Tensor]
-
 
 def data_of(rank: int = 0, world: int = 1, **changes: Any) -> Any:
     data = tool("recipe.data")
     return data.load_data(config_of(**changes), data.Place(rank, world))
 
 
-def equal(one: list[Batch], other: list[Batch]) -> bool:
+def equal(one: list[Any], other: list[Any]) -> bool:
+    """Return True if two lists of batches hold the same."""
     return len(one) == len(other) and all(
         torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True)
     )

@@ -54,7 +54,8 @@ def test_rates_rise_before_they_fall(schedule: dict[str, Any]) -> None:
 
 
 def test_the_average_is_that_of_its_formula() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double()
+    layers: Any = nn.Linear(2, 2), nn.BatchNorm1d(2)
+    model: Any = nn.Sequential(*layers).double()
     average = tool("recipe.schedule").make_average(model, 0.5)
     expected = None
     for count in range(8):
@@ -154,6 +155,7 @@ def test_time_goes_to_the_phase_in_which_it_passes() -> None:
         ("epochs", "--set 'epochs' does not say what to set to what"),
         ("switch.policy=vmbf", r"\[switch\] says something that no policy can: 'vmbf' names no rank rule"),
         ("switch.min_gain=-1.0", r"\[switch\] says something that no policy can: min_gain=-1.0"),
+        ("switch.measure=0", "switch.measure=0.0 is not above 0"),
         ("switch.epoch=3", "switch.epoch=3 leaves none of the training.epochs=3 after the switch"),
         ("data.batch=2000", "data.batch=2000 is more than the 1198 samples"),
         (

@@ -99,18 +99,18 @@ def build(wish: Model, shape: Shape) -> nn.Module:
 
 def _fitted(model: nn.Module, name: str, shape: Shape) -> nn.Module:
     """Let a network of torchvision take images of other colors, and lose less of small ones."""
-    if shape.side <= SMALL and isinstance(model, torchvision.models.ResNet):
+    residual = isinstance(model, torchvision.models.ResNet)
+    mobile = isinstance(model, torchvision.models.MobileNetV2)
+    if shape.side <= SMALL and residual:
         stem = nn.Conv2d(shape.colors, _first_convolution(model).out_channels, 3, padding=1, bias=False)
         model.register_module("conv1", stem)
         model.register_module("maxpool", nn.Identity())
         return model
-    if shape.side <= SMALL and isinstance(model, torchvision.models.MobileNetV2):
+    if shape.side <= SMALL and mobile:
         # The stem, and the depthwise convolution of the first block that halves: 32×32 end as 4×4, not as 1×1.
-        _first_convolution(model).stride = (1, 1)
-        next(one for one in model.features[2].modules() if isinstance(one, nn.Conv2d) and one.groups > 1).stride = (
-            1,
-            1,
-        )
+        block = model.get_submodule("features.2").modules()
+        halving = next(one for one in block if isinstance(one, nn.Conv2d) and one.groups > 1)
+        halving.stride = _first_convolution(model).stride = (1, 1)
     first = _first_convolution(model)
     if first.in_channels == shape.colors:
         return model

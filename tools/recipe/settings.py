@@ -131,6 +131,8 @@ class Switching:
     """As in ``tdfx.Policy``."""
     cost: str = "measured"
     """``"measured"`` on this machine, or ``"modelled"``, which is the same on every machine."""
+    measure: float = 15.0
+    """Most seconds on the wall that measuring may take, above 0; on a loaded machine little is measured in them."""
     weigh: bool = False
     """Whether a switch that is predicted to take longer than it saves in the rest of the run is left out."""
     rewarm: int = 0
@@ -142,6 +144,8 @@ class Switching:
         _least("switch.epoch", self.epoch, 1 if self.when == "epoch" else 0)
         _least("switch.every", self.every, 1)
         _least("switch.rewarm", self.rewarm, 0)
+        if not self.measure > 0:
+            raise RecipeError(f"switch.measure={self.measure} is not above 0: it is the time that measuring may take.")
         try:
             Policy(min_gain=self.min_gain, round_to=self.round_to, exclude=self.exclude)
             if self.policy not in {"none", "default"}:

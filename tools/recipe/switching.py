@@ -18,7 +18,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def policy_of(wish: Switching, amp: str = "none") -> tdfx.Policy:
     """Return the policy that settings name; what is timed is timed under the autocast that the steps have."""
     rank = None if wish.policy == "default" else parse_rule(wish.policy)
-    cost = tdfx.Modelled() if wish.cost == "modelled" else tdfx.Measured(autocast=DTYPES.get(amp))
+    measured = tdfx.Measured(autocast=DTYPES.get(amp), budget=wish.measure)
+    cost = tdfx.Modelled() if wish.cost == "modelled" else measured
     settings = {"min_gain": wish.min_gain, "round_to": wish.round_to, "exclude": wish.exclude, "cost": cost}
     return tdfx.Policy(**settings) if rank is None else tdfx.Policy(rank=rank, **settings)  # type: ignore[arg-type]
 
