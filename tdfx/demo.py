@@ -130,15 +130,15 @@ def load_digits() -> Digits:
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
-def build_model(width: int = 128) -> nn.Module:
+def build_model(width: int = 128, *, colors: int = 1, classes: int = 10) -> nn.Module:
     """Return a VGG-like network of six 3×3 convolutions, with ``width`` to four times as many channels."""
-    channels = (1, width, width, 2 * width, 2 * width, 4 * width, 4 * width)
+    channels = (colors, width, width, 2 * width, 2 * width, 4 * width, 4 * width)
     layers: list[nn.Module] = []
     for index, (inner, outer) in enumerate(pairwise(channels)):
         layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
         if index in {1, 3}:
             layers.append(nn.MaxPool2d(2))
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 10)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes)]
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -75,7 +76,9 @@ def command(arguments: list[str]) -> str:
     'python tools/bench.py --json out.json --threads 2'
     """
     program, *rest = arguments
-    return " ".join(["python", f"tools/{Path(program).name}", *(Path(one).name if "/" in one else one for one in rest)])
+    return shlex.join(
+        ["python", f"tools/{Path(program).name}", *(Path(one).name if "/" in one else one for one in rest)]
+    )
 
 
 def versions() -> dict[str, str | int]:

@@ -10,24 +10,40 @@ import torchvision
 from torch import Tensor, nn
 
 
-def vgg19(classes: int = 10) -> nn.Module:
-    """Return VGG-19 with batch norm for 32×32 images: one linear layer at its end (Simonyan and Zisserman 2015)."""
+def vgg19(classes: int = 10, colors: int = 3, pools: int = 5) -> nn.Module:
+    """Return VGG-19 with batch norm for 32×32 images: one linear layer at its end (Simonyan and Zisserman 2015).
+
+    Args:
+        classes: Logits.
+        colors: Channels of an image.
+        pools: How many of the five poolings are left; smaller images take fewer, at most log2 of their side.
+    """
     model: nn.Module = torchvision.models.vgg19_bn(num_classes=classes)
+    features = model.get_submodule("features")
+    assert isinstance(features, nn.Sequential)
+    if colors != 3:
+        features[0] = nn.Conv2d(colors, 64, 3, padding=1)
+    places = [place for place, one in enumerate(features) if isinstance(one, nn.MaxPool2d)]
+    for place in places[pools:]:
+        features[place] = nn.AdaptiveMaxPool2d(1) if place == places[-1] else nn.Identity()
     model.avgpool = nn.Identity()
     model.classifier = nn.Linear(512, classes)
     return model
 
 
 class ResNetForSmallImages(nn.Module):
-    """The residual networks of 6n + 2 layers for 32×32 images (He et al. 2016, section 4.2), shortcuts without weights."""
+    """The residual networks of 6n + 2 layers for 32×32 images (He et al. 2016, section 4.2), shortcuts without weights.
 
-    def __init__(self, depth: int = 56, classes: int = 10, width: int = 16, colors: int = 3) -> None:
+    With four ``stages`` and a depth of 18 it has the blocks of ResNet-18.
+    """
+
+    def __init__(self, depth: int = 56, classes: int = 10, width: int = 16, colors: int = 3, stages: int = 3) -> None:
         super().__init__()
-        blocks = (depth - 2) // 6
+        blocks = (depth - 2) // (2 * stages)
         self.stem = nn.Sequential(nn.Conv2d(colors, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        widths = [width] * blocks + [2 * width] * blocks + [4 * width] * blocks
+        widths = [2**stage * width for stage in range(stages) for _ in range(blocks)]
         self.blocks = nn.Sequential(*(_Block(a, b) for a, b in zip([width, *widths], widths, strict=False)))
-        self.head = nn.Linear(4 * width, classes)
+        self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits for images (n, colors, h, w)."""
@@ -56,10 +72,10 @@ class _Block(nn.Module):
 class DenseNetForSmallImages(nn.Module):
     """DenseNet-40 with growth rate 12 for 32×32 images, without bottlenecks (Huang et al. 2017)."""
 
-    def __init__(self, depth: int = 40, growth: int = 12, classes: int = 10) -> None:
+    def __init__(self, depth: int = 40, growth: int = 12, classes: int = 10, colors: int = 3) -> None:
         super().__init__()
         channels, layers = 16, (depth - 4) // 3
-        parts: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
+        parts: list[nn.Module] = [nn.Conv2d(colors, channels, 3, padding=1, bias=False)]
         for stage in range(3):
             for _ in range(layers):
                 parts.append(_Dense(channels, growth))
@@ -75,7 +91,7 @@ class DenseNetForSmallImages(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits for images (n, 3, 32, 32)."""
+        """Return logits for images (n, colors, h, w)."""
         logits: Tensor = self.head(self.body(x).mean((2, 3)))
         return logits
 

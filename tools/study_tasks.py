@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from bench_freeze import batches
 from nets import CharacterModel, ResNetForSmallImages
+from sources import pieces, python_sources
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -22,8 +21,6 @@ Batch = tuple[Tensor, Tensor]
 """What goes in, and what is to come out."""
 _HELD_OUT = 256
 """Pieces of text that are held out."""
-_MOST_BYTES = 4_000_000
-"""Bytes of source that are read."""
 
 
 class Task(ABC):
@@ -113,11 +110,8 @@ class Characters(Task):
 
     @cached_property
     def text(self) -> tuple[Tensor, Tensor]:
-        """Bytes to train on, and those of every twentieth file to hold out."""
-        files = sorted(Path(os.__file__).parent.glob("*.py"))
-        parts = [b"".join(one.read_bytes() for one in own) for own in (_without_twentieth(files), files[::20])]
-        train, test = (torch.frombuffer(bytearray(one[:_MOST_BYTES]), dtype=torch.uint8).long() for one in parts)
-        return train, test
+        """Bytes to train on, and those that are held out."""
+        return python_sources()
 
     def model(self) -> nn.Module:
         """Return two blocks of 256 channels."""
@@ -131,20 +125,11 @@ class Characters(Task):
         """Yield pieces that begin anywhere."""
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield self._pieces(self.text[0], self.batch, generator)
+            yield pieces(self.text[0], self.batch, self.length, generator)
 
     def held_out(self) -> Batch:
         """Return the same pieces each time."""
-        return self._pieces(self.text[1], _HELD_OUT, torch.Generator().manual_seed(0))
-
-    def _pieces(self, text: Tensor, count: int, generator: torch.Generator) -> Batch:
-        starts = torch.randint(len(text) - self.length, (count, 1), generator=generator)
-        found = text[starts + torch.arange(self.length + 1)]
-        return found[:, :-1], found[:, 1:]
-
-
-def _without_twentieth(files: list[Path]) -> list[Path]:
-    return [one for place, one in enumerate(files) if place % 20]
+        return pieces(self.text[1], _HELD_OUT, self.length, torch.Generator().manual_seed(0))
 
 
 TASKS: tuple[type[Task], ...] = (Vgg, ResNet, Characters)

@@ -114,6 +114,12 @@ class Switch:
         self._times: deque[float] = deque(maxlen=TIMES)
         self._last: float | None = None
         self._rewarms: list[Rewarm] = []
+        self._spent = {"watching": 0.0, "planning": 0.0, "rewriting": 0.0}
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """What it took in this process so far, in seconds: ``"watching"`` ranks, ``"planning"``, and ``"rewriting"``."""
+        return dict(self._spent)
 
     @property
     def done(self) -> bool:
@@ -211,6 +217,7 @@ class Switch:
         arguments: dict[str, Any],
     ) -> nn.Module:
         """Look at the sites that wait, and switch those that are ripe."""
+        began = self._clock()
         emit: Emit = arguments.get("emit", "graph")
         if self._watch is None:
             found = self._surveyed(wrapped, inputs, emit)
@@ -225,6 +232,7 @@ class Switch:
         if self._step == 1 or self._step % self._watch.interval == 0:
             self._watch = self._watch.look(wrapped.model)
         names = list(self._watch.sites) if late else cast("list[str]", wrapped.agree(self._watch.ripe()))
+        self._spend("watching", began)
         if names:
             model = self._switch(model, wrapped, names, optimizer, inputs, arguments, final=late)
         self._next = self._watch.next_look(self._step)
@@ -263,6 +271,7 @@ class Switch:
         made = Plan.from_json(text)
         if self.total_steps is not None and not self._seconds:
             self._surveyed(wrapped, inputs, emit)
+        self._spend("planning", began)
         pays, verdict = True, ""
         if self.total_steps is not None and made.factorized:
             left = max(0, self.total_steps - self._step)
@@ -273,7 +282,9 @@ class Switch:
             for one in as_optimizers(optimizer) if self.rewarm else ():
                 # After the rewrite it would be too late to fail.
                 check_rates(one)
+            began = self._clock()
             model = rewrite(model, made, optimizer=optimizer, **passed)
+            self._spend("rewriting", began)
             self._start_rewarm(optimizer)
             self._note(made)
         why = self._why(final and names is not None)
@@ -346,6 +357,9 @@ class Switch:
             for one in self._rewarms:
                 one.remove()
             self._rewarms = [Rewarm(one, self.rewarm) for one in as_optimizers(optimizer)]
+
+    def _spend(self, what: str, began: float) -> None:
+        self._spent = {**self._spent, what: self._spent[what] + self._clock() - began}
 
     def _say(self, what: What, sites: Sequence[str], why: str) -> None:
         self._events = (*self._events, SwitchEvent(step=self._step, what=what, sites=tuple(sites), why=why))

@@ -1,0 +1,222 @@
+"""The parts of the training recipe: rates, averages, losses, time, settings, networks, scores."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipe_runs import TOOLS, config_of, run_of, tool
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+
+pytestmark = pytest.mark.skipif(
+    not (TOOLS / "train.py").is_file(), reason="the checkout's tools are not beside these tests"
+)
+
+
+def training(**settings: Any) -> Any:
+    return tool("recipe.settings").Training(**settings)
+
+
+def rates(wish: Any, steps: int) -> list[float]:
+    return [tool("recipe.schedule").rate_at(step, steps, wish) for step in range(wish.epochs * steps)]
+
+
+def by_torch(scheduler: Any, count: int, **settings: Any) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    made, found = scheduler(optimizer, **settings), []
+    for _ in range(count):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        made.step()
+    return found
+
+
+def test_the_cosine_is_that_of_torch() -> None:
+    expected = by_torch(CosineAnnealingLR, 40, T_max=40)
+    assert rates(training(epochs=10, lr=0.4), 4) == pytest.approx(expected, abs=1e-12)
+
+
+def test_steps_are_those_of_torch() -> None:
+    wish = training(epochs=10, lr=0.4, schedule="step", milestones=[0.5, 0.75], gamma=0.2)
+    assert rates(wish, 4) == pytest.approx(by_torch(MultiStepLR, 40, milestones=[20, 30], gamma=0.2))
+
+
+@pytest.mark.parametrize("schedule", [{}, {"schedule": "step", "milestones": [0.5]}], ids=["cosine", "step"])
+def test_rates_rise_before_they_fall(schedule: dict[str, Any]) -> None:
+    found = rates(training(epochs=10, lr=0.4, warmup=2.5, **schedule), 4)
+    assert found[:10] == pytest.approx([0.04 * (step + 1) for step in range(10)])
+    assert all(before >= after for before, after in itertools.pairwise(found[9:]))
+    assert found[-1] < 0.1
+
+
+def test_the_average_is_that_of_its_formula() -> None:
+    layers: Any = nn.Linear(2, 2), nn.BatchNorm1d(2)
+    model: Any = nn.Sequential(*layers).double()
+    average = tool("recipe.schedule").make_average(model, 0.5)
+    expected = None
+    for count in range(8):
+        with torch.no_grad():
+            model[0].weight.normal_()
+            model[1](torch.randn(4, 2, dtype=torch.float64))
+        average.update_parameters(model)
+        decay = min(0.5, (1 + count) / (10 + count))
+        now = torch.cat([model[0].weight.detach().flatten(), model[1].running_mean])
+        expected = now if expected is None else decay * expected + (1 - decay) * now
+    found = torch.cat([average.module[0].weight.detach().flatten(), average.module[1].running_mean])
+    assert expected is not None
+    assert torch.allclose(found, expected, rtol=1e-12)
+    assert average.module[1].num_batches_tracked == 8
+    assert not torch.allclose(found, now, rtol=1e-3)
+
+
+def test_what_is_scored_is_the_average() -> None:
+    run = run_of(config_of(training__ema=0.9))
+    run.train()
+    scored = tool("recipe.score").score(run.average.module, run.data, run.device, run.layout)
+    assert run.final_score() == scored
+    plain = tool("recipe.score").score(run.model, run.data, run.device, run.layout)
+    assert plain != scored
+
+
+def test_smoothed_answers_are_spread_over_all_classes() -> None:
+    outputs, y = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    logs = outputs.log_softmax(-1)
+    right = logs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    expected = -(0.9 * right + 0.1 * logs.mean(-1)).mean()
+    assert torch.allclose(tool("recipe.score").loss_of(outputs, y, 0.1), expected)
+
+
+def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    for clip in (0.0, 1e-3):
+        run = run_of(config_of(training__clip=clip, training__optimizer="sgd"))
+        parameters = list(run.model.parameters())
+        step = run.optimizer.step
+
+        def noting(of: Any = parameters, then: Any = step) -> None:
+            norms.append(float(torch.cat([one.grad.flatten() for one in of]).norm()))
+            then()
+
+        monkeypatch.setattr(run.optimizer, "step", noting)
+        run.train(most_steps=1)
+    assert norms[0] > 1e-2
+    assert norms[1] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_scoring_leaves_every_layer_in_its_mode() -> None:
+    run = run_of(config_of())
+    run.model[1].eval()
+    before = [one.training for one in run.model.modules()]
+    found = tool("recipe.score").score(run.model, run.data, run.device, run.layout)
+    assert [one.training for one in run.model.modules()] == before
+    x, y = run.data.test
+    outputs = run.model.eval()(x).detach()
+    assert found.accuracy == pytest.approx(100 * float((outputs.argmax(1) == y).double().mean()))
+    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(outputs, y)), rel=1e-5)
+
+
+def test_time_goes_to_the_phase_in_which_it_passes() -> None:
+    now = [0.0]
+    phases = tool("recipe.phases").Phases(lambda: now[0], torch.device("cpu"))
+    for name, seconds in (("data", 1.0), ("step", 2.0), ("evaluation", 4.0), ("step", 8.0)):
+        with phases.of(name):
+            now[0] += seconds
+    phases.add("planning", 16.0)
+    assert {name: one for name, one in phases.seconds.items() if one} == {
+        "data": 1.0,
+        "step": 10.0,
+        "evaluation": 4.0,
+        "planning": 16.0,
+    }
+    assert phases.training == 27.0
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epochs=0", "training.epochs=0 is below 1"),
+        ("training.epochs='many'", "training.epochs='many' is not of the type that it should have: int"),
+        ("training.lr=true", "training.lr=True is not of the type that it should have: float"),
+        ("training.warmup=3", r"training.warmup=3.0 is not in \[0, 3\), the epochs"),
+        ("training.schedule=step", "'step' needs milestones"),
+        ("training.milestones=[0.5]", "'cosine' takes none"),
+        ("training.optimizer=adam", "training.optimizer='adam' is not one of sgd, adamw. Nearest: 'adamw'"),
+        ("training.label_smoothing=1.0", r"training.label_smoothing=1.0 is not in \[0, 1\)"),
+        ("model.nmae=tiny", "There is no setting 'model.nmae'. Nearest: 'name'"),
+        ("data=digits", r"data='digits' is not a table of settings. Write \[data\]"),
+        ("name.first=a", "'name.first' names a part of 'name', which is a single setting"),
+        ("epochs", "--set 'epochs' does not say what to set to what"),
+        ("switch.policy=vmbf", r"\[switch\] says something that no policy can: 'vmbf' names no rank rule"),
+        ("switch.min_gain=-1.0", r"\[switch\] says something that no policy can: min_gain=-1.0"),
+        ("switch.measure=0", "switch.measure=0.0 is not above 0"),
+        ("switch.epoch=3", "switch.epoch=3 leaves none of the training.epochs=3 after the switch"),
+        ("data.batch=2000", "data.batch=2000 is more than the 1198 samples"),
+        (
+            "model.name=resnet55",
+            "model.name='resnet55' is no network of the recipe or of torchvision. Nearest: 'resnet5",
+        ),
+        ("model.name=transformer", "model.name='transformer' does not go with images"),
+        ("data.name=text", "model.name='tiny' does not go with pieces of text"),
+    ],
+)
+def test_a_wrong_setting_is_named(override: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('name = "tiny"\nmodel.name = "tiny"\ndata.name = "digits"\ntraining.epochs = 3\n', encoding="utf-8")
+    with pytest.raises(tool("recipe.errors").RecipeError, match=message):
+        run_of(tool("recipe.config").read_config(file, [override]))
+
+
+def test_a_wrong_file_is_named(tmp_path: Path) -> None:
+    read, error = tool("recipe.config").read_config, tool("recipe.errors").RecipeError
+    with pytest.raises(error, match=r"could not be read: .*tools/configs holds some"):
+        read(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("name = ", encoding="utf-8")
+    with pytest.raises(error, match="is not TOML"):
+        read(tmp_path / "bad.toml")
+    (tmp_path / "short.toml").write_text('name = "short"\nmodel.name = "tiny"', encoding="utf-8")
+    with pytest.raises(error, match="The setting 'data' is missing"):
+        read(tmp_path / "short.toml")
+
+
+def test_every_config_of_the_repository_is_one() -> None:
+    files = sorted((TOOLS / "configs").glob("*.toml"))
+    assert len(files) >= 10
+    for file in files:
+        config = tool("recipe.config").read_config(file)
+        tool("recipe.switching").make_switch(config, 10)
+
+
+# Networks.
+
+
+@pytest.mark.parametrize("name", ["vgg", "vgg19", "resnet14-small", "resnet18-small", "resnet56", "densenet40"])
+@pytest.mark.parametrize(("colors", "side"), [(1, 8), (3, 32)])
+def test_networks_take_the_images_at_hand(name: str, colors: int, side: int) -> None:
+    models, settings = tool("recipe.models"), tool("recipe.settings")
+    width = 8 if name in {"vgg", "resnet18-small"} else 0
+    model = models.build(settings.Model(name=name, width=width), models.Shape(7, colors, side))
+    assert model.eval()(torch.rand(2, colors, side, side)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("name", "last"), [("resnet18", 4), ("mobilenet_v2", 4)])
+def test_networks_of_torchvision_lose_less_of_small_images(name: str, last: int) -> None:
+    models, settings = tool("recipe.models"), tool("recipe.settings")
+    model = models.build(settings.Model(name=name), models.Shape(7, 1, 32))
+    sides = []
+    convolutions = [one for one in model.modules() if isinstance(one, nn.Conv2d)]
+    convolutions[-1].register_forward_hook(lambda layer, given, out: sides.append(out.shape[-1]))
+    assert model.eval()(torch.rand(2, 1, 32, 32)).shape == (2, 7)
+    assert sides == [last]
+
+
+def test_a_network_of_one_width_says_so() -> None:
+    models, settings = tool("recipe.models"), tool("recipe.settings")
+    with pytest.raises(tool("recipe.errors").RecipeError, match=r"model.width=8: 'vgg19' comes in one width only"):
+        models.build(settings.Model(name="vgg19", width=8), models.Shape(7, 3, 32))

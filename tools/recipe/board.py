@@ -1,0 +1,41 @@
+"""A run's figures in TensorBoard, where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from recipe.errors import RecipeError
+
+
+class Board:
+    """Writes numbers by epoch; nothing for the folder ""."""
+
+    def __init__(self, folder: str) -> None:
+        """Open it.
+
+        Raises:
+            RecipeError: TensorBoard is not installed.
+        """
+        self._writer: Any = None
+        if folder:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise RecipeError(
+                    f"output.tensorboard={folder!r} asks for TensorBoard, which is not installed. Install it with "
+                    f"pip install tensorboard, or set output.tensorboard=''."
+                ) from error
+            self._writer = SummaryWriter(folder)
+
+    def write(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Write each number under its name."""
+        if self._writer is not None:
+            for name, value in values.items():
+                if name != "epoch":
+                    self._writer.add_scalar(f"run/{name}", value, epoch)
+
+    def close(self) -> None:
+        """Write all that waits."""
+        if self._writer is not None:
+            self._writer.close()
