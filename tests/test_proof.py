@@ -35,11 +35,7 @@ class Case:
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     torch.manual_seed(0)
-    build, x = ARCHITECTURES[request.param], inputs_of(request.param)
-    model = build().train()
-    for one in model.modules():
-        if isinstance(one, torch.nn.BatchNorm2d):
-            one.momentum = 0.9  # or the signal dies in eval mode after so few steps, and any weights would do
+    x, model = inputs_of(request.param), build(request.param).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(3):
         _step(model, optimizer, x)
@@ -48,7 +44,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for _ in range(2):
         _step(factorized, optimizer, x)
     merged = tdfx.merge(factorized)
-    reference = build()
+    reference = build(request.param)
     reference.load_state_dict(merged.state_dict(), strict=True)
     folder = tmp_path_factory.mktemp(request.param)
     states = {"factorized": factorized, "merged": merged, "reference": reference}
@@ -56,6 +52,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for name, one in states.items():
         export_module(one, (x,), paths[name])
     return Case(x, **paths, proto=onnx.load(paths["merged"]))
+
+
+def build(name: str) -> torch.nn.Module:
+    model = ARCHITECTURES[name]()
+    for one in model.modules():
+        if isinstance(one, torch.nn.BatchNorm2d):
+            one.momentum = 0.9  # or the signal dies in eval mode after so few steps, and any weights would do
+    return model
 
 
 def _step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
