@@ -213,7 +213,8 @@ def test_parse_rule() -> None:
 
 def test_parse_rule_errors() -> None:
     with pytest.raises(
-        PolicyError, match=r"'enrgy:0\.9' names no rank rule: 'enrgy' is not one of vbmf, .* Nearest: 'energy'\."
+        PolicyError,
+        match=r"'enrgy:0\.9' names no rank rule: 'enrgy' is not one of default, vbmf, .* Nearest: 'energy'\.",
     ):
         parse_rule("enrgy:0.9")
     with pytest.raises(
