@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
@@ -47,6 +48,8 @@ def glyphs(config: Config, place: Place) -> InMemory:
 def cifar10(config: Config, place: Place) -> InMemory:
     """Return CIFAR-10 (Krizhevsky 2009), which is fetched where that is allowed and it is not there yet."""
     root = cache_folder(config)
+    if place.world > 1 and not place.first:
+        dist.barrier()  # until the first has fetched it, or failed
     try:
         train, test = (
             torchvision.datasets.CIFAR10(root, train=one, download=config.data.download and place.first)
@@ -57,6 +60,9 @@ def cifar10(config: Config, place: Place) -> InMemory:
             f"CIFAR-10 is not in data.root={root!r}, and could not be fetched: {error}. Put the folder "
             f"cifar-10-batches-py there by hand, or train on 'glyphs', which the recipe makes itself."
         ) from error
+    finally:
+        if place.world > 1 and place.first:
+            dist.barrier()
     images, labels = zip(*((_normal(one.data), torch.tensor(one.targets)) for one in (train, test)), strict=True)
     return InMemory(config, place, (images[0], labels[0]), (images[1], labels[1]), 10, cropped)
 
