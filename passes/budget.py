@@ -26,13 +26,13 @@ _PART = 0.9
 """How far a budget that cannot be kept, and need not, is followed: the last steps cost most and bring least."""
 _LEAST_WAY = 0.01
 """Part of the way to a budget that is not worth going."""
-_KNOTS = 3
-"""Options of each scheme that are measured beforehand: those between them take what lies between."""
-
+_SWEEPS = 2
+"""Times that this is begun: with what the first one learned, the second sees what it was too careful for."""
+_CAUTION = 1.05
+"""How many times longer what was not measured is taken to be from one round to the next: what seems best of many estimates
+is, as a rule, one that is too low, and few sites are to change when most of what is chosen is known."""
 _MARGIN = 1.02
 """What is said to be possible is this many times less than what was found to be."""
-_SURELY = 0.6
-"""One option is faster than another beyond doubt if it is estimated to take less than this share of its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ class Whole:
 class BudgetSolver:
     """Finds the options of least total loss within a budget.
 
-    Times of options are estimated at first, in the scale of a few that are measured. What a solution chooses is measured,
-    and it is solved anew with that, until all that is chosen is known.
+    Times of options are estimated at first, in the scale of a few that are measured: the site as it is, and the lowest ranks
+    of each scheme. What a solution chooses is measured, and it is solved anew with that, until all that is chosen is known.
     """
 
     policy: Policy
@@ -72,6 +72,8 @@ class BudgetSolver:
     candidates: Sequence[Candidates]
     notes: list[str] = field(default_factory=list)
     """What there is to know of the solution."""
+    caution: float = 1.0
+    """How many times longer than estimated an option is taken to be that was not measured."""
 
     @property
     def budget(self) -> Budget:
@@ -86,14 +88,21 @@ class BudgetSolver:
             PolicyError: The budget cannot be kept, or needs what is not known.
         """
         if self._measures:
-            self.times.prepare(Wanted(self.policy.cost, one.site, self._knots(one)) for one in self.candidates)
-        chosen = self._choice()
-        for _ in range(_ROUNDS):
-            if not self._learned(chosen):
-                break
-            chosen = self._choice()
+            self.times.prepare(Wanted(self.policy.cost, one.site, self._lowest(one)) for one in self.candidates)
+        chosen = self._settled()
         self._note_untimed(chosen)
         return [self._decision(one, option) for one, option in zip(self.candidates, chosen, strict=True)]
+
+    def _settled(self) -> list[Option | None]:
+        """Return what is best when what is best has been measured, looked for anew once from what is known by then."""
+        for _ in range(_SWEEPS):
+            self.caution = 1.0
+            for _ in range(_ROUNDS):
+                chosen = self._choice()
+                if not self._learned(chosen):
+                    break
+                self.caution *= _CAUTION
+        return chosen
 
     def _choice(self) -> list[Option | None]:
         """Return what is best by the times as they are known now."""
@@ -111,7 +120,7 @@ class BudgetSolver:
         return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
 
     def _curve(self, one: Candidates) -> Curve:
-        return Curve(self.times, self.policy.cost, one.site, (option for option, _ in one.options))
+        return Curve(self.times, self.policy.cost, one.site, (option for option, _ in one.options), self.caution)
 
     def _near(self, names: Sequence[str], places: Sequence[Sequence[Weighed]], limits: Sequence[float]) -> list[int]:
         """Return the choice of least loss that goes most of the way to limits which no choice keeps."""
@@ -139,21 +148,13 @@ class BudgetSolver:
         known = any(one.site.flows for one in self.candidates)
         return decide and known and isinstance(self.policy.cost, MeasuringCost)
 
-    def _knots(self, one: Candidates) -> tuple[Chain, ...]:
-        """Return of each scheme the fastest, the slowest and something between, among options that may be worth it."""
-        guesses = [self.times.estimate(self.policy.cost, one.site, option.chain) for option, _ in one.options]
-        rated = [(guess, option, loss) for guess, (option, loss) in zip(guesses, one.options, strict=True)]
-        worth = [
-            (guess, option)
-            for guess, option, loss in sorted(rated, key=lambda entry: entry[0])
-            if not any(lost <= loss and other < _SURELY * guess for other, _, lost in rated)
-        ]
-        knots: list[Chain] = []
-        for name in dict.fromkeys(option.scheme.name for _, option in worth):
-            own = [option for _, option in worth if option.scheme.name == name]
-            places = {(len(own) - 1) * step // (_KNOTS - 1) for step in range(_KNOTS)}
-            knots += (own[place].chain for place in sorted(places))
-        return tuple(knots)
+    def _lowest(self, one: Candidates) -> tuple[Chain, ...]:
+        """Return of each scheme what is fastest by arithmetic: it takes little to measure, and says what can be had."""
+        by_scheme: dict[str, list[tuple[float, Chain]]] = {}
+        for option, _ in one.options:
+            guess = self.times.estimate(self.policy.cost, one.site, option.chain)
+            by_scheme.setdefault(option.scheme.name, []).append((guess, option.chain))
+        return tuple(min(own, key=lambda pair: pair[0])[1] for own in by_scheme.values())
 
     def _learned(self, chosen: Sequence[Option | None]) -> bool:
         """Measure what was chosen, while there is time; return True if that told anything new."""

@@ -15,9 +15,9 @@ from tdfx.passes.times import Times
 class Curve:
     """The times of one site's options: measured, or estimated in the scale of those of their scheme that were measured."""
 
-    def __init__(self, times: Times, cost: Cost, site: Site, options: Iterable[Option]) -> None:
-        """Take what is known now of a site's options by a cost."""
-        self.times, self.cost, self.site = times, cost, site
+    def __init__(self, times: Times, cost: Cost, site: Site, options: Iterable[Option], caution: float = 1.0) -> None:
+        """Take what is known now of a site's options by a cost, and how much longer what is not known is taken to be."""
+        self.times, self.cost, self.site, self.caution = times, cost, site, caution
         self.points: dict[str, list[tuple[float, float]]] = {}
         """Of each scheme the estimates of what was measured, sorted, and how many times longer each takes in fact."""
         for option in options:
@@ -25,7 +25,13 @@ class Curve:
             if measured is not None:
                 guess = self.times.estimate(self.cost, self.site, option.chain)
                 self.points.setdefault(option.scheme.name, []).append((guess, measured / guess))
+        guess = self.times.estimate(cost, site, chain_now(site))
+        now = self.times.measured(cost, site, chain_now(site))
+        self.scale = 1.0 if now is None else now / guess
+        """How many times longer the site as it is takes than estimated."""
         for points in self.points.values():
+            # What is next to nothing cut takes as long, in proportion, as what is not cut at all.
+            points.append((guess, self.scale))
             points.sort()
 
     def seconds(self, option: Option | None) -> float:
@@ -35,11 +41,10 @@ class Curve:
         if measured is not None:
             return measured
         guess = self.times.estimate(self.cost, self.site, chain)
-        points = self.points.get(option.scheme.name, []) if option is not None else []
-        if points:
-            return guess * _between(points, guess)
-        now = self.times.measured(self.cost, self.site, chain_now(self.site))
-        return guess if now is None else guess * now / self.times.estimate(self.cost, self.site, chain_now(self.site))
+        if option is None:
+            return guess
+        points = self.points.get(option.scheme.name, [])
+        return self.caution * guess * (_between(points, guess) if points else self.scale)
 
 
 def _between(points: Sequence[tuple[float, float]], at: float) -> float:

@@ -252,7 +252,7 @@ class _Trainer:
         model = self.start()
         self.train(model, "tdfx", range(switch_epoch))
         before = time.perf_counter()
-        made = plan(model, Policy(), example_inputs=(self.digits.train_x[:BATCH],))
+        made = plan(model, self.policy, example_inputs=(self.digits.train_x[:BATCH],))
         model = rewrite(model, made, optimizer=self.optimizer)
         switch = time.perf_counter() - before
         self.train(model, "tdfx", range(switch_epoch, self.epochs))

@@ -36,6 +36,7 @@ FLOW = Flow(2, (8, 8))
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDFX_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(measured, "_known", {})
+    monkeypatch.setattr(measured, "_at", {})
     monkeypatch.setattr(measured, "_hasty", set())
 
 
@@ -181,7 +182,12 @@ def test_what_comes_later_is_compared_with_what_is_known(
     chain = get_scheme("tucker2").chain(CONV, (8, 8))
     cost = Measured(update_bytes=0)
     cost.seconds([CONV], FLOW)
-    # Now the machine is twice as slow.
+    # A moment later it need not be timed again.
+    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((4 * 2.0,))])
+    other = get_scheme("tucker2").chain(CONV, (8, 16))
+    assert cost.measure([[((CONV,), FLOW), (other, FLOW)]]) == {((CONV,), FLOW): 1.0, (other, FLOW): 2.0}
+    # Long after that the machine is twice as slow.
+    monkeypatch.setattr(measured, "_FRESH", 0.0)
     monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((4 * 2.0,)), Timing((4 * 6.0,))])
     times = cost.measure([[((CONV,), FLOW), (chain, FLOW)]])
     assert times == {((CONV,), FLOW): 1.0, (chain, FLOW): 3.0}

@@ -25,6 +25,10 @@ from tdfx.progress import progress
 
 _known: dict[str, float] = {}
 """What this process has measured or read, by key."""
+_FRESH = 60.0
+"""Seconds for which a time is that of the machine as it is now."""
+_at: dict[str, float] = {}
+"""When this process measured it, by key and clock."""
 _hasty: set[str] = set()
 """Keys of times for which there was no time to take enough samples; they count in this process, and are not kept."""
 
@@ -140,8 +144,10 @@ class Measured:
         self, first: Case, missing: Sequence[Case], keys: Mapping[Case, str], most_seconds: float
     ) -> dict[str, float]:
         """Time what is missing in a group; its first, if known already, once more, to see how the machine is now."""
-        known = [first] if keys[first] in _known else []
+        is_old = time.perf_counter() - _at.get(keys[first], -math.inf) > _FRESH
+        known = [first] if keys[first] in _known and is_old else []
         found = self._time([*known, *missing], most_seconds)
+        _at.update({keys[case]: time.perf_counter() for case in found})
         _hasty.update(keys[case] for case, one in found.items() if len(one.trusted) < self.rounds)
         drift = [_known[keys[first]] / found[first].seconds for first in known if first in found]
         return {keys[case]: found[case].seconds * (drift or [1.0])[0] for case in missing if case in found}
