@@ -46,7 +46,7 @@ def forced(_narrow: None) -> tuple[DemoResult, list[tuple[str, int, int]]]:
     """Return the demo with every site factorized, and the ticks that it gave."""
     ticks: list[tuple[str, int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "Policy", half_of_all_ranks)
+        patch.setattr(demo, "demo_policy", half_of_all_ranks)
         return run_demo(epochs=2, tick=lambda *tick: ticks.append(tick)), ticks
 
 
@@ -111,7 +111,7 @@ def test_every_epoch_of_both_runs_is_told(forced: tuple[DemoResult, list[tuple[s
 def test_the_command_gives_the_same_accuracies_for_the_same_seed(
     forced: tuple[DemoResult, list[tuple[str, int, int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "Policy", half_of_all_ranks)
+    monkeypatch.setattr(demo, "demo_policy", half_of_all_ranks)
     result = CliRunner().invoke(main, ["demo", "--epochs", "2", "--json", str(tmp_path / "figures.json")])
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "figures.json").read_text())
