@@ -27,9 +27,10 @@ pytestmark = pytest.mark.skipif(
     not (TOOLS / "live_bytes.py").is_file(), reason="the checkout's tools are not beside these tests"
 )
 
-FEW = 12
+FEW = 14
 """Copies of the largest weight in its own dtype, of which each in float64 makes two: the weight, its other unfolding, its
-basis and two such for the bases kept; or two moments, what the join gives, its derivative and two in between."""
+basis and two such for the bases kept; or two moments, what the join gives, its derivative and two in between. After other
+work in the same process one more has been seen."""
 FULL_RANK = 24
 """The same at full rank, where each factor may be as large as the weight, and so is all that comes between them."""
 MANY = 24
