@@ -102,6 +102,8 @@ class BudgetSolver:
                 if not self._learned(chosen):
                     break
                 self.caution *= _CAUTION
+            else:
+                chosen = self._choice()
         return chosen
 
     def _choice(self) -> list[Option | None]:
@@ -120,7 +122,8 @@ class BudgetSolver:
         return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
 
     def _curve(self, one: Candidates) -> Curve:
-        return Curve(self.times, self.policy.cost, one.site, (option for option, _ in one.options), self.caution)
+        options = (option for option, _ in one.options)
+        return Curve(self.times, self.policy.cost, one.site, options, self.caution, self._unit)
 
     def _near(self, names: Sequence[str], places: Sequence[Sequence[Weighed]], limits: Sequence[float]) -> list[int]:
         """Return the choice of least loss that goes most of the way to limits which no choice keeps."""
@@ -130,13 +133,18 @@ class BudgetSolver:
         ways = zip(now, least, limits, strict=True)
         way = min([(most - end) / (most - limit) for most, end, limit in ways if most > limit], default=0.0)
         told = " and ".join(filter(None, self._told(names, limits, least)))
-        self.notes = [
-            f"{self.budget!r} cannot be kept: {f'{told} is the most' if told else 'nothing of it can be had'}; of what that "
-            f"would take, {_PART:.0%} is done, since the last steps cost most and bring least"
-        ]
+        if told:
+            self.notes = [
+                f"{self.budget!r} cannot be kept: {told} is what can be had; of what that would take, {_PART:.0%} is done, "
+                f"since the last steps cost most and bring least"
+            ]
+        elif self.candidates:
+            self.notes = [f"{self.budget!r} cannot be kept, and nothing comes nearer to it"]
         while way > _LEAST_WAY:
             way *= _PART
-            closer = [most - way * max(0.0, most - limit) for most, limit in zip(now, limits, strict=True)]
+            closer = [
+                limit if most <= limit else most - way * (most - limit) for most, limit in zip(now, limits, strict=True)
+            ]
             with suppress(OutOfReachError):
                 return best_choice(places, closer)
         return [0] * len(places)
@@ -246,7 +254,18 @@ class BudgetSolver:
     def _seconds_now(self, site: Site) -> float:
         now = chain_now(site)
         found = self.times.measured(self.policy.cost, site, now)
-        return self.times.estimate(self.policy.cost, site, now) if found is None else found
+        return self._unit * self.times.estimate(self.policy.cost, site, now) if found is None else found
+
+    @property
+    def _unit(self) -> float:
+        """How many times longer sites take than estimated, all together: so that estimates compare with that."""
+        pairs = [
+            (self.times.measured(self.policy.cost, one.site, now), self.times.estimate(self.policy.cost, one.site, now))
+            for one in self.candidates
+            for now in (chain_now(one.site),)
+        ]
+        known = [(measured, guess) for measured, guess in pairs if measured is not None]
+        return sum(measured for measured, _ in known) / sum(guess for _, guess in known) if known else 1.0
 
     def _out_of_reach(
         self, names: Sequence[str], limits: Sequence[float], places: Sequence[Sequence[tuple[Option | None, Weighed]]]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from tdfx.cost.modelled import MeasuringCost
-from tdfx.errors import InputError, PolicyError
+from tdfx.errors import InputError, PolicyError, TdfxError
 from tdfx.passes.base import Lead, Pass, PassResult, Program
 from tdfx.passes.observe import Inputs
 from tdfx.passes.step import Step, time_steps
@@ -45,9 +45,18 @@ class Clock(Pass):
         return PassResult(replace(program, step_seconds=seconds))
 
     def _seconds(self, program: Program) -> float:
-        step = Step(program.module, self.inputs, self.cost.autocast)
-        trained = sum(parameter.numel() for parameter in step.wanted)
-        return time_steps([step])[0].seconds + self.cost.update_seconds(trained, step.device)
+        try:
+            step = Step(program.module, self.inputs, self.cost.autocast)
+            trained = sum(parameter.numel() for parameter in step.wanted)
+            return time_steps([step])[0].seconds + self.cost.update_seconds(trained, step.device)
+        except TdfxError:
+            raise
+        except Exception as error:  # whatever a backward raises, all processes have to hear of it
+            raise InputError(
+                f"The training step of {type(program.module).__name__} on the example inputs cannot be timed: "
+                f"{type(error).__name__}: {error}. Pass inputs that it trains on, or a policy whose budget and cost need no "
+                f"times: flops=, parameters=, cost=tdfx.Modelled()."
+            ) from error
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """The time is known, unless it need not be, and nothing else has changed."""

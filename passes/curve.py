@@ -15,8 +15,19 @@ from tdfx.passes.times import Times
 class Curve:
     """The times of one site's options: measured, or estimated in the scale of those of their scheme that were measured."""
 
-    def __init__(self, times: Times, cost: Cost, site: Site, options: Iterable[Option], caution: float = 1.0) -> None:
-        """Take what is known now of a site's options by a cost, and how much longer what is not known is taken to be."""
+    def __init__(
+        self, times: Times, cost: Cost, site: Site, options: Iterable[Option], caution: float = 1.0, unit: float = 1.0
+    ) -> None:
+        """Take what is known now of a site's options by a cost.
+
+        Args:
+            times: What is known.
+            cost: By which.
+            site: Whose options they are.
+            options: All of them.
+            caution: How many times longer what is not known is taken to be.
+            unit: How many times longer sites take than estimated, where nothing is known of this one.
+        """
         self.times, self.cost, self.site, self.caution = times, cost, site, caution
         self.points: dict[str, list[tuple[float, float]]] = {}
         """Of each scheme the estimates of what was measured, sorted, and how many times longer each takes in fact."""
@@ -27,7 +38,7 @@ class Curve:
                 self.points.setdefault(option.scheme.name, []).append((guess, measured / guess))
         guess = self.times.estimate(cost, site, chain_now(site))
         now = self.times.measured(cost, site, chain_now(site))
-        self.scale = 1.0 if now is None else now / guess
+        self.scale = unit if now is None else now / guess
         """How many times longer the site as it is takes than estimated."""
         for points in self.points.values():
             # What is next to nothing cut takes as long, in proportion, as what is not cut at all.
@@ -42,7 +53,7 @@ class Curve:
             return measured
         guess = self.times.estimate(self.cost, self.site, chain)
         if option is None:
-            return guess
+            return guess * self.scale
         points = self.points.get(option.scheme.name, [])
         return self.caution * guess * (_between(points, guess) if points else self.scale)
 

@@ -146,7 +146,8 @@ class Select(Pass):
             for site, one in zip(sites, found, strict=True):
                 self.readings.know(site, {option: lost**0.5 for option, lost in one.options})
         without = [site for site, one in zip(sites, found, strict=True) if not one.signal]
-        kept = {one.name: kept_plan(one, Reason.NO_SIGNAL, NO_SIGNAL) for one in without if budget.noise_floor == 1}
+        shut = {site.name for site, one in zip(sites, found, strict=True) if not one.options}
+        kept = {one.name: kept_plan(one, Reason.NO_SIGNAL, NO_SIGNAL) for one in without if one.name in shut}
         candidates = [
             Candidates(site, own, one.options)
             for (site, own), one in zip(cases, found, strict=True)

@@ -483,7 +483,9 @@ def test_what_cannot_be_had_is_followed_most_of_the_way() -> None:
         planned(rank=Budget(speedup=1e4), cost=ByFlops())
     most = float(str(refused.value).partition("speedup=")[2].partition("give is speedup=")[2].split(".")[0])
     plan = planned(rank=Budget(speedup=1e4, strict=False), cost=ByFlops())
-    assert re.search(r"strict=False\) cannot be kept: speedup=[\d.]+ is the most; of what that", " ".join(plan.notes))
+    assert re.search(
+        r"strict=False\) cannot be kept: speedup=[\d.]+ is what can be had; of what that", " ".join(plan.notes)
+    )
     before = sum(one.seconds_before or 0 for one in plan.sites)
     after = sum(one.seconds_after or 0 for one in plan.sites)
     # Nine tenths of the way to next to nothing leave one tenth.
@@ -601,3 +603,38 @@ def test_times_that_could_not_be_measured_are_said_to_be_estimates() -> None:
     plan = planned(speedup=1.5, cost=Impatient())
     assert any("sites were not timed as they will be, for want of time" in one for one in plan.notes)
     assert not any("not timed" in one for one in planned(speedup=1.5, cost=ByFlops()).notes)
+
+
+class Broken(nn.Module):
+    """Cannot be differentiated on any input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.exp(self.inner(x))
+        z = y * 1
+        y.add_(1)
+        return z
+
+
+def test_a_backward_that_fails_is_said_of_the_step() -> None:
+    x = torch.rand(4, 64)
+    with pytest.raises(
+        InputError, match="The training step of Broken on the example inputs cannot be timed: RuntimeError"
+    ):
+        tdfx.plan(Broken(), Policy(speedup=1.2, cost=ByFlops()), example_inputs=(x,))
+    plan = tdfx.plan(Broken(), Policy(rank=Budget(speedup=1.2, strict=False), cost=ByFlops()), example_inputs=(x,))
+    assert any("the step as a whole was not timed" in one for one in plan.notes)
+
+
+def test_a_budget_that_is_kept_already_does_not_stand_in_the_way_of_one_that_cannot_be() -> None:
+    alone = planned(rank=Budget(parameters=0.01, strict=False))
+    beside = planned(rank=Budget(parameters=0.01, memory=10**12, strict=False))
+    assert beside.parameters_after == alone.parameters_after
+
+
+def test_a_budget_of_nothing_has_no_note() -> None:
+    plan = planned(rank=Budget(speedup=2, strict=False), exclude=("*",))
+    assert not any("cannot be kept" in note for note in plan.notes)

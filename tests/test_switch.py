@@ -498,7 +498,7 @@ def test_what_is_left_of_a_budget() -> None:
     policy = tdfx.Policy(parameters=0.5, flops=1000, cost=COST)
     share = first.parameters_after / first.parameters_before
     seconds = {one.name: 1.0 for one in whole}
-    assert left_of(policy, first, seconds).rank == tdfx.Budget(parameters=0.5 / share, flops=1000)
+    assert left_of(policy, first, seconds).rank == tdfx.Budget(parameters=0.5 / share, flops=1000, strict=False)
     assert left_of(policy, None, seconds) is policy
     ruled = tdfx.Policy(cost=COST, rank=tdfx.Ratio(of=0.5))
     assert left_of(ruled, first, seconds) is ruled
@@ -513,4 +513,7 @@ def test_what_is_left_of_a_budget() -> None:
     measured = replace(
         first, step_seconds=10.0, sites=tuple(replace(one, seconds_before=2.0, seconds_after=1.0) for one in first)
     )
-    assert left_of(tdfx.Policy(speedup=2), measured, {}).rank == tdfx.Budget(speedup=2 / (10 / 6))
+    assert left_of(tdfx.Policy(speedup=2), measured, {}).rank == tdfx.Budget(speedup=2 / (10 / 6), strict=False)
+    joined = tdfx.Policy(parameters=0.5, cost=COST, overrides={"layers.0": tdfx.Policy(round_to=1)})
+    later = left_of(joined, first, seconds)
+    assert later.overrides["layers.0"] == replace(joined.overrides["layers.0"], rank=later.rank)  # type: ignore[type-var]

@@ -8,7 +8,7 @@ from typing import Any
 
 from tdfx.plan import Plan, Reason
 from tdfx.policy import Policy
-from tdfx.ranks.budget import Budget
+from tdfx.ranks.budget import DEFAULT_RULE, Budget
 
 _NOTHING = Budget(parameters=1.0)
 """A budget that every model keeps as it is."""
@@ -30,7 +30,19 @@ def left_of(policy: Policy, switched: Plan | None, seconds: Mapping[str, float])
     have = switched.speedup or _modelled_speedup(switched, seconds)
     limits: dict[str, Any] = {name: _left(name, value, switched, have) for name, value in budget.limits.items()}
     is_kept = all(value is None for value in limits.values())
-    return replace(policy, rank=_NOTHING if is_kept else replace(budget, **limits))
+    # Weights have changed since the first plan: what is out of reach by now must not stop a run.
+    rank = _NOTHING if is_kept else replace(budget, **limits, strict=False)
+    return replace(policy, rank=rank, overrides=_apart(policy.overrides, budget))
+
+
+def _apart(overrides: Mapping[str, Policy | None], budget: Budget) -> dict[str, Policy | None]:
+    """Return overrides of which those that are part of a budget are ready to be part of another."""
+    return {
+        key: replace(one, rank=DEFAULT_RULE, overrides=_apart(one.overrides, budget))
+        if one is not None and one.rank == budget
+        else one
+        for key, one in overrides.items()
+    }
 
 
 def _left(name: str, value: float, switched: Plan, have: float) -> float | None:
