@@ -120,7 +120,7 @@ def test_a_policy_that_is_refused_is_a_row(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_command_names_the_configs_there_are() -> None:
-    result = CliRunner().invoke(tool("paper_table").main, ["--run", "digit5"])
+    result = CliRunner().invoke(tool("paper_table").main, ["--run", "digit5", "--threads", "1"])
     assert result.exit_code == 1
     assert (
         "--run digit5 names no config. There are: digits-resnet18, digits-resnet56, digits-vgg, text-" in result.output

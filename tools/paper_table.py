@@ -58,8 +58,8 @@ def main(
         text = with_block(README.read_text(encoding="utf-8"), rendered(read_rows(RESULTS)))
         README.write_text(text, encoding="utf-8")
         return
-    clock = set_clock(cpu_time, threads)
     configs = configs_of(names, overrides)
+    clock = set_clock(cpu_time, threads)
     found = [one for one in read_rows(folder) if one.run in configs]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"clock": "CPU time" if cpu_time else "wall clock", "seeds": seeds}
