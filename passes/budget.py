@@ -74,6 +74,8 @@ class BudgetSolver:
     """What there is to know of the solution."""
     caution: float = 1.0
     """How many times longer than estimated an option is taken to be that was not measured."""
+    unit: float = 1.0
+    """How many times longer sites take than estimated, all together, so that estimates compare with what was measured."""
 
     @property
     def budget(self) -> Budget:
@@ -89,6 +91,7 @@ class BudgetSolver:
         """
         if self._measures:
             self.times.prepare(Wanted(self.policy.cost, one.site, self._lowest(one)) for one in self.candidates)
+            self.unit = self._measured_unit()
         chosen = self._settled()
         self._note_untimed(chosen)
         return [self._decision(one, option) for one, option in zip(self.candidates, chosen, strict=True)]
@@ -123,7 +126,7 @@ class BudgetSolver:
 
     def _curve(self, one: Candidates) -> Curve:
         options = (option for option, _ in one.options)
-        return Curve(self.times, self.policy.cost, one.site, options, self.caution, self._unit)
+        return Curve(self.times, self.policy.cost, one.site, options, self.caution, self.unit)
 
     def _near(self, names: Sequence[str], places: Sequence[Sequence[Weighed]], limits: Sequence[float]) -> list[int]:
         """Return the choice of least loss that goes most of the way to limits which no choice keeps."""
@@ -254,11 +257,10 @@ class BudgetSolver:
     def _seconds_now(self, site: Site) -> float:
         now = chain_now(site)
         found = self.times.measured(self.policy.cost, site, now)
-        return self._unit * self.times.estimate(self.policy.cost, site, now) if found is None else found
+        return self.unit * self.times.estimate(self.policy.cost, site, now) if found is None else found
 
-    @property
-    def _unit(self) -> float:
-        """How many times longer sites take than estimated, all together: so that estimates compare with that."""
+    def _measured_unit(self) -> float:
+        """Return how many times longer the sites that were timed take than estimated, as they are."""
         pairs = [
             (self.times.measured(self.policy.cost, one.site, now), self.times.estimate(self.policy.cost, one.site, now))
             for one in self.candidates
