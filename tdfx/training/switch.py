@@ -30,7 +30,7 @@ from tdfx.training.resume import TIMES, attributes_of, rewarms_of, state_of
 from tdfx.training.rewarm import Rewarm, check_rates
 from tdfx.training.settings import check_settings
 from tdfx.training.watch import Survey, Watch, survey
-from tdfx.training.weigh import weigh
+from tdfx.training.weigh import in_proportion, weigh
 from tdfx.training.when import Settled, When
 from tdfx.wrappers import Wrapped, unwrap
 
@@ -61,7 +61,8 @@ class Switch:
             that are left against what it takes. Step times are measured; what of a step a plan saves is what it predicts
             where its sites were measured, else their part of the sites' modelled time, as if nothing else took any. What a
             switch takes is counted as twice the time of making the plan, since the rewrite does that work again, and
-            ``recompile_seconds``.
+            ``recompile_seconds``. Measuring layers for the plan then takes at most a hundredth of the time that the steps
+            that are left would take; what there is no time for is estimated.
         recompile_seconds: What compiling the model again takes, or capturing it, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after each switch, see ``Rewarm``; 0 for none.
         writer: Where to log what each switch did, as ``tdfx.report.log_plan`` does, and how long steps took before it: a
@@ -263,18 +264,22 @@ class Switch:
             policy = left_of(policy, self._plan, self._seconds)
         elif names is not None:
             policy = replace(policy, include=tuple(glob.escape(name) for name in names))
+        step_seconds = statistics.median(self._times) if self._times else -1.0
+        left = 0
+        if self.total_steps is not None:
+            left = max(0, self.total_steps - self._step)
+            (step_seconds,) = wrapped.agree([step_seconds])
+            policy = in_proportion(policy, left, step_seconds)
         made = make_plan(model, policy, example_inputs=inputs, emit=emit)
         if in_parts:
             made = only(made, names or ())
-        numbers = [self._clock() - began, statistics.median(self._times) if self._times else -1.0]
-        text, planning, step_seconds = wrapped.agree([made.to_json(indent=None), *numbers])
+        text, planning = wrapped.agree([made.to_json(indent=None), self._clock() - began])
         made = Plan.from_json(text)
         if self.total_steps is not None and not self._seconds:
             self._surveyed(wrapped, inputs, emit)
         self._spend("planning", began)
         pays, verdict = True, ""
         if self.total_steps is not None and made.factorized:
-            left = max(0, self.total_steps - self._step)
             pays, verdict = weigh(made, self._seconds, left, step_seconds, planning, self.recompile_seconds)
         switched = made.factorized if pays else ()
         if switched:

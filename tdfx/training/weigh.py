@@ -3,8 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from tdfx.cost.measured import Measured
 from tdfx.plan import Plan
+from tdfx.policy import Policy
+
+_MEASURING = 0.01
+"""Part of what is left of a training that measuring for it may take."""
+
+
+def in_proportion(policy: Policy, left: int, step_seconds: float) -> Policy:
+    """Return a policy that measures for no longer than is in proportion to the training that it serves.
+
+    Args:
+        policy: Its own limit stays where that is less.
+        left: Steps.
+        step_seconds: What a step takes, in seconds; negative where none was timed, which leaves the policy as it is.
+    """
+    most = _MEASURING * left * step_seconds
+    if most <= 0:
+        return policy
+    overrides = {key: one and in_proportion(one, left, step_seconds) for key, one in policy.overrides.items()}
+    cost = policy.cost
+    if isinstance(cost, Measured) and cost.budget > most:
+        cost = replace(cost, budget=most)
+    return replace(policy, cost=cost, overrides=overrides)
 
 
 def weigh(
