@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,27 +36,29 @@ def budget_of(policy: tdfx.Policy | None) -> float:
 def test_measuring_takes_a_hundredth_of_what_is_left_at_most() -> None:
     own = tdfx.Policy(rank=tdfx.Ratio(of=0.5), cost=tdfx.Measured(budget=0.5))
     policy = tdfx.Policy(overrides={"a": own, "b": None})
-    short = in_proportion(policy, left=100, step_seconds=2.0)
-    assert budget_of(short) == pytest.approx(2.0)
+    short = in_proportion(policy, left=10_000, step_seconds=0.01)
+    assert budget_of(short) == pytest.approx(1.0)
     assert budget_of(short.overrides["a"]) == 0.5
     assert short.overrides["b"] is None
-    assert budget_of(in_proportion(policy, left=1000, step_seconds=2.0)) == budget_of(policy) == 15.0
+    assert budget_of(in_proportion(policy, left=10_000, step_seconds=1.0)) == budget_of(policy) == 15.0
+    # A short training has the time of thirty steps for it.
+    assert budget_of(in_proportion(policy, left=100, step_seconds=0.01)) == pytest.approx(0.3)
     # Nothing is known of the time that is left.
     assert in_proportion(policy, left=100, step_seconds=-1.0) == policy
     modelled = tdfx.Policy(cost=tdfx.Modelled())
     assert in_proportion(modelled, left=1, step_seconds=1.0) == modelled
 
 
-@pytest.mark.parametrize(("total", "expected"), [(12, 0.1), (None, 15.0)])
+@pytest.mark.parametrize(("total", "expected"), [(5002, 5.0), (12, 3.0), (None, 15.0)])
 def test_a_switch_measures_in_proportion_to_the_steps_that_are_left(total: int | None, expected: float) -> None:
     ASKED.clear()
-    now = iter(range(1000))
+    now = itertools.count()
     model: nn.Module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     policy = tdfx.Policy(rank=tdfx.Ratio(of=0.25), cost=Noted(cache=False, rounds=1))
-    # Two readings a step and one between them: each takes a second, and ten are left.
-    switch = tdfx.Switch(policy, when=tdfx.AtStep(2), total_steps=total, clock=lambda: float(next(now)))
+    # A tenth of a second goes by from each reading to the next, and from step to step it is read once.
+    switch = tdfx.Switch(policy, when=tdfx.AtStep(2), total_steps=total, clock=lambda: next(now) / 10)
     for _ in range(3):
         model = switch.step(model, example_inputs=(torch.randn(8, 64),))
     assert switch.done
     assert ASKED
-    assert set(ASKED) == {expected}
+    assert all(one == pytest.approx(expected) for one in ASKED)

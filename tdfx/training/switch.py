@@ -62,7 +62,7 @@ class Switch:
             where its sites were measured, else their part of the sites' modelled time, as if nothing else took any. What a
             switch takes is counted as twice the time of making the plan, since the rewrite does that work again, and
             ``recompile_seconds``. Measuring layers for the plan then takes at most a hundredth of the time that the steps
-            that are left would take; what there is no time for is estimated.
+            that are left would take, or the time of thirty steps; what there is no time for is estimated.
         recompile_seconds: What compiling the model again takes, or capturing it, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after each switch, see ``Rewarm``; 0 for none.
         writer: Where to log what each switch did, as ``tdfx.report.log_plan`` does, and how long steps took before it: a

@@ -11,17 +11,21 @@ from tdfx.policy import Policy
 
 _MEASURING = 0.01
 """Part of what is left of a training that measuring for it may take."""
+_LEAST = 30
+"""Steps in whose time the layers of most models are measured; with much less, what is planned is mostly guessed."""
 
 
 def in_proportion(policy: Policy, left: int, step_seconds: float) -> Policy:
     """Return a policy that measures for no longer than is in proportion to the training that it serves.
+
+    That is a hundredth of what is left of it, but as long as a few steps in any case.
 
     Args:
         policy: Its own limit stays where that is less.
         left: Steps.
         step_seconds: What a step takes, in seconds; negative where none was timed, which leaves the policy as it is.
     """
-    most = _MEASURING * left * step_seconds
+    most = max(_MEASURING * left, _LEAST) * step_seconds
     if most <= 0:
         return policy
     overrides = {key: one and in_proportion(one, left, step_seconds) for key, one in policy.overrides.items()}
