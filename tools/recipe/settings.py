@@ -133,8 +133,9 @@ class Switching:
     """``"measured"`` on this machine, or ``"modelled"``, which is the same on every machine."""
     measure: float = 15.0
     """Most seconds on the wall that measuring may take, above 0; on a loaded machine little is measured in them."""
-    weigh: bool = False
-    """Whether a switch that is predicted to take longer than it saves in the rest of the run is left out."""
+    weigh: bool = True
+    """Whether the switch minds how long the run is: what it is predicted to take longer for than it saves in the rest of the
+    run is left out, and measuring takes no more than is in proportion to it."""
     rewarm: int = 0
     """Steps in which the learning rate warms up again after a switch."""
 
