@@ -52,7 +52,10 @@ def _left(name: str, value: float, switched: Plan, have: float) -> float | None:
         return value / have if value * _DONE > have else None
     if name == "seconds" or isinstance(value, int) or value > 1:
         return value
-    before, after = getattr(switched, f"{name}_before"), getattr(switched, f"{name}_after")
+    beside = switched.other_parameters if name == "parameters" else 0
+    before, after = (
+        beside + sum(getattr(one, f"{name}_{when}") or 0 for one in switched) for when in ("before", "after")
+    )
     share = value * before / after if after else 1.0
     return share if share < _DONE else None
 
