@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from typing import Any
@@ -123,3 +124,102 @@ def test_a_site_of_which_nothing_is_known_is_left_out_of_what_is_left() -> None:
     left = left_of(Policy(flops=0.5, **SETTINGS), partly, {}).rank
     assert isinstance(left, Budget)
     assert left.flops == pytest.approx(0.5 / share)
+
+
+class Pair(nn.Module):
+    """Two linear maps of the same input, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 48, bias=False), nn.Linear(48, 48, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.first(x) + self.second(x))
+
+
+def falling(rank: int, seed: int) -> Tensor:
+    """Return a matrix of a rank, all of whose values stand far above noise."""
+    draw = torch.Generator().manual_seed(seed)
+    sides = [torch.randn(48, rank, generator=draw) for _ in range(2)]
+    return sides[0] @ sides[1].T
+
+
+LATER = 8
+"""The step at which the second layer turns."""
+
+
+def turned(model: nn.Module, step: int, later: Tensor) -> None:
+    """Let the first layer turn at the second step, and the other one later, to what it is to be then."""
+    for name, when, weight in (("first", 2, falling(12, 1) + 0.1 * falling(48, 6)), ("second", LATER, later)):
+        if step == when:
+            model.get_parameter(f"{name}.weight").data.copy_(weight)
+
+
+def begun() -> tuple[tdfx.Switch, nn.Module]:
+    """Return a model of whose layers the second one alone could keep a budget without any loss, and what watches it."""
+    torch.manual_seed(0)
+    model = Pair()
+    model.second.weight.data.copy_(falling(4, 2))
+    policy = Policy(rank=Budget(parameters=0.7), min_gain=0, round_to=1, cost=COST)
+    return tdfx.Switch(policy, when=tdfx.Settled(every=1, window=2, tolerance=0.1)), model
+
+
+def ranks_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: one.origin.ranks for name, one in model.named_modules() if isinstance(one, tdfx.Factorized)}
+
+
+def test_a_site_that_was_not_needed_comes_back_when_others_give_less() -> None:
+    switch, model = begun()
+    # The second layer comes to be what can be cut least.
+    later = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(3))).Q
+    saved: list[tuple[int, Any, Any]] = []
+    for step in range(1, 20):
+        turned(model, step, later)
+        saved.append((step, copy.deepcopy(switch.state_dict()), copy.deepcopy(model)))
+        model = switch.step(model)
+        if step < LATER:
+            assert not ranks_of(model)
+    assert [(one.what, one.sites) for one in switch.events if one.step < LATER] == [("waiting", ("first",))]
+    assert "not needed beside what the others give" in str(switch)
+    assert switch.done
+    assert set(ranks_of(model)) == {"first"}
+    assert switch.plan is not None
+    assert switch.plan.parameters_after <= 0.7 * switch.plan.parameters_before
+    # From the second alone, 0.4 · 48² values make 9 ranks, and of an orthogonal matrix the others are lost.
+    assert switch.plan.total_error < 0.25 * (1 - 9 / 48)
+    # The state of a run from before any site was spared is taken too.
+    for one in saved[2][1]["watch"]["sites"].values():
+        assert one.pop("spare") is False
+    for step, state, before in saved:
+        again, _ = begun()
+        again.load_state_dict(state)
+        for later_step in range(step, 20):
+            if later_step > step:
+                turned(before, later_step, later)
+            before = again.step(before)
+        assert again.events == switch.events
+        assert again.plan == switch.plan
+        assert ranks_of(before) == ranks_of(model)
+
+
+def test_a_site_that_stays_unneeded_is_kept_once_nothing_else_waits() -> None:
+    switch, model = begun()
+    for step in range(1, 20):
+        turned(model, step, falling(4, 5))
+        model = switch.step(model)
+    assert switch.done
+    assert set(ranks_of(model)) == {"second"}
+    said = [(one.what, one.sites) for one in switch.events]
+    assert said == [("waiting", ("first",)), ("switched", ("second",)), ("kept", ("first",))]
+    assert "not_needed" in switch.events[-1].why
+
+
+def test_the_timeout_ends_the_waiting_of_what_was_not_needed() -> None:
+    _, model = begun()
+    policy = Policy(rank=Budget(parameters=0.7), min_gain=0, round_to=1, cost=COST)
+    switch = tdfx.Switch(policy, when=tdfx.Settled(every=1, window=2, tolerance=0.1, timeout=LATER - 1))
+    for step in range(1, LATER):
+        turned(model, step, falling(4, 5))
+        model = switch.step(model)
+    assert switch.done
+    assert set(ranks_of(model)) == {"second"}
