@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from tdfx.cost.count import parameters
 from tdfx.cost.modelled import MeasuringCost
@@ -18,8 +18,8 @@ from tdfx.passes.times import Times, Wanted
 from tdfx.plan import Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.budget import Budget
+from tdfx.solver import SECONDS, Choice, NoneFoundError, OutOfReachError, best_choice, least_totals
 from tdfx.solver import Option as Weighed
-from tdfx.solver import OutOfReachError, best_choice, least_totals
 
 _ROUNDS = 8
 """Times that a choice is measured and made anew with what was found; two or three are usual."""
@@ -100,47 +100,78 @@ class BudgetSolver:
         return chosen
 
     def _choice(self) -> list[Option | None]:
-        """Return what is best by the times as they are known now."""
+        """Return what is best by the times as they are known now.
+
+        One process solves it for all: how far a solver comes in its time differs between them, and what they measure next,
+        all together, depends on the choice.
+        """
         names = list(self.budget.limits)
         places = [self._place(one, self._curve(one), names) for one in self.candidates]
         limits = [self.limits.of(name) for name in names]
+        picks, self.notes = self.times.lead.do(partial(self._picked, names, places, limits))
+        return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
+
+    def _picked(
+        self, names: Sequence[str], places: Sequence[Sequence[tuple[Option | None, Weighed]]], limits: Sequence[float]
+    ) -> tuple[list[int], list[str]]:
+        """Return which of its options each place gets, and what there is to know of that."""
         weighed = [[option for _, option in place] for place in places]
-        self.notes = []
         try:
-            picks = best_choice(weighed, limits)
+            return _noted(best_choice(weighed, limits))
         except OutOfReachError:
             if self.budget.strict:
-                raise self._out_of_reach(names, limits, places) from None
-            picks = self._near(names, weighed, limits)
-        return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
+                raise self._out_of_reach(names, limits, weighed) from None
+            return self._near(names, weighed, limits)
+        except NoneFoundError:
+            if self.budget.strict:
+                raise PolicyError(
+                    f"No choice for the {len(places)} sites was found in {SECONDS:g} s that keeps {self.budget!r}, nor that "
+                    f"there is none. Ask for a little less, or leave sites out with exclude."
+                ) from None
+            return self._as_they_are(len(places))
+
+    def _as_they_are(self, count: int) -> tuple[list[int], list[str]]:
+        """Return what keeps all sites, and say so."""
+        # The first option of each place is the one that loses least: to keep the site, as a rule.
+        return [0] * count, [
+            f"no choice for the {count} sites was found in {SECONDS:g} s that comes near {self.budget!r}, so they stay as "
+            f"they are. Ask for a little less, or leave sites out with exclude"
+        ]
 
     def _curve(self, one: Candidates) -> Curve:
         options = (option for option, _ in one.options)
         return Curve(self.times, self.policy.cost, one.site, options, self.caution, self.limits.unit)
 
-    def _near(self, names: Sequence[str], places: Sequence[Sequence[Weighed]], limits: Sequence[float]) -> list[int]:
-        """Return the choice of least loss that goes most of the way to limits which no choice keeps."""
-        # The first option of each place is the one that loses least: to keep the site, as a rule.
+    def _near(
+        self, names: Sequence[str], places: Sequence[Sequence[Weighed]], limits: Sequence[float]
+    ) -> tuple[list[int], list[str]]:
+        """Return the choice of least loss that goes most of the way to limits which no choice keeps, and say so."""
         now = [sum(place[0].costs[index] for place in places) for index in range(len(limits))]
         least = least_totals(places, len(limits))
         ways = zip(now, least, limits, strict=True)
         way = min([(most - end) / (most - limit) for most, end, limit in ways if most > limit], default=0.0)
         told = " and ".join(filter(None, self._told(names, limits, least)))
+        notes = []
         if told:
-            self.notes = [
+            notes = [
                 f"{self.budget!r} cannot be kept: {told} is what can be had; of what that would take, {_PART:.0%} is done, "
                 f"since the last steps cost most and bring least"
             ]
         elif self.candidates:
-            self.notes = [f"{self.budget!r} cannot be kept, and nothing comes nearer to it"]
+            notes = [f"{self.budget!r} cannot be kept, and nothing comes nearer to it"]
         while way > _LEAST_WAY:
             way *= _PART
             closer = [
                 limit if most <= limit else most - way * (most - limit) for most, limit in zip(now, limits, strict=True)
             ]
-            with suppress(OutOfReachError):
-                return best_choice(places, closer)
-        return [0] * len(places)
+            try:
+                picks, more = _noted(best_choice(places, closer))
+                return picks, [*notes, *more]
+            except OutOfReachError:
+                continue
+            except NoneFoundError:
+                return self._as_they_are(len(places))
+        return [0] * len(places), notes
 
     @property
     def _measures(self) -> bool:
@@ -201,10 +232,10 @@ class BudgetSolver:
         return tuple(float(known[name]() or 0) for name in names)
 
     def _out_of_reach(
-        self, names: Sequence[str], limits: Sequence[float], places: Sequence[Sequence[tuple[Option | None, Weighed]]]
+        self, names: Sequence[str], limits: Sequence[float], places: Sequence[Sequence[Weighed]]
     ) -> PolicyError:
         """Say which budgets cannot be kept, and what can be."""
-        least = least_totals([[option for _, option in place] for place in places], len(names))
+        least = least_totals(places, len(names))
         told = self._told(names, limits, least)
         if not told:
             return PolicyError(
@@ -238,6 +269,16 @@ class BudgetSolver:
         after = curve.seconds(option)
         decided = factorized_plan(kept_plan(one.site, Reason.NO_GAIN), one.site, option, "", before / after)
         return replace(decided, seconds_before=before, seconds_after=after) if curve.points else decided
+
+
+def _noted(choice: Choice) -> tuple[list[int], list[str]]:
+    """Return the picks of a choice, and what there is to know of it."""
+    if choice.proven:
+        return choice.picks, []
+    return choice.picks, [
+        f"the solver's {SECONDS:g} s ran out: the best choice that it had found by then was taken, and there may be a "
+        f"better one within the budget"
+    ]
 
 
 def _undominated(found: Sequence[tuple[Option | None, Weighed]]) -> list[tuple[Option | None, Weighed]]:

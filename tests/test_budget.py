@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -10,18 +11,25 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import highspy
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tdfx
-from tdfx import Budget, InputError, Modelled, Plan, Policy, PolicyError, Ratio, Reason
+from tdfx import Budget, InputError, Modelled, Plan, Policy, PolicyError, Ratio, Reason, solver
 from tdfx.cost.count import Flow, flops
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
+from tdfx.passes.base import Lead, Program
+from tdfx.passes.find import Find
 from tdfx.passes.options import options_of, pack_options, unpack_options
+from tdfx.passes.select import Select
+from tdfx.passes.shapes import Shapes
+from tdfx.passes.times import Times
+from tdfx.passes.trace import Trace
 from tdfx.ranks.spectrum import spectrum
 
 
@@ -275,11 +283,7 @@ def test_the_outputs_error_is_that_of_the_outputs() -> None:
 
 
 def test_the_outputs_loss_is_the_error_whitened_by_the_inputs() -> None:
-    from tdfx.passes.base import Program
-    from tdfx.passes.find import Find
     from tdfx.passes.losses import output_losses
-    from tdfx.passes.shapes import Shapes
-    from tdfx.passes.trace import Trace
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4)).double()
@@ -322,10 +326,6 @@ def test_the_curvature_counts_what_the_loss_feels() -> None:
 
 
 def test_options_survive_being_sent() -> None:
-    from tdfx.passes.base import Program
-    from tdfx.passes.find import Find
-    from tdfx.passes.trace import Trace
-
     program = Find()(Trace()(Program(module=net())).program).program
     policy = Policy(parameters=0.5, round_to=4)
     site = program.sites[1]
@@ -638,3 +638,55 @@ def test_a_budget_that_is_kept_already_does_not_stand_in_the_way_of_one_that_can
 def test_a_budget_of_nothing_has_no_note() -> None:
     plan = planned(rank=Budget(speedup=2, strict=False), exclude=("*",))
     assert not any("cannot be kept" in note for note in plan.notes)
+
+
+def test_a_solver_out_of_time_is_an_error_only_where_the_budget_must_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planned(parameters=0.4, flops=0.4)
+    ready = solver._quiet
+
+    def hasty() -> highspy.Highs:
+        highs = ready()
+        highs.setOptionValue("mip_max_improving_sols", 1)
+        highs.setOptionValue("presolve", "off")
+        return highs
+
+    monkeypatch.setattr(solver, "_quiet", hasty)
+    for strict in (True, False):
+        first = planned(rank=Budget(parameters=0.4, flops=0.4, strict=strict))
+        assert first.parameters_after <= 0.4 * first.parameters_before
+        assert first.total_error >= found.total_error > 0
+        assert "the solver's 20 s ran out: the best choice that it had found by then was taken" in " ".join(first.notes)
+    monkeypatch.setattr(solver, "SECONDS", 0.0)
+    with pytest.raises(PolicyError, match=r"No choice for the 4 sites was found in 20 s that keeps Budget\(flops=0\.4"):
+        planned(parameters=0.4, flops=0.4)
+    kept = planned(rank=Budget(parameters=0.4, flops=0.4, strict=False))
+    assert not kept.factorized
+    assert "no choice for the 4 sites was found in 20 s that comes near Budget" in " ".join(kept.notes)
+
+
+def test_one_process_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several solves, with measurements in between that all make together, of which the others hear the outcome."""
+    settings: dict[str, Any] = {"rank": Budget(speedup=1.5, strict=False), "cost": ByFlops()}
+    told: list[Any] = []
+
+    def tell(outcome: Any) -> Any:
+        told.append(copy.deepcopy(outcome))
+        return outcome
+
+    def as_process(lead: Lead) -> Plan:
+        program = Shapes((X,))(Find()(Trace()(Program(module=net())).program).program).program
+        select = Select(Policy(min_gain=0, round_to=1, **settings), times=Times(lead))
+        plan = select(program).program.plan
+        assert plan is not None
+        return plan
+
+    first = as_process(Lead(tell))
+    heard = iter(told)
+
+    def unasked(*_: Any) -> Any:
+        raise AssertionError("only the first process solves")
+
+    monkeypatch.setattr("tdfx.passes.budget.best_choice", unasked)
+    assert as_process(Lead(lambda _: next(heard), is_mine=False)) == first
+    assert list(heard) == []
+    assert len(told) > 2
