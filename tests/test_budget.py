@@ -690,3 +690,47 @@ def test_one_process_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert as_process(Lead(lambda _: next(heard), is_mine=False)) == first
     assert list(heard) == []
     assert len(told) > 2
+
+
+class Scaled(ByFlops):
+    """Takes a fixed number of times as long as is estimated, and times some of the sites alone, or all that is asked for."""
+
+    modelled = Modelled(seconds_per_call=0)
+
+    def __init__(self, scale: float, sites: slice | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.sites = sites
+
+    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
+        return self.scale * self.modelled.seconds(chain, flow)
+
+    def measure(self, groups: Any, *, spent: float = 0.0) -> dict[Any, float]:
+        if self.sites is not None:
+            groups = [] if self.asked else list(groups)[self.sites]
+        return super().measure(groups)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("known", [slice(0, 2), slice(1, 3), slice(3, 4)], ids=str)
+def test_estimates_stand_beside_measured_times_in_their_scale(
+    known: slice, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what was measured is a multiple of what is estimated, it does not matter which of the sites were measured."""
+    layers = [(operation_of(net().get_submodule(name)), flow) for name, flow in FLOWS.items()]
+    step = 1.25 * sum(Scaled(scale).seconds([one], flow) for one, flow in layers if one is not None)
+    monkeypatch.setattr("tdfx.passes.clock.Clock._seconds", lambda *_: step)
+    for budget in ({"speedup": 1.5}, {"seconds": step / 1.8}):
+        all_known = planned(cost=Scaled(scale), **budget)
+        some_known = planned(cost=Scaled(scale, known), **budget)
+        assert all_known.factorized
+        assert [one.ranks for one in some_known] == [one.ranks for one in all_known]
+        assert some_known.step_seconds == step
+    with pytest.raises(PolicyError, match="cannot be kept: the most that") as exact:
+        planned(cost=Scaled(scale), speedup=100)
+    with pytest.raises(PolicyError, match=re.escape(str(exact.value))):
+        planned(cost=Scaled(scale, known), speedup=100)
+
+
+FLOWS = {"0": Flow(4, (12, 12)), "2": Flow(4, (12, 12)), "6": Flow(4), "7": Flow(4)}
+"""The layers of ``net``, and what X brings to each."""
