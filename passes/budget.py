@@ -205,8 +205,8 @@ class BudgetSolver:
         if untimed:
             self.notes.append(
                 f"{len(untimed)} sites were not timed as they will be, for want of time or since they cannot run alone: "
-                f"their times are estimates. What was timed is kept, so the next plan knows more; or give more seconds with "
-                f"cost=tdfx.Measured(budget=...)"
+                f"their times are estimates, marked by ~. What was timed is kept, so the next plan knows more; or give more "
+                f"seconds with cost=tdfx.Measured(budget=...)"
             )
 
     def _place(self, one: Candidates, curve: Curve, names: Sequence[str]) -> list[tuple[Option | None, Weighed]]:
@@ -268,7 +268,13 @@ class BudgetSolver:
             return replace(kept_plan(one.site, Reason.NO_GAIN, note), gain=gain or None)
         after = curve.seconds(option)
         decided = factorized_plan(kept_plan(one.site, Reason.NO_GAIN), one.site, option, "", before / after)
-        return replace(decided, seconds_before=before, seconds_after=after) if curve.points else decided
+        if not self.limits.measured:
+            return decided
+        estimated = any(
+            self.times.measured(self.policy.cost, one.site, chain) is None
+            for chain in (chain_now(one.site), option.chain)
+        )
+        return replace(decided, seconds_before=before, seconds_after=after, estimated=estimated)
 
 
 def _noted(choice: Choice) -> tuple[list[int], list[str]]:

@@ -42,6 +42,8 @@ class Limits:
         self.sites = sites
         self.unit = 1.0
         """How many times longer sites take than estimated, all together: by it estimates compare with what was measured."""
+        self.measured = False
+        """Whether any site was timed."""
 
     def learn_unit(self) -> None:
         """See how many times longer the sites that were timed take than estimated, as they are."""
@@ -51,6 +53,7 @@ class Limits:
             for now in (chain_now(site),)
         ]
         known = [(measured, guess) for measured, guess in pairs if measured is not None]
+        self.measured = bool(known)
         if known:
             self.unit = sum(measured for measured, _ in known) / sum(guess for _, guess in known)
 

@@ -2,81 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import math
 import random
 import re
-from collections.abc import Sequence
 from typing import Any
 
-import highspy
 import numpy as np
 import pytest
 import torch
+from budgeted import ByFlops, X, lowish, net, planned
 from torch import Tensor, nn
 
 import tdfx
-from tdfx import Budget, InputError, Modelled, Plan, Policy, PolicyError, Ratio, Reason, solver
-from tdfx.cost.count import Flow, flops
+from tdfx import Budget, InputError, Modelled, Plan, Policy, PolicyError, Ratio, Reason
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
-from tdfx.passes.base import Lead, Program
+from tdfx.passes.base import Program
 from tdfx.passes.find import Find
 from tdfx.passes.options import options_of, pack_options, unpack_options
-from tdfx.passes.select import Select
 from tdfx.passes.shapes import Shapes
-from tdfx.passes.times import Times
 from tdfx.passes.trace import Trace
 from tdfx.ranks.spectrum import spectrum
-
-
-class ByFlops:
-    """A cost that measures: a step takes as many seconds as the forward pass has billions of operations."""
-
-    modelled = Modelled()
-    autocast = None
-
-    def __init__(self) -> None:
-        self.asked: list[int] = []
-
-    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
-        return flops(chain, flow or Flow(8, (8, 8))) / 1e9
-
-    def measure(self, groups: Any, *, spent: float = 0.0) -> dict[Any, float]:
-        found = {case: self.seconds(*case) for group in groups for case in group}
-        self.asked.append(len(found))
-        return found
-
-    def update_seconds(self, values: int, device: str) -> float:
-        return 0.0
-
-
-def lowish(model: nn.Module) -> nn.Module:
-    """Give weights spectra that fall off, each at a pace of its own."""
-    for number, one in enumerate(layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)):
-        flat = one.weight.detach().flatten(1).double()
-        u, s, v = torch.linalg.svd(flat, full_matrices=False)
-        pace = torch.exp(-torch.arange(len(s)) * (0.05 + 0.05 * (number % 3)))
-        one.weight.data = (u * pace) @ v if one.weight.dim() == 2 else ((u * pace) @ v).reshape(one.weight.shape)
-        one.weight.data = one.weight.data.to(torch.float32)
-    return model
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    layers = (nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())
-    return lowish(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 64), nn.Linear(64, 48)))
-
-
-X = torch.randn(4, 16, 12, 12, generator=torch.Generator().manual_seed(1))
-
-
-def planned(**settings: Any) -> Plan:
-    settings = {"min_gain": 0, "round_to": 1, "cost": Modelled(), **settings}
-    return tdfx.plan(net(), Policy(**settings), example_inputs=(X,))
 
 
 @pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
@@ -592,19 +541,6 @@ def test_a_step_that_cannot_be_timed_is_no_error_where_the_budget_need_not_be_ke
     assert plan.factorized
 
 
-class Impatient(ByFlops):
-    """Times what it is asked for first, and has no time for more."""
-
-    def measure(self, groups: Any, *, spent: float = 0.0) -> dict[Any, float]:
-        return {} if self.asked else super().measure(groups)
-
-
-def test_times_that_could_not_be_measured_are_said_to_be_estimates() -> None:
-    plan = planned(speedup=1.5, cost=Impatient())
-    assert any("sites were not timed as they will be, for want of time" in one for one in plan.notes)
-    assert not any("not timed" in one for one in planned(speedup=1.5, cost=ByFlops()).notes)
-
-
 class Broken(nn.Module):
     """Cannot be differentiated on any input."""
 
@@ -638,99 +574,3 @@ def test_a_budget_that_is_kept_already_does_not_stand_in_the_way_of_one_that_can
 def test_a_budget_of_nothing_has_no_note() -> None:
     plan = planned(rank=Budget(speedup=2, strict=False), exclude=("*",))
     assert not any("cannot be kept" in note for note in plan.notes)
-
-
-def test_a_solver_out_of_time_is_an_error_only_where_the_budget_must_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = planned(parameters=0.4, flops=0.4)
-    ready = solver._quiet
-
-    def hasty() -> highspy.Highs:
-        highs = ready()
-        highs.setOptionValue("mip_max_improving_sols", 1)
-        highs.setOptionValue("presolve", "off")
-        return highs
-
-    monkeypatch.setattr(solver, "_quiet", hasty)
-    for strict in (True, False):
-        first = planned(rank=Budget(parameters=0.4, flops=0.4, strict=strict))
-        assert first.parameters_after <= 0.4 * first.parameters_before
-        assert first.total_error >= found.total_error > 0
-        assert "the solver's 20 s ran out: the best choice that it had found by then was taken" in " ".join(first.notes)
-    monkeypatch.setattr(solver, "SECONDS", 0.0)
-    with pytest.raises(PolicyError, match=r"No choice for the 4 sites was found in 20 s that keeps Budget\(flops=0\.4"):
-        planned(parameters=0.4, flops=0.4)
-    kept = planned(rank=Budget(parameters=0.4, flops=0.4, strict=False))
-    assert not kept.factorized
-    assert "no choice for the 4 sites was found in 20 s that comes near Budget" in " ".join(kept.notes)
-
-
-def test_one_process_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several solves, with measurements in between that all make together, of which the others hear the outcome."""
-    settings: dict[str, Any] = {"rank": Budget(speedup=1.5, strict=False), "cost": ByFlops()}
-    told: list[Any] = []
-
-    def tell(outcome: Any) -> Any:
-        told.append(copy.deepcopy(outcome))
-        return outcome
-
-    def as_process(lead: Lead) -> Plan:
-        program = Shapes((X,))(Find()(Trace()(Program(module=net())).program).program).program
-        select = Select(Policy(min_gain=0, round_to=1, **settings), times=Times(lead))
-        plan = select(program).program.plan
-        assert plan is not None
-        return plan
-
-    first = as_process(Lead(tell))
-    heard = iter(told)
-
-    def unasked(*_: Any) -> Any:
-        raise AssertionError("only the first process solves")
-
-    monkeypatch.setattr("tdfx.passes.budget.best_choice", unasked)
-    assert as_process(Lead(lambda _: next(heard), is_mine=False)) == first
-    assert list(heard) == []
-    assert len(told) > 2
-
-
-class Scaled(ByFlops):
-    """Takes a fixed number of times as long as is estimated, and times some of the sites alone, or all that is asked for."""
-
-    modelled = Modelled(seconds_per_call=0)
-
-    def __init__(self, scale: float, sites: slice | None = None) -> None:
-        super().__init__()
-        self.scale = scale
-        self.sites = sites
-
-    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
-        return self.scale * self.modelled.seconds(chain, flow)
-
-    def measure(self, groups: Any, *, spent: float = 0.0) -> dict[Any, float]:
-        if self.sites is not None:
-            groups = [] if self.asked else list(groups)[self.sites]
-        return super().measure(groups)
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1e3])
-@pytest.mark.parametrize("known", [slice(0, 2), slice(1, 3), slice(3, 4)], ids=str)
-def test_estimates_stand_beside_measured_times_in_their_scale(
-    known: slice, scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where what was measured is a multiple of what is estimated, it does not matter which of the sites were measured."""
-    layers = [(operation_of(net().get_submodule(name)), flow) for name, flow in FLOWS.items()]
-    step = 1.25 * sum(Scaled(scale).seconds([one], flow) for one, flow in layers if one is not None)
-    monkeypatch.setattr("tdfx.passes.clock.Clock._seconds", lambda *_: step)
-    for budget in ({"speedup": 1.5}, {"seconds": step / 1.8}):
-        all_known = planned(cost=Scaled(scale), **budget)
-        some_known = planned(cost=Scaled(scale, known), **budget)
-        assert all_known.factorized
-        assert [one.ranks for one in some_known] == [one.ranks for one in all_known]
-        assert some_known.step_seconds == step
-    with pytest.raises(PolicyError, match="cannot be kept: the most that") as exact:
-        planned(cost=Scaled(scale), speedup=100)
-    with pytest.raises(PolicyError, match=re.escape(str(exact.value))):
-        planned(cost=Scaled(scale, known), speedup=100)
-
-
-FLOWS = {"0": Flow(4, (12, 12)), "2": Flow(4, (12, 12)), "6": Flow(4), "7": Flow(4)}
-"""The layers of ``net``, and what X brings to each."""
