@@ -245,6 +245,48 @@ def test_the_outputs_loss_is_the_error_whitened_by_the_inputs() -> None:
     assert loss(error) == pytest.approx(float(expected), rel=1e-12)
 
 
+class Functional(nn.Module):
+    """Calls the function of a convolution on a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 6, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Sequential(nn.Conv1d(6, 8, 3), nn.Tanh(), nn.Conv1d(8, 6, 3)), (6, 40)),
+        (
+            lambda: nn.Sequential(nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"), nn.ConvTranspose2d(8, 6, 3)),
+            (6, 9, 9),
+        ),
+        (lambda: nn.Sequential(nn.Conv3d(6, 8, 3, groups=2)), (6, 5, 5, 5)),
+        (lambda: nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 6)), (40,)),
+        (Functional, (6, 9, 9)),
+    ],
+    ids=["1d", "2d", "3d", "linear", "functional"],
+)
+@pytest.mark.parametrize("room", [None, 50])
+def test_outputs_of_one_sample_without_a_batch_are_those_of_a_batch_of_one(
+    make: Any, shape: tuple[int, ...], room: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is room for a part of the values, it is no part of the channels that goes."""
+    if room is not None:
+        monkeypatch.setattr("tdfx.passes.losses._MOST_VALUES", room)
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    policy = Policy(rank=Budget(parameters=0.6, error="outputs"), min_gain=0, round_to=1, cost=Modelled())
+    alone, batch = (tdfx.plan(model, policy, example_inputs=(one,)) for one in (x, x[None]))
+    assert alone.factorized
+    assert [(one.scheme, one.ranks, one.flops_before) for one in alone] == [
+        (one.scheme, one.ranks, one.flops_before) for one in batch
+    ]
+
+
 def test_the_curvature_counts_what_the_loss_feels() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
