@@ -78,6 +78,31 @@ def test_what_is_left_is_decided_as_it_was_at_once(budget: dict[str, Any], input
         assert budget["speedup"] <= before / after < 1.1 * budget["speedup"]
 
 
+def test_a_switch_by_and_by_comes_to_what_one_at_once_does() -> None:
+    """Layers turn, and settle, one after another; what they could be cut to is the same before and after."""
+    policy = Policy(speedup=2, **SETTINGS)
+    model: nn.Module = net()
+    whole = tdfx.plan(model, policy)
+    turns = {
+        step: (f"{place}.weight", model.get_parameter(f"{place}.weight").data)
+        for place, step in enumerate((2, 8, 14, 20))
+    }
+    draw = torch.Generator().manual_seed(1)
+    for path, weight in turns.values():
+        turn = torch.linalg.qr(torch.randn(len(weight), len(weight), generator=draw)).Q
+        model.get_parameter(path).data = turn @ weight
+    switch = tdfx.Switch(policy, when=tdfx.Settled(every=1, window=2, tolerance=0.1))
+    for step in range(1, 26):
+        if step in turns:
+            path, weight = turns[step]
+            model.get_parameter(path).data.copy_(weight)
+        model = switch.step(model)
+    assert switch.done
+    assert len([one for one in switch.events if one.what == "switched"]) > 2
+    assert switch.plan is not None
+    assert [one.ranks for one in switch.plan] == [one.ranks for one in whole]
+
+
 def test_sites_that_a_budget_does_not_decide_take_time_too() -> None:
     own = Policy(rank=Ratio(of=0.125), **SETTINGS)
     policy = Policy(speedup=1.4, exclude=("1",), overrides={"2": own}, **SETTINGS)

@@ -38,13 +38,18 @@ class Outcome:
         others = [name for name in watch.sites if name not in names or name in waiting]
         return cls(asked, waiting, tuple(one.name for one in asked if one.reason is Reason.NOT_NEEDED and others))
 
-    def told(self, known: Collection[str]) -> Iterator[tuple[What, Sequence[str], str]]:
-        """Yield what there is to say of them; of ``known`` it was said before that they are to spare."""
+    def told(self, known: Collection[str], *, tersely: bool) -> Iterator[tuple[What, Sequence[str], str]]:
+        """Yield what there is to say of them.
+
+        Args:
+            known: Those of which it was said before that they are to spare.
+            tersely: Whether only what shows no signal is news: what else is kept was left out from the start.
+        """
         if self.waiting:
             yield "waiting", self.waiting, "no signal above the noise yet"
         if news := [name for name in self.spare if name not in known]:
             yield "waiting", news, "not needed beside what the others give; asked again with the next that settles"
         kept = [one for one in self.asked if one.name not in {*self.waiting, *self.spare}]
-        for reason in dict.fromkeys(one.reason for one in kept):
+        for reason in dict.fromkeys(one.reason for one in kept if not tersely or one.reason is Reason.NO_SIGNAL):
             of = [one for one in kept if one.reason is reason]
             yield "kept", [one.name for one in of], f"{reason}" + (f": {of[0].note}" if of[0].note else "")

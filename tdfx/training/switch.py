@@ -20,7 +20,7 @@ from tdfx.api import rewrite
 from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.observe import Inputs
-from tdfx.plan import Emit, Plan, Reason
+from tdfx.plan import Emit, Plan
 from tdfx.policy import Policy
 from tdfx.ranks.budget import Budget
 from tdfx.scalars import Writer, check_writer, log_plan
@@ -301,10 +301,9 @@ class Switch:
     def _dispose(self, made: Plan, names: Sequence[str] | None, final: bool) -> None:
         """Say what becomes of the sites that the plan keeps, and whether any still waits."""
         outcome = Outcome.of(made, names, self._watch, final)
-        for what, sites, why in outcome.told(self._watch.spare() if self._watch is not None else ()):
-            # A site that was left out from the start is no news, unless nothing at all was done.
-            if names is not None or not made.factorized or why.startswith(Reason.NO_SIGNAL):
-                self._say(what, sites, why)
+        known = self._watch.spare() if self._watch is not None else ()
+        for what, sites, why in outcome.told(known, tersely=names is None and bool(made.factorized)):
+            self._say(what, sites, why)
         if names is None:
             if not made.sites:
                 self._say("kept", (), "the model has no convolution or linear layer")
