@@ -24,7 +24,7 @@ _KEYS = ("rank", "scheme", "include", "exclude", "overrides", "min_gain", "round
 _COSTS: dict[str, type[Measured | Modelled]] = {"measured": Measured, "modelled": Modelled}
 _AUTOCASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _INHERITED = ("scheme", "min_gain", "round_to", "cost")
-"""What an override takes from the policy around it where it does not say it itself; it joins that one's rank in any case."""
+"""What an override takes from the policy around it where it does not say it itself; a rank comes with joining it."""
 _LONGEST = 80
 Made = TypeVar("Made")
 
