@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from tdfx.cost.count import parameters
 from tdfx.cost.modelled import MeasuringCost
@@ -12,13 +12,14 @@ from tdfx.errors import PolicyError
 from tdfx.passes.base import Site
 from tdfx.passes.curve import Curve
 from tdfx.passes.estimate import Chain, chain_now, flops_of, kept_plan, memory_of
+from tdfx.passes.limits import Limits, Whole
 from tdfx.passes.propose import Option, factorized_plan
 from tdfx.passes.times import Times, Wanted
-from tdfx.plan import Reason, SitePlan, part_of_step
+from tdfx.plan import Reason, SitePlan
 from tdfx.policy import Policy
 from tdfx.ranks.budget import Budget
+from tdfx.solver import SECONDS, Choice, NoneFoundError, OutOfReachError, best_choice, least_totals
 from tdfx.solver import Option as Weighed
-from tdfx.solver import OutOfReachError, best_choice, least_totals
 
 _ROUNDS = 8
 """Times that a choice is measured and made anew with what was found; two or three are usual."""
@@ -31,8 +32,6 @@ _SWEEPS = 2
 _CAUTION = 1.05
 """How many times longer what was not measured is taken to be from one round to the next: what seems best of many estimates
 is, as a rule, one that is too low, and few sites are to change when most of what is chosen is known."""
-_MARGIN = 1.02
-"""What is said to be possible is this many times less than what was found to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +43,6 @@ class Candidates:
     """What is in force for it; its rank rule is the budget."""
     options: tuple[tuple[Option, float], ...]
     """Each with its loss."""
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """The model around the sites that a budget decides."""
-
-    others: tuple[SitePlan, ...]
-    """The decisions for all other sites."""
-    other_parameters: int
-    """Parameters that belong to no site's weight."""
-    step_seconds: float | None
-    """Measured time of the model's training step; None where it was not measured."""
 
 
 @dataclass(slots=True)
@@ -74,8 +61,11 @@ class BudgetSolver:
     """What there is to know of the solution."""
     caution: float = 1.0
     """How many times longer than estimated an option is taken to be that was not measured."""
-    unit: float = 1.0
-    """How many times longer sites take than estimated, all together, so that estimates compare with what was measured."""
+    limits: Limits = field(init=False)
+
+    def __post_init__(self) -> None:
+        sites = [one.site for one in self.candidates]
+        self.limits = Limits(self.budget, self.policy.cost, self.times, self.whole, sites)
 
     @property
     def budget(self) -> Budget:
@@ -91,7 +81,7 @@ class BudgetSolver:
         """
         if self._measures:
             self.times.prepare(Wanted(self.policy.cost, one.site, self._lowest(one)) for one in self.candidates)
-            self.unit = self._measured_unit()
+            self.limits.learn_unit()
         chosen = self._settled()
         self._note_untimed(chosen)
         return [self._decision(one, option) for one, option in zip(self.candidates, chosen, strict=True)]
@@ -110,47 +100,78 @@ class BudgetSolver:
         return chosen
 
     def _choice(self) -> list[Option | None]:
-        """Return what is best by the times as they are known now."""
+        """Return what is best by the times as they are known now.
+
+        One process solves it for all: how far a solver comes in its time differs between them, and what they measure next,
+        all together, depends on the choice.
+        """
         names = list(self.budget.limits)
         places = [self._place(one, self._curve(one), names) for one in self.candidates]
-        limits = [self._limit(name) for name in names]
+        limits = [self.limits.of(name) for name in names]
+        picks, self.notes = self.times.lead.do(partial(self._picked, names, places, limits))
+        return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
+
+    def _picked(
+        self, names: Sequence[str], places: Sequence[Sequence[tuple[Option | None, Weighed]]], limits: Sequence[float]
+    ) -> tuple[list[int], list[str]]:
+        """Return which of its options each place gets, and what there is to know of that."""
         weighed = [[option for _, option in place] for place in places]
-        self.notes = []
         try:
-            picks = best_choice(weighed, limits)
+            return _noted(best_choice(weighed, limits))
         except OutOfReachError:
             if self.budget.strict:
-                raise self._out_of_reach(names, limits, places) from None
-            picks = self._near(names, weighed, limits)
-        return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
+                raise self._out_of_reach(names, limits, weighed) from None
+            return self._near(names, weighed, limits)
+        except NoneFoundError:
+            if self.budget.strict:
+                raise PolicyError(
+                    f"No choice for the {len(places)} sites was found in {SECONDS:g} s that keeps {self.budget!r}, nor that "
+                    f"there is none. Ask for a little less, or leave sites out with exclude."
+                ) from None
+            return self._as_they_are(len(places))
+
+    def _as_they_are(self, count: int) -> tuple[list[int], list[str]]:
+        """Return what keeps all sites, and say so."""
+        # The first option of each place is the one that loses least: to keep the site, as a rule.
+        return [0] * count, [
+            f"no choice for the {count} sites was found in {SECONDS:g} s that comes near {self.budget!r}, so they stay as "
+            f"they are. Ask for a little less, or leave sites out with exclude"
+        ]
 
     def _curve(self, one: Candidates) -> Curve:
         options = (option for option, _ in one.options)
-        return Curve(self.times, self.policy.cost, one.site, options, self.caution, self.unit)
+        return Curve(self.times, self.policy.cost, one.site, options, self.caution, self.limits.unit)
 
-    def _near(self, names: Sequence[str], places: Sequence[Sequence[Weighed]], limits: Sequence[float]) -> list[int]:
-        """Return the choice of least loss that goes most of the way to limits which no choice keeps."""
-        # The first option of each place is the one that loses least: to keep the site, as a rule.
+    def _near(
+        self, names: Sequence[str], places: Sequence[Sequence[Weighed]], limits: Sequence[float]
+    ) -> tuple[list[int], list[str]]:
+        """Return the choice of least loss that goes most of the way to limits which no choice keeps, and say so."""
         now = [sum(place[0].costs[index] for place in places) for index in range(len(limits))]
         least = least_totals(places, len(limits))
         ways = zip(now, least, limits, strict=True)
         way = min([(most - end) / (most - limit) for most, end, limit in ways if most > limit], default=0.0)
         told = " and ".join(filter(None, self._told(names, limits, least)))
+        notes = []
         if told:
-            self.notes = [
+            notes = [
                 f"{self.budget!r} cannot be kept: {told} is what can be had; of what that would take, {_PART:.0%} is done, "
                 f"since the last steps cost most and bring least"
             ]
         elif self.candidates:
-            self.notes = [f"{self.budget!r} cannot be kept, and nothing comes nearer to it"]
+            notes = [f"{self.budget!r} cannot be kept, and nothing comes nearer to it"]
         while way > _LEAST_WAY:
             way *= _PART
             closer = [
                 limit if most <= limit else most - way * (most - limit) for most, limit in zip(now, limits, strict=True)
             ]
-            with suppress(OutOfReachError):
-                return best_choice(places, closer)
-        return [0] * len(places)
+            try:
+                picks, more = _noted(best_choice(places, closer))
+                return picks, [*notes, *more]
+            except OutOfReachError:
+                continue
+            except NoneFoundError:
+                return self._as_they_are(len(places))
+        return [0] * len(places), notes
 
     @property
     def _measures(self) -> bool:
@@ -184,8 +205,8 @@ class BudgetSolver:
         if untimed:
             self.notes.append(
                 f"{len(untimed)} sites were not timed as they will be, for want of time or since they cannot run alone: "
-                f"their times are estimates. What was timed is kept, so the next plan knows more; or give more seconds with "
-                f"cost=tdfx.Measured(budget=...)"
+                f"their times are estimates, marked by ~. What was timed is kept, so the next plan knows more; or give more "
+                f"seconds with cost=tdfx.Measured(budget=...)"
             )
 
     def _place(self, one: Candidates, curve: Curve, names: Sequence[str]) -> list[tuple[Option | None, Weighed]]:
@@ -210,70 +231,11 @@ class BudgetSolver:
         }
         return tuple(float(known[name]() or 0) for name in names)
 
-    def _limit(self, name: str) -> float:
-        """Return what the sites that the budget decides may come to, all together."""
-        value = self.budget.limits[name]
-        if name in {"speedup", "seconds"}:
-            return self._time_limit(name, value)
-        before = self._amounts(name)
-        if not any(before) and self.candidates:
-            raise PolicyError(
-                f"{self.budget!r} counts {name}, which depends on what flows through each site. Pass example_inputs=... "
-                f"(--input on the command line), or give a budget of parameters."
-            )
-        beside = self.whole.other_parameters if name == "parameters" else 0
-        amount = value if value > 1 or isinstance(value, int) else value * (sum(before) + beside)
-        return float(amount - sum(getattr(one, f"{name}_after") or 0 for one in self.whole.others) - beside)
-
-    def _amounts(self, name: str) -> list[int]:
-        """Return what each site has of something now; nothing where it is not known what flows through it."""
-        kept = [kept_plan(one.site, Reason.NO_GAIN) for one in self.candidates]
-        return [getattr(one, f"{name}_before") or 0 for one in (*kept, *self.whole.others)]
-
-    def _time_limit(self, name: str, value: float) -> float:
-        own = [self._seconds_now(one.site) for one in self.candidates]
-        step = self.whole.step_seconds
-        if step is None:
-            if name == "seconds":
-                raise PolicyError(
-                    f"{self.budget!r} is about the time of the training step, which is not known. Pass example_inputs=... "
-                    f"and a cost that measures, cost=tdfx.Measured()."
-                )
-            return sum(own) / value
-        wanted = step / value if name == "speedup" else value
-        saved = sum(before - after for before, after in self._times_of_others)
-        return sum(own) - ((step - wanted) / self._scale(step) - saved)
-
-    @property
-    def _times_of_others(self) -> list[tuple[float, float]]:
-        others = [(one.seconds_before, one.seconds_after) for one in self.whole.others]
-        return [(before, after) for before, after in others if before is not None and after is not None]
-
-    def _scale(self, step: float) -> float:
-        """Return how much of a site's time by itself it takes in the step."""
-        alone = sum(self._seconds_now(one.site) for one in self.candidates)
-        return part_of_step(alone + sum(before for before, _ in self._times_of_others), step)
-
-    def _seconds_now(self, site: Site) -> float:
-        now = chain_now(site)
-        found = self.times.measured(self.policy.cost, site, now)
-        return self.unit * self.times.estimate(self.policy.cost, site, now) if found is None else found
-
-    def _measured_unit(self) -> float:
-        """Return how many times longer the sites that were timed take than estimated, as they are."""
-        pairs = [
-            (self.times.measured(self.policy.cost, one.site, now), self.times.estimate(self.policy.cost, one.site, now))
-            for one in self.candidates
-            for now in (chain_now(one.site),)
-        ]
-        known = [(measured, guess) for measured, guess in pairs if measured is not None]
-        return sum(measured for measured, _ in known) / sum(guess for _, guess in known) if known else 1.0
-
     def _out_of_reach(
-        self, names: Sequence[str], limits: Sequence[float], places: Sequence[Sequence[tuple[Option | None, Weighed]]]
+        self, names: Sequence[str], limits: Sequence[float], places: Sequence[Sequence[Weighed]]
     ) -> PolicyError:
         """Say which budgets cannot be kept, and what can be."""
-        least = least_totals([[option for _, option in place] for place in places], len(names))
+        least = least_totals(places, len(names))
         told = self._told(names, limits, least)
         if not told:
             return PolicyError(
@@ -293,24 +255,7 @@ class BudgetSolver:
     def _told(self, names: Sequence[str], limits: Sequence[float], least: Sequence[float]) -> list[str]:
         """Return of each budget that cannot be kept what can be."""
         each = zip(names, limits, least, strict=True)
-        return [self._reachable(name, total - limit) for name, limit, total in each if total > limit]
-
-    def _reachable(self, name: str, missing: float) -> str:
-        """Return the budget at which nothing would be missing, as a user writes it; "" where that would be none."""
-        value = self.budget.limits[name]
-        if name in {"speedup", "seconds"}:
-            step = self.whole.step_seconds or sum(self._seconds_now(one.site) for one in self.candidates)
-            least = (step / value if name == "speedup" else value) + missing * self._scale(step)
-            # Times are never quite the same again.
-            found = _cut(step / least / _MARGIN) if name == "speedup" else _MARGIN * least
-            if name == "seconds":
-                return f"seconds={found:.3g}" if found < step else ""
-            return f"speedup={found:g}" if found > 1 else ""
-        if value > 1 or isinstance(value, int):
-            return f"{name}={int(value + missing) + 1}"
-        before = sum(self._amounts(name)) + (self.whole.other_parameters if name == "parameters" else 0)
-        share = value + missing / before + 5e-4 if before else 1.0
-        return f"{name}={share:.3f}" if share < 1 else ""
+        return [self.limits.reachable(name, total - limit) for name, limit, total in each if total > limit]
 
     def _decision(self, one: Candidates, option: Option | None) -> SitePlan:
         curve = self._curve(one)
@@ -323,7 +268,23 @@ class BudgetSolver:
             return replace(kept_plan(one.site, Reason.NO_GAIN, note), gain=gain or None)
         after = curve.seconds(option)
         decided = factorized_plan(kept_plan(one.site, Reason.NO_GAIN), one.site, option, "", before / after)
-        return replace(decided, seconds_before=before, seconds_after=after) if curve.points else decided
+        if not self.limits.measured:
+            return decided
+        estimated = any(
+            self.times.measured(self.policy.cost, one.site, chain) is None
+            for chain in (chain_now(one.site), option.chain)
+        )
+        return replace(decided, seconds_before=before, seconds_after=after, estimated=estimated)
+
+
+def _noted(choice: Choice) -> tuple[list[int], list[str]]:
+    """Return the picks of a choice, and what there is to know of it."""
+    if choice.proven:
+        return choice.picks, []
+    return choice.picks, [
+        f"the solver's {SECONDS:g} s ran out: the best choice that it had found by then was taken, and there may be a "
+        f"better one within the budget"
+    ]
 
 
 def _undominated(found: Sequence[tuple[Option | None, Weighed]]) -> list[tuple[Option | None, Weighed]]:
@@ -333,12 +294,3 @@ def _undominated(found: Sequence[tuple[Option | None, Weighed]]) -> list[tuple[O
         if not any(all(a <= b for a, b in zip(other.costs, one[1].costs, strict=True)) for _, other in kept):
             kept.append(one)
     return kept
-
-
-def _cut(value: float) -> float:
-    """Return a number with two decimals that is not above it.
-
-    >>> _cut(2.349)
-    2.34
-    """
-    return int(value * 100) / 100

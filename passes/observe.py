@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdfx.cost.setting import Setting, autocast_now
 from tdfx.kinds.functional import Call, parse_call
-from tdfx.kinds.registry import is_candidate, kind_of
+from tdfx.kinds.registry import is_candidate, kind_of, operation_of
 from tdfx.layers import Factorized
 from tdfx.parameters import FactorizedParameter
 from tdfx.passes.base import Ready, unasked
@@ -146,6 +146,12 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(inputs), {}
 
 
+def _dims_of(layer: nn.Module) -> int:
+    """Return the spatial dimensions in which a layer computes; 0 where it does not say."""
+    operation = None if isinstance(layer, Factorized) else operation_of(layer)
+    return 0 if operation is None else operation.dims
+
+
 class _Watching(TorchFunctionMode):
     """Sees every function of torch that is called, and knows which of them a stock layer calls for itself."""
 
@@ -168,7 +174,7 @@ class _Watching(TorchFunctionMode):
             entering = next(given, None)
             if isinstance(entering, Tensor):
                 self.observed.entering[path].append(Entered.of(entering, self.given))
-                self._keep(path, entering)
+                self._keep(path, entering, layer)
 
         def after(*_: Any) -> None:
             self.inside -= own
@@ -193,15 +199,21 @@ class _Watching(TorchFunctionMode):
         entering = call.rest.get("input")
         if isinstance(call.weight, nn.Parameter) and isinstance(entering, Tensor):
             self.observed.functional[id(call.weight)].append((call, Entered.of(entering, self.given)))
-            self._keep(id(call.weight), entering)
+            self._keep(id(call.weight), entering, call.dims)
         elif isinstance(call.weight, FactorizedParameter) and isinstance(entering, Tensor):
             self.observed.entering[self.paths[id(call.weight)]].append(Entered.of(entering, self.given))
         self._note_reads(call.rest)
 
-    def _keep(self, key: object, entering: Tensor) -> None:
-        if self.keep:
+    def _keep(self, key: object, entering: Tensor, computes: nn.Module | int) -> None:
+        """Keep the first samples of what enters a layer, or a function of some spatial dimensions."""
+        if not self.keep:
+            return
+        dims = computes if isinstance(computes, int) else _dims_of(computes)
+        if entering.dim() > dims + 1:
             each = max(1, entering.numel() // max(1, len(entering)))
-            self.observed.kept[key].append(entering[: max(1, self.keep // each)].clone())
+            entering = entering[: max(1, self.keep // each)]
+        # Without a batch, the first dimension is the channels, and all of it is one sample.
+        self.observed.kept[key].append(entering.clone())
 
     def see(self, function: type, arguments: Any) -> None:
         """Note that a user's own autograd function reads what it is given: what it does inside is its own affair."""

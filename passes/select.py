@@ -14,8 +14,9 @@ from tdfx.errors import PolicyError, nearest
 from tdfx.factors.registry import AUTO, get_scheme
 from tdfx.factors.scheme import Scheme
 from tdfx.passes.base import Agree, Change, Lead, Pass, PassResult, Program, Site, Spread, Task, alone, itself
-from tdfx.passes.budget import BudgetSolver, Candidates, Whole
+from tdfx.passes.budget import BudgetSolver, Candidates
 from tdfx.passes.estimate import chain_at, chain_now, is_lazy, kept_plan
+from tdfx.passes.limits import Whole
 from tdfx.passes.options import Loss, pack_options, schemes_for, unpack_options
 from tdfx.passes.propose import Option, Proposal, geometry, lowest_option, propose, scheme_of
 from tdfx.passes.readings import Readings
@@ -120,7 +121,7 @@ class Select(Pass):
         if not isinstance(self.policy.rank, Budget):
             return decided, notes
         found = dict(zip((one.name for one in plain), decided, strict=True))
-        solved, more = self._solve(budgeted, decided, rest, step_seconds)
+        solved, more = self._solve(budgeted, list(zip(plain, decided, strict=True)), rest, step_seconds)
         found |= {one.name: one for one in solved}
         return tuple(found[one.name] for one in sites), (*notes, *more)
 
@@ -132,7 +133,7 @@ class Select(Pass):
         return own is not None and own.rank == self.policy.rank and any(schemes_for(site.operation, own))
 
     def _solve(
-        self, sites: Sequence[Site], others: Sequence[SitePlan], rest: int, step_seconds: float | None
+        self, sites: Sequence[Site], others: Sequence[tuple[Site, SitePlan]], rest: int, step_seconds: float | None
     ) -> tuple[list[SitePlan], tuple[str, ...]]:
         """Decide the sites of a budget together; return notes too."""
         budget = self.policy.rank
@@ -153,7 +154,8 @@ class Select(Pass):
             for (site, own), one in zip(cases, found, strict=True)
             if site.name not in kept
         ]
-        solver = BudgetSolver(self.policy, self.times, Whole((*others, *kept.values()), rest, step_seconds), candidates)
+        decided = [*others, *((site, kept[site.name]) for site in without if site.name in kept)]
+        solver = BudgetSolver(self.policy, self.times, Whole(tuple(decided), rest, step_seconds), candidates)
         solved = {one.site.name: plan for one, plan in zip(candidates, solver.solve(), strict=True)}
         noisy = [one.name for one in without if one.name in solved and solved[one.name].factorized]
         notes = (*solver.notes, *([_noisy(noisy, budget)] if noisy else []))

@@ -32,6 +32,8 @@ class StepCheck:
     """Median time of the rewritten model's step, in seconds."""
     seconds_predicted: float
     """What the plan predicts for the latter: the former, less what its sites save."""
+    estimated: int = 0
+    """How many of the sites that are factorized the plan had no time to measure: what those save is an estimate."""
 
     @property
     def speedup(self) -> float:
@@ -51,7 +53,8 @@ class StepCheck:
     def __str__(self) -> str:
         return (
             f"training step {1e3 * self.seconds_before:.4g} ms → {1e3 * self.seconds_after:.4g} ms: {self.speedup:.2f}x "
-            f"faster; {self.predicted_speedup:.2f}x was predicted ({self.off:+.0%} in time)"
+            f"faster; {self.predicted_speedup:.2f}x was predicted ({self.off:+.0%} in time"
+            + (f", {self.estimated} sites by estimate)" if self.estimated else ")")
         )
 
 
@@ -98,6 +101,7 @@ def check_step(
         seconds_before=first.seconds,
         seconds_after=second.seconds,
         seconds_predicted=plan.predicted_seconds(first.seconds),
+        estimated=sum(one.estimated for one in plan.factorized),
     )
 
 

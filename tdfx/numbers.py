@@ -42,15 +42,16 @@ def before_after(before: int | None, after: int | None) -> str:
     return short_number(before) if before == after else f"{short_number(before)} → {short_number(after)}"
 
 
-def milliseconds(before: float | None, after: float | None) -> str:
-    """Return times in milliseconds with three figures.
+def milliseconds(before: float | None, after: float | None, *, estimated: bool = False) -> str:
+    """Return times in milliseconds with three figures, and a mark where they are estimates.
 
-    >>> milliseconds(0.01234, 0.005), milliseconds(1.5, 1.5)
-    ('12.3 → 5', '1500')
+    >>> milliseconds(0.01234, 0.005), milliseconds(1.5, 1.5), milliseconds(1.5, 1.25, estimated=True)
+    ('12.3 → 5', '1500', '~1500 → 1250')
     """
     if before is None or after is None:
         return ""
-    return _three(1e3 * before) if before == after else f"{_three(1e3 * before)} → {_three(1e3 * after)}"
+    mark = "~" if estimated else ""
+    return mark + (_three(1e3 * before) if before == after else f"{_three(1e3 * before)} → {_three(1e3 * after)}")
 
 
 def _three(value: float) -> str:

@@ -103,6 +103,8 @@ class SitePlan:
     """Measured time of the site's training step as it is now, over all its calls; None where it was not measured."""
     seconds_after: float | None = None
     """The same, after the rewrite."""
+    estimated: bool = False
+    """True if ``seconds_after``, or both, were not measured for want of time, but estimated in the scale of what was."""
     gain: float | None = None
     """How many times faster the site's training step becomes, by the policy's cost; None where that was not asked."""
     error: float | None = None

@@ -45,6 +45,10 @@ def _shape(site: SitePlan) -> str:
     return "×".join(map(str, site.shape)) or "?"
 
 
+def _milliseconds(site: SitePlan) -> str:
+    return milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated)
+
+
 _NAME = _Column("site", lambda site: site.name or "(root)")
 _LAYER = _Column("layer", _kind_and_shape)
 _SHAPE = _Column("shape", _shape)
@@ -55,7 +59,7 @@ _PARAMETERS = _Column("params", lambda site: before_after(site.parameters_before
 _PARAMETERS_LEFT = _Column("params", lambda site: share(site.parameters_before, site.parameters_after), right=True)
 _FLOPS = _Column("FLOPs", lambda site: before_after(site.flops_before, site.flops_after), right=True)
 _FLOPS_LEFT = _Column("FLOPs", lambda site: share(site.flops_before, site.flops_after), right=True)
-_MILLISECONDS = _Column("ms", lambda site: milliseconds(site.seconds_before, site.seconds_after), right=True)
+_MILLISECONDS = _Column("ms", _milliseconds, right=True)
 _GAIN = _Column("gain", lambda site: f"{site.gain:.2f}x" if site.gain is not None else "", right=True)
 _NOTE = _Column("note", lambda site: site.note)
 

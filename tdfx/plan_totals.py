@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tdfx.numbers import before_after, milliseconds, share, times_faster
 
 if TYPE_CHECKING:
-    from tdfx.plan import Plan
+    from tdfx.plan import Plan, SitePlan
 
 
 def totals(plan: Plan) -> list[str]:
@@ -29,7 +30,7 @@ def totals(plan: Plan) -> list[str]:
     if timed:
         before, after = (sum(getattr(one, f"seconds_{when}") for one in timed) for when in ("before", "after"))
         lines.append(
-            f"measured, {len(timed)} sites: {milliseconds(before, after)} ms a step"
+            f"measured, {len(timed)} sites{_by_estimate(timed)}: {milliseconds(before, after)} ms a step"
             + _in_brackets(times_faster(before, after))
         )
     if plan.step_seconds is not None:
@@ -49,6 +50,11 @@ def _decisions(plan: Plan) -> str:
     return f"{plan.model or 'model'}: {len(plan.factorized)} of {len(plan)} sites factorized" + (
         f"; kept: {reasons}" if reasons else ""
     )
+
+
+def _by_estimate(timed: Sequence[SitePlan]) -> str:
+    count = sum(one.estimated for one in timed)
+    return f", {count} of them by estimate" if count else ""
 
 
 def _in_brackets(text: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import InitVar, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import InitVar, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Literal, cast
 
@@ -19,7 +19,19 @@ from tdfx.ranks.multiple import AUTO as AUTO_MULTIPLE
 from tdfx.ranks.rule import RankRule
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """What a policy has that it was not given, so that it can be lent something else in its place."""
+
+    rank: RankRule
+    """The default rule; or as an override that of the policy around it."""
+    cost: Cost | None = None
+    """As a part of a budget, the cost of the policy around it."""
+    own_cost: Cost | None = None
+    """What it was given itself, in place of which that stands."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Policy:
     """What to rewrite and how far; checked when it is made, so that a mistake never reaches a model.
 
@@ -44,8 +56,8 @@ class Policy:
     """Patterns of the sites that are kept, whatever ``include`` says."""
     overrides: Mapping[str, Policy | None] = field(default_factory=dict)
     """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts. One that gives no
-    rank takes this policy's; where that is a budget its sites are part of it, with their own scheme, ``round_to`` and
-    ``min_gain``, and this policy's ``cost``."""
+    rank takes this policy's, and another one in ``dataclasses.replace(policy, rank=...)``; where that is a budget its sites
+    are part of it, with their own scheme, ``round_to`` and ``min_gain``, and this policy's ``cost``."""
     min_gain: float = 1.05
     """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every
     site whatever it costs, so that nothing is measured unless a budget of time asks for it."""
@@ -68,6 +80,8 @@ class Policy:
     """Bytes that the sites add to a training step: a share, or a whole number of them."""
     error: InitVar[Measure | None] = None
     """What a budget keeps small: the error of the ``"weights"``, of the ``"outputs"``, or by the loss's ``"curvature"``."""
+    _lent: _Lent | None = field(default=None, compare=False)
+    """Not to be given. A field nonetheless: ``dataclasses.replace``, copies and pickles then carry it."""
 
     def __post_init__(
         self,
@@ -79,7 +93,10 @@ class Policy:
         error: Measure | None,
     ) -> None:
         budgets = {"speedup": speedup, "seconds": seconds, "flops": flops, "parameters": parameters, "memory": memory}
-        object.__setattr__(self, "rank", self._rule(budgets, error))
+        rank = self._rule(budgets, error)
+        if self.rank is None and rank is DEFAULT_RULE:
+            object.__setattr__(self, "_lent", _Lent(DEFAULT_RULE))
+        object.__setattr__(self, "rank", rank)
         if not isinstance(self.rank, RankRule):
             raise PolicyError(
                 f"rank={self.rank!r} is not a rank rule: it decides how much of each weight is kept. "
@@ -96,11 +113,13 @@ class Policy:
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         own = {key: self._joined(one) for key, one in _overrides(self.overrides).items()}
         object.__setattr__(self, "overrides", own)
-        if any(one is not None and isinstance(one.rank, Budget) and one.rank != self.rank for one in own.values()):
-            raise PolicyError(
-                "An override has a budget, and a budget is for all sites together. Give it to the policy itself, and the "
-                "sites of the override another rule."
-            )
+        for key, one in own.items():
+            if one is not None and isinstance(one.rank, Budget) and one.rank != self.rank:
+                raise PolicyError(
+                    f"An override has a budget, and a budget is for all sites together: the override for {key!r} has "
+                    f"{one.rank!r}, and the policy {self.rank!r}. Give a budget to the policy itself, and the sites of the "
+                    f"override another rule, or none."
+                )
         if not (is_number(self.min_gain) or self.min_gain == math.inf) or self.min_gain < 0:
             raise PolicyError(
                 f"min_gain={self.min_gain!r} is not a number of at least 0: it is how many times faster a site must "
@@ -132,9 +151,37 @@ class Policy:
 
     def _joined(self, override: Policy | None) -> Policy | None:
         """Give an override this policy's rank where it has none of its own; where that is a budget, its cost too."""
-        if override is None or override.rank not in {DEFAULT_RULE, self.rank}:
-            return override
-        return replace(override, rank=self.rank, cost=self.cost if isinstance(self.rank, Budget) else override.cost)
+        if override is None:
+            return None
+        lent, in_budget = override._lent, isinstance(self.rank, Budget)
+        if lent is None or override.rank != lent.rank:
+            return replace(override, cost=self.cost) if in_budget and override.rank == self.rank else override
+        own = lent.own_cost if lent.own_cost is not None and override.cost == lent.cost else override.cost
+        cost = self.cost if in_budget else own
+        return replace(override, rank=self.rank, cost=cost, _lent=_Lent(self.rank, cost, own))
+
+    def __repr__(self) -> str:
+        """Return the call that makes it; an override is shown as it was given, without what it has from around it."""
+        return f"Policy({', '.join(f'{name}={text}' for name, text in self._settings())})"
+
+    def _settings(self) -> Iterator[tuple[str, str]]:
+        for one in fields(self):
+            if one.name == "overrides":
+                inside = (
+                    f"{key!r}: {own._as_given()}" if own else f"{key!r}: None" for key, own in self.overrides.items()
+                )
+                yield one.name, f"{{{', '.join(inside)}}}"
+            elif one.name != "_lent":
+                yield one.name, repr(getattr(self, one.name))
+
+    def _as_given(self) -> str:
+        lent = self._lent if self._lent is not None and self.rank == self._lent.rank else None
+        settings = dict(self._settings())
+        if lent is not None:
+            del settings["rank"]
+            if lent.own_cost is not None and self.cost == lent.cost:
+                settings["cost"] = repr(lent.own_cost)
+        return f"Policy({', '.join(f'{name}={text}' for name, text in settings.items())})"
 
     def __hash__(self) -> int:
         return hash((self.rank, self.scheme, self.include, self.exclude, self.min_gain, self.round_to))

@@ -23,8 +23,8 @@ _BUDGETS = ("speedup", "seconds", "flops", "parameters", "memory")
 _KEYS = ("rank", "scheme", "include", "exclude", "overrides", "min_gain", "round_to", "cost", *_BUDGETS, "error")
 _COSTS: dict[str, type[Measured | Modelled]] = {"measured": Measured, "modelled": Modelled}
 _AUTOCASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_INHERITED = ("rank", "scheme", "min_gain", "round_to", "cost")
-"""What an override takes from the policy around it where it does not say it itself."""
+_INHERITED = ("scheme", "min_gain", "round_to", "cost")
+"""What an override takes from the policy around it where it does not say it itself; a rank comes with joining it."""
 _LONGEST = 80
 Made = TypeVar("Made")
 
@@ -108,7 +108,7 @@ class _Reader:
             alone = {**(budgets if key == "error" else {}), key: value}
             self._made(lambda alone=alone: Policy(**alone), _under(path, key))  # type: ignore[misc]
         if around is not None:
-            given = {**self._inherited(around, given), **given}
+            given = {**{name: getattr(around, name) for name in _INHERITED}, **given}
         found = self._made(lambda: Policy(**given), path)
         if "overrides" not in table:
             return found
@@ -127,11 +127,6 @@ class _Reader:
             pattern: None if one in ("keep", None) else self.policy(one, around, _under(path, repr(pattern)))
             for pattern, one in tables.items()
         }
-
-    def _inherited(self, around: Policy, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what an override takes from the policy around it."""
-        has_budget = any(key in given for key in _BUDGETS)
-        return {name: getattr(around, name) for name in _INHERITED if name != "rank" or not has_budget}
 
     def _rank(self, value: object, path: str) -> RankRule:
         if isinstance(value, Mapping):

@@ -87,6 +87,8 @@ def _of_site(site: SitePlan) -> Iterator[tuple[str, float]]:
     if site.factorized and site.error is not None:
         # What a split by orthonormal bases loses is the energy that it does not keep.
         yield f"tdfx_energy/{name}", max(0.0, 1.0 - site.error**2)
+    if site.estimated:
+        return
     yield from _known(f"tdfx_ms/{name}/dense", site.seconds_before, 1e3)
     if site.factorized:
         yield from _known(f"tdfx_ms/{name}/factorized", site.seconds_after, 1e3)

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tdfx.errors import PolicyError
-
 if TYPE_CHECKING:
     import highspy
 
 _STDOUT = 1
 """The process's own, which Python's may stand before."""
-_SECONDS = 20.0
+SECONDS = 20.0
 """After this the best choice found so far counts."""
 _TIGHTENINGS = 10
 """Times that a solution which passes a limit by the solver's tolerance is looked for anew."""
@@ -37,14 +35,29 @@ class Option:
     """What it adds to each total that is limited."""
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One option for each place."""
+
+    picks: list[int]
+    """The index of each."""
+    proven: bool
+    """True if nothing better keeps the limits; False where time ran out before that was known."""
+
+
 class OutOfReachError(Exception):
     """No choice keeps the limits."""
 
 
-def best_choice(places: Sequence[Sequence[Option]], limits: Sequence[float]) -> list[int]:
-    """Return the index of one option for each place: a multiple-choice knapsack, solved as a mixed-integer program.
+class NoneFoundError(Exception):
+    """Time ran out before a choice was found that keeps the limits, or it was known that there is none."""
 
-    The solver is HiGHS (Huangfu and Hall 2018), by its own package: the copy inside scipy prints a line now and then.
+
+def best_choice(places: Sequence[Sequence[Option]], limits: Sequence[float]) -> Choice:
+    """Return an option for each place: a multiple-choice knapsack, solved as a mixed-integer program.
+
+    The solver is HiGHS (Huangfu and Hall 2018), by its own package: the copy inside scipy prints a line now and then. What
+    it finds depends on a clock: where several processes need one choice, one of them has to make it for all.
 
     Args:
         places: At least one option each.
@@ -52,23 +65,23 @@ def best_choice(places: Sequence[Sequence[Option]], limits: Sequence[float]) -> 
 
     Raises:
         OutOfReachError: No choice keeps the limits.
-        PolicyError: Time ran out before one was found.
+        NoneFoundError: Time ran out before one was found.
 
     Example:
         >>> cheap, dear = Option(2.0, (1.0,)), Option(0.0, (3.0,))
-        >>> sorted(best_choice([[cheap, dear], [cheap, dear]], [4.0]))
+        >>> sorted(best_choice([[cheap, dear], [cheap, dear]], [4.0]).picks)
         [0, 1]
     """
     if not places:
         if any(limit < 0 for limit in limits):
             raise OutOfReachError
-        return []
+        return Choice([], proven=True)
     search = _Search(places)
     tight = [float(limit) for limit in limits]
     for _ in range(_TIGHTENINGS):
         chosen = search.within(tight)
         over = [
-            sum(place[pick].costs[index] for place, pick in zip(places, chosen, strict=True)) - limit
+            sum(place[pick].costs[index] for place, pick in zip(places, chosen.picks, strict=True)) - limit
             for index, limit in enumerate(limits)
         ]
         if all(one <= 0 for one in over):
@@ -82,7 +95,6 @@ class _Search:
     """A binary variable for each option, of which one in each place is 1."""
 
     def __init__(self, places: Sequence[Sequence[Option]]) -> None:
-        self.count = len(places)
         options = [option for place in places for option in place]
         losses = np.array([option.loss for option in options])
         # HiGHS's tolerances are absolute.
@@ -90,17 +102,17 @@ class _Search:
         self.costs = np.array([option.costs for option in options])
         self.starts = np.cumsum([0, *(len(place) for place in places)])
 
-    def within(self, limits: Sequence[float]) -> list[int]:
-        """Return the index of one option for each place, of least loss.
+    def within(self, limits: Sequence[float]) -> Choice:
+        """Return an option for each place, of least loss; what was found by then where time runs out.
 
         Raises:
             OutOfReachError: No choice keeps the limits.
-            PolicyError: Time ran out before one was found.
+            NoneFoundError: Time ran out before one was found.
         """
         import highspy
 
         highs = _quiet()
-        highs.setOptionValue("time_limit", _SECONDS)
+        highs.setOptionValue("time_limit", SECONDS)
         highs.setOptionValue("parallel", "off")  # threads that wait would disturb what is timed next
         highs.setOptionValue("mip_rel_gap", _GAP)
         everything = np.arange(len(self.losses), dtype=np.int32)
@@ -114,14 +126,12 @@ class _Search:
             highs.addRow(-highspy.kHighsInf, limit / unit, len(everything), everything, costs / unit)
         highs.run()
         values = np.array(highs.getSolution().col_value)
+        status = highs.getModelStatus()
         if highs.getInfo().primal_solution_status != highspy.kSolutionStatusFeasible:
-            if highs.getModelStatus() == highspy.HighsModelStatus.kTimeLimit:
-                raise PolicyError(
-                    f"No choice for the {self.count} sites was found in {_SECONDS:g} s that keeps the budget, nor that "
-                    f"there is none. Ask for a little less, or leave sites out with exclude."
-                )
-            raise OutOfReachError
-        return [int(np.argmax(values[begin:end])) for begin, end in itertools.pairwise(self.starts)]
+            none = {highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible}
+            raise OutOfReachError if status in none else NoneFoundError
+        picks = [int(np.argmax(values[begin:end])) for begin, end in itertools.pairwise(self.starts)]
+        return Choice(picks, proven=status == highspy.HighsModelStatus.kOptimal)
 
 
 def _quiet() -> highspy.Highs:

@@ -413,6 +413,23 @@ def check_the_first_process_measures_for_both() -> None:
         tdfx.Measured.measure = measure  # type: ignore[method-assign]
 
 
+def check_a_budget_is_solved_by_the_first_process_alone() -> None:
+    def unasked(*_: Any) -> Any:
+        raise AssertionError("this process need not solve it")
+
+    policy = tdfx.Policy(parameters=0.6, min_gain=0, round_to=1, cost=tdfx.Modelled())
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr("tdfx.passes.budget.best_choice", unasked)
+        plans: list[Any] = [None, None]
+        dist.all_gather_object(plans, tdfx.plan(DDP(net()), policy).to_json())
+        assert plans[0] == plans[1]
+        assert tdfx.Plan.from_json(plans[0]).factorized
+        patch.setattr("tdfx.solver.SECONDS", 0.0)
+        with refused(tdfx.PolicyError, "No choice for the 3 sites was found in 20 s that keeps Budget"):
+            tdfx.plan(DDP(net()), policy)
+
+
 def check_a_step_that_the_first_process_cannot_time_is_refused_on_both() -> None:
     # Of one sample, batch norm has no statistics in train mode.
     model = DDP(nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.Linear(64, 4)))

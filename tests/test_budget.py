@@ -7,68 +7,25 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from budgeted import ByFlops, X, lowish, net, planned
 from torch import Tensor, nn
 
 import tdfx
 from tdfx import Budget, InputError, Modelled, Plan, Policy, PolicyError, Ratio, Reason
-from tdfx.cost.count import Flow, flops
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
+from tdfx.passes.base import Program
+from tdfx.passes.find import Find
 from tdfx.passes.options import options_of, pack_options, unpack_options
+from tdfx.passes.shapes import Shapes
+from tdfx.passes.trace import Trace
 from tdfx.ranks.spectrum import spectrum
-
-
-class ByFlops:
-    """A cost that measures: a step takes as many seconds as the forward pass has billions of operations."""
-
-    modelled = Modelled()
-    autocast = None
-
-    def __init__(self) -> None:
-        self.asked: list[int] = []
-
-    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
-        return flops(chain, flow or Flow(8, (8, 8))) / 1e9
-
-    def measure(self, groups: Any, *, spent: float = 0.0) -> dict[Any, float]:
-        found = {case: self.seconds(*case) for group in groups for case in group}
-        self.asked.append(len(found))
-        return found
-
-    def update_seconds(self, values: int, device: str) -> float:
-        return 0.0
-
-
-def lowish(model: nn.Module) -> nn.Module:
-    """Give weights spectra that fall off, each at a pace of its own."""
-    for number, one in enumerate(layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)):
-        flat = one.weight.detach().flatten(1).double()
-        u, s, v = torch.linalg.svd(flat, full_matrices=False)
-        pace = torch.exp(-torch.arange(len(s)) * (0.05 + 0.05 * (number % 3)))
-        one.weight.data = (u * pace) @ v if one.weight.dim() == 2 else ((u * pace) @ v).reshape(one.weight.shape)
-        one.weight.data = one.weight.data.to(torch.float32)
-    return model
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    layers = (nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())
-    return lowish(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 64), nn.Linear(64, 48)))
-
-
-X = torch.randn(4, 16, 12, 12, generator=torch.Generator().manual_seed(1))
-
-
-def planned(**settings: Any) -> Plan:
-    settings = {"min_gain": 0, "round_to": 1, "cost": Modelled(), **settings}
-    return tdfx.plan(net(), Policy(**settings), example_inputs=(X,))
 
 
 @pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
@@ -275,11 +232,7 @@ def test_the_outputs_error_is_that_of_the_outputs() -> None:
 
 
 def test_the_outputs_loss_is_the_error_whitened_by_the_inputs() -> None:
-    from tdfx.passes.base import Program
-    from tdfx.passes.find import Find
     from tdfx.passes.losses import output_losses
-    from tdfx.passes.shapes import Shapes
-    from tdfx.passes.trace import Trace
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4)).double()
@@ -290,6 +243,48 @@ def test_the_outputs_loss_is_the_error_whitened_by_the_inputs() -> None:
     weight, moments = model[0].weight.detach(), x.T @ x  # type: ignore[operator]
     expected = torch.trace(error @ moments @ error.T) / torch.trace(weight @ moments @ weight.T)
     assert loss(error) == pytest.approx(float(expected), rel=1e-12)
+
+
+class Functional(nn.Module):
+    """Calls the function of a convolution on a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 6, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Sequential(nn.Conv1d(6, 8, 3), nn.Tanh(), nn.Conv1d(8, 6, 3)), (6, 40)),
+        (
+            lambda: nn.Sequential(nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"), nn.ConvTranspose2d(8, 6, 3)),
+            (6, 9, 9),
+        ),
+        (lambda: nn.Sequential(nn.Conv3d(6, 8, 3, groups=2)), (6, 5, 5, 5)),
+        (lambda: nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 6)), (40,)),
+        (Functional, (6, 9, 9)),
+    ],
+    ids=["1d", "2d", "3d", "linear", "functional"],
+)
+@pytest.mark.parametrize("room", [None, 50])
+def test_outputs_of_one_sample_without_a_batch_are_those_of_a_batch_of_one(
+    make: Any, shape: tuple[int, ...], room: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is room for a part of the values, it is no part of the channels that goes."""
+    if room is not None:
+        monkeypatch.setattr("tdfx.passes.losses._MOST_VALUES", room)
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    policy = Policy(rank=Budget(parameters=0.6, error="outputs"), min_gain=0, round_to=1, cost=Modelled())
+    alone, batch = (tdfx.plan(model, policy, example_inputs=(one,)) for one in (x, x[None]))
+    assert alone.factorized
+    assert [(one.scheme, one.ranks, one.flops_before) for one in alone] == [
+        (one.scheme, one.ranks, one.flops_before) for one in batch
+    ]
 
 
 def test_the_curvature_counts_what_the_loss_feels() -> None:
@@ -322,10 +317,6 @@ def test_the_curvature_counts_what_the_loss_feels() -> None:
 
 
 def test_options_survive_being_sent() -> None:
-    from tdfx.passes.base import Program
-    from tdfx.passes.find import Find
-    from tdfx.passes.trace import Trace
-
     program = Find()(Trace()(Program(module=net())).program).program
     policy = Policy(parameters=0.5, round_to=4)
     site = program.sites[1]
@@ -590,19 +581,6 @@ def test_a_step_that_cannot_be_timed_is_no_error_where_the_budget_need_not_be_ke
     assert plan.step_seconds is None
     assert any("the step as a whole was not timed, only its sites: Deaf returns nothing" in one for one in plan.notes)
     assert plan.factorized
-
-
-class Impatient(ByFlops):
-    """Times what it is asked for first, and has no time for more."""
-
-    def measure(self, groups: Any, *, spent: float = 0.0) -> dict[Any, float]:
-        return {} if self.asked else super().measure(groups)
-
-
-def test_times_that_could_not_be_measured_are_said_to_be_estimates() -> None:
-    plan = planned(speedup=1.5, cost=Impatient())
-    assert any("sites were not timed as they will be, for want of time" in one for one in plan.notes)
-    assert not any("not timed" in one for one in planned(speedup=1.5, cost=ByFlops()).notes)
 
 
 class Broken(nn.Module):

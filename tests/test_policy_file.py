@@ -102,7 +102,7 @@ def test_every_setting_of_a_policy_has_its_key() -> None:
     with pytest.raises(PolicyError) as caught:
         tdfx.read_policy({"colour": "red"})
     named = str(caught.value).rpartition("all of them: ")[2].rstrip(".").split(", ")
-    assert set(named) == {one.name for one in fields(tdfx.Policy)} | budgets
+    assert set(named) == {one.name for one in fields(tdfx.Policy) if not one.name.startswith("_")} | budgets
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

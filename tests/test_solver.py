@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
+import highspy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdfx.solver import Option, OutOfReachError, best_choice, least_totals
+from tdfx import solver
+from tdfx.solver import NoneFoundError, Option, OutOfReachError, best_choice, least_totals
 
 numbers = st.integers(0, 50)
 places = st.lists(
@@ -43,7 +46,7 @@ def test_nothing_that_keeps_the_limits_is_better(given: list[list[Option]], limi
         with pytest.raises(OutOfReachError):
             best_choice(given, limits)
         return
-    choice = [place[index] for place, index in zip(given, best_choice(given, limits), strict=True)]
+    choice = [place[index] for place, index in zip(given, best_choice(given, limits).picks, strict=True)]
     assert all(total(choice, index) <= limit for index, limit in enumerate(limits))
     assert sum(one.loss for one in choice) == pytest.approx(least, abs=1e-4)
 
@@ -51,9 +54,9 @@ def test_nothing_that_keeps_the_limits_is_better(given: list[list[Option]], limi
 def test_a_choice_that_is_good_place_by_place_is_not_the_best() -> None:
     # Greedily, by what a unit of cost saves, the first place would be cut; then the second does not fit any more.
     given = [[Option(0.0, (5.0,)), Option(1.0, (4.0,))], [Option(0.0, (5.0,)), Option(2.0, (2.0,))]]
-    assert best_choice(given, [7.0]) == [0, 1]
-    assert best_choice(given, [10.0]) == [0, 0]
-    assert best_choice(given, [6.0]) == [1, 1]
+    assert best_choice(given, [7.0]).picks == [0, 1]
+    assert best_choice(given, [10.0]).picks == [0, 0]
+    assert best_choice(given, [6.0]).picks == [1, 1]
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e9])
@@ -62,13 +65,58 @@ def test_units_do_not_matter(scale: float) -> None:
         [Option(0.0, (5 * scale,)), Option(scale, (4 * scale,))],
         [Option(0.0, (5 * scale,)), Option(2 * scale, (2 * scale,))],
     ]
-    assert best_choice(given, [7 * scale]) == [0, 1]
+    assert best_choice(given, [7 * scale]).picks == [0, 1]
 
 
 def test_without_places_there_is_nothing_to_choose() -> None:
-    assert best_choice([], [1.0]) == []
+    assert best_choice([], [1.0]).picks == []
 
 
 def test_the_least_of_each_cost_alone() -> None:
     given = [[Option(0.0, (5.0, 1.0)), Option(1.0, (4.0, 2.0))], [Option(0.0, (3.0, 3.0))]]
     assert least_totals(given, 2) == [7.0, 4.0]
+
+
+def many() -> tuple[list[list[Option]], list[float]]:
+    """Return places and two limits between which there is no easy way."""
+    draw = random.Random(1)
+    places = [
+        [
+            Option(0.0, (50.0, 50.0)),
+            *(Option(draw.random(), (draw.randint(1, 40), draw.randint(1, 40))) for _ in range(12)),
+        ]
+        for _ in range(40)
+    ]
+    return places, [800.0, 800.0]
+
+
+def test_what_is_found_when_time_is_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    places, limits = many()
+    best = best_choice(places, limits)
+    assert best.proven
+    ready = solver._quiet
+
+    def hasty() -> highspy.Highs:
+        highs = ready()
+        highs.setOptionValue("mip_max_improving_sols", 1)
+        return highs
+
+    monkeypatch.setattr(solver, "_quiet", hasty)
+    first = best_choice(places, limits)
+    assert not first.proven
+
+    def chosen(choice: solver.Choice) -> list[Option]:
+        return [place[pick] for place, pick in zip(places, choice.picks, strict=True)]
+
+    assert all(total(chosen(first), index) <= limit for index, limit in enumerate(limits))
+    assert sum(one.loss for one in chosen(first)) > sum(one.loss for one in chosen(best))
+
+
+def test_no_time_is_not_the_same_as_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    places, limits = many()
+    monkeypatch.setattr(solver, "SECONDS", 0.0)
+    with pytest.raises(NoneFoundError):
+        best_choice(places, limits)
+    monkeypatch.undo()
+    with pytest.raises(OutOfReachError):
+        best_choice(places, [1.0, 1.0])

@@ -36,7 +36,7 @@ class Budget(RankRule):
 
     speedup: float | None = None
     """How many times faster the model's training step shall be, above 1. With a cost that measures and example inputs the
-    whole step counts, with all that is not rewritten; else the modelled time of the sites."""
+    whole step counts, with all that is not rewritten; else the modelled time of all sites, decided by the budget or not."""
     seconds: float | None = None
     """How long the training step may take at most, positive, in seconds; needs a cost that measures and example inputs."""
     flops: float | None = None

@@ -169,7 +169,9 @@ def _work(plan: Plan) -> tuple[list[tuple[float, float]], str, str]:
         pairs = [(1e3 * (before or 0.0), 1e3 * (after or 0.0)) for before, after in times]
         step = plan.step_seconds, plan.step_seconds_after
         before, after = (sum(one) for one in zip(*pairs, strict=True))
-        title = f"time by site; in all {before:.3g} → {after:.3g} ms a step"
+        guessed = sum(one.estimated for one in plan)
+        by = f"time by site ({guessed} by estimate)" if guessed else "time by site"
+        title = f"{by}; in all {before:.3g} → {after:.3g} ms a step"
         if step[0] is not None and step[1] is not None:
             title += f", of the whole step {1e3 * step[0]:.3g} → {1e3 * step[1]:.3g}"
         return pairs, title, "ms a step"

@@ -41,7 +41,9 @@ def totals_of(plan: Plan) -> list[Total]:
     timed = [(before, after) for before, after in pairs if before is not None and after is not None]
     if timed:
         before, after = (sum(one) for one in zip(*timed, strict=True))
-        found.append(Total(f"{_TIME} of {len(timed)} measured sites, a step", before, after, _ms))
+        guessed = sum(one.estimated for one in plan)
+        of = f"{len(timed)} measured sites" + (f", {guessed} of them by estimate" if guessed else "")
+        found.append(Total(f"{_TIME} of {of}, a step", before, after, _ms))
     found.append(Total("parameters of the model", plan.parameters_before, plan.parameters_after, short_number))
     if plan.flops_before is not None and plan.flops_after is not None:
         found.append(Total("FLOPs of the sites, forward", plan.flops_before, plan.flops_after, short_number))

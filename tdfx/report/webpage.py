@@ -118,7 +118,11 @@ _COLUMNS = (
         lambda one: one.parameters_before,
     ),
     _Column("FLOPs", lambda one: before_after(one.flops_before, one.flops_after), lambda one: one.flops_before),
-    _Column("ms", lambda one: milliseconds(one.seconds_before, one.seconds_after), lambda one: one.seconds_before),
+    _Column(
+        "ms",
+        lambda one: milliseconds(one.seconds_before, one.seconds_after, estimated=one.estimated),
+        lambda one: one.seconds_before,
+    ),
     _Column("gain", lambda one: f"{one.gain:.2f}×" if one.gain is not None else "", lambda one: one.gain),
     _Column("why", lambda one: one.note if one.factorized else ": ".join(filter(None, (str(one.reason), one.note)))),
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from tdfx.plan import Plan, Reason
 from tdfx.policy import Policy
-from tdfx.ranks.budget import DEFAULT_RULE, Budget
+from tdfx.ranks.budget import Budget
+from tdfx.ranks.rule import RankRule
 
 _NOTHING = Budget(parameters=1.0)
 """A budget that every model keeps as it is."""
@@ -36,9 +37,9 @@ def left_of(policy: Policy, switched: Plan | None, seconds: Mapping[str, float])
 
 
 def _apart(overrides: Mapping[str, Policy | None], budget: Budget) -> dict[str, Policy | None]:
-    """Return overrides of which those that are part of a budget are ready to be part of another."""
+    """Return overrides of which those that are part of a budget, said or not, are ready to be part of another."""
     return {
-        key: replace(one, rank=DEFAULT_RULE, overrides=_apart(one.overrides, budget))
+        key: replace(one, rank=cast("RankRule", None), overrides=_apart(one.overrides, budget))
         if one is not None and one.rank == budget
         else one
         for key, one in overrides.items()
@@ -51,7 +52,10 @@ def _left(name: str, value: float, switched: Plan, have: float) -> float | None:
         return value / have if value * _DONE > have else None
     if name == "seconds" or isinstance(value, int) or value > 1:
         return value
-    before, after = getattr(switched, f"{name}_before"), getattr(switched, f"{name}_after")
+    beside = switched.other_parameters if name == "parameters" else 0
+    before, after = (
+        beside + sum(getattr(one, f"{name}_{when}") or 0 for one in switched) for when in ("before", "after")
+    )
     share = value * before / after if after else 1.0
     return share if share < _DONE else None
 

@@ -20,12 +20,13 @@ from tdfx.api import rewrite
 from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.observe import Inputs
-from tdfx.plan import Emit, Plan, Reason
+from tdfx.plan import Emit, Plan
 from tdfx.policy import Policy
 from tdfx.ranks.budget import Budget
 from tdfx.scalars import Writer, check_writer, log_plan
 from tdfx.training.events import SwitchEvent, What
 from tdfx.training.instalments import left_of, only
+from tdfx.training.outcome import Outcome
 from tdfx.training.resume import TIMES, attributes_of, rewarms_of, state_of
 from tdfx.training.rewarm import Rewarm, check_rates
 from tdfx.training.settings import check_settings
@@ -45,7 +46,8 @@ class Switch:
     Call ``step`` once after each optimizer step, before the next backward, and go on with the model that it returns: the
     same object, but for the few steps that switch. Where sites switch at different steps, a later switch leaves the
     earlier ones as they are. A rule that sees all sites at once, such as ``Target``, then sees those that switch together. A
-    budget is for the whole model still: each site gets what is best for it in a plan for all that are left.
+    budget is for the whole model still: each site gets what is best for it in a plan for all that are left, and one that is
+    not needed is asked again with the next that settles.
 
     To resume, load the state, give a freshly built model the form that ``plan`` says, then load model and optimizer::
 
@@ -235,6 +237,7 @@ class Switch:
         names = list(self._watch.sites) if late else cast("list[str]", wrapped.agree(self._watch.ripe()))
         self._spend("watching", began)
         if names:
+            names += [name for name in self._watch.spare() if name not in names]
             model = self._switch(model, wrapped, names, optimizer, inputs, arguments, final=late)
         self._next = self._watch.next_look(self._step)
         return model
@@ -302,22 +305,18 @@ class Switch:
 
     def _dispose(self, made: Plan, names: Sequence[str] | None, final: bool) -> None:
         """Say what becomes of the sites that the plan keeps, and whether any still waits."""
-        asked = [one for one in made.kept if names is None or one.name in names]
-        waiting = [one.name for one in asked if one.reason is Reason.NO_SIGNAL] if not final else []
-        if waiting:
-            self._say("waiting", waiting, "no signal above the noise yet")
-        for reason in dict.fromkeys(one.reason for one in asked if one.name not in waiting):
-            of = [one for one in asked if one.reason is reason and one.name not in waiting]
-            # A site that was left out from the start is no news, unless nothing at all was done.
-            if names is not None or not made.factorized or reason is Reason.NO_SIGNAL:
-                self._say("kept", [one.name for one in of], f"{reason}" + (f": {of[0].note}" if of[0].note else ""))
+        outcome = Outcome.of(made, names, self._watch, final)
+        known = self._watch.spare() if self._watch is not None else ()
+        for what, sites, why in outcome.told(known, tersely=names is None and bool(made.factorized)):
+            self._say(what, sites, why)
         if names is None:
             if not made.sites:
                 self._say("kept", (), "the model has no convolution or linear layer")
             self._done = True
             return
         assert self._watch is not None
-        self._watch = self._watch.without([name for name in names if name not in waiting], waiting)
+        again = {*outcome.waiting, *outcome.spare}
+        self._watch = self._watch.without([name for name in names if name not in again], outcome.waiting, outcome.spare)
         self._done = not self._watch.sites
 
     def _why(self, timed_out: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -113,6 +113,8 @@ class Watched:
     """How often a plan was made for it, in vain."""
     rest: int = 0
     """Look before which it is not asked again."""
+    spare: bool = False
+    """It has settled, and a budget did not need it; it is asked again together with the next one that settles."""
 
 
 @dataclass(slots=True)
@@ -151,20 +153,27 @@ class Watch:
         sites = {}
         for (name, old), (vector, start, _), (rank, turned) in zip(self.sites.items(), seen, numbers, strict=True):
             ranks = (*old.ranks, rank)[-(self.when.window + 1) :]
-            sites[name] = Watched(old.path, vector, start, ranks, turned, old.asked, old.rest)
+            sites[name] = replace(old, vector=vector, start=start, ranks=ranks, turned=turned)
         return Watch(self.when, self.interval, sites, self.looks + 1, self.probes)
 
     def ripe(self) -> list[str]:
         """Return the sites that have moved and settled, and were not asked for just now."""
-        return [name for name, one in self.sites.items() if self.looks >= one.rest and self._is_settled(one)]
+        asked = ((name, one) for name, one in self.sites.items() if not one.spare and self.looks >= one.rest)
+        return [name for name, one in asked if self._is_settled(one)]
 
-    def without(self, names: Sequence[str], waiting: Sequence[str]) -> Watch:
-        """Return the watch with sites gone, and with others that wait twice as long each time."""
+    def spare(self) -> list[str]:
+        """Return the sites that had settled when a budget did not need them."""
+        return [name for name, one in self.sites.items() if one.spare]
+
+    def without(self, names: Sequence[str], waiting: Sequence[str], spare: Sequence[str] = ()) -> Watch:
+        """Return the watch with sites gone, with others that wait twice as long each time, and with those to spare."""
         sites = {name: one for name, one in self.sites.items() if name not in names}
         for name in waiting:
             old = sites[name]
             rest = self.looks + self.when.window * 2**old.asked
-            sites[name] = Watched(old.path, old.vector, old.start, old.ranks, old.turned, old.asked + 1, rest)
+            sites[name] = replace(old, asked=old.asked + 1, rest=rest, spare=False)
+        for name in spare:
+            sites[name] = replace(sites[name], spare=True)
         return Watch(self.when, self.interval, sites, self.looks, self.probes)
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,7 +181,7 @@ class Watch:
         sites = {}
         for name, one in self.sites.items():
             state = {key: getattr(one, key) for key in _KEYS}
-            state["ranks"] = list(one.ranks)
+            state |= {"ranks": list(one.ranks), "spare": one.spare}
             for key in ("vector", "start"):
                 state[key] = None if state[key] is None else state[key].cpu().clone()
             sites[name] = state
@@ -182,7 +191,10 @@ class Watch:
     def of_state(cls, when: Settled, state: Mapping[str, Any]) -> Watch:
         """Make a watch from what ``state_dict`` gave."""
         sites = {
-            name: Watched(**{**{key: one[key] for key in _KEYS}, "ranks": tuple(one["ranks"])})
+            name: Watched(
+                # A state may be from before sites were spared.
+                **{**{key: one[key] for key in _KEYS}, "ranks": tuple(one["ranks"]), "spare": one.get("spare", False)}
+            )
             for name, one in state["sites"].items()
         }
         return cls(when, int(state["interval"]), sites, int(state["looks"]))
