@@ -11,9 +11,10 @@ from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import PolicyError
 from tdfx.passes.base import Site
 from tdfx.passes.curve import Curve
-from tdfx.passes.estimate import Chain, chain_now, flops_of, kept_plan, memory_of
+from tdfx.passes.estimate import chain_now, flops_of, kept_plan, memory_of
 from tdfx.passes.limits import Limits, Whole
 from tdfx.passes.propose import Option, factorized_plan
+from tdfx.passes.scales import Lowest, Scales
 from tdfx.passes.times import Times, Wanted
 from tdfx.plan import Reason, SitePlan
 from tdfx.policy import Policy
@@ -80,8 +81,12 @@ class BudgetSolver:
             PolicyError: The budget cannot be kept, or needs what is not known.
         """
         if self._measures:
-            self.times.prepare(Wanted(self.policy.cost, one.site, self._lowest(one)) for one in self.candidates)
-            self.limits.learn_unit()
+            cost = self.policy.cost
+            sites = [(one.site, self._lowest(one)) for one in self.candidates]
+            self.times.prepare(
+                Wanted(cost, site, tuple(option.chain for option in lowest.values())) for site, lowest in sites
+            )
+            self.limits.scales = Scales.learned(self.times, cost, sites, self.whole.step_seconds)
         chosen = self._settled()
         self._note_untimed(chosen)
         return [self._decision(one, option) for one, option in zip(self.candidates, chosen, strict=True)]
@@ -140,7 +145,12 @@ class BudgetSolver:
 
     def _curve(self, one: Candidates) -> Curve:
         options = (option for option, _ in one.options)
-        return Curve(self.times, self.policy.cost, one.site, options, self.caution, self.limits.unit)
+        scales = self.limits.scales
+        # They are looked for again only where there is something to be learned from them.
+        lowest = self._lowest(one) if scales.lowest else {}
+        return Curve(
+            self.times, self.policy.cost, one.site, options, lowest=lowest, scales=scales, caution=self.caution
+        )
 
     def _near(
         self, names: Sequence[str], places: Sequence[Sequence[Weighed]], limits: Sequence[float]
@@ -180,13 +190,14 @@ class BudgetSolver:
         known = any(one.site.flows for one in self.candidates)
         return decide and known and isinstance(self.policy.cost, MeasuringCost)
 
-    def _lowest(self, one: Candidates) -> tuple[Chain, ...]:
+    def _lowest(self, one: Candidates) -> Lowest:
         """Return of each scheme what is fastest by arithmetic: it takes little to measure, and says what can be had."""
-        by_scheme: dict[str, list[tuple[float, Chain]]] = {}
+        found: dict[str, tuple[float, Option]] = {}
         for option, _ in one.options:
             guess = self.times.estimate(self.policy.cost, one.site, option.chain)
-            by_scheme.setdefault(option.scheme.name, []).append((guess, option.chain))
-        return tuple(min(own, key=lambda pair: pair[0])[1] for own in by_scheme.values())
+            if option.scheme.name not in found or guess < found[option.scheme.name][0]:
+                found[option.scheme.name] = (guess, option)
+        return {name: option for name, (_, option) in found.items()}
 
     def _learned(self, chosen: Sequence[Option | None]) -> bool:
         """Measure what was chosen, while there is time; return True if that told anything new."""
@@ -268,7 +279,7 @@ class BudgetSolver:
             return replace(kept_plan(one.site, Reason.NO_GAIN, note), gain=gain or None)
         after = curve.seconds(option)
         decided = factorized_plan(kept_plan(one.site, Reason.NO_GAIN), one.site, option, "", before / after)
-        if not self.limits.measured:
+        if not self.limits.scales.measured:
             return decided
         estimated = any(
             self.times.measured(self.policy.cost, one.site, chain) is None

@@ -9,14 +9,26 @@ from tdfx.cost.modelled import Cost
 from tdfx.passes.base import Site
 from tdfx.passes.estimate import chain_now
 from tdfx.passes.propose import Option
+from tdfx.passes.scales import Lowest, Scales
 from tdfx.passes.times import Times
 
 
 class Curve:
-    """The times of one site's options: measured, or estimated in the scale of those of their scheme that were measured."""
+    """The times of one site's options: measured, or estimated in the scale of those of their scheme that were measured.
+
+    Where none of the scheme was, that of the other sites of the model counts.
+    """
 
     def __init__(
-        self, times: Times, cost: Cost, site: Site, options: Iterable[Option], caution: float = 1.0, unit: float = 1.0
+        self,
+        times: Times,
+        cost: Cost,
+        site: Site,
+        options: Iterable[Option],
+        *,
+        lowest: Lowest,
+        scales: Scales,
+        caution: float = 1.0,
     ) -> None:
         """Take what is known now of a site's options by a cost.
 
@@ -25,8 +37,9 @@ class Curve:
             cost: By which.
             site: Whose options they are.
             options: All of them.
+            lowest: Those that take least, of each scheme.
+            scales: How many times longer sites take than estimated, where nothing is known of this one.
             caution: How many times longer what is not known is taken to be.
-            unit: How many times longer sites take than estimated, where nothing is known of this one.
         """
         self.times, self.cost, self.site, self.caution = times, cost, site, caution
         self.points: dict[str, list[tuple[float, float]]] = {}
@@ -38,8 +51,12 @@ class Curve:
                 self.points.setdefault(option.scheme.name, []).append((guess, measured / guess))
         guess = self.times.estimate(cost, site, chain_now(site))
         now = self.times.measured(cost, site, chain_now(site))
-        self.scale = unit if now is None else now / guess
+        self.scale = scales.now if now is None else now / guess
         """How many times longer the site as it is takes than estimated."""
+        for name, still in scales.lowest.items():
+            if name in lowest and name not in self.points:
+                least = self.times.estimate(cost, site, lowest[name].chain)
+                self.points[name] = [(least, self.scale * still)]
         for points in self.points.values():
             # What is next to nothing cut takes as long, in proportion, as what is not cut at all.
             points.append((guess, self.scale))

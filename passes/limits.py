@@ -10,6 +10,7 @@ from tdfx.errors import PolicyError
 from tdfx.factors.registry import get_scheme
 from tdfx.passes.base import Site
 from tdfx.passes.estimate import chain_at, chain_now, kept_plan
+from tdfx.passes.scales import Scales
 from tdfx.passes.times import Times
 from tdfx.plan import Reason, SitePlan, part_of_step
 from tdfx.ranks.budget import Budget
@@ -40,22 +41,8 @@ class Limits:
         self.times = times
         self.whole = whole
         self.sites = sites
-        self.unit = 1.0
-        """How many times longer sites take than estimated, all together: by it estimates compare with what was measured."""
-        self.measured = False
-        """Whether any site was timed."""
-
-    def learn_unit(self) -> None:
-        """See how many times longer the sites that were timed take than estimated, as they are."""
-        pairs = [
-            (self.times.measured(self.cost, site, now), self.times.estimate(self.cost, site, now))
-            for site in self.sites
-            for now in (chain_now(site),)
-        ]
-        known = [(measured, guess) for measured, guess in pairs if measured is not None]
-        self.measured = bool(known)
-        if known:
-            self.unit = sum(measured for measured, _ in known) / sum(guess for _, guess in known)
+        self.scales = Scales()
+        """How many times longer than estimated sites take of which nothing is known."""
 
     def of(self, name: str) -> float:
         """Return what the sites may come to, all together.
@@ -140,13 +127,13 @@ class Limits:
                 before = after = self._seconds_now(site)
                 if plan.scheme is not None and plan.ranks is not None:
                     chain = chain_at(get_scheme(plan.scheme), plan.ranks)
-                    after = self.unit * self.times.estimate(self.cost, site, chain)
+                    after = self.scales.now * self.times.estimate(self.cost, site, chain)
                 yield before, after
 
     def _seconds_now(self, site: Site) -> float:
         now = chain_now(site)
         found = self.times.measured(self.cost, site, now)
-        return self.unit * self.times.estimate(self.cost, site, now) if found is None else found
+        return self.scales.now * self.times.estimate(self.cost, site, now) if found is None else found
 
 
 def _cut(value: float) -> float:

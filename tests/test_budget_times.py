@@ -17,13 +17,18 @@ import tdfx.report
 from tdfx import Budget, Modelled, Plan, Policy, PolicyError, solver
 from tdfx.cost.count import Flow
 from tdfx.factors.operation import Operation
+from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
 from tdfx.numbers import milliseconds
 from tdfx.passes.base import Lead, Program
+from tdfx.passes.curve import Curve
+from tdfx.passes.estimate import calls_of
 from tdfx.passes.find import Find
+from tdfx.passes.propose import Option
+from tdfx.passes.scales import Scales
 from tdfx.passes.select import Select
 from tdfx.passes.shapes import Shapes
-from tdfx.passes.times import Times
+from tdfx.passes.times import Times, Wanted
 from tdfx.passes.trace import Trace
 
 
@@ -190,3 +195,54 @@ def step_of(cost: ByFlops) -> float:
     """Return the time of a step of which a fifth is not the sites'."""
     layers = [(operation_of(net().get_submodule(name)), flow) for name, flow in FLOWS.items()]
     return 1.25 * sum(cost.seconds([one], flow) for one, flow in layers if one is not None)
+
+
+class SlowFactors(Scaled):
+    """A machine on which what is factorized takes longer, in proportion, than estimated."""
+
+    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
+        return super().seconds(chain, flow) * (2.5 if len(chain) > 1 else 1.0)
+
+
+def test_what_is_slow_about_the_sites_that_were_timed_is_expected_of_the_others() -> None:
+    cost, times = SlowFactors(7.0), Times(Lead())
+    program = Shapes((X,))(Find()(Trace()(Program(module=net())).program).program).program
+    sites = {one.name: one for one in program.sites}
+    least, half = (Option(get_scheme("svd"), (rank,)) for rank in (4, 24))
+    lowest = {"svd": least}
+    times.prepare([Wanted(cost, sites["6"], (least.chain,))])
+    scales = Scales.learned(times, cost, [(sites["6"], lowest), (sites["7"], lowest)], None)
+    known, guessed, blind = (
+        Curve(times, cost, sites[name], (least, half), lowest=lowest, scales=given)
+        for name, given in (("6", scales), ("7", scales), ("7", Scales()))
+    )
+    assert scales.now == pytest.approx(7)
+    assert scales.lowest["svd"] == pytest.approx(2.5)
+    assert known.seconds(least) == times.measured(cost, sites["6"], least.chain)
+    ((steps, flow),) = calls_of(sites["7"], least.chain)
+    assert guessed.seconds(least) == pytest.approx(cost.seconds(steps, flow))
+    assert guessed.seconds(None) / guessed.seconds(least) == pytest.approx(
+        blind.seconds(None) / blind.seconds(least) / 2.5
+    )
+    # From there to what is not cut at all the scale goes over from the one to the other.
+    assert blind.seconds(None) / blind.seconds(half) / 2.5 < guessed.seconds(None) / guessed.seconds(half)
+    assert guessed.seconds(None) / guessed.seconds(half) < blind.seconds(None) / blind.seconds(half)
+
+
+class Speechless(Scaled):
+    """Has no time for anything."""
+
+    def measure(self, groups: Any, *, spent: float = 0.0) -> dict[Any, float]:
+        return {}
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_where_no_site_was_timed_they_are_taken_to_be_the_whole_step(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the scale of the estimates is: no machine is the one that they are made for."""
+    monkeypatch.setattr("tdfx.passes.clock.Clock._seconds", lambda *_: scale * step_of(Scaled(1.0)))
+    by_estimates = planned(cost=Scaled.modelled, speedup=1.5)
+    assert by_estimates.factorized
+    found = planned(cost=Speechless(1.0), speedup=1.5)
+    assert [one.ranks for one in found] == [one.ranks for one in by_estimates]
