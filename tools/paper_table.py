@@ -4,7 +4,7 @@ Every row is a whole training by a config of tools/configs, by the recipe of too
 after the other, then those of the next, so that a machine that gets slower does so for all. What the folder of --json holds
 is not run again. --readme puts the table of tools/results/paper_table into the README, and runs nothing.
 
-All of it takes three to four hours on two cores: --run digits and --run text about a quarter of an hour each, --run glyphs
+All of it takes six hours on two cores, or eight of --cpu-time: --run digits and --run text about an hour each, --run glyphs
 the rest.
 """
 

@@ -60,8 +60,8 @@ class Budget(RankRule):
     """The same, where it is more, for a weight whose spectrum is still that of noise by EVBMF; 1 keeps it as it is."""
     linear_floor: float = 0.0
     """The same, where it is more, for linear layers, whose weights are of higher rank than convolutions' as a rule (Yu and
-    Wu, *Compressing Transformers: Features Are Low-Rank, but Weights Are Not!*, AAAI 2023); 1 keeps them as they are, but for
-    those that would lose little."""
+    Wu, *Compressing Transformers: Features Are Low-Rank, but Weights Are Not!*, AAAI 2023); 1 keeps them, but for
+    those that would lose little, as they are."""
 
     def __post_init__(self) -> None:
         if not self.limits:
