@@ -65,7 +65,9 @@ def _cells(own: Sequence[Row], full: dict[int, Row]) -> list[str]:
         f"{geometric_mean(reached):.2f} ({len(reached)}/{len(done)})" if reached else f"never (0/{len(done)})",
         _share([(one.parameters_after, one.parameters) for one in done]),
         _share([(one.flops_after or 0, one.flops or 0) for one in done]),
-        "" if is_full else f"{'-'.join(str(one) for one in dict.fromkeys((counts[0], counts[-1])))}/{done[0].sites}",
+        ""
+        if is_full
+        else f"{'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}/{max(one.sites for one in done)}",
     ]
 
 
