@@ -66,11 +66,10 @@ def options_of(site: Site, policy: Policy, weight: Tensor, loss: Loss | None) ->
         signal = has_signal(spectra) if signal is None else signal
         full = scheme.full_ranks(operation)
         grid = _grid(spectra, full, policy, site, scheme)
-        usual = max(budget.floor, budget.linear_floor if operation.dims == 0 else 0.0)
         for ranks, (square, lost) in zip(grid, _losses(operation, dense, scheme, grid, spectra, loss), strict=True):
-            floor = usual if square > _LITTLE else 0.0
+            floor = budget.floor if square > _LITTLE else 0.0
             if not signal:
-                floor = max(usual, budget.noise_floor)
+                floor = max(budget.floor, budget.noise_floor)
             if all(rank >= floor * most for rank, most in zip(ranks, full, strict=True)):
                 found.append((Option(scheme, ranks), lost))
     return Examined(tuple(found), bool(signal))

@@ -44,9 +44,9 @@ class Policy:
     """
 
     rank: RankRule = field(default=cast("RankRule", None))
-    """The rule that reads a rank from each weight, or what keeps the budgets below. If left out: a step two and a half times
-    as fast at the least error, or as near to that as is reasonable, with no rank below an eighth of the full one where much
-    would be lost, nor below a quarter where a weight shows no signal yet, nor below half in a linear layer."""
+    """The rule that reads a rank from each weight, or what keeps the budgets below. If left out: a step twice as fast at the
+    least error, or as near to that as is reasonable, with no rank below an eighth of the full one where much would be
+    lost, nor below a quarter where a weight shows no signal yet."""
     scheme: str = AUTO
     """How weights are split: ``"auto"`` for tucker2 or svd, whichever fits each site, or a scheme's name, with its options
     after a colon as in ``"tucker2:refine=3"``."""

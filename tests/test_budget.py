@@ -409,7 +409,7 @@ def test_a_copy_of_a_policy_keeps_its_budget() -> None:
     with pytest.raises(PolicyError, match=r"rank=Budget\(.*\) and speedup=3 both say which ranks to take"):
         dataclasses.replace(policy, speedup=3)
     assert repr(policy.rank) in repr(policy)
-    assert Policy().rank == Budget(speedup=2.5, strict=False, floor=0.125, noise_floor=0.25, linear_floor=0.5)
+    assert Policy().rank == Budget(speedup=2, strict=False, floor=0.125, noise_floor=0.25)
 
 
 class Drawing(nn.Module):
@@ -537,31 +537,7 @@ def test_weights_of_noise_have_a_floor_of_their_own() -> None:
     assert tdfx.plan(model, policy).sites[1].reason is Reason.NO_SIGNAL
 
 
-def test_linear_layers_have_a_floor_of_their_own() -> None:
-    torch.manual_seed(0)
-    convolution, learnt, noise = nn.Conv2d(64, 64, 1), nn.Linear(64, 64), nn.Linear(64, 64)
-    low = nn.Linear(64, 64)
-    u, s, v = torch.linalg.svd(learnt.weight.detach())
-    learnt.weight.data = (u[:, :4] * 0.9 * s[:4]) @ v[:4] + learnt.weight.detach()
-    low.weight.data = (u[:, :4] * 40 * s[:4]) @ v[:4] + low.weight.detach()
-    convolution.weight.data = learnt.weight.detach()[:, :, None, None].clone()
-    model = nn.Sequential(convolution, nn.Flatten(), learnt, noise, low)
-
-    def ranks(**settings: Any) -> list[int]:
-        rule = Budget(parameters=0.1, strict=False, **settings)
-        plan = tdfx.plan(model, Policy(rank=rule, min_gain=0, round_to=1))
-        return [one.ranks[0] if one.ranks else 64 for one in plan.sites]
-
-    assert max(ranks()) < 32
-    kernel, own, blind, little = ranks(linear_floor=0.5)
-    assert max(kernel, little) < 32 <= min(own, blind)
-    kernel, own, blind, little = ranks(linear_floor=1)
-    assert max(kernel, little) < 32 < 64 == own == blind
-
-
-@pytest.mark.parametrize(
-    "settings", [{"strict": 1}, {"floor": 1.5}, {"noise_floor": -1}, {"floor": "a"}, {"linear_floor": 2.0}]
-)
+@pytest.mark.parametrize("settings", [{"strict": 1}, {"floor": 1.5}, {"noise_floor": -1}, {"floor": "a"}])
 def test_how_a_budget_is_followed_is_checked(settings: dict[str, Any]) -> None:
     ((name, value),) = settings.items()
     with pytest.raises(PolicyError, match=rf"{name}={value!r} is n"):

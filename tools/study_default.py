@@ -56,11 +56,7 @@ def candidates() -> dict[str, tdfx.Policy]:
         tdfx.Policy(rank=tdfx.Budget(speedup=2.0, strict=False, floor=floor, noise_floor=noise))
         for floor, noise in ((0.125, 0.25), (0.125, 0.5), (0.25, 0.25), (0.25, 1.0))
     ]
-    careful = [
-        tdfx.Policy(rank=tdfx.Budget(speedup=speedup, strict=False, floor=0.125, noise_floor=0.25, linear_floor=0.5))
-        for speedup in (2.0, 2.5, 3.0)
-    ]
-    return {_name(one): one for one in [*rules, *budgets, *safe, *careful]}
+    return {_name(one): one for one in [*rules, *budgets, *safe]}
 
 
 def _name(policy: tdfx.Policy) -> str:

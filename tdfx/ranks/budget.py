@@ -58,10 +58,6 @@ class Budget(RankRule):
     square below that."""
     noise_floor: float = 0.0
     """The same, where it is more, for a weight whose spectrum is still that of noise by EVBMF; 1 keeps it as it is."""
-    linear_floor: float = 0.0
-    """The same, where it is more, for linear layers, whose weights are of higher rank than convolutions' as a rule (Yu and
-    Wu, *Compressing Transformers: Features Are Low-Rank, but Weights Are Not!*, AAAI 2023); 1 keeps them, but for
-    those that would lose little, as they are."""
 
     def __post_init__(self) -> None:
         if not self.limits:
@@ -98,7 +94,7 @@ class Budget(RankRule):
                 f"strict={self.strict!r} is neither True nor False: it says whether a budget that cannot be kept is "
                 f"refused. Pass strict=False to go as far as can be gone."
             )
-        for name in ("floor", "noise_floor", "linear_floor"):
+        for name in ("floor", "noise_floor"):
             check_share(
                 name,
                 getattr(self, name),
@@ -139,5 +135,5 @@ def _is_amount(value: float) -> bool:
     return value >= 1 if isinstance(value, int) else 0 < value <= 1 or (value > 1 and value == int(value))
 
 
-DEFAULT_RULE = Budget(speedup=2.5, strict=False, floor=0.125, noise_floor=0.25, linear_floor=0.5)
+DEFAULT_RULE = Budget(speedup=2.0, strict=False, floor=0.125, noise_floor=0.25)
 """The rank rule of a policy that gives none; chosen by ``tools/study_default.py``."""
