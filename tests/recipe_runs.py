@@ -17,7 +17,7 @@ TINY: dict[str, Any] = {
     "model": {"name": "tiny"},
     "data": {"name": "digits", "batch": 300},
     "training": {"epochs": 3, "optimizer": "adamw", "lr": 0.01},
-    "switch": {"policy": "ratio:0.5", "min_gain": 0.0, "cost": "modelled"},
+    "switch": {"policy": "ratio:0.5", "min_gain": 0.0, "cost": "modelled", "weigh": False},
     "output": {"verify": False},
 }
 """A run of 3 epochs of 3 steps."""

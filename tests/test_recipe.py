@@ -36,6 +36,7 @@ lr = 0.01
 [switch]
 policy = "ratio:0.5"
 min_gain = 0
+weigh = false
 """
 
 
@@ -90,6 +91,16 @@ def test_a_run_as_it_is_has_nothing_to_merge() -> None:
     record = tool("recipe.record").record_of(run)
     assert (record.factorized, record.flops, record.merge_error, record.verified) == ([], None, None, None)
     assert record.accuracy == record.epochs[-1]["accuracy"]
+
+
+def test_a_run_of_few_steps_is_left_as_it_is_unless_told_otherwise() -> None:
+    run = run_of(config_of(switch__weigh=True))
+    assert run.train()
+    (event,) = run.switch.events
+    assert (run.switch.plan, event.step, event.what) == (None, 3, "too_late")
+    assert "in the 6 steps left" in event.why
+    assert tool("recipe.settings").Switching().weigh
+    assert same(bits(run), run.model.state_dict())
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
