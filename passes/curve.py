@@ -76,13 +76,15 @@ class Curve:
 
 
 def _between(points: Sequence[tuple[float, float]], at: float) -> float:
-    """Interpolate between sorted points, and take the nearest outside of them.
+    """Interpolate between sorted points such that times, the products of both, lie on a line; take the nearest outside.
 
-    >>> _between([(1.0, 2.0), (3.0, 4.0)], 2.0), _between([(1.0, 2.0), (3.0, 4.0)], 9.0)
-    (3.0, 4.0)
+    What an operation takes grows with its work, from what it takes to do next to nothing.
+
+    >>> _between([(1.0, 2.0), (3.0, 1.0)], 2.0), _between([(1.0, 2.0), (3.0, 1.0)], 9.0)
+    (1.25, 1.0)
     """
     place = bisect.bisect([x for x, _ in points], at)
     if place in (0, len(points)):
         return points[max(0, place - 1)][1]
     (x0, y0), (x1, y1) = points[place - 1 : place + 1]
-    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return (x0 * y0 + (x1 * y1 - x0 * y0) * (at - x0) / (x1 - x0)) / at

@@ -229,6 +229,26 @@ def test_what_is_slow_about_the_sites_that_were_timed_is_expected_of_the_others(
     assert guessed.seconds(None) / guessed.seconds(half) < blind.seconds(None) / blind.seconds(half)
 
 
+class Starting(Scaled):
+    """A machine on which everything takes a while to begin, which estimates know nothing of."""
+
+    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
+        return 2.0 + super().seconds(chain, flow)
+
+
+def test_between_what_was_timed_times_are_on_a_line() -> None:
+    cost, times = Starting(7.0), Times(Lead())
+    program = Shapes((X,))(Find()(Trace()(Program(module=net())).program).program).program
+    site = next(one for one in program.sites if one.name == "6")
+    least, half = (Option(get_scheme("svd"), (rank,)) for rank in (4, 16))
+    times.prepare([Wanted(cost, site, (least.chain,))])
+    curve = Curve(times, cost, site, (least, half), lowest={"svd": least}, scales=Scales())
+    ((steps, flow),) = calls_of(site, half.chain)
+    assert times.measured(cost, site, half.chain) is None
+    assert curve.seconds(half) == pytest.approx(cost.seconds(steps, flow))
+    assert curve.seconds(least) < curve.seconds(half) < curve.seconds(None)
+
+
 class Speechless(Scaled):
     """Has no time for anything."""
 
