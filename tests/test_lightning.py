@@ -102,7 +102,7 @@ def fitted(
     folder: Path, module: Any, *, ckpt: Any = None, save: Any = None, policy: Any = POLICY, **settings: Any
 ) -> Any:
     """Train a module in a Trainer of its own and return the callback and the Trainer."""
-    options = {"epoch": 1, "merge": False, **settings.pop("callback", {})}
+    options = {"epoch": 1, "merge": False, "total_steps": None, **settings.pop("callback", {})}
     if "when" in options:
         del options["epoch"]
     callback = SwitchCallback(policy, **options)
@@ -152,7 +152,7 @@ def test_at_full_rank_a_run_that_switches_is_the_run_that_does_not_at_first(tmp_
     other = Classifier().double()
     x = next(iter(loader()))[0].double()
     # One step after the switch is not yet taken: the outputs are those of the dense run.
-    for module, callbacks in ((dense, []), (other, [SwitchCallback(FULL, epoch=1, merge=False)])):
+    for module, callbacks in ((dense, []), (other, [SwitchCallback(FULL, epoch=1, merge=False, total_steps=None)])):
         trainer(tmp_path, callbacks, epochs=1, precision="64-true").fit(module, loader())
     assert (sites(dense), sites(other)) == (0, 3)
     torch.testing.assert_close(other.eval()(x), dense.eval()(x), rtol=1e-9, atol=1e-11)
@@ -207,7 +207,7 @@ def test_a_factorized_checkpoint_is_tested_in_another_process(tmp_path: Path) ->
     _, made = fitted(tmp_path, module, save=tmp_path / "a.ckpt")
     expected = made.test(module, loader(), verbose=False)
     fresh = Classifier()
-    again = trainer(tmp_path, [SwitchCallback(POLICY, epoch=1)])
+    again = trainer(tmp_path, [SwitchCallback(POLICY, epoch=1, total_steps=None)])
     assert again.test(fresh, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False) == expected
     assert sites(fresh) == 3
 
@@ -215,7 +215,7 @@ def test_a_factorized_checkpoint_is_tested_in_another_process(tmp_path: Path) ->
 def test_a_dense_checkpoint_is_loaded_into_a_factorized_module(tmp_path: Path) -> None:
     torch.manual_seed(0)
     early = Classifier()
-    trainer(tmp_path, [SwitchCallback(POLICY, epoch=2)], epochs=1).fit(early, loader())
+    trainer(tmp_path, [SwitchCallback(POLICY, epoch=2, total_steps=None)], epochs=1).fit(early, loader())
     module = Classifier()
     callback, made = fitted(tmp_path, module)
     assert sites(module) == 3
@@ -235,11 +235,38 @@ def test_factors_that_nobody_knows_of_are_refused(tmp_path: Path) -> None:
     module = Classifier()
     fitted(tmp_path, module)
     fresh = Classifier()
-    callback = SwitchCallback(POLICY, epoch=1)
+    callback = SwitchCallback(POLICY, epoch=1, total_steps=None)
     callback.setup(trainer(tmp_path, [callback]), fresh, "fit")
     with pytest.raises(tdfx.CheckpointError, match=r"factors of 3 sites, '0' first.*ckpt_path="):
         fresh.load_state_dict(module.state_dict())
     assert sites(fresh) == 0
+
+
+STEPS: dict[str, tuple[dict[str, Any], int | None]] = {
+    "epochs": ({}, 3 * PER_EPOCH),
+    "accumulated": ({"accumulate_grad_batches": 2}, 3 * PER_EPOCH // 2),
+    "steps": ({"epochs": -1, "max_steps": 9}, 9),
+    "no end but a time": ({"epochs": -1, "max_time": {"seconds": 1}}, None),
+}
+
+
+@pytest.mark.parametrize(("settings", "total"), STEPS.values(), ids=STEPS)
+def test_the_trainer_says_how_long_the_training_is(settings: dict[str, Any], total: int | None, tmp_path: Path) -> None:
+    callback = SwitchCallback(POLICY, when=tdfx.AtStep(2))
+    trainer(tmp_path, [callback], **settings).fit(Classifier(), loader())
+    assert callback.switch.total_steps == total
+
+
+def test_a_switch_in_a_training_too_short_for_it_is_not_made_unless_told_otherwise(tmp_path: Path) -> None:
+    module = Classifier()
+    callback = SwitchCallback(POLICY, epoch=1)
+    trainer(tmp_path, [callback]).fit(module, loader())
+    (event,) = callback.switch.events
+    assert (event.what, sites(module)) == ("too_late", 0)
+    assert f"in the {2 * PER_EPOCH} steps left" in event.why
+    own = SwitchCallback(POLICY, epoch=1, total_steps=5)
+    trainer(tmp_path, [own]).fit(module, loader())
+    assert own.switch.total_steps == 5
 
 
 def test_gradient_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
@@ -335,7 +362,7 @@ class Adversaries(pl.LightningModule):  # type: ignore[misc, name-defined]
 def test_two_modules_switch_each_with_a_callback_of_its_own(tmp_path: Path) -> None:
     def run(module: Adversaries, epochs: int, ckpt: Path | None) -> Any:
         callbacks = [
-            SwitchCallback(POLICY, epoch=epoch, attribute=name, merge=False)
+            SwitchCallback(POLICY, epoch=epoch, attribute=name, merge=False, total_steps=None)
             for epoch, name in ((1, "maker"), (2, "judge"))
         ]
         made = trainer(tmp_path, callbacks, epochs=epochs)
@@ -370,7 +397,7 @@ def test_the_other_package_of_lightning_takes_the_callback_too(tmp_path: Path) -
         def configure_optimizers(self) -> Any:
             return AdamW(self.parameters(), 1e-2)
 
-    module, own = Plain(), SwitchCallback(POLICY, epoch=1, merge=False)
+    module, own = Plain(), SwitchCallback(POLICY, epoch=1, merge=False, total_steps=None)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     settings = {"max_epochs": 2, "enable_checkpointing": False}
     other.Trainer(default_root_dir=tmp_path, callbacks=[own], **quiet, **settings).fit(module, loader())

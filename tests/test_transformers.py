@@ -73,7 +73,7 @@ def trainer(folder: Path, model: Any, callback: SwitchCallback | None, **setting
 
 
 def callback(**settings: Any) -> SwitchCallback:
-    return SwitchCallback(POLICY, **{"epoch": 1, "merge": False, **settings})
+    return SwitchCallback(POLICY, **{"epoch": 1, "merge": False, "total_steps": None, **settings})
 
 
 def sites(model: nn.Module) -> int:
@@ -119,6 +119,14 @@ def test_a_run_that_is_resumed_from_before_the_switch_ends_with_the_same_bits(tm
     resumed, _ = trained(bert, tmp_path / "again", seed=1, resume=folder, **late)
     assert sites(resumed) > 3
     assert same(whole, resumed)
+
+
+def test_a_switch_in_a_training_too_short_for_it_is_not_made(tmp_path: Path) -> None:
+    model, own = bert(), SwitchCallback(POLICY, epoch=1)
+    trainer(tmp_path, model, own).train()
+    (event,) = own.switch.events
+    assert (event.what, sites(model), own.switch.total_steps) == ("too_late", 0, 3 * PER_EPOCH)
+    assert f"in the {2 * PER_EPOCH} steps left" in event.why
 
 
 def test_the_optimizer_that_the_user_passed_resumes_too(tmp_path: Path) -> None:

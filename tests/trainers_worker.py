@@ -57,7 +57,7 @@ def lightning_run(folder: Path, *, epochs: int = 3, ckpt: Path | None = None, sa
             assert trainer.strategy.model.module is pl_module
 
     torch.manual_seed(0)
-    module, own = Classifier(steps=6), SwitchCallback(POLICY, epoch=1, merge=False)
+    module, own = Classifier(steps=6), SwitchCallback(POLICY, epoch=1, merge=False, total_steps=None)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings: dict[str, Any] = {"accelerator": "cpu", "strategy": "ddp", "devices": 2, "enable_checkpointing": False}
     made = pl.Trainer(default_root_dir=folder, max_epochs=epochs, callbacks=[own, Counting()], **quiet, **settings)

@@ -19,9 +19,11 @@ from tdfx.training.when import When
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 except ImportError:
     try:
         from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning.utilities.exceptions import MisconfigurationException
     except ImportError as error:
         raise ImportError(
             "tdfx.integrations.lightning is a callback for Lightning, which is not installed. Install it: "
@@ -47,7 +49,9 @@ class SwitchCallback(Callback):  # type: ignore[misc]
             parameters; or all of it where there are several, or where the child is a single layer.
         merge: Whether to merge at the end of training, so that what is saved then has the original keys.
         example_inputs: What the module is called with, to time its layers; the first batch if left out.
-        options: What else ``tdfx.Switch`` takes: ``total_steps``, ``rewarm``, ``recompile_seconds``.
+        options: What else ``tdfx.Switch`` takes: ``rewarm``, ``recompile_seconds``, ``total_steps``. The last is the
+            Trainer's own if left out, so that a switch which would take longer than it saves is not made; with None,
+            switches are not weighed.
 
     Raises:
         PolicyError: A setting is out of range.
@@ -102,7 +106,12 @@ class SwitchCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on from a checkpoint, or begin."""
-        self._inside.begin(self._trained(trainer, pl_module), trainer.optimizers, lambda: _steps_per_epoch(trainer))
+        self._inside.begin(
+            self._trained(trainer, pl_module),
+            trainer.optimizers,
+            steps_per_epoch=lambda: _steps_per_epoch(trainer),
+            total_steps=_total_steps(trainer),
+        )
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
@@ -209,3 +218,12 @@ def _steps_per_epoch(trainer: Trainer) -> int:
             "in place of epoch=."
         )
     return math.ceil(batches / int(trainer.accumulate_grad_batches))
+
+
+def _total_steps(trainer: Trainer) -> int | None:
+    """Return how many optimizer steps the training has; None where it ends some other way."""
+    try:
+        total = float(trainer.estimated_stepping_batches)
+    except MisconfigurationException:  # how many batches make a step changes from epoch to epoch
+        return None
+    return int(total) if math.isfinite(total) and total > 0 else None

@@ -52,7 +52,9 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
         epoch: Whole epochs before the switch, at least 1.
         merge: Whether to merge at the end of training.
         example_inputs: What the model is called with, to time its layers; the first batch if left out.
-        options: What else ``tdfx.Switch`` takes: ``total_steps``, ``rewarm``, ``recompile_seconds``.
+        options: What else ``tdfx.Switch`` takes: ``rewarm``, ``recompile_seconds``, ``total_steps``. The last is the
+            Trainer's own if left out, so that a switch which would take longer than it saves is not made; with None,
+            switches are not weighed.
 
     Raises:
         PolicyError: A setting is out of range.
@@ -131,7 +133,12 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
         self._resumed = False
         loader, each = kwargs["train_dataloader"], args.gradient_accumulation_steps
         optimizers = as_optimizers(kwargs["optimizer"])
-        self._inside.begin(Part(kwargs["model"]), optimizers, lambda: _steps_per_epoch(loader, each))
+        self._inside.begin(
+            Part(kwargs["model"]),
+            optimizers,
+            steps_per_epoch=lambda: _steps_per_epoch(loader, each),
+            total_steps=state.max_steps if state.max_steps > 0 else None,
+        )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count an optimizer step, and switch if it is time."""

@@ -38,7 +38,7 @@ class Inside:
         epoch: Epochs before the switch; how many steps that is, the trainer knows.
         merge: Whether to merge the model when training ends.
         example_inputs: As for ``plan``; None to take the first batch that the model is called with.
-        options: What else ``Switch`` is made with.
+        options: What else ``Switch`` is made with; without ``total_steps``, it is the trainer that says how many there are.
         advice: What an error says to do where factors are to be loaded and it is not known how they were split.
 
     Raises:
@@ -68,6 +68,7 @@ class Inside:
         self.advice = advice
         self._make: Callable[[When], Switch] = lambda one: Switch(policy, when=one, **options)
         self._epoch = epoch
+        self._asks_for_total = "total_steps" not in options
         # With any step, if the right one is not known yet: settings that are wrong shall be found now.
         self.switch = self._make(when or AtStep(1))
         self._inputs = example_inputs
@@ -120,10 +121,26 @@ class Inside:
             wanted = [one.parameter or one.name for one in plan.factorized]
             take_form(module, plan, wanted, self.advice, optimizers)
 
-    def begin(self, part: Part, optimizers: Sequence[Optimizer], steps_per_epoch: Callable[[], int]) -> None:
-        """Training begins, or goes on from the state that was loaded, with the optimizers' states loaded too."""
+    def begin(
+        self,
+        part: Part,
+        optimizers: Sequence[Optimizer],
+        *,
+        steps_per_epoch: Callable[[], int],
+        total_steps: int | None,
+    ) -> None:
+        """Training begins, or goes on from the state that was loaded, with the optimizers' states loaded too.
+
+        Args:
+            part: What is trained.
+            optimizers: What trains it.
+            steps_per_epoch: Returns how many optimizer steps an epoch has; called where the switch is at an epoch.
+            total_steps: Optimizer steps of the whole training; None where the trainer does not know.
+        """
         if self._epoch is not None and self.switch.plan is None and not self.switch.done:
             self.switch = self._make(AtEpoch(self._epoch, steps_per_epoch=steps_per_epoch()))
+        if self._asks_for_total:
+            self.switch.total_steps = total_steps
         saved, self._saved = self._saved, None
         if saved is not None:
             self.switch.load_state_dict(saved["switch"], optimizer=optimizers)
