@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import checkout
 import torch
 from torch import nn
 
-TOOLS = Path(__file__).parents[1] / "tools"
 TINY: dict[str, Any] = {
     "name": "tiny",
     "model": {"name": "tiny"},
@@ -25,11 +22,8 @@ TINY: dict[str, Any] = {
 
 def tool(name: str) -> ModuleType:
     """Import one of the tools, and know the tiny network."""
-    if str(TOOLS) not in sys.path:
-        sys.path.insert(0, str(TOOLS))
-    models: Any = importlib.import_module("recipe.models")
-    models.OWN.setdefault("tiny", tiny)
-    return importlib.import_module(name)
+    checkout.tool("recipe.models").OWN.setdefault("tiny", tiny)
+    return checkout.tool(name)
 
 
 def tiny(wish: Any, shape: Any) -> nn.Module:

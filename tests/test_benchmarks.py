@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from checkout import TOOLS, needs, tool
 from click.testing import CliRunner
 from torch import nn
 
@@ -23,28 +23,14 @@ from tdfx.check import StepCheck
 from tdfx.cost.timing import take_turns
 from tdfx.demo import build_model
 
-TOOLS = Path(__file__).parents[1] / "tools"
-
-pytestmark = pytest.mark.skipif(
-    not (TOOLS / "bench_step.py").is_file(), reason="the checkout's tools are not beside these tests"
-)
+pytestmark = [needs("bench_step.py"), pytest.mark.usefixtures("same_clock")]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _tools() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
         patch.setitem(tool("nets").NETS, "tiny", (tiny, 8))
         yield
-
-
-@pytest.fixture(autouse=True)
-def _same_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(take_turns, "__kwdefaults__", dict(take_turns.__kwdefaults__ or {}))
-
-
-def tool(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 def tiny() -> nn.Module:

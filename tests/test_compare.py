@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import doctest
-import importlib
 import importlib.util
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from checkout import TOOLS, needs, tool
 from click.testing import CliRunner
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from tdfx.cost.timing import take_turns
-
-TOOLS = Path(__file__).parents[1] / "tools"
-
-pytestmark = pytest.mark.skipif(
-    not (TOOLS / "compare.py").is_file(), reason="the checkout's tools are not beside these tests"
-)
+pytestmark = [needs("compare.py"), pytest.mark.usefixtures("same_clock")]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _tools() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
         patch.setattr(tool("compare"), "TASKS", (task(),))
         patch.setattr(tool("compare"), "stream_rate", lambda **settings: None)
         yield
-
-
-@pytest.fixture(autouse=True)
-def _same_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(take_turns, "__kwdefaults__", dict(take_turns.__kwdefaults__ or {}))
-
-
-def tool(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 def net() -> nn.Module:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkout import needs, tool
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -21,11 +20,7 @@ from tdfx.passes.rewrite import Rewrite
 from tdfx.passes.select import Select
 from tdfx.passes.trace import Trace
 
-TOOLS = Path(__file__).parents[1] / "tools"
-
-pytestmark = pytest.mark.skipif(
-    not (TOOLS / "live_bytes.py").is_file(), reason="the checkout's tools are not beside these tests"
-)
+pytestmark = needs("live_bytes.py")
 
 FEW = 14
 """Copies of the largest weight in its own dtype, of which each in float64 makes two: the weight, its other unfolding, its
@@ -56,9 +51,8 @@ BUILDS: dict[Build, tuple[int, ...]] = {linears: (2, 64), convolutions: (2, 24, 
 
 
 @pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module("live_bytes").LiveBytes
+def counter() -> Any:
+    return tool("live_bytes").LiveBytes
 
 
 def held(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:

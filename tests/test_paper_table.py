@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from checkout import TOOLS, needs
 from click.testing import CliRunner
-from recipe_runs import TOOLS, config_of, tool
+from recipe_runs import config_of, tool
 
 README = TOOLS.parent / "README.md"
-pytestmark = pytest.mark.skipif(
-    not (TOOLS / "paper_table.py").is_file(), reason="the checkout's tools are not beside these tests"
-)
+pytestmark = needs("paper_table.py")
 
 
 def row(policy: str, seed: int, times: float, accuracies: list[float], **changes: Any) -> Any:

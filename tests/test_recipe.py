@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from checkout import needs
 from click.testing import CliRunner, Result
-from recipe_runs import TOOLS, config_of, run_of, tool
+from recipe_runs import config_of, run_of, tool
 from torch import Tensor
 
 import tdfx
 
-pytestmark = pytest.mark.skipif(
-    not (TOOLS / "train.py").is_file(), reason="the checkout's tools are not beside these tests"
-)
+pytestmark = needs("train.py")
 
 TOML = """
 name = "tiny"

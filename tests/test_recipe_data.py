@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from checkout import needs
 from PIL import Image
-from recipe_runs import TOOLS, config_of, tool
+from recipe_runs import config_of, tool
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(
-    not (TOOLS / "train.py").is_file(), reason="the checkout's tools are not beside these tests"
-)
+pytestmark = needs("train.py")
 
 
 def data_of(rank: int = 0, world: int = 1, **changes: Any) -> Any:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_runs import TOOLS, config_of, run_of, tool
+from checkout import TOOLS, needs
+from recipe_runs import config_of, run_of, tool
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
-pytestmark = pytest.mark.skipif(
-    not (TOOLS / "train.py").is_file(), reason="the checkout's tools are not beside these tests"
-)
+pytestmark = needs("train.py")
 
 
 def training(**settings: Any) -> Any:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import recipe_worker
 import two_processes
-from recipe_runs import TOOLS
+from checkout import needs
 
 
-@pytest.mark.skipif(not (TOOLS / "train.py").is_file(), reason="the checkout's tools are not beside these tests")
+@needs("train.py")
 def test_two_processes_train_switch_stop_and_go_on(tmp_path: Path) -> None:
     outcomes = two_processes.start(Path(recipe_worker.__file__), tmp_path, ["run"])
     assert outcomes["run"] == ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib
 import json
 import re
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from checkout import needs, tool
 from click.testing import CliRunner
 from torch import Tensor, nn
 
@@ -407,14 +407,11 @@ def test_inspect_writes_both(tmp_path: Path) -> None:
     assert "Cannot write" in refused.stderr
 
 
-def test_the_tool_that_makes_the_picture_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs("picture.py")
+def test_the_tool_that_makes_the_picture_of_the_readme_runs(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
-    tools = Path(__file__).parents[1] / "tools"
-    if not (tools / "picture.py").is_file():
-        pytest.skip("the checkout's tools are not beside these tests")
-    monkeypatch.syspath_prepend(str(tools))
-    result = CliRunner().invoke(importlib.import_module("picture").main, [f"{tmp_path}/a.png", "--epochs", "0"])
+    result = CliRunner().invoke(tool("picture").main, [f"{tmp_path}/a.png", "--epochs", "0"])
     assert result.exit_code == 0, result.output
     assert "7 sites" in result.output
     assert (tmp_path / "a.png").stat().st_size > 10_000

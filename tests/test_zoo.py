@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import doctest
-import importlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from checkout import needs, tool
 from click.testing import CliRunner
 from torch import Tensor, nn
 
 import tdfx
 
-TOOLS = Path(__file__).parents[1] / "tools"
-
-pytestmark = pytest.mark.skipif(
-    not (TOOLS / "zoo.py").is_file(), reason="the checkout's tools are not beside these tests"
-)
+pytestmark = needs("zoo.py")
 
 DOZEN = (
     "resnet18",
@@ -84,17 +80,6 @@ def dies():
 def silent():
     return nn.Linear(3, 3)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tools() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        yield
-
-
-def tool(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 @pytest.fixture
