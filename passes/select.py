@@ -149,12 +149,15 @@ class Select(Pass):
         without = [site for site, one in zip(sites, found, strict=True) if not one.signal]
         shut = {site.name for site, one in zip(sites, found, strict=True) if not one.options}
         kept = {one.name: kept_plan(one, Reason.NO_SIGNAL, NO_SIGNAL) for one in without if one.name in shut}
+        # Nobody knows how long they take.
+        missed = [site for site in sites if budget.is_of_time and site.flows == ()]
+        kept |= {one.name: kept_plan(one, Reason.NOT_CALLED, _MISSED) for one in missed}
         candidates = [
             Candidates(site, own, one.options)
             for (site, own), one in zip(cases, found, strict=True)
             if site.name not in kept
         ]
-        decided = [*others, *((site, kept[site.name]) for site in without if site.name in kept)]
+        decided = [*others, *((site, kept[site.name]) for site in sites if site.name in kept)]
         solver = BudgetSolver(self.policy, self.times, Whole(tuple(decided), rest, step_seconds), candidates)
         solved = {one.site.name: plan for one, plan in zip(candidates, solver.solve(), strict=True)}
         noisy = [one.name for one in without if one.name in solved and solved[one.name].factorized]
@@ -288,6 +291,9 @@ _DOUBT = 2.0
 """A site whose gain at the lowest ranks is less than this many times what is asked for may be too small to be rewritten."""
 _OPEN = (None, Reason.FACTORIZED)
 """What a site may say of itself for a policy to decide on it: nothing, or that its ranks could be lowered."""
+
+
+_MISSED = "the example inputs do not reach it, so it is not known how long it takes"
 
 
 Case = tuple[Site, Scheme]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import repeat
 
 from torch import Tensor, nn
 
@@ -24,8 +25,9 @@ from tdfx.plan import Reason
 class Shapes(Pass):
     """Run the model in eval mode, without gradients, and note the shape of what enters each site.
 
-    A parameter that was passed to a function, in code that no graph shows, becomes a site if a second run, in train mode,
-    shows no other use of it.
+    A second run, in train mode, is made where it is needed: for sites that the first did not reach, as auxiliary heads; and
+    for a parameter that was passed to a function, in code that no graph shows, which becomes a site if that run shows no
+    other use of it.
     """
 
     name = "shapes"
@@ -34,9 +36,11 @@ class Shapes(Pass):
         self.inputs = inputs
         self.together = together
         self.ready = ready
+        self._in_training: Observed | Exception | None = None
 
     def run(self, program: Program) -> PassResult:
         """Attach the flows to the sites."""
+        self._in_training = None
         try:
             seen = observe(program.module, self.inputs, training=False, shards=program.shards, ready=self.ready)
         except TdfxError:  # another process has failed
@@ -49,7 +53,7 @@ class Shapes(Pass):
             ) from error
         uses = uses_of(program)
         sites = self._with_functional(program, seen, uses)
-        sites = [_with_flows(site, seen, id(site.layer) in uses.traced and bool(site.nodes)) for site in sites]
+        sites = self._with_flows(program, sites, seen, uses)
         changes = tuple(Change(site.name, "shape known") for site in sites if site.flows)
         return PassResult(replace(program, sites=tuple(sites)), changes)
 
@@ -65,21 +69,43 @@ class Shapes(Pass):
         ]
         if not slots:
             return list(program.sites)
-        try:
-            # In shards all run the same; whole models may take other ways, each on inputs of its own.
-            with self.together() if program.shards else nullcontext():
-                run = observe(program.module, self.inputs, training=True, shards=program.shards, ready=self.ready)
-            reads = seen.reads | run.reads
-        except Exception as error:  # in train mode a model may want targets too, or larger batches
-            reads, unknown = (
-                seen.reads,
-                f"in train mode the model does not run on the example inputs: {type(error).__name__}",
-            )
+        run = self._in_train_mode(program)
+        if isinstance(run, Observed):
+            reads, unknown = seen.reads | run.reads, ""
         else:
-            unknown = ""
+            reads = seen.reads
+            unknown = f"in train mode the model does not run on the example inputs: {type(run).__name__}"
         made = {site.name: site for slot in slots for site in _site(program.module, slot, seen, uses, reads, unknown)}
         sites = [made.pop(site.name, site) for site in program.sites]
         return _in_order(program.module, [*sites, *made.values()])
+
+    def _with_flows(self, program: Program, sites: Sequence[Site], seen: Observed, uses: Uses) -> list[Site]:
+        """Attach to each site what flows into it in eval mode; where that is nothing, what does so in train mode."""
+        in_graph = [id(site.layer) in uses.traced and bool(site.nodes) for site in sites]
+        found = list(map(_with_flows, sites, repeat(seen), in_graph))
+        missed = [
+            index
+            for index, (site, one) in enumerate(zip(sites, found, strict=True))
+            if site.reason is None and site.operation is not None and one.flows == ()
+        ]
+        run = self._in_train_mode(program) if missed else None
+        if isinstance(run, Observed):
+            for index in missed:
+                found[index] = _with_flows(sites[index], run, in_graph[index])
+        return found
+
+    def _in_train_mode(self, program: Program) -> Observed | Exception:
+        """Return what a run in train mode did, or why there is none: a model may want targets then, or larger batches."""
+        if self._in_training is None:
+            try:
+                # In shards all run the same; whole models may take other ways, each on inputs of its own.
+                with self.together() if program.shards else nullcontext():
+                    self._in_training = observe(
+                        program.module, self.inputs, training=True, shards=program.shards, ready=self.ready
+                    )
+            except Exception as error:  # whatever the model raises
+                self._in_training = error
+        return self._in_training
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """No site is lost, none is listed twice, and those that were found stay in their order."""

@@ -87,7 +87,7 @@ def check_step(
         MergeError: ``model`` did not come from ``rewrite``, and ``dense`` is left out.
         InputError: The model does not run on the inputs in train mode.
     """
-    # A site that only train mode reaches, as an auxiliary head, has no times, and is predicted to save none.
+    # A site that the example inputs do not reach has no times, and is predicted to save none.
     if plan.factorized and all(one.seconds_after is None for one in plan.factorized):
         raise PlanError(
             "This plan has no measured times, so it predicts nothing that could be checked. Make it with example_inputs=... "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -302,6 +303,48 @@ def test_another_structure_of_the_root_gives_a_graph_for_each_mode() -> None:
     assert list(made.state_dict()) == list(graph_of(TwoHeads().double()).state_dict())
     low = graph_of(dense, LOW)
     assert distance(seeded(low.eval()), seeded(dense.eval())) > 1e-2
+
+
+@pytest.mark.parametrize("emit", ["graph", "modules"])
+def test_what_only_train_mode_reaches_is_counted_as_it_is_there(emit: Any) -> None:
+    plan = tdfx.plan(TwoHeads(), LOW, example_inputs=(torch.randn(5, 8),), emit=emit)
+    for name, width in (("body", 8), ("auxiliary", 3), ("head", 3)):
+        assert plan[name].flops_before == 2 * 5 * 8 * width, name
+        assert plan[name].factorized, name
+
+
+class WantsTargets(nn.Module):
+    """Runs on inputs alone in eval mode only; its other head is by far the largest layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.auxiliary = nn.Linear(64, 4096)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        x = self.body(x)
+        if not self.training:
+            out: Tensor = self.head(x)
+            return out
+        if targets is None:
+            raise ValueError("no targets")
+        return (self.head(x) - targets).square().mean() + self.auxiliary(x).square().mean()
+
+
+@pytest.mark.parametrize("emit", ["graph", "modules"])
+def test_a_budget_of_time_leaves_alone_what_nobody_knows_the_time_of(emit: Any) -> None:
+    cost = tdfx.Modelled(seconds_per_call=0, bytes_per_second=math.inf)
+    budget = tdfx.Budget(speedup=1.5, strict=False)
+    policy = tdfx.Policy(rank=budget, cost=cost, min_gain=0, round_to=1)
+    plan = tdfx.plan(WantsTargets(), policy, example_inputs=(torch.randn(512, 64),), emit=emit)
+    assert plan["auxiliary"].reason is tdfx.Reason.NOT_CALLED
+    assert "do not reach it" in plan["auxiliary"].note
+    assert [one.name for one in plan.factorized] == ["body", "head"]
+    # All that is left is arithmetic, of which the sites that are reached have to save a third.
+    before, after = plan.flops_before, plan.flops_after
+    assert before is not None
+    assert after is not None
+    assert 1.5 <= before / after < 1.7
 
 
 def test_gradients_of_both_graphs_reach_the_same_parameters() -> None:
