@@ -328,7 +328,8 @@ class WantsTargets(nn.Module):
             return out
         if targets is None:
             raise ValueError("no targets")
-        return (self.head(x) - targets).square().mean() + self.auxiliary(x).square().mean()
+        loss: Tensor = (self.head(x) - targets).square().mean() + self.auxiliary(x).square().mean()
+        return loss
 
 
 @pytest.mark.parametrize("emit", ["graph", "modules"])
