@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
+from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import InputError, PolicyError, TdfxError
 from tdfx.passes.base import Lead, Pass, PassResult, Program
 from tdfx.passes.observe import Inputs
 from tdfx.passes.step import Step, time_steps
+
+_PART = 0.5
+"""Part of what measuring may take that the step as a whole may."""
 
 
 class Clock(Pass):
@@ -48,7 +53,8 @@ class Clock(Pass):
         try:
             step = Step(program.module, self.inputs, self.cost.autocast)
             trained = sum(parameter.numel() for parameter in step.wanted)
-            return time_steps([step])[0].seconds + self.cost.update_seconds(trained, step.device)
+            (timing,) = time_steps([step], most_seconds=self._most_seconds)
+            return timing.seconds + self.cost.update_seconds(trained, step.device)
         except TdfxError:
             raise
         except Exception as error:  # whatever a backward raises, all processes have to hear of it
@@ -57,6 +63,11 @@ class Clock(Pass):
                 f"{type(error).__name__}: {error}. Pass inputs that it trains on, or a policy whose budget and cost need no "
                 f"times: flops=, parameters=, cost=tdfx.Modelled()."
             ) from error
+
+    @property
+    def _most_seconds(self) -> float:
+        """About how long it may take, so that the sites are timed too; once, it is timed in any case."""
+        return _PART * self.cost.budget if isinstance(self.cost, Measured) else math.inf
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """The time is known, unless it need not be, and nothing else has changed."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import highspy
 import pytest
+import torch
 from budgeted import ByFlops, X, net, planned
+from torch import Tensor, nn
 
 import tdfx
 import tdfx.report
@@ -266,3 +269,30 @@ def test_where_no_site_was_timed_they_are_taken_to_be_the_whole_step(
     assert by_estimates.factorized
     found = planned(cost=Speechless(1.0), speedup=1.5)
     assert [one.ranks for one in found] == [one.ranks for one in by_estimates]
+
+
+class Sleepy(nn.Sequential):
+    """Takes its time, and counts how often it is asked to train."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            Sleepy.calls += 1
+            time.sleep(0.05)
+        out: Tensor = self[0](x)
+        return out
+
+
+def test_a_long_step_is_timed_less_often_so_that_there_is_time_for_its_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for seconds in (0.2, 15.0):
+        monkeypatch.setattr(Sleepy, "calls", 0)
+        cost = tdfx.Measured(budget=seconds, cache=False)
+        policy = Policy(rank=Budget(speedup=1.5, strict=False), cost=cost)
+        step = tdfx.plan(Sleepy(nn.Linear(64, 64)), policy, example_inputs=(torch.ones(8, 64),)).step_seconds
+        assert step is not None
+        assert step > 0.05
+        counts.append(Sleepy.calls)
+    # One sample in place of three.
+    assert counts[1] - counts[0] >= 2
