@@ -214,9 +214,10 @@ class BudgetSolver:
     def _note_untimed(self, chosen: Sequence[Option | None]) -> None:
         untimed = self._untimed(chosen)
         if untimed:
+            count = f"{len(untimed)} sites were" if len(untimed) > 1 else "1 site was"
             self.notes.append(
-                f"{len(untimed)} sites were not timed as they will be, for want of time or since they cannot run alone: "
-                f"their times are estimates, marked by ~. What was timed is kept, so the next plan knows more; or give more "
+                f"{count} not timed as planned, for want of time or for being unable to run alone: what is marked by ~ is an "
+                f"estimate. What was timed is kept, so the next plan knows more; or give more "
                 f"seconds with cost=tdfx.Measured(budget=...)"
             )
 
