@@ -216,9 +216,9 @@ class BudgetSolver:
         if untimed:
             count = f"{len(untimed)} sites were" if len(untimed) > 1 else "1 site was"
             self.notes.append(
-                f"{count} not timed as planned, for want of time or for being unable to run alone: what is marked by ~ is an "
-                f"estimate. What was timed is kept, so the next plan knows more; or give more "
-                f"seconds with cost=tdfx.Measured(budget=...)"
+                f"{count} not timed as planned, for want of time or for being unable to run alone: what is marked by ~ is "
+                f"an estimate. What was timed is kept, so the next plan knows more; or give more seconds with "
+                f"cost=tdfx.Measured(budget=...)"
             )
 
     def _place(self, one: Candidates, curve: Curve, names: Sequence[str]) -> list[tuple[Option | None, Weighed]]:
