@@ -146,7 +146,7 @@ class Site:
     slot: Slot | None = None
     """The parameter that a rewrite replaces, where functions take it as their weight and the layer stays."""
     flows: tuple[Flow, ...] | None = None
-    """What flows into each call; None without example inputs."""
+    """What flows into each call; None without example inputs, and nothing where they do not reach it in either mode."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -207,7 +207,11 @@ class BudgetSolver:
 
     def _untimed(self, chosen: Sequence[Option | None]) -> list[tuple[Site, Option]]:
         """Return what was chosen and could be measured, but is not."""
-        pairs = [(one.site, option) for one, option in zip(self.candidates, chosen, strict=True) if option is not None]
+        pairs = [
+            (one.site, option)
+            for one, option in zip(self.candidates, chosen, strict=True)
+            if option is not None and one.site.flows != ()
+        ]
         cost = self.policy.cost
         return [pair for pair in pairs if self._measures and self.times.measured(cost, pair[0], pair[1].chain) is None]
 
@@ -280,7 +284,7 @@ class BudgetSolver:
             return replace(kept_plan(one.site, Reason.NO_GAIN, note), gain=gain or None)
         after = curve.seconds(option)
         decided = factorized_plan(kept_plan(one.site, Reason.NO_GAIN), one.site, option, "", before / after)
-        if not self.limits.scales.measured:
+        if not self.limits.scales.measured or one.site.flows == ():
             return decided
         estimated = any(
             self.times.measured(self.policy.cost, one.site, chain) is None

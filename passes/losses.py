@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -29,11 +30,21 @@ def output_losses(program: Program, inputs: Inputs) -> dict[str, Loss]:
 
     Args:
         program: With the sites.
-        inputs: What the model takes, a batch or more; it is run in eval mode on a throwaway copy.
+        inputs: What the model takes, a batch or more; it is run in eval mode on a throwaway copy, and in train mode too
+            where sites are reached in no other.
     """
-    seen = observe(program.module, inputs, training=False, shards=program.shards, keep=_MOST_VALUES)
-    entered = {site.name: _inputs_of(site, seen.kept) for site in program.sites if site.reason is None}
+    entered = _entering(program, inputs, training=False)
+    if any(site.flows and site.reason is None and not entered.get(site.name) for site in program.sites):
+        # Where it does not run, on this process' inputs, the errors of weights stand for those of outputs.
+        with contextlib.suppress(Exception):
+            reached = {name: one for name, one in entered.items() if one}
+            entered = _entering(program, inputs, training=True) | reached
     return {site.name: _output_loss(site, entered[site.name]) for site in program.sites if entered.get(site.name)}
+
+
+def _entering(program: Program, inputs: Inputs, *, training: bool) -> dict[str, list[tuple[Operation, Tensor]]]:
+    seen = observe(program.module, inputs, training=training, shards=program.shards, keep=_MOST_VALUES)
+    return {site.name: _inputs_of(site, seen.kept) for site in program.sites if site.reason is None}
 
 
 def _inputs_of(site: Site, kept: Mapping[object, list[Tensor]]) -> list[tuple[Operation, Tensor]]:

@@ -149,7 +149,6 @@ class Select(Pass):
         without = [site for site, one in zip(sites, found, strict=True) if not one.signal]
         shut = {site.name for site, one in zip(sites, found, strict=True) if not one.options}
         kept = {one.name: kept_plan(one, Reason.NO_SIGNAL, NO_SIGNAL) for one in without if one.name in shut}
-        # Nobody knows how long they take.
         missed = [site for site in sites if budget.is_of_time and site.flows == ()]
         kept |= {one.name: kept_plan(one, Reason.NOT_CALLED, _MISSED) for one in missed}
         candidates = [
@@ -157,11 +156,17 @@ class Select(Pass):
             for (site, own), one in zip(cases, found, strict=True)
             if site.name not in kept
         ]
+        if missed and not candidates and budget.strict:
+            raise PolicyError(
+                f"{budget!r} cannot be kept: the example inputs reach none of the {len(missed)} sites that it could decide, "
+                f"in train mode neither, so it is not known how long they take. Pass inputs that the model trains on, or "
+                f"give a budget of parameters."
+            )
         decided = [*others, *((site, kept[site.name]) for site in sites if site.name in kept)]
         solver = BudgetSolver(self.policy, self.times, Whole(tuple(decided), rest, step_seconds), candidates)
         solved = {one.site.name: plan for one, plan in zip(candidates, solver.solve(), strict=True)}
         noisy = [one.name for one in without if one.name in solved and solved[one.name].factorized]
-        notes = (*solver.notes, *([_noisy(noisy, budget)] if noisy else []))
+        notes = (*solver.notes, *([_noisy(noisy, budget)] if noisy else []), *([_unknown(missed)] if missed else []))
         return [self._with_seconds(site, (kept | solved)[site.name]) for site in sites], notes
 
     def _decide_each(self, sites: Sequence[Site]) -> tuple[tuple[SitePlan, ...], tuple[str, ...]]:
@@ -289,11 +294,9 @@ class Select(Pass):
 
 _DOUBT = 2.0
 """A site whose gain at the lowest ranks is less than this many times what is asked for may be too small to be rewritten."""
+_MISSED = "the example inputs do not reach it, so it is not known how long it takes"
 _OPEN = (None, Reason.FACTORIZED)
 """What a site may say of itself for a policy to decide on it: nothing, or that its ranks could be lowered."""
-
-
-_MISSED = "the example inputs do not reach it, so it is not known how long it takes"
 
 
 Case = tuple[Site, Scheme]
@@ -311,15 +314,26 @@ def _other_parameters(program: Program) -> int:
     return counted - sum(kept_plan(site, Reason.EXCLUDED).parameters_before for site in program.sites)
 
 
+def _unknown(missed: Sequence[Site]) -> str:
+    """Say that a budget of time leaves sites alone of which it is not known what flows through them."""
+    return (
+        f"the example inputs do not reach {_few([site.name for site in missed])}, in train mode neither: left as they are, "
+        f"since it is not known how long they take. Pass inputs that the model trains on, if they matter"
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
+
+
 def _noisy(names: Sequence[str], budget: Budget) -> str:
     """Say that weights are cut which have learned nothing yet that could be told from noise."""
-    few = ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
     least = (
         f"no rank there is below {budget.noise_floor:g} of the full one" if budget.noise_floor else "they have no floor"
     )
     return (
-        f"{len(names)} of the weights that are cut show nothing above the noise yet ({few}); {least}. Train longer before "
-        f"the switch, or keep them with noise_floor=1, if the loss suffers"
+        f"{len(names)} of the weights that are cut show nothing above the noise yet ({_few(names)}); {least}. Train longer "
+        f"before the switch, or keep them with noise_floor=1, if the loss suffers"
     )
 
 

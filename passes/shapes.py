@@ -15,7 +15,7 @@ from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers import Factorized
-from tdfx.passes.base import Change, Pass, PassResult, Program, Ready, Site, Slot, Together, unasked
+from tdfx.passes.base import Agree, Change, Pass, PassResult, Program, Ready, Site, Slot, Together, itself, unasked
 from tdfx.passes.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.obstacles import layers_inside_leaves, obstacle
 from tdfx.passes.uses import Uses, uses_of
@@ -32,11 +32,14 @@ class Shapes(Pass):
 
     name = "shapes"
 
-    def __init__(self, inputs: Inputs, together: Together = nullcontext, ready: Ready = unasked) -> None:
+    def __init__(
+        self, inputs: Inputs, together: Together = nullcontext, ready: Ready = unasked, agree: Agree = itself
+    ) -> None:
         self.inputs = inputs
         self.together = together
         self.ready = ready
-        self._in_training: Observed | Exception | None = None
+        self.agree = agree
+        self._in_training: Observed | str | None = None
 
     def run(self, program: Program) -> PassResult:
         """Attach the flows to the sites."""
@@ -53,7 +56,7 @@ class Shapes(Pass):
             ) from error
         uses = uses_of(program)
         sites = self._with_functional(program, seen, uses)
-        sites = self._with_flows(program, sites, seen, uses)
+        sites = self._agreed(self._with_flows(program, sites, seen, uses))
         changes = tuple(Change(site.name, "shape known") for site in sites if site.flows)
         return PassResult(replace(program, sites=tuple(sites)), changes)
 
@@ -74,7 +77,7 @@ class Shapes(Pass):
             reads, unknown = seen.reads | run.reads, ""
         else:
             reads = seen.reads
-            unknown = f"in train mode the model does not run on the example inputs: {type(run).__name__}"
+            unknown = f"in train mode the model does not run on the example inputs: {run}"
         made = {site.name: site for slot in slots for site in _site(program.module, slot, seen, uses, reads, unknown)}
         sites = [made.pop(site.name, site) for site in program.sites]
         return _in_order(program.module, [*sites, *made.values()])
@@ -86,7 +89,7 @@ class Shapes(Pass):
         missed = [
             index
             for index, (site, one) in enumerate(zip(sites, found, strict=True))
-            if site.reason is None and site.operation is not None and one.flows == ()
+            if site.reason in _OPEN and one.reason in {*_OPEN, Reason.NOT_CALLED} and one.flows == ()
         ]
         run = self._in_train_mode(program) if missed else None
         if isinstance(run, Observed):
@@ -94,8 +97,19 @@ class Shapes(Pass):
                 found[index] = _with_flows(sites[index], run, in_graph[index])
         return found
 
-    def _in_train_mode(self, program: Program) -> Observed | Exception:
-        """Return what a run in train mode did, or why there is none: a model may want targets then, or larger batches."""
+    def _agreed(self, sites: Sequence[Site]) -> list[Site]:
+        """Return what all processes decide by: it must be the same, whatever batch each of them has."""
+        mine = [(site.flows, site.calls, site.reason, site.note) for site in sites]
+        return [
+            replace(site, flows=flows, calls=calls, reason=reason, note=note)
+            for site, (flows, calls, reason, note) in zip(sites, self.agree(mine), strict=True)
+        ]
+
+    def _in_train_mode(self, program: Program) -> Observed | str:
+        """Return what a run in train mode did, or the error of one that failed.
+
+        A model may want targets then, or larger batches.
+        """
         if self._in_training is None:
             try:
                 # In shards all run the same; whole models may take other ways, each on inputs of its own.
@@ -104,7 +118,8 @@ class Shapes(Pass):
                         program.module, self.inputs, training=True, shards=program.shards, ready=self.ready
                     )
             except Exception as error:  # whatever the model raises
-                self._in_training = error
+                # Not the error itself, which holds on to all that the run had made.
+                self._in_training = type(error).__name__
         return self._in_training
 
     def ensures(self, before: Program, result: PassResult) -> None:
@@ -113,6 +128,10 @@ class Shapes(Pass):
         now = [site.name for site in result.program.sites]
         self.check([name for name in now if name in set(found)] == found, "the sites that were found are still there")
         self.check(len(now) == len(set(now)), "every site is listed once")
+
+
+_OPEN = (None, Reason.FACTORIZED)
+"""What is known of a site that may be rewritten, or whose ranks may be lowered."""
 
 
 def _site(

@@ -237,11 +237,7 @@ def _planned(
     program = _sites(wrapped, emit)
     spent = 0.0
     if inputs is not None:
-        program = Shapes(inputs, wrapped.together, wrapped.ready)(program).program
-        # What the processes decide by must be the same, whatever batch each of them has.
-        flows = wrapped.agree([site.flows for site in program.sites])
-        sites = tuple(replace(site, flows=one) for site, one in zip(program.sites, flows, strict=True))
-        program = replace(program, sites=sites)
+        program = Shapes(inputs, wrapped.together, wrapped.ready, wrapped.agree)(program).program
         if isinstance(wish.rank, Budget) and wish.rank.is_of_time and isinstance(wish.cost, MeasuringCost):
             began = time.perf_counter()
             program = Clock(inputs, wish.cost, wrapped.lead, strict=wish.rank.strict)(program).program

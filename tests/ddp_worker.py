@@ -315,6 +315,42 @@ def check_plan_is_one_for_all() -> None:
     assert all(small.module.get_submodule(one.name).origin.ranks == one.ranks for one in made.factorized)
 
 
+class TwoHeads(nn.Module):
+    """No graph shows it; in train mode it has a head more, and needs two samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.auxiliary = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.norm(self.body(x if float(x.sum()) < 1e9 else x + 1))
+        return (x, self.auxiliary(x)) if self.training else x
+
+
+def check_a_run_in_train_mode_that_fails_on_one_process_parts_no_plans() -> None:
+    x = torch.ones(8 if dist.get_rank() == 0 else 1, 64)
+    plans: list[Any] = [None, None]
+    dist.all_gather_object(plans, tdfx.plan(DDP(TwoHeads()), HALF, example_inputs=(x,)).to_json())
+    assert plans[0] == plans[1]
+    assert [one.name for one in tdfx.Plan.from_json(plans[1]).factorized] == ["body", "auxiliary"]
+
+
+def check_a_switch_pays_for_both_or_for_none() -> None:
+    """What it saves on batches of their own would be 40 s for the one and 43 s for the other, and it takes 42."""
+    now = [0.0]
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, cost=tdfx.Modelled())
+    switch = tdfx.Switch(policy, when=tdfx.AtStep(3), total_steps=103, recompile_seconds=42, clock=lambda: now[0])
+    model = DDP(nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)))
+    x = torch.ones(1024 if dist.get_rank() == 0 else 4, 1024)
+    for _ in range(3):
+        now[0] += 1
+        model = switch.step(model, example_inputs=(x,))
+    said: list[Any] = [None, None]
+    dist.all_gather_object(said, str(switch))
+    assert said[0] == said[1]
+    assert "in the 100 steps left and takes 42 s" in said[0]
+
+
 def check_a_failure_on_one_process_is_raised_on_both_and_changes_nothing() -> None:
     model = DDP(net())
     optimizer = sgd(model.parameters())

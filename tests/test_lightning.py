@@ -257,6 +257,45 @@ def test_the_trainer_says_how_long_the_training_is(settings: dict[str, Any], tot
     assert callback.switch.total_steps == total
 
 
+def test_steps_are_left_from_where_the_trainer_is(tmp_path: Path) -> None:
+    """Whether the callback has seen another training before, or has not seen how this one began."""
+    callback, module = SwitchCallback(POLICY, when=tdfx.AtStep(3 * PER_EPOCH + 2)), Classifier()
+    trainer(tmp_path, [callback]).fit(module, loader())
+    trainer(tmp_path, [callback]).fit(module, loader())
+    (event,) = callback.switch.events
+    assert f"in the {3 * PER_EPOCH - 2} steps left" in event.why
+    late = SwitchCallback(POLICY, when=tdfx.AtStep(2))
+    without = trainer(tmp_path, [])
+    without.fit(module, loader())
+    without.save_checkpoint(tmp_path / "a.ckpt")
+    trainer(tmp_path, [late], epochs=4).fit(module, loader(), ckpt_path=tmp_path / "a.ckpt")
+    (event,) = late.switch.events
+    assert f"in the {PER_EPOCH - 2} steps left" in event.why
+
+
+class ByHand(Classifier):
+    """Steps when it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, index)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+
+def test_of_steps_by_hand_nobody_knows_how_many_are_left(tmp_path: Path) -> None:
+    module, callback = ByHand(), SwitchCallback(POLICY, epoch=1, merge=False)
+    trainer(tmp_path, [callback]).fit(module, loader())
+    assert callback.switch.total_steps is None
+    assert sites(module) == 3
+
+
 def test_a_switch_in_a_training_too_short_for_it_is_not_made_unless_told_otherwise(tmp_path: Path) -> None:
     module = Classifier()
     callback = SwitchCallback(POLICY, epoch=1)

@@ -15,7 +15,12 @@ from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
 import tdfx
+from tdfx.passes.base import Program
+from tdfx.passes.find import Find
+from tdfx.passes.losses import output_losses
 from tdfx.passes.modes import Mode, by_mode, unify
+from tdfx.passes.shapes import Shapes
+from tdfx.passes.trace import Trace
 
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
 LOW = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)
@@ -313,6 +318,57 @@ def test_what_only_train_mode_reaches_is_counted_as_it_is_there(emit: Any) -> No
         assert plan[name].factorized, name
 
 
+def test_what_is_factorized_already_is_counted_so_too() -> None:
+    x = (torch.randn(5, 8),)
+    small = tdfx.rewrite(TwoHeads(), LOW, example_inputs=x)
+    again = tdfx.plan(small, LOW, example_inputs=x)
+    for one in tdfx.plan(TwoHeads(), LOW, example_inputs=x):
+        assert again[one.name].flops_before == one.flops_after, one.name
+
+
+def test_outputs_of_what_only_train_mode_reaches_are_those_of_train_mode() -> None:
+    torch.manual_seed(0)
+    dense = TwoHeads()
+    with torch.no_grad():
+        # What flows into the auxiliary head uses half of its inputs.
+        dense.body.weight[:4] = 0
+        dense.body.bias[:4] = 0
+    budget = tdfx.Budget(flops=0.95, error="outputs")
+    policy = tdfx.Policy(rank=budget, min_gain=0, round_to=1, cost=tdfx.Modelled(), include=("auxiliary",))
+    x = torch.randn(64, 8)
+    program = Shapes((x,))(Find()(Trace()(Program(module=dense)).program).program).program
+    loss = output_losses(program, (x,))["auxiliary"]
+    unseen, seen = torch.zeros(2, 3, 8)
+    unseen[:, :4] = 1
+    seen[:, 4:] = 1
+    assert loss(unseen) == 0
+    assert loss(seen) > 0
+    assert tdfx.plan(dense, policy, example_inputs=(x,))["auxiliary"].factorized
+
+
+class ReadsInEval(nn.Module):
+    """Calls a layer in train mode, and takes its weight by itself in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x if float(x.sum()) < 1e9 else x + 1)  # no graph shows this
+        out: Tensor = self.second(x) if self.training else x @ self.second.weight.T + self.second.bias
+        return out
+
+
+def test_a_weight_that_is_read_in_eval_mode_is_kept_though_train_mode_calls_it() -> None:
+    dense = ReadsInEval().double()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    plan = tdfx.plan(dense, FULL, example_inputs=(x,))
+    assert plan["second"].reason is tdfx.Reason.READ_ELSEWHERE
+    made = tdfx.rewrite(dense, plan)
+    for mode in (True, False):
+        assert agree(made.train(mode)(x), dense.train(mode)(x))
+
+
 class WantsTargets(nn.Module):
     """Runs on inputs alone in eval mode only; its other head is by far the largest layer."""
 
@@ -346,6 +402,18 @@ def test_a_budget_of_time_leaves_alone_what_nobody_knows_the_time_of(emit: Any) 
     assert before is not None
     assert after is not None
     assert 1.5 <= before / after < 1.7
+    assert any("do not reach 'auxiliary', in train mode neither" in one for one in plan.notes)
+    strict = tdfx.Policy(rank=tdfx.Budget(speedup=1.5), cost=cost, min_gain=0, include=("auxiliary",))
+    with pytest.raises(tdfx.PolicyError, match="reach none of the 1 sites that it could decide, in train mode neither"):
+        tdfx.plan(WantsTargets(), strict, example_inputs=(torch.randn(512, 64),), emit=emit)
+
+
+def test_what_no_run_reaches_has_no_times_in_other_budgets_either() -> None:
+    policy = tdfx.Policy(parameters=0.5, cost=tdfx.Measured(cache=False))
+    plan = tdfx.plan(WantsTargets(), policy, example_inputs=(torch.randn(512, 64),))
+    assert plan["auxiliary"].factorized
+    assert (plan["auxiliary"].seconds_before, plan["auxiliary"].estimated) == (None, False)
+    assert not any("not timed" in one for one in plan.notes)
 
 
 def test_gradients_of_both_graphs_reach_the_same_parameters() -> None:

@@ -129,6 +129,14 @@ def test_a_switch_in_a_training_too_short_for_it_is_not_made(tmp_path: Path) -> 
     assert f"in the {2 * PER_EPOCH} steps left" in event.why
 
 
+def test_steps_are_left_from_where_the_trainer_is(tmp_path: Path) -> None:
+    model, own = bert(), SwitchCallback(POLICY, when=tdfx.AtStep(3 * PER_EPOCH + 2))
+    for _ in range(2):
+        trainer(tmp_path, model, own).train()
+    (event,) = own.switch.events
+    assert f"in the {3 * PER_EPOCH - 2} steps left" in event.why
+
+
 def test_the_optimizer_that_the_user_passed_resumes_too(tmp_path: Path) -> None:
     def with_own(folder: Path, resume: Path | None) -> Any:
         torch.manual_seed(0)

@@ -110,7 +110,7 @@ class SwitchCallback(Callback):  # type: ignore[misc]
             self._trained(trainer, pl_module),
             trainer.optimizers,
             steps_per_epoch=lambda: _steps_per_epoch(trainer),
-            total_steps=_total_steps(trainer),
+            steps_left=_steps_left(trainer, pl_module),
         )
         self._seen = trainer.global_step
 
@@ -220,10 +220,12 @@ def _steps_per_epoch(trainer: Trainer) -> int:
     return math.ceil(batches / int(trainer.accumulate_grad_batches))
 
 
-def _total_steps(trainer: Trainer) -> int | None:
-    """Return how many optimizer steps the training has; None where it ends some other way."""
+def _steps_left(trainer: Trainer, pl_module: LightningModule) -> int | None:
+    """Return how many optimizer steps the training still has; None where it ends some other way, or counts otherwise."""
+    if not pl_module.automatic_optimization:
+        return None
     try:
         total = float(trainer.estimated_stepping_batches)
     except MisconfigurationException:  # how many batches make a step changes from epoch to epoch
         return None
-    return int(total) if math.isfinite(total) and total > 0 else None
+    return int(total) - int(trainer.global_step) if math.isfinite(total) and total > 0 else None

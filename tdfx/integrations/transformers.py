@@ -137,7 +137,7 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
             Part(kwargs["model"]),
             optimizers,
             steps_per_epoch=lambda: _steps_per_epoch(loader, each),
-            total_steps=state.max_steps if state.max_steps > 0 else None,
+            steps_left=state.max_steps - state.global_step if state.max_steps > 0 else None,
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -127,7 +127,7 @@ class Inside:
         optimizers: Sequence[Optimizer],
         *,
         steps_per_epoch: Callable[[], int],
-        total_steps: int | None,
+        steps_left: int | None,
     ) -> None:
         """Training begins, or goes on from the state that was loaded, with the optimizers' states loaded too.
 
@@ -135,17 +135,18 @@ class Inside:
             part: What is trained.
             optimizers: What trains it.
             steps_per_epoch: Returns how many optimizer steps an epoch has; called where the switch is at an epoch.
-            total_steps: Optimizer steps of the whole training; None where the trainer does not know.
+            steps_left: Optimizer steps until the training ends; None where the trainer does not know.
         """
         if self._epoch is not None and self.switch.plan is None and not self.switch.done:
             self.switch = self._make(AtEpoch(self._epoch, steps_per_epoch=steps_per_epoch()))
-        if self._asks_for_total:
-            self.switch.total_steps = total_steps
         saved, self._saved = self._saved, None
         if saved is not None:
             self.switch.load_state_dict(saved["switch"], optimizer=optimizers)
             self.merged = bool(saved["merged"])
             put_in_order(optimizers, saved["names"], part.model)
+        if self._asks_for_total:
+            # The switch may have counted other trainings, and the trainer steps of which the switch knows nothing.
+            self.switch.total_steps = None if steps_left is None else self.switch.steps + max(1, steps_left)
         self._trained = part.model, optimizers
         self._capture = _Capture(part.outer)
 

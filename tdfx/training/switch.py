@@ -125,6 +125,11 @@ class Switch:
         return dict(self._spent)
 
     @property
+    def steps(self) -> int:
+        """Steps counted so far."""
+        return self._step
+
+    @property
     def done(self) -> bool:
         """True once nothing will be switched any more."""
         return self._done
@@ -270,8 +275,7 @@ class Switch:
         step_seconds = statistics.median(self._times) if self._times else -1.0
         left = 0
         if self.total_steps is not None:
-            left = max(0, self.total_steps - self._step)
-            (step_seconds,) = wrapped.agree([step_seconds])
+            left, step_seconds = wrapped.agree([max(0, self.total_steps - self._step), step_seconds])
             policy = in_proportion(policy, left, step_seconds)
         made = make_plan(model, policy, example_inputs=inputs, emit=emit)
         if in_parts:
@@ -283,7 +287,8 @@ class Switch:
         self._spend("planning", began)
         pays, verdict = True, ""
         if self.total_steps is not None and made.factorized:
-            pays, verdict = weigh(made, self._seconds, left, step_seconds, planning, self.recompile_seconds)
+            weighed = weigh(made, self._seconds, left, step_seconds, planning, self.recompile_seconds)
+            pays, verdict = wrapped.agree(list(weighed))
         switched = made.factorized if pays else ()
         if switched:
             passed = {key: value for key, value in arguments.items() if key != "emit"}

@@ -64,7 +64,7 @@ def survey(wrapped: Wrapped, policy: Policy, inputs: Inputs | None, emit: Emit) 
     start = Program(module=wrapped.model, emit="modules" if wrapped.shards else emit, shards=wrapped.shards)
     program = Find()(Trace()(start).program).program
     if inputs is not None:
-        program = Shapes(inputs, wrapped.together, wrapped.ready)(program).program
+        program = Shapes(inputs, wrapped.together, wrapped.ready, wrapped.agree)(program).program
     wanted = [one for one in program.sites if one.reason is None and policy.for_site(*one.names) is not None]
     called = [one for one in program.sites if one.operation is not None and one.calls]
     work = [flops_of(one, chain_now(one)) for one in called]
