@@ -149,6 +149,16 @@ class Site:
     """What flows into each call; None without example inputs, and nothing where they do not reach it in either mode."""
 
     @property
+    def is_open(self) -> bool:
+        """True for a site that a policy may decide on: that may be rewritten, or is factorized and could get lower ranks."""
+        return self.reason in {None, Reason.FACTORIZED}
+
+    @property
+    def is_missed(self) -> bool:
+        """True for a site that the example inputs do not reach, so that nobody knows how long it takes."""
+        return self.flows == ()
+
+    @property
     def names(self) -> tuple[str, ...]:
         """All names by which a policy may speak of it."""
         return (self.name, *self.aliases)

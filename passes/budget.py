@@ -210,7 +210,7 @@ class BudgetSolver:
         pairs = [
             (one.site, option)
             for one, option in zip(self.candidates, chosen, strict=True)
-            if option is not None and one.site.flows != ()
+            if option is not None and not one.site.is_missed
         ]
         cost = self.policy.cost
         return [pair for pair in pairs if self._measures and self.times.measured(cost, pair[0], pair[1].chain) is None]
@@ -284,7 +284,7 @@ class BudgetSolver:
             return replace(kept_plan(one.site, Reason.NO_GAIN, note), gain=gain or None)
         after = curve.seconds(option)
         decided = factorized_plan(kept_plan(one.site, Reason.NO_GAIN), one.site, option, "", before / after)
-        if not self.limits.scales.measured or one.site.flows == ():
+        if not self.limits.scales.measured or one.site.is_missed:
             return decided
         estimated = any(
             self.times.measured(self.policy.cost, one.site, chain) is None

@@ -123,7 +123,7 @@ class Limits:
         for site, plan in self.whole.others:
             if plan.seconds_before is not None and plan.seconds_after is not None:
                 yield plan.seconds_before, plan.seconds_after
-            elif self.whole.step_seconds is None and site.operation is not None and site.calls and site.flows != ():
+            elif self.whole.step_seconds is None and site.operation is not None and site.calls and not site.is_missed:
                 before = after = self._seconds_now(site)
                 if plan.scheme is not None and plan.ranks is not None:
                     chain = chain_at(get_scheme(plan.scheme), plan.ranks)

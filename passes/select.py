@@ -62,14 +62,14 @@ class Select(Pass):
                     _check_pattern(setting, pattern, names)
         for site in program.sites:
             own = self.policy.for_site(*site.names)
-            if site.reason in _OPEN and own is not None:
+            if site.is_open and own is not None:
                 check_weight(site, own.rank)
 
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
         """Resolve rules that see all their sites at once, then decide site by site."""
         together = self.spread is not alone
-        open_to = [(site, self.policy.for_site(*site.names)) for site in program.sites if site.reason in _OPEN]
+        open_to = [(site, self.policy.for_site(*site.names)) for site in program.sites if site.is_open]
         self.readings.make_room(weight for site, _ in open_to for weight in site.weights)
         if together:
             cases = [(one, scheme_of(one, policy)) for one, policy in open_to if policy is not None and has_values(one)]
@@ -103,7 +103,7 @@ class Select(Pass):
         assert plan is not None
         self.check([one.name for one in plan] == [site.name for site in before.sites], "every site has a decision")
         for site, decision in zip(before.sites, plan, strict=True):
-            self.check(site.reason in _OPEN or not decision.factorized, f"site {site.name!r} may not be rewritten")
+            self.check(site.is_open or not decision.factorized, f"site {site.name!r} may not be rewritten")
 
     def _decide_all(
         self, sites: Sequence[Site], rest: int, step_seconds: float | None
@@ -149,7 +149,7 @@ class Select(Pass):
         without = [site for site, one in zip(sites, found, strict=True) if not one.signal]
         shut = {site.name for site, one in zip(sites, found, strict=True) if not one.options}
         kept = {one.name: kept_plan(one, Reason.NO_SIGNAL, NO_SIGNAL) for one in without if one.name in shut}
-        missed = [site for site in sites if budget.is_of_time and site.flows == ()]
+        missed = [site for site in sites if budget.is_of_time and site.is_missed]
         kept |= {one.name: kept_plan(one, Reason.NOT_CALLED, _MISSED) for one in missed}
         candidates = [
             Candidates(site, own, one.options)
@@ -212,7 +212,7 @@ class Select(Pass):
         for policy in {id(one): one for one in _policies(self.policy)}.values():
             if isinstance(policy.rank, Budget):
                 continue
-            own = [one for one in sites if one.reason in _OPEN and self.policy.for_site(*one.names) is policy]
+            own = [one for one in sites if one.is_open and self.policy.for_site(*one.names) is policy]
             cases = [(one, scheme) for one in own if (scheme := scheme_of(one, policy)) is not None]
             if not cases:
                 continue
@@ -237,7 +237,7 @@ class Select(Pass):
 
     def _proposed(self, site: Site) -> SitePlan | Proposal:
         policy = self.policy.for_site(*site.names)
-        if site.reason not in _OPEN or (site.reason is not None and policy is None):
+        if site.reason is not None and (policy is None or not site.is_open):
             return kept_plan(site, site.reason, site.note)
         if policy is None:
             return kept_plan(site, Reason.EXCLUDED)
@@ -295,8 +295,6 @@ class Select(Pass):
 _DOUBT = 2.0
 """A site whose gain at the lowest ranks is less than this many times what is asked for may be too small to be rewritten."""
 _MISSED = "the example inputs do not reach it, so it is not known how long it takes"
-_OPEN = (None, Reason.FACTORIZED)
-"""What a site may say of itself for a policy to decide on it: nothing, or that its ranks could be lowered."""
 
 
 Case = tuple[Site, Scheme]

@@ -56,7 +56,7 @@ class Shapes(Pass):
             ) from error
         uses = uses_of(program)
         sites = self._with_functional(program, seen, uses)
-        sites = self._agreed(self._with_flows(program, sites, seen, uses))
+        sites = self._agreed(self._reached_in_either_mode(program, sites, seen, uses))
         changes = tuple(Change(site.name, "shape known") for site in sites if site.flows)
         return PassResult(replace(program, sites=tuple(sites)), changes)
 
@@ -82,14 +82,16 @@ class Shapes(Pass):
         sites = [made.pop(site.name, site) for site in program.sites]
         return _in_order(program.module, [*sites, *made.values()])
 
-    def _with_flows(self, program: Program, sites: Sequence[Site], seen: Observed, uses: Uses) -> list[Site]:
+    def _reached_in_either_mode(
+        self, program: Program, sites: Sequence[Site], seen: Observed, uses: Uses
+    ) -> list[Site]:
         """Attach to each site what flows into it in eval mode; where that is nothing, what does so in train mode."""
         in_graph = [id(site.layer) in uses.traced and bool(site.nodes) for site in sites]
         found = list(map(_with_flows, sites, repeat(seen), in_graph))
         missed = [
             index
             for index, (site, one) in enumerate(zip(sites, found, strict=True))
-            if site.reason in _OPEN and one.reason in {*_OPEN, Reason.NOT_CALLED} and one.flows == ()
+            if site.is_open and one.is_missed and (one.is_open or one.reason is Reason.NOT_CALLED)
         ]
         run = self._in_train_mode(program) if missed else None
         if isinstance(run, Observed):
@@ -128,10 +130,6 @@ class Shapes(Pass):
         now = [site.name for site in result.program.sites]
         self.check([name for name in now if name in set(found)] == found, "the sites that were found are still there")
         self.check(len(now) == len(set(now)), "every site is listed once")
-
-
-_OPEN = (None, Reason.FACTORIZED)
-"""What is known of a site that may be rewritten, or whose ranks may be lowered."""
 
 
 def _site(
