@@ -22,16 +22,17 @@ from tdfx.errors import (
     TdfxWarning,
     WeightError,
 )
-from tdfx.export import export
 from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import register_kind
-from tdfx.layers import Factorized
+from tdfx.layers.factorized import Factorized
+from tdfx.onnx_proof.export_model import export
 from tdfx.onnx_proof.report import ExportReport, VerifyReport
+from tdfx.onnx_proof.verify import verify
 from tdfx.optim.states import register_optimizer
-from tdfx.plan import Emit, Plan, Reason, SitePlan
-from tdfx.policy import Policy
-from tdfx.policy_file import read_policy
+from tdfx.plans.plan import Emit, Plan, Reason, SitePlan
+from tdfx.policies.file import read_policy
+from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.fixed import Fixed
@@ -40,14 +41,13 @@ from tdfx.ranks.stable import StableRank
 from tdfx.ranks.target import Target
 from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
-from tdfx.training.decay import FrobeniusDecay
-from tdfx.training.events import SwitchEvent
-from tdfx.training.freeze import Freeze
-from tdfx.training.penalty import LowRankPenalty
-from tdfx.training.rewarm import Rewarm
-from tdfx.training.switch import Switch
-from tdfx.training.when import AtEpoch, AtStep, Settled
-from tdfx.verify import verify
+from tdfx.training.methods.decay import FrobeniusDecay
+from tdfx.training.methods.freeze import Freeze
+from tdfx.training.methods.penalty import LowRankPenalty
+from tdfx.training.methods.rewarm import Rewarm
+from tdfx.training.switch.events import SwitchEvent
+from tdfx.training.switch.switch import Switch
+from tdfx.training.switch.when import AtEpoch, AtStep, Settled
 
 __version__ = "0.1.0"
 

@@ -11,27 +11,27 @@ from typing import Any, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from tdfx.along import Along
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError, OptimizerError, PolicyError
+from tdfx.optim.companions import Along
 from tdfx.optim.exchanges import join_exchange, split_exchange
-from tdfx.passes.base import Program
-from tdfx.passes.clock import Clock
-from tdfx.passes.find import Find
-from tdfx.passes.losses import SecondMoment, curvature_losses, output_losses
-from tdfx.passes.merge import Merge
-from tdfx.passes.observe import Inputs
-from tdfx.passes.options import Loss
-from tdfx.passes.rewrite import Init, Rewrite
-from tdfx.passes.select import Select
-from tdfx.passes.shapes import Shapes
-from tdfx.passes.spectra import KeptSpectra
-from tdfx.passes.times import Times
-from tdfx.passes.trace import Trace
-from tdfx.plan import Emit, Plan
-from tdfx.policy import Policy
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.observe import Inputs
+from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning.candidates import Loss
+from tdfx.passes.planning.clock import Clock
+from tdfx.passes.planning.losses import SecondMoment, curvature_losses, output_losses
+from tdfx.passes.planning.select import Select
+from tdfx.passes.planning.spectra import KeptSpectra
+from tdfx.passes.planning.times import Times
+from tdfx.passes.program import Program
+from tdfx.passes.transform.merge import Merge
+from tdfx.passes.transform.rewrite import Init, Rewrite
+from tdfx.plans.plan import Emit, Plan
+from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget
-from tdfx.wrappers import Wrapped, unwrap
+from tdfx.wrappers.unwrap import Wrapped, unwrap
 
 
 def plan(

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 import tdfx
 from tdfx.cost.count import Flow
 from tdfx.factors.svd import Svd
-from tdfx.layers import Factorized
+from tdfx.layers.factorized import Factorized
 
 HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
 X = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(7))

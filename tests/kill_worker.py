@@ -21,9 +21,8 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import tdfx
-import tdfx.along
 import tdfx.checkpoint.files
-import tdfx.passes.rewrite
+import tdfx.passes.transform.rewrite
 
 STEPS, SWITCH, LOWER = 14, 4, 9
 

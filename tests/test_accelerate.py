@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tdfx
-from tdfx.layers import Factorized
+from tdfx.layers.factorized import Factorized
 
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install 'tdfx[transformers]'")
 

@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from torch import nn
 
 import tdfx
-from tdfx.check import StepCheck
 from tdfx.cost.timing import take_turns
-from tdfx.demo import build_model
+from tdfx.demo.run import build_model
+from tdfx.training.step_check import StepCheck
 
 pytestmark = [needs("bench_step.py"), pytest.mark.usefixtures("same_clock")]
 

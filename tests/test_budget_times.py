@@ -19,20 +19,21 @@ import tdfx
 import tdfx.report
 from tdfx import Budget, Modelled, Plan, Policy, PolicyError, solver
 from tdfx.cost.count import Flow
+from tdfx.distributed.processes import Lead
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
-from tdfx.numbers import milliseconds
-from tdfx.passes.base import Lead, Program
-from tdfx.passes.curve import Curve
-from tdfx.passes.estimate import calls_of
-from tdfx.passes.find import Find
-from tdfx.passes.propose import Option
-from tdfx.passes.scales import Scales
-from tdfx.passes.select import Select
-from tdfx.passes.shapes import Shapes
-from tdfx.passes.times import Times, Wanted
-from tdfx.passes.trace import Trace
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning.curve import Curve
+from tdfx.passes.planning.proposals import Option
+from tdfx.passes.planning.scales import Scales
+from tdfx.passes.planning.select import Select
+from tdfx.passes.planning.site_cost import calls_of
+from tdfx.passes.planning.times import Times, Wanted
+from tdfx.passes.program import Program
+from tdfx.text import milliseconds
 
 
 class Impatient(ByFlops):
@@ -70,7 +71,7 @@ def test_times_that_could_not_be_measured_are_said_to_be_estimates() -> None:
 
 def test_what_was_not_timed_at_all_counts_as_the_solver_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     step = step_of(Scaled(1e3))
-    monkeypatch.setattr("tdfx.passes.clock.Clock._seconds", lambda *_: step)
+    monkeypatch.setattr("tdfx.passes.planning.clock.Clock._seconds", lambda *_: step)
     plan = planned(speedup=1.5, cost=Scaled(1e3, slice(0, 1)))
     guessed = {one.name for one in plan.factorized if one.estimated}
     assert guessed & {"2", "6", "7"}
@@ -145,7 +146,7 @@ def test_one_process_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def unasked(*_: Any) -> Any:
         raise AssertionError("only the first process solves")
 
-    monkeypatch.setattr("tdfx.passes.budget.best_choice", unasked)
+    monkeypatch.setattr("tdfx.passes.planning.budget.best_choice", unasked)
     assert as_process(Lead(lambda _: next(heard), is_mine=False)) == first
     assert list(heard) == []
     assert len(told) > 2
@@ -177,7 +178,7 @@ def test_estimates_stand_beside_measured_times_in_their_scale(
 ) -> None:
     """Where what was measured is a multiple of what is estimated, it does not matter which of the sites were measured."""
     step = step_of(Scaled(scale))
-    monkeypatch.setattr("tdfx.passes.clock.Clock._seconds", lambda *_: step)
+    monkeypatch.setattr("tdfx.passes.planning.clock.Clock._seconds", lambda *_: step)
     for budget in ({"speedup": 1.5}, {"seconds": step / 1.8}):
         all_known = planned(cost=Scaled(scale), **budget)
         some_known = planned(cost=Scaled(scale, known), **budget)
@@ -264,7 +265,7 @@ def test_where_no_site_was_timed_they_are_taken_to_be_the_whole_step(
     scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the scale of the estimates is: no machine is the one that they are made for."""
-    monkeypatch.setattr("tdfx.passes.clock.Clock._seconds", lambda *_: scale * step_of(Scaled(1.0)))
+    monkeypatch.setattr("tdfx.passes.planning.clock.Clock._seconds", lambda *_: scale * step_of(Scaled(1.0)))
     by_estimates = planned(cost=Scaled.modelled, speedup=1.5)
     assert by_estimates.factorized
     found = planned(cost=Speechless(1.0), speedup=1.5)

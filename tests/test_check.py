@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import tdfx
 from tdfx import InputError, Measured, Modelled, PlanError, Policy, Ratio
-from tdfx.check import StepCheck
-from tdfx.passes.step import Step, time_steps
+from tdfx.passes.planning.step import Step, time_steps
+from tdfx.training.step_check import StepCheck
 
 
 class Net(nn.Module):

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import tdfx
-from tdfx.plan import Emit
+from tdfx.plans.plan import Emit
 
 # Dynamo asks every tensor that enters what it compiles for its gradient, and hides the warning from all but -W error.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

@@ -17,7 +17,7 @@ import tdfx
 from tdfx.errors import ExportError
 from tdfx.onnx_proof.chains import METADATA_KEY
 from tdfx.onnx_proof.compare import Comparison, compare_factorized
-from tdfx.onnx_proof.export import export_module, read_file
+from tdfx.onnx_proof.exporter import export_module, read_file
 
 X = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(0))
 

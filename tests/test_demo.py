@@ -17,7 +17,7 @@ from torch import nn
 import tdfx
 from tdfx import demo
 from tdfx.cli import main
-from tdfx.demo import DemoResult, Digits, jitter, load_digits, run_demo
+from tdfx.demo.run import DemoResult, Digits, jitter, load_digits, run_demo
 from tdfx.errors import PolicyError, TdfxError
 
 WIDTH = 16

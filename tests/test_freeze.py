@@ -13,8 +13,8 @@ from torch import Tensor, nn, optim
 from torch.optim import SGD, AdamW, Optimizer
 
 import tdfx
-from tdfx.layers import Factorized
-from tdfx.training.turns import Train
+from tdfx.layers.factorized import Factorized
+from tdfx.training.methods.turns import Train
 
 HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)

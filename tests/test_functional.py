@@ -18,7 +18,7 @@ from torchvision.models import SwinTransformer
 
 import tdfx
 from tdfx.kinds.functional import parse_call
-from tdfx.parameters import FactorizedParameter
+from tdfx.layers.parameter import FactorizedParameter
 
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
 LOW = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)

@@ -22,8 +22,8 @@ from tdfx.cli.csv_text import to_csv
 from tdfx.cli.rows import SORTS, ordered
 from tdfx.errors import PassError, TdfxError
 from tdfx.factors.registry import scheme_names
-from tdfx.plan import Plan, Reason
-from tdfx.plan_table import plan_view, render_plain
+from tdfx.plans.plan import Plan, Reason
+from tdfx.plans.table import plan_view, render_plain
 from tdfx.ranks.registry import parse_rule, rule_names
 
 MANY = settings(deadline=None, max_examples=300)

@@ -89,7 +89,7 @@ _FACADE = "from tdfx.check import check_step\n"
 def part_of(module: str) -> str:
     """Return the file or folder of tdfx that a module belongs to.
 
-    >>> part_of("tdfx.passes.find"), part_of("tdfx")
+    >>> part_of("tdfx.passes.analysis.find"), part_of("tdfx")
     ('passes', '__init__')
     """
     return [*module.split("."), "__init__"][1]
@@ -154,11 +154,11 @@ def test_imports_go_down() -> None:
 def test_imports_that_go_up_are_seen() -> None:
     inside = "def f():\n    from tdfx.api import plan\n"
     assert climbs("tdfx.ranks.energy", inside) == ["tdfx.ranks.energy imports api"]
-    assert climbs("tdfx.references", "import tdfx.demo_table") == ["tdfx.references imports demo_table"]
+    assert climbs("tdfx.cli.references", "import tdfx.demo.table") == ["tdfx.references imports demo_table"]
     assert climbs("tdfx.optim", "import tdfx") == ["tdfx.optim imports __init__"]
-    assert climbs("tdfx.demo", inside) == []
-    assert climbs("tdfx.plan_table", "if TYPE_CHECKING:\n    from tdfx.plan import Plan\n") == []
-    assert climbs("tdfx.plan_table", "if not TYPE_CHECKING:\n    pass\nelse:\n    from tdfx.plan import Plan\n") != []
+    assert climbs("tdfx.demo.run", inside) == []
+    assert climbs("tdfx.plans.table", "if TYPE_CHECKING:\n    from tdfx.plan import Plan\n") == []
+    assert climbs("tdfx.plans.table", "if not TYPE_CHECKING:\n    pass\nelse:\n    from tdfx.plan import Plan\n") != []
 
 
 def test_passes_do_not_import_one_another() -> None:

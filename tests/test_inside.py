@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import tdfx
-from tdfx.layers import Factorized
-from tdfx.part import Part, become
-from tdfx.training.forms import Follow, names_of, put_in_order
-from tdfx.training.inside import Inside
+from tdfx.integrations.adapter import Inside
+from tdfx.integrations.follow import Follow, names_of, put_in_order
+from tdfx.layers.factorized import Factorized
+from tdfx.wrappers.in_place import Part, become
 
 POLICY = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

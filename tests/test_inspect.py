@@ -20,10 +20,10 @@ from torch import Tensor
 import tdfx
 from tdfx.cli import main
 from tdfx.cli.device import build_on
+from tdfx.cli.references import build_model
 from tdfx.cli.rows import SORTS
 from tdfx.errors import ModelReferenceError
-from tdfx.plan import Plan
-from tdfx.references import build_model
+from tdfx.plans.plan import Plan
 
 MODEL = """
 import torch

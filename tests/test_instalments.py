@@ -16,7 +16,7 @@ from tdfx import Budget, Modelled, Plan, Policy, Ratio
 from tdfx.cost.count import Flow
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
-from tdfx.training.instalments import left_of, only
+from tdfx.training.switch.instalments import left_of, only
 
 SIZES = (64, 48, 96, 32, 80)
 X = torch.randn(6, SIZES[0], generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
-from tdfx.layers import Factorized
+from tdfx.layers.factorized import Factorized
 
 
 class Labelled(nn.Conv2d):

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import tdfx
-from tdfx.layers import Factorized
+from tdfx.layers.factorized import Factorized
 
 pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed: pip install 'tdfx[lightning]'")
 

@@ -23,10 +23,10 @@ from tdfx.cost.workload import Workload, apply
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
-from tdfx.passes.base import Program
-from tdfx.passes.find import Find
-from tdfx.passes.shapes import Shapes
-from tdfx.passes.trace import Trace
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.program import Program
 
 CONV = Operation(in_channels=16, out_channels=24, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
 FLOW = Flow(2, (8, 8))

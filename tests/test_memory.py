@@ -14,11 +14,11 @@ from torch.optim import AdamW, Optimizer
 
 import tdfx
 from tdfx.passes import readings
-from tdfx.passes.base import Program
-from tdfx.passes.find import Find
-from tdfx.passes.rewrite import Rewrite
-from tdfx.passes.select import Select
-from tdfx.passes.trace import Trace
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning.select import Select
+from tdfx.passes.program import Program
+from tdfx.passes.transform.rewrite import Rewrite
 
 pytestmark = needs("live_bytes.py")
 

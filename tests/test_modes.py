@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
 import tdfx
-from tdfx.passes.base import Program
-from tdfx.passes.find import Find
-from tdfx.passes.losses import output_losses
-from tdfx.passes.modes import Mode, by_mode, unify
-from tdfx.passes.shapes import Shapes
-from tdfx.passes.trace import Trace
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.modes import Mode, by_mode, unify
+from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning.losses import output_losses
+from tdfx.passes.program import Program
 
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
 LOW = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)

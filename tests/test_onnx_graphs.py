@@ -22,8 +22,8 @@ from tdfx.onnx_proof.compare import Comparison, compare_models
 from tdfx.onnx_proof.difference import Difference
 from tdfx.onnx_proof.graph import read_graph
 from tdfx.onnx_proof.isomorphism import isomorphic
+from tdfx.onnx_proof.verify import verify
 from tdfx.onnx_proof.walk import walk
-from tdfx.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable

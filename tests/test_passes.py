@@ -13,12 +13,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 import tdfx
-from tdfx.passes.base import Pass, PassResult, Program
-from tdfx.passes.find import Find
-from tdfx.passes.rewrite import Rewrite
-from tdfx.passes.select import Select
-from tdfx.passes.shapes import Shapes
-from tdfx.passes.trace import Trace
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.base import Pass, PassResult
+from tdfx.passes.planning.select import Select
+from tdfx.passes.program import Program
+from tdfx.passes.transform.rewrite import Rewrite
 
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
 

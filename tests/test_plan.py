@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tdfx
 from tdfx.errors import PlanError
-from tdfx.plan import Plan, Reason, SitePlan
+from tdfx.plans.plan import Plan, Reason, SitePlan
 from tdfx.ranks.target import Target
 
 

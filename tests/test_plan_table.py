@@ -10,8 +10,8 @@ from rich.console import Console
 from torch import nn
 
 import tdfx
-from tdfx.plan import Plan, Reason, SitePlan
-from tdfx.plan_table import fold, plan_view, render_plain
+from tdfx.plans.plan import Plan, Reason, SitePlan
+from tdfx.plans.table import fold, plan_view, render_plain
 
 NOTE = "MultiheadAttention may read its weight without calling it"
 

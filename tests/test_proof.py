@@ -14,7 +14,7 @@ from planted import ARCHITECTURES, INTERFACIAL, STRUCTURAL, Plant, inputs_of, pe
 from torch import Tensor
 
 import tdfx
-from tdfx.onnx_proof.export import export_module
+from tdfx.onnx_proof.exporter import export_module
 from tdfx.onnx_proof.report import VerifyReport
 
 

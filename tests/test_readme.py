@@ -13,7 +13,7 @@ import tdfx
 import tdfx.errors as errors_of_tdfx
 from tdfx.cli import main
 from tdfx.cli.inspect import inspect
-from tdfx.plan import Reason
+from tdfx.plans.plan import Reason
 
 README = Path(__file__).parent.parent / "README.md"
 

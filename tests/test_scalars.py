@@ -11,8 +11,8 @@ from torch import nn
 
 import tdfx
 import tdfx.report
-from tdfx.check import StepCheck
 from tdfx.errors import PolicyError, TdfxWarning
+from tdfx.training.step_check import StepCheck
 
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), cost=tdfx.Modelled(), min_gain=0)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tdfx.factors.registry import get_scheme, scheme_names
 from tdfx.factors.scheme import Scheme
 from tdfx.kinds.registry import operation_of
-from tdfx.layers import Factorized
+from tdfx.layers.factorized import Factorized
 
 EPS = torch.finfo(torch.float64).eps
 FORWARD: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdfx import solver
-from tdfx.solver import NoneFoundError, Option, OutOfReachError, best_choice, least_totals
+from tdfx.passes.planning.knapsack import NoneFoundError, Option, OutOfReachError, best_choice, least_totals
 
 numbers = st.integers(0, 50)
 places = st.lists(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from tdfx.structure import shell_of
-from tdfx.structure import structural_copy as typed_copy
+from tdfx.layers.copying import shell_of
+from tdfx.layers.copying import structural_copy as typed_copy
 
 
 class Block(nn.Module):

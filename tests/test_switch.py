@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import tdfx
-from tdfx.layers import Factorized
-from tdfx.training.watch import Watch, Watched
-from tdfx.training.when import When
-from tdfx.wrappers import unwrap
+from tdfx.layers.factorized import Factorized
+from tdfx.training.switch.watch import Watch, Watched
+from tdfx.training.switch.when import When
+from tdfx.wrappers.unwrap import unwrap
 
 # Layers this small take most of their time to start, which would make no factors pay.
 COST = tdfx.Modelled(seconds_per_call=0)
@@ -351,7 +351,7 @@ def test_processes_agree_at_looks_and_plans_and_at_no_other_step(monkeypatch: py
         # What the first process found at the tenth step, here one site that has not settled.
         return ["slow"] if asked[-1] == 10 and value == [] else value
 
-    monkeypatch.setattr("tdfx.training.switch.unwrap", lambda model: replace(unwrap(model), agree=agree))
+    monkeypatch.setattr("tdfx.training.switch.switch.unwrap", lambda model: replace(unwrap(model), agree=agree))
     changed, model = run(switch, 22, slow=0.2)
     assert asked == [1, 5, 10, 10, 15, 20, 21]
     assert changed == [10, 21]
@@ -488,7 +488,7 @@ def test_a_budget_is_kept_by_sites_that_settle_one_after_another() -> None:
 
 
 def test_what_is_left_of_a_budget() -> None:
-    from tdfx.training.instalments import left_of, only
+    from tdfx.training.switch.instalments import left_of, only
 
     model = Uneven()
     whole = tdfx.plan(model, tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, cost=COST))

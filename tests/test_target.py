@@ -15,11 +15,11 @@ from torch import nn
 import tdfx
 from tdfx import VBMF, Fixed, Modelled, Plan, Policy, PolicyError, Ratio, Reason, SitePlan, Target
 from tdfx.factors.scheme import Scheme
-from tdfx.passes.base import Program, Site
-from tdfx.passes.find import Find
-from tdfx.passes.readings import Readings
-from tdfx.passes.select import Select
-from tdfx.passes.trace import Trace
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning.readings import Readings
+from tdfx.passes.planning.select import Select
+from tdfx.passes.program import Program, Site
 from tdfx.ranks.rule import Choice, RankRule, Total
 from tdfx.ranks.spectrum import Spectrum
 

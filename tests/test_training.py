@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 import tdfx
-from tdfx.layers import Factorized
+from tdfx.layers.factorized import Factorized
 
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
 RATE, DECAY = 0.1, 0.3

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tdfx
-from tdfx.layers import Factorized
+from tdfx.layers.factorized import Factorized
 
 transformers = pytest.importorskip(
     "transformers", reason="Transformers is not installed: pip install 'tdfx[transformers]'"

@@ -16,10 +16,10 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from tdfx.errors import ExportError, InputError, ModelError
-from tdfx.onnx_proof.export import Settings, export_module
+from tdfx.onnx_proof.exporter import Settings, export_module
 from tdfx.onnx_proof.report import VerifyReport
 from tdfx.onnx_proof.running import measure
-from tdfx.verify import verify
+from tdfx.onnx_proof.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from onnx_models import node, small
 
 from tdfx.cli import main
 from tdfx.errors import TdfxError
-from tdfx.verify import verify
+from tdfx.onnx_proof.verify import verify
 
 OK, FAILED, STOPPED = 0, 1, 2
 MODELS = """

@@ -12,7 +12,7 @@ from torch import nn
 
 import tdfx
 from tdfx.cost.modelled import Case
-from tdfx.training.weigh import in_proportion
+from tdfx.training.switch.pays_off import in_proportion
 
 ASKED: list[float] = []
 

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tdfx
-from tdfx.layers import Factorized
-from tdfx.part import Part
-from tdfx.training.inside import Inside
+from tdfx.integrations.adapter import Inside
+from tdfx.layers.factorized import Factorized
+from tdfx.wrappers.in_place import Part
 
 WHOLE: dict[str, dict[str, torch.Tensor]] = {}
 """What the runs without interruption ended with."""

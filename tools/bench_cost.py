@@ -29,13 +29,13 @@ import tdfx
 from tdfx.cost.count import Flow
 from tdfx.cost.modelled import Case, Cost
 from tdfx.factors.operation import Operation
-from tdfx.passes.base import Program, Site
-from tdfx.passes.estimate import calls_of, chain_at, chain_now
-from tdfx.passes.find import Find
-from tdfx.passes.options import schemes_for
-from tdfx.passes.propose import rounded
-from tdfx.passes.shapes import Shapes
-from tdfx.passes.trace import Trace
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning.candidates import schemes_for
+from tdfx.passes.planning.proposals import rounded
+from tdfx.passes.planning.site_cost import calls_of, chain_at, chain_now
+from tdfx.passes.program import Program, Site
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 """Of the full ranks, at which each scheme is timed."""

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from tdfx.demo import DEFAULT_EPOCHS, DemoResult, run_demo
+from tdfx.demo.run import DEFAULT_EPOCHS, DemoResult, run_demo
 
 
 @click.command(help=__doc__)

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import tdfx
-from tdfx.demo import BATCH, LEARNING_RATE, SWITCH_AT, Digits, accuracy, build_model, jitter, load_digits
-from tdfx.training.turns import Train
+from tdfx.demo.run import BATCH, LEARNING_RATE, SWITCH_AT, Digits, accuracy, build_model, jitter, load_digits
+from tdfx.training.methods.turns import Train
 
 WAYS = ("all", "kernel", "others", "alternate", "each")
 NAMES = {

@@ -32,10 +32,10 @@ from rich.table import Table
 from torchvision import models
 
 import tdfx
-from tdfx.check import StepCheck
 from tdfx.cost.measured import Measured
 from tdfx.cost.rates import stream_rate
 from tdfx.ranks.registry import parse_rule
+from tdfx.training.step_check import StepCheck
 
 LEAST = 0.98
 """Part of the dense step's speed below which a rewrite counts as slower."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import tdfx
-from tdfx.demo import Digits, build_model, jitter, load_digits
+from tdfx.demo.run import Digits, build_model, jitter, load_digits
 
 BATCH = 64
 MAKERS: dict[str, Callable[[Any], Optimizer]] = {

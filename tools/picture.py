@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import tdfx
 import tdfx.report
-from tdfx.demo import BATCH, LEARNING_RATE, build_model, jitter, load_digits
+from tdfx.demo.run import BATCH, LEARNING_RATE, build_model, jitter, load_digits
 
 
 @click.command(help=__doc__)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 import tdfx
 from tdfx.cost.timing import take_turns
-from tdfx.demo import LEARNING_RATE
+from tdfx.demo.run import LEARNING_RATE
 
 SWITCH_AT = 0.2
 """Part of the steps after which a run is rewritten."""

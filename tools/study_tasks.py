@@ -15,7 +15,7 @@ from sources import pieces, python_sources
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from tdfx.demo import Digits, build_model, load_digits
+from tdfx.demo.run import Digits, build_model, load_digits
 
 Batch = tuple[Tensor, Tensor]
 """What goes in, and what is to come out."""

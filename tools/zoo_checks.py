@@ -20,12 +20,12 @@ from zoo_inputs import Example, example_for
 from zoo_run import Gap, Seen, Widened, gap_of, largest, observe, preserved, rounding_response, spread, stir, warm_up
 
 import tdfx
+from tdfx.cli.references import build_model
 from tdfx.errors import TdfxWarning
-from tdfx.passes.base import PLAN_ATTRIBUTE, Program
-from tdfx.passes.find import Find
-from tdfx.passes.shapes import Shapes
-from tdfx.passes.trace import Trace
-from tdfx.references import build_model
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.program import PLAN_ATTRIBUTE, Program
 
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
 LOW = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)
@@ -79,7 +79,7 @@ def examine(reference: str, given: tuple[Tensor, ...] = (), memory: float = 12.0
     """Build a model and put it through every check; whatever goes wrong becomes part of the verdict.
 
     Args:
-        reference: What ``tdfx.references.build_model`` takes.
+        reference: What ``tdfx.cli.references.build_model`` takes.
         given: Inputs for a model that does not say its own.
         memory: GiB that the examination may take, by its own estimate.
     """

@@ -93,7 +93,7 @@ def example_for(reference: str, model: nn.Module, given: tuple[Tensor, ...] = ()
     """Return the inputs of a model.
 
     Args:
-        reference: What ``tdfx.references.build_model`` built the model from.
+        reference: What ``tdfx.cli.references.build_model`` built the model from.
         model: The model; an attribute ``example_inputs`` is taken off it, and a detector is told to keep its pictures small
             and its boxes few.
         given: Inputs from the command line; the attribute goes before them, for models that are not torchvision's.

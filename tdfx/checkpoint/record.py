@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 
 from tdfx.checkpoint.files import read_sealed, write
 from tdfx.errors import CheckpointError
-from tdfx.layers import Factorized
+from tdfx.layers.factorized import Factorized
+from tdfx.layers.parameter import FactorizedParameter
 from tdfx.optim.masters import Masters, as_masters
 from tdfx.optim.surgery import as_optimizers
-from tdfx.parameters import FactorizedParameter
-from tdfx.passes.base import PLAN_ATTRIBUTE
-from tdfx.passes.graph_module import FactorizedGraphModule
-from tdfx.plan import Plan
-from tdfx.wrappers import unwrap
+from tdfx.passes.program import PLAN_ATTRIBUTE
+from tdfx.passes.transform.graph_module import FactorizedGraphModule
+from tdfx.plans.plan import Plan
+from tdfx.wrappers.unwrap import unwrap
 
 FORMAT = 1
 

@@ -15,18 +15,18 @@ from torch.optim import Optimizer
 
 from tdfx.checkpoint.groups import Refill, filled_masters, refill
 from tdfx.checkpoint.record import Record, checked, dense_names, read, tied
-from tdfx.compiled import Compiled
 from tdfx.errors import CheckpointError, TdfxError, nearest
+from tdfx.layers.copying import rebind, structural_copy
 from tdfx.optim.masters import as_masters
 from tdfx.optim.surgery import as_optimizers
-from tdfx.passes.base import PLAN_ATTRIBUTE, Program
-from tdfx.passes.find import Find
-from tdfx.passes.graph_module import FactorizedGraphModule
-from tdfx.passes.rewrite import Rewrite
-from tdfx.passes.trace import Trace
-from tdfx.plan import Plan, SitePlan
-from tdfx.structure import rebind, structural_copy
-from tdfx.wrappers import unwrap
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.program import PLAN_ATTRIBUTE, Program
+from tdfx.passes.transform.graph_module import FactorizedGraphModule
+from tdfx.passes.transform.rewrite import Rewrite
+from tdfx.plans.plan import Plan, SitePlan
+from tdfx.wrappers.compiled import Compiled
+from tdfx.wrappers.unwrap import unwrap
 
 
 def load(

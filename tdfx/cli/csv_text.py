@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, fields
 from typing import Any
 
-from tdfx.plan import SitePlan
+from tdfx.plans.plan import SitePlan
 
 
 def to_csv(sites: Sequence[SitePlan]) -> str:

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tdfx.cli.codes import FAILED
 from tdfx.cli.output import check_writable, show, write
-from tdfx.demo import DEFAULT_EPOCHS, run_demo
-from tdfx.demo_table import demo_view
+from tdfx.demo.run import DEFAULT_EPOCHS, run_demo
+from tdfx.demo.table import demo_view
 from tdfx.progress import on_a_terminal
 
 _RUNS = {"full": "full training", "tdfx": "with tdfx    "}

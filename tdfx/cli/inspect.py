@@ -13,14 +13,14 @@ from tdfx.cli.csv_text import to_csv
 from tdfx.cli.device import build_on, parse_device
 from tdfx.cli.inputs import parse_input
 from tdfx.cli.output import STDOUT, check_writable, show, write
+from tdfx.cli.references import build_model
 from tdfx.cli.reports import write_reports
 from tdfx.cli.rows import SORTS, picked
 from tdfx.cli.weights import load_weights
 from tdfx.errors import ModelReferenceError, TdfxError
-from tdfx.plan_table import plan_view
+from tdfx.plans.table import plan_view
 from tdfx.progress import waiting
 from tdfx.ranks.registry import parse_rule
-from tdfx.references import build_model
 from tdfx.report.picture import check_plot
 
 _RULES = (

@@ -11,7 +11,7 @@ import click
 from rich.console import Console, Group
 
 from tdfx.errors import TdfxError
-from tdfx.plan_table import render_plain
+from tdfx.plans.table import render_plain
 
 STDOUT = Path("-")
 """The file name that stands for the standard output, where a file is asked for."""

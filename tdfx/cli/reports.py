@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from tdfx.passes.observe import Inputs
-from tdfx.plan import Plan
+from tdfx.passes.analysis.observe import Inputs
+from tdfx.plans.plan import Plan
 from tdfx.progress import waiting
 from tdfx.report.picture import write_plot
 from tdfx.report.seen import look

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
 from tdfx.errors import TdfxError, nearest
-from tdfx.plan import Plan, Reason, SitePlan
+from tdfx.plans.plan import Plan, Reason, SitePlan
 
 SORTS = ("order", "name", "time", "saved", "gain", "error", "parameters", "flops")
 FILTERS = ("factorized", "kept", *map(str, Reason))

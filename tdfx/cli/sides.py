@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tdfx.cli.references import build_model
 from tdfx.errors import InputError, ModelReferenceError
-from tdfx.references import build_model
 
 Side = nn.Module | Path
 

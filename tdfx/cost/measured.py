@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from tdfx.checks import is_number
 from tdfx.cost.count import Flow, parameters
 from tdfx.cost.machine import describe_machine
 from tdfx.cost.modelled import Case, Modelled
@@ -20,7 +21,6 @@ from tdfx.cost.timing import Timing, take_turns
 from tdfx.cost.workload import Workload
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
-from tdfx.numbers import is_number
 from tdfx.progress import progress
 
 _known: dict[str, float] = {}

@@ -9,11 +9,11 @@ from typing import Protocol, Self, runtime_checkable
 
 import torch
 
+from tdfx.checks import is_number
 from tdfx.cost.count import Flow, StepCount, count_chain
 from tdfx.cost.rates import rates
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
-from tdfx.numbers import is_number
 
 _NOMINAL_SAMPLES = 32
 _NOMINAL_SIZE = 32

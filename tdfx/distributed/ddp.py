@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.distributed.ranks import Ranks
 from tdfx.errors import ModelError
-from tdfx.structure import COMPILED, HOOKS
+from tdfx.layers.copying import COMPILED, HOOKS
 
 _HOOKS = (
     *HOOKS,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from tdfx.distributed.fsdp_inside import (
+from tdfx.distributed.fsdp_internals import (
     Boundary,
     boundaries_of,
     carry_prefetching,
@@ -21,8 +21,8 @@ from tdfx.distributed.fsdp_inside import (
 )
 from tdfx.distributed.ranks import Ranks
 from tdfx.errors import ModelError
-from tdfx.shards import is_sharded
-from tdfx.structure import structural_copy
+from tdfx.layers.copying import structural_copy
+from tdfx.layers.placement import is_sharded
 
 
 class Sharded:

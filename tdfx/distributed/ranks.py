@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from tdfx.distributed.processes import Task
 from tdfx.errors import ModelError, TdfxError, class_named
-from tdfx.passes.base import Task
-from tdfx.shards import full
+from tdfx.layers.placement import full
 
 Place = tuple[int, ...]
 """The coordinate of a process in the mesh."""

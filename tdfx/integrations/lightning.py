@@ -10,12 +10,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from tdfx.errors import ModelError
-from tdfx.part import Part
-from tdfx.passes.observe import Inputs
-from tdfx.policy import Policy
-from tdfx.training.inside import Inside
-from tdfx.training.switch import Switch
-from tdfx.training.when import When
+from tdfx.integrations.adapter import Inside
+from tdfx.passes.analysis.observe import Inputs
+from tdfx.policies.policy import Policy
+from tdfx.training.switch.switch import Switch
+from tdfx.training.switch.when import When
+from tdfx.wrappers.in_place import Part
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -11,13 +11,13 @@ from torch import nn
 
 from tdfx.checkpoint.files import read_sealed, write
 from tdfx.errors import CheckpointError, ModelError
+from tdfx.integrations.adapter import Inside
 from tdfx.optim.surgery import as_optimizers
-from tdfx.part import Part
-from tdfx.passes.observe import Inputs
-from tdfx.policy import Policy
-from tdfx.training.inside import Inside
-from tdfx.training.switch import Switch
-from tdfx.training.when import When
+from tdfx.passes.analysis.observe import Inputs
+from tdfx.policies.policy import Policy
+from tdfx.training.switch.switch import Switch
+from tdfx.training.switch.when import When
+from tdfx.wrappers.in_place import Part
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -11,8 +11,8 @@ from onnx import ModelProto
 from torch import nn
 
 from tdfx.errors import ExportError
-from tdfx.layers import Factorized, weight_of
-from tdfx.parameters import FactorizedParameter
+from tdfx.layers.factorized import Factorized, weight_of
+from tdfx.layers.parameter import FactorizedParameter
 
 METADATA_KEY = "tdfx.chains"
 """Under which an ONNX file says which of its nodes are chains of factors."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from tdfx.errors import ExportError, InputError
 from tdfx.onnx_proof.arguments import Axes, Given, described, grown, names_of
-from tdfx.onnx_proof.export import bare, read_file, run_module
+from tdfx.onnx_proof.exporter import bare, read_file, run_module
 from tdfx.onnx_proof.inputs import as_array, to_arrays
 from tdfx.onnx_proof.running import default_tolerance, measure, run
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from tdfx.factors.algebra import linearize
-from tdfx.layers import Factorized
+from tdfx.layers.factorized import Factorized
+from tdfx.layers.placement import full
 from tdfx.ranks.spectrum import working_dtype
-from tdfx.shards import full
 
 Moments = tuple[Tensor, ...]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tdfx.layers import Factorized
+from tdfx.layers.factorized import Factorized
+from tdfx.layers.parameter import FactorizedParameter
 from tdfx.optim.carriers import ToDense, ToFactors, ToFewer
 from tdfx.optim.surgery import Exchange
-from tdfx.parameters import FactorizedParameter
-from tdfx.passes.merge import Join
-from tdfx.passes.rewrite import Swap
+from tdfx.passes.transform.merge import Join
+from tdfx.passes.transform.rewrite import Swap
 
 
 def split_exchange(swap: Swap) -> Exchange:

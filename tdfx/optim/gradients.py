@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from tdfx.layers.placement import full, placed_like
 from tdfx.optim.surgery import Exchange
 from tdfx.ranks.spectrum import working_dtype
-from tdfx.shards import full, placed_like
 
 
 @torch.no_grad()

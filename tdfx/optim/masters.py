@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tdfx.errors import OptimizerError
-from tdfx.layers import Factorized, formed_like, placement_of
+from tdfx.layers.copying import structural_copy
+from tdfx.layers.factorized import Factorized, formed_like, placement_of
 from tdfx.optim.pairs import Pair, nowhere, unpacked
 from tdfx.optim.surgery import Exchange
-from tdfx.structure import structural_copy
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,9 @@ from torch.optim import (
 )
 
 from tdfx.errors import OptimizerError, TdfxWarning, nearest
+from tdfx.layers.placement import full, is_sharded, placed_like
 from tdfx.optim.carriers import Carrier
 from tdfx.ranks.spectrum import working_dtype
-from tdfx.shards import full, is_sharded, placed_like
 
 Role = Literal["first", "second", "largest", "average", "iterate", "count"]
 """What an entry of an optimizer's state is, so that it can be carried.

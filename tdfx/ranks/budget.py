@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from tdfx.checks import check_share, is_number
 from tdfx.errors import PolicyError
-from tdfx.numbers import is_number
-from tdfx.ranks.rule import Choice, RankRule, check_share
+from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.spectrum import Spectrum
 
 Measure = Literal["weights", "outputs", "curvature"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tdfx.ranks.rule import Choice, RankRule, check_share
+from tdfx.checks import check_share
+from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.signal import NO_SIGNAL, has_signal
 from tdfx.ranks.spectrum import Spectrum
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tdfx.errors import PolicyError
-from tdfx.numbers import is_number
 from tdfx.ranks.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -124,13 +122,6 @@ class RankRule(ABC):
         from tdfx.ranks.combine import Fallback
 
         return Fallback(rules=(self, other))
-
-
-def check_share(name: str, value: float, meaning: str, example: str, *, zero_allowed: bool = False) -> None:
-    """Raise PolicyError unless ``value`` is a share in (0, 1], or in [0, 1] where zero is allowed."""
-    if not is_number(value) or value > 1 or value < 0 or (value == 0 and not zero_allowed):
-        interval = "[0, 1]" if zero_allowed else "(0, 1]"
-        raise PolicyError(f"{name}={value!r} is not in {interval}: it is {meaning}. {example}")
 
 
 def round_ranks(ranks: Sequence[int], full: Sequence[int], multiple: int) -> tuple[int, ...]:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tdfx.checks import check_share
 from tdfx.errors import PolicyError
 from tdfx.ranks.ratio import Ratio
-from tdfx.ranks.rule import Choice, RankRule, Total, check_share
+from tdfx.ranks.rule import Choice, RankRule, Total
 from tdfx.ranks.spectrum import Spectrum
 
 _LOWEST = 1e-9

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tdfx.checks import is_number
 from tdfx.errors import PolicyError
-from tdfx.numbers import is_number
 from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.signal import NO_SIGNAL, has_signal
 from tdfx.ranks.spectrum import Spectrum

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tdfx.ranks.rule import Choice, RankRule, check_share
+from tdfx.checks import check_share
+from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.signal import NO_SIGNAL, signal_rank
 from tdfx.ranks.spectrum import Spectrum
 

@@ -7,10 +7,10 @@
 [16]
 """
 
+from tdfx.plans.scalars import Writer, log_plan
 from tdfx.report.picture import plot
 from tdfx.report.seen import Look, look
 from tdfx.report.spectra import Curve
 from tdfx.report.webpage import page
-from tdfx.scalars import Writer, log_plan
 
 __all__ = ["Curve", "Look", "Writer", "log_plan", "look", "page", "plot"]

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from tdfx.plan import Plan
-from tdfx.plan_table import fold
+from tdfx.plans.plan import Plan
+from tdfx.plans.table import fold
 from tdfx.report.layout import START, Piece, pieces_of
 from tdfx.report.network import Box, Network
 

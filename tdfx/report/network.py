@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import networkx as nx
 from torch import fx, nn
 
-from tdfx.passes.base import Program, Site
+from tdfx.passes.program import Program, Site
 
 MOST_BOXES = 120
 """Boxes above which modules are drawn as one each, outer ones where inner ones are still too many."""

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from tdfx.errors import ReportError
-from tdfx.numbers import short_number
-from tdfx.passes.observe import Inputs
-from tdfx.plan import Plan, SitePlan
-from tdfx.plan_table import fold
+from tdfx.passes.analysis.observe import Inputs
+from tdfx.plans.plan import Plan, SitePlan
+from tdfx.plans.table import fold
 from tdfx.report.files import need, write_whole
 from tdfx.report.seen import Look, look
 from tdfx.report.spectra import Curve
+from tdfx.text import short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

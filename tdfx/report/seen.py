@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from tdfx.errors import ModelError
-from tdfx.passes.base import Program
-from tdfx.passes.find import Find
-from tdfx.passes.observe import Inputs
-from tdfx.passes.shapes import Shapes
-from tdfx.passes.trace import Trace
-from tdfx.plan import Plan
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.observe import Inputs
+from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.program import Program
+from tdfx.plans.plan import Plan
 from tdfx.report.network import Network, network_of
 from tdfx.report.spectra import Curve, curves_of
-from tdfx.wrappers import unwrap
+from tdfx.wrappers.unwrap import unwrap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,10 @@ import torch
 
 from tdfx.errors import PlanError
 from tdfx.factors.registry import get_scheme, scheme_for
-from tdfx.layers import Factorized
-from tdfx.passes.base import Site
-from tdfx.passes.weights import check_weight, has_values, lowering_of, working_weight
-from tdfx.plan import Plan, SitePlan
+from tdfx.layers.factorized import Factorized
+from tdfx.passes.planning.weights import check_weight, has_values, lowering_of, working_weight
+from tdfx.passes.program import Site
+from tdfx.plans.plan import Plan, SitePlan
 from tdfx.progress import progress
 from tdfx.ranks.spectrum import Spectrum
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tdfx.numbers import short_number
-from tdfx.plan import Plan
+from tdfx.plans.plan import Plan
+from tdfx.text import short_number
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 import tdfx
-from tdfx.numbers import before_after, milliseconds
-from tdfx.passes.observe import Inputs
-from tdfx.plan import Plan, SitePlan
-from tdfx.plan_totals import totals
+from tdfx.passes.analysis.observe import Inputs
+from tdfx.plans.plan import Plan, SitePlan
+from tdfx.plans.totals import totals
 from tdfx.report.drawing import drawings_of
 from tdfx.report.files import write_whole
 from tdfx.report.seen import Look, look
 from tdfx.report.spectra import Curve
 from tdfx.report.totals import Total, totals_of
+from tdfx.text import before_after, milliseconds
 
 _POINTS = 96
 """Points of a curve that the page draws."""

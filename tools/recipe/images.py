@@ -20,7 +20,7 @@ from recipe.data import Batch, DataSet, InMemory, Place, cache_folder, generator
 from recipe.errors import RecipeError
 from recipe.glyphs import CLASSES, distorted, glyph_images
 from recipe.models import Shape
-from tdfx.demo import jitter, load_digits
+from tdfx.demo.run import jitter, load_digits
 from tdfx.errors import TdfxError
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

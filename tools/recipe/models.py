@@ -12,7 +12,7 @@ from torch import nn
 
 from recipe.errors import RecipeError
 from recipe.settings import Model
-from tdfx.demo import build_model
+from tdfx.demo.run import build_model
 from tdfx.errors import nearest
 
 SMALL = 64

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from recipe.errors import RecipeError
 from tdfx.errors import PolicyError, nearest
-from tdfx.policy import Policy
+from tdfx.policies.policy import Policy
 from tdfx.ranks.registry import parse_rule
 
 

@@ -1,0 +1,171 @@
+"""Graph -> sites: every convolution and linear layer or functional call, or the reason why it must be left alone."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tdfx.factors.operation import Operation
+from tdfx.kinds.registry import is_candidate, kind_of, operation_of
+from tdfx.layers.factorized import Factorized
+from tdfx.layers.parameter import FactorizedParameter
+from tdfx.passes.analysis.blockers import layers_inside_leaves, obstacle, obstacle_of_layer, read_by
+from tdfx.passes.analysis.uses import Uses, uses_of
+from tdfx.passes.base import Change, Pass, PassResult
+from tdfx.passes.program import Program, Site, Slot
+from tdfx.plans.plan import Reason
+
+_WITHOUT_LAYERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+"""Modules of torch.nn that compute linear maps with parameters of their own, in a way that nothing can stand in for."""
+
+
+class Find(Pass):
+    """List the sites of a traced program in the order of its state_dict."""
+
+    name = "find"
+
+    def run(self, program: Program) -> PassResult:
+        """Look at every layer and every parameter once; a layer called twice is one site with two calls."""
+        uses = uses_of(program)
+        inside = layers_inside_leaves(program.module)
+        aliases = _aliases(program.module)
+        sites = tuple(
+            replace(site, aliases=aliases.get(site.name, ())) for site in _sites(program.module, uses, inside)
+        )
+        changes = tuple(Change(site.name, "found") for site in sites)
+        return PassResult(replace(program, sites=sites), changes)
+
+    def ensures(self, before: Program, result: PassResult) -> None:
+        """Every convolution and linear layer is a site, once."""
+        layers = {name for name, layer in before.module.named_modules() if is_candidate(layer)}
+        factors = {
+            f"{name}.factors.{index}"
+            for name, layer in before.module.named_modules()
+            if isinstance(layer, Factorized)
+            for index in range(len(layer.factors))
+        }
+        listed = Counter(site.name for site in result.program.sites)
+        self.check(layers - factors <= set(listed), "every convolution and linear layer is a site")
+        self.check(all(count == 1 for count in listed.values()), "every site is listed once")
+
+
+def _sites(root: nn.Module, uses: Uses, inside: Mapping[int, type[nn.Module]]) -> Iterator[Site]:
+    seen: set[int] = set()
+    for path, module in root.named_modules():
+        if isinstance(module, Factorized):
+            yield _factorized_site(path, module, uses, root)
+        elif is_candidate(module):
+            stands_in = isinstance(module._modules.get(kind_of(module).weight), FactorizedParameter)
+            if not stands_in and not issubclass(inside.get(id(module), nn.Module), Factorized):
+                yield _layer_site(path, module, uses, inside)
+        else:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield from _parameter_site(Slot(path, name), module, parameter, uses)
+
+
+def _aliases(root: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the further paths of every module that is held at several, by its first path."""
+    paths: defaultdict[int, list[str]] = defaultdict(list)
+    for path, module in root.named_modules(remove_duplicate=False):
+        paths[id(module)].append(path)
+    return {first: tuple(others) for first, *others in paths.values() if others}
+
+
+def _layer_site(path: str, layer: nn.Module, uses: Uses, inside: Mapping[int, type[nn.Module]]) -> Site:
+    kind = kind_of(layer)
+    weight = layer._parameters.get(kind.weight)
+    if _is_called_as_a_function(layer, weight, uses) and id(layer) not in inside:
+        return functional_site(path, kind.name, Slot(path, kind.weight), layer, uses)
+    nodes = uses.calls.get(id(layer), ())
+    # Outside every graph nobody can say how often a layer is called; a run with example inputs will.
+    calls = uses.count(nodes) if id(layer) in uses.traced else 1
+    reason, note = obstacle_of_layer(layer, weight, calls, uses, inside)
+    return Site(
+        name=path,
+        layer=layer,
+        kind=kind.name,
+        operation=None if reason is Reason.UNINITIALIZED else operation_of(layer),
+        calls=calls,
+        nodes=nodes,
+        reason=reason,
+        note=note,
+    )
+
+
+def _is_called_as_a_function(layer: nn.Module, weight: Tensor | None, uses: Uses) -> bool:
+    """Return True where the graphs pass the layer's weight to a function and never call the layer."""
+    if weight is None or (uses.calls.get(id(layer)) and kind_of(layer).is_intact(layer)):
+        return False
+    return bool(uses.functional.get(id(weight))) and not parametrize.is_parametrized(layer)
+
+
+def _parameter_site(slot: Slot, owner: nn.Module, parameter: nn.Parameter, uses: Uses) -> Iterator[Site]:
+    found = uses.functional.get(id(parameter))
+    if found:
+        yield functional_site(slot.path, found[0].call.name, slot, owner, uses)
+    elif isinstance(owner, _WITHOUT_LAYERS) and "weight" in slot.name and parameter.dim() == 2:
+        yield Site(
+            name=slot.path,
+            layer=owner,
+            kind=type(owner).__name__,
+            operation=Operation(in_channels=parameter.shape[1], out_channels=parameter.shape[0]),
+            calls=0,
+            reason=Reason.READ_ELSEWHERE,
+            note=read_by(type(owner)),
+            slot=slot,
+        )
+
+
+def functional_site(name: str, kind: str, slot: Slot, owner: nn.Module, uses: Uses) -> Site:
+    """Return the site of a parameter that the graphs pass to a function as its weight.
+
+    Args:
+        name: The site's name.
+        kind: What the plan calls it.
+        slot: Where the parameter is.
+        owner: The module that holds it, in the program's module.
+        uses: What the graphs say.
+    """
+    parameter = owner._parameters[slot.name]
+    assert parameter is not None
+    found = uses.functional[id(parameter)]
+    # Its factors will take stride, padding and dilation from each call, so the first call may speak for all.
+    operation = found[0].call.operation(parameter.shape)
+    nodes = tuple(one.node for one in found)
+    reason, note = obstacle(parameter, kind, operation, uses.owners, uses.reads, uses.shards)
+    return Site(
+        name=name,
+        layer=owner,
+        kind=kind,
+        operation=operation,
+        calls=uses.count(nodes),
+        nodes=nodes,
+        reason=reason,
+        note=note,
+        slot=slot,
+    )
+
+
+def _factorized_site(path: str, layer: Factorized, uses: Uses, root: nn.Module) -> Site:
+    original = layer.origin.layer
+    slot = Slot.of(path) if isinstance(layer, FactorizedParameter) else None
+    if slot is not None and is_candidate(root.get_submodule(slot.owner)):
+        path = slot.owner
+    nodes = uses.calls.get(id(layer), ()) + tuple(one.node for one in uses.functional.get(id(layer), ()))
+    return Site(
+        name=path,
+        layer=layer,
+        kind=kind_of(original).name,
+        operation=operation_of(original),
+        calls=uses.count(nodes) if id(layer) in uses.traced else 1,
+        nodes=nodes,
+        reason=Reason.FACTORIZED,
+        note=f"{layer.origin.scheme} at {'/'.join(map(str, layer.origin.ranks))}",
+        slot=slot,
+    )

@@ -1,0 +1,1 @@
+"""Passes and helpers that decide: a scheme and ranks for each site, by rules or within a budget."""

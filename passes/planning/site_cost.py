@@ -1,0 +1,96 @@
+"""What a site costs as it is and at given ranks: parameters, operations, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor, nn
+
+from tdfx.cost.count import Flow, flops
+from tdfx.cost.memory import training_bytes
+from tdfx.factors.operation import Operation
+from tdfx.factors.scheme import Scheme
+from tdfx.layers.factorized import Factorized
+from tdfx.passes.program import Site
+from tdfx.plans.plan import Reason, SitePlan
+
+Chain = Callable[[Operation], Sequence[Operation]]
+"""From what a call computes to the steps by which it is computed."""
+
+
+def chain_at(scheme: Scheme, ranks: Sequence[int]) -> Chain:
+    """Return how a site is computed by a scheme at given ranks."""
+    return lambda operation: scheme.chain(operation, ranks)
+
+
+def chain_now(site: Site) -> Chain:
+    """Return how a site is computed as it is: dense, or by the factors that it has."""
+    if isinstance(site.layer, Factorized):
+        return chain_at(site.layer.scheme, site.layer.origin.ranks)
+    return lambda operation: [operation]
+
+
+def calls_of(site: Site, chain: Chain) -> Iterator[tuple[Sequence[Operation], Flow | None]]:
+    """Yield what each call of a site runs; without example inputs one call of unknown size."""
+    assert site.operation is not None
+    for flow in site.flows or (None,):
+        yield chain((flow.operation if flow is not None else None) or site.operation), flow
+
+
+def kept_plan(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | None = None) -> SitePlan:
+    """Return the decision to keep a site, with all that is known of it."""
+    shape = site.operation.weight_shape if site.operation is not None else _shape(site.weight)
+    count = _count(site)
+    work = flops_of(site, chain_now(site)) if site.operation is not None else None
+    memory = memory_of(site, chain_now(site)) if site.operation is not None else None
+    return SitePlan(
+        name=site.name,
+        kind=site.kind,
+        parameter=site.slot.path if site.slot is not None else None,
+        shape=shape,
+        groups=site.operation.groups if site.operation is not None else 1,
+        transposed=site.operation is not None and site.operation.transposed,
+        calls=site.calls,
+        full_ranks=full,
+        reason=reason,
+        note=note,
+        parameters_before=count,
+        parameters_after=count,
+        flops_before=work,
+        flops_after=work,
+        memory_before=memory,
+        memory_after=memory,
+    )
+
+
+def is_lazy(parameter: object) -> bool:
+    """Return True for a parameter that has no shape yet."""
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
+
+
+def _count(site: Site) -> int:
+    """Count the values in a site's weight, or in its factors' where it is factorized."""
+    weights = site.layer.weights if isinstance(site.layer, Factorized) else (site.weight,)
+    return sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and not is_lazy(weight))
+
+
+def _shape(weight: object) -> tuple[int, ...]:
+    return tuple(weight.shape) if isinstance(weight, Tensor) and not is_lazy(weight) else ()
+
+
+def flops_of(site: Site, chain: Chain) -> int | None:
+    """Return the forward operations of all calls of a site; None without example inputs."""
+    if not site.flows:
+        return None if site.flows is None else 0
+    return sum(flops(steps, flow) for steps, flow in calls_of(site, chain) if flow is not None)
+
+
+def memory_of(site: Site, chain: Chain) -> int | None:
+    """Return the bytes that a site adds to a training step; None without example inputs.
+
+    All its calls share the weights, and each keeps what flows between the factors.
+    """
+    if not site.flows:
+        return None if site.flows is None else 0
+    (first, *_), flows = zip(*calls_of(site, chain), strict=True)
+    return training_bytes(first, [flow for flow in flows if flow is not None])

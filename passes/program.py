@@ -1,0 +1,143 @@
+"""What the passes hand on: a model with its graphs, its sites and its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+
+from tdfx.cost.count import Flow
+from tdfx.factors.operation import Operation
+from tdfx.kinds.registry import find_kind, kind_of
+from tdfx.layers.factorized import Factorized
+from tdfx.layers.placement import full
+from tdfx.plans.plan import Emit, Plan, Reason
+
+PLAN_ATTRIBUTE = "_tdfx_plan"
+"""Where a rewritten model keeps its plan; this is also how a merge knows of a rewrite that kept every site."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What torch.fx made of one module."""
+
+    graphs: tuple[fx.Graph, ...]
+    """One graph, or one in train and one in eval mode where they differ in more than constants."""
+    doubt: str = ""
+    """Why they cannot stand for the module; "" if they can."""
+    blocks: frozenset[str] = frozenset()
+    """Paths inside it of the modules that they call as they are, and do not look into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of a parameter that functional calls use as a weight."""
+
+    owner: str
+    """Path of the module that holds it."""
+    name: str
+    """Its name there."""
+
+    @classmethod
+    def of(cls, path: str) -> Slot:
+        """Return the place of the parameter at a path."""
+        owner, _, name = path.rpartition(".")
+        return cls(owner, name)
+
+    @property
+    def path(self) -> str:
+        """The parameter's own path."""
+        return f"{self.owner}.{self.name}" if self.owner else self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A place in the model that computes a convolution or a linear map."""
+
+    name: str
+    """Path of the layer in the program's module, or of the parameter where no layer kind holds it."""
+    layer: nn.Module
+    """The layer itself, in the program's module; or the module that holds the parameter."""
+    kind: str
+    """The layer kind, or the function that takes the parameter as its weight."""
+    operation: Operation | None
+    """What it computes; None for a kind that no scheme can stand for."""
+    calls: int
+    """Calls in one forward pass, as far as the graphs or a run with example inputs show."""
+    nodes: tuple[fx.Node, ...] = ()
+    """The calls in the graphs."""
+    reason: Reason | None = None
+    """Why it cannot be rewritten, whatever the policy says; or that it is factorized, so that its ranks can be lowered."""
+    note: str = ""
+    """The reason in words."""
+    aliases: tuple[str, ...] = ()
+    """Other paths at which the model holds the same layer."""
+    slot: Slot | None = None
+    """The parameter that a rewrite replaces, where functions take it as their weight and the layer stays."""
+    flows: tuple[Flow, ...] | None = None
+    """What flows into each call; None without example inputs, and nothing where they do not reach it in either mode."""
+
+    @property
+    def is_open(self) -> bool:
+        """True for a site that a policy may decide on: that may be rewritten, or is factorized and could get lower ranks."""
+        return self.reason in {None, Reason.FACTORIZED}
+
+    @property
+    def is_missed(self) -> bool:
+        """True for a site that the example inputs do not reach, so that nobody knows how long it takes."""
+        return self.flows == ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names by which a policy may speak of it."""
+        return (self.name, *self.aliases)
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The parameter that holds the weight; None where that is computed, or factorized."""
+        if isinstance(self.layer, Factorized):
+            return None
+        if self.slot is not None:
+            return self.layer._parameters[self.slot.name]
+        kind = find_kind(self.layer)
+        return self.layer._parameters.get(kind.weight) if kind is not None else None
+
+    @property
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that make the weight: itself, or its factors; none where it is computed."""
+        if isinstance(self.layer, Factorized):
+            return self.layer.weights
+        return () if self.weight is None else (self.weight,)
+
+    @property
+    def dense(self) -> Tensor:
+        """The weight, detached, in the layout of its operation."""
+        (weight,) = self.weights
+        return self.as_dense(full(weight))
+
+    def as_dense(self, weight: Tensor) -> Tensor:
+        """Return the values of the weight in the layout of its operation."""
+        return weight if self.slot is not None else kind_of(self.layer).to_dense(weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A model on its way through the passes; no pass changes one, each returns another."""
+
+    module: nn.Module
+    """The model; from ``trace`` on it is a structural copy that shares every tensor with the user's."""
+    graphs: Mapping[str, Traced] = field(default_factory=dict)
+    """Path of a submodule ("" for the root) -> its graphs; a submodule has its own where no graph above shows its inside."""
+    emit: Emit = "graph"
+    """How a rewritten model will be given back."""
+    notes: tuple[str, ...] = ()
+    """What concerns the whole model, in words."""
+    sites: tuple[Site, ...] = ()
+    """Every convolution and linear layer, and every parameter used as one's weight, from ``find`` on."""
+    plan: Plan | None = None
+    """The decisions, from ``select`` on."""
+    step_seconds: float | None = None
+    """Measured time of the model's training step, where that was asked for."""
+    shards: bool = False
+    """True if each process holds a part of every parameter, and all run the passes together."""

@@ -1,0 +1,1 @@
+"""Passes that change a model: put factors in place of weights, and join them again."""

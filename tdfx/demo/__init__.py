@@ -1,0 +1,1 @@
+"""The ``tdfx demo`` command: one training of handwritten digits, dense and factorized."""

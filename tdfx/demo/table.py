@@ -1,0 +1,39 @@
+"""The demo's result as a table."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from tdfx.demo.run import DemoResult
+from tdfx.plans.table import plan_view
+from tdfx.text import short_number
+
+
+def demo_view(result: DemoResult, width: int | None = None) -> Group:
+    """Return the plan, the two runs side by side and the proof, for a rich console of a width, or of any."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for name in ("full", "tdfx", "merged"):
+        table.add_column(name, justify="right")
+    table.add_row("training time", f"{result.full.seconds:.1f} s", f"{result.tdfx.seconds:.1f} s", "")
+    accuracies = (result.full.accuracy, result.tdfx.accuracy, result.merged_accuracy)
+    table.add_row("accuracy on held-out images", *(f"{one:.2f} %" for one in accuracies))
+    before, after = result.plan.parameters_before, result.plan.parameters_after
+    table.add_row("parameters", short_number(before), short_number(after), short_number(before))
+    return Group(plan_view(result.plan, width), Text(), table, Text(), *(Text(line) for line in _lines(result)))
+
+
+def _lines(result: DemoResult) -> list[str]:
+    verdict = "the same graph as the original" if result.report.ok else f"FAILED: {result.report}"
+    numbers = (
+        "agrees with the factorized model" if result.numbers.numbers_match else "DIFFERS from the factorized model"
+    )
+    return [
+        f"tdfx trained {result.speedup:.2f}x faster in all; {len(result.plan.factorized)} of {len(result.plan)} sites "
+        f"factorized after epoch {result.switch_epoch} of {result.epochs}",
+        f"the switch took {result.switch_seconds:.2f} s (plan and rewrite, counted above; so is the merge)",
+        f"merge: outputs differ by {result.merge_error:.1e} relative to the factorized model's",
+        f"ONNX: merged model: {verdict}; ONNX Runtime: it {numbers} (relative error {result.numbers.max_error:.1e})",
+    ]

@@ -1,0 +1,61 @@
+"""What the sites of a plan come to together, in lines of text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tdfx.text import before_after, milliseconds, share, times_faster
+
+if TYPE_CHECKING:
+    from tdfx.plans.plan import Plan, SitePlan
+
+
+def totals(plan: Plan) -> list[str]:
+    """Return a line for each total that is known, over all sites of the plan."""
+    lines = [_decisions(plan)]
+    counts = {
+        "parameters": (plan.parameters_before, plan.parameters_after),
+        "FLOPs of the sites, forward": (plan.flops_before, plan.flops_after),
+    }
+    if plan.memory_before != plan.memory_after:
+        counts["bytes of the sites in training"] = plan.memory_before, plan.memory_after
+    lines += [
+        f"{what} {before_after(*both)}" + _in_brackets(share(*both))
+        for what, both in counts.items()
+        if both[0] is not None
+    ]
+    timed = [one for one in plan.sites if one.seconds_before is not None and one.seconds_after is not None]
+    if timed:
+        before, after = (sum(getattr(one, f"seconds_{when}") for one in timed) for when in ("before", "after"))
+        lines.append(
+            f"measured, {len(timed)} sites{_by_estimate(timed)}: {milliseconds(before, after)} ms a step"
+            + _in_brackets(times_faster(before, after))
+        )
+    if plan.step_seconds is not None:
+        lines.append(
+            f"training step {milliseconds(plan.step_seconds, plan.step_seconds_after)} ms"
+            + _in_brackets(times_faster(plan.step_seconds, plan.step_seconds_after))
+            + ", as predicted"
+        )
+    if plan.factorized and plan.total_error > 0:
+        lines.append(f"total error {plan.total_error:.3g} (the squares of the sites' errors, summed)")
+    return lines
+
+
+def _decisions(plan: Plan) -> str:
+    kept = Counter(str(site.reason) for site in plan.kept)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in kept.most_common())
+    return f"{plan.model or 'model'}: {len(plan.factorized)} of {len(plan)} sites factorized" + (
+        f"; kept: {reasons}" if reasons else ""
+    )
+
+
+def _by_estimate(timed: Sequence[SitePlan]) -> str:
+    count = sum(one.estimated for one in timed)
+    return f", {count} of them by estimate" if count else ""
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""

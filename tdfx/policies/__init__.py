@@ -1,0 +1,1 @@
+"""Policies: the user's wish in Python and in TOML or JSON files."""

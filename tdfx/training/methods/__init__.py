@@ -1,0 +1,1 @@
+"""Methods that act on a factorized model while it trains: decay, penalty, freezing, re-warm-up."""

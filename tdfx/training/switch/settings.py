@@ -1,0 +1,36 @@
+"""The checks of what a ``Switch`` is made with."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+from tdfx.checks import check_whole, is_number
+from tdfx.errors import PolicyError
+from tdfx.policies.policy import Policy
+from tdfx.training.switch.when import When
+
+
+def check_settings(
+    policy: object, when: object, total_steps: int | None, recompile_seconds: float, rewarm: int
+) -> None:
+    """Raise PolicyError unless a switch can be made with these."""
+    if not isinstance(policy, Policy):
+        raise PolicyError(
+            f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite once it is time, which a plan "
+            f"made now could not know. Pass tdfx.Policy(rank=...)."
+        )
+    if not isinstance(when, get_args(When)):
+        raise PolicyError(
+            f"when={when!r} does not say when to switch. Pass for example when=tdfx.AtStep(500) or "
+            f"when=tdfx.Settled(timeout=20_000)."
+        )
+    if total_steps is not None:
+        check_whole("total_steps", total_steps, "the steps of the whole training", "total_steps=10_000")
+    if not (is_number(recompile_seconds) and 0 <= recompile_seconds < math.inf):
+        raise PolicyError(
+            f"recompile_seconds={recompile_seconds!r} is not a time of at least 0: it is what compiling the rewritten "
+            f"model takes, in seconds. Leave it out where nothing is compiled."
+        )
+    if rewarm != 0:
+        check_whole("rewarm", rewarm, "the steps of the re-warm-up, or 0 for none", "rewarm=200")

@@ -1,0 +1,116 @@
+"""When a switch may happen: at a given step, after an epoch, or once the ranks have settled."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from tdfx.checks import check_whole, is_number
+from tdfx.errors import PolicyError
+
+
+@dataclass(frozen=True, slots=True)
+class AtStep:
+    """Switch after a given number of training steps.
+
+    Raises:
+        PolicyError: The step is not a whole number of at least 1.
+
+    Example:
+        >>> import tdfx
+        >>> tdfx.AtStep(500)
+        AtStep(step=500)
+    """
+
+    step: int
+    """Training steps before the switch, at least 1."""
+
+    def __post_init__(self) -> None:
+        check_whole("step", self.step, "the training steps before the switch", "AtStep(500)")
+
+    @property
+    def at(self) -> int:
+        """The step after which to switch."""
+        return self.step
+
+
+@dataclass(frozen=True, slots=True)
+class AtEpoch:
+    """Switch after a given number of epochs.
+
+    Raises:
+        PolicyError: A number is not whole, or below 1.
+
+    Example:
+        >>> import tdfx
+        >>> tdfx.AtEpoch(3, steps_per_epoch=200).at
+        600
+    """
+
+    epoch: int
+    """Whole epochs before the switch, at least 1."""
+    _: KW_ONLY
+    steps_per_epoch: int
+    """Training steps in one epoch, at least 1; ``len(loader)`` where each batch is a step."""
+
+    def __post_init__(self) -> None:
+        example = "AtEpoch(3, steps_per_epoch=len(loader))"
+        check_whole("epoch", self.epoch, "the epochs before the switch", example)
+        check_whole("steps_per_epoch", self.steps_per_epoch, "the training steps in one epoch", example)
+
+    @property
+    def at(self) -> int:
+        """The step after which to switch."""
+        return self.epoch * self.steps_per_epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """Switch each site when its rank has stopped changing, so different sites may switch at different steps.
+
+    What is watched is the stable rank ``|W|² / s₁²``, a cheap stand-in for the rank that a rule would choose; the largest
+    singular value comes from power iterations that start where the last look ended. A site is ripe when its weight has
+    moved since the first look, its stable rank has not in the last looks, and the policy's own plan factorizes it, so that
+    a site whose weight shows no signal yet waits.
+
+    Source: Wang, Agarwal, U-chupala, Tanaka, Xing, Papailiopoulos, *Cuttlefish: Low-Rank Model Training without All the
+    Tuning*, MLSys 2023, which watches stable ranks to choose the end of full-rank training.
+
+    Raises:
+        PolicyError: A number is out of range.
+
+    Example:
+        >>> import tdfx
+        >>> tdfx.Settled(every=200, timeout=20_000).tolerance
+        0.02
+    """
+
+    every: int = 100
+    """Training steps between two looks, at least 1; more where a look would take over one percent of the time."""
+    window: int = 3
+    """Looks, after an earlier one, over which the stable rank must have held, at least 1."""
+    tolerance: float = 0.02
+    """Largest relative change of the stable rank over the window, positive; no unit."""
+    moved: float = 0.1
+    """How far a weight must have turned from where it was at the first look: sine of the angle, in [0, 1)."""
+    timeout: int | None = None
+    """Step at which all sites that wait are switched or given up, at least 1; None to wait as long as it takes."""
+
+    def __post_init__(self) -> None:
+        check_whole("every", self.every, "the training steps between two looks", "Settled(every=100)")
+        check_whole("window", self.window, "the looks over which a rank must hold", "Settled(window=3)")
+        if self.timeout is not None:
+            check_whole("timeout", self.timeout, "the step at which waiting ends", "Settled(timeout=20_000)")
+        if not (is_number(self.tolerance) and self.tolerance > 0):
+            raise PolicyError(
+                f"tolerance={self.tolerance!r} is not a positive number: it is the relative change of the stable rank "
+                f"below which it counts as settled. Pass for example tolerance=0.02."
+            )
+        if not (is_number(self.moved) and 0 <= self.moved < 1):
+            raise PolicyError(
+                f"moved={self.moved!r} is not in [0, 1): it is the sine of the angle by which a weight must have turned "
+                f"since the first look. Pass for example moved=0.1."
+            )
+
+
+When = AtStep | AtEpoch | Settled
+"""All that ``Switch`` takes as ``when=``."""
