@@ -24,14 +24,14 @@ class Traced:
 
     graphs: tuple[fx.Graph, ...]
     """One graph, or one in train and one in eval mode where they differ in more than constants."""
-    doubt: str = ""
+    mismatch: str = ""
     """Why they cannot stand for the module; "" if they can."""
     blocks: frozenset[str] = frozenset()
     """Paths inside it of the modules that they call as they are, and do not look into."""
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class ParameterSlot:
     """The place of a parameter that functional calls use as a weight."""
 
     owner: str
@@ -40,7 +40,7 @@ class Slot:
     """Its name there."""
 
     @classmethod
-    def of(cls, path: str) -> Slot:
+    def of(cls, path: str) -> ParameterSlot:
         """Return the place of the parameter at a path."""
         owner, _, name = path.rpartition(".")
         return cls(owner, name)
@@ -73,7 +73,7 @@ class Site:
     """The reason in words."""
     aliases: tuple[str, ...] = ()
     """Other paths at which the model holds the same layer."""
-    slot: Slot | None = None
+    slot: ParameterSlot | None = None
     """The parameter that a rewrite replaces, where functions take it as their weight and the layer stays."""
     flows: tuple[Flow, ...] | None = None
     """What flows into each call; None without example inputs, and nothing where they do not reach it in either mode."""

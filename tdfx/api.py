@@ -13,18 +13,18 @@ from torch.optim import Optimizer
 
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError, OptimizerError, PolicyError
-from tdfx.optim.companions import Along
+from tdfx.optim.companions import Companions
 from tdfx.optim.exchanges import join_exchange, split_exchange
 from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.observe import Inputs
-from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
 from tdfx.passes.planning.candidates import Loss
-from tdfx.passes.planning.clock import Clock
+from tdfx.passes.planning.clock import TimeStep
 from tdfx.passes.planning.losses import SecondMoment, curvature_losses, output_losses
 from tdfx.passes.planning.select import Select
 from tdfx.passes.planning.spectra import KeptSpectra
-from tdfx.passes.planning.times import Times
+from tdfx.passes.planning.times import SiteTimes
 from tdfx.passes.program import Program
 from tdfx.passes.transform.merge import Merge
 from tdfx.passes.transform.rewrite import Init, Rewrite
@@ -72,7 +72,7 @@ def plan(
     wrapped = unwrap(model)
     with wrapped.together():
         _check_same(wrapped, policy, emit)
-        along = Along.of(wrapped, optimizer, None, masters)
+        along = Companions.of(wrapped, optimizer, None, masters)
         program, _ = _planned(wrapped, policy, example_inputs, emit, along.second_moment)
     assert program.plan is not None
     return program.plan
@@ -134,7 +134,7 @@ def rewrite(
     """
     wrapped = unwrap(model)
     with wrapped.together():
-        along = Along.of(wrapped, optimizer, averaged, masters)
+        along = Companions.of(wrapped, optimizer, averaged, masters)
         _check_init(init, policy, along)
         _check_same(wrapped, policy, emit, init)
         spectra = KeptSpectra()
@@ -144,10 +144,12 @@ def rewrite(
             program, select = _planned(wrapped, policy, example_inputs, emit, along.second_moment)
             # Those of the model's weights are not quite those of their masters.
             spectra = KeptSpectra() if along.masters else select.readings.kept
-        along.masters.lift(program.module)
+        along.masters.with_masters(program.module)
         step = Rewrite(spectra, init, wrapped.spread)
         result = step(program).program.module
-        exchanges = [split_exchange(replace(one, factorized=along.masters.apart(one.factorized))) for one in step.swaps]
+        exchanges = [
+            split_exchange(replace(one, factorized=along.masters.detached(one.factorized))) for one in step.swaps
+        ]
         commit = along.prepare(result, exchanges, values=init != "empty", warn=True)
     return commit()
 
@@ -183,9 +185,9 @@ def merge(
     """
     wrapped = unwrap(model)
     with wrapped.together():
-        along = Along.of(wrapped, optimizer, averaged, masters)
+        along = Companions.of(wrapped, optimizer, averaged, masters)
         step = Merge(wrapped.spread)
-        result = step(Program(module=along.masters.lifted(wrapped.model))).program.module
+        result = step(Program(module=along.masters.lifted_copy(wrapped.model))).program.module
         commit = along.prepare(result, [join_exchange(one) for one in step.joins])
     return commit()
 
@@ -200,7 +202,7 @@ def _check_same(wrapped: Wrapped, policy: Policy | Plan | None, emit: Emit, init
     )
 
 
-def _check_init(init: Init, policy: Policy | Plan | None, along: Along) -> None:
+def _check_init(init: Init, policy: Policy | Plan | None, along: Companions) -> None:
     """Raise an error where factors cannot start from what was asked for."""
     if init not in get_args(Init):
         raise PolicyError(
@@ -237,13 +239,13 @@ def _planned(
     program = _sites(wrapped, emit)
     spent = 0.0
     if inputs is not None:
-        program = Shapes(inputs, wrapped.together, wrapped.ready, wrapped.agree)(program).program
+        program = ObserveInputs(inputs, wrapped.together, wrapped.ready, wrapped.agree)(program).program
         if isinstance(wish.rank, Budget) and wish.rank.is_of_time and isinstance(wish.cost, MeasuringCost):
             began = time.perf_counter()
-            program = Clock(inputs, wish.cost, wrapped.lead, strict=wish.rank.strict)(program).program
+            program = TimeStep(inputs, wish.cost, wrapped.lead, strict=wish.rank.strict)(program).program
             spent = time.perf_counter() - began
     losses = _losses(wish, program, inputs, second)
-    select = Select(wish, wrapped.spread, wrapped.agree, Times(wrapped.lead, spent), losses)
+    select = Select(wish, wrapped.spread, wrapped.agree, SiteTimes(wrapped.lead, spent), losses)
     return select(program).program, select
 
 

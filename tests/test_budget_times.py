@@ -24,14 +24,14 @@ from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
 from tdfx.passes.analysis.find import Find
-from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
 from tdfx.passes.planning.curve import Curve
-from tdfx.passes.planning.proposals import Option
+from tdfx.passes.planning.proposals import Candidate
 from tdfx.passes.planning.scales import Scales
 from tdfx.passes.planning.select import Select
 from tdfx.passes.planning.site_cost import calls_of
-from tdfx.passes.planning.times import Times, Wanted
+from tdfx.passes.planning.times import SiteTimes, TimingRequest
 from tdfx.passes.program import Program
 from tdfx.text import milliseconds
 
@@ -71,7 +71,7 @@ def test_times_that_could_not_be_measured_are_said_to_be_estimates() -> None:
 
 def test_what_was_not_timed_at_all_counts_as_the_solver_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     step = step_of(Scaled(1e3))
-    monkeypatch.setattr("tdfx.passes.planning.clock.Clock._seconds", lambda *_: step)
+    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: step)
     plan = planned(speedup=1.5, cost=Scaled(1e3, slice(0, 1)))
     guessed = {one.name for one in plan.factorized if one.estimated}
     assert guessed & {"2", "6", "7"}
@@ -134,8 +134,8 @@ def test_one_process_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         return outcome
 
     def as_process(lead: Lead) -> Plan:
-        program = Shapes((X,))(Find()(Trace()(Program(module=net())).program).program).program
-        select = Select(Policy(min_gain=0, round_to=1, **settings), times=Times(lead))
+        program = ObserveInputs((X,))(Find()(Trace()(Program(module=net())).program).program).program
+        select = Select(Policy(min_gain=0, round_to=1, **settings), times=SiteTimes(lead))
         plan = select(program).program.plan
         assert plan is not None
         return plan
@@ -178,7 +178,7 @@ def test_estimates_stand_beside_measured_times_in_their_scale(
 ) -> None:
     """Where what was measured is a multiple of what is estimated, it does not matter which of the sites were measured."""
     step = step_of(Scaled(scale))
-    monkeypatch.setattr("tdfx.passes.planning.clock.Clock._seconds", lambda *_: step)
+    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: step)
     for budget in ({"speedup": 1.5}, {"seconds": step / 1.8}):
         all_known = planned(cost=Scaled(scale), **budget)
         some_known = planned(cost=Scaled(scale, known), **budget)
@@ -209,12 +209,12 @@ class SlowFactors(Scaled):
 
 
 def test_what_is_slow_about_the_sites_that_were_timed_is_expected_of_the_others() -> None:
-    cost, times = SlowFactors(7.0), Times(Lead())
-    program = Shapes((X,))(Find()(Trace()(Program(module=net())).program).program).program
+    cost, times = SlowFactors(7.0), SiteTimes(Lead())
+    program = ObserveInputs((X,))(Find()(Trace()(Program(module=net())).program).program).program
     sites = {one.name: one for one in program.sites}
-    least, half = (Option(get_scheme("svd"), (rank,)) for rank in (4, 24))
+    least, half = (Candidate(get_scheme("svd"), (rank,)) for rank in (4, 24))
     lowest = {"svd": least}
-    times.prepare([Wanted(cost, sites["6"], (least.chain,))])
+    times.prepare([TimingRequest(cost, sites["6"], (least.chain,))])
     scales = Scales.learned(times, cost, [(sites["6"], lowest), (sites["7"], lowest)], None)
     known, guessed, blind = (
         Curve(times, cost, sites[name], (least, half), lowest=lowest, scales=given)
@@ -241,11 +241,11 @@ class Starting(Scaled):
 
 
 def test_between_what_was_timed_times_are_on_a_line() -> None:
-    cost, times = Starting(7.0), Times(Lead())
-    program = Shapes((X,))(Find()(Trace()(Program(module=net())).program).program).program
+    cost, times = Starting(7.0), SiteTimes(Lead())
+    program = ObserveInputs((X,))(Find()(Trace()(Program(module=net())).program).program).program
     site = next(one for one in program.sites if one.name == "6")
-    least, half = (Option(get_scheme("svd"), (rank,)) for rank in (4, 16))
-    times.prepare([Wanted(cost, site, (least.chain,))])
+    least, half = (Candidate(get_scheme("svd"), (rank,)) for rank in (4, 16))
+    times.prepare([TimingRequest(cost, site, (least.chain,))])
     curve = Curve(times, cost, site, (least, half), lowest={"svd": least}, scales=Scales())
     ((steps, flow),) = calls_of(site, half.chain)
     assert times.measured(cost, site, half.chain) is None
@@ -265,7 +265,7 @@ def test_where_no_site_was_timed_they_are_taken_to_be_the_whole_step(
     scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the scale of the estimates is: no machine is the one that they are made for."""
-    monkeypatch.setattr("tdfx.passes.planning.clock.Clock._seconds", lambda *_: scale * step_of(Scaled(1.0)))
+    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: scale * step_of(Scaled(1.0)))
     by_estimates = planned(cost=Scaled.modelled, speedup=1.5)
     assert by_estimates.factorized
     found = planned(cost=Speechless(1.0), speedup=1.5)

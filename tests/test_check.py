@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tdfx
 from tdfx import InputError, Measured, Modelled, PlanError, Policy, Ratio
-from tdfx.passes.planning.step import Step, time_steps
+from tdfx.passes.planning.step import TrainingStep, time_steps
 from tdfx.training.step_check import StepCheck
 
 
@@ -40,7 +40,7 @@ def test_a_step_leaves_the_model_and_the_random_numbers_alone() -> None:
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
-    (found,) = time_steps([Step(model, (X,))], rounds=2)
+    (found,) = time_steps([TrainingStep(model, (X,))], rounds=2)
     assert found.seconds > 0
     assert torch.equal(torch.rand(2), expected)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
@@ -51,7 +51,7 @@ def test_a_step_leaves_the_model_and_the_random_numbers_alone() -> None:
 def test_a_step_has_the_gradients_of_the_loss() -> None:
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Tanh()).double()
     x = torch.randn(5, 3, dtype=torch.float64)
-    (found,) = Step(model, x).gradients()
+    (found,) = TrainingStep(model, x).gradients()
     (expected,) = torch.autograd.grad(model(x).mean(), list(model.parameters()))
     # The loss is taken in single precision.
     assert found is not None
@@ -74,15 +74,15 @@ class Ema(nn.Module):
 def test_a_step_of_a_model_that_writes_to_its_parameters_writes_to_copies() -> None:
     model = Ema()
     before = model.b.weight.detach().clone()
-    Step(model, torch.randn(2, 4)).run()
+    TrainingStep(model, torch.randn(2, 4)).run()
     assert torch.equal(model.b.weight, before)
 
 
 def test_a_step_that_cannot_be_taken_says_why() -> None:
     with pytest.raises(InputError, match=r"Linear does not run on the example inputs in train mode.*shapes cannot be"):
-        Step(nn.Linear(3, 2), torch.randn(2, 4))
+        TrainingStep(nn.Linear(3, 2), torch.randn(2, 4))
     with pytest.raises(InputError, match="Flatten returns nothing in train mode that has a gradient"):
-        Step(nn.Flatten(), torch.randn(2, 4)).run()
+        TrainingStep(nn.Flatten(), torch.randn(2, 4)).run()
 
 
 def checked(**settings: Any) -> tuple[nn.Module, nn.Module, tdfx.Plan]:
@@ -148,7 +148,7 @@ def test_a_step_calls_nobody_with_made_up_gradients() -> None:
     called: list[str] = []
     model.conv.weight.register_hook(lambda gradient: called.append("tensor"))  # type: ignore[no-untyped-call]
     model.head.register_full_backward_hook(lambda *_: called.append("module"))
-    Step(model, (X,)).run()
+    TrainingStep(model, (X,)).run()
     assert called == []
     model(X)["logits"].sum().backward()
     assert called == ["module", "tensor"]
@@ -168,7 +168,7 @@ class Sometimes(nn.Linear):
 def test_a_weight_that_is_written_to_now_and_then_is_the_copys() -> None:
     model = nn.Sequential(Sometimes(4, 4))
     before = model.get_parameter("0.weight").detach().clone()
-    time_steps([Step(model, torch.randn(2, 4))], rounds=3)
+    time_steps([TrainingStep(model, torch.randn(2, 4))], rounds=3)
     assert torch.equal(model.get_parameter("0.weight"), before)
 
 

@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import tdfx
-from tdfx.integrations.adapter import Inside
-from tdfx.integrations.follow import Follow, names_of, put_in_order
+from tdfx.integrations.adapter import TrainerAdapter
+from tdfx.integrations.follow import FollowCheckpoint, names_of, put_in_order
 from tdfx.layers.factorized import Factorized
-from tdfx.wrappers.in_place import Part, become
+from tdfx.wrappers.in_place import InPlaceModule, replace_in_place
 
 POLICY = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -53,7 +53,7 @@ def sites(model: nn.Module) -> int:
     return sum(isinstance(one, Factorized) for one in model.modules())
 
 
-def inside(policy: tdfx.Policy = POLICY, **settings: Any) -> Inside:
+def inside(policy: tdfx.Policy = POLICY, **settings: Any) -> TrainerAdapter:
     defaults: dict[str, Any] = {
         "when": None,
         "epoch": 1,
@@ -62,12 +62,12 @@ def inside(policy: tdfx.Policy = POLICY, **settings: Any) -> Inside:
         "options": {},
         "advice": "Do this.",
     }
-    return Inside(policy, **{**defaults, **settings})
+    return TrainerAdapter(policy, **{**defaults, **settings})
 
 
 def test_a_part_becomes_what_is_made_of_it_and_stays_the_object() -> None:
     holder = Holder()
-    net, part = holder.net, Part(holder, "net")
+    net, part = holder.net, InPlaceModule(holder, "net")
     expected = tdfx.rewrite(net, POLICY, emit="modules")
     made = tdfx.rewrite(part, POLICY, emit="modules")
     assert isinstance(made, Net)
@@ -90,7 +90,7 @@ def test_a_part_of_a_compiled_model_is_compiled_again() -> None:
     net = Net()
     whole = cast("nn.Module", torch.compile(net, backend="eager"))
     before = whole(X)
-    part = Part(whole)
+    part = InPlaceModule(whole)
     assert part.inside is net
     part.put(tdfx.rewrite(part, POLICY, emit="modules"))
     assert torch.equal(whole(X), net(X))
@@ -101,7 +101,7 @@ def test_a_part_inside_of_a_compiled_child() -> None:
     holder = Holder()
     net = holder.net
     holder.net = torch.compile(net, backend="eager")  # type: ignore[assignment]
-    part = Part(holder, "net")
+    part = InPlaceModule(holder, "net")
     part.put(tdfx.rewrite(part, POLICY, emit="modules"))
     assert sites(net) == 2
     assert torch.equal(holder.net(X), net(X))
@@ -109,8 +109,8 @@ def test_a_part_inside_of_a_compiled_child() -> None:
 
 def test_a_part_that_is_not_there_and_one_that_cannot_stay_are_refused() -> None:
     with pytest.raises(tdfx.ModelError, match=r"Holder has no module 'nett' to be rewritten. It has 'net', 'other'"):
-        Part(Holder(), "nett")
-    part = Part(Holder(), "other")
+        InPlaceModule(Holder(), "nett")
+    part = InPlaceModule(Holder(), "other")
     made = tdfx.rewrite(part, POLICY, emit="modules")
     with pytest.raises(tdfx.ModelError, match=r"A Linear cannot become a Factorized.*Name the module that holds it"):
         part.put(made)
@@ -120,13 +120,13 @@ def test_a_part_that_is_not_there_and_one_that_cannot_stay_are_refused() -> None
 
 def test_a_module_follows_what_is_loaded_into_it() -> None:
     dense, split = Net(), Net()
-    become(split, tdfx.rewrite(split, POLICY, emit="modules"))
+    replace_in_place(split, tdfx.rewrite(split, POLICY, emit="modules"))
     plan = tdfx.plan(dense, POLICY, emit="modules")
     half = Net()
     policy = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, include=("fc",))
-    become(half, tdfx.rewrite(half, policy, emit="modules"))
+    replace_in_place(half, tdfx.rewrite(half, policy, emit="modules"))
     follower = Holder()
-    cast("Any", follower.net).register_load_state_dict_pre_hook(Follow(lambda: plan, ""))
+    cast("Any", follower.net).register_load_state_dict_pre_hook(FollowCheckpoint(lambda: plan, ""))
     for model, count in ((split, 2), (half, 1), (dense, 0), (split, 2), (split, 2), (dense, 0)):
         follower.load_state_dict({f"net.{key}": value for key, value in model.state_dict().items()}, strict=False)
         assert sites(follower) == count
@@ -135,8 +135,8 @@ def test_a_module_follows_what_is_loaded_into_it() -> None:
 
 def test_a_state_that_says_nothing_of_a_site_leaves_it() -> None:
     split = Net()
-    become(split, tdfx.rewrite(split, POLICY, emit="modules"))
-    cast("Any", split).register_load_state_dict_pre_hook(Follow(lambda: None, ""))
+    replace_in_place(split, tdfx.rewrite(split, POLICY, emit="modules"))
+    cast("Any", split).register_load_state_dict_pre_hook(FollowCheckpoint(lambda: None, ""))
     split.load_state_dict({"fc.bias": torch.zeros(32)}, strict=False)
     assert sites(split) == 2
 
@@ -144,9 +144,9 @@ def test_a_state_that_says_nothing_of_a_site_leaves_it() -> None:
 def test_what_is_factorized_and_not_loaded_keeps_its_values() -> None:
     split, dense = Net(), Net()
     plan = tdfx.plan(split, POLICY, emit="modules")
-    become(split, tdfx.rewrite(split, plan))
+    replace_in_place(split, tdfx.rewrite(split, plan))
     joined = tdfx.merge(split).get_parameter("fc.weight").detach().clone()
-    cast("Any", split).register_load_state_dict_pre_hook(Follow(lambda: plan, ""))
+    cast("Any", split).register_load_state_dict_pre_hook(FollowCheckpoint(lambda: plan, ""))
     split.load_state_dict(
         {key: value for key, value in dense.state_dict().items() if key.startswith("conv")}, strict=False
     )
@@ -157,9 +157,9 @@ def test_what_is_factorized_and_not_loaded_keeps_its_values() -> None:
 
 def test_factors_of_an_unknown_split_change_nothing() -> None:
     split, fresh = Net(), Net()
-    become(split, tdfx.rewrite(split, POLICY, emit="modules"))
+    replace_in_place(split, tdfx.rewrite(split, POLICY, emit="modules"))
     before = copy.deepcopy(fresh.state_dict())
-    cast("Any", fresh).register_load_state_dict_pre_hook(Follow(lambda: None, "Do this."))
+    cast("Any", fresh).register_load_state_dict_pre_hook(FollowCheckpoint(lambda: None, "Do this."))
     with pytest.raises(tdfx.CheckpointError, match=r"factors of 2 sites, 'conv' first.*Do this."):
         fresh.load_state_dict(split.state_dict())
     assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
@@ -169,7 +169,7 @@ def test_copies_follow_and_pickles_do_not() -> None:
     net = Net()
     plan = tdfx.plan(net, POLICY, emit="modules")
     split = tdfx.rewrite(net, plan)
-    cast("Any", net).register_load_state_dict_pre_hook(Follow(lambda: plan, ""))
+    cast("Any", net).register_load_state_dict_pre_hook(FollowCheckpoint(lambda: plan, ""))
     twin = copy.deepcopy(net)
     twin.load_state_dict(split.state_dict())
     assert (sites(twin), sites(net)) == (2, 0)

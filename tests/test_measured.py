@@ -24,7 +24,7 @@ from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
 from tdfx.passes.analysis.find import Find
-from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
 from tdfx.passes.program import Program
 
@@ -277,7 +277,7 @@ def test_intermediate_values_and_memory_by_hand() -> None:
 
 def settings_of(model: nn.Module, x: Any) -> dict[str, Setting]:
     program = Find()(Trace()(Program(module=model)).program).program
-    sites = Shapes((x,))(program).program.sites
+    sites = ObserveInputs((x,))(program).program.sites
     return {site.name: site.flows[0].setting for site in sites if site.flows}
 
 

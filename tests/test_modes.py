@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 import tdfx
 from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.modes import Mode, by_mode, unify
-from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
 from tdfx.passes.planning.losses import output_losses
 from tdfx.passes.program import Program
@@ -336,7 +336,7 @@ def test_outputs_of_what_only_train_mode_reaches_are_those_of_train_mode() -> No
     budget = tdfx.Budget(flops=0.95, error="outputs")
     policy = tdfx.Policy(rank=budget, min_gain=0, round_to=1, cost=tdfx.Modelled(), include=("auxiliary",))
     x = torch.randn(64, 8)
-    program = Shapes((x,))(Find()(Trace()(Program(module=dense)).program).program).program
+    program = ObserveInputs((x,))(Find()(Trace()(Program(module=dense)).program).program).program
     loss = output_losses(program, (x,))["auxiliary"]
     unseen, seen = torch.zeros(2, 3, 8)
     unseen[:, :4] = 1

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 import tdfx
 from tdfx.passes.analysis.find import Find
-from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
 from tdfx.passes.base import Pass, PassResult
 from tdfx.passes.planning.select import Select
@@ -278,7 +278,7 @@ class LosesAParameter(Trace):
         return result
 
 
-class LosesShapes(Shapes):
+class LosesShapes(ObserveInputs):
     def run(self, program: Program) -> PassResult:
         return PassResult(replace(super().run(program).program, sites=()))
 

@@ -12,23 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdfx import solver
-from tdfx.passes.planning.knapsack import NoneFoundError, Option, OutOfReachError, best_choice, least_totals
+from tdfx.passes.planning.knapsack import Item, NoneFoundError, OutOfReachError, best_choice, least_totals
 
 numbers = st.integers(0, 50)
 places = st.lists(
     st.lists(
-        st.builds(Option, numbers.map(float), st.tuples(numbers.map(float), numbers.map(float))), min_size=1, max_size=4
+        st.builds(Item, numbers.map(float), st.tuples(numbers.map(float), numbers.map(float))), min_size=1, max_size=4
     ),
     min_size=1,
     max_size=5,
 )
 
 
-def total(choice: list[Option], index: int) -> float:
+def total(choice: list[Item], index: int) -> float:
     return sum(option.costs[index] for option in choice)
 
 
-def by_trying(given: list[list[Option]], limits: list[float]) -> float:
+def by_trying(given: list[list[Item]], limits: list[float]) -> float:
     """Return the least loss of any choice that keeps the limits; infinite if there is none."""
     kept = (
         choice
@@ -40,7 +40,7 @@ def by_trying(given: list[list[Option]], limits: list[float]) -> float:
 
 @settings(max_examples=150, deadline=None)
 @given(places, st.lists(st.integers(0, 120).map(float), min_size=2, max_size=2))
-def test_nothing_that_keeps_the_limits_is_better(given: list[list[Option]], limits: list[float]) -> None:
+def test_nothing_that_keeps_the_limits_is_better(given: list[list[Item]], limits: list[float]) -> None:
     least = by_trying(given, limits)
     if least == math.inf:
         with pytest.raises(OutOfReachError):
@@ -53,7 +53,7 @@ def test_nothing_that_keeps_the_limits_is_better(given: list[list[Option]], limi
 
 def test_a_choice_that_is_good_place_by_place_is_not_the_best() -> None:
     # Greedily, by what a unit of cost saves, the first place would be cut; then the second does not fit any more.
-    given = [[Option(0.0, (5.0,)), Option(1.0, (4.0,))], [Option(0.0, (5.0,)), Option(2.0, (2.0,))]]
+    given = [[Item(0.0, (5.0,)), Item(1.0, (4.0,))], [Item(0.0, (5.0,)), Item(2.0, (2.0,))]]
     assert best_choice(given, [7.0]).picks == [0, 1]
     assert best_choice(given, [10.0]).picks == [0, 0]
     assert best_choice(given, [6.0]).picks == [1, 1]
@@ -62,8 +62,8 @@ def test_a_choice_that_is_good_place_by_place_is_not_the_best() -> None:
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e9])
 def test_units_do_not_matter(scale: float) -> None:
     given = [
-        [Option(0.0, (5 * scale,)), Option(scale, (4 * scale,))],
-        [Option(0.0, (5 * scale,)), Option(2 * scale, (2 * scale,))],
+        [Item(0.0, (5 * scale,)), Item(scale, (4 * scale,))],
+        [Item(0.0, (5 * scale,)), Item(2 * scale, (2 * scale,))],
     ]
     assert best_choice(given, [7 * scale]).picks == [0, 1]
 
@@ -73,17 +73,17 @@ def test_without_places_there_is_nothing_to_choose() -> None:
 
 
 def test_the_least_of_each_cost_alone() -> None:
-    given = [[Option(0.0, (5.0, 1.0)), Option(1.0, (4.0, 2.0))], [Option(0.0, (3.0, 3.0))]]
+    given = [[Item(0.0, (5.0, 1.0)), Item(1.0, (4.0, 2.0))], [Item(0.0, (3.0, 3.0))]]
     assert least_totals(given, 2) == [7.0, 4.0]
 
 
-def many() -> tuple[list[list[Option]], list[float]]:
+def many() -> tuple[list[list[Item]], list[float]]:
     """Return places and two limits between which there is no easy way."""
     draw = random.Random(1)
     places = [
         [
-            Option(0.0, (50.0, 50.0)),
-            *(Option(draw.random(), (draw.randint(1, 40), draw.randint(1, 40))) for _ in range(12)),
+            Item(0.0, (50.0, 50.0)),
+            *(Item(draw.random(), (draw.randint(1, 40), draw.randint(1, 40))) for _ in range(12)),
         ]
         for _ in range(40)
     ]
@@ -105,7 +105,7 @@ def test_what_is_found_when_time_is_up_counts(monkeypatch: pytest.MonkeyPatch) -
     first = best_choice(places, limits)
     assert not first.proven
 
-    def chosen(choice: solver.Choice) -> list[Option]:
+    def chosen(choice: solver.Choice) -> list[Item]:
         return [place[pick] for place, pick in zip(places, choice.picks, strict=True)]
 
     assert all(total(chosen(first), index) <= limit for index, limit in enumerate(limits))

@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 
 import tdfx
 from tdfx.layers.factorized import Factorized
-from tdfx.training.switch.watch import Watch, Watched
+from tdfx.training.switch.watch import RankWatch, Watched
 from tdfx.training.switch.when import When
 from tdfx.wrappers.unwrap import unwrap
 
@@ -401,7 +401,7 @@ def test_looks_are_stretched_to_stay_cheap() -> None:
 def test_the_stable_rank_and_the_turn_are_those_of_the_definition() -> None:
     torch.manual_seed(0)
     model = Pair().double()
-    watch = Watch(SETTLED, 1, {"fast": Watched("fast.weight")})
+    watch = RankWatch(SETTLED, 1, {"fast": Watched("fast.weight")})
     with torch.no_grad():
         model.fast.weight += 3 * torch.outer(torch.randn(SIZE), torch.randn(SIZE))
         seen = watch.look(model).sites["fast"]
@@ -412,7 +412,7 @@ def test_the_stable_rank_and_the_turn_are_those_of_the_definition() -> None:
         later = watch.look(model).look(model).sites["fast"]
         assert later.turned == pytest.approx(0.0, abs=1e-3)
         model.slow.weight.zero_()
-        still = Watch(SETTLED, 1, {"slow": Watched("slow.weight")}).look(model).look(model)
+        still = RankWatch(SETTLED, 1, {"slow": Watched("slow.weight")}).look(model).look(model)
         assert still.sites["slow"].turned == 0.0
         model.slow.weight.fill_(1.0)
         left = still.look(model).sites["slow"]

@@ -12,7 +12,7 @@ from torch import nn
 
 import tdfx
 from tdfx.cost.modelled import Case
-from tdfx.training.switch.pays_off import in_proportion
+from tdfx.training.switch.pays_off import cap_measuring_time
 
 ASKED: list[float] = []
 
@@ -36,17 +36,17 @@ def budget_of(policy: tdfx.Policy | None) -> float:
 def test_measuring_takes_a_hundredth_of_what_is_left_at_most() -> None:
     own = tdfx.Policy(rank=tdfx.Ratio(of=0.5), cost=tdfx.Measured(budget=0.5))
     policy = tdfx.Policy(overrides={"a": own, "b": None})
-    short = in_proportion(policy, left=10_000, step_seconds=0.01)
+    short = cap_measuring_time(policy, left=10_000, step_seconds=0.01)
     assert budget_of(short) == pytest.approx(1.0)
     assert budget_of(short.overrides["a"]) == 0.5
     assert short.overrides["b"] is None
-    assert budget_of(in_proportion(policy, left=10_000, step_seconds=1.0)) == budget_of(policy) == 15.0
+    assert budget_of(cap_measuring_time(policy, left=10_000, step_seconds=1.0)) == budget_of(policy) == 15.0
     # A short training has the time of thirty steps for it.
-    assert budget_of(in_proportion(policy, left=100, step_seconds=0.01)) == pytest.approx(0.3)
+    assert budget_of(cap_measuring_time(policy, left=100, step_seconds=0.01)) == pytest.approx(0.3)
     # Nothing is known of the time that is left.
-    assert in_proportion(policy, left=100, step_seconds=-1.0) == policy
+    assert cap_measuring_time(policy, left=100, step_seconds=-1.0) == policy
     modelled = tdfx.Policy(cost=tdfx.Modelled())
-    assert in_proportion(modelled, left=1, step_seconds=1.0) == modelled
+    assert cap_measuring_time(modelled, left=1, step_seconds=1.0) == modelled
 
 
 @pytest.mark.parametrize(("total", "expected"), [(5002, 5.0), (12, 3.0), (None, 15.0)])

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tdfx
-from tdfx.integrations.adapter import Inside
+from tdfx.integrations.adapter import TrainerAdapter
 from tdfx.layers.factorized import Factorized
-from tdfx.wrappers.in_place import Part
+from tdfx.wrappers.in_place import InPlaceModule
 
 WHOLE: dict[str, dict[str, torch.Tensor]] = {}
 """What the runs without interruption ended with."""
@@ -118,9 +118,9 @@ def check_transformers_merges(folder: Path) -> None:
 def check_an_unwrapped_model_is_refused(folder: Path) -> None:
     """By both processes, before anything is counted."""
     net = nn.Sequential(nn.Linear(8, 8))
-    callback = Inside(None, when=None, epoch=1, merge=True, example_inputs=None, options={}, advice="")
+    callback = TrainerAdapter(None, when=None, epoch=1, merge=True, example_inputs=None, options={}, advice="")
     with pytest.raises(tdfx.ModelError, match="2 processes train this Sequential, and it is not in"):
-        callback.step(Part(net), [torch.optim.SGD(net.parameters(), lr=0.1)])
+        callback.step(InPlaceModule(net), [torch.optim.SGD(net.parameters(), lr=0.1)])
 
 
 def check_a_sharded_model_is_refused(folder: Path) -> None:
@@ -128,7 +128,7 @@ def check_a_sharded_model_is_refused(folder: Path) -> None:
     net = nn.Sequential(nn.Linear(8, 8))
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
     with pytest.raises(tdfx.ModelError, match=r"sharded by fully_shard.*loop of your own, with tdfx.Switch"):
-        tdfx.rewrite(Part(net), tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0))
+        tdfx.rewrite(InPlaceModule(net), tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0))
     assert sites(net) == 0
 
 

@@ -30,11 +30,11 @@ from tdfx.cost.count import Flow
 from tdfx.cost.modelled import Case, Cost
 from tdfx.factors.operation import Operation
 from tdfx.passes.analysis.find import Find
-from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
 from tdfx.passes.planning.candidates import schemes_for
 from tdfx.passes.planning.proposals import rounded
-from tdfx.passes.planning.site_cost import calls_of, chain_at, chain_now
+from tdfx.passes.planning.site_cost import calls_of, current_chain, factor_chain
 from tdfx.passes.program import Program, Site
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
@@ -69,20 +69,20 @@ def sites_of(net: Net) -> tuple[Site, ...]:
     """Return the layers of a network that may be rewritten, with what flows through them."""
     program = Program(module=net.model, emit="graph")
     program = Find()(Trace()(program).program).program
-    found = Shapes((net.x,))(program).program.sites
+    found = ObserveInputs((net.x,))(program).program.sites
     return tuple(one for one in found if one.reason is None and one.operation is not None and one.flows)
 
 
 def options_of(site: Site) -> Iterator[tuple[str, list[Case]]]:
     """Yield a name for each way to compute a layer, and what each of its calls runs; the layer as it is comes first."""
-    yield "dense", [(tuple(steps), flow) for steps, flow in calls_of(site, chain_now(site))]
+    yield "dense", [(tuple(steps), flow) for steps, flow in calls_of(site, current_chain(site))]
     assert site.operation is not None
     for scheme in schemes_for(site.operation, POLICY):
         full = scheme.full_ranks(site.operation)
         some = [tuple(math.ceil(share * most) for most in full) for share in SHARES]
         for ranks in dict.fromkeys(rounded(one, full, POLICY, site, scheme) for one in some):
             if ranks != full:
-                calls = calls_of(site, chain_at(scheme, ranks))
+                calls = calls_of(site, factor_chain(scheme, ranks))
                 yield f"{scheme.name} {'/'.join(map(str, ranks))}", [(tuple(steps), flow) for steps, flow in calls]
 
 

@@ -10,7 +10,7 @@ from bench_pass import trained
 from nets import build
 from torch import Tensor, nn
 
-from tdfx.passes.planning.step import Step, time_steps
+from tdfx.passes.planning.step import TrainingStep, time_steps
 
 BATCHES = {"vgg19": 32, "resnet18": 8, "resnet50": 8, "resnet56": 32, "densenet40": 32, "mobilenet_v2": 8}
 """Name -> images in a batch, of what is taken unless other names are given."""
@@ -60,7 +60,7 @@ def ready(name: str, *, batch: int | None = None, device: str = "cpu", autocast:
 
 def _faster_layout(model: nn.Module, x: Tensor, autocast: torch.dtype | None) -> str:
     """Return the layout in which a dense step takes less time."""
-    steps = [Step(*_in_layout(copy.deepcopy(model), x, layout), autocast) for layout in LAYOUTS]
+    steps = [TrainingStep(*_in_layout(copy.deepcopy(model), x, layout), autocast) for layout in LAYOUTS]
     timings = time_steps(steps, rounds=_ROUNDS)
     times = {layout: timing.seconds for layout, timing in zip(LAYOUTS, timings, strict=True)}
     return min(times, key=times.__getitem__)

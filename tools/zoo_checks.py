@@ -23,7 +23,7 @@ import tdfx
 from tdfx.cli.references import build_model
 from tdfx.errors import TdfxWarning
 from tdfx.passes.analysis.find import Find
-from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
 from tdfx.passes.program import PLAN_ATTRIBUTE, Program
 
@@ -221,7 +221,7 @@ class _Examination:
         started = time.perf_counter()
         try:
             traced = Trace()(Program(module=self.model)).program
-            Shapes(self.example.eval.example())(Find()(traced).program)
+            ObserveInputs(self.example.eval.example())(Find()(traced).program)
         except Exception as error:  # the checks that follow will say the same
             self.verdict.facts["planning_error"] = _words(error)
         self.verdict.facts["planning_s"] = round(time.perf_counter() - started, 3)

@@ -32,7 +32,7 @@ _GRAPH_NAMES = _COPYING | {
 """Names by which a GraphModule holds its own state; a model that uses one of them cannot become a graph."""
 
 
-class Watch:
+class ForwardMonitor:
     """What a module holds before it is traced, to be compared with what it holds afterwards."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -41,7 +41,7 @@ class Watch:
         self.versions = _versions(module)
         self.random = random_states()
 
-    def doubts(self) -> dict[str, str]:
+    def mismatches(self) -> dict[str, str]:
         """Return what the forward did while it was traced that a graph would not do again, by the module it concerns."""
         found: dict[str, str] = {}
         now = _attributes(self.module)
@@ -58,7 +58,7 @@ class Watch:
         return random_states() != self.random
 
 
-def doubt_of_root(module: nn.Module) -> str:
+def mismatch_of_root(module: nn.Module) -> str:
     """Return why a graph could not stand for a module although its forward traces; "" if it can."""
     if isinstance(module, fx.GraphModule):
         return ""
@@ -76,7 +76,7 @@ def doubt_of_root(module: nn.Module) -> str:
     return _doubt_of_code(module)
 
 
-def doubt_of_block(module: nn.Module) -> str:
+def mismatch_of_block(module: nn.Module) -> str:
     """Return why a module inside a graph must be called as it is; "" if the graph may do what its forward does."""
     if any(module.__dict__[name] for name in HOOKS):
         return "it has hooks, which a graph would not call"

@@ -16,7 +16,7 @@ from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.analysis.blockers import layers_inside_leaves, obstacle, obstacle_of_layer, read_by
 from tdfx.passes.analysis.uses import Uses, uses_of
 from tdfx.passes.base import Change, Pass, PassResult
-from tdfx.passes.program import Program, Site, Slot
+from tdfx.passes.program import ParameterSlot, Program, Site
 from tdfx.plans.plan import Reason
 
 _WITHOUT_LAYERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -66,7 +66,7 @@ def _sites(root: nn.Module, uses: Uses, inside: Mapping[int, type[nn.Module]]) -
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in seen:
                     seen.add(id(parameter))
-                    yield from _parameter_site(Slot(path, name), module, parameter, uses)
+                    yield from _parameter_site(ParameterSlot(path, name), module, parameter, uses)
 
 
 def _aliases(root: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -81,7 +81,7 @@ def _layer_site(path: str, layer: nn.Module, uses: Uses, inside: Mapping[int, ty
     kind = kind_of(layer)
     weight = layer._parameters.get(kind.weight)
     if _is_called_as_a_function(layer, weight, uses) and id(layer) not in inside:
-        return functional_site(path, kind.name, Slot(path, kind.weight), layer, uses)
+        return functional_site(path, kind.name, ParameterSlot(path, kind.weight), layer, uses)
     nodes = uses.calls.get(id(layer), ())
     # Outside every graph nobody can say how often a layer is called; a run with example inputs will.
     calls = uses.count(nodes) if id(layer) in uses.traced else 1
@@ -105,7 +105,7 @@ def _is_called_as_a_function(layer: nn.Module, weight: Tensor | None, uses: Uses
     return bool(uses.functional.get(id(weight))) and not parametrize.is_parametrized(layer)
 
 
-def _parameter_site(slot: Slot, owner: nn.Module, parameter: nn.Parameter, uses: Uses) -> Iterator[Site]:
+def _parameter_site(slot: ParameterSlot, owner: nn.Module, parameter: nn.Parameter, uses: Uses) -> Iterator[Site]:
     found = uses.functional.get(id(parameter))
     if found:
         yield functional_site(slot.path, found[0].call.name, slot, owner, uses)
@@ -122,7 +122,7 @@ def _parameter_site(slot: Slot, owner: nn.Module, parameter: nn.Parameter, uses:
         )
 
 
-def functional_site(name: str, kind: str, slot: Slot, owner: nn.Module, uses: Uses) -> Site:
+def functional_site(name: str, kind: str, slot: ParameterSlot, owner: nn.Module, uses: Uses) -> Site:
     """Return the site of a parameter that the graphs pass to a function as its weight.
 
     Args:
@@ -154,7 +154,7 @@ def functional_site(name: str, kind: str, slot: Slot, owner: nn.Module, uses: Us
 
 def _factorized_site(path: str, layer: Factorized, uses: Uses, root: nn.Module) -> Site:
     original = layer.origin.layer
-    slot = Slot.of(path) if isinstance(layer, FactorizedParameter) else None
+    slot = ParameterSlot.of(path) if isinstance(layer, FactorizedParameter) else None
     if slot is not None and is_candidate(root.get_submodule(slot.owner)):
         path = slot.owner
     nodes = uses.calls.get(id(layer), ()) + tuple(one.node for one in uses.functional.get(id(layer), ()))

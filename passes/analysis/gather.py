@@ -15,7 +15,7 @@ from tdfx.layers.placement import full, is_sharded
 from tdfx.passes.analysis.uses import METADATA_FUNCTIONS
 
 
-class Whole(TorchFunctionMode):
+class GatherShards(TorchFunctionMode):
     """Gives every function the values of the parameters that it takes, for as long as it runs and no longer.
 
     So no process ever has more of the model than the weights of one function. The processes that hold the shards must run

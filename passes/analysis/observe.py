@@ -19,10 +19,10 @@ from tdfx.kinds.functional import Call, parse_call
 from tdfx.kinds.registry import is_candidate, kind_of, operation_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
-from tdfx.passes.analysis.gather import Whole
+from tdfx.passes.analysis.gather import GatherShards
 from tdfx.passes.analysis.guard import ParameterGuard, WritesParameterError, custom_functions
-from tdfx.passes.analysis.sandbox import undisturbed
-from tdfx.passes.analysis.tracer import throwaway, with_own_parameters
+from tdfx.passes.analysis.sandbox import isolated
+from tdfx.passes.analysis.tracer import scratch_copy, with_own_parameters
 from tdfx.passes.analysis.uses import METADATA_FUNCTIONS
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -103,12 +103,12 @@ def observe(
         keep: About how many values of each input to keep, in whole samples and at least one; 0 for none.
         ready: What to call before values of shards are gathered.
     """
-    copy = throwaway(module, mode=training)
-    with Whole(ready) if shards else nullcontext():
+    copy = scratch_copy(module, mode=training)
+    with GatherShards(ready) if shards else nullcontext():
         try:
             return _run(copy, inputs, {}, keep)
         except WritesParameterError:
-            copy = throwaway(module, mode=training)
+            copy = scratch_copy(module, mode=training)
             return _run(copy, inputs, with_own_parameters(copy), keep)
 
 
@@ -122,7 +122,7 @@ def _run(copy: nn.Module, inputs: Inputs, originals: Mapping[int, int], keep: in
         if is_candidate(layer) or isinstance(layer, Factorized):
             watching.attach(path, layer)
     with (
-        undisturbed(copy),
+        isolated(copy),
         nullcontext() if originals else ParameterGuard(copy),
         watching,
         custom_functions(watching.see),

@@ -13,7 +13,7 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
+def isolated(module: nn.Module) -> Iterator[None]:
     """Put back what torch, NumPy and Python would draw next, on the CPU and where the module lies; silence warnings."""
     devices = {one.device for one in (*module.parameters(), *module.buffers()) if one.device.type == "cuda"}
     of_python, of_numpy = random.getstate(), np.random.get_state()

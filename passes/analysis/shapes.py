@@ -20,11 +20,11 @@ from tdfx.passes.analysis.blockers import layers_inside_leaves, obstacle
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.analysis.uses import Uses, uses_of
 from tdfx.passes.base import Change, Pass, PassResult
-from tdfx.passes.program import Program, Site, Slot
+from tdfx.passes.program import ParameterSlot, Program, Site
 from tdfx.plans.plan import Reason
 
 
-class Shapes(Pass):
+class ObserveInputs(Pass):
     """Run the model in eval mode, without gradients, and note the shape of what enters each site.
 
     A second run, in train mode, is made where it is needed: for sites that the first did not reach, as auxiliary heads; and
@@ -135,7 +135,7 @@ class Shapes(Pass):
 
 
 def _site(
-    root: nn.Module, slot: Slot, seen: Observed, uses: Uses, reads: Collection[int], unknown: str
+    root: nn.Module, slot: ParameterSlot, seen: Observed, uses: Uses, reads: Collection[int], unknown: str
 ) -> Iterator[Site]:
     owner = root.get_submodule(slot.owner)
     parameter = owner._parameters[slot.name]
@@ -161,12 +161,12 @@ def _site(
     )
 
 
-def _slots(root: nn.Module) -> list[Slot]:
+def _slots(root: nn.Module) -> list[ParameterSlot]:
     """Return the places of all parameters, each under its first name."""
-    return [Slot.of(name) for name, _ in root.named_parameters()]
+    return [ParameterSlot.of(name) for name, _ in root.named_parameters()]
 
 
-def _parameter(root: nn.Module, slot: Slot) -> object:
+def _parameter(root: nn.Module, slot: ParameterSlot) -> object:
     return root.get_submodule(slot.owner)._parameters[slot.name]
 
 

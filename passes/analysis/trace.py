@@ -16,7 +16,7 @@ from tdfx.errors import ModelError
 from tdfx.kinds.registry import is_candidate
 from tdfx.layers.copying import COMPILED, structural_copy
 from tdfx.layers.factorized import Factorized
-from tdfx.passes.analysis.fidelity import Watch, doubt_of_block, doubt_of_root
+from tdfx.passes.analysis.fidelity import ForwardMonitor, mismatch_of_block, mismatch_of_root
 from tdfx.passes.analysis.guard import (
     CustomFunctionError,
     ParameterGuard,
@@ -25,8 +25,8 @@ from tdfx.passes.analysis.guard import (
     refuse_custom_function,
 )
 from tdfx.passes.analysis.modes import unify
-from tdfx.passes.analysis.sandbox import undisturbed
-from tdfx.passes.analysis.tracer import SiteTracer, is_site_or_leaf, throwaway, without_hooks
+from tdfx.passes.analysis.sandbox import isolated
+from tdfx.passes.analysis.tracer import SiteTracer, is_site_or_leaf, scratch_copy, without_hooks
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import Program, Traced
 
@@ -45,14 +45,14 @@ class Trace(Pass):
         whole: dict[type[nn.Module], str] = {}
         attempts = dict(_attempts(module, "", whole, _compiled(program.module, module)))
         graphs = {
-            path: Traced(attempt.graphs, attempt.doubt, frozenset(attempt.blocks))
+            path: Traced(attempt.graphs, attempt.mismatch, frozenset(attempt.blocks))
             for path, attempt in attempts.items()
             if attempt.graphs
         }
-        root = attempts.get("", Attempt(doubt=_one_layer(module)))
+        root = attempts.get("", Attempt(mismatch=_one_layer(module)))
         emit = program.emit
         notes = program.notes
-        if root.doubt and emit == "graph":
+        if root.mismatch and emit == "graph":
             emit = "modules"
             notes = (*notes, f"given back as {type(module).__name__}, not as a graph: {root.doubt}")
         elif emit == "graph":
@@ -74,7 +74,7 @@ class Attempt:
 
     graphs: tuple[fx.Graph, ...] = ()
     """One graph, two where train and eval mode differ in more than constants, none where tracing failed."""
-    doubt: str = ""
+    mismatch: str = ""
     """Why the graph may not do what the module does; "" if it does."""
     blocks: dict[str, str] = field(default_factory=dict)
     """Path of a module inside it that the graph calls as it is -> why."""
@@ -88,7 +88,7 @@ def attempt_trace(module: nn.Module, whole: dict[type[nn.Module], str], compiled
         whole: Class -> why modules of this class are kept whole; what is learned is added.
         compiled: The modules, by identity, that are compiled by themselves.
     """
-    blocks = {path: why for path, one in _blocks(module) if (why := doubt_of_block(one))}
+    blocks = {path: why for path, one in _blocks(module) if (why := mismatch_of_block(one))}
     # A graph that computed what is in them would leave their code uncalled.
     blocks |= {path: "it is compiled by itself" for path, one in _blocks(module) if id(one) in compiled}
     while True:
@@ -107,22 +107,22 @@ class _Run:
         self.tracer = SiteTracer(whole, blocks)
         self.graph: fx.Graph | None = None
         self.error = ""
-        self.doubts: dict[str, str] = {}
-        copy = without_hooks(throwaway(module, training))
-        watch = Watch(copy)
+        self.mismatches: dict[str, str] = {}
+        copy = without_hooks(scratch_copy(module, training))
+        watch = ForwardMonitor(copy)
         try:
             with (
-                undisturbed(copy),
+                isolated(copy),
                 ParameterGuard(module),
                 custom_functions(refuse_custom_function),
             ):
                 self.graph = self.tracer.trace_in_mode(copy, training)
-                if watch.drew() and not self.tracer.doubts:
-                    self.doubts[""] = "its forward draws random numbers that a graph would freeze"
+                if watch.drew() and not self.tracer.mismatches:
+                    self.mismatches[""] = "its forward draws random numbers that a graph would freeze"
         except Exception as error:  # what a user's forward raises when it meets a Proxy can be of any class
             _refuse_hidden_layers(module, error)
             self.error = str(error) if isinstance(error, _REFUSALS) else _why_not(error)
-        self.doubts = {**watch.doubts(), **self.doubts, **self.tracer.doubts}
+        self.mismatches = {**watch.mismatches(), **self.mismatches, **self.tracer.mismatches}
 
     @property
     def deciders(self) -> set[str]:
@@ -132,8 +132,8 @@ class _Run:
         """Return the path of a block to keep whole the next time, and why; None if nothing inside went wrong."""
         if self.graph is None:
             return (self.tracer.failed_at, self.error) if self.tracer.failed_at else None
-        inner = [path for path in self.doubts if path]
-        return (inner[0], self.doubts[inner[0]]) if inner else None
+        inner = [path for path in self.mismatches if path]
+        return (inner[0], self.mismatches[inner[0]]) if inner else None
 
 
 def _lesson_of_modes(train: _Run, evaluation: _Run) -> tuple[str, str] | None:
@@ -175,15 +175,15 @@ def _concluded(
     kept = {path: one for run in once for path, one in run.tracer.kept_whole.items()}
     why = {path: blocks.get(path) or whole[type(one)] for path, one in kept.items()}
     if train.graph is None or evaluation.graph is None:
-        return Attempt(doubt=next(run.error for run in once if run.graph is None))
+        return Attempt(mismatch=next(run.error for run in once if run.graph is None))
     graph = _one_graph(train, evaluation)
-    doubts = [run.doubts[path] for run in once for path in run.doubts]
-    doubt = next(iter(doubts), "") or doubt_of_root(module) or _way_around(once, kept)
+    mismatches = [run.mismatches[path] for run in once for path in run.mismatches]
+    mismatch = next(iter(mismatches), "") or mismatch_of_root(module) or _way_around(once, kept)
     if graph is not None:
-        return Attempt((graph,), doubt, why)
+        return Attempt((graph,), mismatch, why)
     if train.deciders | evaluation.deciders != {""}:
-        doubt = doubt or "its forward is not the same in train and in eval mode"
-    return Attempt((train.graph, evaluation.graph), doubt, why)
+        mismatch = mismatch or "its forward is not the same in train and in eval mode"
+    return Attempt((train.graph, evaluation.graph), mismatch, why)
 
 
 def _way_around(once: list[_Run], kept: dict[str, nn.Module]) -> str:

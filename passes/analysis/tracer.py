@@ -35,7 +35,7 @@ class SiteTracer(fx.Tracer):
         self.whole_paths = whole_paths
         self.kept_whole: dict[str, nn.Module] = {}
         """The modules that were kept as one call for these arguments' sake, by path."""
-        self.doubts: dict[str, str] = {}
+        self.mismatches: dict[str, str] = {}
         """Path of a module -> what it did while it was traced that a graph would not do again."""
         self.deciders: set[str] = set()
         """Paths of the modules whose mode decided something."""
@@ -66,13 +66,13 @@ class SiteTracer(fx.Tracer):
             # Its forward is not run; what holds now was brought about by the module that calls it.
             return super().call_module(m, forward, args, kwargs)
         self._open.append(path)
-        known, states = len(self.doubts), random_states()
+        known, states = len(self.mismatches), random_states()
         try:
             result = super().call_module(m, forward, args, kwargs)
             if self._hands_out_a_decision(path, result):
-                self.doubt("gives back a number that its mode may have decided")
-            if len(self.doubts) == known and random_states() != states:
-                self.doubt("draws random numbers that a graph would freeze")
+                self.mismatch("gives back a number that its mode may have decided")
+            if len(self.mismatches) == known and random_states() != states:
+                self.mismatch("draws random numbers that a graph would freeze")
         except Exception:
             self.failed_at = self.failed_at or self._open[-1]
             raise
@@ -83,7 +83,7 @@ class SiteTracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Note an operation that runs under a gradient mode, an autocast or a checkpoint of the forward's own."""
         if _contexts() != self._contexts:
-            self.doubt("switches autocast, gradients or checkpointing on or off")
+            self.mismatch("switches autocast, gradients or checkpointing on or off")
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -94,23 +94,23 @@ class SiteTracer(fx.Tracer):
             raise TypeError(f"a {type(a).__name__} would become a plain {'dict' if isinstance(a, dict) else 'list'}")
         made = super().create_arg(a)
         if isinstance(a, Tensor) and isinstance(made, fx.Node) and "_tensor_constant" in str(made.target):
-            self.doubt("makes tensors that a graph would freeze")
+            self.mismatch("makes tensors that a graph would freeze")
         return made
 
     def _decided(self, path: str) -> None:
         """Note that a module's mode decided something; a graph has no place for that of one whose forward is not running."""
         self.deciders.add(path)
         if path and path not in self._open:
-            self.doubt("asks for the mode of another module")
+            self.mismatch("asks for the mode of another module")
 
     def _hands_out_a_decision(self, path: str, result: Any) -> bool:
         """Return True if a module whose mode, or that of one inside it, decided something gives back a number."""
         decided = any(one == path or one.startswith(f"{path}.") for one in self.deciders)
         return decided and any(isinstance(one, int | float) for one in tree_leaves(result))
 
-    def doubt(self, why: str) -> None:
+    def mismatch(self, why: str) -> None:
         """Note a doubt about the module whose forward is running."""
-        self.doubts.setdefault(self._open[-1] if self._open else "", f"its forward {why}")
+        self.mismatches.setdefault(self._open[-1] if self._open else "", f"its forward {why}")
 
 
 def is_site_or_leaf(module: nn.Module) -> bool:
@@ -126,7 +126,7 @@ def is_site_or_leaf(module: nn.Module) -> bool:
     return bool(fx.Tracer().is_leaf_module(module, ""))
 
 
-def throwaway(module: nn.Module, mode: bool) -> nn.Module:
+def scratch_copy(module: nn.Module, mode: bool) -> nn.Module:
     """Return a structural copy to run or trace: in the given mode, with buffers of its own.
 
     What a lazy layer will make real at its first run is the copy's own, too. The mode is set on each module by itself,

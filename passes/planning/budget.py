@@ -10,13 +10,13 @@ from tdfx.cost.count import parameters
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import PolicyError
 from tdfx.passes.planning.curve import Curve
-from tdfx.passes.planning.knapsack import SECONDS, Choice, NoneFoundError, OutOfReachError, best_choice, least_totals
-from tdfx.passes.planning.knapsack import Option as Weighed
-from tdfx.passes.planning.limits import Limits, Whole
-from tdfx.passes.planning.proposals import Option, factorized_plan
+from tdfx.passes.planning.knapsack import SECONDS, NoneFoundError, OutOfReachError, Selection, best_choice, least_totals
+from tdfx.passes.planning.knapsack import Item as Weighed
+from tdfx.passes.planning.limits import BudgetScope, Limits
+from tdfx.passes.planning.proposals import Candidate, factorize
 from tdfx.passes.planning.scales import Lowest, Scales
-from tdfx.passes.planning.site_cost import chain_now, flops_of, kept_plan, memory_of
-from tdfx.passes.planning.times import Times, Wanted
+from tdfx.passes.planning.site_cost import current_chain, flops_of, keep, memory_of
+from tdfx.passes.planning.times import SiteTimes, TimingRequest
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan
 from tdfx.policies.policy import Policy
@@ -36,13 +36,13 @@ is, as a rule, one that is too low, and few sites are to change when most of wha
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
+class BudgetSite:
     """A site that a budget decides, and what it may become."""
 
     site: Site
     policy: Policy
     """What is in force for it; its rank rule is the budget."""
-    options: tuple[tuple[Option, float], ...]
+    options: tuple[tuple[Candidate, float], ...]
     """Each with its loss."""
 
 
@@ -55,9 +55,9 @@ class BudgetSolver:
     """
 
     policy: Policy
-    times: Times
-    whole: Whole
-    candidates: Sequence[Candidates]
+    times: SiteTimes
+    whole: BudgetScope
+    candidates: Sequence[BudgetSite]
     notes: list[str] = field(default_factory=list)
     """What there is to know of the solution."""
     caution: float = 1.0
@@ -84,14 +84,14 @@ class BudgetSolver:
             cost = self.policy.cost
             sites = [(one.site, self._lowest(one)) for one in self.candidates]
             self.times.prepare(
-                Wanted(cost, site, tuple(option.chain for option in lowest.values())) for site, lowest in sites
+                TimingRequest(cost, site, tuple(option.chain for option in lowest.values())) for site, lowest in sites
             )
             self.limits.scales = Scales.learned(self.times, cost, sites, self.whole.step_seconds)
         chosen = self._settled()
         self._note_untimed(chosen)
         return [self._decision(one, option) for one, option in zip(self.candidates, chosen, strict=True)]
 
-    def _settled(self) -> list[Option | None]:
+    def _settled(self) -> list[Candidate | None]:
         """Return what is best when what is best has been measured, looked for anew once from what is known by then."""
         for _ in range(_SWEEPS):
             self.caution = 1.0
@@ -104,7 +104,7 @@ class BudgetSolver:
                 chosen = self._choice()
         return chosen
 
-    def _choice(self) -> list[Option | None]:
+    def _choice(self) -> list[Candidate | None]:
         """Return what is best by the times as they are known now.
 
         One process solves it for all: how far a solver comes in its time differs between them, and what they measure next,
@@ -117,7 +117,10 @@ class BudgetSolver:
         return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
 
     def _picked(
-        self, names: Sequence[str], places: Sequence[Sequence[tuple[Option | None, Weighed]]], limits: Sequence[float]
+        self,
+        names: Sequence[str],
+        places: Sequence[Sequence[tuple[Candidate | None, Weighed]]],
+        limits: Sequence[float],
     ) -> tuple[list[int], list[str]]:
         """Return which of its options each place gets, and what there is to know of that."""
         weighed = [[option for _, option in place] for place in places]
@@ -143,7 +146,7 @@ class BudgetSolver:
             f"they are. Ask for a little less, or leave sites out with exclude"
         ]
 
-    def _curve(self, one: Candidates) -> Curve:
+    def _curve(self, one: BudgetSite) -> Curve:
         options = (option for option, _ in one.options)
         scales = self.limits.scales
         # They are looked for again only where there is something to be learned from them.
@@ -190,22 +193,22 @@ class BudgetSolver:
         known = any(one.site.flows for one in self.candidates)
         return decide and known and isinstance(self.policy.cost, MeasuringCost)
 
-    def _lowest(self, one: Candidates) -> Lowest:
+    def _lowest(self, one: BudgetSite) -> Lowest:
         """Return of each scheme what is fastest by arithmetic: it takes little to measure, and says what can be had."""
-        found: dict[str, tuple[float, Option]] = {}
+        found: dict[str, tuple[float, Candidate]] = {}
         for option, _ in one.options:
             guess = self.times.estimate(self.policy.cost, one.site, option.chain)
             if option.scheme.name not in found or guess < found[option.scheme.name][0]:
                 found[option.scheme.name] = (guess, option)
         return {name: option for name, (_, option) in found.items()}
 
-    def _learned(self, chosen: Sequence[Option | None]) -> bool:
+    def _learned(self, chosen: Sequence[Candidate | None]) -> bool:
         """Measure what was chosen, while there is time; return True if that told anything new."""
         new = self._untimed(chosen)
-        self.times.prepare(Wanted(self.policy.cost, site, (option.chain,)) for site, option in new)
+        self.times.prepare(TimingRequest(self.policy.cost, site, (option.chain,)) for site, option in new)
         return len(self._untimed(chosen)) < len(new)
 
-    def _untimed(self, chosen: Sequence[Option | None]) -> list[tuple[Site, Option]]:
+    def _untimed(self, chosen: Sequence[Candidate | None]) -> list[tuple[Site, Candidate]]:
         """Return what was chosen and could be measured, but is not."""
         pairs = [
             (one.site, option)
@@ -215,7 +218,7 @@ class BudgetSolver:
         cost = self.policy.cost
         return [pair for pair in pairs if self._measures and self.times.measured(cost, pair[0], pair[1].chain) is None]
 
-    def _note_untimed(self, chosen: Sequence[Option | None]) -> None:
+    def _note_untimed(self, chosen: Sequence[Candidate | None]) -> None:
         untimed = self._untimed(chosen)
         if untimed:
             count = f"{len(untimed)} sites were" if len(untimed) > 1 else "1 site was"
@@ -225,18 +228,18 @@ class BudgetSolver:
                 f"cost=tdfx.Measured(budget=...)"
             )
 
-    def _place(self, one: Candidates, curve: Curve, names: Sequence[str]) -> list[tuple[Option | None, Weighed]]:
+    def _place(self, one: BudgetSite, curve: Curve, names: Sequence[str]) -> list[tuple[Candidate | None, Weighed]]:
         """Return what can be done with a site, with loss and costs: to keep it, and the options that gain enough."""
         now = curve.seconds(None)
-        found: list[tuple[Option | None, Weighed]] = [(None, Weighed(0.0, self._costs(one.site, None, now, names)))]
+        found: list[tuple[Candidate | None, Weighed]] = [(None, Weighed(0.0, self._costs(one.site, None, now, names)))]
         for option, loss in one.options:
             seconds = curve.seconds(option)
             if now / seconds >= one.policy.min_gain:
                 found.append((option, Weighed(loss, self._costs(one.site, option, seconds, names))))
         return _undominated(found)
 
-    def _costs(self, site: Site, option: Option | None, seconds: float, names: Sequence[str]) -> tuple[float, ...]:
-        chain = chain_now(site) if option is None else option.chain
+    def _costs(self, site: Site, option: Candidate | None, seconds: float, names: Sequence[str]) -> tuple[float, ...]:
+        chain = current_chain(site) if option is None else option.chain
         assert site.operation is not None
         known: Mapping[str, Callable[[], float | None]] = {
             "speedup": lambda: seconds,
@@ -273,27 +276,27 @@ class BudgetSolver:
         each = zip(names, limits, least, strict=True)
         return [self.limits.reachable(name, total - limit) for name, limit, total in each if total > limit]
 
-    def _decision(self, one: Candidates, option: Option | None) -> SitePlan:
+    def _decision(self, one: BudgetSite, option: Candidate | None) -> SitePlan:
         curve = self._curve(one)
         before = curve.seconds(None)
         if option is None:
             gain = max((before / curve.seconds(each) for each, _ in one.options), default=0.0)
             if gain >= one.policy.min_gain and one.options:
-                return kept_plan(one.site, Reason.NOT_NEEDED)
+                return keep(one.site, Reason.NOT_NEEDED)
             note = f"{one.policy.min_gain:g}x was asked of it, at any ranks that the budget allows"
-            return replace(kept_plan(one.site, Reason.NO_GAIN, note), gain=gain or None)
+            return replace(keep(one.site, Reason.NO_GAIN, note), gain=gain or None)
         after = curve.seconds(option)
-        decided = factorized_plan(kept_plan(one.site, Reason.NO_GAIN), one.site, option, "", before / after)
+        decided = factorize(keep(one.site, Reason.NO_GAIN), one.site, option, "", before / after)
         if not self.limits.scales.measured or one.site.is_missed:
             return decided
         estimated = any(
             self.times.measured(self.policy.cost, one.site, chain) is None
-            for chain in (chain_now(one.site), option.chain)
+            for chain in (current_chain(one.site), option.chain)
         )
         return replace(decided, seconds_before=before, seconds_after=after, estimated=estimated)
 
 
-def _noted(choice: Choice) -> tuple[list[int], list[str]]:
+def _noted(choice: Selection) -> tuple[list[int], list[str]]:
     """Return the picks of a choice, and what there is to know of it."""
     if choice.proven:
         return choice.picks, []
@@ -303,9 +306,9 @@ def _noted(choice: Choice) -> tuple[list[int], list[str]]:
     ]
 
 
-def _undominated(found: Sequence[tuple[Option | None, Weighed]]) -> list[tuple[Option | None, Weighed]]:
+def _undominated(found: Sequence[tuple[Candidate | None, Weighed]]) -> list[tuple[Candidate | None, Weighed]]:
     """Leave out every option that another one beats in loss and in all costs; it would never be chosen."""
-    kept: list[tuple[Option | None, Weighed]] = []
+    kept: list[tuple[Candidate | None, Weighed]] = []
     for one in sorted(found, key=lambda pair: (pair[1].loss, pair[1].costs)):
         if not any(all(a <= b for a, b in zip(other.costs, one[1].costs, strict=True)) for _, other in kept):
             kept.append(one)

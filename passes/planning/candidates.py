@@ -11,7 +11,7 @@ from torch import Tensor
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import AUTO, get_scheme
 from tdfx.factors.scheme import Scheme
-from tdfx.passes.planning.proposals import Option, rounded
+from tdfx.passes.planning.proposals import Candidate, rounded
 from tdfx.passes.planning.weights import working_weight
 from tdfx.passes.program import Site
 from tdfx.policies.policy import Policy
@@ -35,16 +35,16 @@ Loss = Callable[[Tensor], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Examined:
+class CandidateSet:
     """What a dense site may become."""
 
-    options: tuple[tuple[Option, float], ...]
+    options: tuple[tuple[Candidate, float], ...]
     """Each with its loss."""
     signal: bool
     """Whether anything in its weight stands above the noise."""
 
 
-def options_of(site: Site, policy: Policy, weight: Tensor, loss: Loss | None) -> Examined:
+def options_of(site: Site, policy: Policy, weight: Tensor, loss: Loss | None) -> CandidateSet:
     """Return the options of a dense site that the policy's budget allows.
 
     Args:
@@ -58,7 +58,7 @@ def options_of(site: Site, policy: Policy, weight: Tensor, loss: Loss | None) ->
     assert isinstance(budget, Budget)
     dense = working_weight(site, weight)
     known: dict[str, Sequence[Spectrum]] = {}
-    found: list[tuple[Option, float]] = []
+    found: list[tuple[Candidate, float]] = []
     signal: bool | None = None
     for scheme in schemes_for(operation, policy):
         spectra = known.get(scheme.name) or scheme.spectra(operation, dense)
@@ -71,8 +71,8 @@ def options_of(site: Site, policy: Policy, weight: Tensor, loss: Loss | None) ->
             if not signal:
                 floor = max(budget.floor, budget.noise_floor)
             if all(rank >= floor * most for rank, most in zip(ranks, full, strict=True)):
-                found.append((Option(scheme, ranks), lost))
-    return Examined(tuple(found), bool(signal))
+                found.append((Candidate(scheme, ranks), lost))
+    return CandidateSet(tuple(found), bool(signal))
 
 
 def _losses(
@@ -109,14 +109,14 @@ def pack_options(site: Site, policy: Policy, loss: Loss | None, *weights: Tensor
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4), signal
 
 
-def unpack_options(policy: Policy, table: Tensor, signal: Tensor) -> Examined:
+def unpack_options(policy: Policy, table: Tensor, signal: Tensor) -> CandidateSet:
     """Return what ``pack_options`` was made of."""
     names = _SCHEMES if policy.scheme == AUTO else (policy.scheme,)
     options = (
-        (Option(get_scheme(names[int(row[0])]), tuple(int(rank) for rank in row[1:3] if rank)), row[3])
+        (Candidate(get_scheme(names[int(row[0])]), tuple(int(rank) for rank in row[1:3] if rank)), row[3])
         for row in table.tolist()
     )
-    return Examined(tuple(options), bool(signal))
+    return CandidateSet(tuple(options), bool(signal))
 
 
 def _pair(ranks: Sequence[int]) -> tuple[int, int]:

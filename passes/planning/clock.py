@@ -12,14 +12,14 @@ from tdfx.distributed.processes import Lead
 from tdfx.errors import InputError, PolicyError, TdfxError
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.base import Pass, PassResult
-from tdfx.passes.planning.step import Step, time_steps
+from tdfx.passes.planning.step import TrainingStep, time_steps
 from tdfx.passes.program import Program
 
 _PART = 0.5
 """Part of what measuring may take that the step as a whole may."""
 
 
-class Clock(Pass):
+class TimeStep(Pass):
     """Time forward and backward of a throwaway copy in train mode, and add the optimizer's share as the cost counts it."""
 
     name = "clock"
@@ -53,7 +53,7 @@ class Clock(Pass):
 
     def _seconds(self, program: Program) -> float:
         try:
-            step = Step(program.module, self.inputs, self.cost.autocast)
+            step = TrainingStep(program.module, self.inputs, self.cost.autocast)
             trained = sum(parameter.numel() for parameter in step.wanted)
             (timing,) = time_steps([step], most_seconds=self._most_seconds)
             return timing.seconds + self.cost.update_seconds(trained, step.device)

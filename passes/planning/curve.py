@@ -6,10 +6,10 @@ import bisect
 from collections.abc import Iterable, Sequence
 
 from tdfx.cost.modelled import Cost
-from tdfx.passes.planning.proposals import Option
+from tdfx.passes.planning.proposals import Candidate
 from tdfx.passes.planning.scales import Lowest, Scales
-from tdfx.passes.planning.site_cost import chain_now
-from tdfx.passes.planning.times import Times
+from tdfx.passes.planning.site_cost import current_chain
+from tdfx.passes.planning.times import SiteTimes
 from tdfx.passes.program import Site
 
 
@@ -21,10 +21,10 @@ class Curve:
 
     def __init__(
         self,
-        times: Times,
+        times: SiteTimes,
         cost: Cost,
         site: Site,
-        options: Iterable[Option],
+        options: Iterable[Candidate],
         *,
         lowest: Lowest,
         scales: Scales,
@@ -49,8 +49,8 @@ class Curve:
             if measured is not None:
                 guess = self.times.estimate(self.cost, self.site, option.chain)
                 self.points.setdefault(option.scheme.name, []).append((guess, measured / guess))
-        guess = self.times.estimate(cost, site, chain_now(site))
-        now = self.times.measured(cost, site, chain_now(site))
+        guess = self.times.estimate(cost, site, current_chain(site))
+        now = self.times.measured(cost, site, current_chain(site))
         self.scale = scales.now if now is None else now / guess
         """How many times longer the site as it is takes than estimated."""
         for name, still in scales.lowest.items():
@@ -62,9 +62,9 @@ class Curve:
             points.append((guess, self.scale))
             points.sort()
 
-    def seconds(self, option: Option | None) -> float:
+    def seconds(self, option: Candidate | None) -> float:
         """Return the time of an option, or of the site as it is."""
-        chain = chain_now(self.site) if option is None else option.chain
+        chain = current_chain(self.site) if option is None else option.chain
         measured = self.times.measured(self.cost, self.site, chain)
         if measured is not None:
             return measured

@@ -26,7 +26,7 @@ _GAP = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class Item:
     """One thing that can be done in a place."""
 
     loss: float
@@ -36,7 +36,7 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Selection:
     """One option for each place."""
 
     picks: list[int]
@@ -53,7 +53,7 @@ class NoneFoundError(Exception):
     """Time ran out before a choice was found that keeps the limits, or it was known that there is none."""
 
 
-def best_choice(places: Sequence[Sequence[Option]], limits: Sequence[float]) -> Choice:
+def best_choice(places: Sequence[Sequence[Item]], limits: Sequence[float]) -> Selection:
     """Return an option for each place: a multiple-choice knapsack, solved as a mixed-integer program.
 
     The solver is HiGHS (Huangfu and Hall 2018), by its own package: the copy inside scipy prints a line now and then. What
@@ -75,7 +75,7 @@ def best_choice(places: Sequence[Sequence[Option]], limits: Sequence[float]) -> 
     if not places:
         if any(limit < 0 for limit in limits):
             raise OutOfReachError
-        return Choice([], proven=True)
+        return Selection([], proven=True)
     search = _Search(places)
     tight = [float(limit) for limit in limits]
     for _ in range(_TIGHTENINGS):
@@ -94,7 +94,7 @@ def best_choice(places: Sequence[Sequence[Option]], limits: Sequence[float]) -> 
 class _Search:
     """A binary variable for each option, of which one in each place is 1."""
 
-    def __init__(self, places: Sequence[Sequence[Option]]) -> None:
+    def __init__(self, places: Sequence[Sequence[Item]]) -> None:
         options = [option for place in places for option in place]
         losses = np.array([option.loss for option in options])
         # HiGHS's tolerances are absolute.
@@ -102,7 +102,7 @@ class _Search:
         self.costs = np.array([option.costs for option in options])
         self.starts = np.cumsum([0, *(len(place) for place in places)])
 
-    def within(self, limits: Sequence[float]) -> Choice:
+    def within(self, limits: Sequence[float]) -> Selection:
         """Return an option for each place, of least loss; what was found by then where time runs out.
 
         Raises:
@@ -131,7 +131,7 @@ class _Search:
             none = {highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible}
             raise OutOfReachError if status in none else NoneFoundError
         picks = [int(np.argmax(values[begin:end])) for begin, end in itertools.pairwise(self.starts)]
-        return Choice(picks, proven=status == highspy.HighsModelStatus.kOptimal)
+        return Selection(picks, proven=status == highspy.HighsModelStatus.kOptimal)
 
 
 def _quiet() -> highspy.Highs:
@@ -161,6 +161,6 @@ def _stdout_closed() -> Iterator[None]:
         os.close(kept)
 
 
-def least_totals(places: Sequence[Sequence[Option]], count: int) -> list[float]:
+def least_totals(places: Sequence[Sequence[Item]], count: int) -> list[float]:
     """Return the least that each of ``count`` costs can come to, whatever the others come to."""
     return [sum(min(option.costs[index] for option in place) for place in places) for index in range(count)]

@@ -9,8 +9,8 @@ from tdfx.cost.modelled import Cost
 from tdfx.errors import PolicyError
 from tdfx.factors.registry import get_scheme
 from tdfx.passes.planning.scales import Scales
-from tdfx.passes.planning.site_cost import chain_at, chain_now, kept_plan
-from tdfx.passes.planning.times import Times
+from tdfx.passes.planning.site_cost import current_chain, factor_chain, keep
+from tdfx.passes.planning.times import SiteTimes
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan, part_of_step
 from tdfx.ranks.budget import Budget
@@ -20,7 +20,7 @@ _MARGIN = 1.02
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class BudgetScope:
     """The model around the sites that a budget decides."""
 
     others: tuple[tuple[Site, SitePlan], ...]
@@ -34,7 +34,7 @@ class Whole:
 class Limits:
     """The limits of a budget for the sites that it decides, and the budgets that limits come to."""
 
-    def __init__(self, budget: Budget, cost: Cost, times: Times, whole: Whole, sites: Sequence[Site]) -> None:
+    def __init__(self, budget: Budget, cost: Cost, times: SiteTimes, whole: BudgetScope, sites: Sequence[Site]) -> None:
         """Take what has to be kept, by which cost and times, in which model, and the sites."""
         self.budget = budget
         self.cost = cost
@@ -85,7 +85,7 @@ class Limits:
 
     def _amounts(self, name: str) -> list[int]:
         """Return what each site has of something now; nothing where it is not known what flows through it."""
-        kept = [kept_plan(site, Reason.NO_GAIN) for site in self.sites]
+        kept = [keep(site, Reason.NO_GAIN) for site in self.sites]
         return [getattr(one, f"{name}_before") or 0 for one in (*kept, *(one for _, one in self.whole.others))]
 
     def _of_time(self, name: str, value: float) -> float:
@@ -126,12 +126,12 @@ class Limits:
             elif self.whole.step_seconds is None and site.operation is not None and site.calls and not site.is_missed:
                 before = after = self._seconds_now(site)
                 if plan.scheme is not None and plan.ranks is not None:
-                    chain = chain_at(get_scheme(plan.scheme), plan.ranks)
+                    chain = factor_chain(get_scheme(plan.scheme), plan.ranks)
                     after = self.scales.now * self.times.estimate(self.cost, site, chain)
                 yield before, after
 
     def _seconds_now(self, site: Site) -> float:
-        now = chain_now(site)
+        now = current_chain(site)
         found = self.times.measured(self.cost, site, now)
         return self.scales.now * self.times.estimate(self.cost, site, now) if found is None else found
 

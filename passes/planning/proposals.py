@@ -13,7 +13,7 @@ from tdfx.factors.operation import Operation
 from tdfx.factors.registry import AUTO, get_scheme, scheme_for
 from tdfx.factors.scheme import Scheme
 from tdfx.layers.factorized import Factorized
-from tdfx.passes.planning.site_cost import Chain, chain_at, flops_of, kept_plan, memory_of
+from tdfx.passes.planning.site_cost import Chain, factor_chain, flops_of, keep, memory_of
 from tdfx.passes.planning.spectra import unread
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan
@@ -30,7 +30,7 @@ Read = Callable[[Site, Scheme], Sequence[Spectrum]]
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class Candidate:
     """One way to factorize a site."""
 
     scheme: Scheme
@@ -46,7 +46,7 @@ class Option:
     @property
     def chain(self) -> Chain:
         """How the site would be computed."""
-        return chain_at(self.scheme, self.ranks)
+        return factor_chain(self.scheme, self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Proposal:
     """What is in force for the site."""
     kept: SitePlan
     """The decision if none of them pays, but for its note."""
-    options: tuple[Option, ...]
+    options: tuple[Candidate, ...]
     """The rule's own first, then what cuts less at the same ranks."""
     note: str = ""
     """What else there is to know of the ranks."""
@@ -71,10 +71,10 @@ class Proposal:
             if self.kept.reason is Reason.FACTORIZED:
                 return self.kept
             return replace(self.kept, note=why_no_gain(best.ranks, self.note, self.policy), gain=gains[best])
-        return factorized_plan(self.kept, self.site, best, self.note, gains[best])
+        return factorize(self.kept, self.site, best, self.note, gains[best])
 
 
-def factorized_plan(kept: SitePlan, site: Site, option: Option, note: str, gain: float) -> SitePlan:
+def factorize(kept: SitePlan, site: Site, option: Candidate, note: str, gain: float) -> SitePlan:
     """Return the decision to factorize a site, made of that to keep it."""
     assert site.operation is not None
     return replace(
@@ -111,26 +111,26 @@ def propose(
     full = scheme.full_ranks(operation)
     lowest = lowest_option(site, policy, scheme)
     most = gain(site, lowest.chain)
-    kept = kept_plan(site, Reason.TOO_SMALL, why_no_gain(lowest.ranks, "", policy), full)
+    kept = keep(site, Reason.TOO_SMALL, why_no_gain(lowest.ranks, "", policy), full)
     if most < policy.min_gain and not policy.rank.exact:
         return replace(kept, gain=most)
     choice = _choice(site, policy.rank, scheme, read)
     if choice.kept and not choice.signal and most < policy.min_gain:
         return replace(kept, gain=most)
     if choice.kept:
-        return kept_plan(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
+        return keep(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
     ranks = choice.ranks if choice.exact else rounded(choice.ranks, choice.limits or full, policy, site, scheme)
-    options = [Option(scheme, ranks)]
+    options = [Candidate(scheme, ranks)]
     if variants and policy.scheme == AUTO and not choice.exact:
-        options += (Option(get_scheme(name), few) for name, few in scheme.partial(ranks))
-    return Proposal(site, policy, kept_plan(site, Reason.NO_GAIN, "", full), tuple(options), choice.note)
+        options += (Candidate(get_scheme(name), few) for name, few in scheme.partial(ranks))
+    return Proposal(site, policy, keep(site, Reason.NO_GAIN, "", full), tuple(options), choice.note)
 
 
 def _propose_lower(site: Site, policy: Policy, scheme: Scheme, read: Read) -> SitePlan | Proposal:
     """Propose lower ranks for a site that is factorized, from its factors as they are now."""
     assert isinstance(site.layer, Factorized)
     assert site.operation is not None
-    kept = kept_plan(site, Reason.FACTORIZED, site.note)
+    kept = keep(site, Reason.FACTORIZED, site.note)
     if not site.layer.trains:
         return kept
     now, full = site.layer.origin.ranks, scheme.full_ranks(site.operation)
@@ -141,15 +141,15 @@ def _propose_lower(site: Site, policy: Policy, scheme: Scheme, read: Read) -> Si
     ranks = tuple(map(min, wanted, now))
     if ranks == now:
         return kept
-    return Proposal(site, policy, kept, (Option(scheme, ranks),), f"{site.note} before")
+    return Proposal(site, policy, kept, (Candidate(scheme, ranks),), f"{site.note} before")
 
 
-def lowest_option(site: Site, policy: Policy, scheme: Scheme) -> Option:
+def lowest_option(site: Site, policy: Policy, scheme: Scheme) -> Candidate:
     """Return a scheme at the lowest ranks that a policy can come to for a site."""
     assert site.operation is not None
     full = scheme.full_ranks(site.operation)
     ones = (1,) * len(full)
-    return Option(scheme, ones if policy.rank.exact else rounded(ones, full, policy, site, scheme))
+    return Candidate(scheme, ones if policy.rank.exact else rounded(ones, full, policy, site, scheme))
 
 
 def scheme_of(site: Site, policy: Policy) -> Scheme | None:

@@ -12,7 +12,7 @@ from tdfx.distributed.processes import Spread, Task
 from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.placement import full
-from tdfx.passes.planning.proposals import Option
+from tdfx.passes.planning.proposals import Candidate
 from tdfx.passes.planning.spectra import ROOM, KeptSpectra, Spectra
 from tdfx.passes.planning.weights import lowering_of, working_weight
 from tdfx.passes.program import Site
@@ -51,11 +51,11 @@ class Readings:
         assert site.operation is not None
         return self.kept.put(site, scheme, scheme.spectra(site.operation, working_weight(site)))
 
-    def know(self, site: Site, errors: Mapping[Option, float]) -> None:
+    def know(self, site: Site, errors: Mapping[Candidate, float]) -> None:
         """Take the errors of a site's options from somebody who worked them out."""
         self._errors |= {_key(site, option): error for option, error in errors.items()}
 
-    def foresee(self, site: Site, option: Option) -> None:
+    def foresee(self, site: Site, option: Candidate) -> None:
         """Work out what an option loses while the bases are in hand, and keep of these what its split needs."""
         (error,) = self.error(site, option, *map(full, site.weights))
         self.know(site, {option: float(error)})
@@ -68,13 +68,13 @@ class Readings:
         """Let go of the bases of a site that will not be split by a scheme."""
         self.kept.take(site, scheme)
 
-    def error(self, site: Site, option: Option, *weights: Tensor) -> tuple[Tensor]:
+    def error(self, site: Site, option: Candidate, *weights: Tensor) -> tuple[Tensor]:
         """Return what an option loses, relative to the weight, as one number."""
         known = self._errors.get(_key(site, option))
         found = self._error(site, option, weights) if known is None else known
         return (torch.tensor(found, dtype=torch.float64),)
 
-    def _error(self, site: Site, option: Option, weights: Sequence[Tensor]) -> float:
+    def _error(self, site: Site, option: Candidate, weights: Sequence[Tensor]) -> float:
         if isinstance(site.layer, Factorized):
             return self._lowering(site, site.layer, weights).error(option.ranks)
         assert site.operation is not None
@@ -92,7 +92,7 @@ class Readings:
         return self._lowering_in_hand[1]
 
 
-def _key(site: Site, option: Option) -> tuple[str, str, tuple[int, ...]]:
+def _key(site: Site, option: Candidate) -> tuple[str, str, tuple[int, ...]]:
     return site.name, option.scheme.name, option.ranks
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tdfx.cost.modelled import Cost
-from tdfx.passes.planning.proposals import Option
-from tdfx.passes.planning.site_cost import chain_now
-from tdfx.passes.planning.times import Times
+from tdfx.passes.planning.proposals import Candidate
+from tdfx.passes.planning.site_cost import current_chain
+from tdfx.passes.planning.times import SiteTimes
 from tdfx.passes.program import Site
 
-Lowest = Mapping[str, Option]
+Lowest = Mapping[str, Candidate]
 """What takes least of each scheme, by its name."""
 
 
@@ -28,7 +28,7 @@ class Scales:
 
     @classmethod
     def learned(
-        cls, times: Times, cost: Cost, sites: Sequence[tuple[Site, Lowest]], step_seconds: float | None
+        cls, times: SiteTimes, cost: Cost, sites: Sequence[tuple[Site, Lowest]], step_seconds: float | None
     ) -> Scales:
         """Compare what is known of some sites with what is estimated for them.
 
@@ -50,14 +50,14 @@ class Scales:
         return cls(_ratio((now, guess) for _, _, now, guess in known), lowest, measured=True)
 
 
-def _pair(times: Times, cost: Cost, site: Site, option: Option | None = None) -> tuple[float | None, float]:
+def _pair(times: SiteTimes, cost: Cost, site: Site, option: Candidate | None = None) -> tuple[float | None, float]:
     """Return the time of a site, as it is or as it may become, where that is known, and the estimate for it."""
-    chain = chain_now(site) if option is None else option.chain
+    chain = current_chain(site) if option is None else option.chain
     return times.measured(cost, site, chain), times.estimate(cost, site, chain)
 
 
 def _still_longer(
-    times: Times, cost: Cost, name: str, known: Iterable[tuple[Site, Lowest, float, float]]
+    times: SiteTimes, cost: Cost, name: str, known: Iterable[tuple[Site, Lowest, float, float]]
 ) -> float | None:
     """Return how many times longer sites take than estimated in one scheme, beside how many times longer as they are."""
     before, after = [], []

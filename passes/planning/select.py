@@ -15,13 +15,13 @@ from tdfx.errors import PolicyError, nearest
 from tdfx.factors.registry import AUTO, get_scheme
 from tdfx.factors.scheme import Scheme
 from tdfx.passes.base import Change, Pass, PassResult
-from tdfx.passes.planning.budget import BudgetSolver, Candidates
+from tdfx.passes.planning.budget import BudgetSite, BudgetSolver
 from tdfx.passes.planning.candidates import Loss, pack_options, schemes_for, unpack_options
-from tdfx.passes.planning.limits import Whole
-from tdfx.passes.planning.proposals import Option, Proposal, geometry, lowest_option, propose, scheme_of
+from tdfx.passes.planning.limits import BudgetScope
+from tdfx.passes.planning.proposals import Candidate, Proposal, geometry, lowest_option, propose, scheme_of
 from tdfx.passes.planning.readings import Readings
-from tdfx.passes.planning.site_cost import chain_at, chain_now, is_lazy, kept_plan
-from tdfx.passes.planning.times import Times, Wanted
+from tdfx.passes.planning.site_cost import current_chain, factor_chain, is_lazy, keep
+from tdfx.passes.planning.times import SiteTimes, TimingRequest
 from tdfx.passes.planning.weights import check_weight, has_values
 from tdfx.passes.program import Program, Site
 from tdfx.plans.plan import Plan, Reason, SitePlan
@@ -42,14 +42,14 @@ class Select(Pass):
         policy: Policy,
         spread: Spread = alone,
         agree: Agree = itself,
-        times: Times | None = None,
+        times: SiteTimes | None = None,
         losses: Mapping[str, Loss] | None = None,
     ) -> None:
         """Take the wish, how processes share work, and what a budget counts as a site's loss if not its weight's error."""
         self.policy = policy
         self.spread = spread
         self.agree = agree
-        self.times = times or Times(Lead())
+        self.times = times or SiteTimes(Lead())
         self.losses = losses or {}
         self.readings = Readings()
         self._resolved: dict[int, Policy] = {}
@@ -150,11 +150,11 @@ class Select(Pass):
                 self.readings.know(site, {option: lost**0.5 for option, lost in one.options})
         without = [site for site, one in zip(sites, found, strict=True) if not one.signal]
         shut = {site.name for site, one in zip(sites, found, strict=True) if not one.options}
-        kept = {one.name: kept_plan(one, Reason.NO_SIGNAL, NO_SIGNAL) for one in without if one.name in shut}
+        kept = {one.name: keep(one, Reason.NO_SIGNAL, NO_SIGNAL) for one in without if one.name in shut}
         missed = [site for site in sites if budget.is_of_time and site.is_missed]
-        kept |= {one.name: kept_plan(one, Reason.NOT_CALLED, _MISSED) for one in missed}
+        kept |= {one.name: keep(one, Reason.NOT_CALLED, _MISSED) for one in missed}
         candidates = [
-            Candidates(site, own, one.options)
+            BudgetSite(site, own, one.options)
             for (site, own), one in zip(cases, found, strict=True)
             if site.name not in kept
         ]
@@ -165,7 +165,7 @@ class Select(Pass):
                 f"give a budget of parameters."
             )
         decided = [*others, *((site, kept[site.name]) for site in sites if site.name in kept)]
-        solver = BudgetSolver(self.policy, self.times, Whole(tuple(decided), rest, step_seconds), candidates)
+        solver = BudgetSolver(self.policy, self.times, BudgetScope(tuple(decided), rest, step_seconds), candidates)
         solved = {one.site.name: plan for one, plan in zip(candidates, solver.solve(), strict=True)}
         noisy = [one.name for one in without if one.name in solved and solved[one.name].factorized]
         notes = (*solver.notes, *([_noisy(noisy, budget)] if noisy else []), *([_unknown(missed)] if missed else []))
@@ -186,7 +186,7 @@ class Select(Pass):
                     proposed.append(self._proposed(site))
                     advance(1)
             self.times.prepare(
-                Wanted(one.policy.cost, one.site, tuple(option.chain for option in one.options))
+                TimingRequest(one.policy.cost, one.site, tuple(option.chain for option in one.options))
                 for one in proposed
                 if isinstance(one, Proposal) and one.policy.min_gain > 0
             )
@@ -205,7 +205,7 @@ class Select(Pass):
             if policy is not None and scheme is not None and policy.min_gain > 0 and not policy.rank.exact:
                 lowest = lowest_option(site, policy, scheme).chain
                 if self.times.estimated_gain(policy.cost, site, lowest) < _DOUBT * policy.min_gain:
-                    cases.append(Wanted(policy.cost, site, (lowest,)))
+                    cases.append(TimingRequest(policy.cost, site, (lowest,)))
         self.times.prepare(cases)
 
     def _resolve(self, sites: Sequence[Site]) -> tuple[str, ...]:
@@ -223,7 +223,7 @@ class Select(Pass):
                 trial = replace(policy, rank=rule)
                 return _total([self._on_trial(site, trial, scheme) for site, scheme in cases])
 
-            rule = policy.rank.resolve(_total([kept_plan(site, Reason.NO_GAIN) for site, _ in cases]), after)
+            rule = policy.rank.resolve(_total([keep(site, Reason.NO_GAIN) for site, _ in cases]), after)
             if rule != policy.rank:
                 self._resolved[id(policy)] = replace(policy, rank=rule)
                 notes.append(f"{policy.rank!r} came to {rule!r}")
@@ -240,16 +240,16 @@ class Select(Pass):
     def _proposed(self, site: Site) -> SitePlan | Proposal:
         policy = self.policy.for_site(*site.names)
         if site.reason is not None and (policy is None or not site.is_open):
-            return kept_plan(site, site.reason, site.note)
+            return keep(site, site.reason, site.note)
         if policy is None:
-            return kept_plan(site, Reason.EXCLUDED)
+            return keep(site, Reason.EXCLUDED)
         scheme = scheme_of(site, policy)
         assert site.operation is not None
         if site.reason is Reason.FACTORIZED and (scheme is None or isinstance(policy.rank, Budget)):
-            return kept_plan(site, site.reason, site.note)
+            return keep(site, site.reason, site.note)
         if scheme is None:
             asked = "no scheme stands" if policy.scheme == AUTO else f"{policy.scheme} does not stand"
-            return kept_plan(site, Reason.NO_SCHEME, f"{asked} for {geometry(site.operation)}")
+            return keep(site, Reason.NO_SCHEME, f"{asked} for {geometry(site.operation)}")
         if site.name in self._refused:
             return self._refused[site.name]
         resolved = self._resolved.get(id(policy), policy)
@@ -279,16 +279,16 @@ class Select(Pass):
         policy = self.policy.for_site(*site.names)
         if policy is None or site.operation is None:
             return decided
-        before = after = self.times.measured(policy.cost, site, chain_now(site))
+        before = after = self.times.measured(policy.cost, site, current_chain(site))
         if decided.scheme is not None and decided.ranks is not None:
-            after = self.times.measured(policy.cost, site, chain_at(get_scheme(decided.scheme), decided.ranks))
+            after = self.times.measured(policy.cost, site, factor_chain(get_scheme(decided.scheme), decided.ranks))
         return decided if None in (before, after) else replace(decided, seconds_before=before, seconds_after=after)
 
     def _with_errors(self, sites: Sequence[Site], decided: Sequence[SitePlan]) -> tuple[SitePlan, ...]:
         """Say of each site that is to be factorized what that loses."""
         known = {site.name: site for site in sites if has_values(site)}
         todo = [one for one in decided if one.factorized and one.name in known]
-        cases = [(known[one.name], Option.of(one)) for one in todo]
+        cases = [(known[one.name], Candidate.of(one)) for one in todo]
         tasks = [Task(partial(self.readings.error, site, option), site.weights) for site, option in cases]
         errors = {one.name: float(error) for one, (error,) in zip(todo, self.spread(tasks), strict=True)}
         return tuple(replace(one, error=errors[one.name]) if one.name in errors else one for one in decided)
@@ -311,7 +311,7 @@ def _policies(policy: Policy) -> list[Policy]:
 def _other_parameters(program: Program) -> int:
     """Count the parameters that belong to no site's weight."""
     counted = sum(parameter.numel() for parameter in program.module.parameters() if not is_lazy(parameter))
-    return counted - sum(kept_plan(site, Reason.EXCLUDED).parameters_before for site in program.sites)
+    return counted - sum(keep(site, Reason.EXCLUDED).parameters_before for site in program.sites)
 
 
 def _unknown(missed: Sequence[Site]) -> str:

@@ -18,15 +18,15 @@ Chain = Callable[[Operation], Sequence[Operation]]
 """From what a call computes to the steps by which it is computed."""
 
 
-def chain_at(scheme: Scheme, ranks: Sequence[int]) -> Chain:
+def factor_chain(scheme: Scheme, ranks: Sequence[int]) -> Chain:
     """Return how a site is computed by a scheme at given ranks."""
     return lambda operation: scheme.chain(operation, ranks)
 
 
-def chain_now(site: Site) -> Chain:
+def current_chain(site: Site) -> Chain:
     """Return how a site is computed as it is: dense, or by the factors that it has."""
     if isinstance(site.layer, Factorized):
-        return chain_at(site.layer.scheme, site.layer.origin.ranks)
+        return factor_chain(site.layer.scheme, site.layer.origin.ranks)
     return lambda operation: [operation]
 
 
@@ -37,12 +37,12 @@ def calls_of(site: Site, chain: Chain) -> Iterator[tuple[Sequence[Operation], Fl
         yield chain((flow.operation if flow is not None else None) or site.operation), flow
 
 
-def kept_plan(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | None = None) -> SitePlan:
+def keep(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | None = None) -> SitePlan:
     """Return the decision to keep a site, with all that is known of it."""
     shape = site.operation.weight_shape if site.operation is not None else _shape(site.weight)
     count = _count(site)
-    work = flops_of(site, chain_now(site)) if site.operation is not None else None
-    memory = memory_of(site, chain_now(site)) if site.operation is not None else None
+    work = flops_of(site, current_chain(site)) if site.operation is not None else None
+    memory = memory_of(site, current_chain(site)) if site.operation is not None else None
     return SitePlan(
         name=site.name,
         kind=site.kind,

@@ -16,11 +16,11 @@ from tdfx.cost.timing import Timing, take_turns
 from tdfx.errors import InputError
 from tdfx.layers.copying import HOOKS
 from tdfx.passes.analysis.observe import Inputs, split_inputs
-from tdfx.passes.analysis.sandbox import undisturbed
-from tdfx.passes.analysis.tracer import throwaway, with_own_parameters
+from tdfx.passes.analysis.sandbox import isolated
+from tdfx.passes.analysis.tracer import scratch_copy, with_own_parameters
 
 
-class Step:
+class TrainingStep:
     """One model's training step, on a throwaway copy in train mode; the model, its gradients and buffers are left alone.
 
     The loss is the sum of the means of all that the model returns in floating point: what it is hardly takes time.
@@ -33,11 +33,11 @@ class Step:
         self.arguments, self.named = tree_map_only(Tensor, lambda one: one.detach().clone(), split_inputs(inputs))
         self.device = next((str(one.device) for one in module.parameters()), "cpu")
         self.autocast = autocast
-        self.module = _without_backward_hooks(throwaway(module, mode=True))
+        self.module = _without_backward_hooks(scratch_copy(module, mode=True))
         # A forward may write to its parameters, at any of its calls, and hooks hang on them.
         with_own_parameters(self.module)
         try:
-            with undisturbed(self.module):
+            with isolated(self.module):
                 self._forward()
         except Exception as error:  # whatever the model raises, it is about these inputs
             raise InputError(
@@ -71,10 +71,10 @@ class Step:
             return self.module(*self.arguments, **self.named)
 
 
-def time_steps(steps: Sequence[Step], *, rounds: int = 3, most_seconds: float = math.inf) -> list[Timing]:
+def time_steps(steps: Sequence[TrainingStep], *, rounds: int = 3, most_seconds: float = math.inf) -> list[Timing]:
     """Time the training steps of some models in turns."""
     runs: list[Callable[[], None]] = [one.run for one in steps]
-    with undisturbed(steps[0].module):
+    with isolated(steps[0].module):
         return take_turns(runs, device=steps[0].device, rounds=rounds, most_seconds=most_seconds)
 
 

@@ -10,12 +10,12 @@ from functools import partial
 
 from tdfx.cost.modelled import Case, Cost, MeasuringCost
 from tdfx.distributed.processes import Lead
-from tdfx.passes.planning.site_cost import Chain, calls_of, chain_now
+from tdfx.passes.planning.site_cost import Chain, calls_of, current_chain
 from tdfx.passes.program import Site
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class TimingRequest:
     """A site, and the chains that compete for its place."""
 
     cost: Cost
@@ -24,7 +24,7 @@ class Wanted:
     chains: tuple[Chain, ...]
 
 
-class Times:
+class SiteTimes:
     """The times of chains, by the cost of each policy.
 
     A cost that measures is asked once for all that is wanted, by one of the processes that train the model; all others hear
@@ -37,7 +37,7 @@ class Times:
         self._known: dict[object, dict[Case, float]] = {}
         self._spent: dict[object, float] = defaultdict(lambda: spent)
 
-    def prepare(self, wanted: Iterable[Wanted]) -> None:
+    def prepare(self, wanted: Iterable[TimingRequest]) -> None:
         """Let the costs that measure do so for some sites, each as it is now first and then the chains."""
         costs: dict[object, MeasuringCost] = {}
         groups: dict[object, list[list[Case]]] = {}
@@ -60,7 +60,7 @@ class Times:
 
     def gain(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return how many times faster the site's step becomes: as measured, or estimated where nothing was prepared."""
-        before, after = self.measured(cost, site, chain_now(site)), self.measured(cost, site, chain)
+        before, after = self.measured(cost, site, current_chain(site)), self.measured(cost, site, chain)
         if before is None or after is None:
             return self.estimated_gain(cost, site, chain)
         return before / after
@@ -72,7 +72,7 @@ class Times:
 
     def estimated_gain(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return how many times faster the site's step becomes by arithmetic."""
-        return self.estimate(cost, site, chain_now(site)) / self.estimate(cost, site, chain)
+        return self.estimate(cost, site, current_chain(site)) / self.estimate(cost, site, chain)
 
 
 def _key(cost: Cost) -> object:
@@ -80,11 +80,11 @@ def _key(cost: Cost) -> object:
     return cost if isinstance(cost, Hashable) else id(cost)
 
 
-def _groups(wanted: Wanted) -> Iterable[list[Case]]:
+def _groups(wanted: TimingRequest) -> Iterable[list[Case]]:
     """Yield for each call of a site what competes for it."""
     each = [[(tuple(steps), flow) for steps, flow in calls_of(wanted.site, chain)] for chain in _with_now(wanted)]
     return (list(group) for group in zip(*each, strict=True))
 
 
-def _with_now(wanted: Wanted) -> Sequence[Chain]:
-    return (chain_now(wanted.site), *wanted.chains)
+def _with_now(wanted: TimingRequest) -> Sequence[Chain]:
+    return (current_chain(wanted.site), *wanted.chains)

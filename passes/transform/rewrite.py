@@ -25,7 +25,7 @@ from tdfx.passes.analysis.uses import owners_of
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.planning.spectra import KeptSpectra
 from tdfx.passes.planning.weights import check_weight, lowering_of, working_weight
-from tdfx.passes.program import PLAN_ATTRIBUTE, Program, Site, Slot
+from tdfx.passes.program import PLAN_ATTRIBUTE, ParameterSlot, Program, Site
 from tdfx.passes.transform.graph_module import FactorizedGraphModule
 from tdfx.plans.plan import Plan, Reason, SitePlan
 
@@ -49,7 +49,7 @@ class Swap:
     factorized: Factorized
     layer: nn.Module
     """The layer that goes, or the one whose parameter goes."""
-    slot: Slot | None = None
+    slot: ParameterSlot | None = None
     """The place of the parameter, where the layer stays."""
 
 
@@ -194,7 +194,7 @@ def _planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
         found = sites.get(decision.name)
         if decision.parameter not in parameters or (found is not None and found.reason not in _UNSEEN):
             continue
-        slot = Slot.of(decision.parameter)
+        slot = ParameterSlot.of(decision.parameter)
         weight = parameters[decision.parameter]
         call = Call(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
         operation = call.operation(weight.shape)

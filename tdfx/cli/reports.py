@@ -9,8 +9,8 @@ from torch import nn
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Plan
 from tdfx.progress import waiting
+from tdfx.report.model_view import look
 from tdfx.report.picture import write_plot
-from tdfx.report.seen import look
 from tdfx.report.webpage import write_page
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from tdfx.api import merge
 from tdfx.checks import check_whole
 from tdfx.errors import ModelError, PolicyError
-from tdfx.integrations.follow import Follow, Names, names_of, put_in_order, take_form
+from tdfx.integrations.follow import FollowCheckpoint, Names, factorize_like, names_of, put_in_order
 from tdfx.kinds.registry import is_candidate
 from tdfx.layers.factorized import Factorized
 from tdfx.passes.analysis.observe import Inputs
@@ -27,10 +27,10 @@ from tdfx.policies.policy import Policy
 from tdfx.training.switch.switch import Switch
 from tdfx.training.switch.when import AtEpoch, AtStep, When
 from tdfx.wrappers.compiled import is_wrapped
-from tdfx.wrappers.in_place import Part
+from tdfx.wrappers.in_place import InPlaceModule
 
 
-class Inside:
+class TrainerAdapter:
     """What the callbacks of all trainers have in common: they only say when what happens.
 
     Args:
@@ -104,13 +104,13 @@ class Inside:
             )
         self.release(module)
         cast("Any", module).register_load_state_dict_pre_hook(
-            Follow(lambda: _plan_of(coming()) or self.plan, self.advice)
+            FollowCheckpoint(lambda: _plan_of(coming()) or self.plan, self.advice)
         )
 
     def release(self, module: nn.Module) -> None:
         """Take everything off a module again."""
         hooks = module._load_state_dict_pre_hooks
-        for key in [key for key, one in hooks.items() if isinstance(getattr(one, "hook", one), Follow)]:
+        for key in [key for key, one in hooks.items() if isinstance(getattr(one, "hook", one), FollowCheckpoint)]:
             del hooks[key]
         if self._capture is not None:
             self._capture.remove()
@@ -120,11 +120,11 @@ class Inside:
         plan = self.plan
         if plan is not None and not (self._saved or {}).get("merged", False):
             wanted = [one.parameter or one.name for one in plan.factorized]
-            take_form(module, plan, wanted, self.advice, optimizers)
+            factorize_like(module, plan, wanted, self.advice, optimizers)
 
     def begin(
         self,
-        part: Part,
+        part: InPlaceModule,
         optimizers: Sequence[Optimizer],
         *,
         steps_per_epoch: Callable[[], int],
@@ -153,7 +153,7 @@ class Inside:
 
     def step(
         self,
-        part: Part,
+        part: InPlaceModule,
         optimizers: Sequence[Optimizer],
         *,
         averaged: Sequence[Any] = (),
@@ -190,7 +190,7 @@ class Inside:
         if made is not part:
             part.put(made)
 
-    def end(self, part: Part, optimizers: Sequence[Optimizer], *, averaged: Sequence[Any] = ()) -> None:
+    def end(self, part: InPlaceModule, optimizers: Sequence[Optimizer], *, averaged: Sequence[Any] = ()) -> None:
         """Training ends: merge, if that was asked for."""
         layers = [one for one in part.inside.modules() if isinstance(one, Factorized)]
         if not self.merge or not layers:

@@ -15,13 +15,13 @@ from tdfx.errors import CheckpointError, OptimizerError
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.plans.plan import Plan, SitePlan
-from tdfx.wrappers.in_place import become
+from tdfx.wrappers.in_place import replace_in_place
 
 Names = list[list[list[str | None]]]
 """For each optimizer and each of its groups, the names of what it holds, in order; None for what is not the model's."""
 
 
-class Follow:
+class FollowCheckpoint:
     """A hook of ``load_state_dict`` that gives a module the form of the state that comes, before it is loaded.
 
     Args:
@@ -43,9 +43,9 @@ class Follow:
         split = {key.rpartition(".factors.")[0] for key in keys - own if ".factors." in key}
         wanted = (have.keys() - dense) | split
         if wanted != have.keys():
-            take_form(module, self.plan(), wanted, self.advice)
+            factorize_like(module, self.plan(), wanted, self.advice)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Follow:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FollowCheckpoint:
         """Return itself: the copy of a model follows as the model does."""
         return self
 
@@ -63,7 +63,7 @@ def _nothing(*arguments: Any) -> None:
 
 
 @torch.no_grad()
-def take_form(
+def factorize_like(
     module: nn.Module,
     plan: Plan | None,
     wanted: Iterable[str],
@@ -101,7 +101,7 @@ def take_form(
         # Not all that was factorized before and still is need be in what is loaded.
         if name in before and before[name] is not one and before[name].shape == one.shape:
             one.copy_(before[name])
-    become(module, made)
+    replace_in_place(module, made)
 
 
 def _path(site: SitePlan) -> str:

@@ -10,12 +10,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from tdfx.errors import ModelError
-from tdfx.integrations.adapter import Inside
+from tdfx.integrations.adapter import TrainerAdapter
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.policies.policy import Policy
 from tdfx.training.switch.switch import Switch
 from tdfx.training.switch.when import When
-from tdfx.wrappers.in_place import Part
+from tdfx.wrappers.in_place import InPlaceModule
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -77,7 +77,7 @@ class SwitchCallback(Callback):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.attribute = attribute
-        self._inside = Inside(
+        self._inside = TrainerAdapter(
             policy,
             when=when,
             epoch=epoch,
@@ -145,20 +145,20 @@ class SwitchCallback(Callback):  # type: ignore[misc]
         """Take what the Trainer found in a checkpoint."""
         self._inside.load_state_dict(state_dict)
 
-    def _part(self, whole: nn.Module) -> Part:
-        part = Part(whole)
+    def _part(self, whole: nn.Module) -> InPlaceModule:
+        part = InPlaceModule(whole)
         if self.attribute is not None:
-            return Part(whole, self.attribute)
+            return InPlaceModule(whole, self.attribute)
         trained = [
             name
             for name, one in part.model.named_children()
             if any(True for _ in one.parameters()) and not isinstance(one, AveragedModel)
         ]
         if len(trained) == 1 and any(True for _ in part.model.get_submodule(trained[0]).children()):
-            return Part(whole, trained[0])
+            return InPlaceModule(whole, trained[0])
         return part
 
-    def _trained(self, trainer: Trainer, pl_module: LightningModule) -> Part:
+    def _trained(self, trainer: Trainer, pl_module: LightningModule) -> InPlaceModule:
         """Return what is rewritten, in what the strategy has put around the module."""
         whole = trainer.strategy.model
         return self._part(pl_module if whole is None else whole)

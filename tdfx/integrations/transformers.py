@@ -11,13 +11,13 @@ from torch import nn
 
 from tdfx.checkpoint.files import read_sealed, write
 from tdfx.errors import CheckpointError, ModelError
-from tdfx.integrations.adapter import Inside
+from tdfx.integrations.adapter import TrainerAdapter
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.policies.policy import Policy
 from tdfx.training.switch.switch import Switch
 from tdfx.training.switch.when import When
-from tdfx.wrappers.in_place import Part
+from tdfx.wrappers.in_place import InPlaceModule
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -76,7 +76,7 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
         example_inputs: Inputs | None = None,
         **options: Any,
     ) -> None:
-        self._inside = Inside(
+        self._inside = TrainerAdapter(
             policy,
             when=when,
             epoch=epoch,
@@ -134,7 +134,7 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
         loader, each = kwargs["train_dataloader"], args.gradient_accumulation_steps
         optimizers = as_optimizers(kwargs["optimizer"])
         self._inside.begin(
-            Part(kwargs["model"]),
+            InPlaceModule(kwargs["model"]),
             optimizers,
             steps_per_epoch=lambda: _steps_per_epoch(loader, each),
             steps_left=state.max_steps - state.global_step if state.max_steps > 0 else None,
@@ -157,8 +157,8 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
         """Merge."""
         self._inside.end(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]))
 
-    def _part(self, model: nn.Module) -> Part:
-        return Part(self._inside.replica or model)
+    def _part(self, model: nn.Module) -> InPlaceModule:
+        return InPlaceModule(self._inside.replica or model)
 
 
 def _steps_per_epoch(loader: Any, accumulated: int) -> int:

@@ -17,7 +17,7 @@ from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import kind_of, operation_of
 from tdfx.kinds.stock import build_layer
 from tdfx.layers.copying import HOOKS, shell_of, structural_copy
-from tdfx.layers.placement import full, is_sharded, placed_like
+from tdfx.layers.placement import full, is_sharded, shard_like
 from tdfx.ranks.spectrum import working_dtype
 
 
@@ -34,7 +34,7 @@ class Origin:
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
-class Rest:
+class FrozenFactors:
     """Which factors a schedule keeps from training for now; copies of a layer that share its factors share this too."""
 
     indices: frozenset[int] = frozenset()
@@ -51,13 +51,13 @@ class Factorized(nn.Module):
 
     factors: nn.Sequential
     origin: Origin
-    rest: Rest
+    rest: FrozenFactors
 
     def __init__(self, factors: nn.Sequential, origin: Origin) -> None:
         super().__init__()
         self.factors = factors
         self.origin = origin
-        self.rest = Rest()
+        self.rest = FrozenFactors()
 
     @classmethod
     def of(cls, layer: nn.Module, scheme: Scheme, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
@@ -153,7 +153,7 @@ class Factorized(nn.Module):
         """
         given = factors or tuple(full(weight) for weight in self.weights)
         joined = self.join(*(weight.to(working_dtype(weight)) for weight in given))
-        return formed_like(self.kind.from_dense(joined), self.placement)
+        return like_parameter(self.kind.from_dense(joined), self.kernel_factor)
 
     @torch.no_grad()
     def merged(self, weight: Tensor | None = None) -> nn.Module:
@@ -164,7 +164,7 @@ class Factorized(nn.Module):
                 that this process is to hold where the factors are sharded.
         """
         layer = structural_copy(self.origin.layer)
-        dense = placed_like(self.joined() if weight is None else weight, self.placement)
+        dense = shard_like(self.joined() if weight is None else weight, self.kernel_factor)
         layer._parameters[self.kind.weight] = nn.Parameter(dense, requires_grad=self.trains)
         if self.kind.bias:
             layer._parameters[self.kind.bias] = self.bias
@@ -180,13 +180,13 @@ class Factorized(nn.Module):
         """
         made = cast("Factorized", structural_copy(self))
         chain = self.scheme.chain(self.operation, ranks)
-        made.factors = _build_chain(chain, weights, self.bias, self.placement, self.trains)
-        made.rest = Rest()
+        made.factors = _build_chain(chain, weights, self.bias, self.kernel_factor, self.trains)
+        made.rest = FrozenFactors()
         made.origin = replace(self.origin, ranks=tuple(ranks))
         return made.train(self.training)
 
     @property
-    def placement(self) -> nn.Parameter:
+    def kernel_factor(self) -> nn.Parameter:
         """The factor that has the kernel: it shows the memory format, which on a pointwise one cannot be told."""
         return self.weights[self.kernel_index]
 
@@ -199,7 +199,7 @@ class Factorized(nn.Module):
     @property
     def trains(self) -> bool:
         """Whether the dense weight would train: as the factor with the kernel does, or will when it has rested."""
-        return self.placement.requires_grad or self.kernel_index in self.rest.indices
+        return self.kernel_factor.requires_grad or self.kernel_index in self.rest.indices
 
     def extra_repr(self) -> str:
         """Name the original, the scheme and the ranks."""
@@ -231,14 +231,14 @@ def _build_chain(
     return nn.Sequential(
         *(
             build_layer(
-                step, nn.Parameter(placed_like(formed_like(weight, model), model), requires_grad=requires_grad), own
+                step, nn.Parameter(shard_like(like_parameter(weight, model), model), requires_grad=requires_grad), own
             )
             for step, weight, own in zip(chain, weights, biases, strict=True)
         )
     )
 
 
-def placement_of(weights: Sequence[nn.Parameter]) -> nn.Parameter:
+def kernel_factor(weights: Sequence[nn.Parameter]) -> nn.Parameter:
     """Return the weight that shows where and how others like it are to lie: the one with the kernel."""
     return max(weights, key=lambda weight: math.prod(weight.shape[2:]))
 
@@ -257,7 +257,7 @@ def _size_of_factor(factor: nn.Module, before: tuple[int, ...], wanted: tuple[in
     return [new if mine else old for mine, new, old in zip(works, wanted, before, strict=True)]
 
 
-def formed_like(weight: Tensor, model: Tensor) -> Tensor:
+def like_parameter(weight: Tensor, model: Tensor) -> Tensor:
     """Return a new tensor of the model's dtype and device, channels last where the model's weight is.
 
     A weight on the meta device is but a shape: what comes of it has the model's device too, and no particular values.

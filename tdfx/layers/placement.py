@@ -41,7 +41,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def placed_like(tensor: Tensor, model: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
     """Return a tensor that every process has, or this process's part of it where ``model`` is sharded.
 
     It is sharded over the same mesh along the same dimension, or along the first where that one does not divide evenly, as

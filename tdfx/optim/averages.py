@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tdfx.errors import ModelError
-from tdfx.layers.factorized import formed_like, placement_of
-from tdfx.layers.placement import full, placed_like
+from tdfx.layers.factorized import kernel_factor, like_parameter
+from tdfx.layers.placement import full, shard_like
 from tdfx.optim.surgery import Exchange
 from tdfx.ranks.spectrum import working_dtype
 from tdfx.wrappers.unwrap import Wrapped, unwrap
@@ -51,9 +51,9 @@ class Averaged:
             before = [cast("nn.Parameter", own[names[id(one)]]) for one in exchange.old]
             values = exchange.carrier.iterate(tuple(_wide(one) for one in before))
             level(values)
-            like = placement_of(before)
+            like = kernel_factor(before)
             for parameter, value in zip(exchange.new, values, strict=True):
-                placed = placed_like(formed_like(value, like), like)
+                placed = shard_like(like_parameter(value, like), like)
                 twins[id(parameter)] = nn.Parameter(placed, requires_grad=like.requires_grad)
         # What is found in the memo is not copied, so the average shares no tensor with the model, and none is made in vain.
         twin = copy.deepcopy(made, twins)

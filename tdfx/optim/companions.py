@@ -21,7 +21,7 @@ from tdfx.wrappers.unwrap import Wrapped
 
 
 @dataclass(frozen=True, slots=True)
-class Along:
+class Companions:
     """A model and all that goes along with it when it becomes another."""
 
     wrapped: Wrapped
@@ -30,7 +30,7 @@ class Along:
     masters: Masters
 
     @classmethod
-    def of(cls, wrapped: Wrapped, optimizer: Any, averaged: Any, masters: Any) -> Along:
+    def of(cls, wrapped: Wrapped, optimizer: Any, averaged: Any, masters: Any) -> Companions:
         """Take what was passed with a model, found to belong to it."""
         optimizers, holders = as_optimizers(optimizer), holders_of(averaged)
         found = as_masters(masters, wrapped.model, shards=wrapped.shards)
@@ -71,7 +71,7 @@ class Along:
         self.wrapped.level(surgery.tensors())
         if values:
             carry_gradients(sides.every)
-        self.masters.lower(made, sides)
+        self.masters.without_masters(made, sides)
         followers = [one.follow(self.wrapped.model, made, sides.model, self.wrapped.level) for one in self.averages]
         result = self.wrapped.wrap(made)
 

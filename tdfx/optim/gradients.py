@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from tdfx.layers.placement import full, placed_like
+from tdfx.layers.placement import full, shard_like
 from tdfx.optim.surgery import Exchange
 from tdfx.ranks.spectrum import working_dtype
 
@@ -24,7 +24,7 @@ def carry_gradients(exchanges: Iterable[Exchange]) -> None:
             carried = exchange.carrier.first(tuple(map(_gradient, exchange.old)))
             for parameter, gradient in zip(exchange.new, carried, strict=True):
                 if parameter.requires_grad:
-                    placed = placed_like(gradient.to(parameter.dtype), parameter)
+                    placed = shard_like(gradient.to(parameter.dtype), parameter)
                     parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(placed)
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from tdfx.errors import OptimizerError
 from tdfx.layers.copying import structural_copy
-from tdfx.layers.factorized import Factorized, formed_like, placement_of
+from tdfx.layers.factorized import Factorized, kernel_factor, like_parameter
 from tdfx.optim.pairs import Pair, nowhere, unpacked
 from tdfx.optim.surgery import Exchange
 
@@ -72,7 +72,7 @@ class Masters:
             [(one, loaded.get(name, one)) for name, one in found if name in loaded or dense_of.get(name, name) in names]
         )
 
-    def lift(self, module: nn.Module) -> None:
+    def with_masters(self, module: nn.Module) -> None:
         """Put the masters in the place of the parameters of a module, which must be a copy of ours."""
         stands_for: dict[int, nn.Parameter] = {}
         for parameter, master in self.pairs:
@@ -82,15 +82,15 @@ class Masters:
             self._stand_ins[id(own)] = (parameter, master)
         _exchange(module, stands_for)
 
-    def lifted(self, module: nn.Module) -> nn.Module:
+    def lifted_copy(self, module: nn.Module) -> nn.Module:
         """Return a copy of a module with the masters in the place of its parameters; without masters, itself."""
         if not self:
             return module
         made = structural_copy(module)
-        self.lift(made)
+        self.with_masters(made)
         return made
 
-    def apart(self, layer: Factorized) -> Factorized:
+    def detached(self, layer: Factorized) -> Factorized:
         """Return a layer that keeps the masters when those of the model are lowered again."""
         return cast("Factorized", structural_copy(layer)) if self else layer
 
@@ -107,7 +107,7 @@ class Masters:
         above = [self._of_optimizer(one) for one in exchanges]
         return Sides(above, [self._of_model(one) for one in above])
 
-    def lower(self, made: nn.Module, sides: Sides) -> None:
+    def without_masters(self, made: nn.Module, sides: Sides) -> None:
         """Give what came of a lifted module the model's own parameters, and those that are new."""
         if not self:
             return
@@ -146,7 +146,7 @@ class Masters:
         old = tuple(of.get(id(one), one) for one in exchange.old)
         # A parameter that is its own master stays one, and so does what comes of it.
         own = all(parameter is master for parameter, master in zip(old, exchange.old, strict=True))
-        new = exchange.new if own else tuple(_rounded(one, placement_of(old)) for one in exchange.new)
+        new = exchange.new if own else tuple(_rounded(one, kernel_factor(old)) for one in exchange.new)
         if all(id(one) in of for one in exchange.old):
             self._new |= {id(one): [] for one in old}
             self._new[id(old[0])] = list(zip(new, exchange.new, strict=True))
@@ -207,7 +207,7 @@ def _exchange(module: nn.Module, others: dict[int, nn.Parameter]) -> None:
 
 def _rounded(master: nn.Parameter, placement: nn.Parameter) -> nn.Parameter:
     """Return a copy of a new master in the type and layout of the weight that it comes from."""
-    return nn.Parameter(formed_like(master, placement), requires_grad=placement.requires_grad)
+    return nn.Parameter(like_parameter(master, placement), requires_grad=placement.requires_grad)
 
 
 def _retype(layer: Factorized) -> None:

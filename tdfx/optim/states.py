@@ -29,7 +29,7 @@ from torch.optim import (
 )
 
 from tdfx.errors import OptimizerError, TdfxWarning, nearest
-from tdfx.layers.placement import full, is_sharded, placed_like
+from tdfx.layers.placement import full, is_sharded, shard_like
 from tdfx.optim.carriers import Carrier
 from tdfx.ranks.spectrum import working_dtype
 
@@ -187,7 +187,7 @@ def _stored_entry(value: Any, old: Any, parameter: nn.Parameter) -> Any:
         return value
     if value.shape != parameter.shape:
         return value.to(old.dtype)
-    placed = placed_like(value.to(old.dtype), parameter)
+    placed = shard_like(value.to(old.dtype), parameter)
     return torch.empty_like(parameter, dtype=old.dtype, requires_grad=False).copy_(placed)
 
 

@@ -8,9 +8,9 @@
 """
 
 from tdfx.plans.scalars import Writer, log_plan
+from tdfx.report.model_view import ModelView, look
 from tdfx.report.picture import plot
-from tdfx.report.seen import Look, look
-from tdfx.report.spectra import Curve
+from tdfx.report.spectra import SpectrumCurve
 from tdfx.report.webpage import page
 
-__all__ = ["Curve", "Look", "Writer", "log_plan", "look", "page", "plot"]
+__all__ = ["ModelView", "SpectrumCurve", "Writer", "log_plan", "look", "page", "plot"]

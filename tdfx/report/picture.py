@@ -16,8 +16,8 @@ from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Plan, SitePlan
 from tdfx.plans.table import fold
 from tdfx.report.files import need, write_whole
-from tdfx.report.seen import Look, look
-from tdfx.report.spectra import Curve
+from tdfx.report.model_view import ModelView, look
+from tdfx.report.spectra import SpectrumCurve
 from tdfx.text import short_number
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     need("matplotlib.figure", "A picture")
 
 
-def write_plot(seen: Look, path: str | os.PathLike[str]) -> None:
+def write_plot(seen: ModelView, path: str | os.PathLike[str]) -> None:
     """Draw a model that was looked at already.
 
     Raises:
@@ -103,7 +103,7 @@ def _dpi(figure: Figure) -> float:
     return min(130.0, 12_000 / figure.get_figheight())
 
 
-def _figures(seen: Look, *, paged: bool) -> Iterator[Figure]:
+def _figures(seen: ModelView, *, paged: bool) -> Iterator[Figure]:
     """Yield a figure for each page."""
     numbered = [(number, site) for number, site in enumerate(seen.plan, 1) if site.name in seen.spectra]
     columns = max(3, min(MOST_COLUMNS, math.ceil(math.sqrt(2 * len(numbered)))))
@@ -112,7 +112,7 @@ def _figures(seen: Look, *, paged: bool) -> Iterator[Figure]:
         yield _figure(seen, numbered[start : start + each], columns, with_head=start == 0)
 
 
-def _figure(seen: Look, numbered: Sequence[tuple[int, SitePlan]], columns: int, *, with_head: bool) -> Figure:
+def _figure(seen: ModelView, numbered: Sequence[tuple[int, SitePlan]], columns: int, *, with_head: bool) -> Figure:
     figures = need("matplotlib.figure", "A picture")
     rows = math.ceil(len(numbered) / columns)
     head = _HEAD if with_head else 0.0
@@ -202,7 +202,7 @@ def _bars(axes: Axes, pairs: Sequence[tuple[float, float]], title: str, unit: st
     axes.set_xlabel("site, as numbered below", fontsize=7.5, color=_SOFT)
 
 
-def _spectrum(axes: Axes, number: int, site: SitePlan, curves: Sequence[Curve]) -> None:
+def _spectrum(axes: Axes, number: int, site: SitePlan, curves: Sequence[SpectrumCurve]) -> None:
     """Draw the curves of one site."""
     _quiet(axes)
     kept = site.ranks is None
@@ -242,7 +242,7 @@ def _quiet(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(part: Any, curves: Sequence[Curve], columns: int) -> None:
+def _legend(part: Any, curves: Sequence[SpectrumCurve], columns: int) -> None:
     """Say under the panels what the colours mean, in so many columns."""
     lines = need("matplotlib.lines", "A picture")
     modes = list(dict.fromkeys(curve.mode for curve in curves if curve.rank is not None))

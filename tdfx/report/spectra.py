@@ -21,7 +21,7 @@ _MODES = {2: ("output channels", "input channels")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
+class SpectrumCurve:
     """The singular values of one unfolding of a site's weight."""
 
     mode: str
@@ -34,7 +34,7 @@ class Curve:
     """Share of the sum of squares that these hold, in [0, 1]; None without a rank."""
 
 
-def curves_of(sites: Sequence[Site], plan: Plan) -> dict[str, tuple[Curve, ...]]:
+def curves_of(sites: Sequence[Site], plan: Plan) -> dict[str, tuple[SpectrumCurve, ...]]:
     """Return the curves of every site that a scheme fits and whose weight has values, by the site's name.
 
     Args:
@@ -75,7 +75,7 @@ def _check_same_model(known: dict[str, Site], plan: Plan) -> None:
 
 
 @torch.no_grad()
-def _curves(site: Site, decision: SitePlan) -> tuple[Curve, ...]:
+def _curves(site: Site, decision: SitePlan) -> tuple[SpectrumCurve, ...]:
     operation = site.operation
     if operation is None or not site.weights or not has_values(site) or any(one.is_complex() for one in site.weights):
         return ()
@@ -90,14 +90,14 @@ def _curves(site: Site, decision: SitePlan) -> tuple[Curve, ...]:
     return _with_ranks(scheme.spectra(operation, working_weight(site)), decision.ranks)
 
 
-def _with_ranks(spectra: Sequence[Spectrum], ranks: Sequence[int] | None) -> tuple[Curve, ...]:
+def _with_ranks(spectra: Sequence[Spectrum], ranks: Sequence[int] | None) -> tuple[SpectrumCurve, ...]:
     modes = _MODES.get(len(spectra), ("",) * len(spectra))
     chosen = (None,) * len(spectra) if ranks is None else ranks
     return tuple(_curve(mode, one, rank) for mode, one, rank in zip(modes, spectra, chosen, strict=True))
 
 
-def _curve(mode: str, spectrum: Spectrum, rank: int | None) -> Curve:
+def _curve(mode: str, spectrum: Spectrum, rank: int | None) -> SpectrumCurve:
     largest = float(spectrum.values.max())
     values = spectrum.values / largest if largest > 0 else spectrum.values
     energy = None if rank is None else float(spectrum.energy()[min(rank, len(values)) - 1])
-    return Curve(mode=mode, values=tuple(values.tolist()), rank=rank, energy=energy)
+    return SpectrumCurve(mode=mode, values=tuple(values.tolist()), rank=rank, energy=energy)

@@ -22,8 +22,8 @@ from tdfx.plans.plan import Plan, SitePlan
 from tdfx.plans.totals import totals
 from tdfx.report.drawing import drawings_of
 from tdfx.report.files import write_whole
-from tdfx.report.seen import Look, look
-from tdfx.report.spectra import Curve
+from tdfx.report.model_view import ModelView, look
+from tdfx.report.spectra import SpectrumCurve
 from tdfx.report.totals import Total, totals_of
 from tdfx.text import before_after, milliseconds
 
@@ -50,7 +50,7 @@ def page(model: nn.Module, plan: Plan, path: str | os.PathLike[str], *, example_
     write_page(look(model, plan, example_inputs=example_inputs), path)
 
 
-def write_page(seen: Look, path: str | os.PathLike[str]) -> None:
+def write_page(seen: ModelView, path: str | os.PathLike[str]) -> None:
     """Write the page of a model that was looked at already.
 
     Raises:
@@ -59,7 +59,7 @@ def write_page(seen: Look, path: str | os.PathLike[str]) -> None:
     write_whole(path, render_page(seen).encode())
 
 
-def render_page(seen: Look) -> str:
+def render_page(seen: ModelView) -> str:
     """Return the text of the page."""
     folder = files("tdfx.report") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -145,7 +145,7 @@ def _bar(total: Total, value: float) -> str:
     return f"{100 * value / max(total.before, total.after, 1e-300):.1f}"
 
 
-def _curve_data(curve: Curve) -> dict[str, Any]:
+def _curve_data(curve: SpectrumCurve) -> dict[str, Any]:
     """Return what the page draws of a curve: as many points as it can show, the rank among them."""
     count = len(curve.values)
     wanted = {round(index * (count - 1) / max(1, _POINTS - 1)) for index in range(_POINTS)}

@@ -14,8 +14,8 @@ from tdfx.api import merge
 from tdfx.cost.timing import take_turns
 from tdfx.errors import PlanError
 from tdfx.passes.analysis.observe import Inputs
-from tdfx.passes.analysis.sandbox import undisturbed
-from tdfx.passes.planning.step import Step
+from tdfx.passes.analysis.sandbox import isolated
+from tdfx.passes.planning.step import TrainingStep
 from tdfx.plans.plan import Plan
 from tdfx.wrappers.unwrap import unwrap
 
@@ -95,7 +95,7 @@ def check_step(
         )
     before = unwrap(merge(model) if dense is None else dense).model
     steps = [_RealStep(one, example_inputs, optimizer, autocast) for one in (before, unwrap(model).model)]
-    with undisturbed(steps[0].step.module):
+    with isolated(steps[0].step.module):
         first, second = take_turns([one.run for one in steps], device=steps[0].step.device, rounds=rounds)
     return StepCheck(
         seconds_before=first.seconds,
@@ -112,7 +112,7 @@ class _RealStep:
         self, model: nn.Module, inputs: Inputs, optimizer: MakeOptimizer | None, autocast: torch.dtype | None
     ) -> None:
         own = copy.deepcopy(model)
-        self.step = Step(own, inputs, autocast)
+        self.step = TrainingStep(own, inputs, autocast)
         trained = [one for one in own.parameters() if one.requires_grad]
         # At a learning rate of zero, values do not run away, however often the same batch is taken.
         self.optimizer = SGD(trained, lr=0.0, momentum=0.9) if optimizer is None else optimizer(trained)

@@ -19,7 +19,7 @@ from torch import nn
 from tdfx.errors import TdfxWarning
 from tdfx.layers.copying import COMPILED, HOOKS, put_in_place, structural_copy
 
-Again = Callable[[Any], Any]
+Recompile = Callable[[Any], Any]
 """Compiles a module, or the function by which one is called, with the settings of another."""
 
 
@@ -27,19 +27,19 @@ Again = Callable[[Any], Any]
 class Compiled:
     """The parts of a model that are compiled by themselves, by their paths as if none was wrapped."""
 
-    in_place: dict[str, Again]
+    in_place: dict[str, Recompile]
     wrapped: dict[str, nn.Module]
     """The wrappers around parts; the model itself is none."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Compiled:
         """Look for all compiled parts of a model, itself included where it is compiled in place."""
-        in_place: dict[str, Again] = {}
+        in_place: dict[str, Recompile] = {}
         wrapped: dict[str, nn.Module] = {}
         for path, one in _named(model):
             if is_wrapped(one):
                 wrapped.setdefault(path, one)
-            elif (again := again_of(one, path)) is not None:
+            elif (again := compile_settings_of(one, path)) is not None:
                 in_place[path] = again
         return cls(in_place, wrapped)
 
@@ -71,7 +71,7 @@ class Compiled:
                 inside = modules[path]
                 wrapper = self.wrapped[path]
                 if id(wrapper) not in done:
-                    done[id(wrapper)] = wrapped_again(wrapper, inside)
+                    done[id(wrapper)] = wrap_compiled(wrapper, inside)
                 modules[owner]._modules[name] = done[id(wrapper)]
         return made
 
@@ -81,7 +81,7 @@ def is_wrapped(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule)
 
 
-def wrapped_again(wrapper: nn.Module, made: nn.Module) -> nn.Module:
+def wrap_compiled(wrapper: nn.Module, made: nn.Module) -> nn.Module:
     """Compile another module with the settings, and the hooks, of one that is wrapped."""
     found = cast("nn.Module", _settings(wrapper)(made))
     for name in HOOKS:
@@ -90,7 +90,7 @@ def wrapped_again(wrapper: nn.Module, made: nn.Module) -> nn.Module:
     return found
 
 
-def again_of(module: nn.Module, path: str = "") -> Again | None:
+def compile_settings_of(module: nn.Module, path: str = "") -> Recompile | None:
     """Return what compiles another module as this one was in place; None where it was not.
 
     Args:
@@ -105,7 +105,7 @@ def again_of(module: nn.Module, path: str = "") -> Again | None:
     for cell in code.__closure__ or () if isinstance(code, FunctionType) else ():
         with suppress(ValueError):  # a name that was never given a value
             if isinstance(cell.cell_contents, torch._dynamo.eval_frame._TorchDynamoContext):
-                return cast("Again", cell.cell_contents)
+                return cast("Recompile", cell.cell_contents)
     warnings.warn(
         f"{'Part ' + repr(path) if path else 'The model'} was compiled in place in a way that tdfx does not know, so it "
         f"comes back uncompiled. Call its compile() again.",
@@ -115,7 +115,7 @@ def again_of(module: nn.Module, path: str = "") -> Again | None:
     return None
 
 
-def compile_in_place(module: nn.Module, again: Again | None) -> None:
+def compile_in_place(module: nn.Module, again: Recompile | None) -> None:
     """Compile a module in place, as ``module.compile()`` does; nothing runs before it is called."""
     if again is not None:
         module.__dict__[COMPILED] = again(module._call_impl)
@@ -139,5 +139,5 @@ def _inner(module: nn.Module) -> nn.Module:
     return module
 
 
-def _settings(wrapper: nn.Module) -> Again:
-    return cast("Again", wrapper.dynamo_ctx)
+def _settings(wrapper: nn.Module) -> Recompile:
+    return cast("Recompile", wrapper.dynamo_ctx)

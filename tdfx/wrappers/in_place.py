@@ -9,10 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.errors import ModelError
 from tdfx.layers.copying import COMPILED, rebind
-from tdfx.wrappers.compiled import again_of, compile_in_place, is_wrapped
+from tdfx.wrappers.compiled import compile_in_place, compile_settings_of, is_wrapped
 
 
-class Part(nn.Module):
+class InPlaceModule(nn.Module):
     """Stands for a module in the hands of a trainer, which would go on with the old one if it were given a new one.
 
     ``plan``, ``rewrite`` and ``merge`` take it as the module itself, agreed upon by the processes of the wrapper around the
@@ -65,7 +65,7 @@ class Part(nn.Module):
         Raises:
             ModelError: It is of another class.
         """
-        become(self.inside, made)
+        replace_in_place(self.inside, made)
         self.renew()
 
     def renew(self) -> None:
@@ -76,7 +76,7 @@ class Part(nn.Module):
             renew(self.replica)
 
 
-def become(module: nn.Module, made: nn.Module) -> None:
+def replace_in_place(module: nn.Module, made: nn.Module) -> None:
     """Let a module take over all that another of its class has, and stay the object that others hold.
 
     Raises:
@@ -87,7 +87,7 @@ def become(module: nn.Module, made: nn.Module) -> None:
             f"A {type(module).__name__} cannot become a {type(made).__name__} and stay the object that the trainer holds. "
             f"Name the module that holds it, not the layer itself."
         )
-    again = again_of(module)
+    again = compile_settings_of(module)
     own: dict[str, Any] = made.__dict__
     for key in module.__dict__.keys() - own.keys():
         del module.__dict__[key]

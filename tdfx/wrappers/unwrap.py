@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from tdfx.distributed.processes import Agree, Lead, Ready, Spread, Together, alone, itself, unasked
 from tdfx.errors import ModelError
-from tdfx.wrappers.compiled import Compiled, again_of, compile_in_place, is_wrapped, wrapped_again
-from tdfx.wrappers.in_place import Part
+from tdfx.wrappers.compiled import Compiled, compile_in_place, compile_settings_of, is_wrapped, wrap_compiled
+from tdfx.wrappers.in_place import InPlaceModule
 
 
 def _trusted(value: object, message: str) -> None:
@@ -65,17 +65,17 @@ def unwrap(model: nn.Module) -> Wrapped:
             "A CUDA graph is being captured, and what a rewrite computes must not be replayed with every step. Do it before "
             "the capture, and capture graphs of the old model anew afterwards: they hold on to its weights."
         )
-    if isinstance(model, Part):
+    if isinstance(model, InPlaceModule):
         return _unwrap_part(model)
     if is_wrapped(model):
         inner = unwrap(cast("nn.Module", model._orig_mod))
-        return replace(inner, wrap=lambda made: wrapped_again(model, inner.wrap(made)))
+        return replace(inner, wrap=lambda made: wrap_compiled(model, inner.wrap(made)))
     if isinstance(model, DistributedDataParallel):
         from tdfx.distributed.ddp import Replicas  # as below
 
         ranks = Replicas.ranks_of(model)
         with ranks.together():
-            inner, replicas, again = unwrap(model.module), Replicas(model, ranks), again_of(model)
+            inner, replicas, again = unwrap(model.module), Replicas(model, ranks), compile_settings_of(model)
 
         def wrap(made: nn.Module) -> nn.Module:
             found = replicas.wrap(inner.wrap(made))
@@ -120,7 +120,7 @@ def unwrap(model: nn.Module) -> Wrapped:
     return Wrapped(compiled.plain(model), compiled.again)
 
 
-def _unwrap_part(part: Part) -> Wrapped:
+def _unwrap_part(part: InPlaceModule) -> Wrapped:
     """Return the module that a part stands for, with the agreement of the processes that train the whole."""
     inner = unwrap(part.inside)
     if inner.shards:

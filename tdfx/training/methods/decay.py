@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tdfx.errors import ModelError, OptimizerError
 from tdfx.layers.factorized import Factorized
-from tdfx.layers.placement import full, placed_like
+from tdfx.layers.placement import full, shard_like
 from tdfx.training.methods.hooks import refuse_closure, refuse_fused
 
 
@@ -91,7 +91,7 @@ def _dense_decay(layer: Factorized) -> dict[int, Tensor]:
     with torch.enable_grad():
         half = 0.5 * layer.join(*values).abs().square().sum()
     found = iter(torch.autograd.grad(half, [one for one in values if one.requires_grad]))
-    return {id(weight): placed_like(next(found), weight) for weight in layer.weights if weight.requires_grad}
+    return {id(weight): shard_like(next(found), weight) for weight in layer.weights if weight.requires_grad}
 
 
 def _exchange_decay(optimizer: Optimizer, weight: nn.Parameter, wanted: Tensor, group: dict[str, Any]) -> None:

@@ -12,12 +12,12 @@ from torch.optim import LBFGS, Optimizer
 
 from tdfx.checks import check_whole
 from tdfx.errors import OptimizerError, PolicyError, nearest
-from tdfx.layers.factorized import Rest
+from tdfx.layers.factorized import FrozenFactors
 from tdfx.training.methods.gradient_wrappers import Processes
 from tdfx.training.methods.hooks import leave_from_within
 from tdfx.training.methods.turns import Train, turns_of
 
-_LIVE: weakref.WeakKeyDictionary[Rest, weakref.ref[Freeze]] = weakref.WeakKeyDictionary()
+_LIVE: weakref.WeakKeyDictionary[FrozenFactors, weakref.ref[Freeze]] = weakref.WeakKeyDictionary()
 """What rests of a layer -> the schedule that says so now."""
 
 

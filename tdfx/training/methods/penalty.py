@@ -18,7 +18,7 @@ from tdfx.factors.registry import get_scheme
 from tdfx.kinds.functional import Call
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import find_kind, operation_of
-from tdfx.layers.placement import full, placed_like
+from tdfx.layers.placement import full, shard_like
 from tdfx.plans.plan import Plan, SitePlan
 from tdfx.ranks.spectrum import working_dtype
 from tdfx.training.methods.hooks import refuse_closure, refuse_fused
@@ -133,7 +133,7 @@ class _Pulled:
         spectra = scheme.spectra(self.operation, dense)
         joined = scheme.join(self.operation, scheme.split(self.operation, dense, self.site.ranks, spectra))
         joined = self.kind.from_dense(joined) if self.kind is not None else joined
-        return placed_like(joined.to(self.weight.dtype), self.weight)
+        return shard_like(joined.to(self.weight.dtype), self.weight)
 
 
 def _pulled(model: nn.Module, site: SitePlan) -> _Pulled:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tdfx.plans.plan import Plan, Reason, SitePlan
 from tdfx.training.switch.events import What
-from tdfx.training.switch.watch import Watch
+from tdfx.training.switch.watch import RankWatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Outcome:
     """Those that a budget does not need now, as long as others wait that may come to give less than it counts on."""
 
     @classmethod
-    def of(cls, made: Plan, names: Collection[str] | None, watch: Watch | None, final: bool) -> Outcome:
+    def of(cls, made: Plan, names: Collection[str] | None, watch: RankWatch | None, final: bool) -> Outcome:
         """Return what becomes of the kept sites.
 
         Args:

@@ -15,7 +15,7 @@ _LEAST = 30
 """Steps in whose time the layers of most models are measured; with much less, what is planned is mostly guessed."""
 
 
-def in_proportion(policy: Policy, left: int, step_seconds: float) -> Policy:
+def cap_measuring_time(policy: Policy, left: int, step_seconds: float) -> Policy:
     """Return a policy that measures for no longer than is in proportion to the training that it serves.
 
     That is a hundredth of what is left of it, but as long as a few steps in any case.
@@ -28,14 +28,14 @@ def in_proportion(policy: Policy, left: int, step_seconds: float) -> Policy:
     most = max(_MEASURING * left, _LEAST) * step_seconds
     if most <= 0:
         return policy
-    overrides = {key: one and in_proportion(one, left, step_seconds) for key, one in policy.overrides.items()}
+    overrides = {key: one and cap_measuring_time(one, left, step_seconds) for key, one in policy.overrides.items()}
     cost = policy.cost
     if isinstance(cost, Measured) and cost.budget > most:
         cost = replace(cost, budget=most)
     return replace(policy, cost=cost, overrides=overrides)
 
 
-def weigh(
+def pays_off(
     made: Plan, seconds: Mapping[str, float], left: int, step_seconds: float, planning: float, recompiling: float
 ) -> tuple[bool, str]:
     """Return whether a switch pays in the steps that are left, and the sum in words.

@@ -15,7 +15,7 @@ from tdfx.plans.plan import Plan
 from tdfx.policies.policy import Policy
 from tdfx.training.methods.rewarm import Rewarm
 from tdfx.training.switch.events import SwitchEvent
-from tdfx.training.switch.watch import Watch
+from tdfx.training.switch.watch import RankWatch
 from tdfx.training.switch.when import Settled, When
 
 TIMES = 101
@@ -81,7 +81,7 @@ def _attributes(state: Mapping[str, Any], when: When) -> dict[str, Any]:
         "_seconds": {str(name): float(value) for name, value in state["seconds"].items()},
         "_times": deque(map(float, state["times"]), maxlen=TIMES),
         "_last": None,
-        "_watch": Watch.of_state(when, watch) if isinstance(when, Settled) and watch is not None else None,
+        "_watch": RankWatch.of_state(when, watch) if isinstance(when, Settled) and watch is not None else None,
     }
 
 

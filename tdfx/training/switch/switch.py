@@ -28,10 +28,10 @@ from tdfx.training.methods.rewarm import Rewarm, check_rates
 from tdfx.training.switch.events import SwitchEvent, What
 from tdfx.training.switch.instalments import left_of, only
 from tdfx.training.switch.outcome import Outcome
-from tdfx.training.switch.pays_off import in_proportion, weigh
+from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
 from tdfx.training.switch.resume import TIMES, attributes_of, rewarms_of, state_of
 from tdfx.training.switch.settings import check_settings
-from tdfx.training.switch.watch import Survey, Watch, survey
+from tdfx.training.switch.watch import RankWatch, Survey, survey
 from tdfx.training.switch.when import Settled, When
 from tdfx.wrappers.unwrap import Wrapped, unwrap
 
@@ -112,7 +112,7 @@ class Switch:
         self._plan: Plan | None = None
         self._events: tuple[SwitchEvent, ...] = ()
         self._seconds: dict[str, float] = {}
-        self._watch: Watch | None = None
+        self._watch: RankWatch | None = None
         self._next = 1 if isinstance(when, Settled) else when.at
         self._times: deque[float] = deque(maxlen=TIMES)
         self._last: float | None = None
@@ -229,7 +229,7 @@ class Switch:
         emit: Emit = arguments.get("emit", "graph")
         if self._watch is None:
             found = self._surveyed(wrapped, inputs, emit)
-            sites = Watch.begin(when, found)
+            sites = RankWatch.begin(when, found)
             self._watch = sites
             if not sites.sites:
                 self._say("kept", (), "the policy wants no site of the model that may be rewritten")
@@ -276,7 +276,7 @@ class Switch:
         left = 0
         if self.total_steps is not None:
             left, step_seconds = wrapped.agree([max(0, self.total_steps - self._step), step_seconds])
-            policy = in_proportion(policy, left, step_seconds)
+            policy = cap_measuring_time(policy, left, step_seconds)
         made = make_plan(model, policy, example_inputs=inputs, emit=emit)
         if in_parts:
             made = only(made, names or ())
@@ -288,7 +288,7 @@ class Switch:
         pays, verdict = True, ""
         if self.total_steps is not None and made.factorized:
             # All of it is the same on all processes.
-            pays, verdict = weigh(made, self._seconds, left, step_seconds, planning, self.recompile_seconds)
+            pays, verdict = pays_off(made, self._seconds, left, step_seconds, planning, self.recompile_seconds)
         switched = made.factorized if pays else ()
         if switched:
             passed = {key: value for key, value in arguments.items() if key != "emit"}

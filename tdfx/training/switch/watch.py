@@ -16,9 +16,9 @@ from tdfx.kinds.registry import kind_of
 from tdfx.layers.placement import full
 from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.observe import Inputs
-from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.planning.site_cost import chain_now, flops_of
+from tdfx.passes.planning.site_cost import current_chain, flops_of
 from tdfx.passes.program import Program, Site
 from tdfx.plans.plan import Emit
 from tdfx.policies.policy import Policy
@@ -64,10 +64,10 @@ def survey(wrapped: Wrapped, policy: Policy, inputs: Inputs | None, emit: Emit) 
     start = Program(module=wrapped.model, emit="modules" if wrapped.shards else emit, shards=wrapped.shards)
     program = Find()(Trace()(start).program).program
     if inputs is not None:
-        program = Shapes(inputs, wrapped.together, wrapped.ready, wrapped.agree)(program).program
+        program = ObserveInputs(inputs, wrapped.together, wrapped.ready, wrapped.agree)(program).program
     wanted = [one for one in program.sites if one.reason is None and policy.for_site(*one.names) is not None]
     called = [one for one in program.sites if one.operation is not None and one.calls]
-    work = [flops_of(one, chain_now(one)) for one in called]
+    work = [flops_of(one, current_chain(one)) for one in called]
     known = [one for one in work if one is not None]
     return Survey(
         paths={one.name: _path(one) for one in wanted},
@@ -86,7 +86,7 @@ def _path(site: Site) -> str:
 
 
 def _seconds(policy: Policy, site: Site) -> float:
-    chain = chain_now(site)
+    chain = current_chain(site)
     assert site.operation is not None
     flows = site.flows or (None,)
     operations = [(flow.operation if flow is not None else None) or site.operation for flow in flows]
@@ -118,7 +118,7 @@ class Watched:
 
 
 @dataclass(slots=True)
-class Watch:
+class RankWatch:
     """The sites that wait for their ranks to settle."""
 
     when: Settled
@@ -131,7 +131,7 @@ class Watch:
     """Length -> the fixed random vector; made again where it is missing."""
 
     @classmethod
-    def begin(cls, when: Settled, found: Survey) -> Watch:
+    def begin(cls, when: Settled, found: Survey) -> RankWatch:
         """Return a watch over all sites of a survey."""
         return cls(when, found.interval(when.every), {name: Watched(path) for name, path in found.paths.items()})
 
@@ -141,7 +141,7 @@ class Watch:
         return look if self.when.timeout is None else min(look, max(step + 1, self.when.timeout))
 
     @torch.no_grad()
-    def look(self, model: nn.Module) -> Watch:
+    def look(self, model: nn.Module) -> RankWatch:
         """Return the watch after one more look; this one stays as it was.
 
         Raises:
@@ -154,7 +154,7 @@ class Watch:
         for (name, old), (vector, start, _), (rank, turned) in zip(self.sites.items(), seen, numbers, strict=True):
             ranks = (*old.ranks, rank)[-(self.when.window + 1) :]
             sites[name] = replace(old, vector=vector, start=start, ranks=ranks, turned=turned)
-        return Watch(self.when, self.interval, sites, self.looks + 1, self.probes)
+        return RankWatch(self.when, self.interval, sites, self.looks + 1, self.probes)
 
     def ripe(self) -> list[str]:
         """Return the sites that have moved and settled, and were not asked for just now."""
@@ -165,7 +165,7 @@ class Watch:
         """Return the sites that had settled when a budget did not need them."""
         return [name for name, one in self.sites.items() if one.spare]
 
-    def without(self, names: Sequence[str], waiting: Sequence[str], spare: Sequence[str] = ()) -> Watch:
+    def without(self, names: Sequence[str], waiting: Sequence[str], spare: Sequence[str] = ()) -> RankWatch:
         """Return the watch with sites gone, with others that wait twice as long each time, and with those to spare."""
         sites = {name: one for name, one in self.sites.items() if name not in names}
         for name in waiting:
@@ -174,7 +174,7 @@ class Watch:
             sites[name] = replace(old, asked=old.asked + 1, rest=rest, spare=False)
         for name in spare:
             sites[name] = replace(sites[name], spare=True)
-        return Watch(self.when, self.interval, sites, self.looks, self.probes)
+        return RankWatch(self.when, self.interval, sites, self.looks, self.probes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but the settings, in plain types and tensors."""
@@ -188,7 +188,7 @@ class Watch:
         return {"interval": self.interval, "looks": self.looks, "sites": sites}
 
     @classmethod
-    def of_state(cls, when: Settled, state: Mapping[str, Any]) -> Watch:
+    def of_state(cls, when: Settled, state: Mapping[str, Any]) -> RankWatch:
         """Make a watch from what ``state_dict`` gave."""
         sites = {
             name: Watched(

@@ -10,27 +10,27 @@ from torch import nn
 from tdfx.errors import ModelError
 from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.observe import Inputs
-from tdfx.passes.analysis.shapes import Shapes
+from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
 from tdfx.passes.program import Program
 from tdfx.plans.plan import Plan
 from tdfx.report.network import Network, network_of
-from tdfx.report.spectra import Curve, curves_of
+from tdfx.report.spectra import SpectrumCurve, curves_of
 from tdfx.wrappers.unwrap import unwrap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class ModelView:
     """A model as a plan sees it."""
 
     plan: Plan
-    spectra: Mapping[str, tuple[Curve, ...]]
+    spectra: Mapping[str, tuple[SpectrumCurve, ...]]
     """Site -> one curve for each of its ranks; without those that no scheme fits, or that lie on the meta device."""
     network: Network
     """The model's operations and what flows between them."""
 
 
-def look(model: nn.Module, plan: Plan, *, example_inputs: Inputs | None = None) -> Look:
+def look(model: nn.Module, plan: Plan, *, example_inputs: Inputs | None = None) -> ModelView:
     """Read the spectra of a model's weights and its graph, once for several reports; the model is left as it was.
 
     Args:
@@ -52,5 +52,5 @@ def look(model: nn.Module, plan: Plan, *, example_inputs: Inputs | None = None) 
         )
     program = Find()(Trace()(Program(module=wrapped.model)).program).program
     if example_inputs is not None:
-        program = Shapes(example_inputs, wrapped.together, wrapped.ready)(program).program
-    return Look(plan=plan, spectra=curves_of(program.sites, plan), network=network_of(program))
+        program = ObserveInputs(example_inputs, wrapped.together, wrapped.ready)(program).program
+    return ModelView(plan=plan, spectra=curves_of(program.sites, plan), network=network_of(program))
