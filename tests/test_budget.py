@@ -111,7 +111,7 @@ def test_a_speedup_is_of_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None
     cost = ByFlops()
     sites = sum(one.flops_before or 0 for one in planned(parameters=0.5).sites) / 1e9
     # A quarter of the step is not the sites'.
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: sites / 0.75)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: sites / 0.75)
     plan = planned(speedup=2, cost=cost)
     assert plan.step_seconds == pytest.approx(sites / 0.75)
     assert plan.speedup is not None
@@ -128,7 +128,7 @@ def test_a_speedup_is_of_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_can_be_reached_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: 0.02)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: 0.02)
     for name, value in (("speedup", 90), ("seconds", 1e-6), ("parameters", 0.001), ("memory", 1), ("flops", 0.001)):
         with pytest.raises(
             PolicyError, match="cannot be kept: the most that the 4 sites in question can give"
@@ -175,7 +175,7 @@ def test_sites_of_other_rules_count_with_what_they_become() -> None:
 
 
 def test_a_site_that_would_not_gain_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: 0.02)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: 0.02)
     plan = planned(parameters=0.9, min_gain=1.5, cost=ByFlops())
     assert plan.factorized
     assert all(site.gain is not None and site.gain >= 1.5 for site in plan.factorized)
@@ -184,7 +184,7 @@ def test_a_site_that_would_not_gain_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_is_chosen_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: 0.02)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: 0.02)
     cost = ByFlops()
     plan = planned(speedup=1.2, cost=cost)
     assert cost.asked
@@ -462,7 +462,7 @@ def test_a_budget_takes_nothing_that_gains_less_than_is_asked_for() -> None:
 
 def test_sites_that_take_longer_alone_than_the_step_count_as_parts_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     sites = sum(one.flops_before or 0 for one in planned(parameters=0.5).sites) / 1e9
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: sites / 2)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: sites / 2)
     plan = planned(speedup=1.5, cost=ByFlops())
     after = sum(one.seconds_after or 0 for one in plan.sites)
     # All of the step is the sites', so they have to get faster by as much.

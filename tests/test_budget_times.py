@@ -71,7 +71,7 @@ def test_times_that_could_not_be_measured_are_said_to_be_estimates() -> None:
 
 def test_what_was_not_timed_at_all_counts_as_the_solver_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     step = step_of(Scaled(1e3))
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: step)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: step)
     plan = planned(speedup=1.5, cost=Scaled(1e3, slice(0, 1)))
     guessed = {one.name for one in plan.factorized if one.estimated}
     assert guessed & {"2", "6", "7"}
@@ -178,7 +178,7 @@ def test_estimates_stand_beside_measured_times_in_their_scale(
 ) -> None:
     """Where what was measured is a multiple of what is estimated, it does not matter which of the sites were measured."""
     step = step_of(Scaled(scale))
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: step)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: step)
     for budget in ({"speedup": 1.5}, {"seconds": step / 1.8}):
         all_known = planned(cost=Scaled(scale), **budget)
         some_known = planned(cost=Scaled(scale, known), **budget)
@@ -265,7 +265,7 @@ def test_where_no_site_was_timed_they_are_taken_to_be_the_whole_step(
     scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the scale of the estimates is: no machine is the one that they are made for."""
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: scale * step_of(Scaled(1.0)))
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: scale * step_of(Scaled(1.0)))
     by_estimates = planned(cost=Scaled.modelled, speedup=1.5)
     assert by_estimates.factorized
     found = planned(cost=Speechless(1.0), speedup=1.5)

@@ -210,7 +210,7 @@ class Switch:
         arguments: dict[str, Any],
     ) -> nn.Module:
         wrapped = unwrap(model)
-        with wrapped.together():
+        with wrapped.processes.raise_on_all():
             if isinstance(self.when, Settled):
                 return self._decide_settled(self.when, model, wrapped, optimizer, inputs, arguments)
             return self._switch(model, wrapped, None, optimizer, inputs, arguments)
@@ -239,7 +239,11 @@ class Switch:
         late = timeout is not None and self._step >= timeout
         if self._step == 1 or self._step % self._watch.interval == 0:
             self._watch = self._watch.look(wrapped.model)
-        names = list(self._watch.sites) if late else cast("list[str]", wrapped.agree(self._watch.ripe()))
+        names = (
+            list(self._watch.sites)
+            if late
+            else cast("list[str]", wrapped.processes.broadcast_object(self._watch.ripe()))
+        )
         self._spend("watching", began)
         if names:
             names += [name for name in self._watch.spare() if name not in names]
@@ -275,12 +279,14 @@ class Switch:
         step_seconds = statistics.median(self._times) if self._times else -1.0
         left = 0
         if self.total_steps is not None:
-            left, step_seconds = wrapped.agree([max(0, self.total_steps - self._step), step_seconds])
+            left, step_seconds = wrapped.processes.broadcast_object(
+                [max(0, self.total_steps - self._step), step_seconds]
+            )
             policy = cap_measuring_time(policy, left, step_seconds)
         made = make_plan(model, policy, example_inputs=inputs, emit=emit)
         if in_parts:
             made = only(made, names or ())
-        text, planning = wrapped.agree([made.to_json(indent=None), self._clock() - began])
+        text, planning = wrapped.processes.broadcast_object([made.to_json(indent=None), self._clock() - began])
         made = Plan.from_json(text)
         if self.total_steps is not None and not self._seconds:
             self._surveyed(wrapped, inputs, emit)

@@ -14,12 +14,11 @@ from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError
 from tdfx.kinds.registry import kind_of
 from tdfx.layers.placement import full
-from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.shapes import ObserveInputs
-from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.pipeline import find_sites
 from tdfx.passes.planning.site_cost import current_chain, flops_of
-from tdfx.passes.program import Program, Site
+from tdfx.passes.program import Site
 from tdfx.plans.plan import Emit
 from tdfx.policies.policy import Policy
 from tdfx.training.switch.when import Settled
@@ -61,10 +60,9 @@ class Survey:
 
 def survey(wrapped: Wrapped, policy: Policy, inputs: Inputs | None, emit: Emit) -> Survey:
     """Look at a model's sites, not at their weights."""
-    start = Program(module=wrapped.model, emit="modules" if wrapped.shards else emit, shards=wrapped.shards)
-    program = Find()(Trace()(start).program).program
+    program = find_sites(wrapped.model, emit, wrapped.processes, shards=wrapped.shards)
     if inputs is not None:
-        program = ObserveInputs(inputs, wrapped.together, wrapped.ready, wrapped.agree)(program).program
+        program = ObserveInputs(inputs)(program).program
     wanted = [one for one in program.sites if one.reason is None and policy.for_site(*one.names) is not None]
     called = [one for one in program.sites if one.operation is not None and one.calls]
     work = [flops_of(one, current_chain(one)) for one in called]
