@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import tdfx
+from tdfx.distributed.processes import Solo
 from tdfx.layers.factorized import Factorized
 from tdfx.training.switch.watch import RankWatch, Watched
 from tdfx.training.switch.when import When
@@ -346,12 +347,15 @@ def test_processes_agree_at_looks_and_plans_and_at_no_other_step(monkeypatch: py
     asked: list[int] = []
     switch = tdfx.Switch(SIGNAL, when=tdfx.Settled(every=5, timeout=21))
 
-    def agree(value: Any) -> Any:
-        asked.append(switch.state_dict()["step"])
-        # What the first process found at the tenth step, here one site that has not settled.
-        return ["slow"] if asked[-1] == 10 and value == [] else value
+    class Agreeing(Solo):
+        def broadcast_object(self, value: Any) -> Any:
+            asked.append(switch.state_dict()["step"])
+            # What the first process found at the tenth step, here one site that has not settled.
+            return ["slow"] if asked[-1] == 10 and value == [] else value
 
-    monkeypatch.setattr("tdfx.training.switch.switch.unwrap", lambda model: replace(unwrap(model), agree=agree))
+    monkeypatch.setattr(
+        "tdfx.training.switch.switch.unwrap", lambda model: replace(unwrap(model), processes=Agreeing())
+    )
     changed, model = run(switch, 22, slow=0.2)
     assert asked == [1, 5, 10, 10, 15, 20, 21]
     assert changed == [10, 21]
