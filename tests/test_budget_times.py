@@ -42,11 +42,11 @@ class Impatient(ByFlops):
 
 def test_times_that_could_not_be_measured_are_said_to_be_estimates() -> None:
     plan = planned(speedup=1.5, cost=Impatient())
-    assert any(re.search(r"\d+ sites? (was|were) not timed as planned, for want of time", one) for one in plan.notes)
+    assert any(re.search(r"\d+ sites? (was|were) not timed as planned, for lack of time", one) for one in plan.notes)
     guessed = [one for one in plan if one.estimated]
     assert guessed
     assert all(one.factorized and one.seconds_after is not None for one in guessed)
-    (said,) = (one for one in plan.notes if "for want of time" in one)
+    (said,) = (one for one in plan.notes if "for lack of time" in one)
     assert said.startswith(f"{len(guessed)} site")
     for one in guessed:
         assert one.seconds_before is not None and one.seconds_after is not None  # noqa: PT018
