@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from tdfx.errors import OptimizerError, PolicyError
 from tdfx.plans.plan import Plan
 from tdfx.policies.policy import Policy
+from tdfx.ranks.budget import Budget
 from tdfx.training.methods.rewarm import Rewarm
 from tdfx.training.switch.events import SwitchEvent
 from tdfx.training.switch.watch import RankWatch
@@ -22,6 +24,10 @@ TIMES = 101
 """Step times that are kept for the median."""
 
 _FORMAT = 1
+
+_NO_BUDGET = (
+    "an earlier version of tdfx had switched other sites, and what these would have to give for the budget is not known"
+)
 
 
 def state_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +68,7 @@ def attributes_of(
                 f"otherwise than the run it came from. Make the Switch with the same {key}, or start without the state."
             )
     try:
-        return _attributes(state, when), list(state["rewarms"])
+        return _attributes(state, policy, when), list(state["rewarms"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PolicyError(
             f"The state of this Switch is damaged ({type(error).__name__}: {error}). Pass what Switch.state_dict "
@@ -70,19 +76,42 @@ def attributes_of(
         ) from error
 
 
-def _attributes(state: Mapping[str, Any], when: When) -> dict[str, Any]:
+def _attributes(state: Mapping[str, Any], policy: Policy, when: When) -> dict[str, Any]:
     watch = state["watch"]
-    return {
+    attributes = {
         "_step": int(state["step"]),
         "_done": bool(state["done"]),
         "_next": int(state["next"]),
         "_plan": None if state["plan"] is None else Plan.from_json(state["plan"]),
-        "_events": tuple(SwitchEvent(**{**one, "sites": tuple(one["sites"])}) for one in state["events"]),
+        "_events": tuple(SwitchEvent(**{**event, "sites": tuple(event["sites"])}) for event in state["events"]),
         "_seconds": {str(name): float(value) for name, value in state["seconds"].items()},
         "_times": deque(map(float, state["times"]), maxlen=TIMES),
         "_last": None,
         "_watch": RankWatch.of_state(when, watch) if isinstance(when, Settled) and watch is not None else None,
     }
+    if attributes["_plan"] is not None and not attributes["_done"] and isinstance(policy.rank, Budget):
+        # A share counts from the dense model, which is gone, and would be taken of the rewritten model a second time.
+        event = SwitchEvent(step=attributes["_step"], what="kept", sites=tuple(watch["sites"]), why=_NO_BUDGET)
+        attributes |= {"_done": True, "_watch": None, "_events": (*attributes["_events"], event)}
+    return attributes
+
+
+def policy_for_rest(policy: Policy, watch: RankWatch) -> Policy:
+    """Return a policy for the sites that still wait, in a run of which an earlier version had switched the others."""
+    return replace(policy, include=tuple(glob.escape(name) for name in watch.sites))
+
+
+def join_plans(earlier: Plan | None, plan: Plan) -> Plan:
+    """Return one plan from the dense model for sites that an earlier version had switched and those switched now."""
+    if earlier is None:
+        return plan
+    switched = {site.name: site for site in earlier.factorized}
+    return replace(
+        plan,
+        sites=tuple(switched.get(site.name, site) for site in plan),
+        other_parameters=earlier.other_parameters,
+        step_seconds=earlier.step_seconds,
+    )
 
 
 def rewarms_of(states: Sequence[Mapping[str, Any]], optimizers: Sequence[Optimizer]) -> list[Rewarm]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import inspect
 import statistics
 import time
@@ -20,16 +19,13 @@ from tdfx.api import rewrite
 from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.analysis.observe import Inputs
-from tdfx.plans.plan import Emit, Plan
+from tdfx.plans.plan import Emit, Plan, Reason
 from tdfx.plans.scalars import Writer, check_writer, log_plan
 from tdfx.policies.policy import Policy
-from tdfx.ranks.budget import Budget
 from tdfx.training.methods.rewarm import Rewarm, check_rates
 from tdfx.training.switch.events import SwitchEvent, What
-from tdfx.training.switch.instalments import left_of, only
-from tdfx.training.switch.outcome import Outcome
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
-from tdfx.training.switch.resume import TIMES, attributes_of, rewarms_of, state_of
+from tdfx.training.switch.resume import TIMES, attributes_of, join_plans, policy_for_rest, rewarms_of, state_of
 from tdfx.training.switch.settings import check_settings
 from tdfx.training.switch.watch import RankWatch, Survey, survey
 from tdfx.training.switch.when import Settled, When
@@ -44,10 +40,8 @@ class Switch:
     """Decides after each training step whether to factorize the model now, and does it.
 
     Call ``step`` once after each optimizer step, before the next backward, and go on with the model that it returns: the
-    same object, but for the few steps that switch. Where sites switch at different steps, a later switch leaves the
-    earlier ones as they are. A rule that sees all sites at once, such as ``Target``, then sees those that switch together. A
-    budget is for the whole model still: each site gets what is best for it in a plan for all that are left, and one that is
-    not needed is asked again with the next that settles.
+    same object, except at the step that switches. There is one switch, for all sites together: what the policy keeps then,
+    for example a site whose weight shows no signal, is kept for good.
 
     To resume, load the state, give a freshly built model the form that ``plan`` says, then load model and optimizer::
 
@@ -66,8 +60,8 @@ class Switch:
             ``recompile_seconds``. Measuring layers for the plan then takes at most a hundredth of the time that the steps
             that are left would take, or the time of thirty steps; what there is no time for is estimated.
         recompile_seconds: What compiling the model again takes, or capturing it, in seconds.
-        rewarm: Steps of a re-warm-up of the learning rates after each switch, see ``Rewarm``; 0 for none.
-        writer: Where to log what each switch did, as ``tdfx.report.log_plan`` does, and how long steps took before it: a
+        rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
+        writer: Where to log what the switch did, as ``tdfx.report.log_plan`` does, and how long steps took before it: a
             ``SummaryWriter``, or anything with ``add_scalar(tag, value, step)``. Pass it on one process alone.
         clock: Returns the time in seconds.
 
@@ -136,7 +130,7 @@ class Switch:
 
     @property
     def plan(self) -> Plan | None:
-        """All that was switched so far, from the dense model; None as long as nothing was."""
+        """What was switched, from the dense model; None as long as nothing was."""
         return self._plan
 
     @property
@@ -209,146 +203,116 @@ class Switch:
         inputs: Inputs | None,
         arguments: dict[str, Any],
     ) -> nn.Module:
+        """Switch if it is time."""
         wrapped = unwrap(model)
         with wrapped.together():
+            why: str | None = "the step that was asked for"
             if isinstance(self.when, Settled):
-                return self._decide_settled(self.when, model, wrapped, optimizer, inputs, arguments)
-            return self._switch(model, wrapped, None, optimizer, inputs, arguments)
+                why = self._look(self.when, wrapped, inputs, arguments.get("emit", "graph"))
+            return model if why is None else self._switch(model, wrapped, why, optimizer, inputs, arguments)
 
-    def _decide_settled(
-        self,
-        when: Settled,
-        model: nn.Module,
-        wrapped: Wrapped,
-        optimizer: Optimizer | Sequence[Optimizer] | None,
-        inputs: Inputs | None,
-        arguments: dict[str, Any],
-    ) -> nn.Module:
-        """Look at the sites that wait, and switch those that are ripe."""
+    def _look(self, when: Settled, wrapped: Wrapped, inputs: Inputs | None, emit: Emit) -> str | None:
+        """Look at the stable ranks; return why it is time to switch, or None if it is not."""
         began = self._clock()
-        emit: Emit = arguments.get("emit", "graph")
         if self._watch is None:
-            found = self._surveyed(wrapped, inputs, emit)
-            sites = RankWatch.begin(when, found)
-            self._watch = sites
-            if not sites.sites:
+            self._watch = RankWatch.begin(when, self._survey(wrapped, inputs, emit))
+            if not self._watch.sites:
                 self._say("kept", (), "the policy wants no site of the model that may be rewritten")
                 self._done = True
-                return model
-        timeout = when.timeout
-        late = timeout is not None and self._step >= timeout
+                return None
         if self._step == 1 or self._step % self._watch.interval == 0:
             self._watch = self._watch.look(wrapped.model)
-        names = list(self._watch.sites) if late else cast("list[str]", wrapped.agree(self._watch.ripe()))
+        timed_out = when.timeout is not None and self._step >= when.timeout
+        total = len(self._watch.sites)
+        settled = 0 if timed_out else cast("int", wrapped.agree(len(self._watch.settled())))
         self._spend("watching", began)
-        if names:
-            names += [name for name in self._watch.spare() if name not in names]
-            model = self._switch(model, wrapped, names, optimizer, inputs, arguments, final=late)
         self._next = self._watch.next_look(self._step)
-        return model
+        if timed_out:
+            return "the timeout"
+        if 2 * settled < total:
+            return None
+        held = f"held within {when.tolerance:g} over {when.window} looks"
+        return f"the stable rank{'s' * (settled != 1)} of {settled} of {total} sites {held}"
 
-    def _surveyed(self, wrapped: Wrapped, inputs: Inputs | None, emit: Emit) -> Survey:
-        found = survey(wrapped, self.policy, inputs, emit)
-        self._seconds = found.seconds
-        return found
+    def _survey(self, wrapped: Wrapped, inputs: Inputs | None, emit: Emit) -> Survey:
+        result = survey(wrapped, self.policy, inputs, emit)
+        self._seconds = result.seconds
+        return result
 
     def _switch(
         self,
         model: nn.Module,
         wrapped: Wrapped,
-        names: Sequence[str] | None,
+        why: str,
         optimizer: Optimizer | Sequence[Optimizer] | None,
         inputs: Inputs | None,
         arguments: dict[str, Any],
-        *,
-        final: bool = True,
     ) -> nn.Module:
-        """Plan for some sites, or for all; switch those for which that is worth it; say what becomes of the others."""
+        """Plan, and switch if that pays off; whatever is kept now is kept for good."""
         emit: Emit = arguments.get("emit", "graph")
         began = self._clock()
         policy = self.policy
-        in_parts = names is not None and isinstance(policy.rank, Budget)
-        if in_parts:
-            policy = left_of(policy, self._plan, self._seconds)
-        elif names is not None:
-            policy = replace(policy, include=tuple(glob.escape(name) for name in names))
+        if self._plan is not None and self._watch is not None:
+            policy = policy_for_rest(policy, self._watch)
         step_seconds = statistics.median(self._times) if self._times else -1.0
         left = 0
         if self.total_steps is not None:
             left, step_seconds = wrapped.agree([max(0, self.total_steps - self._step), step_seconds])
             policy = cap_measuring_time(policy, left, step_seconds)
-        made = make_plan(model, policy, example_inputs=inputs, emit=emit)
-        if in_parts:
-            made = only(made, names or ())
-        text, planning = wrapped.agree([made.to_json(indent=None), self._clock() - began])
-        made = Plan.from_json(text)
+        plan = make_plan(model, policy, example_inputs=inputs, emit=emit)
+        text, planning = wrapped.agree([plan.to_json(indent=None), self._clock() - began])
+        plan = Plan.from_json(text)
         if self.total_steps is not None and not self._seconds:
-            self._surveyed(wrapped, inputs, emit)
+            self._survey(wrapped, inputs, emit)
         self._spend("planning", began)
         pays, verdict = True, ""
-        if self.total_steps is not None and made.factorized:
+        if self.total_steps is not None and plan.factorized:
             # All of it is the same on all processes.
-            pays, verdict = pays_off(made, self._seconds, left, step_seconds, planning, self.recompile_seconds)
-        switched = made.factorized if pays else ()
-        if switched:
-            passed = {key: value for key, value in arguments.items() if key != "emit"}
-            for one in as_optimizers(optimizer) if self.rewarm else ():
-                # After the rewrite it would be too late to fail.
-                check_rates(one)
-            began = self._clock()
-            model = rewrite(model, made, optimizer=optimizer, **passed)
-            self._spend("rewriting", began)
-            self._start_rewarm(optimizer)
-            self._note(made)
-        why = self._why(final and names is not None)
-        if switched:
-            self._say("switched", [one.name for one in switched], f"{why}{verdict}")
-        elif made.factorized:
-            self._say("too_late", [one.name for one in made.factorized], verdict)
-        self._dispose(made, names, final)
+            pays, verdict = pays_off(plan, self._seconds, left, step_seconds, planning, self.recompile_seconds)
+        names = [site.name for site in plan.factorized]
+        if names and pays:
+            model = self._rewrite(model, plan, optimizer, arguments)
+            self._say("switched", names, f"{why}{verdict}")
+        elif names:
+            self._say("too_late", names, verdict)
+        self._say_kept(plan)
+        self._watch = None
+        self._done = True
         return model
 
-    def _dispose(self, made: Plan, names: Sequence[str] | None, final: bool) -> None:
-        """Say what becomes of the sites that the plan keeps, and whether any still waits."""
-        outcome = Outcome.of(made, names, self._watch, final)
-        known = self._watch.spare() if self._watch is not None else ()
-        for what, sites, why in outcome.told(known, tersely=names is None and bool(made.factorized)):
-            self._say(what, sites, why)
-        if names is None:
-            if not made.sites:
-                self._say("kept", (), "the model has no convolution or linear layer")
-            self._done = True
-            return
-        assert self._watch is not None
-        again = {*outcome.waiting, *outcome.spare}
-        self._watch = self._watch.without([name for name in names if name not in again], outcome.waiting, outcome.spare)
-        self._done = not self._watch.sites
-
-    def _why(self, timed_out: bool) -> str:
-        if not isinstance(self.when, Settled):
-            return "the step that was asked for"
-        if timed_out:
-            return "the timeout"
-        return f"its stable rank held within {self.when.tolerance:g} over {self.when.window} looks"
-
-    def _note(self, made: Plan) -> None:
-        """Remember what was switched: in the plan, and in how long the sites take now."""
-        earlier = {} if self._plan is None else {one.name: one for one in self._plan.factorized}
-        dense = self._plan or made
-        whole = tuple(earlier.get(one.name, one) for one in made)
-        self._plan = replace(
-            made,
-            sites=whole,
-            other_parameters=dense.other_parameters,
-            policy=repr(self.policy),
-            step_seconds=dense.step_seconds,
-        )
-        for one in made.factorized:
-            if one.name in self._seconds and one.gain:
-                self._seconds = {**self._seconds, one.name: self._seconds[one.name] / one.gain}
+    def _rewrite(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        arguments: dict[str, Any],
+    ) -> nn.Module:
+        """Rewrite the model, start the re-warm-up, and log."""
+        passed = {key: value for key, value in arguments.items() if key != "emit"}
+        optimizers = as_optimizers(optimizer) if self.rewarm else ()
+        for each in optimizers:
+            # After the rewrite it would be too late to fail.
+            check_rates(each)
+        began = self._clock()
+        model = rewrite(model, plan, optimizer=optimizer, **passed)
+        self._spend("rewriting", began)
+        if self.rewarm:
+            for rewarm in self._rewarms:
+                rewarm.remove()
+            self._rewarms = [Rewarm(each, self.rewarm) for each in optimizers]
+        self._plan = join_plans(self._plan, replace(plan, policy=repr(self.policy)))
         self._log(self._plan)
-        # Steps take another time from now on.
-        self._times = deque(maxlen=TIMES)
+        return model
+
+    def _say_kept(self, plan: Plan) -> None:
+        """Record which sites are kept: those without signal, and all of them if the plan factorizes none."""
+        if not plan.sites:
+            self._say("kept", (), "the model has no convolution or linear layer")
+        kept = [site for site in plan.kept if site.reason is Reason.NO_SIGNAL or not plan.factorized]
+        for reason in dict.fromkeys(site.reason for site in kept):
+            sites = [site for site in kept if site.reason is reason]
+            note = f": {sites[0].note}" if sites[0].note else ""
+            self._say("kept", [site.name for site in sites], f"{reason}{note}")
 
     def _log(self, plan: Plan) -> None:
         """Log what was switched; a logger that fails must not undo it, since the optimizer has gone along already."""
@@ -360,12 +324,6 @@ class Switch:
                 self.writer.add_scalar("tdfx/step_ms_before_switch", 1e3 * statistics.median(self._times), self._step)
         except Exception as error:  # of whatever class the logger has
             warnings.warn(f"The switch at step {self._step} was not logged: {error!r}.", TdfxWarning, stacklevel=2)
-
-    def _start_rewarm(self, optimizer: Optimizer | Sequence[Optimizer] | None) -> None:
-        if self.rewarm:
-            for one in self._rewarms:
-                one.remove()
-            self._rewarms = [Rewarm(one, self.rewarm) for one in as_optimizers(optimizer)]
 
     def _spend(self, what: str, began: float) -> None:
         self._spent = {**self._spent, what: self._spent[what] + self._clock() - began}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,7 +97,7 @@ def _seconds(policy: Policy, site: Site) -> float:
 
 @dataclass(slots=True)
 class Watched:
-    """What is remembered of one site that waits."""
+    """What is remembered of one site that is watched."""
 
     path: str
     """Path of its weight."""
@@ -109,17 +109,11 @@ class Watched:
     """Stable ranks at the last looks, one more than the window at most."""
     turned: float = 0.0
     """Sine of the angle by which that image has turned since."""
-    asked: int = 0
-    """How often a plan was made for it, in vain."""
-    rest: int = 0
-    """Look before which it is not asked again."""
-    spare: bool = False
-    """It has settled, and a budget did not need it; it is asked again together with the next one that settles."""
 
 
 @dataclass(slots=True)
 class RankWatch:
-    """The sites that wait for their ranks to settle."""
+    """The sites whose ranks are watched until they settle."""
 
     when: Settled
     interval: int
@@ -156,32 +150,16 @@ class RankWatch:
             sites[name] = replace(old, vector=vector, start=start, ranks=ranks, turned=turned)
         return RankWatch(self.when, self.interval, sites, self.looks + 1, self.probes)
 
-    def ripe(self) -> list[str]:
-        """Return the sites that have moved and settled, and were not asked for just now."""
-        asked = ((name, one) for name, one in self.sites.items() if not one.spare and self.looks >= one.rest)
-        return [name for name, one in asked if self._is_settled(one)]
-
-    def spare(self) -> list[str]:
-        """Return the sites that had settled when a budget did not need them."""
-        return [name for name, one in self.sites.items() if one.spare]
-
-    def without(self, names: Sequence[str], waiting: Sequence[str], spare: Sequence[str] = ()) -> RankWatch:
-        """Return the watch with sites gone, with others that wait twice as long each time, and with those to spare."""
-        sites = {name: one for name, one in self.sites.items() if name not in names}
-        for name in waiting:
-            old = sites[name]
-            rest = self.looks + self.when.window * 2**old.asked
-            sites[name] = replace(old, asked=old.asked + 1, rest=rest, spare=False)
-        for name in spare:
-            sites[name] = replace(sites[name], spare=True)
-        return RankWatch(self.when, self.interval, sites, self.looks, self.probes)
+    def settled(self) -> list[str]:
+        """Return the sites whose weight has turned and whose stable rank has held."""
+        return [name for name, site in self.sites.items() if self._is_settled(site)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but the settings, in plain types and tensors."""
         sites = {}
         for name, one in self.sites.items():
             state = {key: getattr(one, key) for key in _KEYS}
-            state |= {"ranks": list(one.ranks), "spare": one.spare}
+            state["ranks"] = list(one.ranks)
             for key in ("vector", "start"):
                 state[key] = None if state[key] is None else state[key].cpu().clone()
             sites[name] = state
@@ -191,11 +169,8 @@ class RankWatch:
     def of_state(cls, when: Settled, state: Mapping[str, Any]) -> RankWatch:
         """Make a watch from what ``state_dict`` gave."""
         sites = {
-            name: Watched(
-                # A state may be from before sites were spared.
-                **{**{key: one[key] for key in _KEYS}, "ranks": tuple(one["ranks"]), "spare": one.get("spare", False)}
-            )
-            for name, one in state["sites"].items()
+            name: Watched(**{**{key: site[key] for key in _KEYS}, "ranks": tuple(site["ranks"])})
+            for name, site in state["sites"].items()
         }
         return cls(when, int(state["interval"]), sites, int(state["looks"]))
 
@@ -230,7 +205,7 @@ class RankWatch:
         return found
 
 
-_KEYS = ("path", "vector", "start", "ranks", "turned", "asked", "rest")
+_KEYS = ("path", "vector", "start", "ranks", "turned")
 
 
 def _norm(values: Tensor) -> Tensor:

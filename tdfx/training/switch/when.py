@@ -65,12 +65,14 @@ class AtEpoch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """Switch each site when its rank has stopped changing, so different sites may switch at different steps.
+    """Switch when the ranks of at least half of the sites have stopped changing.
 
-    What is watched is the stable rank ``|W|² / s₁²``, a cheap stand-in for the rank that a rule would choose; the largest
-    singular value comes from power iterations that start where the last look ended. A site is ripe when its weight has
-    moved since the first look, its stable rank has not in the last looks, and the policy's own plan factorizes it, so that
-    a site whose weight shows no signal yet waits.
+    Every site that the policy wants is watched. A site has settled when its weight has turned since the first look and its
+    stable rank has held over the last looks. At the first look at which at least half of the sites have settled, or at the
+    timeout, all sites are switched together.
+
+    The stable rank ``|W|² / s₁²`` is a cheap stand-in for the rank that a rule would choose. The largest singular value
+    comes from power iterations that start where the last look ended.
 
     Source: Wang, Agarwal, U-chupala, Tanaka, Xing, Papailiopoulos, *Cuttlefish: Low-Rank Model Training without All the
     Tuning*, MLSys 2023, which watches stable ranks to choose the end of full-rank training.
@@ -93,7 +95,7 @@ class Settled:
     moved: float = 0.1
     """How far a weight must have turned from where it was at the first look: sine of the angle, in [0, 1)."""
     timeout: int | None = None
-    """Step at which all sites that wait are switched or given up, at least 1; None to wait as long as it takes."""
+    """Step at which to switch if the ranks have not settled by then, at least 1; None to wait as long as it takes."""
 
     def __post_init__(self) -> None:
         check_whole("every", self.every, "the training steps between two looks", "Settled(every=100)")
