@@ -505,7 +505,7 @@ def test_a_budget_is_kept_by_one_switch_of_all_sites() -> None:
 # States of the version that switched one site after another: three linear layers of 16 features without bias, of which the
 # first turns at the second step. "spare" had planned a budget for it that the second layer alone could keep.
 RULE = replace(QUARTER, round_to=1)
-EARLIER = {
+EARLIER: dict[str, tuple[tdfx.Policy, When]] = {
     "at a step": (RULE, tdfx.AtStep(4)),
     "watching": (RULE, EARLY := tdfx.Settled(every=1, window=2, tolerance=0.1, timeout=30)),
     "one of three switched": (RULE, EARLY),

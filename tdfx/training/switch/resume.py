@@ -78,7 +78,7 @@ def attributes_of(
 
 def _attributes(state: Mapping[str, Any], policy: Policy, when: When) -> dict[str, Any]:
     watch = state["watch"]
-    attributes = {
+    attributes: dict[str, Any] = {
         "_step": int(state["step"]),
         "_done": bool(state["done"]),
         "_next": int(state["next"]),
