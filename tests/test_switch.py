@@ -324,7 +324,7 @@ def test_a_failed_look_changes_nothing() -> None:
     model = Pair()
     switch.step(model)
     before = switch.state_dict()
-    with pytest.raises(tdfx.ModelError, match=r"has no weight 'fast\.weight', which is that of site 'fast'"):
+    with pytest.raises(tdfx.ModelError, match=r"has no weight 'fast\.weight', the weight of the watched site 'fast'"):
         switch.step(nn.Sequential(nn.Linear(4, 4)))
     after = switch.state_dict()
     assert (after["step"], after["watch"]["looks"]) == (before["step"], before["watch"]["looks"])
@@ -339,9 +339,7 @@ def test_a_switch_starts_a_rewarm_and_passes_arguments_on() -> None:
     for step in range(3):
         learn(made, optimizer, step)
     assert not optimizer._optimizer_step_pre_hooks
-    with pytest.raises(
-        tdfx.OptimizerError, match=r"rewarm=3 is to scale learning rates, and step\(\) got no optimizer="
-    ):
+    with pytest.raises(tdfx.OptimizerError, match=r"rewarm=3 scales learning rates, and step\(\) got no optimizer="):
         tdfx.Switch(QUARTER, when=tdfx.AtStep(1), rewarm=3).step(model)
     with pytest.raises(
         tdfx.PolicyError, match=r"step\(\) got 'inti', which tdfx.rewrite does not take. Nearest: 'init'"

@@ -1,4 +1,8 @@
-"""When to switch from dense to factorized training: one call for each training step, whose state can be saved."""
+"""``Switch``: decides at each training step whether to go from dense to factorized training now.
+
+The order of a decision is: is it time (``when``, ``watch``), what would be switched (a plan), does that pay off
+(``pays_off``), rewrite, and record what was decided (``events``). ``resume`` saves and loads all of it.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +35,12 @@ from tdfx.training.switch.watch import RankWatch, Survey, survey
 from tdfx.training.switch.when import Settled, When
 from tdfx.wrappers.unwrap import Wrapped, unwrap
 
-_OWN = ("model", "policy", "example_inputs", "optimizer")
-_PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {*_OWN}
+_PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {"model", "policy", "example_inputs", "optimizer"}
 """Arguments of ``rewrite`` that ``step`` passes on."""
 
 
 class Switch:
-    """Decides after each training step whether to factorize the model now, and does it.
+    """Decides after each training step whether to factorize the model now, and does so.
 
     Call ``step`` once after each optimizer step, before the next backward, and go on with the model that it returns: the
     same object, except at the step that switches. There is one switch, for all sites together: what the policy keeps then,
@@ -53,16 +56,16 @@ class Switch:
     Args:
         policy: What to rewrite and how far; ``Policy()`` for None.
         when: ``AtStep``, ``AtEpoch`` or ``Settled``.
-        total_steps: Steps of the whole training. With it a switch is weighed: what it is predicted to save in the steps
-            that are left against what it takes. Step times are measured; what of a step a plan saves is what it predicts
-            where its sites were measured, else their part of the sites' modelled time, as if nothing else took any. What a
-            switch takes is counted as twice the time of making the plan, since the rewrite does that work again, and
-            ``recompile_seconds``. Measuring layers for the plan then takes at most a hundredth of the time that the steps
-            that are left would take, or the time of thirty steps; what there is no time for is estimated.
-        recompile_seconds: What compiling the model again takes, or capturing it, in seconds.
+        total_steps: Steps of the whole training. With it the model is switched only if that pays off: if the time that the
+            plan is predicted to save in the steps that are left exceeds the time that the switch takes. Step times are
+            measured. If the sites were measured, the plan predicts how much of a step it saves; otherwise this is their
+            share of the sites' modelled time, as if nothing else took time. A switch is counted as twice the time of making
+            the plan, since the rewrite does that work again, plus ``recompile_seconds``. Measuring layers for the plan takes
+            at most a hundredth of the time that is left, or the time of thirty steps; what is not measured is estimated.
+        recompile_seconds: Time to compile or capture the rewritten model, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
-        writer: Where to log what the switch did, as ``tdfx.report.log_plan`` does, and how long steps took before it: a
-            ``SummaryWriter``, or anything with ``add_scalar(tag, value, step)``. Pass it on one process alone.
+        writer: Where to log what the switch did, as ``tdfx.report.log_plan`` does, and the step time before it: a
+            ``SummaryWriter``, or anything with ``add_scalar(tag, value, step)``. Pass it on one process only.
         clock: Returns the time in seconds.
 
     Raises:
@@ -115,7 +118,7 @@ class Switch:
 
     @property
     def spent(self) -> dict[str, float]:
-        """What it took in this process so far, in seconds: ``"watching"`` ranks, ``"planning"``, and ``"rewriting"``."""
+        """Seconds spent in this process so far: ``"watching"`` ranks, ``"planning"``, and ``"rewriting"``."""
         return dict(self._spent)
 
     @property
@@ -125,17 +128,17 @@ class Switch:
 
     @property
     def done(self) -> bool:
-        """True once nothing will be switched any more."""
+        """True once the decision is made, and nothing will be switched any more."""
         return self._done
 
     @property
     def plan(self) -> Plan | None:
-        """What was switched, from the dense model; None as long as nothing was."""
+        """The plan of what was switched, from the dense model; None as long as nothing was."""
         return self._plan
 
     @property
     def events(self) -> tuple[SwitchEvent, ...]:
-        """What was decided so far, earliest first."""
+        """The decisions so far, earliest first."""
         return self._events
 
     def step(
@@ -150,15 +153,15 @@ class Switch:
 
         Args:
             model: The model in training.
-            optimizer: What trains it, as for ``rewrite``.
-            example_inputs: As for ``plan``; used at the steps that decide.
+            optimizer: The optimizer that trains it, as for ``rewrite``.
+            example_inputs: As for ``plan``; used at the steps at which something is decided.
             arguments: Passed on to ``rewrite``.
 
         Returns:
             The model to go on with.
 
         Raises:
-            PolicyError: An argument is none that ``rewrite`` has.
+            PolicyError: ``rewrite`` has no such argument.
             OptimizerError: A re-warm-up was asked for, and there is no optimizer.
             ModelError, InputError, WeightError: As for ``plan`` and ``rewrite``. Then nothing was changed or counted.
         """
@@ -173,14 +176,14 @@ class Switch:
             )
         if self.rewarm and optimizer is None:
             raise OptimizerError(
-                f"rewarm={self.rewarm} is to scale learning rates, and step() got no optimizer=. Pass the optimizer that "
-                f"trains the model, or leave rewarm out."
+                f"rewarm={self.rewarm} scales learning rates, and step() got no optimizer=. Pass the optimizer that trains "
+                f"the model, or leave rewarm out."
             )
         if self._last is not None:
             self._times.append(now - self._last)
         self._step += 1
         if self._step >= self._next:
-            before = self._remembered()
+            before = self._before_step()
             try:
                 model = self._decide(model, optimizer, example_inputs, arguments)
             except BaseException:
@@ -189,8 +192,8 @@ class Switch:
         self._last = self._clock()
         return model
 
-    def _remembered(self) -> dict[str, Any]:
-        """Return what a failed step has to put back."""
+    def _before_step(self) -> dict[str, Any]:
+        """Return the attributes that a failed step puts back."""
         times = deque(self._times, maxlen=TIMES)
         if self._last is not None:
             times.pop()
@@ -267,7 +270,7 @@ class Switch:
         self._spend("planning", began)
         pays, verdict = True, ""
         if self.total_steps is not None and plan.factorized:
-            # All of it is the same on all processes.
+            # All arguments are the same on all processes.
             pays, verdict = pays_off(plan, self._seconds, left, step_seconds, planning, self.recompile_seconds)
         names = [site.name for site in plan.factorized]
         if names and pays:
@@ -315,7 +318,7 @@ class Switch:
             self._say("kept", [site.name for site in sites], f"{reason}{note}")
 
     def _log(self, plan: Plan) -> None:
-        """Log what was switched; a logger that fails must not undo it, since the optimizer has gone along already."""
+        """Log the switch; a logger that fails must not undo it, since the optimizer was changed too."""
         if self.writer is None:
             return
         try:
@@ -332,28 +335,28 @@ class Switch:
         self._events = (*self._events, SwitchEvent(step=self._step, what=what, sites=tuple(sites), why=why))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that later decisions depend on, in plain types and tensors."""
+        """Return everything that later decisions depend on, in plain types and tensors."""
         return state_of(vars(self))
 
     def load_state_dict(
         self, state: Mapping[str, Any], *, optimizer: Optimizer | Sequence[Optimizer] | None = None
     ) -> None:
-        """Go on from what ``state_dict`` gave; later decisions are those of the run that was not interrupted.
+        """Go on from a state; later decisions are the same as in a run without interruption.
 
         Args:
             state: What ``state_dict`` returned.
-            optimizer: What trains the model; needed where a re-warm-up was under way.
+            optimizer: The optimizer that trains the model; needed if a re-warm-up was under way.
 
         Raises:
-            PolicyError: It is the state of something else, or of another policy or ``when``. Then nothing was loaded.
-            OptimizerError: A re-warm-up was under way, and not as many optimizers are given as then.
+            PolicyError: It is no state of a switch, or one with another policy or ``when``. Then nothing was loaded.
+            OptimizerError: A re-warm-up was under way, and another number of optimizers is given.
         """
-        values, warming = attributes_of(state, self.policy, self.when)
-        rewarms = rewarms_of(warming, as_optimizers(optimizer))
-        for one in self._rewarms:
-            one.remove()
-        vars(self).update(values, _rewarms=rewarms)
+        attributes, states = attributes_of(state, self.policy, self.when)
+        rewarms = rewarms_of(states, as_optimizers(optimizer))
+        for rewarm in self._rewarms:
+            rewarm.remove()
+        vars(self).update(attributes, _rewarms=rewarms)
 
     def __str__(self) -> str:
         head = f"Switch(when={self.when!r}): {self._step} steps, {'done' if self._done else 'waiting'}"
-        return "\n".join([head, *(f"  {one}" for one in self._events)])
+        return "\n".join([head, *(f"  {event}" for event in self._events)])

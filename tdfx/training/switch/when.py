@@ -1,4 +1,4 @@
-"""When a switch may happen: at a given step, after an epoch, or once the ranks have settled."""
+"""When to switch: at a given step, after an epoch, or when the ranks have settled."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class AtEpoch:
     """
 
     epoch: int
-    """Whole epochs before the switch, at least 1."""
+    """Epochs before the switch, at least 1."""
     _: KW_ONLY
     steps_per_epoch: int
-    """Training steps in one epoch, at least 1; ``len(loader)`` where each batch is a step."""
+    """Training steps in one epoch, at least 1; ``len(loader)`` if each batch is a step."""
 
     def __post_init__(self) -> None:
         example = "AtEpoch(3, steps_per_epoch=len(loader))"
@@ -87,13 +87,13 @@ class Settled:
     """
 
     every: int = 100
-    """Training steps between two looks, at least 1; more where a look would take over one percent of the time."""
+    """Training steps between two looks, at least 1; more are taken if looks would need over one percent of the time."""
     window: int = 3
-    """Looks, after an earlier one, over which the stable rank must have held, at least 1."""
+    """Number of looks over which the stable rank must have held, at least 1, counted from the look before them."""
     tolerance: float = 0.02
     """Largest relative change of the stable rank over the window, positive; no unit."""
     moved: float = 0.1
-    """How far a weight must have turned from where it was at the first look: sine of the angle, in [0, 1)."""
+    """How far a weight must have turned since the first look: sine of the angle, in [0, 1)."""
     timeout: int | None = None
     """Step at which to switch if the ranks have not settled by then, at least 1; None to wait as long as it takes."""
 
@@ -115,4 +115,4 @@ class Settled:
 
 
 When = AtStep | AtEpoch | Settled
-"""All that ``Switch`` takes as ``when=``."""
+"""What ``Switch`` takes as ``when=``."""
