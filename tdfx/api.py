@@ -73,6 +73,11 @@ class PlannedRewrite:
         """The decisions."""
         return self.planned.plan
 
+    @property
+    def program(self) -> Program:
+        """The model as the passes see it, with its sites."""
+        return self.planned.program
+
     def carry_out(
         self,
         *,

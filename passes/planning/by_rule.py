@@ -34,7 +34,9 @@ def decide_by_rule(
         processes: The processes that train the model; each weight is read by one of them.
     """
     times.prepare(_doubtful(wishes, times))
-    decisions: list[SitePlan | Proposal | None] = [keep_unread(wish, _gain(wish, times)) for wish in wishes]
+    # A cost of the user's may answer differently on each process, and all must read the same weights next.
+    kept = processes.broadcast_object([keep_unread(wish, _gain(wish, times)) for wish in wishes])
+    decisions: list[SitePlan | Proposal | None] = kept
     unread_indices = [index for index, decision in enumerate(decisions) if decision is None]
     proposals = _proposals([wishes[index] for index in unread_indices], times, cache, processes)
     for index, proposal in zip(unread_indices, proposals, strict=True):
@@ -44,7 +46,11 @@ def decide_by_rule(
         for proposal in decisions
         if isinstance(proposal, Proposal) and proposal.wish.is_timed
     )
-    settled = [_settled(decision, times, cache) for decision in decisions if decision is not None]
+    settled = [_settled(decision, times) for decision in decisions if decision is not None]
+    settled = processes.broadcast_object(settled)
+    for decision, proposal in zip(settled, decisions, strict=True):
+        if isinstance(proposal, Proposal) and decision.scheme != proposal.candidates[0].scheme.name:
+            cache.evict(proposal.wish.site)
     return _with_errors(wishes, settled, cache, processes)
 
 
@@ -95,14 +101,9 @@ def _choose_unread(wish: SiteWish) -> Choice:
     return wish.choose(unread(wish.scheme, wish.site.operation))
 
 
-def _settled(decision: SitePlan | Proposal, times: SiteTimes, cache: SpectrumCache) -> SitePlan:
-    """Return the decision by the times of the candidates; forget the bases if another scheme was taken, or none."""
-    if isinstance(decision, SitePlan):
-        return decision
-    settled = decision.settle(_gain(decision.wish, times))
-    if settled.scheme != decision.candidates[0].scheme.name:
-        cache.evict(decision.wish.site)
-    return settled
+def _settled(decision: SitePlan | Proposal, times: SiteTimes) -> SitePlan:
+    """Return the decision by the times of the candidates."""
+    return decision.settle(_gain(decision.wish, times)) if isinstance(decision, Proposal) else decision
 
 
 def _with_errors(
