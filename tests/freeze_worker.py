@@ -26,7 +26,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import tdfx
 import tdfx.distributed.ddp
-from tdfx.training.methods.turns import Train
+from tdfx.training.methods.factor_groups import Train
 
 
 def frozen(model: nn.Module, optimizer: Optimizer, **settings: Any) -> tdfx.Freeze:

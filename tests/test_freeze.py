@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import tdfx
 from tdfx.layers.factorized import Factorized
-from tdfx.training.methods.turns import Train
+from tdfx.training.methods.factor_groups import Train
 
 HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)
@@ -353,7 +353,7 @@ def test_states_of_others_are_refused() -> None:
             freeze.load_state_dict(cast("Any", wrong))
     assert freeze.state_dict() == state
     freeze.remove()
-    with pytest.raises(tdfx.PolicyError, match=r"This Freeze has ended.*Make it anew"):
+    with pytest.raises(tdfx.PolicyError, match=r"This Freeze has ended.*Make a new Freeze"):
         freeze.load_state_dict(state)
 
 
@@ -561,7 +561,7 @@ def test_a_compiled_step_changes_turns_too() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"train='alternate' changes by turns, and every= does not say when.*every=len\(loader\)"),
+        ({}, r"train='alternate' changes by turns, and every= is missing, which says when.*every=len\(loader\)"),
         ({"every": 0}, r"every=0 is not a whole number of at least 1"),
         ({"every": 2, "until": 1.5}, r"until=1\.5 is not a whole number of at least 1.*until=20_000"),
         ({"every": 2, "train": "kernel"}, r"every=2 says when turns change, and with train='kernel' the same"),
@@ -588,7 +588,7 @@ def test_models_and_optimizers_that_do_not_go_together_are_refused() -> None:
         tdfx.Freeze(cast("Any", "model"), optimizer, every=1)
     with pytest.raises(tdfx.OptimizerError, match=r"optimizer='sgd' is a str, not a torch\.optim\.Optimizer"):
         tdfx.Freeze(model, cast("Any", "sgd"), every=1)
-    with pytest.raises(tdfx.OptimizerError, match=r"The optimizer holds no factor of .*make one Freeze each"):
+    with pytest.raises(tdfx.OptimizerError, match=r"The optimizer holds no factor of .*make one Freeze for each"):
         tdfx.Freeze(model, sgd(small()), every=1)
     with pytest.raises(tdfx.OptimizerError, match="holds 1 of the 3 factors of '0' that train"):
         tdfx.Freeze(model, SGD([factors(model)[CORE[0]]], lr=0.1), every=1)
@@ -596,7 +596,7 @@ def test_models_and_optimizers_that_do_not_go_together_are_refused() -> None:
         tdfx.Freeze(model, optim.LBFGS(model.parameters()), every=1)
     assert resting(model) == set()
     model.requires_grad_(False)
-    with pytest.raises(tdfx.ModelError, match=r"Of none of the 2 factorized layers of .* do two factors train"):
+    with pytest.raises(tdfx.ModelError, match=r"None of the 2 factorized layers of .* has two factors that train"):
         tdfx.Freeze(model, optimizer, every=1)
 
 

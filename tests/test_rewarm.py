@@ -133,7 +133,7 @@ def test_states_of_others_are_refused() -> None:
         rewarm.load_state_dict(tdfx.Rewarm(one()[1], 5).state_dict())
     state = rewarm.state_dict()
     rewarm.remove()
-    with pytest.raises(tdfx.PolicyError, match=r"This Rewarm has ended.*Make it anew"):
+    with pytest.raises(tdfx.PolicyError, match=r"This Rewarm has ended.*Make a new Rewarm"):
         rewarm.load_state_dict(state)
 
 

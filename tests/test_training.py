@@ -131,7 +131,7 @@ def test_a_group_without_decay_and_factors_without_gradients_are_left_alone() ->
 
 def test_an_optimizer_whose_decay_is_unknown_is_refused() -> None:
     model = small()
-    with pytest.raises(tdfx.OptimizerError, match=r"what RMSprop makes of weight_decay.*Use SGD, Adam or AdamW"):
+    with pytest.raises(tdfx.OptimizerError, match=r"how RMSprop uses weight_decay.*Use SGD, Adam or AdamW"):
         tdfx.FrobeniusDecay(model, RMSprop(model.parameters()))
 
 
@@ -194,7 +194,7 @@ def test_weights_come_to_their_ranks_and_a_split_then_loses_nothing() -> None:
 @pytest.mark.parametrize(("strength", "growth"), [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.5), (float("nan"), 1.0)])
 def test_coefficients_out_of_range_are_refused(strength: float, growth: float) -> None:
     model = Mixed()
-    with pytest.raises(tdfx.PolicyError, match=r"the first is the coefficient of the penalty, positive"):
+    with pytest.raises(tdfx.PolicyError, match=r"the coefficient of the penalty must be positive"):
         tdfx.LowRankPenalty(
             model, tdfx.plan(model, QUARTER), SGD(model.parameters(), lr=1.0), strength=strength, growth=growth
         )
@@ -266,7 +266,7 @@ def test_steps_in_which_gradients_are_made_or_scaled_are_refused() -> None:
     model = small()
     optimizer = SGD(model.parameters(), lr=RATE, weight_decay=DECAY)
     tdfx.FrobeniusDecay(model, optimizer)
-    with pytest.raises(tdfx.OptimizerError, match="a closure makes them inside of the step"):
+    with pytest.raises(tdfx.OptimizerError, match="a closure computes them inside the step"):
         optimizer.step(lambda: 0.0)
     with pytest.raises(tdfx.OptimizerError, match="Make it with fused=False"):
         tdfx.FrobeniusDecay(model, Adam(model.parameters(), fused=True))
