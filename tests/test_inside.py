@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW
 
 import tdfx
 from tdfx.integrations.adapter import TrainerAdapter
-from tdfx.integrations.follow import FollowCheckpoint, names_of, put_in_order
+from tdfx.integrations.follow import FollowCheckpoint, names_of, restore_order
 from tdfx.layers.factorized import Factorized
 from tdfx.wrappers.in_place import InPlaceModule, replace_in_place
 
@@ -54,15 +54,9 @@ def sites(model: nn.Module) -> int:
 
 
 def inside(policy: tdfx.Policy = POLICY, **settings: Any) -> TrainerAdapter:
-    defaults: dict[str, Any] = {
-        "when": None,
-        "epoch": 1,
-        "merge": True,
-        "example_inputs": None,
-        "options": {},
-        "advice": "Do this.",
-    }
-    return TrainerAdapter(policy, **{**defaults, **settings})
+    adapter = TrainerAdapter(policy, **{"epoch": 1, **settings})
+    adapter.advice = "Do this."
+    return adapter
 
 
 def test_a_part_becomes_what_is_made_of_it_and_stays_the_object() -> None:
@@ -188,7 +182,7 @@ def test_groups_are_put_into_the_order_in_which_they_were_saved() -> None:
     resumed = AdamW([net[1].weight, net[0].weight, net[1].bias, net[0].bias], lr=0.1)
     resumed.load_state_dict(state)
     assert not torch.equal(resumed.state[net[0].weight]["exp_avg"], saved.state[net[0].weight]["exp_avg"])
-    put_in_order([resumed], names, net)
+    restore_order([resumed], names, net)
     for one in net.parameters():
         assert torch.equal(resumed.state[one]["exp_avg"], saved.state[one]["exp_avg"])
     assert [id(one) for one in resumed.param_groups[0]["params"]] == [
@@ -200,7 +194,7 @@ def test_groups_of_other_parameters_are_refused() -> None:
     net: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     names = names_of([SGD([net[0].weight, net[0].bias], lr=0.1)], net)
     with pytest.raises(tdfx.OptimizerError, match=r"held 2 parameters when it was saved and holds 2 now, and 0.bias"):
-        put_in_order([SGD([net[0].weight, net[1].bias], lr=0.1)], names, net)
+        restore_order([SGD([net[0].weight, net[1].bias], lr=0.1)], names, net)
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_an_attribute_that_cannot_be_rewritten_is_refused(tmp_path: Path, attrib
 
 @pytest.mark.parametrize("given", [{}, {"epoch": 1, "when": tdfx.AtStep(3)}])
 def test_one_of_two_says_when(given: dict[str, Any]) -> None:
-    with pytest.raises(tdfx.PolicyError, match="one of them says when to switch"):
+    with pytest.raises(tdfx.PolicyError, match="exactly one of them must say when to switch"):
         SwitchCallback(POLICY, **given)
 
 

@@ -118,7 +118,7 @@ def check_transformers_merges(folder: Path) -> None:
 def check_an_unwrapped_model_is_refused(folder: Path) -> None:
     """By both processes, before anything is counted."""
     net = nn.Sequential(nn.Linear(8, 8))
-    callback = TrainerAdapter(None, when=None, epoch=1, merge=True, example_inputs=None, options={}, advice="")
+    callback = TrainerAdapter(epoch=1)
     with pytest.raises(tdfx.ModelError, match="2 processes train this Sequential, and it is not in"):
         callback.step(InPlaceModule(net), [torch.optim.SGD(net.parameters(), lr=0.1)])
 
