@@ -47,7 +47,7 @@ def by_turns(
     ddp.train(small, optimizer, 2, steps)
     assert freeze.frozen
     dense = tdfx.merge(small, optimizer=optimizer)
-    assert all(one.requires_grad for one in dense.parameters())
+    assert all(parameter.requires_grad for parameter in dense.parameters())
     ddp.train(dense, optimizer, 3, 3)
     assert freeze.done
     return small, dense, optimizer
@@ -127,13 +127,13 @@ def check_what_rests_is_not_sent(mesh: DeviceMesh) -> None:
     freeze = tdfx.Freeze(small, optimizer, every=1)
     for _ in range(4):
         sent.clear()
-        expected = sum(one.numel() for name, one in small.named_parameters() if name not in freeze.frozen)
+        expected = sum(parameter.numel() for name, parameter in small.named_parameters() if name not in freeze.frozen)
         ddp.train(small, optimizer, 2, 1)
-        assert sum(sent) == expected < sum(one.numel() for one in small.parameters())
+        assert sum(sent) == expected < sum(parameter.numel() for parameter in small.parameters())
     freeze.remove()
     sent.clear()
     ddp.train(small, optimizer, 2, 1)
-    assert sum(sent) == sum(one.numel() for one in small.parameters())
+    assert sum(sent) == sum(parameter.numel() for parameter in small.parameters())
 
 
 def check_a_wrapper_that_a_later_rewrite_made_hears_of_turns(mesh: DeviceMesh) -> None:
@@ -176,7 +176,7 @@ def check_processes_that_disagree_are_refused_on_both(mesh: DeviceMesh) -> None:
     small = tdfx.rewrite(model, HALF, optimizer=optimizer)
     with refused(tdfx.ModelError, r"The processes pass different settings to tdfx\.Freeze"):
         tdfx.Freeze(small, optimizer, every=1 + dist.get_rank())
-    assert all(one.requires_grad for one in small.parameters())
+    assert all(parameter.requires_grad for parameter in small.parameters())
     freeze = tdfx.Freeze(small, optimizer, every=2)
     with refused(tdfx.ModelError, r"The processes pass different states to tdfx\.Freeze"):
         freeze.load_state_dict({**freeze.state_dict(), "taken": dist.get_rank()})
@@ -204,13 +204,13 @@ def shards_by_turns(model: nn.Module, make: Callable[[Any], Optimizer], *, parts
             with torch.no_grad():
                 small(fsdp.X)  # leaves what is not resharded gathered
     assert freeze.frozen
-    assert all(one.grad is None for name, one in small.named_parameters() if name in freeze.frozen)
+    assert all(parameter.grad is None for name, parameter in small.named_parameters() if name in freeze.frozen)
     if look:
         freeze.remove()
         fsdp.train(small, optimizer, 20, parts=parts, count=1)
     factorized = fsdp.values(small)
     dense = tdfx.merge(small, optimizer=optimizer)
-    assert all(one.requires_grad for one in dense.parameters())
+    assert all(parameter.requires_grad for parameter in dense.parameters())
     fsdp.train(dense, optimizer, 3, parts=parts)
     return factorized, fsdp.values(dense)
 
@@ -251,9 +251,9 @@ def check_shards_of_low_precision_that_rest_from_the_first_step(mesh: DeviceMesh
     for _ in range(4):
         optimizer.zero_grad()
         small(fsdp.X.float()).square().mean().backward()
-        grads = {name: one.grad for name, one in small.named_parameters()}
+        grads = {name: parameter.grad for name, parameter in small.named_parameters()}
         assert {name for name, one in grads.items() if one is None} == set(freeze.frozen)
-        assert {one.dtype for one in grads.values() if one is not None} == {torch.float32}
+        assert {value.dtype for value in grads.values() if value is not None} == {torch.float32}
         optimizer.step()
 
 

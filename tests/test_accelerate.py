@@ -55,15 +55,15 @@ def loop() -> str:
 def test_the_readmes_loop_switches_and_merges(precision: str) -> None:
     own = names(precision)
     exec(compile(loop(), "README.md", "exec"), own)
-    sites = [sum(isinstance(one, Factorized) for one in model.modules()) for model, _ in own["steps"]]
+    sites = [sum(isinstance(module, Factorized) for module in model.modules()) for model, _ in own["steps"]]
     assert sites == [0, 2, 2, 2]
     # Accelerate gives outputs back in float32, from whatever it computed them.
     assert {dtype for _, dtype in own["steps"]} == {torch.float32}
     model, optimizer = own["model"], own["optimizer"]
     assert list(model.state_dict()) == ["0.weight", "0.bias", "3.weight", "3.bias"]
-    held = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    assert held == {id(one) for one in model.parameters()}
-    assert all(int(optimizer.state[one]["step"]) == 4 for one in model.parameters())
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in model.parameters()}
+    assert all(int(optimizer.state[parameter]["step"]) == 4 for parameter in model.parameters())
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**4)
 
 
@@ -82,9 +82,9 @@ def test_a_prepared_optimizer_is_rewarmed() -> None:
     model, optimizer = own["accelerator"].prepare(own["model"], own["optimizer"])
     switch = tdfx.Switch(own["policy"], when=tdfx.AtStep(1), rewarm=4)
     model = switch.step(model, optimizer=optimizer)
-    before = [one.detach().clone() for one in model.parameters()]
-    for one in model.parameters():
-        one.grad = torch.ones_like(one)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     # Adam's first step is the rate, of which a tenth is taken, but for weight decay.
     moved = max(float((a - b.detach()).abs().max()) for a, b in zip(before, model.parameters(), strict=True))

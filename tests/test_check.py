@@ -43,8 +43,8 @@ def test_a_step_leaves_the_model_and_the_random_numbers_alone() -> None:
     (found,) = time_steps([TrainingStep(model, (X,))], rounds=2)
     assert found.seconds > 0
     assert torch.equal(torch.rand(2), expected)
-    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
-    assert all(one.grad is None for one in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.training
 
 
@@ -96,13 +96,13 @@ def test_a_prediction_is_the_dense_step_less_what_sites_save() -> None:
     model, small, plan = checked()
     before = copy.deepcopy(small.state_dict())
     found = plan.check(small, example_inputs=(X,), dense=model, rounds=1)
-    saved = sum((one.seconds_before or 0) - (one.seconds_after or 0) for one in plan.sites)
-    alone = sum(one.seconds_before or 0 for one in plan.sites)
+    saved = sum((site.seconds_before or 0) - (site.seconds_after or 0) for site in plan.sites)
+    alone = sum(site.seconds_before or 0 for site in plan.sites)
     scale = min(1.0, found.seconds_before / alone)
     assert found.seconds_predicted == pytest.approx(found.seconds_before - scale * saved)
     assert found.speedup == found.seconds_before / found.seconds_after
-    assert all(torch.equal(one, before[name]) for name, one in small.state_dict().items())
-    assert all(one.grad is None for one in small.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    assert all(parameter.grad is None for parameter in small.parameters())
     assert "faster; " in str(found)
 
 
@@ -111,7 +111,7 @@ def test_without_the_dense_model_it_is_merged_again() -> None:
     made: list[int] = []
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        made.append(sum(one.numel() for one in parameters))
+        made.append(sum(parameter.numel() for parameter in parameters))
         return torch.optim.Adam(parameters)
 
     found = plan.check(small, example_inputs=(X,), rounds=1, optimizer=optimizer)
@@ -174,9 +174,11 @@ def test_a_weight_that_is_written_to_now_and_then_is_the_copys() -> None:
 
 def test_a_site_that_was_not_timed_is_predicted_to_save_nothing() -> None:
     model, small, plan = checked()
-    sites = tuple(replace(one, seconds_before=None, seconds_after=None) if one.name == "conv" else one for one in plan)
+    sites = tuple(
+        replace(site, seconds_before=None, seconds_after=None) if site.name == "conv" else site for site in plan
+    )
     partly = replace(plan, sites=sites)
-    assert [one.name for one in partly.factorized] == ["conv", "head"]
+    assert [site.name for site in partly.factorized] == ["conv", "head"]
     head = partly["head"]
     assert head.seconds_before is not None
     assert head.seconds_after is not None

@@ -64,19 +64,23 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int, data: Iterator[Ten
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
-    return {name: one.detach().clone() for name, one in model.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def moved(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    return {name for name, one in model.named_parameters() if not torch.equal(one, before[name])}
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
 
 
 def factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: one for name, one in model.named_parameters() if ".factors." in name and name.endswith("weight")}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if ".factors." in name and name.endswith("weight")
+    }
 
 
 def resting(model: nn.Module) -> set[str]:
-    return {name for name, one in model.named_parameters() if not one.requires_grad}
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
 # Who rests
@@ -216,12 +220,12 @@ def test_factors_that_train_have_the_gradients_they_would_have_anyway() -> None:
     backward(model, x)
     backward(twin, x)
     theirs = dict(twin.named_parameters())
-    for name, one in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if name in freeze.frozen:
-            assert one.grad is None
+            assert parameter.grad is None
             assert theirs[name].grad is not None
         else:
-            torch.testing.assert_close(one.grad, theirs[name].grad, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-12, atol=1e-14)
 
 
 def test_counts_and_moments_go_on_where_they_rested() -> None:
@@ -229,7 +233,7 @@ def test_counts_and_moments_go_on_where_they_rested() -> None:
     optimizer = adamw(model)
     tdfx.Freeze(model, optimizer, every=3)
     train(model, optimizer, 7)
-    steps = {name: int(optimizer.state[one]["step"]) for name, one in factors(model).items()}
+    steps = {name: int(optimizer.state[factor]["step"]) for name, factor in factors(model).items()}
     assert steps == dict.fromkeys(OUTER, 3) | dict.fromkeys(CORE, 4)
 
 
@@ -312,7 +316,7 @@ def whole_run(
             freeze.load_state_dict(saved["extra"])
     train(model, optimizer, 14 - stop, data)
     assert freeze.done or forget
-    return torch.cat([one.detach().flatten() for one in model.parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 @pytest.mark.parametrize("make", [sgd, adamw])
@@ -366,7 +370,9 @@ def test_no_weight_is_merged_as_frozen_because_its_factors_rest(turn: int) -> No
     optimizer = sgd(model)
     freeze = tdfx.Freeze(model, optimizer, every=2)
     train(model, optimizer, 2 + turn)
-    expected = {name: one.weight.detach() for name, one in model.named_modules() if isinstance(one, Factorized)}
+    expected = {
+        name: module.weight.detach() for name, module in model.named_modules() if isinstance(module, Factorized)
+    }
     merged = tdfx.merge(model, optimizer=optimizer)
     assert resting(merged) == set()
     for name, weight in expected.items():
@@ -470,8 +476,8 @@ def test_the_decay_of_what_factors_stand_for_acts_on_those_that_train() -> None:
 def test_what_the_user_froze_stays_frozen() -> None:
     model = small()
     mine = {"0.factors.0.weight", "0.factors.2.bias", "1.weight", *(name for name in factors(model) if name[0] == "4")}
-    for name, one in model.named_parameters():
-        one.requires_grad_(name not in mine)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in mine)
     optimizer = sgd(model)
     freeze = tdfx.Freeze(model, optimizer, every=1)
     seen = []
@@ -551,8 +557,8 @@ def test_a_compiled_step_changes_turns_too() -> None:
         step()
     assert freeze.state_dict()["taken"] == 5
     train(twin, other, 5)
-    for one, value in values(twin).items():
-        torch.testing.assert_close(dict(model.named_parameters())[one], value, rtol=1e-11, atol=1e-13)
+    for name, value in values(twin).items():
+        torch.testing.assert_close(dict(model.named_parameters())[name], value, rtol=1e-11, atol=1e-13)
 
 
 # What is refused

@@ -50,7 +50,7 @@ class Holder(nn.Module):
 
 
 def sites(model: nn.Module) -> int:
-    return sum(isinstance(one, Factorized) for one in model.modules())
+    return sum(isinstance(module, Factorized) for module in model.modules())
 
 
 def inside(policy: tdfx.Policy = POLICY, **settings: Any) -> TrainerAdapter:
@@ -183,10 +183,10 @@ def test_groups_are_put_into_the_order_in_which_they_were_saved() -> None:
     resumed.load_state_dict(state)
     assert not torch.equal(resumed.state[net[0].weight]["exp_avg"], saved.state[net[0].weight]["exp_avg"])
     restore_order([resumed], names, net)
-    for one in net.parameters():
-        assert torch.equal(resumed.state[one]["exp_avg"], saved.state[one]["exp_avg"])
-    assert [id(one) for one in resumed.param_groups[0]["params"]] == [
-        id(one) for one in saved.param_groups[0]["params"]
+    for parameter in net.parameters():
+        assert torch.equal(resumed.state[parameter]["exp_avg"], saved.state[parameter]["exp_avg"])
+    assert [id(parameter) for parameter in resumed.param_groups[0]["params"]] == [
+        id(parameter) for parameter in saved.param_groups[0]["params"]
     ]
 
 

@@ -71,7 +71,11 @@ class Run:
 
     def bits(self) -> list[bytes]:
         held = [*self.model.state_dict().values(), *self.average.state_dict().values()]
-        states = [self.optimizer.state[one] for one in self.model.parameters() if one in self.optimizer.state]
+        states = [
+            self.optimizer.state[parameter]
+            for parameter in self.model.parameters()
+            if parameter in self.optimizer.state
+        ]
         held += [state[key] for state in states for key in sorted(state)]
         return [one.detach().numpy().tobytes() for one in held]
 
@@ -96,9 +100,9 @@ def test_a_resumed_run_ends_with_the_same_bits_in_all_that_it_keeps(tmp_path: Pa
 def test_model_and_average_merge_into_the_class_of_before() -> None:
     run = Run()
     run.train(0, END)
-    assert any(isinstance(one, tdfx.Factorized) for one in run.average.module.modules())
+    assert any(isinstance(module, tdfx.Factorized) for module in run.average.module.modules())
     merged = tdfx.merge(run.model, optimizer=run.optimizer, averaged=run.average)
     for one in (merged, run.average.module):
         build().load_state_dict(one.state_dict(), strict=True)
-    held = [id(one) for group in run.optimizer.param_groups for one in group["params"]]
-    assert held == [id(one) for one in merged.parameters()]
+    held = [id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]]
+    assert held == [id(parameter) for parameter in merged.parameters()]

@@ -95,11 +95,11 @@ def run(switch: tdfx.Switch, steps: int, *, slow: float = 0.02, **arguments: Any
 
 
 def factorized(model: nn.Module) -> dict[str, Factorized]:
-    return {name: one for name, one in model.named_modules() if isinstance(one, Factorized)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}
 
 
 def whats(switch: tdfx.Switch) -> list[tuple[int, str, tuple[str, ...]]]:
-    return [(one.step, one.what, one.sites) for one in switch.events]
+    return [(event.step, event.what, event.sites) for event in switch.events]
 
 
 @pytest.mark.parametrize(("when", "step"), [(tdfx.AtStep(3), 3), (tdfx.AtEpoch(2, steps_per_epoch=2), 4)])
@@ -167,8 +167,8 @@ def test_ranks_at_the_start_look_settled_and_nothing_is_switched() -> None:
 def shuffled(model: nn.Module, step: int) -> None:
     """Give the layers other noise of the same size: they move, keep their rank, and learn nothing."""
     draw = torch.Generator().manual_seed(step)
-    for one in model.parameters():
-        one.data.copy_(torch.randn(one.shape, generator=draw))
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=draw))
 
 
 def test_sites_without_signal_are_kept_at_the_switch() -> None:
@@ -225,7 +225,7 @@ def test_a_plan_that_factorizes_nothing_ends_it_with_the_reason() -> None:
     changed, _ = run(switch, 4)
     assert changed == []
     assert switch.done
-    assert [one.what for one in switch.events] == ["kept"]
+    assert [event.what for event in switch.events] == ["kept"]
     assert "no_gain" in str(switch) or "too_small" in str(switch)
     empty = tdfx.Switch(when=tdfx.AtStep(1))
     empty.step(nn.ReLU())
@@ -259,7 +259,7 @@ def test_a_resumed_run_decides_and_computes_the_same() -> None:
             state = {"switch": whole.state_dict(), "model": now.state_dict(), "optimizer": optimizer.state_dict()}
             saved[step] = through_a_file(state)
     assert whole.done
-    assert all(bool(one.isfinite().all()) for one in model.state_dict().values())
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
     assert [event.what for event in whole.events] == ["switched"]
     for step, state in saved.items():
         again, own = build()
@@ -352,10 +352,10 @@ def test_an_optimizer_without_rates_fails_before_anything_is_changed() -> None:
     for group in optimizer.param_groups:
         del group["lr"]
     switch = tdfx.Switch(QUARTER, when=tdfx.AtStep(1), rewarm=3)
-    before = [id(one) for group in optimizer.param_groups for one in group["params"]]
+    before = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     with pytest.raises(tdfx.OptimizerError, match="SGD has a group without 'lr'"):
         switch.step(model, optimizer=optimizer)
-    assert [id(one) for group in optimizer.param_groups for one in group["params"]] == before
+    assert [id(parameter) for group in optimizer.param_groups for parameter in group["params"]] == before
     assert not switch.done
 
 

@@ -66,7 +66,7 @@ def test_in_square_orthonormal_bases_the_run_is_the_dense_one(momentum: float) -
         make_orthonormal(layer(small, name))
         whole = cast("Tensor", dense.get_submodule(name).weight).detach()
         assert far(layer(small, name).weight.detach(), whole) < 1e-12
-    trained = [one for one in small.parameters() if one.requires_grad]
+    trained = [parameter for parameter in small.parameters() if parameter.requires_grad]
     train(dense, SGD(dense.parameters(), lr=RATE, momentum=momentum))
     train(small, SGD(trained, lr=RATE, momentum=momentum))
     for name in ("0", "3"):

@@ -38,33 +38,33 @@ def backward(model: nn.Module) -> None:
 
 
 def dense_norm(model: nn.Module) -> Tensor:
-    layers = [one for one in model.modules() if isinstance(one, Factorized)]
+    layers = [module for module in model.modules() if isinstance(module, Factorized)]
     return sum((layer.weight.square().sum() for layer in layers), torch.zeros((), dtype=torch.float64))
 
 
 def expected_step(model: nn.Module, coupled: Callable[..., Optimizer] | None) -> list[Tensor]:
     """Return the parameters after one step with the decay written into the loss, or applied beside the step."""
-    factors = {id(weight) for one in model.modules() if isinstance(one, Factorized) for weight in one.weights}
+    factors = {id(weight) for module in model.modules() if isinstance(module, Factorized) for weight in module.weights}
     parameters = list(model.parameters())
     decay = torch.autograd.grad(0.5 * dense_norm(model), parameters, allow_unused=True)
     # A bias is no factor, so it keeps the plain decay.
     wanted = [
-        pull if id(one) in factors and pull is not None else one.detach()
-        for one, pull in zip(parameters, decay, strict=True)
+        pull if id(parameter) in factors and pull is not None else parameter.detach()
+        for parameter, pull in zip(parameters, decay, strict=True)
     ]
     backward(model)
     if coupled is None:
         optimizer: Optimizer = AdamW(parameters, lr=RATE, weight_decay=0)
         with torch.no_grad():
-            for one, pull in zip(parameters, wanted, strict=True):
-                one.sub_(pull, alpha=RATE * DECAY)
+            for parameter, pull in zip(parameters, wanted, strict=True):
+                parameter.sub_(pull, alpha=RATE * DECAY)
     else:
         optimizer = coupled(parameters, lr=RATE)
-        for one, pull in zip(parameters, wanted, strict=True):
-            assert one.grad is not None
-            one.grad.add_(pull, alpha=DECAY)
+        for parameter, pull in zip(parameters, wanted, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.add_(pull, alpha=DECAY)
     optimizer.step()
-    return [one.detach() for one in parameters]
+    return [parameter.detach() for parameter in parameters]
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_a_step_decays_what_the_factors_stand_for(build: Any, coupled: Any) -> N
     tdfx.FrobeniusDecay(model, optimizer)
     backward(model)
     optimizer.step()
-    for one, other in zip(model.parameters(), expected, strict=True):
-        assert torch.allclose(one, other, rtol=1e-11, atol=1e-13)
+    for parameter, other in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(parameter, other, rtol=1e-11, atol=1e-13)
 
 
 def test_without_it_the_factors_decay_by_themselves() -> None:
@@ -101,7 +101,9 @@ def test_without_it_the_factors_decay_by_themselves() -> None:
     decay.remove()
     backward(model)
     optimizer.step()
-    assert not all(torch.allclose(one, other) for one, other in zip(model.parameters(), expected, strict=True))
+    assert not all(
+        torch.allclose(parameter, other) for parameter, other in zip(model.parameters(), expected, strict=True)
+    )
 
 
 def test_maximizing_decays_all_the_same() -> None:
@@ -117,16 +119,16 @@ def test_maximizing_decays_all_the_same() -> None:
 
 def test_a_group_without_decay_and_factors_without_gradients_are_left_alone() -> None:
     model = small()
-    before = [one.detach().clone() for one in model.parameters()]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
     tdfx.FrobeniusDecay(model, optimizer)
     optimizer.step()
-    assert all(torch.equal(one, old) for one, old in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
     rest(model)
     optimizer.step()
-    assert all(torch.equal(one, old) for one, old in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
 
 
 def test_an_optimizer_whose_decay_is_unknown_is_refused() -> None:
@@ -277,10 +279,12 @@ def test_steps_in_which_gradients_are_made_or_scaled_are_refused() -> None:
 
 def test_a_frozen_factor_is_left_alone() -> None:
     model = small()
-    first = next(one for one in model.modules() if isinstance(one, Factorized)).weights[0]
+    first = next(module for module in model.modules() if isinstance(module, Factorized)).weights[0]
     first.requires_grad_(False)
     before = first.detach().clone()
-    optimizer = SGD([one for one in model.parameters() if one.requires_grad], lr=RATE, weight_decay=DECAY)
+    optimizer = SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=RATE, weight_decay=DECAY
+    )
     tdfx.FrobeniusDecay(model, optimizer)
     backward(model)
     optimizer.step()
