@@ -1,13 +1,13 @@
-"""The README's loop with Accelerate, and autocast and re-warm-up under Accelerate."""
+"""The loop with Accelerate in the trainers' README, and autocast and re-warm-up under Accelerate."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from readmes import ROOT, read
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,7 +16,7 @@ from tdfx.layers.factorized import Factorized
 
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install 'tdfx[transformers]'")
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "tdfx" / "integrations" / "README.md"
 
 
 def names(precision: str, rewarm: int = 0) -> dict[str, Any]:
@@ -41,9 +41,7 @@ def names(precision: str, rewarm: int = 0) -> dict[str, Any]:
 
 def loop() -> str:
     """Return the README's code, changed to switch after two steps and to record the model after each."""
-    if not README.is_file():
-        pytest.skip("the README is not beside the tests")
-    block = re.search(r"<!-- accelerate -->\n```py\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    block = re.search(r"<!-- accelerate -->\n```py\n(.*?)```", read(README), re.DOTALL)
     assert block is not None
     text = block.group(1).replace("AtStep(500)", "AtStep(2)")
     line = 'emit="modules")\n'
@@ -54,7 +52,7 @@ def loop() -> str:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_readmes_loop_switches_and_merges(precision: str) -> None:
     namespace = names(precision)
-    exec(compile(loop(), "README.md", "exec"), namespace)
+    exec(compile(loop(), str(README), "exec"), namespace)
     sites = [sum(isinstance(module, Factorized) for module in model.modules()) for model, _ in namespace["steps"]]
     assert sites == [0, 2, 2, 2]
     # Accelerate converts outputs to float32.
@@ -69,7 +67,7 @@ def test_the_readmes_loop_switches_and_merges(precision: str) -> None:
 
 def test_the_rewritten_model_runs_under_autocast() -> None:
     namespace = names("bf16")
-    exec(compile(loop(), "README.md", "exec"), namespace)
+    exec(compile(loop(), str(README), "exec"), namespace)
     seen: list[torch.dtype] = []
     factorized = namespace["steps"][-1][0]
     factorized[0].register_forward_hook(lambda layer, x, out: seen.append(out.dtype))

@@ -46,13 +46,13 @@ def pays_off(
         seconds: Site -> modelled time as it is now, in seconds; used if the plan has no measured times.
         left: Steps that are left.
         step_seconds: Time of a step in seconds; negative if none was timed.
-        planning: Time that making the plan took, in seconds; the rewrite does that work again.
+        planning: Time that making the plan took, in seconds; the rewrite is assumed to take as long, which is too careful.
         recompiling: Time to compile the rewritten model, in seconds.
     """
     if step_seconds < 0:
         return left > 0, f"; {left} steps are left, and no step was timed yet"
     saving = left * _saved(plan, seconds, step_seconds)
-    takes = 2 * planning + recompiling
+    takes = planning + recompiling
     words = f"saves {saving:.3g} s in the {left} steps left and takes {takes:.3g} s"
     return saving > takes, f"; it {words}" if saving > takes else f"a switch {words}"
 

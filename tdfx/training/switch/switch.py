@@ -18,8 +18,7 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import Optimizer
 
-from tdfx.api import plan as make_plan
-from tdfx.api import rewrite
+from tdfx.api import PlannedRewrite, plan_rewrite, rewrite
 from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.analysis.observe import Inputs
@@ -31,7 +30,7 @@ from tdfx.training.switch.events import SwitchEvent, What
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
 from tdfx.training.switch.resume import TIMES, attributes_of, join_plans, policy_for_rest, rewarms_of, state_of
 from tdfx.training.switch.settings import check_settings
-from tdfx.training.switch.watch import RankWatch, Survey, survey
+from tdfx.training.switch.watch import RankWatch, modelled_seconds, survey
 from tdfx.training.switch.when import Settled, When
 from tdfx.wrappers.unwrap import Wrapped, unwrap
 
@@ -59,8 +58,8 @@ class Switch:
         total_steps: Steps of the whole training. With it the model is switched only if that pays off: if the time that the
             plan is predicted to save in the steps that are left exceeds the time that the switch takes. Step times are
             measured. If the sites were measured, the plan predicts how much of a step it saves; otherwise this is their
-            share of the sites' modelled time, as if nothing else took time. A switch is counted as twice the time of making
-            the plan, since the rewrite does that work again, plus ``recompile_seconds``. Measuring layers for the plan takes
+            share of the sites' modelled time, as if nothing else took time. The rewrite is counted as long as making the
+            plan took, plus ``recompile_seconds``. Measuring layers for the plan takes
             at most a hundredth of the time that is left, or the time of thirty steps; what is not measured is estimated.
         recompile_seconds: Time to compile or capture the rewritten model, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
@@ -108,7 +107,6 @@ class Switch:
         self._done = False
         self._plan: Plan | None = None
         self._events: tuple[SwitchEvent, ...] = ()
-        self._seconds: dict[str, float] = {}
         self._watch: RankWatch | None = None
         self._next = 1 if isinstance(when, Settled) else when.at
         self._times: deque[float] = deque(maxlen=TIMES)
@@ -208,7 +206,7 @@ class Switch:
     ) -> nn.Module:
         """Switch if it is time."""
         wrapped = unwrap(model)
-        with wrapped.together():
+        with wrapped.processes.raise_on_all():
             why: str | None = "the step that was asked for"
             if isinstance(self.when, Settled):
                 why = self._look(self.when, wrapped, inputs, arguments.get("emit", "graph"))
@@ -218,7 +216,7 @@ class Switch:
         """Look at the stable ranks; return why it is time to switch, or None if it is not."""
         began = self._clock()
         if self._watch is None:
-            self._watch = RankWatch.begin(when, self._survey(wrapped, inputs, emit))
+            self._watch = RankWatch.begin(when, survey(wrapped, self.policy, inputs, emit))
             if not self._watch.sites:
                 self._say("kept", (), "the policy wants no site of the model that may be rewritten")
                 self._done = True
@@ -227,7 +225,7 @@ class Switch:
             self._watch = self._watch.look(wrapped.model)
         timed_out = when.timeout is not None and self._step >= when.timeout
         total = len(self._watch.sites)
-        settled = 0 if timed_out else cast("int", wrapped.agree(len(self._watch.settled())))
+        settled = 0 if timed_out else cast("int", wrapped.processes.broadcast_object(len(self._watch.settled())))
         self._spend("watching", began)
         self._next = self._watch.next_look(self._step)
         if timed_out:
@@ -236,11 +234,6 @@ class Switch:
             return None
         held = f"held within {when.tolerance:g} over {when.window} looks"
         return f"the stable rank{'s' * (settled != 1)} of {settled} of {total} sites {held}"
-
-    def _survey(self, wrapped: Wrapped, inputs: Inputs | None, emit: Emit) -> Survey:
-        result = survey(wrapped, self.policy, inputs, emit)
-        self._seconds = result.seconds
-        return result
 
     def _switch(
         self,
@@ -260,21 +253,22 @@ class Switch:
         step_seconds = statistics.median(self._times) if self._times else -1.0
         left = 0
         if self.total_steps is not None:
-            left, step_seconds = wrapped.agree([max(0, self.total_steps - self._step), step_seconds])
+            left, step_seconds = wrapped.processes.broadcast_object(
+                [max(0, self.total_steps - self._step), step_seconds]
+            )
             policy = cap_measuring_time(policy, left, step_seconds)
-        plan = make_plan(model, policy, example_inputs=inputs, emit=emit)
-        text, planning = wrapped.agree([plan.to_json(indent=None), self._clock() - began])
-        plan = Plan.from_json(text)
-        if self.total_steps is not None and not self._seconds:
-            self._survey(wrapped, inputs, emit)
+        planned = plan_rewrite(model, policy, example_inputs=inputs, emit=emit)
+        plan = planned.plan
+        planning = wrapped.processes.broadcast_object(self._clock() - began)
         self._spend("planning", began)
         pays, verdict = True, ""
         if self.total_steps is not None and plan.factorized:
             # All arguments are the same on all processes.
-            pays, verdict = pays_off(plan, self._seconds, left, step_seconds, planning, self.recompile_seconds)
+            seconds = modelled_seconds(self.policy, planned.program)
+            pays, verdict = pays_off(plan, seconds, left, step_seconds, planning, self.recompile_seconds)
         names = [site.name for site in plan.factorized]
         if names and pays:
-            model = self._rewrite(model, plan, optimizer, arguments)
+            model = self._rewrite(planned, optimizer, arguments)
             self._say("switched", names, f"{why}{verdict}")
         elif names:
             self._say("too_late", names, verdict)
@@ -285,8 +279,7 @@ class Switch:
 
     def _rewrite(
         self,
-        model: nn.Module,
-        plan: Plan,
+        planned: PlannedRewrite,
         optimizer: Optimizer | Sequence[Optimizer] | None,
         arguments: dict[str, Any],
     ) -> nn.Module:
@@ -297,13 +290,13 @@ class Switch:
             # After the rewrite it would be too late to fail.
             check_rates(each)
         began = self._clock()
-        model = rewrite(model, plan, optimizer=optimizer, **passed)
+        model = planned.carry_out(optimizer=optimizer, **passed)
         self._spend("rewriting", began)
         if self.rewarm:
             for rewarm in self._rewarms:
                 rewarm.remove()
             self._rewarms = [Rewarm(each, self.rewarm) for each in optimizers]
-        self._plan = join_plans(self._plan, replace(plan, policy=repr(self.policy)))
+        self._plan = join_plans(self._plan, replace(planned.plan, policy=repr(self.policy)))
         self._log(self._plan)
         return model
 

@@ -18,10 +18,9 @@ from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError
 from tdfx.kinds.registry import kind_of
 from tdfx.layers.placement import full
-from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.shapes import ObserveInputs
-from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.pipeline import find_sites
 from tdfx.passes.planning.site_cost import current_chain, flops_of
 from tdfx.passes.program import Program, Site
 from tdfx.plans.plan import Emit
@@ -44,12 +43,10 @@ _FLOPS_PER_READ = 60
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The sites of a model, what they take in time and operations, and where their weights are."""
+    """The sites of a model, the operations that they take, and where their weights are."""
 
     paths: dict[str, str]
     """Site that the policy wants and that may be rewritten -> path of its weight."""
-    seconds: dict[str, float]
-    """Site that is called -> time of its training step by the policy's cost."""
     values: int
     """Values in the weights of ``paths``."""
     step_flops: int | None
@@ -65,21 +62,25 @@ class Survey:
 
 def survey(wrapped: Wrapped, policy: Policy, inputs: Inputs | None, emit: Emit) -> Survey:
     """Find the sites of a model; their weights are not read."""
-    start = Program(module=wrapped.model, emit="modules" if wrapped.shards else emit, shards=wrapped.shards)
-    program = Find()(Trace()(start).program).program
+    program = find_sites(wrapped.model, emit, wrapped.processes, shards=wrapped.shards)
     if inputs is not None:
-        program = ObserveInputs(inputs, wrapped.together, wrapped.ready, wrapped.agree)(program).program
+        program = ObserveInputs(inputs)(program).program
     wanted = [site for site in program.sites if site.reason is None and policy.for_site(*site.names) is not None]
     called = [site for site in program.sites if site.operation is not None and site.calls]
     counts = [flops_of(site, current_chain(site)) for site in called]
     counted = [count for count in counts if count is not None]
     return Survey(
         paths={site.name: _path(site) for site in wanted},
-        seconds={site.name: _seconds(policy, site) for site in called},
         values=sum(site.weight.numel() for site in wanted if site.weight is not None),
         # A backward pass takes twice the operations of the forward.
         step_flops=3 * sum(counted) if len(counted) == len(counts) else None,
     )
+
+
+def modelled_seconds(policy: Policy, program: Program) -> dict[str, float]:
+    """Return for each site that is called the modelled time of its training step, in seconds."""
+    called = [site for site in program.sites if site.operation is not None and site.calls]
+    return {site.name: _seconds(policy, site) for site in called}
 
 
 def _path(site: Site) -> str:
