@@ -30,6 +30,7 @@ from tdfx.layers.factorized import Factorized
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Plan
 from tdfx.policies.policy import Policy
+from tdfx.training.methods.step_hooks import groups_by_parameter
 from tdfx.training.switch.switch import Switch
 from tdfx.training.switch.when import AtEpoch, AtStep, When
 from tdfx.wrappers.compiled import is_wrapped
@@ -208,7 +209,7 @@ class TrainerAdapter:
             # The trainer may have loaded its best checkpoint, with other parameters.
             part.renew()
             return
-        held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+        held = set().union(*map(groups_by_parameter, optimizers))
         # The optimizers do not hold the factors of a checkpoint that was loaded in the meantime.
         trained = all(id(weight) in held for layer in layers for weight in layer.weights)
         part.put(merge(part, optimizer=optimizers if trained else None, averaged=list(averaged) or None))
