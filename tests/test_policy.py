@@ -99,12 +99,12 @@ def test_overrides() -> None:
     middle = Policy(rank=Energy(), overrides={"a.b.*": deep, "a.c": None})
     policy = Policy(exclude=("a.b.never",), overrides={"fc": None, "x.*": inner, "a.*": middle, "*.y": deep})
     assert policy.for_site("fc") is None
-    assert policy.for_site("x.1") is inner
-    assert policy.for_site("x.y") is inner  # the first match counts
+    assert policy.for_site("x.1") == inner
+    assert policy.for_site("x.y") == inner  # the first match counts
     assert policy.for_site("x.keep") is None
-    assert policy.for_site("a.b.1") is deep
+    assert policy.for_site("a.b.1") == deep
     assert policy.for_site("a.c") is None
-    assert policy.for_site("a.d") is middle
+    assert policy.for_site("a.d") == middle
     assert policy.for_site("a.b.never") is None
     assert policy.for_site("other") is policy
 

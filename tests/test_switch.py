@@ -516,4 +516,4 @@ def test_what_is_left_of_a_budget() -> None:
     assert left_of(tdfx.Policy(speedup=2), measured, {}).rank == tdfx.Budget(speedup=2 / (10 / 6), strict=False)
     joined = tdfx.Policy(parameters=0.5, cost=COST, overrides={"layers.0": tdfx.Policy(round_to=1)})
     later = left_of(joined, first, seconds)
-    assert later.overrides["layers.0"] == replace(joined.overrides["layers.0"], rank=later.rank)  # type: ignore[type-var]
+    assert later.for_site("layers.0") == tdfx.Policy(rank=later.rank, round_to=1, cost=COST)

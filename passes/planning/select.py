@@ -52,7 +52,7 @@ class Select(Pass):
         self.times = times or SiteTimes(Lead())
         self.losses = losses or {}
         self.readings = Readings()
-        self._resolved: dict[int, Policy] = {}
+        self._resolved: dict[Policy, Policy] = {}
         self._refused: dict[str, SitePlan] = {}
 
     def requires(self, program: Program) -> None:
@@ -211,10 +211,10 @@ class Select(Pass):
     def _resolve(self, sites: Sequence[Site]) -> tuple[str, ...]:
         """Let each policy's rule see all sites that it decides; return what came of it where that is another rule."""
         notes = []
-        for policy in {id(one): one for one in _policies(self.policy)}.values():
+        for policy in dict.fromkeys(_policies(self.policy)):
             if isinstance(policy.rank, Budget):
                 continue
-            own = [one for one in sites if one.is_open and self.policy.for_site(*one.names) is policy]
+            own = [one for one in sites if one.is_open and self.policy.for_site(*one.names) == policy]
             cases = [(one, scheme) for one in own if (scheme := scheme_of(one, policy)) is not None]
             if not cases:
                 continue
@@ -225,7 +225,7 @@ class Select(Pass):
 
             rule = policy.rank.resolve(_total([keep(site, Reason.NO_GAIN) for site, _ in cases]), after)
             if rule != policy.rank:
-                self._resolved[id(policy)] = replace(policy, rank=rule)
+                self._resolved[policy] = replace(policy, rank=rule)
                 notes.append(f"{policy.rank!r} came to {rule!r}")
         return tuple(notes)
 
@@ -252,7 +252,7 @@ class Select(Pass):
             return keep(site, Reason.NO_SCHEME, f"{asked} for {geometry(site.operation)}")
         if site.name in self._refused:
             return self._refused[site.name]
-        resolved = self._resolved.get(id(policy), policy)
+        resolved = self._resolved.get(policy, policy)
         # A rule that aims at a total has counted on one scheme for each site.
         timed = isinstance(policy.cost, MeasuringCost) and policy.min_gain > 0 and bool(site.flows)
         variants = timed and resolved is policy
@@ -304,7 +304,7 @@ Case = tuple[Site, Scheme]
 
 
 def _policies(policy: Policy) -> list[Policy]:
-    nested = [one for one in policy.overrides.values() if one is not None]
+    nested = [one for one in policy._resolved.values() if one is not None]
     return [policy, *(deeper for one in nested for deeper in _policies(one))]
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from tdfx.plans.plan import Plan, Reason
-from tdfx.policies.policy import Policy
+from tdfx.policies.policy import Policy, replace_budget
 from tdfx.ranks.budget import Budget
-from tdfx.ranks.rule import RankRule
 
 _NOTHING = Budget(parameters=1.0)
 """A budget that every model keeps as it is."""
@@ -33,17 +32,7 @@ def left_of(policy: Policy, switched: Plan | None, seconds: Mapping[str, float])
     is_kept = all(value is None for value in limits.values())
     # Weights have changed since the first plan: what is out of reach by now must not stop a run.
     rank = _NOTHING if is_kept else replace(budget, **limits, strict=False)
-    return replace(policy, rank=rank, overrides=_apart(policy.overrides, budget))
-
-
-def _apart(overrides: Mapping[str, Policy | None], budget: Budget) -> dict[str, Policy | None]:
-    """Return overrides of which those that are part of a budget, said or not, are ready to be part of another."""
-    return {
-        key: replace(one, rank=cast("RankRule", None), overrides=_apart(one.overrides, budget))
-        if one is not None and one.rank == budget
-        else one
-        for key, one in overrides.items()
-    }
+    return replace_budget(policy, rank)
 
 
 def _left(name: str, value: float, switched: Plan, have: float) -> float | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tdfx.cost.measured import Measured
 from tdfx.plans.plan import Plan
-from tdfx.policies.policy import Policy
+from tdfx.policies.policy import Policy, map_costs
 
 _MEASURING = 0.01
 """Part of what is left of a training that measuring for it may take."""
@@ -28,11 +28,9 @@ def cap_measuring_time(policy: Policy, left: int, step_seconds: float) -> Policy
     most = max(_MEASURING * left, _LEAST) * step_seconds
     if most <= 0:
         return policy
-    overrides = {key: one and cap_measuring_time(one, left, step_seconds) for key, one in policy.overrides.items()}
-    cost = policy.cost
-    if isinstance(cost, Measured) and cost.budget > most:
-        cost = replace(cost, budget=most)
-    return replace(policy, cost=cost, overrides=overrides)
+    return map_costs(
+        policy, lambda cost: replace(cost, budget=most) if isinstance(cost, Measured) and cost.budget > most else cost
+    )
 
 
 def pays_off(
