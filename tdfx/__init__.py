@@ -33,12 +33,11 @@ from tdfx.optim.states import register_optimizer
 from tdfx.plans.plan import Emit, Plan, Reason, SitePlan
 from tdfx.policies.file import read_policy
 from tdfx.policies.policy import Policy
-from tdfx.ranks.budget import Budget
+from tdfx.ranks.budget import Budget, Target
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.fixed import Fixed
 from tdfx.ranks.ratio import Ratio
 from tdfx.ranks.stable import StableRank
-from tdfx.ranks.target import Target
 from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 from tdfx.training.methods.decay import FrobeniusDecay

@@ -12,7 +12,7 @@ from matrices import noise, planted
 from torch import nn
 
 import tdfx
-from tdfx import VBMF, Energy, Fixed, Modelled, Policy, PolicyError, Ratio, Reason, StableRank, Target, Threshold
+from tdfx import VBMF, Budget, Energy, Fixed, Modelled, Policy, PolicyError, Ratio, Reason, StableRank, Threshold
 from tdfx.ranks.combine import Fallback
 from tdfx.ranks.registry import parse_rule
 from tdfx.ranks.rule import Choice, RankRule
@@ -30,7 +30,7 @@ COMBINED = [
     TRUST.at_most(0.5).at_least(3).round_to(16),
     FIXED | Energy(share=0.5) | Ratio(of=0.5),
     (FIXED | TRUST).at_least(8) | Ratio(),
-    (Target(parameters=0.5).at_least(8) | StableRank(initial={"a": 2.0})).round_to(4),
+    (Ratio(of=0.5).at_least(8) | StableRank(initial={"a": 2.0})).round_to(4),
 ]
 
 
@@ -220,8 +220,8 @@ def test_a_layer_under_two_names_is_found_by_the_pattern_that_comes_first() -> N
         ("stable", StableRank()),
         ("Threshold:0.1", Threshold(above=0.1)),
         ("vbmf:0.25", VBMF(floor=0.25)),
-        ("params:0.5", Target(parameters=0.5)),
-        ("flops:0.5", Target(flops=0.5)),
+        ("params:0.5", Budget(parameters=0.5)),
+        ("flops:0.5", Budget(flops=0.5)),
         ("energy:0.9,at_least=8", Energy(share=0.9).at_least(8)),
         (" energy:0.9 , at_least=0.25 , at_most=1.0,round_to=16 ", Energy().at_least(0.25).at_most(1.0).round_to(16)),
         ("stable,at_most=64", StableRank().at_most(64)),
@@ -238,7 +238,7 @@ def test_rules_as_text(text: str, rule: RankRule) -> None:
         ("threshold", r"'threshold' needs a number\. Write for example threshold:0\.5\."),
         ("params", r"'params' needs a number\. Write for example params:0\.5\."),
         ("flops,at_least=8", r"'flops' needs a number\. Write for example flops:0\.5\."),
-        ("params:0", r"parameters=0\.0 is not in \(0, 1\]: it is the part of the sites' parameters that may remain"),
+        ("params:0", r"parameters=0\.0 is neither a share in \(0, 1\] nor a whole number of at least 1"),
         (
             "energy,floor=8",
             r"'floor=8' is no bound on ranks: 'floor' is not one of at_least, at_most, round_to\. Write",

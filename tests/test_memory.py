@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import tdfx
-from tdfx.passes import readings
 from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning import readings
 from tdfx.passes.planning.select import Select
 from tdfx.passes.program import Program
 from tdfx.passes.transform.rewrite import Rewrite
@@ -97,8 +97,8 @@ CALLS: dict[str, Call] = {
     "plan at full rank": lambda model, _: tdfx.plan(model, policy(1.0)),
     "rewrite": lambda model, optimizer: tdfx.rewrite(model, policy(0.25), optimizer=optimizer),
     "rewrite at full rank": lambda model, optimizer: tdfx.rewrite(model, policy(1.0), optimizer=optimizer),
-    "rewrite to a target": lambda model, optimizer: tdfx.rewrite(
-        model, tdfx.Policy(rank=tdfx.Target(parameters=0.5), min_gain=0), optimizer=optimizer
+    "rewrite by a budget": lambda model, optimizer: tdfx.rewrite(
+        model, tdfx.Policy(parameters=0.5, min_gain=0), optimizer=optimizer
     ),
 }
 LATER: dict[str, Call] = {

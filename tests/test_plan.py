@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import tdfx
 from tdfx.errors import PlanError
 from tdfx.plans.plan import Plan, Reason, SitePlan
-from tdfx.ranks.target import Target
 
 
 class Net(nn.Module):
@@ -276,7 +275,6 @@ def test_a_model_without_values_is_planned_as_one_with_them_but_for_the_errors()
     empty = torch.zeros(2, 3, 8, 8, device="meta")
     for rank in (
         tdfx.Ratio(of=0.5),
-        Target(parameters=0.6),
         tdfx.Fixed({"conv*": 8, "fc": 4}),
         tdfx.Ratio(of=0.5).at_least(8),
     ):

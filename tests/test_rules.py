@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matrices import noise, planted, spectrum_of
+from torch import nn
 
-from tdfx import VBMF, Energy, Policy, PolicyError, Ratio, StableRank, Threshold, plan
+from tdfx import VBMF, Energy, Fixed, Modelled, Policy, PolicyError, Ratio, StableRank, Threshold, plan
+from tdfx.factors.scheme import Scheme
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning.readings import Readings
+from tdfx.passes.planning.select import Select
+from tdfx.passes.program import Program, Site
 from tdfx.ranks.multiple import device_multiple, round_gently
-from tdfx.ranks.rule import RankRule
+from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.signal import NO_SIGNAL
 from tdfx.ranks.spectrum import Spectrum, spectrum
 from tdfx.ranks.stable import initial_stable_rank
@@ -233,3 +242,40 @@ def test_energy_and_stable_rank_of_a_spectrum_cut_short() -> None:
     assert cut.stable_rank() == pytest.approx(whole.stable_rank(), rel=1e-12)
     for rule in (Energy(share=0.5), StableRank(), Threshold(above=0.5, relative=True)):
         assert rule.choose("site", [cut]).ranks == rule.choose("site", [whole]).ranks
+
+
+def test_spectra_are_kept_for_what_is_rewritten_only() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(512, 512))
+    select = Select(Policy(rank=Fixed({"0": 60}) | Ratio(of=0.25), cost=Modelled()))
+    made = select(Find()(Trace()(Program(module=model)).program).program).program.plan
+    assert made is not None
+    assert [site.name for site in made.factorized] == ["1"]
+    assert select.readings.kept.names == {"1"}
+
+
+@dataclass(frozen=True)
+class HalfOfTheLargest(Ratio):
+    """A rule of the user's that reads values where the rule that it is derived from does not."""
+
+    def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
+        return Choice(tuple(int((one.values > 0.5 * one.values.max()).sum()) for one in spectra))
+
+
+def test_weights_are_read_only_for_rules_that_read_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    spectra_of = Readings.spectra_of
+
+    def recorded(self: Readings, site: Site, scheme: Scheme) -> tuple[Spectrum, ...]:
+        read.append(site.name)
+        return spectra_of(self, site, scheme)
+
+    monkeypatch.setattr(Readings, "spectra_of", recorded)
+    model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.Conv2d(48, 96, 3), nn.Linear(96, 100))
+    blind: list[RankRule] = [Ratio(of=0.5), Fixed({"*": 3}), Ratio(of=0.1).at_least(3) | Fixed({"*": 2})]
+    for rule in blind:
+        plan(model, Policy(rank=rule, min_gain=0))
+        assert read == []
+    for rule in (VBMF(), Fixed({"*": 3}) | VBMF(), Energy().at_most(4), HalfOfTheLargest()):
+        plan(model, Policy(rank=rule, min_gain=0))
+        assert read
+        read.clear()

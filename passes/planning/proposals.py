@@ -98,7 +98,7 @@ def propose(
 
     Args:
         site: Dense, or factorized already.
-        policy: What is in force for it, its rule resolved.
+        policy: What is in force for it.
         scheme: What fits it.
         read: Called only if the decision depends on the weight.
         gain: By which a site that is too small is known before its weight is read.

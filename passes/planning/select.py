@@ -13,7 +13,6 @@ from tdfx.cost.modelled import MeasuringCost
 from tdfx.distributed.processes import Agree, Lead, Spread, Task, alone, itself
 from tdfx.errors import PolicyError, nearest
 from tdfx.factors.registry import AUTO, get_scheme
-from tdfx.factors.scheme import Scheme
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.planning.budget import BudgetSite, BudgetSolver
 from tdfx.passes.planning.candidates import Loss, pack_options, schemes_for, unpack_options
@@ -28,7 +27,6 @@ from tdfx.plans.plan import Plan, Reason, SitePlan
 from tdfx.policies.policy import Policy
 from tdfx.progress import progress
 from tdfx.ranks.budget import Budget
-from tdfx.ranks.rule import RankRule, Total
 from tdfx.ranks.signal import NO_SIGNAL
 
 
@@ -52,8 +50,6 @@ class Select(Pass):
         self.times = times or SiteTimes(Lead())
         self.losses = losses or {}
         self.readings = Readings()
-        self._resolved: dict[Policy, Policy] = {}
-        self._refused: dict[str, SitePlan] = {}
 
     def requires(self, program: Program) -> None:
         """Every pattern matches some site, and every weight that may be split is finite."""
@@ -69,7 +65,7 @@ class Select(Pass):
 
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
-        """Resolve rules that see all their sites at once, then decide site by site."""
+        """Decide every site, and add the error of each site that will be factorized."""
         together = self.spread is not alone
         open_to = [(site, self.policy.for_site(*site.names)) for site in program.sites if site.is_open]
         self.readings.make_room(weight for site, _ in open_to for weight in site.weights)
@@ -119,13 +115,13 @@ class Select(Pass):
         """
         budgeted = [one for one in sites if self._in_budget(one)]
         plain = [one for one in sites if not self._in_budget(one)]
-        decided, notes = self._decide_each(plain)
+        decided = self._decide_each(plain)
         if not isinstance(self.policy.rank, Budget):
-            return decided, notes
+            return decided, ()
         found = dict(zip((one.name for one in plain), decided, strict=True))
-        solved, more = self._solve(budgeted, list(zip(plain, decided, strict=True)), rest, step_seconds)
+        solved, notes = self._solve(budgeted, list(zip(plain, decided, strict=True)), rest, step_seconds)
         found |= {one.name: one for one in solved}
-        return tuple(found[one.name] for one in sites), (*notes, *more)
+        return tuple(found[one.name] for one in sites), notes
 
     def _in_budget(self, site: Site) -> bool:
         """Return True for a site that a budget decides, together with all others of its kind."""
@@ -171,30 +167,20 @@ class Select(Pass):
         notes = (*solver.notes, *([_noisy(noisy, budget)] if noisy else []), *([_unknown(missed)] if missed else []))
         return [self._with_seconds(site, (kept | solved)[site.name]) for site in sites], notes
 
-    def _decide_each(self, sites: Sequence[Site]) -> tuple[tuple[SitePlan, ...], tuple[str, ...]]:
-        """Resolve rules that see all their sites at once, then decide site by site; return the notes of the former too.
-
-        Such a rule counts with times that are not measured. Where a measurement then keeps a site that it took for
-        rewritten, it is resolved again without that site.
-        """
+    def _decide_each(self, sites: Sequence[Site]) -> tuple[SitePlan, ...]:
+        """Decide each site by itself; the times of all of them are measured together."""
         self._measure_doubtful(sites)
-        while True:
-            notes = self._resolve(sites)
-            proposed = []
-            with progress("reading weights", len(sites)) as advance:
-                for site in sites:
-                    proposed.append(self._proposed(site))
-                    advance(1)
-            self.times.prepare(
-                TimingRequest(one.policy.cost, one.site, tuple(option.chain for option in one.options))
-                for one in proposed
-                if isinstance(one, Proposal) and one.policy.min_gain > 0
-            )
-            decided = [self._settled(one) for one in proposed]
-            refused = {one.name: one for one in decided if one.reason in {Reason.NO_GAIN, Reason.TOO_SMALL}}
-            if not self._resolved or refused.keys() <= self._refused.keys():
-                return tuple(map(self._with_seconds, sites, decided)), notes
-            self._refused |= refused
+        proposed = []
+        with progress("reading weights", len(sites)) as advance:
+            for site in sites:
+                proposed.append(self._proposed(site))
+                advance(1)
+        self.times.prepare(
+            TimingRequest(one.policy.cost, one.site, tuple(option.chain for option in one.options))
+            for one in proposed
+            if isinstance(one, Proposal) and one.policy.min_gain > 0
+        )
+        return tuple(map(self._with_seconds, sites, map(self._settled, proposed)))
 
     def _measure_doubtful(self, sites: Sequence[Site]) -> None:
         """Have measured how fast sites could be at the lowest ranks, where arithmetic says that this may not be enough."""
@@ -207,35 +193,6 @@ class Select(Pass):
                 if self.times.estimated_gain(policy.cost, site, lowest) < _DOUBT * policy.min_gain:
                     cases.append(TimingRequest(policy.cost, site, (lowest,)))
         self.times.prepare(cases)
-
-    def _resolve(self, sites: Sequence[Site]) -> tuple[str, ...]:
-        """Let each policy's rule see all sites that it decides; return what came of it where that is another rule."""
-        notes = []
-        for policy in dict.fromkeys(_policies(self.policy)):
-            if isinstance(policy.rank, Budget):
-                continue
-            own = [one for one in sites if one.is_open and self.policy.for_site(*one.names) == policy]
-            cases = [(one, scheme) for one in own if (scheme := scheme_of(one, policy)) is not None]
-            if not cases:
-                continue
-
-            def after(rule: RankRule, policy: Policy = policy, cases: Sequence[Case] = tuple(cases)) -> Total:
-                trial = replace(policy, rank=rule)
-                return _total([self._on_trial(site, trial, scheme) for site, scheme in cases])
-
-            rule = policy.rank.resolve(_total([keep(site, Reason.NO_GAIN) for site, _ in cases]), after)
-            if rule != policy.rank:
-                self._resolved[policy] = replace(policy, rank=rule)
-                notes.append(f"{policy.rank!r} came to {rule!r}")
-        return tuple(notes)
-
-    def _on_trial(self, site: Site, policy: Policy, scheme: Scheme) -> SitePlan:
-        """Return what a policy would decide, without a measurement."""
-        if site.name in self._refused:
-            return self._refused[site.name]
-        gain = partial(self.times.estimated_gain, policy.cost)
-        found = propose(site, policy, scheme, self.readings.spectra_of, gain)
-        return found.settled(gain) if isinstance(found, Proposal) else found
 
     def _proposed(self, site: Site) -> SitePlan | Proposal:
         policy = self.policy.for_site(*site.names)
@@ -250,14 +207,9 @@ class Select(Pass):
         if scheme is None:
             asked = "no scheme stands" if policy.scheme == AUTO else f"{policy.scheme} does not stand"
             return keep(site, Reason.NO_SCHEME, f"{asked} for {geometry(site.operation)}")
-        if site.name in self._refused:
-            return self._refused[site.name]
-        resolved = self._resolved.get(policy, policy)
-        # A rule that aims at a total has counted on one scheme for each site.
         timed = isinstance(policy.cost, MeasuringCost) and policy.min_gain > 0 and bool(site.flows)
-        variants = timed and resolved is policy
         gain = partial(self.times.gain, policy.cost)
-        found = propose(site, resolved, scheme, self.readings.spectra_of, gain, variants=variants)
+        found = propose(site, policy, scheme, self.readings.spectra_of, gain, variants=timed)
         if not isinstance(found, Proposal):
             self.readings.drop(site, scheme)
         elif self.spread is alone and has_values(site):
@@ -299,12 +251,8 @@ _DOUBT = 2.0
 _MISSED = "the example inputs do not reach it, so it is not known how long it takes"
 
 
-Case = tuple[Site, Scheme]
-"""A site that may be rewritten, and the scheme that fits it."""
-
-
 def _policies(policy: Policy) -> list[Policy]:
-    nested = [one for one in policy._resolved.values() if one is not None]
+    nested = [one for one in policy.overrides.values() if one is not None]
     return [policy, *(deeper for one in nested for deeper in _policies(one))]
 
 
@@ -335,12 +283,6 @@ def _noisy(names: Sequence[str], budget: Budget) -> str:
         f"{len(names)} of the weights that are cut show nothing above the noise yet ({_few(names)}); {least}. Train longer "
         f"before the switch, or keep them with noise_floor=1, if the loss suffers"
     )
-
-
-def _total(plans: Sequence[SitePlan]) -> Total:
-    work = [one.flops_after for one in plans]
-    known = [count for count in work if count is not None]
-    return Total(sum(one.parameters_after for one in plans), sum(known) if len(known) == len(work) else None)
 
 
 def _check_pattern(setting: str, pattern: str, names: Sequence[str]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from tdfx.checks import check_share, is_number
-from tdfx.errors import PolicyError
+from tdfx.errors import PolicyError, TdfxWarning
 from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.spectrum import Spectrum
 
@@ -133,6 +134,34 @@ class Budget(RankRule):
 
 def _is_amount(value: float) -> bool:
     return value >= 1 if isinstance(value, int) else 0 < value <= 1 or (value > 1 and value == int(value))
+
+
+def Target(*, parameters: float | None = None, flops: float | None = None) -> Budget:  # noqa: N802
+    """Return the budget for a share of the parameters or of the operations: the former name of such a budget.
+
+    Args:
+        parameters: Share of the model's parameters that may remain, in (0, 1].
+        flops: Share of the sites' forward operations that may remain, in (0, 1].
+
+    Raises:
+        PolicyError: Not exactly one of the two is given, or it is not a share.
+    """
+    shares = {name: share for name, share in (("parameters", parameters), ("flops", flops)) if share is not None}
+    if len(shares) != 1:
+        raise PolicyError(
+            f"Target(parameters={parameters!r}, flops={flops!r}) does not give exactly one of the two. "
+            f"For half of the parameters pass Budget(parameters=0.5)."
+        )
+    ((name, share),) = shares.items()
+    check_share(name, share, f"the part of the {name} that may remain", f"For half pass {name}=0.5.")
+    budget = Budget(**{name: float(share)})  # type: ignore[arg-type]
+    warnings.warn(
+        f"Target({name}={share!r}) now returns {budget!r}, which finds the ranks of least error within that size; Target "
+        f"gave all sites one common ratio. Pass tdfx.{budget!r} instead.",
+        TdfxWarning,
+        stacklevel=2,
+    )
+    return budget
 
 
 DEFAULT_RULE = Budget(speedup=2.0, strict=False, floor=0.125, noise_floor=0.25)

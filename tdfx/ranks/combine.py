@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tdfx.errors import PolicyError
-from tdfx.ranks.rule import Choice, RankRule, Total, round_ranks
+from tdfx.ranks.rule import Choice, RankRule, round_ranks
 from tdfx.ranks.spectrum import Spectrum
 
 
@@ -32,10 +32,6 @@ class _Around(RankRule):
     def patterns(self) -> tuple[str, ...]:
         """Return the patterns of the rule inside."""
         return self.rule.patterns()
-
-    def resolve(self, dense: Total, after: Callable[[RankRule], Total]) -> RankRule:
-        """Resolve the rule inside, whose totals are counted with this change to its ranks."""
-        return replace(self, rule=self.rule.resolve(dense, lambda inside: after(replace(self, rule=inside))))
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
         """Return the changed choice of the rule inside, or its reason to keep the site."""
@@ -151,19 +147,6 @@ class Fallback(RankRule):
     def patterns(self) -> tuple[str, ...]:
         """Return the patterns of all rules, in their order."""
         return tuple(pattern for rule in self.rules for pattern in rule.patterns())
-
-    def resolve(self, dense: Total, after: Callable[[RankRule], Total]) -> RankRule:
-        """Resolve one rule after the other, each with those before it as they came out."""
-        whole = self
-        for place in range(len(self.rules)):
-            whole = whole._resolve_one(place, dense, after)
-        return whole
-
-    def _resolve_one(self, place: int, dense: Total, after: Callable[[RankRule], Total]) -> Fallback:
-        def put(rule: RankRule) -> Fallback:
-            return Fallback(rules=(*self.rules[:place], rule, *self.rules[place + 1 :]))
-
-        return put(self.rules[place].resolve(dense, lambda rule: after(put(rule))))
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
         """Return the first choice that has ranks; without one, the first that misses a signal, or the last."""

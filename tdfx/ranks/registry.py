@@ -13,7 +13,6 @@ from tdfx.ranks.energy import Energy
 from tdfx.ranks.ratio import Ratio
 from tdfx.ranks.rule import RankRule
 from tdfx.ranks.stable import StableRank
-from tdfx.ranks.target import Target
 from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 
@@ -24,8 +23,8 @@ _RULES: dict[str, tuple[Callable[..., RankRule], str | None]] = {
     "ratio": (Ratio, "of"),
     "stable": (StableRank, None),
     "threshold": (Threshold, "above"),
-    "params": (Target, "parameters"),
-    "flops": (Target, "flops"),
+    "params": (Budget, "parameters"),
+    "flops": (Budget, "flops"),
     "speedup": (Budget, "speedup"),
 }
 """Name -> the rule, and the setting that the number after the colon fills, if it takes one."""
@@ -41,8 +40,10 @@ def parse_rule(text: str) -> RankRule:
     Energy(share=0.8)
     >>> parse_rule("vbmf")
     VBMF(floor=0.25, weaken=1.0)
-    >>> parse_rule("params:0.5,at_least=8")
-    Target(parameters=0.5).at_least(8)
+    >>> parse_rule("energy:0.8,at_least=8")
+    Energy(share=0.8).at_least(8)
+    >>> parse_rule("params:0.5")
+    Budget(parameters=0.5)
     >>> parse_rule("speedup:2")
     Budget(speedup=2.0)
     >>> parse_rule("default:3")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,16 +29,6 @@ class Choice:
     """True where the policy's rounding must leave the ranks alone."""
     limits: tuple[int, ...] = ()
     """One rank for each spectrum that rounding must not pass; () for the full ranks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Total:
-    """What the sites that one policy decides hold and compute, all together."""
-
-    parameters: int
-    """Values in their weights."""
-    flops: int | None
-    """Floating-point operations of one forward pass; None without example inputs."""
 
 
 class RankRule(ABC):
@@ -79,15 +69,6 @@ class RankRule(ABC):
     def patterns(self) -> tuple[str, ...]:
         """Return the site patterns that the rule mentions, so that one which matches nothing can be reported."""
         return ()
-
-    def resolve(self, dense: Total, after: Callable[[RankRule], Total]) -> RankRule:
-        """Return the rule by which each site is then chosen: this one, unless it has to see all sites first.
-
-        Args:
-            dense: The total over the sites that the policy decides, as they are.
-            after: Returns what the total would be if they were chosen by a given rule.
-        """
-        return self
 
     def at_least(self, least: int | float) -> AtLeast:
         """Return this rule with a floor under its ranks.

@@ -45,9 +45,8 @@ class Switch:
 
     Call ``step`` once after each optimizer step, before the next backward, and go on with the model that it returns: the
     same object, but for the few steps that switch. Where sites switch at different steps, a later switch leaves the
-    earlier ones as they are. A rule that sees all sites at once, such as ``Target``, then sees those that switch together. A
-    budget is for the whole model still: each site gets what is best for it in a plan for all that are left, and one that is
-    not needed is asked again with the next that settles.
+    earlier ones as they are. A budget is for the whole model still: each site gets what is best for it in a plan for all
+    that are left, and one that is not needed is asked again with the next that settles.
 
     To resume, load the state, give a freshly built model the form that ``plan`` says, then load model and optimizer::
 
