@@ -19,9 +19,7 @@ from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.planning.candidates import Loss
 from tdfx.passes.planning.clock import TimeStep
-from tdfx.passes.planning.losses import SecondMoment, curvature_losses, output_losses
 from tdfx.passes.planning.select import Select
 from tdfx.passes.planning.spectra import KeptSpectra
 from tdfx.passes.planning.times import SiteTimes
@@ -50,8 +48,8 @@ def plan(
         policy: What to rewrite and how far; ``Policy()`` if left out.
         example_inputs: Inputs that the model accepts, for the FLOPs and times of each site: a tensor, a tuple of
             positional arguments, or a mapping of keyword arguments. Without them nominal shapes are assumed.
-        optimizer: What trains the model; read, and only by a budget whose ``error`` is ``"curvature"``.
-        masters: The wider copies that the optimizer trains, as for ``rewrite``; for the same budget.
+        optimizer: Not used; accepted for compatibility.
+        masters: Not used; accepted for compatibility.
         emit: How ``rewrite`` is to give the model back: ``"graph"`` or ``"modules"``.
 
     Returns:
@@ -72,8 +70,7 @@ def plan(
     wrapped = unwrap(model)
     with wrapped.together():
         _check_same(wrapped, policy, emit)
-        along = Companions.of(wrapped, optimizer, None, masters)
-        program, _ = _planned(wrapped, policy, example_inputs, emit, along.second_moment)
+        program, _ = _planned(wrapped, policy, example_inputs, emit)
     assert program.plan is not None
     return program.plan
 
@@ -141,7 +138,7 @@ def rewrite(
         if isinstance(policy, Plan):
             program = replace(_sites(wrapped, policy.emit), plan=wrapped.agree(policy))
         else:
-            program, select = _planned(wrapped, policy, example_inputs, emit, along.second_moment)
+            program, select = _planned(wrapped, policy, example_inputs, emit)
             # Those of the model's weights are not quite those of their masters.
             spectra = KeptSpectra() if along.masters else select.readings.kept
         along.masters.with_masters(program.module)
@@ -226,9 +223,7 @@ def _check_init(init: Init, policy: Policy | Plan | None, along: Companions) -> 
         )
 
 
-def _planned(
-    wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit, second: SecondMoment
-) -> tuple[Program, Select]:
+def _planned(wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit) -> tuple[Program, Select]:
     """Run the passes up to the plan."""
     wish = Policy() if policy is None else policy
     if not isinstance(wish, Policy):
@@ -244,23 +239,8 @@ def _planned(
             began = time.perf_counter()
             program = TimeStep(inputs, wish.cost, wrapped.lead, strict=wish.rank.strict)(program).program
             spent = time.perf_counter() - began
-    losses = _losses(wish, program, inputs, second)
-    select = Select(wish, wrapped.spread, wrapped.agree, SiteTimes(wrapped.lead, spent), losses)
+    select = Select(wish, wrapped.spread, wrapped.agree, SiteTimes(wrapped.lead, spent))
     return select(program).program, select
-
-
-def _losses(policy: Policy, program: Program, inputs: Inputs | None, second: SecondMoment) -> dict[str, Loss]:
-    """Return what a budget counts as the loss of each site, where that is not the error of its weight."""
-    if not isinstance(policy.rank, Budget) or policy.rank.error == "weights":
-        return {}
-    if policy.rank.error == "curvature":
-        return curvature_losses(program, second)
-    if inputs is None:
-        raise PolicyError(
-            "error='outputs' compares the outputs of each site on real inputs, and there are none. Pass example_inputs=..., "
-            "best a batch of the training set; or take error='weights'."
-        )
-    return output_losses(program, inputs)
 
 
 def _sites(wrapped: Wrapped, emit: Emit) -> Program:

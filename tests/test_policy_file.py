@@ -70,10 +70,7 @@ def test_toml_json_and_mappings_give_the_policy_that_python_would(tmp_path: Path
     ("table", "expected"),
     [
         ({"speedup": 2}, tdfx.Policy(speedup=2)),
-        (
-            {"parameters": 0.5, "flops": 10**9, "error": "outputs"},
-            tdfx.Policy(parameters=0.5, flops=10**9, error="outputs"),
-        ),
+        ({"parameters": 0.5, "flops": 10**9, "error": "weights"}, tdfx.Policy(parameters=0.5, flops=10**9)),
         ({"seconds": 0.25, "memory": 0.5}, tdfx.Policy(seconds=0.25, memory=0.5)),
         ({"cost": "modelled"}, tdfx.Policy(cost=tdfx.Modelled())),
         ({"cost": {"use": "modelled", "seconds_per_call": 0}}, tdfx.Policy(cost=tdfx.Modelled(seconds_per_call=0))),

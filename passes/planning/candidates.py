@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,28 +30,24 @@ _LITTLE = 0.1
 _LARGEST = 1024
 """Longest side that is decomposed for a scheme which stands beside another: more would take too long."""
 
-Loss = Callable[[Tensor], float]
-"""From what a weight loses, in the layout of its operation and the working dtype, to what that adds to the total."""
-
 
 @dataclass(frozen=True, slots=True)
 class CandidateSet:
     """What a dense site may become."""
 
     options: tuple[tuple[Candidate, float], ...]
-    """Each with its loss."""
+    """Each with its loss: the squared error of the weight, relative to its square."""
     signal: bool
     """Whether anything in its weight stands above the noise."""
 
 
-def options_of(site: Site, policy: Policy, weight: Tensor, loss: Loss | None) -> CandidateSet:
+def options_of(site: Site, policy: Policy, weight: Tensor) -> CandidateSet:
     """Return the options of a dense site that the policy's budget allows.
 
     Args:
         site: A site that may be rewritten.
         policy: What is in force for it, with a budget.
         weight: Its values, as the model holds them.
-        loss: What an error adds; None for its square relative to the weight's.
     """
     operation, budget = site.operation, policy.rank
     assert operation is not None
@@ -66,41 +62,23 @@ def options_of(site: Site, policy: Policy, weight: Tensor, loss: Loss | None) ->
         signal = has_signal(spectra) if signal is None else signal
         full = scheme.full_ranks(operation)
         grid = _grid(spectra, full, policy, site, scheme)
-        for ranks, (square, lost) in zip(grid, _losses(operation, dense, scheme, grid, spectra, loss), strict=True):
-            floor = budget.floor if square > _LITTLE else 0.0
+        for ranks, error in zip(grid, scheme.errors(operation, dense, grid, spectra), strict=True):
+            loss = error**2
+            floor = budget.floor if loss > _LITTLE else 0.0
             if not signal:
                 floor = max(budget.floor, budget.noise_floor)
             if all(rank >= floor * most for rank, most in zip(ranks, full, strict=True)):
-                found.append((Candidate(scheme, ranks), lost))
+                found.append((Candidate(scheme, ranks), loss))
     return CandidateSet(tuple(found), bool(signal))
 
 
-def _losses(
-    operation: Operation,
-    dense: Tensor,
-    scheme: Scheme,
-    grid: Sequence[tuple[int, ...]],
-    spectra: Sequence[Spectrum],
-    loss: Loss | None,
-) -> Iterator[tuple[float, float]]:
-    """Yield for each ranks the squared error relative to the weight's square, and what it adds to the total."""
-    if loss is None:
-        for error in scheme.errors(operation, dense, grid, spectra):
-            yield error**2, error**2
-        return
-    whole = float(dense.square().sum())
-    for ranks in grid:
-        missing = dense - scheme.join(operation, scheme.split(operation, dense, ranks, spectra))
-        yield float(missing.square().sum()) / whole if whole else 0.0, loss(missing)
-
-
-def pack_options(site: Site, policy: Policy, loss: Loss | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
+def pack_options(site: Site, policy: Policy, *weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return what ``options_of`` finds in a form that can be sent.
 
     That is a table with scheme, two ranks (0 for none) and loss in each row, and whether there is signal.
     """
     (weight,) = weights
-    found = options_of(site, policy, weight, loss)
+    found = options_of(site, policy, weight)
     rows = [
         (_SCHEMES.index(option.scheme.name) if policy.scheme == AUTO else 0, *_pair(option.ranks), lost)
         for option, lost in found.options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -15,7 +15,7 @@ from tdfx.errors import PolicyError, nearest
 from tdfx.factors.registry import AUTO, get_scheme
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.planning.budget import BudgetSite, BudgetSolver
-from tdfx.passes.planning.candidates import Loss, pack_options, schemes_for, unpack_options
+from tdfx.passes.planning.candidates import pack_options, schemes_for, unpack_options
 from tdfx.passes.planning.limits import BudgetScope
 from tdfx.passes.planning.proposals import Candidate, Proposal, geometry, lowest_option, propose, scheme_of
 from tdfx.passes.planning.readings import Readings
@@ -41,14 +41,12 @@ class Select(Pass):
         spread: Spread = alone,
         agree: Agree = itself,
         times: SiteTimes | None = None,
-        losses: Mapping[str, Loss] | None = None,
     ) -> None:
-        """Take the wish, how processes share work, and what a budget counts as a site's loss if not its weight's error."""
+        """Take the policy, how processes share work, and the times of sites."""
         self.policy = policy
         self.spread = spread
         self.agree = agree
         self.times = times or SiteTimes(Lead())
-        self.losses = losses or {}
         self.readings = Readings()
 
     def requires(self, program: Program) -> None:
@@ -137,13 +135,10 @@ class Select(Pass):
         budget = self.policy.rank
         assert isinstance(budget, Budget)
         cases = [(site, own) for site in sites if (own := self.policy.for_site(*site.names)) is not None]
-        tasks = [
-            Task(partial(pack_options, site, own, self.losses.get(site.name)), site.weights) for site, own in cases
-        ]
+        tasks = [Task(partial(pack_options, site, own), site.weights) for site, own in cases]
         found = [unpack_options(own, *packed) for (_, own), packed in zip(cases, self.spread(tasks), strict=True)]
-        if not self.losses:
-            for site, one in zip(sites, found, strict=True):
-                self.readings.know(site, {option: lost**0.5 for option, lost in one.options})
+        for site, one in zip(sites, found, strict=True):
+            self.readings.know(site, {option: lost**0.5 for option, lost in one.options})
         without = [site for site, one in zip(sites, found, strict=True) if not one.signal]
         shut = {site.name for site, one in zip(sites, found, strict=True) if not one.options}
         kept = {one.name: keep(one, Reason.NO_SIGNAL, NO_SIGNAL) for one in without if one.name in shut}

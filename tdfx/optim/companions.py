@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from tdfx.errors import TdfxWarning
@@ -15,7 +15,6 @@ from tdfx.layers.placement import own_attributes
 from tdfx.optim.averages import Averaged, averaged_of, holders_of
 from tdfx.optim.gradients import carry_gradients
 from tdfx.optim.masters import Masters, as_masters
-from tdfx.optim.states import second_moment
 from tdfx.optim.surgery import Exchange, as_optimizers, check_homes, prepare
 from tdfx.wrappers.unwrap import Wrapped
 
@@ -40,11 +39,6 @@ class Companions:
             "The processes pass different optimizers, averages or masters to tdfx. Pass as many, of the same, on each.",
         )
         return cls(wrapped, optimizers, tuple(averaged_of(one, wrapped.model) for one in holders), found)
-
-    def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return what the optimizers keep of the squares of a parameter's gradient, or of its master's."""
-        trained = (master for own, master in self.masters.pairs if own is parameter)
-        return second_moment(self.optimizers, next(trained, parameter))
 
     def prepare(
         self, made: nn.Module, found: list[Exchange], *, values: bool = True, warn: bool = False

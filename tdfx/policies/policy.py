@@ -86,7 +86,7 @@ class Policy:
     memory: InitVar[float | None] = None
     """Bytes that the sites add to a training step: a share, or a whole number of them."""
     error: InitVar[Measure | None] = None
-    """What a budget keeps small: the error of the ``"weights"``, of the ``"outputs"``, or by the loss's ``"curvature"``."""
+    """What a budget keeps small, as in ``Budget``: the error of the ``"weights"``."""
     _left_out: frozenset[str] = field(default=frozenset(), compare=False)
     """Private: the settings that were not given. It is a field because ``dataclasses.replace`` passes on fields alone."""
     _resolved: Mapping[str, Policy | None] = field(init=False)

@@ -14,7 +14,7 @@ from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.spectrum import Spectrum
 
 Measure = Literal["weights", "outputs", "curvature"]
-"""What a total error is made of."""
+"""What a budget once kept small; all of them are the error of the weights now."""
 
 _LIMITS = ("speedup", "seconds", "flops", "parameters", "memory")
 """The fields that are budgets."""
@@ -48,9 +48,8 @@ class Budget(RankRule):
     """Bytes that the sites add to a training step (weights, gradients, two moments, activations between factors): a share,
     or a whole number of them; needs example inputs."""
     error: Measure = "weights"
-    """What is kept small: ``"weights"``, the sum of the sites' squared errors relative to each weight's norm; ``"outputs"``,
-    relative to each site's output on the example inputs; ``"curvature"``, the weights' squared errors times the optimizer's
-    second moments, an estimate of what the loss loses (needs ``optimizer=`` with such state)."""
+    """What is kept small: the sum of the sites' squared errors, each relative to its weight's norm. ``"outputs"`` and
+    ``"curvature"`` are accepted, with a warning, and mean the same."""
     strict: bool = True
     """What becomes of a budget that cannot be kept: True refuses it and says what can be had, False goes nine tenths of the
     way that can be gone."""
@@ -87,9 +86,16 @@ class Budget(RankRule):
                 )
         if self.error not in get_args(Measure):
             raise PolicyError(
-                f"error={self.error!r} is not known: what is kept small is the error of the 'weights', of the 'outputs', or "
-                f"by the loss's 'curvature'."
+                f"error={self.error!r} is not known: what is kept small is the error of the 'weights'. Leave error out."
             )
+        if self.error != "weights":
+            warnings.warn(
+                f"error={self.error!r} was measured to be no better than the error of the weights and is treated as "
+                f"error='weights'. Leave error out.",
+                TdfxWarning,
+                stacklevel=3,
+            )
+            object.__setattr__(self, "error", "weights")
         if not isinstance(self.strict, bool):
             raise PolicyError(
                 f"strict={self.strict!r} is neither True nor False: it says whether a budget that cannot be kept is "
