@@ -13,9 +13,8 @@ from torch import nn
 
 import tdfx
 from tdfx import VBMF, Budget, Energy, Fixed, Modelled, Policy, PolicyError, Ratio, Reason, StableRank, Threshold
-from tdfx.ranks.combine import Fallback
 from tdfx.ranks.registry import parse_rule
-from tdfx.ranks.rule import Choice, RankRule
+from tdfx.ranks.rule import Choice, Fallback, RankRule
 from tdfx.ranks.signal import NO_SIGNAL
 from tdfx.ranks.spectrum import spectrum
 

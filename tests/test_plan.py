@@ -138,19 +138,32 @@ def test_a_missing_field_is_refused_by_name() -> None:
 
 
 def test_an_unknown_reason_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"Site 'fc' has reason='tired', which is not one of excluded, .* or null"):
+    with pytest.raises(
+        PlanError, match=r"Site 'fc' has reason='tired', which is not one of 'excluded', .*'factorized'\."
+    ):
         Plan.from_json(changed_json(scheme=None, ranks=None, reason="tired"))
 
 
 def test_an_unknown_way_to_emit_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"emit='onnx', which is not one of graph, modules"):
+    with pytest.raises(PlanError, match=r"emit='onnx', which is not one of 'graph' or 'modules'"):
         Plan.from_json('{"format": 1, "sites": [], "emit": "onnx"}')
 
 
-@pytest.mark.parametrize("value", [["2"], [2.0], [True], "2", 2, [[2]]])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (["2"], "[0]='2', which is not a whole number"),
+        ([2.0], "[0]=2.0, which is not a whole number"),
+        ([1, True], "[1]=True, which is not a whole number"),
+        ("2", "='2', which is not a list"),
+        (2, "=2, which is not a list"),
+        ([[2]], "[0]=[2], which is not a whole number"),
+        ([2**63], f"[0]={2**63}, which is not a whole number of 64 bits"),
+    ],
+)
 @pytest.mark.parametrize("key", ["ranks", "shape", "full_ranks"])
-def test_ranks_and_shapes_that_are_not_whole_numbers_are_refused(key: str, value: object) -> None:
-    with pytest.raises(PlanError, match=re.escape(f"{key}={value!r}, which is not a list of whole numbers")):
+def test_ranks_and_shapes_that_are_not_whole_numbers_are_refused(key: str, value: object, text: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(f"Site 'fc' has {key}{text}. Pass the text that Plan.to_json gave")):
         Plan.from_json(changed_json(**{key: value}))
 
 

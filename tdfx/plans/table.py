@@ -6,18 +6,16 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tdfx.plans.decisions import Decisions
+from tdfx.plans.site import SitePlan
 from tdfx.plans.totals import totals
 from tdfx.text import before_after, milliseconds, share
-
-if TYPE_CHECKING:
-    from tdfx.plans.plan import Plan, SitePlan
 
 _UNBOUNDED = 100_000
 """Columns of a plain text, which nothing cuts."""
@@ -78,7 +76,7 @@ _CUTS: tuple[tuple[_Column, _Column | None], ...] = (
 """What is said more shortly, or not at all, where there is too little room: the first that can best be missed."""
 
 
-def render_plan(plan: Plan) -> str:
+def render_plan(plan: Decisions) -> str:
     """Return the plan's table as plain text."""
     return render_plain(plan_view(plan))
 
@@ -91,7 +89,7 @@ def render_plain(view: Group) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def plan_view(plan: Plan, width: int | None = None, sites: Sequence[SitePlan] | None = None) -> Group:
+def plan_view(plan: Decisions, width: int | None = None, sites: Sequence[SitePlan] | None = None) -> Group:
     """Return the table, its totals and its notes, for a rich console.
 
     Args:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from tdfx.plans.decisions import Decisions
+from tdfx.plans.site import SitePlan
 from tdfx.text import before_after, milliseconds, share, times_faster
 
-if TYPE_CHECKING:
-    from tdfx.plans.plan import Plan, SitePlan
 
-
-def totals(plan: Plan) -> list[str]:
+def totals(plan: Decisions) -> list[str]:
     """Return a line for each total that is known, over all sites of the plan."""
     lines = [_decisions(plan)]
     counts = {
@@ -44,7 +42,7 @@ def totals(plan: Plan) -> list[str]:
     return lines
 
 
-def _decisions(plan: Plan) -> str:
+def _decisions(plan: Decisions) -> str:
     kept = Counter(str(site.reason) for site in plan.kept)
     reasons = ", ".join(f"{count} {reason}" for reason, count in kept.most_common())
     return f"{plan.model or 'model'}: {len(plan.factorized)} of {len(plan)} sites factorized" + (
