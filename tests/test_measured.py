@@ -19,7 +19,8 @@ from tdfx.cost.memory import training_bytes
 from tdfx.cost.rates import rates, stream_rate
 from tdfx.cost.setting import Setting
 from tdfx.cost.timing import Timing
-from tdfx.cost.workload import Workload, apply
+from tdfx.cost.workload import Workload
+from tdfx.factors.functions import apply_operation
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
@@ -72,8 +73,8 @@ def test_what_is_timed_is_what_the_layer_computes(layer: nn.Module, shape: tuple
     operation = operation_of(layer)
     assert operation is not None
     x, weight = torch.randn(shape), layer.get_parameter("weight")
-    assert torch.equal(apply(operation, x, weight), layer(x))
-    assert not torch.equal(apply(operation, x, 2 * weight), layer(x))
+    assert torch.equal(apply_operation(operation, x, weight), layer(x))
+    assert not torch.equal(apply_operation(operation, x, 2 * weight), layer(x))
 
 
 def test_a_workload_computes_every_gradient_in_its_setting() -> None:
@@ -224,7 +225,7 @@ def test_what_cannot_be_run_is_modelled(monkeypatch: pytest.MonkeyPatch) -> None
     def fails(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("tdfx.cost.workload.apply", fails)
+    monkeypatch.setattr("tdfx.cost.workload.apply_operation", fails)
     cost = Measured(update_bytes=0, cache=False)
     assert cost.seconds([CONV], FLOW) == Modelled().seconds([CONV], FLOW)
 

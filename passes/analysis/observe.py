@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdfx.cost.setting import Setting, autocast_now
 from tdfx.distributed.processes import Ready, unasked
-from tdfx.kinds.functional import Call, parse_call
+from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import is_candidate, kind_of, operation_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
@@ -75,7 +75,7 @@ class Observed:
 
     entering: defaultdict[str, list[Entered]] = field(default_factory=lambda: defaultdict(list))
     """Path of a layer -> what entered it, call by call."""
-    functional: defaultdict[int, list[tuple[Call, Entered]]] = field(default_factory=lambda: defaultdict(list))
+    functional: defaultdict[int, list[tuple[FunctionCall, Entered]]] = field(default_factory=lambda: defaultdict(list))
     """Parameter, by its identity -> the calls of functions that took it as their weight, with what entered them."""
     kept: defaultdict[object, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     """Path of a layer, or parameter by its identity -> the first samples of what entered, call by call, where asked for."""

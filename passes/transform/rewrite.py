@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from tdfx.distributed.processes import Spread, Task, alone
 from tdfx.errors import PlanError, PolicyError, nearest
 from tdfx.factors.registry import get_scheme
-from tdfx.kinds.functional import Call, parse_call
+from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.stock import build_layer
 from tdfx.layers.copying import rebind, structural_copy
 from tdfx.layers.factorized import Factorized
@@ -196,7 +196,9 @@ def _planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
             continue
         slot = ParameterSlot.of(decision.parameter)
         weight = parameters[decision.parameter]
-        call = Call(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
+        call = FunctionCall(
+            decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups}
+        )
         operation = call.operation(weight.shape)
         # What reads it besides was asked when the plan was made, with example inputs.
         reason, note = obstacle(weight, decision.kind, operation, owners, (), program.shards)

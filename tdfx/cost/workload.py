@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tdfx.cost.count import Flow, count_chain
 from tdfx.cost.setting import computing_in
+from tdfx.factors.functions import apply_operation
 from tdfx.factors.operation import Operation
 
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -76,7 +73,7 @@ class Workload:
     def _forward(self, x: Tensor) -> Tensor:
         with computing_in(self.setting.autocast, self.setting.device_type):
             for operation, weight in zip(self.chain, self.weights, strict=True):
-                x = apply(operation, x, weight)
+                x = apply_operation(operation, x, weight)
         return x
 
     def _random(self, shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
@@ -85,43 +82,3 @@ class Workload:
         made = torch.randn(tuple(shape), generator=generator, device=device).to(dtype)
         layout = _CHANNELS_LAST.get(len(shape) - 2) if self.setting.channels_last else None
         return made.contiguous(memory_format=layout) if layout is not None else made
-
-
-def apply(operation: Operation, x: Tensor, weight: Tensor) -> Tensor:
-    """Compute an operation without bias by torch's functions, as its stock layer does.
-
-    Args:
-        operation: What to compute.
-        x: Shape (samples, in, *size).
-        weight: Shape ``operation.weight_shape``.
-    """
-    if operation.dims == 0:
-        return F.linear(x, weight)
-    if operation.transposed:
-        return _TRANSPOSED[operation.dims](
-            x,
-            weight,
-            None,
-            operation.stride,
-            cast("tuple[int, ...]", operation.padding),
-            operation.output_padding or 0,
-            operation.groups,
-            operation.dilation,
-        )
-    padding = operation.padding
-    if operation.padding_mode != "zeros":
-        x, padding = F.pad(x, _both_ends(operation), mode=operation.padding_mode), (0,) * operation.dims
-    convolution = _CONVOLUTIONS[operation.dims]
-    return convolution(x, weight, None, operation.stride, padding, operation.dilation, operation.groups)
-
-
-def _both_ends(operation: Operation) -> list[int]:
-    """Return the positions to add at both ends of each dimension, last dimension first, as torch pads."""
-    ends: list[int] = []
-    for axis in reversed(range(operation.dims)):
-        if operation.padding == "same":
-            total = operation.dilation[axis] * (operation.kernel[axis] - 1)
-            ends += [total // 2, total - total // 2]
-        else:
-            ends += [0, 0] if isinstance(operation.padding, str) else [operation.padding[axis]] * 2
-    return ends

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tdfx.errors import OptimizerError, PlanError, PolicyError
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
-from tdfx.kinds.functional import Call
+from tdfx.kinds.functional import FunctionCall
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import find_kind, operation_of
 from tdfx.layers.placement import full, shard_like
@@ -152,5 +152,5 @@ def _pulled(model: nn.Module, site: SitePlan) -> _Pulled:
 
 def _operation_of_shape(site: SitePlan) -> Operation | None:
     """Return what functions compute with a parameter, apart from stride, padding and dilation, which no split depends on."""
-    call = Call(site.kind, len(site.shape) - 2, site.transposed, None, {"groups": site.groups})
+    call = FunctionCall(site.kind, len(site.shape) - 2, site.transposed, None, {"groups": site.groups})
     return call.operation(site.shape)
