@@ -98,7 +98,7 @@ def test_or_asks_the_next_rule_where_one_keeps_the_site() -> None:
 def test_where_no_rule_gives_ranks_the_want_of_signal_is_told() -> None:
     for rule in (FIXED | TRUST, TRUST | FIXED, FIXED | TRUST | FIXED):
         assert rule.choose("conv", FRESH) == Choice((), kept=NO_SIGNAL, signal=False)
-    assert (FIXED | Fixed({"a": 1})).choose("conv", FRESH) == Choice((), kept="no pattern of Fixed names it")
+    assert (FIXED | Fixed({"a": 1})).choose("conv", FRESH) == Choice((), kept="no pattern of Fixed matches it")
 
 
 def test_exact_and_patterns_pass_through() -> None:
@@ -240,11 +240,11 @@ def test_rules_as_text(text: str, rule: RankRule) -> None:
         ("params:0", r"parameters=0\.0 is neither a share in \(0, 1\] nor a whole number of at least 1"),
         (
             "energy,floor=8",
-            r"'floor=8' is no bound on ranks: 'floor' is not one of at_least, at_most, round_to\. Write",
+            r"'floor=8' is not a bound on ranks: 'floor' is not one of at_least, at_most, round_to\. Write",
         ),
-        ("energy,", r"'' is no bound on ranks"),
-        ("energy,at_least", r"'at_least' has no number after the equals sign: '' is not one\. Write at_least=8"),
-        ("energy,at_most=lots", r"'at_most=lots' has no number after the equals sign: 'lots'"),
+        ("energy,", r"'' is not a bound on ranks"),
+        ("energy,at_least", r"'at_least' has no number after the equals sign, but ''\. Write at_least=8"),
+        ("energy,at_most=lots", r"'at_most=lots' has no number after the equals sign, but 'lots'"),
         ("energy,at_most=1.5", r"at_most\(1\.5\) is neither"),
         ("energy,round_to=0.5", r"round_to\(0\.5\) is not a whole number"),
     ],

@@ -154,7 +154,7 @@ def test_fixed_takes_the_first_pattern() -> None:
     assert rule.choose("layer2.0", pair).ranks == (3, 2)
     assert rule.choose("fc", pair[:1]).ranks == (5,)
     other = rule.choose("stem", pair)
-    assert (other.ranks, other.signal, other.kept) == ((), True, "no pattern of Fixed names it")
+    assert (other.ranks, other.signal, other.kept) == ((), True, "no pattern of Fixed matches it")
     assert rule.patterns() == ("layer1.*", "layer*", "fc")
     assert rule.exact
     assert not Ratio().exact
@@ -218,10 +218,10 @@ def test_parse_rule_errors() -> None:
     ):
         parse_rule("enrgy:0.9")
     with pytest.raises(
-        PolicyError, match=r"'energy:high' has no number after the colon: 'high' .* for example energy:0\.5\."
+        PolicyError, match=r"'energy:high' has no number after the colon, but 'high'.* for example energy:0\.5\."
     ):
         parse_rule("energy:high")
-    with pytest.raises(PolicyError, match=r"'ratio:' has no number after the colon: '' is not one"):
+    with pytest.raises(PolicyError, match=r"'ratio:' has no number after the colon, but ''"):
         parse_rule("ratio:")
     with pytest.raises(PolicyError, match=r"share=90\.0 is not in \(0, 1\]"):
         parse_rule("energy:90")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,32 +13,37 @@ from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.spectrum import Spectrum
 
 Measure = Literal["weights", "outputs", "curvature"]
-"""What a budget once kept small; all of them are the error of the weights now."""
+"""Accepted as what a budget keeps small; all of them mean the error of the weights."""
 
-_LIMITS = ("speedup", "seconds", "flops", "parameters", "memory")
-"""The fields that are budgets."""
+_TIMES = {
+    "speedup": (1.0, "how many times faster the step shall be. Pass for example speedup=2."),
+    "seconds": (0.0, "what the step may take, in seconds. Pass for example seconds=0.25."),
+}
+"""The limits of time -> the value above which they are valid, and what they mean."""
+_SIZES = ("flops", "parameters", "memory")
+"""The limits that are a share or an amount."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Budget(RankRule):
     """Choose scheme and rank of every site so that together they keep a budget at the least total error.
 
-    ``Policy(speedup=2)`` is short for ``Policy(rank=Budget(speedup=2))``. Several budgets may be given; all are kept. A
+    ``Policy(speedup=2)`` is short for ``Policy(rank=Budget(speedup=2))``. Several limits may be given; all are kept. A
     whole number is an amount, a float in (0, 1] a share of what the model has now.
 
     Example:
         >>> import tdfx, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 512))
-        >>> made = tdfx.plan(model, tdfx.Policy(parameters=0.5))
-        >>> made.parameters_after <= 0.5 * made.parameters_before
+        >>> plan = tdfx.plan(model, tdfx.Policy(parameters=0.5))
+        >>> plan.parameters_after <= 0.5 * plan.parameters_before
         True
     """
 
     speedup: float | None = None
-    """How many times faster the model's training step shall be, above 1. With a cost that measures and example inputs the
-    whole step counts, with all that is not rewritten; else the modelled time of all sites, decided by the budget or not."""
+    """How many times faster the model's training step shall be, above 1. With a cost that measures and example inputs this
+    is the whole step, with everything that is not rewritten; otherwise the modelled time of all sites."""
     seconds: float | None = None
-    """How long the training step may take at most, positive, in seconds; needs a cost that measures and example inputs."""
+    """How long the training step may take, in seconds, positive; needs a cost that measures and example inputs."""
     flops: float | None = None
     """Forward operations of the sites: a share, or a whole number of them; needs example inputs."""
     parameters: float | None = None
@@ -51,13 +55,14 @@ class Budget(RankRule):
     """What is kept small: the sum of the sites' squared errors, each relative to its weight's norm. ``"outputs"`` and
     ``"curvature"`` are accepted, with a warning, and mean the same."""
     strict: bool = True
-    """What becomes of a budget that cannot be kept: True refuses it and says what can be had, False goes nine tenths of the
-    way that can be gone."""
+    """What happens to a budget that cannot be kept: True refuses it and says what is possible, False goes nine tenths of
+    the way to what is possible."""
     floor: float = 0.0
-    """Least share of the full rank to keep in each mode, in [0, 1], of a weight that would lose more than a tenth of its
-    square below that."""
+    """Least share of the full rank to keep in each mode, in [0, 1], where a weight would lose more than a tenth of its
+    squared norm below it."""
     noise_floor: float = 0.0
-    """The same, where it is more, for a weight whose spectrum is still that of noise by EVBMF; 1 keeps it as it is."""
+    """A floor, in [0, 1], for a weight whose spectrum is still that of noise by EVBMF; the higher of the two floors applies
+    to it, and 1 keeps it as it is."""
 
     def __post_init__(self) -> None:
         if not self.limits:
@@ -65,21 +70,13 @@ class Budget(RankRule):
                 "Budget() has no budget: it keeps the error small within one. Pass for example Budget(speedup=2) or "
                 "Budget(parameters=0.5)."
             )
-        for name in ("speedup", "seconds"):
+        for name, (least, meaning) in _TIMES.items():
             value = getattr(self, name)
-            least = 1.0 if name == "speedup" else 0.0
-            if value is not None and not (is_number(value) and least < value < math.inf):
-                raise PolicyError(
-                    f"{name}={value!r} is not a number above {least:g}: it is "
-                    + (
-                        "how many times faster the step shall be. Pass for example speedup=2."
-                        if name == "speedup"
-                        else "what the step may take, in seconds. Pass for example seconds=0.25."
-                    )
-                )
-        for name in ("flops", "parameters", "memory"):
+            if value is not None and not (is_number(value) and least < value):
+                raise PolicyError(f"{name}={value!r} is not a number above {least:g}: it is {meaning}")
+        for name in _SIZES:
             value = getattr(self, name)
-            if value is not None and not (is_number(value) and _is_amount(value)):
+            if value is not None and not (is_number(value) and _is_share_or_amount(value)):
                 raise PolicyError(
                     f"{name}={value!r} is neither a share in (0, 1] nor a whole number of at least 1: it is what may be "
                     f"left. For half of what the model has pass {name}=0.5."
@@ -99,7 +96,7 @@ class Budget(RankRule):
         if not isinstance(self.strict, bool):
             raise PolicyError(
                 f"strict={self.strict!r} is neither True nor False: it says whether a budget that cannot be kept is "
-                f"refused. Pass strict=False to go as far as can be gone."
+                f"refused. Pass strict=False to go most of the way to what is possible."
             )
         for name in ("floor", "noise_floor"):
             check_share(
@@ -111,23 +108,23 @@ class Budget(RankRule):
             )
 
     def __repr__(self) -> str:
-        """Return what was given, and leave out what is as usual."""
-        values = ((one, getattr(self, one.name)) for one in fields(self))
-        return f"Budget({', '.join(f'{one.name}={value!r}' for one, value in values if value != one.default)})"
+        """Return the call that makes the budget, without settings that have their default."""
+        settings = ((setting.name, getattr(self, setting.name), setting.default) for setting in fields(self))
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value, default in settings if value != default)})"
 
     @property
     def limits(self) -> dict[str, float]:
-        """The budgets that are given, by name."""
-        found = {name: getattr(self, name) for name in _LIMITS}
-        return {name: value for name, value in found.items() if value is not None}
+        """The limits that are given, by name."""
+        values = {name: getattr(self, name) for name in (*_TIMES, *_SIZES)}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def is_of_time(self) -> bool:
-        """True if the time of the step counts."""
+        """True if the time of the training step is limited."""
         return self.speedup is not None or self.seconds is not None
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
-        """Raise: one site cannot say what all of them come to.
+        """Raise: a budget is for all sites together, and cannot be kept by one of them.
 
         Raises:
             PolicyError: Always.
@@ -138,7 +135,7 @@ class Budget(RankRule):
         )
 
 
-def _is_amount(value: float) -> bool:
+def _is_share_or_amount(value: float) -> bool:
     return value >= 1 if isinstance(value, int) else 0 < value <= 1 or (value > 1 and value == int(value))
 
 
