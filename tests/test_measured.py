@@ -37,8 +37,8 @@ FLOW = Flow(2, (8, 8))
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDFX_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(measured, "_known", {})
-    monkeypatch.setattr(measured, "_at", {})
-    monkeypatch.setattr(measured, "_hasty", set())
+    monkeypatch.setattr(measured, "_measured_at", {})
+    monkeypatch.setattr(measured, "_provisional", set())
 
 
 @pytest.fixture
