@@ -432,11 +432,11 @@ class Unfinished(tdfx.LayerKind):
         (kind_for(Projection(1, 1)), r"Wrong\.layer is Projection\(\), which names no class"),
         (
             kind_for(nn.Linear),
-            r"Wrong is for <class '.*Linear'>, which tdfx knows by itself\. .* derive a class from it",
+            r"Wrong is for <class '.*Linear'>, which has a built-in kind\. .* derive a class from it",
         ),
         (
             kind_for("transformers.pytorch_utils.Conv1D"),
-            r"Wrong is for 'transformers\.pytorch_utils\.Conv1D', which tdfx",
+            r"Wrong is for 'transformers\.pytorch_utils\.Conv1D', which has a built-in kind",
         ),
     ],
 )
@@ -455,7 +455,7 @@ def test_a_kind_without_an_operation_is_a_kind_error() -> None:
 
 
 def test_a_stock_layer_by_its_dotted_name_is_known_too() -> None:
-    with pytest.raises(tdfx.KindError, match="which tdfx knows by itself"):
+    with pytest.raises(tdfx.KindError, match="which has a built-in kind"):
         register_kind(kind_for("torch.nn.modules.linear.Linear"))
 
 
@@ -476,7 +476,7 @@ class NoWayBack(ProjectionKind):
             NoTranspose,
             r"NoTranspose says that a Projection computes Operation\(in_channels=9, out_channels=5.*, whose weight has the "
             r"shape \(5, 9\); its to_dense gives \(9, 5\) for a parameter of shape \(9, 5\), and from_dense gives \(5, 9\) "
-            r"back\. Mend the kind\.",
+            r"back\. Correct the kind\.",
         ),
         (
             NoWayBack,
@@ -501,9 +501,7 @@ def test_a_kind_that_is_missing_at_the_merge() -> None:
     low = tdfx.rewrite(model, LOW, optimizer=optimizer)
     packed, held = pickle.dumps(low), [id(one) for one in optimizer.param_groups[0]["params"]]
     forget(Projection)
-    text = (
-        "No layer kind is registered for Projection, though one was when the model was rewritten. Import the code that"
-    )
+    text = "No layer kind is registered for Projection, but one was when the model was rewritten. Import the code that"
     with pytest.raises(tdfx.KindError, match=text):
         tdfx.merge(low, optimizer=optimizer)
     assert [id(one) for one in optimizer.param_groups[0]["params"]] == held

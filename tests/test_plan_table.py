@@ -106,9 +106,9 @@ def test_columns_that_would_be_empty_are_left_out() -> None:
 def test_a_part_of_the_sites_is_told_from_all_of_them() -> None:
     lines = shown(PLAN, 80, PLAN.factorized[:2])
     assert len(table(lines)) == 4
-    assert lines[3].rstrip() == "shown: 2 of 36 sites; what follows is of all of them"
+    assert lines[3].rstrip() == "shown: 2 of 36 sites; the totals are those of all sites"
     assert lines[5].rstrip() == "VisionTransformer: 24 of 36 sites factorized; kept: 12 read_elsewhere"
-    assert shown(PLAN, 80, ())[0].rstrip() == "shown: 0 of 36 sites; what follows is of all of them"
+    assert shown(PLAN, 80, ())[0].rstrip() == "shown: 0 of 36 sites; the totals are those of all sites"
     assert "shown:" not in "".join(shown(PLAN, 80))
 
 

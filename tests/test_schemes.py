@@ -209,7 +209,7 @@ def test_cp_stays_bounded_where_no_best_approximation_exists() -> None:
     weight = sum((torch.einsum("o,i,k->oik", *one) for one in corners), torch.zeros(2, 2, 2, dtype=torch.float64))
     dense = operation(2, 2, (2,))
     modes = _from_factors(dense, split(Cp(), dense, weight, (2,)))
-    size = alternating._sizes(modes)
+    size = alternating._norms(modes)
     assert float(size.square().sum()) <= alternating._LARGEST * float(weight.square().sum()) * (1 + 1e-9)
     assert measured(Cp(), dense, weight, (2,)) < 0.6
 
