@@ -71,7 +71,7 @@ def read_record(kind: type[T], data: object) -> T:
         Traceback (most recent call last):
         tdfx.checks.FieldError: has sides[1]='3', which is not a whole number
     """
-    import pydantic  # here, because it takes a while and only files need it
+    import pydantic  # not at the top: it takes a while to load, and only files need it
 
     try:
         text = json.dumps([data], default=str)
@@ -113,11 +113,11 @@ def _field_error(kind: type[Any], problems: Sequence[Any]) -> FieldError:
     last = max((index for index, key in enumerate(path) if isinstance(key, str)), default=0)
     record, field = path[:last], "".join(f"[{key}]" if isinstance(key, int) else key for key in path[last:])
     if problem["type"] == "unexpected_keyword_argument":
-        names = [one.name for one in fields(_kind_at(kind, record))]
+        names = [setting.name for setting in fields(_kind_at(kind, record))]
         return FieldError(f"has the unknown field {field!r}. Nearest: {nearest(field, names)}", record)
     if problem["type"] == "missing":
-        missing = [one["loc"] for one in problems if one["type"] == "missing"]
-        names = [repr(loc[-1]) for loc in missing if loc[:-1] == problem["loc"][:-1]]
+        missing = [other["loc"] for other in problems if other["type"] == "missing"]
+        names = [repr(place[-1]) for place in missing if place[:-1] == problem["loc"][:-1]]
         return FieldError(f"lacks the field{'s' if len(names) > 1 else ''} {', '.join(names)}", record)
     options = problem.get("ctx", {}).get("expected")
     expected = f"one of {options}" if options else _EXPECTED.get(problem["type"])

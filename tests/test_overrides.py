@@ -16,7 +16,7 @@ import pytest
 
 import tdfx
 from tdfx import Budget, Energy, Measured, Modelled, Policy, PolicyError, Ratio
-from tdfx.policies.policy import map_costs, replace_budget
+from tdfx.policies.changes import map_costs, replace_budget
 from tdfx.ranks.budget import DEFAULT_RULE
 
 RULES = (Ratio(of=0.5), Energy(share=0.8), Budget(parameters=0.5), Budget(speedup=2), DEFAULT_RULE)

@@ -127,5 +127,9 @@ def part_of_step(sites: float, step: float) -> float:
 
 def _total(counts: Sequence[int | None]) -> int | None:
     """Return the sum, or None if any count is unknown or there is none."""
-    known = [count for count in counts if count is not None]
-    return sum(known) if counts and len(known) == len(counts) else None
+    total = 0
+    for count in counts:
+        if count is None:
+            return None
+        total += count
+    return total if counts else None

@@ -103,8 +103,8 @@ class _Reader:
         budgets = {key: settings[key] for key in _BUDGETS if key in settings}
         for key, value in settings.items():
             # Each setting is tried alone, so that an error names its key; ``error`` is valid beside a budget only.
-            alone = {**(budgets if key == "error" else {}), key: value}
-            self._make(lambda alone=alone: Policy(**alone), _join(path, key))  # type: ignore[misc]
+            trial = {**(budgets if key == "error" else {}), key: value}
+            self._make(lambda trial=trial: Policy(**trial), _join(path, key))  # type: ignore[misc]
         policy = self._make(lambda: Policy(**settings), path)
         if "overrides" not in table:
             return policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -29,7 +29,7 @@ _DEFAULTS: dict[str, Any] = {
 """The settings that an override inherits, and what they are where nothing is given."""
 _EVERY_SITE: dict[str, Any] = {"include": ("*",), "exclude": (), "overrides": {}}
 """The settings that an override does not inherit, where they leave out no site."""
-_LEFT_OUT: Any = object()
+LEFT_OUT: Any = object()
 """Stands for a setting that was not given, until the policy is checked."""
 
 
@@ -49,11 +49,11 @@ class Policy:
         'svd'
     """
 
-    rank: RankRule = _LEFT_OUT
+    rank: RankRule = LEFT_OUT
     """The rule that reads a rank from each weight, or a budget for all sites. The default makes the step twice as fast at
     the least error, or as near to that as is reasonable, with no rank below an eighth of the full one where much would be
     lost, nor below a quarter where a weight shows no signal yet."""
-    scheme: str = _LEFT_OUT
+    scheme: str = LEFT_OUT
     """How weights are split: ``"auto"`` for tucker2 or svd, whichever fits each site, or a scheme's name, with its options
     after a colon as in ``"tucker2:refine=3"``."""
     include: tuple[str, ...] = ("*",)
@@ -65,15 +65,15 @@ class Policy:
     overrides within it, inherit every ``rank``, ``scheme``, ``min_gain``, ``round_to`` and ``cost`` that they leave out, but
     not ``include``, ``exclude`` and ``overrides``, which say what sites they concern. Where the rank is a budget, the sites
     of an override that gives no rank are part of it, and use this policy's ``cost``."""
-    min_gain: float = _LEFT_OUT
+    min_gain: float = LEFT_OUT
     """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every
     site whatever it costs, so that nothing is measured unless a budget of time asks for it."""
-    round_to: int | Literal["auto"] = _LEFT_OUT
+    round_to: int | Literal["auto"] = LEFT_OUT
     """Ranks are rounded up to a multiple of this, at least 1, since hardware computes channels in blocks. Ranks at full
     rank and ranks given by ``Fixed`` are left alone. ``"auto"`` takes the multiple from each weight's dtype and device
     (CUDA: 16 bytes, from compute capability 8.0 on 128; CPU: a vector register), and a rank below it goes up to a power of
     two instead, so that no rank is doubled."""
-    cost: Cost = _LEFT_OUT
+    cost: Cost = LEFT_OUT
     """What says how long a site takes, dense and factorized: measured on this machine, or ``Modelled()``."""
     speedup: InitVar[float | None] = None
     """A budget in place of ``rank``, which is then ``Budget(...)``: how many times faster the training step shall be."""
@@ -117,20 +117,20 @@ class Policy:
     def _is_left_out(self, name: str) -> bool:
         """Return True for a setting that was not given, nor changed since by ``dataclasses.replace``."""
         value = getattr(self, name)
-        return value is _LEFT_OUT or (name in self._left_out and bool(value == _DEFAULTS[name]))
+        return value is LEFT_OUT or (name in self._left_out and bool(value == _DEFAULTS[name]))
 
     def _rule(self, budgets: Mapping[str, float | None], error: Measure | None) -> RankRule:
         """Return the rank rule that was given, None being no rule, or the budget that the short settings make."""
-        rank = _LEFT_OUT if self.rank is None else self.rank
+        rank = LEFT_OUT if self.rank is None else self.rank
         given: dict[str, Any] = {name: value for name, value in budgets.items() if value is not None}
         if not given:
             if error is not None:
                 raise PolicyError(
-                    f"error={error!r} says what a budget keeps small, and no budget is given beside it. Pass for example "
-                    f"Policy(speedup=2, error={error!r})."
+                    f"error={error!r} says what a budget keeps small, and no budget is given beside it. Leave it out, or "
+                    f"pass a budget such as speedup=2."
                 )
             return rank
-        if rank is not _LEFT_OUT:
+        if rank is not LEFT_OUT:
             raise PolicyError(
                 f"rank={rank!r} and {', '.join(f'{name}={value!r}' for name, value in given.items())} both say which "
                 f"ranks to take. Leave out one of the two."
@@ -196,7 +196,7 @@ class Policy:
     def _given(self) -> Iterator[str]:
         """Yield the settings that say anything in an override."""
         for name in _PUBLIC:
-            if name not in self._left_out and getattr(self, name) != _EVERY_SITE.get(name, _LEFT_OUT):
+            if name not in self._left_out and getattr(self, name) != _EVERY_SITE.get(name, LEFT_OUT):
                 yield name
 
     def __hash__(self) -> int:
@@ -247,42 +247,6 @@ def _public_signature() -> inspect.Signature:
 
 
 Policy.__init__.__signature__ = _public_signature()  # type: ignore[attr-defined]
-
-
-def map_costs(policy: Policy, change: Callable[[Cost], Cost]) -> Policy:
-    """Return a policy with its cost changed, and every cost that an override gives itself.
-
-    Args:
-        policy: It stays as it is.
-        change: Takes a cost and returns the one to use in its place.
-    """
-    return replace(policy, cost=change(policy.cost), overrides=_map_given(policy.overrides, "cost", change))
-
-
-def replace_budget(policy: Policy, budget: Budget) -> Policy:
-    """Return a policy with another budget, which decides the same sites as the present one.
-
-    Args:
-        policy: Its rank is a budget. It stays as it is.
-        budget: The new one.
-    """
-    # An override that repeats the present budget would contradict the new one.
-    overrides = _map_given(policy.overrides, "rank", lambda rank: _LEFT_OUT if rank == policy.rank else rank)
-    return replace(policy, rank=budget, overrides=overrides)
-
-
-def _map_given(
-    overrides: Mapping[str, Policy | None], name: str, change: Callable[[Any], Any]
-) -> dict[str, Policy | None]:
-    """Return overrides with one setting changed in those that give it themselves."""
-    changed: dict[str, Policy | None] = {}
-    for pattern, override in overrides.items():
-        if override is None:
-            changed[pattern] = None
-            continue
-        settings = {} if name in override._left_out else {name: change(getattr(override, name))}
-        changed[pattern] = replace(override, overrides=_map_given(override.overrides, name, change), **settings)
-    return changed
 
 
 def _names_any(patterns: Iterable[str], names: Iterable[str]) -> bool:

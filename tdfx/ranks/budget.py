@@ -67,7 +67,7 @@ class Budget(RankRule):
     def __post_init__(self) -> None:
         if not self.limits:
             raise PolicyError(
-                "Budget() has no budget: it keeps the error small within one. Pass for example Budget(speedup=2) or "
+                "Budget() has no budget: it needs at least one limit. Pass for example Budget(speedup=2) or "
                 "Budget(parameters=0.5)."
             )
         for name, (least, meaning) in _TIMES.items():
@@ -130,8 +130,8 @@ class Budget(RankRule):
             PolicyError: Always.
         """
         raise PolicyError(
-            f"{self!r} cannot choose ranks for site {site!r} alone: it weighs all sites at once, and goes with no other "
-            f"rule and in no override. Use it as the policy's own rank, or give that site another rule."
+            f"{self!r} cannot choose ranks for site {site!r} alone: it weighs all sites at once, and cannot be combined "
+            f"with another rule. Use it as the policy's own rank, or give that site another rule."
         )
 
 

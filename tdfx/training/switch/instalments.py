@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from tdfx.plans.plan import Plan, Reason
-from tdfx.policies.policy import Policy, replace_budget
+from tdfx.policies.changes import replace_budget
+from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget
 
 _NOTHING = Budget(parameters=1.0)

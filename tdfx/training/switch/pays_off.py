@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from tdfx.cost.measured import Measured
 from tdfx.plans.plan import Plan
-from tdfx.policies.policy import Policy, map_costs
+from tdfx.policies.changes import map_costs
+from tdfx.policies.policy import Policy
 
 _MEASURING = 0.01
 """Part of what is left of a training that measuring for it may take."""
