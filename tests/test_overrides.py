@@ -61,7 +61,13 @@ def evaluate_repr(policy: Policy) -> Policy:
     return eval(repr(policy), vars(tdfx) | {"inf": float("inf")})  # type: ignore[no-any-return]
 
 
-CARRIERS = [lambda one: one, copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)), evaluate_repr]
+CARRIERS = [
+    lambda policy: policy,
+    copy.copy,
+    copy.deepcopy,
+    lambda policy: pickle.loads(pickle.dumps(policy)),
+    evaluate_repr,
+]
 
 
 def test_every_setting_is_inherited_or_says_which_sites_are_concerned() -> None:

@@ -1,4 +1,4 @@
-"""Policies from TOML, JSON and mappings are those that Python would make, and what is wrong is named with its place."""
+"""Policies from TOML, JSON and mappings equal those made in Python; errors name the file and the key."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ EXPECTED = tdfx.Policy(
 )
 
 
-def test_toml_json_and_mappings_give_the_policy_that_python_would(tmp_path: Path) -> None:
+def test_toml_json_and_mappings_give_the_policy_of_python(tmp_path: Path) -> None:
     import tomllib
 
     (tmp_path / "p.toml").write_text(TOML)
@@ -82,7 +82,7 @@ def test_toml_json_and_mappings_give_the_policy_that_python_would(tmp_path: Path
         ),
     ],
 )
-def test_every_setting_is_taken(table: dict[str, Any], expected: tdfx.Policy) -> None:
+def test_every_setting_is_read(table: dict[str, Any], expected: tdfx.Policy) -> None:
     assert tdfx.read_policy(table) == expected
 
 
@@ -98,7 +98,7 @@ def test_every_setting_of_a_policy_has_its_key() -> None:
     with pytest.raises(PolicyError) as caught:
         tdfx.read_policy({"colour": "red"})
     named = str(caught.value).rpartition("all of them: ")[2].rstrip(".").split(", ")
-    assert set(named) == {one.name for one in fields(tdfx.Policy) if not one.name.startswith("_")} | budgets
+    assert set(named) == {field.name for field in fields(tdfx.Policy) if not field.name.startswith("_")} | budgets
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -135,8 +135,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("table", "message"), WRONG, ids=lambda one: str(one)[:40])
-def test_what_is_wrong_is_named_with_its_file_and_key(table: dict[str, Any], message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("table", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_an_error_names_the_file_and_the_key(table: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(
         PolicyError, match=re.escape(f"The policy{message}" if message[0] in ",:" else f"The policy {message}")
     ):
@@ -161,7 +161,7 @@ def test_what_is_wrong_is_named_with_its_file_and_key(table: dict[str, Any], mes
         ("p.yaml", "rank: vbmf", r"is neither TOML nor JSON by its name. Name a file that ends in \.toml or \.json"),
     ],
 )
-def test_a_file_that_is_no_policy_is_refused(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_policy_is_refused(name: str, text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(PolicyError, match=f"The policy '.*{re.escape(name)}'.*{message}"):
@@ -174,7 +174,7 @@ def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
         tdfx.read_policy(tmp_path / "p.toml")
 
 
-def test_rules_in_a_string_are_those_of_python() -> None:
+def test_rules_in_a_string_equal_those_of_python() -> None:
     assert parse_rule("vbmf:0.5,at_most=0.5 |energy| ratio:0.25") == (
         tdfx.VBMF(floor=0.5).at_most(0.5) | tdfx.Energy() | tdfx.Ratio(of=0.25)
     )
@@ -187,13 +187,13 @@ def test_an_override_may_be_part_of_the_budget_around_it() -> None:
     assert policy == tdfx.Policy(parameters=0.5, cost=tdfx.Modelled(), overrides={"fc": tdfx.Policy(scheme="svd")})
 
 
-def test_overrides_within_overrides_have_an_end(tmp_path: Path) -> None:
+def test_overrides_nested_without_end_are_refused(tmp_path: Path) -> None:
     deep: dict[str, Any] = {}
     for _ in range(sys.getrecursionlimit()):
         deep = {"overrides": {"*": deep}}
     with pytest.raises(PolicyError, match="The policy has overrides within overrides without end"):
         tdfx.read_policy(deep)
-    # What a file may hold is bounded by what its parser takes, but that is deeper than what can be made of it.
+    # The parser limits the depth of a file too, but at a greater depth than policies can have.
     depth = sys.getrecursionlimit() // 4
     (tmp_path / "p.json").write_text('{"overrides": {"*": ' * depth + "{}" + "}}" * depth)
     with pytest.raises(PolicyError, match=r"The policy '.*p\.json' (has overrides within|is not JSON)"):

@@ -21,12 +21,12 @@ def test_a_target_is_the_budget_of_its_share(name: str) -> None:
     assert caught[0].filename == __file__
 
 
-def test_all_of_the_parameters_is_a_share_and_no_amount() -> None:
+def test_one_as_a_target_is_a_share_and_not_an_amount() -> None:
     with pytest.warns(TdfxWarning, match="Target"):
         assert Target(parameters=1) == Budget(parameters=1.0)
 
 
-def test_the_short_forms_are_budgets_and_warn_of_nothing() -> None:
+def test_the_short_forms_are_budgets_without_a_warning() -> None:
     assert parse_rule("params:0.5") == Budget(parameters=0.5)
     assert parse_rule("flops:0.5") == Budget(flops=0.5)
     assert tdfx.read_policy({"rank": "params:0.5"}) == Policy(parameters=0.5)
