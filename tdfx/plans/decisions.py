@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tdfx.errors import nearest
-from tdfx.plans.site import SitePlan, Whole
+from tdfx.plans.site import Int64, SitePlan
 
 Emit = Literal["graph", "modules"]
 """How a rewritten model is given back: as a ``GraphModule``, or as the same class with its sites swapped."""
@@ -27,7 +27,7 @@ class Decisions:
     """The class of the model."""
     policy: str = ""
     """The policy as it prints itself; for the record only."""
-    other_parameters: Whole = 0
+    other_parameters: Int64 = 0
     """Parameters of the model that belong to no site's weight: biases, norms, embeddings."""
     step_seconds: float | None = None
     """Measured time of the model's training step as it is now, in seconds; None where it was not measured."""

@@ -10,7 +10,7 @@ from annotated_types import Interval
 
 from tdfx.errors import PlanError
 
-Whole = Annotated[int, Interval(gt=-(2**63), lt=2**63)]
+Int64 = Annotated[int, Interval(gt=-(2**63), lt=2**63)]
 """A whole number of 64 bits: a larger one in a plan file is a mistake, and could not be turned into a float."""
 
 
@@ -55,12 +55,12 @@ class SitePlan:
     """Path of the layer in the model, "" for a model that is itself the layer; or path of the parameter."""
     kind: str
     """The layer kind, such as ``Conv2d``, or a function, such as ``F.linear``."""
-    shape: tuple[Whole, ...]
+    shape: tuple[Int64, ...]
     """Shape of the weight in torch's layout, (out, in / groups, *kernel) or transposed (in, out / groups, *kernel); () where
     it is not known yet."""
-    calls: Whole
+    calls: Int64
     """How many times one forward pass calls the layer, where that is known; 0 if never."""
-    groups: Whole = 1
+    groups: Int64 = 1
     """Blocks of channels that do not see one another, at least 1."""
     transposed: bool = False
     """True for a transposed convolution."""
@@ -68,26 +68,26 @@ class SitePlan:
     """Path of the parameter that functions take as their weight, where the site is such calls; None for a layer."""
     scheme: str | None = None
     """The scheme, or None where the site is kept."""
-    ranks: tuple[Whole, ...] | None = None
+    ranks: tuple[Int64, ...] | None = None
     """One rank for each mode, or None where the site is kept."""
-    full_ranks: tuple[Whole, ...] | None = None
+    full_ranks: tuple[Int64, ...] | None = None
     """The ranks at which nothing would be lost, where a scheme fits."""
     reason: Reason | None = None
     """Why the site is kept, or None where it is factorized."""
     note: str = ""
     """What else there is to know of the decision, in words."""
-    parameters_before: Whole
+    parameters_before: Int64
     """Values in the weight, or in the factors of a site that is factorized already."""
-    parameters_after: Whole
+    parameters_after: Int64
     """Values in the factors, or as before where the site is kept."""
-    flops_before: Whole | None = None
+    flops_before: Int64 | None = None
     """Floating-point operations of one forward pass as the site is now; None without example inputs."""
-    flops_after: Whole | None = None
+    flops_after: Int64 | None = None
     """The same, after the rewrite."""
-    memory_before: Whole | None = None
+    memory_before: Int64 | None = None
     """Bytes that the site adds to a training step as it is now: weights, gradients, two moments, and the activations
     between its factors; None without example inputs."""
-    memory_after: Whole | None = None
+    memory_after: Int64 | None = None
     """The same, after the rewrite."""
     seconds_before: float | None = None
     """Measured time of the site's training step as it is now, over all its calls, in seconds; None where not measured."""
