@@ -39,8 +39,8 @@ def plan(
         policy: What to rewrite and how far; ``Policy()`` if left out.
         example_inputs: Inputs that the model accepts, for the FLOPs and times of each site: a tensor, a tuple of
             positional arguments, or a mapping of keyword arguments. Without them nominal shapes are assumed.
-        optimizer: What trains the model; read, and only by a budget whose ``error`` is ``"curvature"``.
-        masters: The wider copies that the optimizer trains, as for ``rewrite``; for the same budget.
+        optimizer: Not used; accepted for compatibility.
+        masters: Not used; accepted for compatibility.
         emit: How ``rewrite`` is to give the model back: ``"graph"`` or ``"modules"``.
 
     Returns:

@@ -225,8 +225,8 @@ def test_a_run_with_low_ranks_is_another(study: Any, dense: Any) -> None:
 
 
 def test_a_policy_that_cannot_be_followed_is_said_to_be(study: Any, dense: Any) -> None:
-    found = study.with_policy("curved", tdfx.Policy(speedup=1.5, error="curvature"), {})
-    assert "second moments" in found.refused
+    found = study.with_policy("small", tdfx.Policy(parameters=1e-6), {})
+    assert "cannot be kept" in found.refused
     again = tool("study_default")._read(None)
     assert again == []
 
@@ -273,5 +273,5 @@ def test_text_is_held_out_and_answers_are_the_next_bytes() -> None:
 
 def test_every_candidate_has_a_name_of_its_own() -> None:
     found = tool("study_default").candidates()
-    assert len(found) == 23
+    assert len(found) == 17
     assert tdfx.Policy() in found.values()

@@ -90,7 +90,9 @@ class Bench:
 
     def check(self, net: Net, plan: tdfx.Plan, small: torch.nn.Module, rounds: int) -> StepCheck:
         """Time the steps."""
-        return plan.check(small, example_inputs=(net.x,), dense=net.model, autocast=net.autocast, rounds=rounds)
+        return tdfx.check_step(
+            plan, small, example_inputs=(net.x,), dense=net.model, autocast=net.autocast, rounds=rounds
+        )
 
     def plan(self, net: Net, **wish: Any) -> tuple[tdfx.Plan, float]:
         """Return a plan, and how long it took to make."""
