@@ -16,7 +16,7 @@ import pytest
 
 import tdfx
 from tdfx import Budget, Energy, Measured, Modelled, Policy, PolicyError, Ratio
-from tdfx.policies.changes import map_costs, replace_budget
+from tdfx.policies.changes import map_costs
 from tdfx.ranks.budget import DEFAULT_RULE
 
 RULES = (Ratio(of=0.5), Energy(share=0.8), Budget(parameters=0.5), Budget(speedup=2), DEFAULT_RULE)
@@ -220,19 +220,6 @@ def test_costs_are_changed_where_they_are_given() -> None:
     expected = Policy(overrides={"b": Policy(cost=Modelled())})
     assert changed == Policy(cost=Measured(budget=3), overrides={"a": expected, "c": None})
     assert in_force(dataclasses.replace(changed, rank=Ratio(), cost=Measured(budget=4)), "a").cost == Measured(budget=4)
-
-
-@pytest.mark.parametrize("old", [DEFAULT_RULE, Budget(parameters=0.5)], ids=repr)
-def test_a_new_budget_decides_the_sites_of_the_old_one(old: Budget) -> None:
-    overrides = {
-        "a.*": Policy(scheme="svd", overrides={"a.b": Policy(min_gain=0)}),
-        "c": Policy(rank=old, round_to=1),
-        "d*": Policy(rank=Ratio(), overrides={"de": Policy(round_to=1)}),
-    }
-    policy = replace_budget(Policy(rank=old, overrides=overrides), Budget(parameters=0.25))
-    ranks = {site: in_force(policy, site).rank for site in ("other", "a.c", "a.b", "c", "d", "de")}
-    assert ranks == dict.fromkeys(("other", "a.c", "a.b", "c"), Budget(parameters=0.25)) | {"d": Ratio(), "de": Ratio()}
-    assert in_force(policy, "c").round_to == 1
 
 
 def test_private_settings_are_not_shown() -> None:
