@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from tdfx.errors import OptimizerError, PolicyError
 from tdfx.plans.plan import Plan
+from tdfx.policies.former import is_text_of
 from tdfx.policies.policy import Policy
 from tdfx.training.methods.rewarm import Rewarm
 from tdfx.training.switch.events import SwitchEvent
@@ -55,8 +56,9 @@ def attributes_of(
         raise PolicyError(
             f"This is not the state of a Switch of this version: {_short(state)}. Pass what Switch.state_dict returned."
         )
+    is_same = {"policy": is_text_of(str(state.get("policy")), policy), "when": state.get("when") == repr(when)}
     for key, own in (("policy", _named(policy)), ("when", repr(when))):
-        if state.get(key) != own:
+        if not is_same[key]:
             raise PolicyError(
                 f"The state was saved with {key}={state.get(key)}, and this switch has {key}={own}: it would decide "
                 f"otherwise than the run it came from. Make the Switch with the same {key}, or start without the state."
