@@ -17,6 +17,7 @@ import pytest
 import tdfx
 from tdfx import Budget, Energy, Measured, Modelled, Policy, PolicyError, Ratio
 from tdfx.policies.changes import map_costs
+from tdfx.policies.former import is_text_of
 from tdfx.ranks.budget import DEFAULT_RULE
 
 RULES = (Ratio(of=0.5), Energy(share=0.8), Budget(parameters=0.5), Budget(speedup=2), DEFAULT_RULE)
@@ -228,3 +229,62 @@ def test_private_settings_are_not_shown() -> None:
     assert parameters["min_gain"].default == 1.05
     assert parameters["rank"].default == DEFAULT_RULE
     assert "_left_out" not in pydoc.render_doc(Policy).partition("Data and other attributes")[0]
+
+
+FORMER = [
+    (
+        "Policy(rank=Ratio(of=0.5), scheme='auto', include=('*',), exclude=(), overrides={'fc': Policy(scheme='svd', "
+        "include=('*',), exclude=(), overrides={'x': Policy(scheme='svd', include=('*',), exclude=(), overrides={}, "
+        "min_gain=0, round_to=8, cost=Measured(budget=15.0, rounds=3, autocast=None, cache=True, update_bytes=28))}, "
+        "min_gain=0, round_to=8, cost=Measured(budget=15.0, rounds=3, autocast=None, cache=True, update_bytes=28)), "
+        "'no': None}, min_gain=0, round_to=8, cost=Measured(budget=15.0, rounds=3, autocast=None, cache=True, "
+        "update_bytes=28))",
+        Policy(
+            rank=Ratio(of=0.5),
+            min_gain=0,
+            overrides={"fc": Policy(scheme="svd", overrides={"x": Policy()}), "no": None},
+        ),
+    ),
+    *(
+        (
+            "Policy(rank=Budget(speedup=2), scheme='auto', include=('*',), exclude=(), overrides={'fc': "
+            f"Policy(scheme='svd', include=('*',), exclude=(), overrides={{}}, min_gain=1.05, round_to=8, cost={cost!r})}}, "
+            f"min_gain=1.05, round_to=8, cost={Modelled()!r})",
+            Policy(speedup=2, cost=Modelled(), overrides={"fc": Policy(scheme="svd")}),
+        )
+        for cost in (Measured(), Modelled())  # from Python, and from a file
+    ),
+    (
+        repr(Policy(parameters=0.5)).replace("Budget(", "Target("),
+        Policy(parameters=0.5),
+    ),
+    (
+        repr(Policy(speedup=2)).replace("speedup=2", "speedup=2, error='outputs'"),
+        Policy(speedup=2),
+    ),
+]
+"""Texts that earlier versions printed, and policies that decide as those did."""
+
+
+@pytest.mark.parametrize(("text", "policy"), FORMER, ids=["nested", "python", "file", "target", "outputs"])
+def test_a_policy_is_recognized_by_its_former_text(text: str, policy: Policy) -> None:
+    assert is_text_of(text, policy)
+    assert is_text_of(repr(policy), policy)
+    assert not is_text_of(text, dataclasses.replace(policy, round_to=4))
+    assert not is_text_of(text, dataclasses.replace(policy, rank=Energy()))
+
+
+def test_a_former_text_of_a_policy_that_decided_otherwise_is_refused() -> None:
+    # An override made in Python had the default of what it left out.
+    former = FORMER[0][0].replace("min_gain=0, round_to=8, cost=Measured(budget=15.0", "min_gain=1.05, round_to=8", 1)
+    assert not is_text_of(former, FORMER[0][1])
+
+
+@pytest.mark.parametrize("text", [text for text, _ in FORMER], ids=["nested", "python", "file", "target", "outputs"])
+def test_the_state_of_a_switch_with_a_former_text_loads(text: str) -> None:
+    policy = dict(FORMER)[text]
+    state = tdfx.Switch(policy, when=tdfx.AtStep(3)).state_dict()
+    assert state["policy"] == repr(policy)
+    tdfx.Switch(policy, when=tdfx.AtStep(3)).load_state_dict({**state, "policy": text})
+    with pytest.raises(PolicyError, match="The state was saved with policy="):
+        tdfx.Switch(Policy(rank=Energy()), when=tdfx.AtStep(3)).load_state_dict({**state, "policy": text})

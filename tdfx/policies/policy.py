@@ -179,7 +179,7 @@ class Policy:
 
     def __repr__(self) -> str:
         """Return the call that makes the policy; its overrides show only what they were given."""
-        return self._call(_PUBLIC)
+        return self._call(PUBLIC)
 
     def _call(self, names: Iterable[str]) -> str:
         return f"Policy({', '.join(f'{name}={self._text(name)}' for name in names)})"
@@ -195,7 +195,7 @@ class Policy:
 
     def _given(self) -> Iterator[str]:
         """Yield the settings that say anything in an override."""
-        for name in _PUBLIC:
+        for name in PUBLIC:
             if name not in self._left_out and getattr(self, name) != _EVERY_SITE.get(name, LEFT_OUT):
                 yield name
 
@@ -232,7 +232,8 @@ class Policy:
         }
 
 
-_PUBLIC = tuple(setting.name for setting in fields(Policy) if not setting.name.startswith("_"))
+PUBLIC = tuple(setting.name for setting in fields(Policy) if not setting.name.startswith("_"))
+"""The settings of a policy, in the order in which it prints them."""
 
 
 def _public_signature() -> inspect.Signature:
