@@ -456,12 +456,12 @@ def check_a_budget_is_solved_by_the_first_process_alone() -> None:
     policy = tdfx.Policy(parameters=0.6, min_gain=0, round_to=1, cost=tdfx.Modelled())
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr("tdfx.passes.planning.budget.best_choice", unasked)
+            patch.setattr("tdfx.passes.planning.budget.solve_knapsack", unasked)
         plans: list[Any] = [None, None]
         dist.all_gather_object(plans, tdfx.plan(DDP(net()), policy).to_json())
         assert plans[0] == plans[1]
         assert tdfx.Plan.from_json(plans[0]).factorized
-        patch.setattr("tdfx.passes.planning.knapsack.SECONDS", 0.0)
+        patch.setattr("tdfx.passes.planning.knapsack.TIME_LIMIT", 0.0)
         with refused(tdfx.PolicyError, "No choice for the 3 sites was found in 20 s that keeps Budget"):
             tdfx.plan(DDP(net()), policy)
 

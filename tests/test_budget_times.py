@@ -99,7 +99,7 @@ def test_a_check_says_how_much_of_the_prediction_was_estimated() -> None:
 
 def test_a_solver_out_of_time_is_an_error_only_where_the_budget_must_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = planned(parameters=0.4, flops=0.4)
-    ready = knapsack._quiet
+    ready = knapsack._silent_solver
 
     def hasty() -> highspy.Highs:
         highs = ready()
@@ -107,13 +107,13 @@ def test_a_solver_out_of_time_is_an_error_only_where_the_budget_must_be_kept(mon
         highs.setOptionValue("presolve", "off")
         return highs
 
-    monkeypatch.setattr(knapsack, "_quiet", hasty)
+    monkeypatch.setattr(knapsack, "_silent_solver", hasty)
     for strict in (True, False):
         first = planned(rank=Budget(parameters=0.4, flops=0.4, strict=strict))
         assert first.parameters_after <= 0.4 * first.parameters_before
         assert first.total_error >= found.total_error > 0
         assert "the solver's 20 s ran out: the best choice that it had found by then was taken" in " ".join(first.notes)
-    monkeypatch.setattr(knapsack, "SECONDS", 0.0)
+    monkeypatch.setattr(knapsack, "TIME_LIMIT", 0.0)
     with pytest.raises(PolicyError, match=r"No choice for the 4 sites was found in 20 s that keeps Budget\(flops=0\.4"):
         planned(parameters=0.4, flops=0.4)
     kept = planned(rank=Budget(parameters=0.4, flops=0.4, strict=False))
@@ -148,7 +148,7 @@ def test_one_process_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def solves(*_: Any) -> Any:
         raise AssertionError("only the first process solves")
 
-    monkeypatch.setattr("tdfx.passes.planning.budget.best_choice", solves)
+    monkeypatch.setattr("tdfx.passes.planning.budget.solve_knapsack", solves)
     assert as_process(Other()) == first
     assert list(received) == []
     assert len(sent) > 2

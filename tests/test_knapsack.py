@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdfx.passes.planning import knapsack
-from tdfx.passes.planning.knapsack import Item, NoneFoundError, OutOfReachError, best_choice, least_totals
+from tdfx.passes.planning.knapsack import InfeasibleError, Item, TimeLimitError, least_totals, solve_knapsack
 
 numbers = st.integers(0, 50)
 places = st.lists(
@@ -43,10 +43,10 @@ def by_trying(given: list[list[Item]], limits: list[float]) -> float:
 def test_nothing_that_keeps_the_limits_is_better(given: list[list[Item]], limits: list[float]) -> None:
     least = by_trying(given, limits)
     if least == math.inf:
-        with pytest.raises(OutOfReachError):
-            best_choice(given, limits)
+        with pytest.raises(InfeasibleError):
+            solve_knapsack(given, limits)
         return
-    choice = [place[index] for place, index in zip(given, best_choice(given, limits).picks, strict=True)]
+    choice = [place[index] for place, index in zip(given, solve_knapsack(given, limits).picks, strict=True)]
     assert all(total(choice, index) <= limit for index, limit in enumerate(limits))
     assert sum(one.loss for one in choice) == pytest.approx(least, abs=1e-4)
 
@@ -54,9 +54,9 @@ def test_nothing_that_keeps_the_limits_is_better(given: list[list[Item]], limits
 def test_a_choice_that_is_good_place_by_place_is_not_the_best() -> None:
     # Greedily, by what a unit of cost saves, the first place would be cut; then the second does not fit any more.
     given = [[Item(0.0, (5.0,)), Item(1.0, (4.0,))], [Item(0.0, (5.0,)), Item(2.0, (2.0,))]]
-    assert best_choice(given, [7.0]).picks == [0, 1]
-    assert best_choice(given, [10.0]).picks == [0, 0]
-    assert best_choice(given, [6.0]).picks == [1, 1]
+    assert solve_knapsack(given, [7.0]).picks == [0, 1]
+    assert solve_knapsack(given, [10.0]).picks == [0, 0]
+    assert solve_knapsack(given, [6.0]).picks == [1, 1]
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e9])
@@ -65,11 +65,11 @@ def test_units_do_not_matter(scale: float) -> None:
         [Item(0.0, (5 * scale,)), Item(scale, (4 * scale,))],
         [Item(0.0, (5 * scale,)), Item(2 * scale, (2 * scale,))],
     ]
-    assert best_choice(given, [7 * scale]).picks == [0, 1]
+    assert solve_knapsack(given, [7 * scale]).picks == [0, 1]
 
 
 def test_without_places_there_is_nothing_to_choose() -> None:
-    assert best_choice([], [1.0]).picks == []
+    assert solve_knapsack([], [1.0]).picks == []
 
 
 def test_the_least_of_each_cost_alone() -> None:
@@ -92,20 +92,20 @@ def many() -> tuple[list[list[Item]], list[float]]:
 
 def test_what_is_found_when_time_is_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     places, limits = many()
-    best = best_choice(places, limits)
+    best = solve_knapsack(places, limits)
     assert best.proven
-    ready = knapsack._quiet
+    ready = knapsack._silent_solver
 
     def hasty() -> highspy.Highs:
         highs = ready()
         highs.setOptionValue("mip_max_improving_sols", 1)
         return highs
 
-    monkeypatch.setattr(knapsack, "_quiet", hasty)
-    first = best_choice(places, limits)
+    monkeypatch.setattr(knapsack, "_silent_solver", hasty)
+    first = solve_knapsack(places, limits)
     assert not first.proven
 
-    def chosen(choice: knapsack.Choice) -> list[Item]:
+    def chosen(choice: knapsack.Selection) -> list[Item]:
         return [place[pick] for place, pick in zip(places, choice.picks, strict=True)]
 
     assert all(total(chosen(first), index) <= limit for index, limit in enumerate(limits))
@@ -114,9 +114,9 @@ def test_what_is_found_when_time_is_up_counts(monkeypatch: pytest.MonkeyPatch) -
 
 def test_no_time_is_not_the_same_as_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     places, limits = many()
-    monkeypatch.setattr(knapsack, "SECONDS", 0.0)
-    with pytest.raises(NoneFoundError):
-        best_choice(places, limits)
+    monkeypatch.setattr(knapsack, "TIME_LIMIT", 0.0)
+    with pytest.raises(TimeLimitError):
+        solve_knapsack(places, limits)
     monkeypatch.undo()
-    with pytest.raises(OutOfReachError):
-        best_choice(places, [1.0, 1.0])
+    with pytest.raises(InfeasibleError):
+        solve_knapsack(places, [1.0, 1.0])
