@@ -76,7 +76,8 @@ def check_compiled_inside_and_outside() -> None:
     def inside(wrapper: Any) -> Any:
         return wrapper._orig_mod if hasattr(wrapper, "_orig_mod") else wrapper.module
 
-    for wrapped in (torch.compile(DDP(net()), backend="eager"), DDP(torch.compile(net(), backend="eager"))):
+    outside: Any = torch.compile(DDP(net()), backend="eager")
+    for wrapped in (outside, DDP(torch.compile(net(), backend="eager"))):
         small: Any = tdfx.rewrite(wrapped, HALF)
         assert type(small) is type(wrapped)
         assert type(inside(small)) is type(inside(wrapped))
