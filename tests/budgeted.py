@@ -39,6 +39,30 @@ class ByFlops:
         return 0.0
 
 
+class Scaled(ByFlops):
+    """Takes a fixed number of times as long as estimated; measures some of the sites of the first request, or all of each.
+
+    Args:
+        scale: How many times longer.
+        sites: Which sites to measure; None for all.
+    """
+
+    modelled = Modelled(seconds_per_call=0)
+
+    def __init__(self, scale: float, sites: slice | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.sites = sites
+
+    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
+        return self.scale * self.modelled.seconds(chain, flow)
+
+    def measure(self, groups: Any, *, spent: float = 0.0) -> dict[Any, float]:
+        if self.sites is not None:
+            groups = [] if self.requests else list(groups)[self.sites]
+        return super().measure(groups)
+
+
 def with_decaying_spectra(model: nn.Module) -> nn.Module:
     """Give the weights of a model spectra that decay, each at a pace of its own."""
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]

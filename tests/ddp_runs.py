@@ -89,7 +89,7 @@ def training_run(
 
 
 def assert_same_bits(model: nn.Module, optimizer: Optimizer) -> None:
-    """Hold parameters, buffers and optimizer state to be the same bits on both processes."""
+    """Assert that parameters, buffers and optimizer state are the same bits on both processes."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     first, second = on_both([tensor.detach().numpy().tobytes() for tensor in tensors])
@@ -103,7 +103,7 @@ def distance(model: nn.Module, other: nn.Module) -> float:
 
 
 def assert_whole_batch_gradients(wrapped: Any, seed: int) -> None:
-    """Hold the gradients of a backward pass, each process on its half, to be those of the whole batch on one process."""
+    """Assert that a backward pass, each process on its half of a batch, gives the gradients of the whole batch."""
     x, y = next(batches(seed, 1))
     loss_of(wrapped, half(x), half(y)).backward()
     expected = torch.autograd.grad(loss_of(wrapped.module, x, y), list(wrapped.parameters()))

@@ -168,7 +168,7 @@ def training_run(
 
 
 def assert_same_runs(sharded_run: Run, single_run: Run) -> None:
-    """Hold a run on two processes to end where the run on one process ends."""
+    """Assert that a run on two processes ends where the run on one process ends."""
     assert distance(sharded_run.factorized, single_run.factorized) < ROUNDING
     assert distance(sharded_run.merged, single_run.merged) < ROUNDING
 

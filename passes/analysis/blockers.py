@@ -69,7 +69,7 @@ def blocker_of_weight(
         operation: What is computed with it; None for what no scheme supports.
         owners: Parameter, by identity -> the number of modules that hold it.
         reads: Parameters, by identity, that something reads besides.
-        shards: Whether a sharded weight is one that FSDP2 gathers, and so as good as a plain tensor.
+        shards: Whether FSDP2 gathers sharded weights, so that they count as plain tensors.
     """
     if is_traceable_wrapper_subclass(weight) and not (shards and is_sharded(weight)):
         return Reason.PARAMETRIZED, f"its weight is a {type(weight.data).__name__}, which is no plain tensor"

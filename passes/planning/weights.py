@@ -48,7 +48,7 @@ def check_weight(site: Site, rule: RankRule | None = None) -> None:
 
     Args:
         site: A site that may be split.
-        rule: The rule that will choose its ranks; one that reads no values takes a weight without values. None if the
+        rule: The rule that will choose its ranks; a rule that reads no values accepts a weight without values. None if the
             weight will be split in any case.
     """
     if has_values(site):
