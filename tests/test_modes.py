@@ -203,7 +203,7 @@ def test_where_two_modules_could_decide_a_constant_the_block_is_called_as_it_is(
     kept = block in {"Scaling", "Clipping"}
     assert ("one" in called) == ("other" in called) == kept
     notes = tdfx.plan(dense, FULL).notes
-    expected = f"the graph calls 2 {block} as it is: its forward is another one in train than in eval mode"
+    expected = f"the graph calls 2 {block} as it is: its forward differs between train and eval mode"
     assert notes == ((expected,) if kept else ())
     for modes in MIXED:
         for model in (dense, made):
@@ -564,7 +564,7 @@ class Extra(nn.Module):
 def test_another_structure_of_a_block_keeps_the_block_and_its_own_mode_decides() -> None:
     dense = nn.Sequential(Extra(), nn.Tanh(), Extra()).double()
     plan = tdfx.plan(dense, FULL)
-    note = "the graph calls 2 Extra as it is: its forward is another one in train than in eval mode"
+    note = "the graph calls 2 Extra as it is: its forward differs between train and eval mode"
     assert plan.notes == (note,)
     assert len(plan.factorized) == 4
     made = graph_of(dense)

@@ -19,10 +19,8 @@ from tdfx.cost.modelled import MeasuringCost
 from tdfx.cost.setting import computing_in
 from tdfx.cost.timing import Timing, take_turns
 from tdfx.errors import InputError, PolicyError, TdfxError
-from tdfx.layers.copying import HOOKS
 from tdfx.passes.analysis.observe import Inputs, split_inputs
-from tdfx.passes.analysis.sandbox import isolated
-from tdfx.passes.analysis.tracer import scratch_copy, with_own_parameters
+from tdfx.passes.analysis.sandbox import clone_parameters, isolated, remove_hooks, scratch_copy
 from tdfx.passes.base import Pass, PassResult
 from tdfx.passes.program import Program
 
@@ -134,9 +132,11 @@ class TrainingStep:
         self.arguments, self.named = tree_map_only(Tensor, lambda x: x.detach().clone(), split_inputs(inputs))
         self.device = next((str(parameter.device) for parameter in module.parameters()), "cpu")
         self.autocast = autocast
-        self.module = _without_backward_hooks(scratch_copy(module, mode=True))
+        self.module = scratch_copy(module, training=True)
+        # Backward hooks are for the gradients of the training.
+        remove_hooks(self.module, backward_only=True)
         # A forward may write to its parameters, and hooks hang on them.
-        with_own_parameters(self.module)
+        clone_parameters(self.module)
         try:
             with isolated(self.module):
                 self._forward()
@@ -177,16 +177,6 @@ def time_steps(steps: Sequence[TrainingStep], *, rounds: int = 3, most_seconds: 
     runs: list[Callable[[], None]] = [step.run for step in steps]
     with isolated(steps[0].module):
         return take_turns(runs, device=steps[0].device, rounds=rounds, most_seconds=most_seconds)
-
-
-def _without_backward_hooks(module: nn.Module) -> nn.Module:
-    """Remove the user's backward hooks from a scratch copy: they are for the gradients of the training."""
-    for submodule in module.modules():
-        for name in HOOKS:
-            hooks = submodule.__dict__[name]
-            if "backward" in name and hasattr(hooks, "clear"):
-                submodule.__dict__[name] = type(hooks)()
-    return module
 
 
 def _has_gradient(value: object) -> bool:

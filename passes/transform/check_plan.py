@@ -8,7 +8,7 @@ from tdfx.errors import PlanError, PolicyError, nearest
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.functional import FunctionCall
 from tdfx.layers.factorized import Factorized
-from tdfx.passes.analysis.blockers import obstacle
+from tdfx.passes.analysis.blockers import blocker_of_weight
 from tdfx.passes.analysis.uses import owners_of
 from tdfx.passes.planning.weights import check_weight
 from tdfx.passes.program import ParameterSlot, Program, Site
@@ -34,7 +34,7 @@ def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
         )
         operation = call.operation(weight.shape)
         # Whether anything else reads the weight was checked when the plan was made, with example inputs.
-        reason, note = obstacle(weight, decision.kind, operation, owners, (), program.shards)
+        reason, note = blocker_of_weight(weight, decision.kind, operation, owners, (), program.shards)
         sites[decision.name] = Site(
             name=decision.name,
             layer=program.module.get_submodule(slot.owner),
