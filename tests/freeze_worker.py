@@ -97,7 +97,7 @@ def check_compiled_around_ddp(mesh: DeviceMesh) -> None:
             optimizer.zero_grad()
             (small(x) - y).square().mean().backward()
             optimizer.step()
-        if one is model:
+        if trained is model:
             assert_same_bits(small, optimizer)
             model = small
     assert distance(model._orig_mod.module, small) < ROUNDING

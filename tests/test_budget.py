@@ -14,7 +14,7 @@ from budgeted import ByFlops, X, net, plan_net, set_step_seconds, sites_seconds,
 from torch import Tensor, nn
 
 import tdfx
-from tdfx import Modelled, Policy, PolicyError, Ratio, Reason
+from tdfx import Budget, Modelled, Policy, PolicyError, Ratio, Reason, TdfxWarning
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of

@@ -82,7 +82,7 @@ def plan(net: Net) -> tdfx.Plan:
     return tdfx.plan(net, QUARTER, example_inputs=torch.randn(2, 3, 12, 12))
 
 
-def look(model: nn.Module, policy: tdfx.Policy = QUARTER) -> tdfx.report.Look:
+def look(model: nn.Module, policy: tdfx.Policy = QUARTER) -> tdfx.report.ModelView:
     return tdfx.report.look(model, tdfx.plan(model, policy))
 
 

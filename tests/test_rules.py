@@ -11,15 +11,11 @@ import numpy as np
 import pytest
 import torch
 from matrices import noise, planted, spectrum_of
-from tdfx.passes.planning.readings import Readings
 from torch import nn
 
 from tdfx import VBMF, Energy, Fixed, Modelled, Policy, PolicyError, Ratio, StableRank, Threshold, plan
-from tdfx.factors.scheme import Scheme
-from tdfx.passes.analysis.find import Find
-from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.planning.select import Select
-from tdfx.passes.program import Program, Site
+from tdfx.passes.pipeline import find_sites, make_plan
+from tdfx.passes.planning.proposals import SiteWish
 from tdfx.ranks.multiple import device_multiple, round_gently
 from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.signal import NO_SIGNAL
@@ -246,11 +242,9 @@ def test_energy_and_stable_rank_of_a_spectrum_cut_short() -> None:
 
 def test_spectra_are_kept_for_what_is_rewritten_only() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(512, 512))
-    select = Select(Policy(rank=Fixed({"0": 60}) | Ratio(of=0.25), cost=Modelled()))
-    decided = select(Find()(Trace()(Program(module=model)).program).program).program.plan
-    assert decided is not None
-    assert [site.name for site in decided.factorized] == ["1"]
-    assert select.readings.kept.names == {"1"}
+    planned = make_plan(find_sites(model), Policy(rank=Fixed({"0": 60}) | Ratio(of=0.25), cost=Modelled()), None)
+    assert [site.name for site in planned.plan.factorized] == ["1"]
+    assert planned.spectra.kept_sites == {"1"}
 
 
 @dataclass(frozen=True)
@@ -263,13 +257,14 @@ class HalfOfTheLargest(Ratio):
 
 def test_weights_are_read_only_for_rules_that_read_values(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    spectra_of = Readings.spectra_of
+    choose = SiteWish.choose
 
-    def recorded(self: Readings, site: Site, scheme: Scheme) -> tuple[Spectrum, ...]:
-        read.append(site.name)
-        return spectra_of(self, site, scheme)
+    def recorded(self: SiteWish, spectra: Sequence[Spectrum]) -> Choice:
+        if spectra[0].values.numel():
+            read.append(self.site.name)
+        return choose(self, spectra)
 
-    monkeypatch.setattr(Readings, "spectra_of", recorded)
+    monkeypatch.setattr(SiteWish, "choose", recorded)
     model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.Conv2d(48, 96, 3), nn.Linear(96, 100))
     blind: list[RankRule] = [Ratio(of=0.5), Fixed({"*": 3}), Ratio(of=0.1).at_least(3) | Fixed({"*": 2})]
     for rule in blind:

@@ -67,7 +67,7 @@ class Observed:
 
     entering: defaultdict[str, list[Entered]] = field(default_factory=lambda: defaultdict(list))
     """Path of a layer -> its input, call by call."""
-    functional: defaultdict[int, list[tuple[Call, Entered]]] = field(default_factory=lambda: defaultdict(list))
+    functional: defaultdict[int, list[tuple[FunctionCall, Entered]]] = field(default_factory=lambda: defaultdict(list))
     """Parameter, by identity -> the calls of functions that took it as their weight, with their inputs."""
     reads: set[int] = field(default_factory=set)
     """Parameters, by identity, that were read for anything else, outside of the layers that hold them."""
