@@ -104,13 +104,13 @@ def check_compiled_around_ddp(mesh: DeviceMesh) -> None:
 
 def check_without_setting_the_wrapper_up_again_torch_says_that_it_waits(mesh: DeviceMesh) -> None:
     """The control of those above."""
-    real = tdfx.distributed.ddp.renew
-    tdfx.distributed.ddp.renew = lambda model: None
+    real = tdfx.distributed.ddp.rebuild_reducer
+    tdfx.distributed.ddp.rebuild_reducer = lambda model: None
     try:
         with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
             by_turns(DDP(ddp.net()), sgd)
     finally:
-        tdfx.distributed.ddp.renew = real
+        tdfx.distributed.ddp.rebuild_reducer = real
 
 
 def check_what_rests_is_not_sent(mesh: DeviceMesh) -> None:

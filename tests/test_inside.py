@@ -72,14 +72,14 @@ def test_a_part_becomes_what_is_made_of_it_and_stays_the_object() -> None:
     made = tdfx.rewrite(part, POLICY, emit="modules")
     assert isinstance(made, Net)
     assert sites(holder) == 0
-    part.put(made)
+    part.replace_with(made)
     assert holder.net is net
     assert sites(holder) == sites(net) == 2
     assert torch.equal(net(X), expected(X))
     assert net.listed == [net.conv]
     assert cast("MethodType", net.call).__self__ is net
     assert torch.equal(net.call(X), expected(X))
-    part.put(tdfx.merge(part))
+    part.replace_with(tdfx.merge(part))
     assert list(holder.state_dict()) == list(Holder().state_dict())
     torch.testing.assert_close(net(X), expected(X))
     assert "_tdfx_plan" not in vars(net)
@@ -91,8 +91,8 @@ def test_a_part_of_a_compiled_model_is_compiled_again() -> None:
     whole = cast("nn.Module", torch.compile(net, backend="eager"))
     before = whole(X)
     part = InPlaceModule(whole)
-    assert part.inside is net
-    part.put(tdfx.rewrite(part, POLICY, emit="modules"))
+    assert part.target is net
+    part.replace_with(tdfx.rewrite(part, POLICY, emit="modules"))
     assert torch.equal(whole(X), net(X))
     assert not torch.allclose(whole(X), before)
 
@@ -102,7 +102,7 @@ def test_a_part_inside_of_a_compiled_child() -> None:
     net = holder.net
     holder.net = torch.compile(net, backend="eager")  # type: ignore[assignment]
     part = InPlaceModule(holder, "net")
-    part.put(tdfx.rewrite(part, POLICY, emit="modules"))
+    part.replace_with(tdfx.rewrite(part, POLICY, emit="modules"))
     assert sites(net) == 2
     assert torch.equal(holder.net(X), net(X))
 
@@ -113,7 +113,7 @@ def test_a_part_that_is_not_there_and_one_that_cannot_stay_are_refused() -> None
     part = InPlaceModule(Holder(), "other")
     made = tdfx.rewrite(part, POLICY, emit="modules")
     with pytest.raises(tdfx.ModelError, match=r"A Linear cannot become a Factorized.*Name the module that holds it"):
-        part.put(made)
+        part.replace_with(made)
     with pytest.raises(tdfx.ModelError, match="a single Linear"):
         inside().prepare(nn.Linear(4, 4))
 

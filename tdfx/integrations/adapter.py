@@ -149,7 +149,7 @@ class TrainerAdapter:
             # The switch may have counted other trainings, and the trainer steps of which the switch knows nothing.
             self.switch.total_steps = None if steps_left is None else self.switch.steps + max(1, steps_left)
         self._trained = part.model, optimizers
-        self._capture = _Capture(part.outer)
+        self._capture = _Capture(part.wrapped_target)
 
     def step(
         self,
@@ -170,9 +170,9 @@ class TrainerAdapter:
         Raises:
             ModelError: Several processes train it, and it is in no wrapper that is known here.
         """
-        if part.replica is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if part.ddp is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ModelError(
-                f"{dist.get_world_size()} processes train this {type(part.inside).__name__}, and it is not in "
+                f"{dist.get_world_size()} processes train this {type(part.target).__name__}, and it is not in "
                 f"DistributedDataParallel, so that they could not switch together. Train with DDP, or in a loop of your "
                 f"own with tdfx.Switch."
             )
@@ -188,19 +188,19 @@ class TrainerAdapter:
                 averaged=list(averaged) or None,
             )
         if made is not part:
-            part.put(made)
+            part.replace_with(made)
 
     def end(self, part: InPlaceModule, optimizers: Sequence[Optimizer], *, averaged: Sequence[Any] = ()) -> None:
         """Training ends: merge, if that was asked for."""
-        layers = [one for one in part.inside.modules() if isinstance(one, Factorized)]
+        layers = [one for one in part.target.modules() if isinstance(one, Factorized)]
         if not self.merge or not layers:
             # Its parameters may be others all the same, where the best checkpoint was loaded.
-            part.renew()
+            part.rebuild_reducer()
             return
         held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
         # Of a checkpoint that was loaded meanwhile the optimizers know nothing.
         trained = all(id(weight) in held for layer in layers for weight in layer.weights)
-        part.put(merge(part, optimizer=optimizers if trained else None, averaged=list(averaged) or None))
+        part.replace_with(merge(part, optimizer=optimizers if trained else None, averaged=list(averaged) or None))
         self.merged = True
 
     def state_dict(self) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class SwitchCallback(Callback):  # type: ignore[misc]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module follow the checkpoint that will be loaded."""
-        target = self._part(pl_module).inside
+        target = self._part(pl_module).target
         self._inside.prepare(target, lambda: _state_in_checkpoint(trainer, self.state_key))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,7 +135,7 @@ class SwitchCallback(Callback):  # type: ignore[misc]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hooks off the module."""
-        self._inside.release(self._part(pl_module).inside)
+        self._inside.release(self._part(pl_module).target)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the Trainer puts into its checkpoints."""
@@ -170,12 +170,12 @@ class SwitchCallback(Callback):  # type: ignore[misc]
         beside = [
             one
             for one in pl_module.modules()
-            if isinstance(one, AveragedModel) and isinstance(one.module, type(target.inside))
+            if isinstance(one, AveragedModel) and isinstance(one.module, type(target.target))
         ]
         return [*beside, *(_InAverage(one, self._path(pl_module)) for one in whole)]
 
     def _path(self, pl_module: LightningModule) -> str:
-        inside = self._part(pl_module).inside
+        inside = self._part(pl_module).target
         modules: Iterable[tuple[str, nn.Module]] = pl_module.named_modules()
         return next(name for name, one in modules if one is inside)
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.errors import ModelError, TdfxWarning
 from tdfx.layers.placement import is_sharded
+from tdfx.wrappers.unwrap import is_instance_by_name
 
 
 class Processes:
@@ -28,13 +29,13 @@ class Processes:
                 f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module that you train."
             )
         modules = list(model.modules())
-        if any(_is_a(one, "FullyShardedDataParallel") for one in modules):
+        if any(is_instance_by_name(one, "FullyShardedDataParallel") for one in modules):
             raise ModelError(
                 "The model is wrapped in FullyShardedDataParallel, which keeps the weights as slices of one flat parameter "
                 "that trains as a whole. Shard it with torch.distributed.fsdp.fully_shard instead."
             )
         self._replicas = [one for one in modules if isinstance(one, DistributedDataParallel)]
-        self._shards: list[Any] = [one for one in modules if _is_a(one, "FSDPModule")]
+        self._shards: list[Any] = [one for one in modules if is_instance_by_name(one, "FSDPModule")]
         self._ranks: list[Any] = []
         self.reshard()
         if self._replicas:
@@ -71,12 +72,7 @@ class Processes:
         """Do what changes ``requires_grad``, and set up anew what depends on it, if it says that something changed."""
         self.reshard()
         if requires_grad() and self._replicas:
-            from tdfx.distributed.ddp import renew
+            from tdfx.distributed.ddp import rebuild_reducer
 
             for one in self._replicas:
-                renew(one)
-
-
-def _is_a(module: nn.Module, kind: str) -> bool:
-    # By name, because importing the class takes longer than all of tdfx.
-    return any(one.__name__ == kind for one in type(module).__mro__)
+                rebuild_reducer(one)
