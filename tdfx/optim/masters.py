@@ -47,7 +47,7 @@ class Masters:
     write: Callable[[list[Pair]], None] = discard_pairs
     """Writes other pairs into the container that was passed."""
     _stand_ins: dict[int, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
-    """What a module holds after ``with_masters``, by id -> the model's parameter and its master."""
+    """Parameter of a module that ``with_masters`` returned, by id -> the model's parameter and its master."""
     _new_pairs: dict[int, list[Pair]] = field(default_factory=dict)
     """Parameter that leaves the model, by id -> the pairs that replace its pair."""
 
@@ -119,7 +119,7 @@ class Masters:
         return Sides(optimizer_side, [self._model_exchange(exchange) for exchange in optimizer_side])
 
     def remove_masters(self, rewritten: nn.Module, sides: Sides) -> None:
-        """Give a module, in place, the model's own and its new parameters in the place of their masters."""
+        """Replace the masters in a rewritten module, in place, by the model's own parameters and the new rounded ones."""
         if not self:
             return
         parameters = {key: parameter for key, (parameter, _) in self._stand_ins.items()}
@@ -231,7 +231,7 @@ def _rounded(master: nn.Parameter, template: nn.Parameter) -> nn.Parameter:
 
 
 def _match_dtypes(layer: Factorized) -> None:
-    """Give the placeholders of an original layer the dtypes of the model in the place of those of its masters."""
+    """Give the placeholders of an original layer the dtypes of the model, which may differ from those of its masters."""
     shell, kind = layer.origin.layer, layer.kind
     for name, placeholder in shell._parameters.items():
         like = layer.bias if name == kind.bias and layer.bias is not None else layer.weights[0]

@@ -73,8 +73,8 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
     """
     given = list(optimizer) if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
     optimizers = tuple(map(_unwrap_optimizer, given))
-    for one in optimizers:
-        _check_optimizer(one)
+    for unwrapped in optimizers:
+        _check_optimizer(unwrapped)
     return optimizers
 
 
@@ -118,15 +118,15 @@ def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchang
     check_groups(optimizers, exchanges)
     groups = _groups_of(optimizers)
     for optimizer in optimizers:
-        own = [exchange for exchange in exchanges if groups[id(exchange.old[0])][0][0] is optimizer]
+        held = [exchange for exchange in exchanges if groups[id(exchange.old[0])][0][0] is optimizer]
         for group in optimizer.param_groups:
             # Every exchange, because a bias may be in another optimizer than its weight.
             _exchange_in_group(group, exchanges, surgery)
         surgery.states.extend(
             (optimizer, exchange, new_states(optimizer, exchange.old, exchange.new, exchange.carrier))
-            for exchange in own
+            for exchange in held
         )
-        warn_of_lost_state(optimizer, [exchange.old[0] for exchange in own])
+        warn_of_lost_state(optimizer, [exchange.old[0] for exchange in held])
     return surgery
 
 
