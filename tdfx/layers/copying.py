@@ -88,18 +88,17 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
     return twins[id(model)]
 
 
-def rebind(model: nn.Module, *former: nn.Module) -> None:
-    """Replace, in a model's attributes, references to modules of former models by its own modules of the same path.
+def rebind(model: nn.Module, former: nn.Module) -> None:
+    """Replace, in a model's attributes, references to modules of a former model by its own modules of the same path.
 
-    A model that takes the place of another one was filled with the other's attributes: bound methods, hooks and closures
-    that refer to the other one's root or submodules. Afterwards they refer to the model itself. Parameters, buffers and
-    children are not touched.
+    A model that takes the place of a former one was given its attributes: bound methods, hooks and closures that refer to
+    the former model's root or submodules. Afterwards they refer to the model itself. Parameters, buffers and children are
+    not touched.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     twins = {
         id(old): modules[path]
-        for former_model in former
-        for path, old in former_model.named_modules(remove_duplicate=False)
+        for path, old in former.named_modules(remove_duplicate=False)
         if path in modules and modules[path] is not old
     }
     _translate_attributes(model, twins, skip={"_parameters", "_buffers", "_modules"})
