@@ -22,6 +22,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import tdfx
 import tdfx.checkpoint.files
+import tdfx.optim.companions
 import tdfx.passes.transform.rewrite
 
 STEPS, SWITCH, LOWER = 14, 4, 9
@@ -108,8 +109,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "before the fsync": (os, "fsync"),
     "before the rename": (os, "replace"),
     "after the rename": (tdfx.checkpoint.files, "_sync_folder"),
-    "inside the rewrite": (tdfx.passes.rewrite, "_emit"),
-    "inside the optimizer": (tdfx.along, "prepare"),
+    "inside the rewrite": (tdfx.passes.transform.rewrite, "_emit"),
+    "inside the optimizer": (tdfx.optim.companions, "prepare_surgery"),
 }
 
 
