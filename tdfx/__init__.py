@@ -1,4 +1,9 @@
-"""Train PyTorch models faster: factorize their layers mid-training, merge them back, and prove it."""
+"""Train PyTorch models faster: factorize their layers mid-training, merge them back, and prove it.
+
+``plan`` shows what a rewrite would do to each layer. ``rewrite`` returns a factorized model that goes on training, and
+``merge`` the original architecture. ``verify`` proves by ONNX that two models are the same. ``Switch`` rewrites at the right
+moment of a training loop. ``save`` and ``load`` write and read checkpoints of factorized models.
+"""
 
 from tdfx.api import merge, plan, rewrite
 from tdfx.checkpoint.record import read, save, state

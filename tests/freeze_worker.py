@@ -105,13 +105,13 @@ def check_compiled_around_ddp(mesh: DeviceMesh) -> None:
 
 def check_without_setting_up_the_wrapper_again_torch_raises(mesh: DeviceMesh) -> None:
     """The negative control of the checks above."""
-    real = tdfx.distributed.ddp.renew
-    tdfx.distributed.ddp.renew = lambda model: None
+    real = tdfx.distributed.ddp.rebuild_reducer
+    tdfx.distributed.ddp.rebuild_reducer = lambda model: None
     try:
         with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
             by_turns(DDP(ddp.net()), sgd)
     finally:
-        tdfx.distributed.ddp.renew = real
+        tdfx.distributed.ddp.rebuild_reducer = real
 
 
 def check_gradients_of_frozen_factors_are_not_sent(mesh: DeviceMesh) -> None:

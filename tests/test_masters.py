@@ -468,7 +468,7 @@ def spoiled(what: str, model: Net, masters: Masters) -> Any:
         ("uneven", OptimizerError, r"lists of 9 parameters and 1 masters: .* One flat master"),
         ("not held", OptimizerError, r"master of the weight of site 'kernel' is in none of the optimizers given"),
         ("nan", tdfx.WeightError, r"site 'conv' has 1 values that are NaN"),
-        ("other", OptimizerError, r"masters= is a zip, and what is kept in it could not be brought up to date"),
+        ("other", OptimizerError, r"masters= is a zip, which tdfx cannot update in place"),
     ],
 )
 def test_masters_that_do_not_go_with_the_model_change_nothing(what: str, kind: Any, message: str) -> None:

@@ -53,7 +53,7 @@ def filled_masters(
     """
     saved: dict[str, Tensor] = record.get("masters", {}) if wanted else {}
     dense_of = dense_names(made)
-    now, then = set(masters.named(dense)), {dense_of.get(name, name) for name in saved}
+    now, then = set(masters.by_name(dense)), {dense_of.get(name, name) for name in saved}
     if now != then:
         odd = sorted(now ^ then)
         raise CheckpointError(

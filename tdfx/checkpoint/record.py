@@ -121,7 +121,7 @@ def state(
         "metadata": _plain(dict(getattr(held, "_metadata", {})), "the state_dict's metadata"),
         "frozen": _frozen(inside),
         "tied": tied(inside),
-        "masters": {name: _plain(master, f"the master of {name!r}") for name, master in above.named(inside).items()},
+        "masters": {name: _plain(master, f"the master of {name!r}") for name, master in above.by_name(inside).items()},
         "optimizers": [_of_optimizer(one, inside, above, index) for index, one in enumerate(optimizers)],
         "extra": _plain(extra, "extra"),
     }
@@ -247,7 +247,7 @@ def _site(path: str, layer: Factorized) -> dict[str, Any]:
 def _of_optimizer(optimizer: Optimizer, model: nn.Module, above: Masters, index: int) -> dict[str, Any]:
     """Return groups and state by the names of parameters, of which a master has its own's; one of another model has none."""
     names = {id(one): name for name, one in model.named_parameters()}
-    names |= {id(master): name for name, master in above.named(model).items()}
+    names |= {id(master): name for name, master in above.by_name(model).items()}
     if not any(id(one) in names for group in optimizer.param_groups for one in group["params"]):
         raise CheckpointError(
             f"{type(optimizer).__name__} (optimizer {index}) holds no parameter of this {type(model).__name__}: it trains "

@@ -23,7 +23,7 @@ from tdfx.passes.pipeline import find_sites, rewrite_by, use_plan
 from tdfx.passes.program import PLAN_ATTRIBUTE
 from tdfx.passes.transform.graph_module import FactorizedGraphModule
 from tdfx.plans.plan import Plan, SitePlan
-from tdfx.wrappers.compiled import Compiled
+from tdfx.wrappers.compiled import CompiledParts
 from tdfx.wrappers.unwrap import unwrap
 
 
@@ -78,20 +78,20 @@ def load(
     with torch.no_grad():
         _fill(made, record, target)
     loaded = filled_masters(above, record, wrapped.model, made, wanted=bool(above or optimizers))
-    before = {**dict(wrapped.model.named_parameters()), **above.named(wrapped.model)}
+    before = {**dict(wrapped.model.named_parameters()), **above.by_name(wrapped.model)}
     after = {**dict(made.named_parameters()), **loaded}
     dense_of = dense_names(made)
     work: Refill = refill(optimizers, record, before, after, dense_of)
     result = wrapped.wrap(made)
     work.commit()
-    above.renewed(wrapped.model, made, loaded, dense_of)
+    above.write_loaded(wrapped.model, made, loaded, dense_of)
     return result
 
 
 def _own_parameters(model: nn.Module) -> nn.Module:
     """Return a copy with parameters of its own over the same memory, all of which a rewrite may replace."""
     body = structural_copy(model)
-    Compiled.of(model).mark(body)
+    CompiledParts.of(model).compile_in_place(body)
 
     def own(one: Tensor) -> Tensor:
         if type(one) is not nn.Parameter:
