@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import tdfx
-from tdfx.passes import readings
 from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning import readings
 from tdfx.passes.planning.select import Select
 from tdfx.passes.program import Program
 from tdfx.passes.transform.rewrite import Rewrite
