@@ -1,13 +1,13 @@
-"""The README's loop with Accelerate, as it stands there, and what goes along with it."""
+"""The loop with Accelerate in the trainers' README, and what goes along with it."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from readmes import ROOT, read
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,7 +16,7 @@ from tdfx.layers.factorized import Factorized
 
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install 'tdfx[transformers]'")
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "tdfx" / "integrations" / "README.md"
 
 
 def names(precision: str, rewarm: int = 0) -> dict[str, Any]:
@@ -41,11 +41,9 @@ def names(precision: str, rewarm: int = 0) -> dict[str, Any]:
 
 def loop() -> str:
     """Return the README's code, with the switch after two steps and a look at what it made."""
-    if not README.is_file():
-        pytest.skip("the README is not beside the tests")
-    found = re.search(r"<!-- accelerate -->\n```py\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    text = found.group(1).replace("AtStep(500)", "AtStep(2)")
+    block = re.search(r"<!-- accelerate -->\n```py\n(.*?)```", read(README), re.DOTALL)
+    assert block is not None
+    text = block.group(1).replace("AtStep(500)", "AtStep(2)")
     line = 'emit="modules")\n'
     assert text.count(line) == 1
     return text.replace(line, line + "        steps.append((model, model(x).dtype))\n")
@@ -54,7 +52,7 @@ def loop() -> str:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_readmes_loop_switches_and_merges(precision: str) -> None:
     own = names(precision)
-    exec(compile(loop(), "README.md", "exec"), own)
+    exec(compile(loop(), str(README), "exec"), own)
     sites = [sum(isinstance(one, Factorized) for one in model.modules()) for model, _ in own["steps"]]
     assert sites == [0, 2, 2, 2]
     # Accelerate gives outputs back in float32, from whatever it computed them.
@@ -69,7 +67,7 @@ def test_the_readmes_loop_switches_and_merges(precision: str) -> None:
 
 def test_autocast_goes_on_in_the_rewritten_model() -> None:
     own = names("bf16")
-    exec(compile(loop(), "README.md", "exec"), own)
+    exec(compile(loop(), str(README), "exec"), own)
     seen: list[torch.dtype] = []
     factorized = own["steps"][-1][0]
     factorized[0].register_forward_hook(lambda layer, x, out: seen.append(out.dtype))

@@ -15,8 +15,8 @@ from sklearn import datasets
 from torch import nn
 
 import tdfx
-from tdfx import demo
 from tdfx.cli import main
+from tdfx.demo import run as demo
 from tdfx.demo.run import DemoResult, Digits, jitter, load_digits, run_demo
 from tdfx.errors import PolicyError, TdfxError
 

@@ -2,8 +2,8 @@
 
 Every row is a complete training by a config of tools/configs, with the recipe of tools/train.py. All policies of one seed
 run one after the other, then those of the next seed, so that a machine that gets slower affects all of them. Rows that
-the folder of --json contains are not run again. --readme writes the table of tools/results/paper_table into the README,
-and runs nothing.
+the folder of --json contains are not run again. --readme writes the table of tools/results/paper_table into
+tools/README.md, and runs nothing.
 
 All of it takes six hours on two cores, or eight with --cpu-time: --run digits and --run text about an hour each, --run
 glyphs the rest.
@@ -30,7 +30,7 @@ from rich.console import Console
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "paper_table"
-README = HERE.parent / "README.md"
+README = HERE / "README.md"
 GROUPS = ("digits", "text", "glyphs", "cifar10")
 """Beginnings of the configs' names, in the order of the table; the last needs data that may have to be fetched by hand."""
 
@@ -44,7 +44,7 @@ GROUPS = ("digits", "text", "glyphs", "cifar10")
 @options.threads(2)
 @click.option("--json", "folder", type=click.Path(path_type=Path), help="Folder for the rows, written as they end.")
 @click.option("--plot", "plot_folder", type=click.Path(path_type=Path), help="Folder for accuracy against time.")
-@click.option("--readme", is_flag=True, help="Write the table of tools/results/paper_table into the README.")
+@click.option("--readme", is_flag=True, help="Write the table of tools/results/paper_table into tools/README.md.")
 def main(
     names: tuple[str, ...],
     policies: tuple[str, ...],

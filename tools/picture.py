@@ -1,4 +1,4 @@
-"""Draw the README's picture: the demo's network after three epochs on scikit-learn's digits, and what tdfx would do then.
+"""Draw the picture of tdfx/report/README.md: the plan for the demo's network after three epochs on scikit-learn's digits.
 
 Takes some ten seconds on one core.
 """

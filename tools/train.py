@@ -1,6 +1,6 @@
 """Train a network by a config file, rewrite it mid-training, merge it at the end, and write the results.
 
-CONFIG is a TOML file. tools/configs holds those of the README's tables, and tools/recipe/settings.py says what each
+CONFIG is a TOML file. tools/configs holds those of tools/README.md, and tools/recipe/settings.py says what each
 setting means. Under torchrun several processes train together. SIGINT or a kill loses what came after the last
 checkpoint; --resume continues from there, with bit-identical results. On two CPU cores a run takes one or two minutes
 with the digits, and about five with text or glyphs; the configs named cifar10 and imagenet are for GPUs.

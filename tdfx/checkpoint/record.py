@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tdfx.checkpoint.files import read_sealed, write
 from tdfx.errors import CheckpointError
 from tdfx.layers.factorized import Factorized
+from tdfx.layers.frozen import frozen_indices
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.optim.masters import Masters, as_masters
 from tdfx.optim.surgery import as_optimizers
@@ -225,7 +226,7 @@ def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
 def _frozen(model: nn.Module) -> list[str]:
     """Return the parameters that do not train, apart from factors that rest for now: a schedule has its own state."""
     layers = [one for one in model.modules() if isinstance(one, Factorized)]
-    resting = {id(layer.weights[index]) for layer in layers for index in layer.rest.indices}
+    resting = {id(layer.weights[index]) for layer in layers for index in frozen_indices(layer)}
     return [name for name, one in model.named_parameters() if not one.requires_grad and id(one) not in resting]
 
 

@@ -19,11 +19,9 @@ from tdfx.errors import CheckpointError, TdfxError, nearest
 from tdfx.layers.copying import rebind, structural_copy
 from tdfx.optim.masters import as_masters
 from tdfx.optim.surgery import as_optimizers
-from tdfx.passes.analysis.find import Find
-from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.program import PLAN_ATTRIBUTE, Program
+from tdfx.passes.pipeline import find_sites, rewrite_by, use_plan
+from tdfx.passes.program import PLAN_ATTRIBUTE
 from tdfx.passes.transform.graph_module import FactorizedGraphModule
-from tdfx.passes.transform.rewrite import Rewrite
 from tdfx.plans.plan import Plan, SitePlan
 from tdfx.wrappers.compiled import Compiled
 from tdfx.wrappers.unwrap import unwrap
@@ -143,7 +141,7 @@ def _rewritten(body: nn.Module, record: Record) -> nn.Module:
 
 
 def _rewrite_part(part: nn.Module, rewrite: dict[str, Any]) -> nn.Module:
-    found = Find()(Trace()(Program(module=part, emit=rewrite["emit"])).program).program
+    found = find_sites(part, rewrite["emit"])
     names = {one.slot.path: one.name for one in found.sites if one.slot is not None}
     stem = f"{rewrite['path']}." if rewrite["path"] else ""
     sites = []
@@ -165,10 +163,7 @@ def _rewrite_part(part: nn.Module, rewrite: dict[str, Any]) -> nn.Module:
             )
         )
     wish = Plan(sites=tuple(sites), emit=rewrite["emit"])
-    program = Program(
-        module=found.module, graphs=found.graphs, emit=found.emit, notes=found.notes, sites=found.sites, plan=wish
-    )
-    made = Rewrite(init="empty")(program).program.module
+    made = rewrite_by(use_plan(found, wish), init="empty").program.module
     rebind(made, part)
     if (rewrite["emit"] == "graph") != isinstance(made, FactorizedGraphModule):
         raise CheckpointError(f"It was given back as {rewrite['emit']!r} then, and cannot be now.")

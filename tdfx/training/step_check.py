@@ -15,7 +15,7 @@ from tdfx.cost.timing import take_turns
 from tdfx.errors import PlanError
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.sandbox import isolated
-from tdfx.passes.planning.step import TrainingStep
+from tdfx.passes.planning.step_time import TrainingStep
 from tdfx.plans.plan import Plan
 from tdfx.wrappers.unwrap import unwrap
 
@@ -119,7 +119,7 @@ class _RealStep:
         self.trained = trained
 
     def run(self) -> None:
-        for parameter, gradient in zip(self.step.wanted, self.step.gradients(), strict=True):
+        for parameter, gradient in zip(self.step.trained, self.step.gradients(), strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()

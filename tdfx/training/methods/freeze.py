@@ -12,13 +12,13 @@ from torch.optim import LBFGS, Optimizer
 
 from tdfx.checks import check_whole
 from tdfx.errors import OptimizerError, PolicyError, nearest
-from tdfx.layers.factorized import FrozenFactors
+from tdfx.layers.frozen import FrozenFactors, frozen_factors
 from tdfx.training.methods.gradient_wrappers import Processes
 from tdfx.training.methods.hooks import leave_from_within
 from tdfx.training.methods.turns import Train, turns_of
 
 _LIVE: weakref.WeakKeyDictionary[FrozenFactors, weakref.ref[Freeze]] = weakref.WeakKeyDictionary()
-"""What rests of a layer -> the schedule that says so now."""
+"""Record of a layer's frozen factors -> the schedule that is in force."""
 
 
 class Freeze:
@@ -87,10 +87,11 @@ class Freeze:
         self._turns = turns_of(model, train, held)
         self._processes.check_same((every, train, until), "settings")
         self._taken = 0
-        for former in [_LIVE[one.layer.rest]() for one in self._turns if one.layer.rest in _LIVE]:
+        records = [frozen_factors(turns.layer) for turns in self._turns]
+        for former in [_LIVE[record]() for record in records if record in _LIVE]:
             if former is not None:
                 former.remove()
-        _LIVE.update({one.layer.rest: weakref.ref(self) for one in self._turns})
+        _LIVE.update({record: weakref.ref(self) for record in records})
         # Where a step is compiled, this is what it must not look into.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._handle = optimizer.register_step_post_hook(hook)
@@ -190,8 +191,8 @@ class Freeze:
             return any(changed)
 
         self._processes.change(end)
-        for one in self._turns:
-            _LIVE.pop(one.layer.rest, None)
+        for turns in self._turns:
+            _LIVE.pop(frozen_factors(turns.layer), None)
         self._turns = []
         self._done = True
 

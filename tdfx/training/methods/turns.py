@@ -10,6 +10,7 @@ from torch import nn
 
 from tdfx.errors import ModelError, OptimizerError
 from tdfx.layers.factorized import Factorized
+from tdfx.layers.frozen import frozen_factors, frozen_indices
 
 Train = Literal["alternate", "each", "kernel", "others"]
 """Which factors of a layer train: the one with the kernel and the others by turns, each one by turns, or always the same."""
@@ -45,10 +46,11 @@ class Turns:
     def resting(self) -> tuple[str, ...]:
         """Return the names of the parameters that rest."""
         stem = f"{self.name}." if self.name else ""
-        return tuple(f"{stem}factors.{index}.weight" for index in sorted(self.layer.rest.indices))
+        return tuple(f"{stem}factors.{index}.weight" for index in sorted(frozen_indices(self.layer)))
 
     def _rest(self, wanted: frozenset[int]) -> bool:
-        now = self.layer.rest.indices
+        record = frozen_factors(self.layer)
+        now = record.indices
         for index in now - wanted:
             self.weights[index].requires_grad_(True)
         # What the user froze in the meantime is not ours to thaw later.
@@ -57,8 +59,8 @@ class Turns:
             self.weights[index].requires_grad_(False)
             # Or the optimizer would go on to use it.
             self.weights[index].grad = None
-        self.layer.rest.indices = (now & wanted) | fresh
-        return self.layer.rest.indices != now
+        record.indices = (now & wanted) | fresh
+        return record.indices != now
 
 
 def turns_of(model: nn.Module, train: Train, held: Iterable[nn.Parameter]) -> list[Turns]:
@@ -106,7 +108,9 @@ def turns_of(model: nn.Module, train: Train, held: Iterable[nn.Parameter]) -> li
 def _turns(name: str, layer: Factorized, train: Train) -> Turns | None:
     """Return a layer's turns, or None where nothing could rest."""
     weights, kernel = layer.weights, frozenset({layer.kernel_index})
-    trains = frozenset(index for index, one in enumerate(weights) if one.requires_grad or index in layer.rest.indices)
+    trains = frozenset(
+        index for index, one in enumerate(weights) if one.requires_grad or index in frozen_indices(layer)
+    )
     groups: dict[Train, list[frozenset[int]]] = {
         "alternate": [kernel, trains - kernel],
         "each": [frozenset({index}) for index in sorted(trains)],
