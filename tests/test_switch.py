@@ -1,4 +1,4 @@
-"""When to switch: at the step that was asked for, once ranks settle, never where it does not pay, and after a resume."""
+"""When to switch: at a given step, when the ranks have settled, only if it pays off, and the same after a resume."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Pair(nn.Module):
 
 
 def build(*, slow: float = 0.02) -> tuple[nn.Module, Optimizer]:
-    """Return a model whose first layer learns quickly and whose second one does not, and what trains it."""
+    """Return a model whose first layer learns quickly and whose second layer does not, and its optimizer."""
     torch.manual_seed(0)
     model = Pair().double()
     groups: list[dict[str, Any]] = [{"params": [model.fast.weight]}, {"params": [model.slow.weight], "lr": slow}]
@@ -85,7 +85,7 @@ def train(
 
 
 def run(switch: tdfx.Switch, steps: int, *, slow: float = 0.02, **arguments: Any) -> tuple[list[int], nn.Module]:
-    """Train, and return the steps that gave back another model, and the last one."""
+    """Train; return the steps that returned another model, and the last model."""
     model, optimizer = build(slow=slow)
     changed, before = [], model
     for step, now in train(switch, model, optimizer, range(1, steps + 1), **arguments):
@@ -96,21 +96,21 @@ def run(switch: tdfx.Switch, steps: int, *, slow: float = 0.02, **arguments: Any
 
 
 def factorized(model: nn.Module) -> dict[str, Factorized]:
-    return {name: one for name, one in model.named_modules() if isinstance(one, Factorized)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}
 
 
-def whats(switch: tdfx.Switch) -> list[tuple[int, str, tuple[str, ...]]]:
-    return [(one.step, one.what, one.sites) for one in switch.events]
+def decisions(switch: tdfx.Switch) -> list[tuple[int, str, tuple[str, ...]]]:
+    return [(event.step, event.what, event.sites) for event in switch.events]
 
 
 @pytest.mark.parametrize(("when", "step"), [(tdfx.AtStep(3), 3), (tdfx.AtEpoch(2, steps_per_epoch=2), 4)])
-def test_it_switches_at_the_step_that_was_asked_for_and_once(when: When, step: int) -> None:
+def test_it_switches_once_at_the_given_step(when: When, step: int) -> None:
     switch = tdfx.Switch(QUARTER, when=when)
     changed, model = run(switch, 6)
     assert changed == [step]
     assert switch.done
     assert set(factorized(model)) == {"fast", "slow"}
-    assert whats(switch) == [(step, "switched", ("fast", "slow"))]
+    assert decisions(switch) == [(step, "switched", ("fast", "slow"))]
     assert "the step that was asked for" in str(switch)
     assert switch.plan is not None
     assert len(switch.plan.factorized) == 2
@@ -128,7 +128,7 @@ def test_all_sites_switch_at_the_first_look_at_which_half_of_them_have_settled()
     assert changed == [fast]
     assert fast < slow
     assert set(factorized(model)) == {"fast", "slow"}
-    assert whats(switch) == [(fast, "switched", ("fast", "slow"))]
+    assert decisions(switch) == [(fast, "switched", ("fast", "slow"))]
     assert switch.events[0].why == "the stable rank of 1 of 2 sites held within 0.02 over 3 looks"
     assert switch.plan is not None
     assert {site.name: site.ranks for site in switch.plan.factorized} == {
@@ -158,7 +158,7 @@ def test_ranks_at_the_start_look_settled_and_nothing_is_switched() -> None:
         assert switch.step(model) is model
     assert switch.events == ()
     assert not switch.done
-    # Without the movement that is asked for, the same ranks do count as settled.
+    # If no movement is required, the same ranks count as settled.
     eager = tdfx.Switch(QUARTER, when=tdfx.Settled(every=2, window=2, moved=0.0, tolerance=0.2))
     for _ in range(50):
         model = eager.step(model)
@@ -166,10 +166,10 @@ def test_ranks_at_the_start_look_settled_and_nothing_is_switched() -> None:
 
 
 def shuffled(model: nn.Module, step: int) -> None:
-    """Give the layers other noise of the same size: they move, keep their rank, and learn nothing."""
+    """Give the layers new noise of the same size: they turn, keep their rank, and learn nothing."""
     draw = torch.Generator().manual_seed(step)
-    for one in model.parameters():
-        one.data.copy_(torch.randn(one.shape, generator=draw))
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=draw))
 
 
 def test_sites_without_signal_are_kept_at_the_switch() -> None:
@@ -180,7 +180,7 @@ def test_sites_without_signal_are_kept_at_the_switch() -> None:
         shuffled(model, step)
         assert switch.step(model) is model
     assert switch.done
-    assert whats(switch) == [(3, "kept", ("fast", "slow"))]
+    assert decisions(switch) == [(3, "kept", ("fast", "slow"))]
     assert switch.events[0].why.startswith("no_signal")
 
 
@@ -194,7 +194,7 @@ def test_a_site_without_signal_is_kept_while_the_others_are_switched() -> None:
             model.get_parameter("fast.weight").data.mul_(0.1).add_(targets()[0])
         model = switch.step(model)
     assert set(factorized(model)) == {"fast"}
-    assert whats(switch) == [(3, "switched", ("fast",)), (3, "kept", ("slow",))]
+    assert decisions(switch) == [(3, "switched", ("fast",)), (3, "kept", ("slow",))]
     assert switch.events[1].why.startswith("no_signal")
 
 
@@ -206,27 +206,27 @@ def test_at_the_timeout_all_sites_are_switched() -> None:
     assert switch.events[-1].why == "the timeout"
 
 
-def test_it_is_never_switched_where_that_does_not_pay() -> None:
+def test_it_does_not_switch_if_that_does_not_pay_off() -> None:
     def at(total: int) -> tdfx.Switch:
         switch = tdfx.Switch(QUARTER, when=tdfx.AtStep(20), total_steps=total, clock=Ticking(), recompile_seconds=10)
         run(switch, 25)
         return switch
 
     late, early = at(22), at(10_000)
-    assert whats(late) == [(20, "too_late", ("fast", "slow"))]
+    assert decisions(late) == [(20, "too_late", ("fast", "slow"))]
     assert late.done
     assert late.plan is None
-    # A step takes one tick, a plan one; the saving is at most the two steps that are left.
+    # A step takes one tick and a plan one; at most the two steps that are left can be saved.
     assert "in the 2 steps left and takes 11 s" in late.events[0].why
-    assert whats(early) == [(20, "switched", ("fast", "slow"))]
+    assert decisions(early) == [(20, "switched", ("fast", "slow"))]
 
 
-def test_a_plan_that_factorizes_nothing_ends_it_with_the_reason() -> None:
+def test_a_plan_that_factorizes_nothing_is_recorded_with_the_reason() -> None:
     switch = tdfx.Switch(tdfx.Policy(rank=tdfx.Ratio(of=1.0)), when=tdfx.AtStep(2))
     changed, _ = run(switch, 4)
     assert changed == []
     assert switch.done
-    assert [one.what for one in switch.events] == ["kept"]
+    assert [event.what for event in switch.events] == ["kept"]
     assert "no_gain" in str(switch) or "too_small" in str(switch)
     empty = tdfx.Switch(when=tdfx.AtStep(1))
     empty.step(nn.ReLU())
@@ -237,7 +237,7 @@ def test_a_plan_that_factorizes_nothing_ends_it_with_the_reason() -> None:
     assert "wants no site" in str(excluded)
 
 
-def through_a_file(value: Any) -> Any:
+def saved_and_loaded(value: Any) -> Any:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.seek(0)
@@ -251,31 +251,35 @@ def settled_switch() -> tdfx.Switch:
 def test_a_resumed_run_decides_and_computes_the_same() -> None:
     steps = 120
     model, optimizer = build()
-    whole = settled_switch()
+    uninterrupted = settled_switch()
     points = {1, 2, 5, *range(10, steps, 10)}
     saved = {}
-    for step, now in train(whole, model, optimizer, range(1, steps + 1)):
+    for step, now in train(uninterrupted, model, optimizer, range(1, steps + 1)):
         model = now
-        if step in points or (whole.events and whole.events[-1].step in {step, step - 1}):
-            state = {"switch": whole.state_dict(), "model": now.state_dict(), "optimizer": optimizer.state_dict()}
-            saved[step] = through_a_file(state)
-    assert whole.done
-    assert all(bool(one.isfinite().all()) for one in model.state_dict().values())
-    assert [event.what for event in whole.events] == ["switched"]
+        if step in points or (uninterrupted.events and uninterrupted.events[-1].step in {step, step - 1}):
+            state = {
+                "switch": uninterrupted.state_dict(),
+                "model": now.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            saved[step] = saved_and_loaded(state)
+    assert uninterrupted.done
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+    assert [event.what for event in uninterrupted.events] == ["switched"]
     for step, state in saved.items():
-        again, own = build()
+        resumed, resumed_optimizer = build()
         switch = settled_switch()
-        switch.load_state_dict(state["switch"], optimizer=own)
+        switch.load_state_dict(state["switch"], optimizer=resumed_optimizer)
         if switch.plan is not None:
-            again = tdfx.rewrite(again, switch.plan, optimizer=own)
-        again.load_state_dict(state["model"])
-        own.load_state_dict(state["optimizer"])
-        for _, now in train(switch, again, own, range(step + 1, steps + 1)):
-            again = now
-        assert whats(switch) == whats(whole)
-        assert switch.plan == whole.plan
-        assert list(again.state_dict()) == list(model.state_dict())
-        assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+            resumed = tdfx.rewrite(resumed, switch.plan, optimizer=resumed_optimizer)
+        resumed.load_state_dict(state["model"])
+        resumed_optimizer.load_state_dict(state["optimizer"])
+        for _, now in train(switch, resumed, resumed_optimizer, range(step + 1, steps + 1)):
+            resumed = now
+        assert decisions(switch) == decisions(uninterrupted)
+        assert switch.plan == uninterrupted.plan
+        assert list(resumed.state_dict()) == list(model.state_dict())
+        assert all(map(torch.equal, resumed.state_dict().values(), model.state_dict().values()))
 
 
 def test_the_steps_before_a_resume_count() -> None:
@@ -334,11 +338,11 @@ def test_a_failed_look_changes_nothing() -> None:
 def test_a_switch_starts_a_rewarm_and_passes_arguments_on() -> None:
     model, optimizer = build()
     switch = tdfx.Switch(QUARTER, when=tdfx.AtStep(1), rewarm=3)
-    made = switch.step(model, optimizer=optimizer, emit="modules", init="variance")
-    assert isinstance(made, Pair)
+    rewritten = switch.step(model, optimizer=optimizer, emit="modules", init="variance")
+    assert isinstance(rewritten, Pair)
     assert len(optimizer._optimizer_step_pre_hooks) == 1
     for step in range(3):
-        learn(made, optimizer, step)
+        learn(rewritten, optimizer, step)
     assert not optimizer._optimizer_step_pre_hooks
     with pytest.raises(tdfx.OptimizerError, match=r"rewarm=3 scales learning rates, and step\(\) got no optimizer="):
         tdfx.Switch(QUARTER, when=tdfx.AtStep(1), rewarm=3).step(model)
@@ -353,29 +357,28 @@ def test_an_optimizer_without_rates_fails_before_anything_is_changed() -> None:
     for group in optimizer.param_groups:
         del group["lr"]
     switch = tdfx.Switch(QUARTER, when=tdfx.AtStep(1), rewarm=3)
-    before = [id(one) for group in optimizer.param_groups for one in group["params"]]
+    before = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     with pytest.raises(tdfx.OptimizerError, match="SGD has a group without 'lr'"):
         switch.step(model, optimizer=optimizer)
-    assert [id(one) for group in optimizer.param_groups for one in group["params"]] == before
+    assert [id(parameter) for group in optimizer.param_groups for parameter in group["params"]] == before
     assert not switch.done
 
 
 def test_processes_agree_at_looks_and_plans_and_at_no_other_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    agreed: list[int] = []
     switch = tdfx.Switch(SIGNAL, when=tdfx.Settled(every=5, timeout=21))
-    late = tdfx.Switch(SIGNAL, when=tdfx.Settled(every=5, tolerance=1e-12, timeout=11))
 
     class Agreeing(Solo):
         def broadcast_object(self, value: Any) -> Any:
-            asked.append(max(switch.steps, late.steps))
+            agreed.append(switch.steps)
             # The first process finds one settled site of two at the tenth step; this process finds none.
-            return 1 if asked[-1] == 10 and value == 0 else value
+            return 1 if agreed[-1] == 10 and value == 0 else value
 
     monkeypatch.setattr(
         "tdfx.training.switch.switch.unwrap", lambda model: replace(unwrap(model), processes=Agreeing())
     )
     changed, model = run(switch, 22, slow=0.2)
-    assert asked == [1, 5, 10, 10]
+    assert agreed == [1, 5, 10, 10]
     assert changed == [10]
     assert set(factorized(model)) == {"fast", "slow"}
 
@@ -467,7 +470,7 @@ def test_settings_out_of_range_are_refused(make: Any, message: str) -> None:
 
 
 class Uneven(nn.Module):
-    """Layers of one size, of which the learning rates decide when each settles."""
+    """Four layers of one size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -504,8 +507,9 @@ def test_a_budget_is_kept_by_one_switch_of_all_sites() -> None:
     assert switch.plan.parameters_before == dense
 
 
-# States of the version that switched one site after another: three linear layers of 16 features without bias, of which the
-# first turns at the second step. "spare" had planned a budget for it that the second layer alone could keep.
+# States that the version wrote which switched one site after another. The model is three linear layers of 16 features
+# without bias, and the first layer turned at the second step. In "spare", a budget did not need the first layer, since the
+# second layer alone could keep it.
 RULE = replace(QUARTER, round_to=1)
 EARLIER: dict[str, tuple[tdfx.Policy, When]] = {
     "at a step": (RULE, tdfx.AtStep(4)),
@@ -559,7 +563,7 @@ def test_a_state_with_switched_sites_leaves_those_and_switches_the_others_togeth
 ) -> None:
     switch, changed, model = go_on("one of three switched", turned)
     assert changed == [step]
-    assert whats(switch) == [(4, "switched", ("0",)), (step, "switched", ("1", "2"))]
+    assert decisions(switch) == [(4, "switched", ("0",)), (step, "switched", ("1", "2"))]
     assert {name: layer.origin.ranks for name, layer in factorized(model).items()} == dict.fromkeys("012", (4,))
     assert switch.plan is not None
     assert (switch.plan.parameters_before, switch.plan.parameters_after) == (3 * 16 * 16, 3 * 2 * 16 * 4)
@@ -569,5 +573,5 @@ def test_a_state_with_switched_sites_of_a_budget_keeps_the_others() -> None:
     switch, changed, model = go_on("one of three switched, budget")
     assert changed == []
     assert set(factorized(model)) == {"0"}
-    assert whats(switch) == [(4, "switched", ("0",)), (6, "kept", ("1", "2"))]
+    assert decisions(switch) == [(4, "switched", ("0",)), (6, "kept", ("1", "2"))]
     assert "an earlier version of tdfx had switched other sites" in str(switch)

@@ -97,7 +97,6 @@ def _keep_chosen_bases(site: Site, decision: SitePlan, cache: SpectrumCache) -> 
         return
     chosen = Candidate.of(decision)
     spectra = cache.take(site, chosen.scheme)
-    cache.evict(site)
     if spectra is not None:
         cache.keep(site, chosen.scheme, chosen.ranks, spectra)
 

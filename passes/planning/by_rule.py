@@ -39,17 +39,18 @@ def decide_by_rule(
     decisions: list[SitePlan | Proposal | None] = kept
     unread_indices = [index for index, decision in enumerate(decisions) if decision is None]
     proposals = _proposals([wishes[index] for index in unread_indices], times, cache, processes)
-    for index, proposal in zip(unread_indices, proposals, strict=True):
-        decisions[index] = proposal
+    for index, decision in zip(unread_indices, proposals, strict=True):
+        decisions[index] = decision
     times.prepare(
         TimingRequest(proposal.wish.cost, proposal.wish.site, tuple(each.chain for each in proposal.candidates))
         for proposal in decisions
         if isinstance(proposal, Proposal) and proposal.wish.is_timed
     )
-    settled = [_settled(decision, times) for decision in decisions if decision is not None]
-    settled = processes.broadcast_object(settled)
-    for decision, proposal in zip(settled, decisions, strict=True):
-        if isinstance(proposal, Proposal) and decision.scheme != proposal.candidates[0].scheme.name:
+    settled: list[SitePlan] = processes.broadcast_object(
+        [_settled(decision, times) for decision in decisions if decision is not None]
+    )
+    for plan, proposal in zip(settled, decisions, strict=True):
+        if isinstance(proposal, Proposal) and plan.scheme != proposal.candidates[0].scheme.name:
             cache.evict(proposal.wish.site)
     return _with_errors(wishes, settled, cache, processes)
 

@@ -48,7 +48,7 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
     Args:
         site: A site that may be rewritten.
         policy: The policy in force for the site, with a budget.
-        cache: Keeps the bases, if there is room, up to the highest ranks among the candidates.
+        cache: Keeps the bases, if there is room.
         weight: The values of the weight, as the model holds them.
     """
     operation, budget = site.operation, policy.rank
@@ -70,9 +70,8 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
                 floor = max(budget.floor, budget.noise_floor)
             if all(rank >= floor * most for rank, most in zip(ranks, full, strict=True)):
                 errors[Candidate(scheme, ranks)] = error
-        allowed = [candidate.ranks for candidate in errors if candidate.scheme is scheme]
-        if allowed:
-            cache.keep(site, scheme, tuple(map(max, zip(*allowed, strict=True))), spectra)
+        if any(candidate.scheme is scheme for candidate in errors):
+            cache.hold(site, scheme, spectra)
     return CandidateSet(errors, bool(signal))
 
 

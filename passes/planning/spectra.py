@@ -32,7 +32,7 @@ class SpectrumCache:
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
         """Allow the kept bases to take a few times the memory of the largest of some weights."""
         self.room = _ROOM * max((weight.numel() * working_dtype(weight).itemsize for weight in weights), default=0)
-        """Bytes that are left for bases."""
+        """Bytes that the kept bases may take."""
         self._kept: dict[tuple[str, str], Spectra] = {}
         self._current: tuple[tuple[str, str], Spectra] | None = None
         self._current_lowering: tuple[str, Lowering] | None = None
@@ -61,30 +61,43 @@ class SpectrumCache:
         spectra = self._kept.get((site.name, scheme.name)) or self.spectra(site, scheme, weights)
         return scheme.error(site.operation, working_weight(site, *weights), ranks, spectra)
 
-    def keep(self, site: Site, scheme: Scheme, ranks: Sequence[int], spectra: Spectra) -> None:
-        """Keep of a dense site's bases what a split at these ranks needs, if there is room for it."""
-        self.evict(site, scheme)
-        cut = tuple(spectrum.cut(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
-        if _size(cut) <= self.room and not isinstance(site.layer, Factorized):
-            self.room -= _size(cut)
-            self._kept[site.name, scheme.name] = cut
+    def hold(self, site: Site, scheme: Scheme, spectra: Spectra) -> None:
+        """Keep the whole bases of a dense site until its ranks are chosen, if there is room.
 
-    def evict(self, site: Site, scheme: Scheme | None = None) -> None:
-        """Forget the bases of a site, those of one scheme or all."""
-        for name, scheme_name in list(self._kept):
-            if name == site.name and (scheme is None or scheme_name == scheme.name):
-                self.room += _size(self._kept.pop((name, scheme_name)))
+        Schemes of one site may share bases; those take their memory once.
+        """
+        self._kept[site.name, scheme.name] = spectra
+        if self._size > self.room:
+            del self._kept[site.name, scheme.name]
+
+    def keep(self, site: Site, scheme: Scheme, ranks: Sequence[int], spectra: Spectra) -> None:
+        """Keep of a dense site's bases what a split at these ranks needs, if there is room; forget its other bases."""
+        self.evict(site)
+        if not isinstance(site.layer, Factorized):
+            cut = tuple(spectrum.cut(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
+            self.hold(site, scheme, cut)
 
     def take(self, site: Site, scheme: Scheme) -> Spectra | None:
         """Return the kept bases of a site and forget them; None if they were not kept."""
         kept = self._kept.get((site.name, scheme.name))
-        self.evict(site, scheme)
+        self.evict(site)
         return kept
+
+    def evict(self, site: Site) -> None:
+        """Forget the bases of a site."""
+        for key in [key for key in self._kept if key[0] == site.name]:
+            del self._kept[key]
 
     @property
     def kept_sites(self) -> frozenset[str]:
         """The names of the sites whose bases are kept."""
         return frozenset(name for name, _ in self._kept)
+
+    @property
+    def _size(self) -> int:
+        """Bytes of all kept bases."""
+        bases = {id(spectrum.basis): spectrum.basis for kept in self._kept.values() for spectrum in kept}
+        return sum(basis.numel() * basis.element_size() for basis in bases.values())
 
     def _lowering(self, site: Site, layer: Factorized, weights: Sequence[Tensor]) -> Lowering:
         """Return how a layer's factors can be split again; worked out once while the site is looked at."""
@@ -98,8 +111,3 @@ def unread(scheme: Scheme, operation: Operation) -> Spectra:
     """Return spectra without values, for rules that use full ranks alone."""
     nothing = torch.empty(0, dtype=torch.float64)
     return tuple(Spectrum(nothing, nothing, rank, rank) for rank in scheme.full_ranks(operation))
-
-
-def _size(spectra: Spectra) -> int:
-    """Return the bytes of the bases."""
-    return sum(spectrum.basis.numel() * spectrum.basis.element_size() for spectrum in spectra)

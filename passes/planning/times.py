@@ -38,6 +38,7 @@ class SiteTimes:
     def __init__(self, processes: Processes, spent: float = 0.0) -> None:
         self.processes = processes
         self._times: dict[object, dict[Case, float]] = {}
+        self._estimates: dict[tuple[object, str, Chain], float] = {}
         self._spent: dict[object, float] = defaultdict(lambda: spent)
 
     def prepare(self, requests: Iterable[TimingRequest]) -> None:
@@ -70,8 +71,11 @@ class SiteTimes:
 
     def estimate(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return the time of a training step of a site in seconds, by arithmetic."""
-        model = cost.modelled if isinstance(cost, MeasuringCost) else cost
-        return sum(model.seconds(steps, flow) for steps, flow in calls_of(site, chain))
+        key = (_key(cost), site.name, chain)
+        if key not in self._estimates:
+            model = cost.modelled if isinstance(cost, MeasuringCost) else cost
+            self._estimates[key] = sum(model.seconds(steps, flow) for steps, flow in calls_of(site, chain))
+        return self._estimates[key]
 
     def estimated_gain(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return how many times faster the site's step becomes, by arithmetic."""

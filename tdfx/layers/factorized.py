@@ -172,7 +172,7 @@ class Factorized(nn.Module):
         made = cast("Factorized", structural_copy(self))
         chain = self.scheme.chain(self.operation, ranks)
         made.factors = _build_chain(chain, weights, self.bias, self.kernel_factor, self.trains)
-        made.__dict__.pop(FROZEN_FACTORS, None)  # none of the new factors rests
+        made.__dict__.pop(FROZEN_FACTORS, None)  # of the new factors none is frozen for now
         made.origin = replace(self.origin, ranks=tuple(ranks))
         return made.train(self.training)
 
@@ -189,7 +189,7 @@ class Factorized(nn.Module):
 
     @property
     def trains(self) -> bool:
-        """Whether the dense weight would train: as the factor with the kernel does, or will when it has rested."""
+        """Whether the dense weight would train: whether the factor with the kernel does, or is only frozen for now."""
         return self.kernel_factor.requires_grad or self.kernel_index in frozen_indices(self)
 
     def extra_repr(self) -> str:

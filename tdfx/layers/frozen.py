@@ -1,8 +1,8 @@
 """Which factors of a layer ``Freeze`` keeps from training for now.
 
 ``Freeze`` puts this record on the layers that it schedules. A structural copy, which shares the factors, shares the record;
-a deep copy or a pickle takes it along. So merge, rewrite and checkpoints do not take a resting factor for one that the user
-froze.
+a deep copy or a pickle takes it along. So merge, rewrite and checkpoints can tell a factor that is frozen for now
+from one that the user froze.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FrozenFactors:
     """The record of one layer."""
 
     indices: frozenset[int] = frozenset()
-    """Places among the factors of those that rest. Their ``requires_grad`` was set by the schedule, not by the user."""
+    """Indices of the factors that are frozen for now: the schedule set their ``requires_grad``, not the user."""
 
 
 def frozen_factors(layer: nn.Module) -> FrozenFactors:
@@ -30,6 +30,6 @@ def frozen_factors(layer: nn.Module) -> FrozenFactors:
 
 
 def frozen_indices(layer: nn.Module) -> frozenset[int]:
-    """Return the places among a layer's factors of those that rest for now."""
+    """Return the indices of the factors of a layer that are frozen for now."""
     record = layer.__dict__.get(FROZEN_FACTORS)
     return frozenset() if record is None else cast("FrozenFactors", record).indices

@@ -58,9 +58,9 @@ class Switch:
         total_steps: Steps of the whole training. With it the model is switched only if that pays off: if the time that the
             plan is predicted to save in the steps that are left exceeds the time that the switch takes. Step times are
             measured. If the sites were measured, the plan predicts how much of a step it saves; otherwise this is their
-            share of the sites' modelled time, as if nothing else took time. The rewrite is counted as long as making the
-            plan took, plus ``recompile_seconds``. Measuring layers for the plan takes
-            at most a hundredth of the time that is left, or the time of thirty steps; what is not measured is estimated.
+            share of the sites' modelled time, as if nothing else took time. A switch is counted as the time that making the
+            plan took plus ``recompile_seconds``. Measuring layers for the plan takes at most a hundredth of the time that is
+            left, or the time of thirty steps; what is not measured is estimated.
         recompile_seconds: Time to compile or capture the rewritten model, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
         writer: Where to log what the switch did, as ``tdfx.report.log_plan`` does, and the step time before it: a
