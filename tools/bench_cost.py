@@ -203,10 +203,10 @@ def _flow_dict(flow: Flow) -> dict[str, object]:
 @options.batch
 @options.device
 @options.threads(1)
-@options.rounds(3, "samples of each")
+@options.rounds(3, "samples of each call")
 @options.measure_seconds(120.0, "each network")
 @options.cpu_time
-@options.json_file("the deviations")
+@options.json_file("Write the deviations to a file.")
 @click.option("--times", "times_file", type=click.Path(path_type=Path), help="Write every measured time to a file.")
 def main(
     nets: str,

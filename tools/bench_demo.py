@@ -20,7 +20,7 @@ from tdfx.demo.run import DEFAULT_EPOCHS, DemoResult, run_demo
 @click.command(help=__doc__)
 @options.seeds()
 @click.option("--epochs", type=click.IntRange(min=2), default=DEFAULT_EPOCHS, show_default=True, help="Epochs a run.")
-@options.json_file("every run's figures")
+@options.json_file("Write every run's figures to a file.")
 def main(seeds: int, epochs: int, json_file: Path | None) -> None:
     """Train, collect, print."""
     results = []

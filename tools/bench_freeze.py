@@ -114,7 +114,7 @@ def train_and_rewrite(
 )
 @options.share(0.5)
 @click.option("--width", default=128, show_default=True, help="Channels of the network's first layers.")
-@options.json_file("every figure")
+@options.json_file("Write every figure to a file.")
 def main(seeds: int, epochs: tuple[int, ...], share: float, width: int, json_file: Path | None) -> None:
     """Run every seed and way, and print times, accuracies and losses."""
     assert {"all", *get_args(Train)} == set(WAYS)

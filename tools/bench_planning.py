@@ -7,8 +7,8 @@ that the cache has its layer times. Then ``tdfx.Switch`` with the default policy
 With --against PATH the same runs with the tdfx of another checkout, in turns (A B A B ...), and the last line is the
 ratio of this version's seconds to the other's.
 
-Networks: VGG-19 for 32×32 images, ResNet-18 at 64×64, and a small GPT of four blocks of 256 channels. Takes about two
-minutes a network on one core, most of it for the first plan, and twice that with --against.
+Networks: VGG-19 for 32×32 images, ResNet-18 at 64×64, and a small GPT of four blocks of 256 channels. Takes about a minute a
+network on one core, most of it for the first plan, and twice that with --against.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def medians(switches: list[Spent]) -> Spent:
 )
 @options.threads(1)
 @options.cpu_time
-@options.json_file("the seconds of every switch")
+@options.json_file("Write the seconds of every switch to a file.")
 def main(
     net: str,
     batch: int,

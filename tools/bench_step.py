@@ -212,10 +212,10 @@ def table_of(rows: Sequence[StepRow]) -> Table:
     "--dtype", type=click.Choice(list(_AUTOCAST)), default="fp32", show_default=True, help="bf16 is by autocast."
 )
 @options.threads(2)
-@options.rounds(7, "steps of each")
+@options.rounds(7, "samples of each step")
 @options.measure_seconds(20.0, "each plan")
 @options.cpu_time
-@options.json_file("all figures, after each row,")
+@options.json_file("Write all figures to a file, after each row.")
 def main(
     nets: str | None,
     rules: tuple[str, ...],

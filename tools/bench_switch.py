@@ -64,7 +64,7 @@ def run(
 @click.option("--after", type=click.IntRange(min=21), default=120, show_default=True, help="Steps after it.")
 @options.share(0.5)
 @click.option("--width", default=32, show_default=True, help="Channels of the network's first layers.")
-@options.json_file("every loss")
+@options.json_file("Write every loss to a file.")
 def main(seeds: int, before: int, after: int, share: float, width: int, json_file: Path | None) -> None:
     """Run every optimizer and seed, and print the mean losses, and how carried and reset differ."""
     digits = load_digits()

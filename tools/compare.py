@@ -51,14 +51,16 @@ _MINUTES = 15
 @options.share(0.25)
 @click.option("--method", "parts", multiple=True, metavar="TEXT", help="Only methods whose name contains this.")
 @options.tasks
-@click.option("--paper-code", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout.")
+@click.option("--paper-code", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout of it.")
 @click.option("--environments", type=click.Path(path_type=Path), help="Folder for the environments of packages.")
 @click.option("--here", is_flag=True, help="Only methods, no dense run and no table: used inside an environment.")
 @options.quick
 @options.cpu_time
 @options.threads(2)
-@options.json_file("every result, as soon as it is there, and skip runs that the file contains,")
-@click.option("--table", "table_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Print one.")
+@options.json_file("Write every result to a file as it comes; results in the file are kept.")
+@click.option(
+    "--table", "table_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Print its table."
+)
 def main(
     seeds: int,
     share: float,

@@ -53,7 +53,7 @@ def rounds(default: int, what: str) -> Option:
 def measure_seconds(default: float, what: str) -> Option:
     """Return the option that limits how long layers are timed."""
     return click.option(
-        "--measure-seconds", default=default, show_default=True, help=f"Most seconds to measure layers, for {what}."
+        "--measure-seconds", default=default, show_default=True, help=f"Most seconds of measuring layers for {what}."
     )
 
 
@@ -62,11 +62,10 @@ def share(default: float) -> Option:
     return click.option("--share", default=default, show_default=True, help="Ranks, as a share of the full ranks.")
 
 
-def json_file(what: str) -> Option:
-    """Return the option that names the file for the figures."""
-    return click.option(
-        "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help=f"Write {what} to a file."
-    )
+def json_file(text: str) -> Option:
+    """Return the option that names the file for the figures, with its help text."""
+    file = click.Path(dir_okay=False, path_type=Path)
+    return click.option("--json", "json_file", type=file, help=text)
 
 
 def models(default: str) -> Option:

@@ -71,7 +71,7 @@ def _name(policy: tdfx.Policy) -> str:
 @options.quick
 @options.cpu_time
 @options.threads(2)
-@options.json_file("every run, as soon as it ends, and skip runs that the file contains,")
+@options.json_file("Write every run to a file as it ends; runs in the file are not repeated.")
 def main(
     seeds: int,
     parts: tuple[str, ...],

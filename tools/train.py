@@ -27,7 +27,7 @@ from recipe.trainer import TrainingRun
 @click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
 @options.overrides
 @click.option("--resume", is_flag=True, help="Continue from output.checkpoint.")
-@options.json_file("the results")
+@options.json_file("Write the results to a file.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Plot accuracy against time (matplotlib).")
 @options.cpu_time
 @click.option("--threads", default=0, help="Threads of each process; 0 for torch's own choice.")

@@ -53,7 +53,7 @@ _FAILED = 1
     "--input", "shapes", multiple=True, metavar="SHAPE", help="Inputs of your models, as 2,3,64,64 or int64:2,16."
 )
 @click.option("--memory", type=float, default=12.0, show_default=True, help="Most GiB for one model, by estimate.")
-@options.json_file("all figures, after each model,")
+@options.json_file("Write all figures to a file, after each model.")
 @click.option("--worker", is_flag=True, hidden=True)
 def main(
     references: tuple[str, ...],
