@@ -216,8 +216,8 @@ def test_training_continues(build: Any, dtype: torch.dtype) -> None:
     before = train(model, masters, optimizer, 5)
     small = tdfx.rewrite(model, HALF, optimizer=optimizer, masters=masters)
     after = train(small, masters, optimizer, 30)
-    back = tdfx.merge(small, optimizer=optimizer, masters=masters)
-    after += train(back, masters, optimizer, 3)
+    merged = tdfx.merge(small, optimizer=optimizer, masters=masters)
+    after += train(merged, masters, optimizer, 3)
     assert max(after[-3:]) < 0.7 * min(before)
 
 
@@ -302,8 +302,8 @@ def test_averages_are_rewritten_and_merged_too() -> None:
     small = tdfx.rewrite(model, FULL, optimizer=optimizer, masters=masters, averaged=average)
     assert {parameter.dtype for parameter in average.module.parameters()} == {torch.float32}
     assert all(relative_distance(dense(average.module, name), before[name]) < 1e-5 for name in SITES)
-    back = tdfx.merge(small, optimizer=optimizer, masters=masters, averaged=average)
-    assert list(average.module.state_dict()) == list(back.state_dict())
+    merged = tdfx.merge(small, optimizer=optimizer, masters=masters, averaged=average)
+    assert list(average.module.state_dict()) == list(merged.state_dict())
     assert all(relative_distance(dense(average.module, name), before[name]) < 1e-5 for name in SITES)
 
 
@@ -354,8 +354,8 @@ def test_model_and_masters_keep_their_own_memory_formats() -> None:
     assert kernel.is_contiguous(memory_format=torch.channels_last)
     assert not kernel.is_contiguous()
     assert masters[kernel].is_contiguous()
-    back = tdfx.merge(small, masters=masters)
-    assert back.get_parameter("conv.weight").is_contiguous(memory_format=torch.channels_last)
+    merged = tdfx.merge(small, masters=masters)
+    assert merged.get_parameter("conv.weight").is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_original_layer_is_remembered_in_the_models_dtype() -> None:
