@@ -30,21 +30,23 @@ from tdfx.onnx_proof.export_model import export
 from tdfx.onnx_proof.report import ExportReport, VerifyReport
 from tdfx.onnx_proof.verify import verify
 from tdfx.optim.states import register_optimizer
-from tdfx.plans.plan import Emit, Plan, Reason, SitePlan
+from tdfx.plans.decisions import Emit
+from tdfx.plans.plan import Plan
+from tdfx.plans.site import Reason, SitePlan
 from tdfx.policies.file import read_policy
 from tdfx.policies.policy import Policy
-from tdfx.ranks.budget import Budget
+from tdfx.ranks.budget import Budget, Target
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.fixed import Fixed
 from tdfx.ranks.ratio import Ratio
 from tdfx.ranks.stable import StableRank
-from tdfx.ranks.target import Target
 from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 from tdfx.training.methods.decay import FrobeniusDecay
 from tdfx.training.methods.freeze import Freeze
 from tdfx.training.methods.penalty import LowRankPenalty
 from tdfx.training.methods.rewarm import Rewarm
+from tdfx.training.step_check import StepCheck, check_step
 from tdfx.training.switch.events import SwitchEvent
 from tdfx.training.switch.switch import Switch
 from tdfx.training.switch.when import AtEpoch, AtStep, Settled
@@ -88,6 +90,7 @@ __all__ = [
     "Settled",
     "SitePlan",
     "StableRank",
+    "StepCheck",
     "Switch",
     "SwitchEvent",
     "Target",
@@ -96,6 +99,7 @@ __all__ = [
     "Threshold",
     "VerifyReport",
     "WeightError",
+    "check_step",
     "export",
     "load",
     "merge",

@@ -39,8 +39,8 @@ def plan(
         policy: What to rewrite and how far; ``Policy()`` if left out.
         example_inputs: Inputs that the model accepts, for the FLOPs and times of each site: a tensor, a tuple of
             positional arguments, or a mapping of keyword arguments. Without them nominal shapes are assumed.
-        optimizer: What trains the model; read, and only by a budget whose ``error`` is ``"curvature"``.
-        masters: The wider copies that the optimizer trains, as for ``rewrite``; for the same budget.
+        optimizer: Not used; accepted for compatibility.
+        masters: Not used; accepted for compatibility.
         emit: How ``rewrite`` is to give the model back: ``"graph"`` or ``"modules"``.
 
     Returns:
@@ -102,12 +102,18 @@ def plan_rewrite(
     *,
     example_inputs: Inputs | None = None,
     emit: Emit = "graph",
+    loop_seconds: float | None = None,
 ) -> PlannedRewrite:
-    """Make a plan as ``plan`` does, and return it with all that a rewrite by it needs."""
+    """Make a plan as ``plan`` does, and return it with all that a rewrite by it needs.
+
+    Args:
+        model, policy, example_inputs, emit: As for ``plan``.
+        loop_seconds: Time of a step in the training loop, in seconds, where that is known.
+    """
     wrapped = unwrap(model)
     with wrapped.processes.raise_on_all():
         _check_same(wrapped, policy, emit)
-        return PlannedRewrite(wrapped, _planned(wrapped, policy, example_inputs, emit))
+        return PlannedRewrite(wrapped, _planned(wrapped, policy, example_inputs, emit, loop_seconds))
 
 
 def rewrite(
@@ -248,7 +254,9 @@ def _check_init(init: Init, policy: Policy | Plan | None, companions: Companions
         )
 
 
-def _planned(wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit) -> Planned:
+def _planned(
+    wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit, loop_seconds: float | None = None
+) -> Planned:
     """Trace the model, find its sites and decide on them."""
     wish = Policy() if policy is None else policy
     if not isinstance(wish, Policy):
@@ -256,7 +264,7 @@ def _planned(wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emi
             f"policy={wish!r} is a {type(wish).__name__}: it says what to rewrite and how far. "
             f"Pass tdfx.Policy(rank=...), or a plan to rewrite."
         )
-    return make_plan(_sites(wrapped, emit), wish, inputs)
+    return make_plan(_sites(wrapped, emit), wish, inputs, loop_seconds=loop_seconds)
 
 
 def _sites(wrapped: Wrapped, emit: Emit) -> Program:

@@ -1,4 +1,4 @@
-"""A small network whose layers can be cut unevenly, a cost that measures without a clock, and plans by the two."""
+"""A small network whose layers can be cut unevenly, a cost that measures without a clock, and plans with both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tdfx.factors.operation import Operation
 
 
 class ByFlops:
-    """A cost that measures: a step takes as many seconds as the forward pass has billions of operations."""
+    """A cost that measures one second for each billion operations of the forward pass."""
 
     modelled = Modelled()
     autocast = None
@@ -27,22 +27,21 @@ class ByFlops:
         return flops(chain, flow or Flow(8, (8, 8))) / 1e9
 
     def measure(self, groups: Any, *, spent: float = 0.0) -> dict[Any, float]:
-        found = {case: self.seconds(*case) for group in groups for case in group}
-        self.asked.append(len(found))
-        return found
+        times = {case: self.seconds(*case) for group in groups for case in group}
+        self.asked.append(len(times))
+        return times
 
     def update_seconds(self, values: int, device: str) -> float:
         return 0.0
 
 
 def lowish(model: nn.Module) -> nn.Module:
-    """Give weights spectra that fall off, each at a pace of its own."""
-    for number, one in enumerate(layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)):
-        flat = one.weight.detach().flatten(1).double()
-        u, s, v = torch.linalg.svd(flat, full_matrices=False)
-        pace = torch.exp(-torch.arange(len(s)) * (0.05 + 0.05 * (number % 3)))
-        one.weight.data = (u * pace) @ v if one.weight.dim() == 2 else ((u * pace) @ v).reshape(one.weight.shape)
-        one.weight.data = one.weight.data.to(torch.float32)
+    """Give weights spectra that decay at different rates."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    for number, layer in enumerate(layers):
+        u, s, v = torch.linalg.svd(layer.weight.detach().flatten(1).double(), full_matrices=False)
+        decay = torch.exp(-torch.arange(len(s)) * (0.05 + 0.05 * (number % 3)))
+        layer.weight.data = ((u * decay) @ v).reshape(layer.weight.shape).to(torch.float32)
     return model
 
 

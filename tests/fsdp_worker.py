@@ -201,7 +201,7 @@ def check_plan_is_one_for_all(mesh: DeviceMesh) -> None:
     assert len(made.factorized) == len(made.sites) == 7
     alone = tdfx.plan(net(), policy, example_inputs=X)
     assert (len(alone.factorized) == 0) == bool(dist.get_rank()), "each alone would decide otherwise"
-    rule = tdfx.Policy(rank=tdfx.Target(parameters=0.7), min_gain=0)
+    rule = tdfx.Policy(parameters=0.7, min_gain=0)
     here, there = tdfx.plan(sharded(mesh=mesh), rule), tdfx.plan(net(), rule)
     assert here.sites == there.sites
     assert here.emit == "modules"

@@ -1,4 +1,4 @@
-"""Budgets: what is kept, at the least loss, by whichever measure; and what happens where it cannot be kept."""
+"""Budgets: what is kept, at the least error of the weights, and what happens where a budget cannot be kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from budgeted import ByFlops, X, lowish, net, planned
 from torch import Tensor, nn
 
 import tdfx
-from tdfx import Budget, InputError, Modelled, Policy, PolicyError, Ratio, Reason
+from tdfx import Budget, InputError, Modelled, Policy, PolicyError, Ratio, Reason, TdfxWarning
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
@@ -204,6 +204,64 @@ def test_a_scheme_that_is_asked_for_is_the_only_one(scheme: str) -> None:
     assert {site.scheme for site in plan.factorized} == {scheme}
 
 
+@pytest.mark.parametrize("error", ["outputs", "curvature"])
+def test_other_errors_are_accepted_and_mean_that_of_the_weights(error: Any) -> None:
+    message = (
+        f"error='{error}' was measured to be no better than the error of the weights and is treated as error='weights'"
+    )
+    with pytest.warns(TdfxWarning, match=message):
+        budget = Budget(parameters=0.5, error=error)
+    assert budget == Budget(parameters=0.5)
+    with pytest.warns(TdfxWarning, match=message):
+        policy = Policy(parameters=0.5, error=error, min_gain=0)
+    assert policy == Policy(parameters=0.5, min_gain=0)
+    with pytest.warns(TdfxWarning, match=message):
+        assert tdfx.read_policy({"parameters": 0.5, "error": error, "min_gain": 0}) == policy
+
+
+def test_a_plan_takes_an_optimizer_and_masters_that_it_does_not_use() -> None:
+    model = nn.Linear(64, 64)
+    policy = Policy(parameters=0.5, min_gain=0)
+    optimizer = torch.optim.Adam(model.parameters())
+    assert tdfx.plan(model, policy, optimizer=optimizer, masters={}) == tdfx.plan(model, policy)
+
+
+class Functional(nn.Module):
+    """Calls the function of a convolution on a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 6, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Sequential(nn.Conv1d(6, 8, 3), nn.Tanh(), nn.Conv1d(8, 6, 3)), (6, 40)),
+        (
+            lambda: nn.Sequential(nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"), nn.ConvTranspose2d(8, 6, 3)),
+            (6, 9, 9),
+        ),
+        (lambda: nn.Sequential(nn.Conv3d(6, 8, 3, groups=2)), (6, 5, 5, 5)),
+        (lambda: nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 6)), (40,)),
+        (Functional, (6, 9, 9)),
+    ],
+    ids=["1d", "2d", "3d", "linear", "functional"],
+)
+def test_one_sample_without_a_batch_is_planned_as_a_batch_of_one(make: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    policy = Policy(parameters=0.6, min_gain=0, round_to=1, cost=Modelled())
+    alone, batch = (tdfx.plan(model, policy, example_inputs=(one,)) for one in (x, x[None]))
+    assert alone.factorized
+    assert [(site.scheme, site.ranks, site.flops_before) for site in alone] == [
+        (site.scheme, site.ranks, site.flops_before) for site in batch
+    ]
+
+
 def test_candidates_have_the_errors_of_their_splits_and_survive_being_sent() -> None:
     program = find_sites(net())
     policy = Policy(parameters=0.5, round_to=4)
@@ -290,8 +348,8 @@ def test_what_a_policy_does_not_take() -> None:
 
 
 def test_a_copy_of_a_policy_keeps_its_budget() -> None:
-    policy = Policy(speedup=2, error="outputs")
-    assert policy.rank == Budget(speedup=2, error="outputs")
+    policy = Policy(speedup=2)
+    assert policy.rank == Budget(speedup=2)
     assert dataclasses.replace(policy, exclude=("a",)).rank == policy.rank
     assert dataclasses.replace(policy, rank=Budget(speedup=3)) == Policy(speedup=3)
     assert Policy(rank=Budget(speedup=2)) == Policy(speedup=2)
@@ -441,12 +499,12 @@ def test_an_override_without_a_rank_is_part_of_the_budget() -> None:
         cost=Modelled(),
         overrides={"2": Policy(scheme="tucker1_out", min_gain=0)},
     )
-    assert policy.overrides["2"] == Policy(parameters=0.3, scheme="tucker1_out", min_gain=0, cost=Modelled())
+    assert policy.for_site("2") == Policy(parameters=0.3, scheme="tucker1_out", min_gain=0, round_to=1, cost=Modelled())
     plan = tdfx.plan(net(), policy)
     assert plan["2"].scheme == "tucker1_out"
     assert plan.parameters_after <= 0.3 * plan.parameters_before
-    nested = Policy(rank=Ratio(of=0.5), overrides={"a": Policy(overrides={"b": Policy(scheme="svd")})})
-    assert nested.overrides["a"].overrides["b"] == Policy(rank=Ratio(of=0.5), scheme="svd")  # type: ignore[union-attr]
+    nested = Policy(rank=Ratio(of=0.5), overrides={"a*": Policy(overrides={"*b": Policy(scheme="svd")})})
+    assert nested.for_site("ab") == Policy(rank=Ratio(of=0.5), scheme="svd")
     with pytest.raises(PolicyError, match="An override has a budget, and a budget is for all sites together"):
         Policy(parameters=0.3, overrides={"2": Policy(parameters=0.5)})
 

@@ -99,8 +99,8 @@ CALLS: dict[str, Call] = {
     "plan at full rank": lambda model, _: tdfx.plan(model, policy(1.0)),
     "rewrite": lambda model, optimizer: tdfx.rewrite(model, policy(0.25), optimizer=optimizer),
     "rewrite at full rank": lambda model, optimizer: tdfx.rewrite(model, policy(1.0), optimizer=optimizer),
-    "rewrite to a target": lambda model, optimizer: tdfx.rewrite(
-        model, tdfx.Policy(rank=tdfx.Target(parameters=0.5), min_gain=0), optimizer=optimizer
+    "rewrite by a budget": lambda model, optimizer: tdfx.rewrite(
+        model, tdfx.Policy(parameters=0.5, min_gain=0), optimizer=optimizer
     ),
 }
 LATER: dict[str, Call] = {

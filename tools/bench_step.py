@@ -91,7 +91,9 @@ class StepBenchmark:
 
     def check(self, net: BenchmarkNet, plan: tdfx.Plan, rewritten: torch.nn.Module, rounds: int) -> StepCheck:
         """Time the steps of the dense and of the rewritten network."""
-        return plan.check(rewritten, example_inputs=(net.x,), dense=net.model, autocast=net.autocast, rounds=rounds)
+        return tdfx.check_step(
+            plan, rewritten, example_inputs=(net.x,), dense=net.model, autocast=net.autocast, rounds=rounds
+        )
 
     def row(self, net: BenchmarkNet, name: str, plan: tdfx.Plan, plan_seconds: float) -> StepRow:
         """Rewrite by a plan, and time the steps."""

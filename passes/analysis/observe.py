@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdfx.cost.setting import Setting, autocast_now
 from tdfx.distributed.processes import Processes
-from tdfx.kinds.functional import Call, parse_call
+from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
@@ -75,7 +75,7 @@ class Observed:
 
     entering: defaultdict[str, list[Entered]] = field(default_factory=lambda: defaultdict(list))
     """Path of a layer -> what entered it, call by call."""
-    functional: defaultdict[int, list[tuple[Call, Entered]]] = field(default_factory=lambda: defaultdict(list))
+    functional: defaultdict[int, list[tuple[FunctionCall, Entered]]] = field(default_factory=lambda: defaultdict(list))
     """Parameter, by identity -> the calls of functions that took it as their weight, with what entered them."""
     reads: set[int] = field(default_factory=set)
     """Parameters, by identity, that were read for anything else, outside of the layers that hold them."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from tdfx.kinds.functional import Call, parse_call
+from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import find_kind
 from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.program import Program
@@ -41,7 +41,7 @@ class FunctionalUse:
     """One call in a graph that takes a parameter as its weight."""
 
     node: fx.Node
-    call: Call
+    call: FunctionCall
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ from tdfx.passes.program import Program
 
 _PART = 0.5
 """Part of the measuring time that the step as a whole may take."""
+_AGREES = 1.25
+"""Two times of a step agree if neither is more than this many times the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,19 @@ class TimeStep(Pass[Timed]):
         inputs: Example inputs.
         cost: The cost that measures the sites.
         strict: Whether a step that cannot be timed is an error.
+        loop_seconds: Time of a step in the training loop, in seconds, where that is known. A first sample that agrees with
+            it needs no others.
     """
 
     name = "time_step"
 
-    def __init__(self, inputs: Inputs, cost: MeasuringCost, *, strict: bool = True) -> None:
+    def __init__(
+        self, inputs: Inputs, cost: MeasuringCost, *, strict: bool = True, loop_seconds: float | None = None
+    ) -> None:
         self.inputs = inputs
         self.cost = cost
         self.strict = strict
+        self.loop_seconds = loop_seconds
 
     def requires(self, program: Program) -> None:
         """One process can run the model by itself."""
@@ -79,8 +86,14 @@ class TimeStep(Pass[Timed]):
         try:
             step = TrainingStep(program.module, self.inputs, self.cost.autocast)
             trained = sum(parameter.numel() for parameter in step.trained)
+            update = self.cost.update_seconds(trained, step.device)
+            if self.loop_seconds is not None:
+                (sample,) = time_steps([step], rounds=1)
+                ratio = (sample.seconds + update) / self.loop_seconds
+                if 1 / _AGREES < ratio < _AGREES:
+                    return sample.seconds + update
             (timing,) = time_steps([step], most_seconds=self._most_seconds)
-            return timing.seconds + self.cost.update_seconds(trained, step.device)
+            return timing.seconds + update
         except TdfxError:
             raise
         except Exception as error:  # whatever a backward raises, all processes have to hear of it

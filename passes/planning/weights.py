@@ -64,7 +64,7 @@ def _no_values(site: Site, rule: RankRule | None) -> str:
         return f"{lacks}so it cannot be split. Load the model on a real device first, or pass init='empty' with a plan."
     return (
         f"{lacks}and {rule!r} reads them. Load the model on a real device first, or take a rule that reads none: "
-        f"Ratio, Fixed or Target (ratio:0.25 or params:0.5 on the command line)."
+        f"Ratio or Fixed (ratio:0.25 on the command line)."
     )
 
 

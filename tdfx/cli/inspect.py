@@ -19,6 +19,7 @@ from tdfx.cli.rows import SORTS, picked
 from tdfx.cli.weights import load_weights
 from tdfx.errors import ModelReferenceError, TdfxError
 from tdfx.plans.table import plan_view
+from tdfx.policies.changes import map_costs
 from tdfx.progress import waiting
 from tdfx.ranks.registry import parse_rule
 from tdfx.report.picture import check_plot
@@ -163,11 +164,6 @@ def _policy(
         policy = replace(policy, exclude=exclude)
     if min_gain is not None:
         policy = replace(policy, min_gain=min_gain)
-    return _by_arithmetic(policy) if modelled else policy
-
-
-def _by_arithmetic(policy: tdfx.Policy) -> tdfx.Policy:
-    """Return a policy, its overrides too, that measures nothing."""
-    overrides = {key: None if one is None else _by_arithmetic(one) for key, one in policy.overrides.items()}
-    cost = policy.cost if isinstance(policy.cost, tdfx.Modelled) else tdfx.Modelled()
-    return replace(policy, cost=cost, overrides=overrides)
+    if modelled:
+        policy = map_costs(policy, lambda cost: cost if isinstance(cost, tdfx.Modelled) else tdfx.Modelled())
+    return policy

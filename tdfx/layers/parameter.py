@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from tdfx.factors.functions import apply_operation
 from tdfx.factors.operation import Operation
-from tdfx.kinds.functional import Call, apply, parse_call
+from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import operation_of
 from tdfx.layers.factorized import Factorized, Origin, weight_of
 
@@ -48,19 +49,19 @@ class FactorizedParameter(Factorized):
             bias: Shape (out,), or None.
             geometry: The function's other arguments: stride, padding, dilation, groups.
         """
-        call = Call("", len(self.shape) - 2, self.layout[1], self, {"input": input, "bias": bias, **geometry})
+        call = FunctionCall("", len(self.shape) - 2, self.layout[1], self, {"input": input, "bias": bias, **geometry})
         operation = call.operation(self.shape)
         assert operation is not None, f"{geometry} does not go with a weight of shape {tuple(self.shape)}"
         return self._run(operation, input, bias)
 
     def _run(self, operation: Operation, x: Tensor, bias: Tensor | None) -> Tensor:
         if (operation.groups, operation.transposed) != self.layout or not self.scheme.fits(operation):
-            return apply(operation, self.weight, x, bias)
+            return apply_operation(operation, x, self.weight, bias)
         chain = self.scheme.chain(operation, self.origin.ranks)
-        *first, last = zip(chain, self.weights, strict=True)
+        *first, (last, last_weight) = zip(chain, self.weights, strict=True)
         for step, weight in first:
-            x = apply(step, weight, x, None)
-        return apply(*last, x, bias)
+            x = apply_operation(step, x, weight)
+        return apply_operation(last, x, last_weight, bias)
 
     @classmethod
     def __torch_function__(

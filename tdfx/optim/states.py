@@ -99,20 +99,6 @@ def register_optimizer(optimizer: type[Optimizer], **roles: Role) -> None:
     _TABLE[optimizer] = Meaning(roles)
 
 
-def second_moment(optimizers: Sequence[Optimizer], parameter: Tensor) -> Tensor | None:
-    """Return what an optimizer keeps of the squares of a parameter's gradient, of its shape; None where there is nothing."""
-    for optimizer in optimizers:
-        state: State = optimizer.state.get(parameter, {})
-        meaning = _meaning(optimizer, state)
-        if meaning is not None:
-            unfolded = meaning.unfold(_working(state))
-            known = (unfolded[key] for key, role in meaning.roles.items() if role == "second" and key in unfolded)
-            found = next(known, None)
-            if isinstance(found, Tensor) and found.shape == parameter.shape:
-                return found
-    return None
-
-
 def new_states(
     optimizer: Optimizer, old_ones: Sequence[nn.Parameter], new: Sequence[nn.Parameter], carrier: Carrier
 ) -> list[State]:

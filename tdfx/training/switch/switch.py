@@ -257,7 +257,13 @@ class Switch:
                 [max(0, self.total_steps - self._step), step_seconds]
             )
             policy = cap_measuring_time(policy, left, step_seconds)
-        planned = plan_rewrite(model, policy, example_inputs=inputs, emit=emit)
+        planned = plan_rewrite(
+            model,
+            policy,
+            example_inputs=inputs,
+            emit=emit,
+            loop_seconds=step_seconds if step_seconds > 0 else None,
+        )
         plan = planned.plan
         planning = wrapped.processes.broadcast_object(self._clock() - began)
         self._spend("planning", began)
