@@ -54,7 +54,7 @@ class Trace(Pass):
         notes = program.notes
         if root.mismatch and emit == "graph":
             emit = "modules"
-            notes = (*notes, f"given back as {type(module).__name__}, not as a graph: {root.doubt}")
+            notes = (*notes, f"given back as {type(module).__name__}, not as a graph: {root.mismatch}")
         elif emit == "graph":
             notes = (*notes, *_notes_of_blocks(module, root))
         traced = replace(program, module=module, graphs=graphs, emit=emit, notes=notes)
