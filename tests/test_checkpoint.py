@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 import tdfx
-from tdfx.checkpoint import files, temporary
+from tdfx.checkpoint import atomic, sealed_file
 
 HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0)
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
@@ -240,7 +240,7 @@ def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
         tdfx.load(path, convolutions)
     with pytest.raises(tdfx.CheckpointError, match="could not be read"):
         tdfx.load(tmp_path / "missing", convolutions)
-    with pytest.raises(tdfx.CheckpointError, match=r"goes to model\.load_state_dict"):
+    with pytest.raises(tdfx.CheckpointError, match=r"with model\.load_state_dict"):
         tdfx.load(dict(convolutions().state_dict()), convolutions)
     with pytest.raises(tdfx.CheckpointError, match="has format 2, and this tdfx"):
         tdfx.load({**tdfx.state(convolutions()), "format": 2}, convolutions)
@@ -263,7 +263,7 @@ def untied() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "build", "message"),
     [
-        (lambda: tdfx.rewrite(convolutions(), HALF), Slotted, "whose rewrite does not go with this Slotted"),
+        (lambda: tdfx.rewrite(convolutions(), HALF), Slotted, "whose rewrite does not fit this Slotted"),
         (lambda: tdfx.rewrite(convolutions(), HALF), narrow, "of shape"),
         (convolutions, Slotted, "it lacks"),
         (convolutions, lambda: convolutions()[:5], "that this Sequential lacks"),
@@ -323,7 +323,7 @@ def test_a_failed_write_leaves_the_former_file(tmp_path: Path, monkeypatch: pyte
     def full(_: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(files.os, "fsync", full)  # type: ignore[attr-defined]
+    monkeypatch.setattr(atomic.os, "fsync", full)  # type: ignore[attr-defined]
     with pytest.raises(tdfx.CheckpointError, match=r"could not be written: no space left"):
         tdfx.save(model, path)
     assert path.read_bytes() == before
@@ -334,7 +334,7 @@ def test_a_failed_write_leaves_the_former_file(tmp_path: Path, monkeypatch: pyte
 
 def left_behind(target: Path) -> Path:
     """Begin a file as a process does that dies before it is whole."""
-    with temporary.begin(target) as file:
+    with atomic.open_temporary(target) as file:
         file.write(b"half of it")
     return Path(file.name)
 
@@ -348,10 +348,10 @@ def test_a_save_clears_away_what_dead_processes_left_and_nothing_else(
     mine = tmp_path / ".run.tdfx.notes.tmp"
     mine.touch()
     with monkeypatch.context() as patch:
-        patch.setattr(temporary, "_kernel", lambda: "0123abcd")
+        patch.setattr(atomic, "_machine", lambda: "0123abcd")
         lately, long_ago = left_behind(path), left_behind(path)
     os.utime(long_ago, (0, 0))
-    with temporary.begin(path) as alive:
+    with atomic.open_temporary(path) as alive:
         tdfx.save(model, path)
         assert not dead.exists()
         assert not long_ago.exists()
@@ -366,22 +366,22 @@ def test_a_save_clears_away_what_dead_processes_left_and_nothing_else(
 def test_a_file_that_is_taken_for_dead_before_it_is_locked_is_begun_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, times = temporary._lock, iter([True, False])
+    right, times = atomic._lock, iter([True, False])
 
     def late(file: BufferedWriter) -> None:
         if next(times):
-            temporary.clear(tmp_path / "run.tdfx")
+            atomic.remove_leftovers(tmp_path / "run.tdfx")
         right(file)
 
-    monkeypatch.setattr(temporary, "_lock", late)
-    with temporary.begin(tmp_path / "run.tdfx") as file:
+    monkeypatch.setattr(atomic, "_lock", late)
+    with atomic.open_temporary(tmp_path / "run.tdfx") as file:
         assert [one.name for one in tmp_path.iterdir()] == [Path(file.name).name]
     assert list(times) == []
 
 
 def test_one_checksum_is_enough_and_torchs_setting_stays(tmp_path: Path) -> None:
     path, _ = saved_run(tmp_path)
-    with zipfile.ZipFile(io.BytesIO(path.read_bytes()[: -files._SEAL.size])) as inside:
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes()[: -sealed_file._SEAL.size])) as inside:
         assert {one.CRC for one in inside.infolist()} == {0}
     assert torch.serialization.get_crc32_options()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdfx.checkpoint.files import read_sealed, write
+from tdfx.checkpoint.sealed_file import read_sealed, write_sealed
 from tdfx.errors import CheckpointError, ModelError
 from tdfx.integrations.adapter import TrainerAdapter
 from tdfx.optim.surgery import as_optimizers
@@ -149,7 +149,7 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put what a resumed run needs beside what the Trainer has written."""
         if state.is_world_process_zero:
-            write(self._inside.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
+            write_sealed(self._inside.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
 from types import ModuleType
 
-from tdfx.checkpoint.temporary import begin, clear
+from tdfx.checkpoint.atomic import atomic_writer
 from tdfx.errors import ReportError
 
 
@@ -17,20 +16,9 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         ReportError: The folder is missing or cannot be written to, or the disk is full. What was there is unchanged.
     """
-    target = Path(os.path.realpath(path))
     try:
-        clear(target)
-        with begin(target) as file:
-            try:
-                if target.exists():
-                    Path(file.name).chmod(target.stat().st_mode & 0o777)
-                file.write(data)
-                file.flush()
-                if os.name == "nt":
-                    file.close()  # open files have fixed names there
-                os.replace(file.name, target)  # noqa: PTH105
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+        with atomic_writer(path) as file:
+            file.write(data)
     except OSError as error:
         raise ReportError(
             f"The report {str(path)!r} could not be written: {error}. What was there before is unchanged. Name a file in a "
