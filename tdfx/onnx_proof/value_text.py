@@ -1,7 +1,7 @@
 """Tensors, attributes and subgraphs of an ONNX file as text: equal text means equal value, whatever the encoding.
 
-ONNX can store one tensor in several ways (raw bytes or typed fields, inline or in another file) and free text may hang
-on anything, so serialised bytes say little about equality. Text is also what an error message can show.
+ONNX can store a tensor in several ways (raw bytes or typed fields, inline or in another file), and documentation may be
+attached to anything, so equal values can have different bytes. Text can also be shown in an error message.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, numpy_helper
 
 SHOWN_VALUES = 16
-"""Tensors with at most this many values are spelled out; the others are named by a digest of their bytes."""
+"""Tensors with at most this many values are written out; larger ones are identified by a digest of their bytes."""
 
 
 class Attribute(NamedTuple):
@@ -36,7 +36,7 @@ def dtype_name(elem_type: int) -> str:
 
 
 def digest(content: bytes) -> str:
-    """Return a short fingerprint of ``content``: 64 bits, so that two values agree by accident once in 10**19."""
+    """Return a short fingerprint of ``content``; of 64 bits, so that two values collide about once in 10**19."""
     return f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
 
 
@@ -54,14 +54,14 @@ def tensor_text(tensor: TensorProto) -> str:
 
 
 def attributes_of(node: NodeProto) -> tuple[tuple[Attribute, ...], tuple[str, ...]]:
-    """Return a node's attributes, sorted by name, and the outer values that its subgraphs read.
+    """Return a node's attributes, sorted by name, and the names of the outer values that its subgraphs read.
 
-    A body of ``If`` or ``Loop`` reads values around it by name. Those are inputs of the node in all but syntax, so they
-    come back as names, in the order of first use, and the text of the body holds only their numbers.
+    The body of an ``If`` or ``Loop`` reads values around it by name. They are inputs of the node in all but syntax, so they
+    are returned in the order of first use, and the text of the body holds only their numbers in that order.
     """
     captured: list[str] = []
-    found = [Attribute(one.name, _kind(one), _attribute_text(one, captured)) for one in node.attribute]
-    return tuple(sorted(found)), tuple(captured)
+    attributes = [Attribute(each.name, _kind(each), _attribute_text(each, captured)) for each in node.attribute]
+    return tuple(sorted(attributes)), tuple(captured)
 
 
 def _kind(attribute: AttributeProto) -> str:
@@ -71,7 +71,7 @@ def _kind(attribute: AttributeProto) -> str:
 def _attribute_text(attribute: AttributeProto, captured: list[str]) -> str:
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, (list, tuple)) or attribute.type in _LISTS:
-        return f"[{', '.join(_value_text(one, captured) for one in value)}]"
+        return f"[{', '.join(_value_text(item, captured) for item in value)}]"
     return _value_text(value, captured)
 
 
@@ -100,7 +100,7 @@ def _value_text(value: object, captured: list[str]) -> str:
 
 
 def _subgraph_text(graph: GraphProto, captured: list[str]) -> str:
-    """Write a body with numbers in place of value names; its nodes count in the order in which they stand."""
+    """Return the text of a body with numbers in place of value names; the order of its nodes counts."""
     local: dict[str, str] = {}
     lines: list[str] = []
 
