@@ -140,7 +140,7 @@ REFUSED = {
     "folder": (("folder.onnx", "relu.onnx"), "'folder.onnx' is not a file"),
     "no name": (
         ("nothing", "relu.onnx"),
-        "'nothing' is no file, and it does not name a model. Write the path of an .onnx",
+        "'nothing' is not a file, and it does not name a model. Write the path of an .onnx",
     ),
     "no model": (("duo:built", "duo:build", "--input", "2,4"), "there is no 'built' in it. Nearest: 'build'"),
     "no torchvision": (("torchvision:resnet19", "relu.onnx"), "torchvision has no model 'resnet19'"),
@@ -179,8 +179,11 @@ REFUSED = {
         ("relu.onnx", "relu.onnx", "--inputs", "objects.npz"),
         "The inputs 'objects.npz' could not be read: ValueEr",
     ),
-    "words": (("relu.onnx", "relu.onnx", "--inputs", "words.npz"), "are no arrays of numbers: 'x' is of dtype <U1"),
-    "no arrays": (("relu.onnx", "relu.onnx", "--inputs", "none.npz"), "are no arrays of numbers: it holds no array"),
+    "words": (("relu.onnx", "relu.onnx", "--inputs", "words.npz"), "are not arrays of numbers: 'x' is of dtype <U1"),
+    "no arrays": (
+        ("relu.onnx", "relu.onnx", "--inputs", "none.npz"),
+        "are not arrays of numbers: the file holds no array",
+    ),
     "other names": (
         ("relu.onnx", "relu.onnx", "--inputs", "good.npz"),
         "example_inputs has no 'x', only 'z'; the graph take",
