@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tdfx
+from tdfx.checkpoint import atomic
 from tdfx.errors import ExportError, InputError, ModelError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -109,6 +110,24 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     tdfx.export(nn.ReLU(), tmp_path / "link.onnx", example_inputs=X)
     assert (tmp_path / "link.onnx").is_symlink()
     assert onnx.load(tmp_path / "folder" / "net.onnx").graph.node[0].op_type == "Relu"
+
+
+def test_a_failed_export_of_large_weights_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tdfx.export.__globals__, "SINGLE_FILE_BYTES", 0)
+    with pytest.raises(ExportError, match="computes something else in ONNX Runtime"):
+        tdfx.export(Moody(), tmp_path / "net.onnx", example_inputs=X)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_keeps_permissions_and_removes_the_leftovers_of_dead_processes(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    path.touch(0o640)
+    with atomic.open_temporary(path) as file:
+        file.write(b"half of it")
+    assert len(list(tmp_path.iterdir())) == 2
+    tdfx.export(nn.ReLU(), path, example_inputs=X)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 class Moody(nn.Module):

@@ -105,11 +105,12 @@ def _machine() -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a renamed file survive a power failure, where the system can."""
+    """Make a renamed file survive a power failure, where the system can; the file is in its place either way."""
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

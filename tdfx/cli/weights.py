@@ -97,22 +97,22 @@ def _without_wrapper_names(state: Mapping[str, Any], own_names: set[str]) -> dic
 
 def _check(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
     """Raise ModelReferenceError if names or shapes differ, with the first difference of each kind."""
-    own = model.state_dict()
-    missing = [name for name in own if name not in state]
-    foreign = [name for name in state if name not in own]
-    other = [name for name, tensor in own.items() if name in state and _shape(state[name]) != tuple(tensor.shape)]
+    tensors = model.state_dict()
+    missing = [name for name in tensors if name not in state]
+    foreign = [name for name in state if name not in tensors]
+    other = [name for name, tensor in tensors.items() if name in state and _shape(state[name]) != tuple(tensor.shape)]
     faults = []
     if missing:
-        faults.append(f"{len(missing)} of {len(own)} entries are missing, first {missing[0]!r}")
+        faults.append(f"{len(missing)} of {len(tensors)} entries are missing, first {missing[0]!r}")
     if foreign:
         faults.append(
-            f"{len(foreign)} are not the model's, first {foreign[0]!r} (nearest: {nearest(foreign[0], own, 1)})"
+            f"{len(foreign)} are not the model's, first {foreign[0]!r} (nearest: {nearest(foreign[0], tensors, 1)})"
         )
     if other:
         first = other[0]
         faults.append(
             f"{len(other)} have another shape, first {first!r}, which is {_shape(state[first])} in the file and "
-            f"{tuple(own[first].shape)} in the model"
+            f"{tuple(tensors[first].shape)} in the model"
         )
     if faults:
         raise ModelReferenceError(

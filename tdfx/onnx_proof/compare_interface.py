@@ -15,37 +15,24 @@ if TYPE_CHECKING:
 
 def input_difference(model: Graph, reference: Graph) -> Difference | None:
     """Return the first difference in the inputs, or None: number, dtypes, shapes with dynamic axes, names."""
-    found = _type_difference("input", model.inputs, reference.inputs) or _name_difference(
+    difference = type_difference("input", model.inputs, reference.inputs) or _name_difference(
         "input", model.inputs, reference.inputs
     )
-    if found is None:
+    if difference is None:
         return None
-    text, position = found
+    text, position = difference
     return Difference(text, *(_first_reader(graph, _name_at(graph.inputs, position)) for graph in (model, reference)))
 
 
 def output_difference(model: Graph, reference: Graph, names: bool = True) -> Difference | None:
     """Return the first difference in the outputs, or None; their names are compared if ``names`` is True."""
-    found = _type_difference("output", model.outputs, reference.outputs)
-    if found is None and names:
-        found = _name_difference("output", model.outputs, reference.outputs)
-    if found is None:
+    difference = type_difference("output", model.outputs, reference.outputs)
+    if difference is None and names:
+        difference = _name_difference("output", model.outputs, reference.outputs)
+    if difference is None:
         return None
-    text, position = found
+    text, position = difference
     return Difference(text, *(graph.producer(_name_at(graph.outputs, position)) for graph in (model, reference)))
-
-
-def type_difference(kind: str, ports: Sequence[Port], others: Sequence[Port], start: int = 0) -> str | None:
-    """Return the first difference in number, dtype or shape of inputs or outputs, whatever their names.
-
-    Args:
-        kind: ``"input"`` or ``"output"``.
-        ports: The model's.
-        others: The reference's.
-        start: The position of the first of them in the graph.
-    """
-    found = _type_difference(kind, ports, others, start)
-    return None if found is None else found[0]
 
 
 def stored_difference(model: Graph, reference: Graph) -> Difference | None:
@@ -65,10 +52,8 @@ def stored_difference(model: Graph, reference: Graph) -> Difference | None:
     return None
 
 
-def _type_difference(
-    kind: str, ports: Sequence[Port], others: Sequence[Port], start: int = 0
-) -> tuple[str, int] | None:
-    """Return the first difference besides names, and its position."""
+def type_difference(kind: str, ports: Sequence[Port], others: Sequence[Port], start: int = 0) -> tuple[str, int] | None:
+    """Return the first difference in number, dtype or shape, and its position; positions begin at ``start``."""
     if len(ports) != len(others):
         return f"the model has {len(ports)} {kind}(s), the reference {len(others)}", min(len(ports), len(others))
     for position, (port, other) in enumerate(zip(ports, others, strict=True), start):

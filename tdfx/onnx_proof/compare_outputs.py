@@ -87,21 +87,21 @@ def compare_numbers(paths: tuple[Path, Path], graphs: tuple[Graph, Graph], input
 
 def _conflict(kind: str, ports: Sequence[Port], others: Sequence[Port]) -> str | None:
     """Return a difference for which no values fit both sides; a dynamic axis fits any size."""
-    if len(ports) != len(others):
-        return type_difference(kind, ports, others)
-    for position, (port, other) in enumerate(zip(ports, others, strict=True)):
-        if port.dtype != other.dtype or not _shapes_fit(port.shape, other.shape):
-            return type_difference(kind, ports[position:], others[position:], position)
-    return None
+    start = 0
+    if len(ports) == len(others):
+        pairs = enumerate(zip(ports, others, strict=True))
+        start = next((place for place, pair in pairs if not _fit_together(*pair)), len(ports))
+    difference = type_difference(kind, ports[start:], others[start:], start)
+    return None if difference is None else difference[0]
 
 
-def _shapes_fit(shape: tuple[int | str, ...] | None, other: tuple[int | str, ...] | None) -> bool:
-    """Return True if some tensor has both shapes."""
-    if shape is None or other is None:
-        return True
-    pairs = zip(shape, other, strict=False)
-    return len(shape) == len(other) and all(
-        size == other_size or isinstance(size, str) or isinstance(other_size, str) for size, other_size in pairs
+def _fit_together(port: Port, other: Port) -> bool:
+    """Return True if some tensor has the dtype and shape of both."""
+    if port.dtype != other.dtype or port.shape is None or other.shape is None:
+        return port.dtype == other.dtype
+    return len(port.shape) == len(other.shape) and all(
+        size == other_size or isinstance(size, str) or isinstance(other_size, str)
+        for size, other_size in zip(port.shape, other.shape, strict=True)
     )
 
 

@@ -63,7 +63,7 @@ class _SiteTensors:
 
 def differing_chains(chains: Iterable[Chain], others: Iterable[Chain]) -> tuple[Chain, ...]:
     """Return the chains that only one of two graphs has, or that they have at other ranks, one for each site."""
-    by_site, others_by_site = ({chain.site: chain for chain in each} for each in (chains, others))
+    by_site, others_by_site = ({chain.site: chain for chain in side} for side in (chains, others))
     sites = {**others_by_site, **by_site}
     return tuple(chain for site, chain in sites.items() if by_site.get(site) != others_by_site.get(site))
 
@@ -173,7 +173,9 @@ class _Contraction:
             while producer is not None and self.graph.nodes[producer].op in {"CastLike", "Expand"}:
                 value = self.graph.nodes[producer].inputs[0]
                 producer = self.graph.producer(value)
-            texts = [each.text for each in self.graph.nodes[producer].attributes] if producer is not None else []
+            texts = (
+                [attribute.text for attribute in self.graph.nodes[producer].attributes] if producer is not None else []
+            )
             is_zero = len(texts) == 1 and _ZERO.search(texts[0]) is not None
             if not is_zero and value not in self.graph.initializers:
                 raise ContractionError(f"the site {site.chain} adds {value!r}, which is not its bias", index)
@@ -195,25 +197,25 @@ class _Contraction:
 
     def _without_shared(self, site: _SiteTensors, region: set[int], path: Sequence[int]) -> set[int]:
         """Return a region without nodes that others read too: the exporter stores equal constants once."""
-        own = set(region)
+        unshared = set(region)
         for index in sorted(region - {path[-1]}, reverse=True):
             outputs = [name for name in self.graph.nodes[index].outputs if name]
-            if any(name in self.outputs or not own.issuperset(self.readers[name]) for name in outputs):
+            if any(name in self.outputs or not unshared.issuperset(self.readers[name]) for name in outputs):
                 if index in path:
                     text = f"a value inside the site {site.chain}, {outputs[0]!r}, is read elsewhere too"
                     raise ContractionError(text, index)
-                own.discard(index)
-        return own
+                unshared.discard(index)
+        return unshared
 
     def _replace(
         self, site: _SiteTensors, path: Sequence[int], region: set[int], products: Sequence[Mapping[int, bool]]
     ) -> None:
         """Replace a region by one node."""
         nodes = [self.graph.nodes[index] for index in path]
-        own = {*site.weights, site.bias}
+        own_tensors = {*site.weights, site.bias}
         read = (name for node in nodes for name in node.inputs if name in self.graph.initializers)
-        extra = dict.fromkeys(name for name in read if name not in own)
-        transposed = {each[index] for index in path for each in products if index in each}
+        extra = dict.fromkeys(name for name in read if name not in own_tensors)
+        transposed = {nodes_of[index] for index in path for nodes_of in products if index in nodes_of}
         self.removed |= region
         self.contracted[path[-1]] = Node(
             name=site.chain.site or "the model itself",
@@ -276,7 +278,7 @@ def describe_contractions(
     """Return a line for each contracted chain: what it was, and how many nodes became one on either side."""
     lines = []
     for chain in chains:
-        counts = [sorted(set(each[chain.site])) for each in (sizes, reference_sizes)]
+        counts = [sorted(set(side[chain.site])) for side in (sizes, reference_sizes)]
         calls = len(sizes[chain.site])
         if not any(counts):
             lines.append(f"{chain}: not computed in eval mode")

@@ -79,26 +79,28 @@ def export(
     target = _check_path(path)
     check_tolerance(tolerance)
     names = _check_names(output_names)
+    import onnx_ir
+
     from tdfx.onnx_proof.check_export import check_export
     from tdfx.onnx_proof.module_inputs import as_example_inputs
-    from tdfx.onnx_proof.torch_to_onnx import Settings, build_program, save_program
+    from tdfx.onnx_proof.torch_to_onnx import Settings, build_program
 
     inputs = as_example_inputs(example_inputs)
     program = build_program(model, inputs, Settings(dynamic_axes=dynamic_axes, output_names=names, optimize=optimize))
     weights = _external_file(program, target)
     try:
-        with atomic_writer(target) as file:
-            temporary = Path(file.name)
-            save_program(program, temporary, None if weights is None else weights.name)
-            checks = check_export(temporary, model, inputs, dynamic_axes, tolerance)
+        with contextlib.ExitStack() as on_failure:
             if weights is not None:
-                with weights.open("rb") as written:
-                    os.fsync(written.fileno())
-    except BaseException as error:
-        if weights is not None:
-            weights.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+                on_failure.callback(weights.unlink, missing_ok=True)
+            with atomic_writer(target) as file:
+                temporary = Path(file.name)
+                onnx_ir.save(program.model, temporary, external_data=None if weights is None else weights.name)
+                checks = check_export(temporary, model, inputs, dynamic_axes, tolerance)
+                if weights is not None:
+                    with weights.open("rb") as written:
+                        os.fsync(written.fileno())
+            on_failure.pop_all()
+    except OSError as error:
         raise ExportError(
             f"{str(path)!r} could not be written: {error}. What was there before is unchanged. Name a file in a folder that "
             f"exists, with room on its disk."

@@ -57,8 +57,8 @@ class NodeClasses:
         """Return the nodes whose class is not among ``classes``, though those of all their arguments are."""
         return [
             index
-            for index, own in enumerate(self.of_node)
-            if own not in classes and all(self._is_in(name, classes) for name in self.graph.nodes[index].inputs)
+            for index, node_class in enumerate(self.of_node)
+            if node_class not in classes and all(self._is_in(name, classes) for name in self.graph.nodes[index].inputs)
         ]
 
     def _is_in(self, name: str, classes: set[int]) -> bool:
@@ -112,16 +112,16 @@ def _node_difference(node: Node, other: Node, classes: NodeClasses, other_classe
             return (
                 f"node {node} takes {reads} as argument {position}, but {other.name!r} in the reference {other_reads}"
             )
-    used, other_used = (sum(map(bool, each.outputs)) for each in (node, other))
+    used, other_used = (sum(map(bool, side.outputs)) for side in (node, other))
     return f"node {node} makes {used} output(s), but {other.name!r} in the reference {other_used}"
 
 
 def _attribute_difference(attributes: Sequence[Attribute], other: Node) -> str:
-    both = [{attribute.name: attribute for attribute in each} for each in (attributes, other.attributes)]
+    both = [{attribute.name: attribute for attribute in side} for side in (attributes, other.attributes)]
     name = next(name for name in sorted({*both[0], *both[1]}) if both[0].get(name) != both[1].get(name))
-    texts = [f"{name} {each[name].text}" if name in each else f"no {name}" for each in both]
+    texts = [f"{name} {side[name].text}" if name in side else f"no {name}" for side in both]
     if texts[0] == texts[1]:
-        texts = [f"{text} ({each[name].kind})" for text, each in zip(texts, both, strict=True)]
+        texts = [f"{text} ({side[name].kind})" for text, side in zip(texts, both, strict=True)]
     return f"{texts[0]}, but {other.name!r} in the reference has {texts[1].removeprefix(f'{name} ')}"
 
 
@@ -143,9 +143,9 @@ def describe_source(name: str, graph: Graph) -> str:
 
 def _count_difference(classes: NodeClasses, other_classes: NodeClasses) -> Difference | None:
     counts, other_counts = Counter(classes.of_node), Counter(other_classes.of_node)
-    for index, own in enumerate(classes.of_node):
-        if counts[own] != other_counts[own]:
-            nodes = f"{counts[own]} node(s) that compute what {classes.graph.nodes[index]} does"
-            text = f"the model has {nodes}, the reference {other_counts[own]}"
-            return Difference(text, index, other_classes.of_node.index(own))
+    for index, node_class in enumerate(classes.of_node):
+        if counts[node_class] != other_counts[node_class]:
+            nodes = f"{counts[node_class]} node(s) that compute what {classes.graph.nodes[index]} does"
+            text = f"the model has {nodes}, the reference {other_counts[node_class]}"
+            return Difference(text, index, other_classes.of_node.index(node_class))
     return None

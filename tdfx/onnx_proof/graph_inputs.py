@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.generic]
 
+_DYNAMIC_SIZE = 2
+"""Size of dynamic axes of random inputs."""
+
 _ONNX_NAMES = {
     torch.float64: "double",
     torch.float32: "float",
@@ -78,22 +81,17 @@ def as_array(tensor: Tensor) -> Array:
     return array
 
 
-def random_inputs(graph: Graph, size: int = 2, seed: int = 0) -> list[Array]:
+def random_inputs(graph: Graph) -> list[Array]:
     """Return an array for each input, the same on every call: normal, or zeros and ones for integers and flags.
-
-    Args:
-        graph: The graph.
-        size: The size of dynamic axes.
-        seed: The seed of the values.
 
     Raises:
         InputError: An input has no fixed number of axes, or is not numeric.
     """
-    generator = np.random.default_rng(seed)
-    return [_random_input(port, size, generator) for port in graph.inputs]
+    generator = np.random.default_rng(0)
+    return [_random_input(port, generator) for port in graph.inputs]
 
 
-def _random_input(port: Port, size: int, generator: np.random.Generator) -> Array:
+def _random_input(port: Port, generator: np.random.Generator) -> Array:
     numpy_names = {"float": "float32", "double": "float64", "float16": "float16", "bool": "bool"}
     name = numpy_names.get(port.dtype, port.dtype if port.dtype.startswith(("int", "uint")) else "")
     if port.shape is None or not name:
@@ -101,7 +99,7 @@ def _random_input(port: Port, size: int, generator: np.random.Generator) -> Arra
             f"no random values can be made for input {port.name!r} ({port.dtype}, shape {port.shape}): "
             f"pass example_inputs."
         )
-    shape = [axis if isinstance(axis, int) else size for axis in port.shape]
+    shape = [size if isinstance(size, int) else _DYNAMIC_SIZE for size in port.shape]
     if name.startswith("float"):
         return generator.standard_normal(shape).astype(name)
     return generator.integers(0, 2, shape).astype(name)

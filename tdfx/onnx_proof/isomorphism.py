@@ -109,19 +109,19 @@ def refine(graph: nx.DiGraph, other: nx.DiGraph) -> bool:
     which a deep model would need as many as it has layers, then refine what is left.
     """
     graphs = (graph, other)
-    colours = [dict(each.nodes(data="label")) for each in graphs]
+    colours = [dict(side.nodes(data="label")) for side in graphs]
     for forward in (True, False):
         palette: dict[Hashable, int] = {}
-        colours = [_sweep(each, before, palette, forward) for each, before in zip(graphs, colours, strict=True)]
+        colours = [_sweep(side, before, palette, forward) for side, before in zip(graphs, colours, strict=True)]
     classes = 0
     while Counter(colours[0].values()) == Counter(colours[1].values()):
         if len(set(colours[0].values())) == classes:
-            for each, final in zip(graphs, colours, strict=True):
-                nx.set_node_attributes(each, final, "colour")
+            for side, final in zip(graphs, colours, strict=True):
+                nx.set_node_attributes(side, final, "colour")
             return True
         classes = len(set(colours[0].values()))
         palette = {}
-        colours = [_refine_once(each, before, palette) for each, before in zip(graphs, colours, strict=True)]
+        colours = [_refine_once(side, before, palette) for side, before in zip(graphs, colours, strict=True)]
     return False
 
 

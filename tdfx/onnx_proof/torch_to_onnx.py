@@ -51,7 +51,7 @@ def export_module(module: nn.Module, inputs: ExampleInputs, path: Path, settings
         InputError: The module does not accept the inputs, or has no such axes.
         ExportError: The exporter cannot export it.
     """
-    save_program(build_program(module, inputs, settings), path, external=f"{path.name}.data")
+    onnx_ir.save(build_program(module, inputs, settings).model, path, external_data=f"{path.name}.data")
 
 
 def build_program(module: nn.Module, inputs: ExampleInputs, settings: Settings | None = None) -> ONNXProgram:
@@ -84,11 +84,6 @@ def build_program(module: nn.Module, inputs: ExampleInputs, settings: Settings |
     if chains:
         program.model.metadata_props[METADATA_KEY] = to_metadata(chains)
     return program
-
-
-def save_program(program: ONNXProgram, path: Path, external: str | None) -> None:
-    """Write an exported model to a file, and its weights to another file of that name beside it if one is given."""
-    onnx_ir.save(program.model, path, external_data=external)
 
 
 def run_module(module: nn.Module, inputs: ExampleInputs) -> Outputs:

@@ -60,7 +60,10 @@ def attributes_of(node: NodeProto) -> tuple[tuple[Attribute, ...], tuple[str, ..
     are returned in the order of first use, and the text of the body holds only their numbers in that order.
     """
     captured: list[str] = []
-    attributes = [Attribute(each.name, _kind(each), _attribute_text(each, captured)) for each in node.attribute]
+    attributes = [
+        Attribute(attribute.name, _kind(attribute), _attribute_text(attribute, captured))
+        for attribute in node.attribute
+    ]
     return tuple(sorted(attributes)), tuple(captured)
 
 

@@ -110,7 +110,7 @@ def _is_not_a_tensor(node: fx.Node, without_data: set[fx.Node]) -> bool:
     inputs = node.all_input_nodes
     arithmetic = node.target in vars(operator).values() or getattr(node.target, "__module__", "") == "math"
     # Parameters are in without_data too, but arithmetic on them gives a tensor.
-    return bool(inputs) and arithmetic and all(each in without_data and each.op != "get_attr" for each in inputs)
+    return bool(inputs) and arithmetic and all(node in without_data and node.op != "get_attr" for node in inputs)
 
 
 def _sites_inside(node: fx.Node, sites: tuple[Site, ...]) -> tuple[str, ...]:

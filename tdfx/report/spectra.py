@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ def curves_of(sites: Sequence[Site], plan: Plan) -> dict[str, tuple[SpectrumCurv
             site = sites_by_name.get(decision.name)
             curves[decision.name] = () if site is None else _site_curves(site, decision)
             advance(1)
-    return {name: each for name, each in curves.items() if each}
+    return {name: site_curves for name, site_curves in curves.items() if site_curves}
 
 
 def _check_same_model(sites_by_name: Mapping[str, Site], plan: Plan) -> None:
@@ -94,7 +95,7 @@ def _site_curves(site: Site, decision: SitePlan) -> tuple[SpectrumCurve, ...]:
 def _with_ranks(spectra: Sequence[Spectrum], ranks: Sequence[int] | None) -> tuple[SpectrumCurve, ...]:
     modes = _MODES.get(len(spectra), ("",) * len(spectra))
     chosen = (None,) * len(spectra) if ranks is None else ranks
-    return tuple(_curve(*each) for each in zip(modes, spectra, chosen, strict=True))
+    return tuple(itertools.starmap(_curve, zip(modes, spectra, chosen, strict=True)))
 
 
 def _curve(mode: str, spectrum: Spectrum, rank: int | None) -> SpectrumCurve:
