@@ -108,7 +108,7 @@ def state(
     """
     wrapped = unwrap(model)
     inner = wrapped.model
-    known_masters = as_masters(masters, inner, shards=wrapped.shards)
+    checked_masters = as_masters(masters, inner, shards=wrapped.shards)
     tensors = inner.state_dict()
     return {
         "format": FORMAT,
@@ -121,10 +121,11 @@ def state(
         "frozen": _frozen(inner),
         "tied": tied_names(inner),
         "masters": {
-            name: as_plain(master, f"the master of {name!r}") for name, master in known_masters.named(inner).items()
+            name: as_plain(master, f"the master of {name!r}") for name, master in checked_masters.named(inner).items()
         },
         "optimizers": [
-            _optimizer_record(each, inner, known_masters, index) for index, each in enumerate(as_optimizers(optimizer))
+            _optimizer_record(each, inner, checked_masters, index)
+            for index, each in enumerate(as_optimizers(optimizer))
         ],
         "extra": as_plain(extra, "extra"),
     }

@@ -8,8 +8,12 @@ from typing import Any
 import click
 
 import tdfx
-from tdfx.cli import cache, completion, demo, inspect, verify
+from tdfx.cli.cache import cache
+from tdfx.cli.completion import completion
+from tdfx.cli.demo import demo
 from tdfx.cli.exit_codes import INTERRUPTED, STOPPED
+from tdfx.cli.inspect import inspect
+from tdfx.cli.verify import verify
 from tdfx.errors import TdfxError, first_line
 
 _CODES = """\b
@@ -52,5 +56,5 @@ def main(debug: bool) -> None:
     """Train PyTorch models faster by factorizing their layers during training."""
 
 
-for command in (inspect.inspect, demo.demo, verify.verify, cache.cache, completion.completion):
+for command in (inspect, demo, verify, cache, completion):
     main.add_command(command)
