@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 from tdfx.errors import PassError
 from tdfx.passes.program import Program
@@ -15,30 +15,29 @@ class Change:
     """One thing that a pass did."""
 
     site: str
-    """The path that it did it to."""
+    """The path of the module or site that it changed."""
     what: str
     """What it did, in a few words."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a pass hands to the next one."""
+    """What a pass hands on; a pass that works out more than a program returns a subclass with the rest."""
 
     program: Program
     changes: tuple[Change, ...] = ()
-
-    @property
-    def modified(self) -> bool:
-        """True if anything changed; read from ``changes``, so it cannot disagree."""
-        return bool(self.changes)
+    """What the pass did, one entry for each site; ``ensures`` reads it."""
 
 
-class Pass(ABC):
-    """A step of the compiler with a contract that is checked at every call."""
+Result = TypeVar("Result", bound=PassResult)
+
+
+class Pass(ABC, Generic[Result]):
+    """A step of the compiler. An instance holds settings and no results, so that it can be run again."""
 
     name: ClassVar[str]
 
-    def __call__(self, program: Program) -> PassResult:
+    def __call__(self, program: Program) -> Result:
         """Check what the pass requires, run it, and check what it promises."""
         self.requires(program)
         result = self.run(program)
@@ -49,11 +48,11 @@ class Pass(ABC):
         """Raise one of ``tdfx.errors`` if the program cannot go through this pass."""
 
     @abstractmethod
-    def run(self, program: Program) -> PassResult:
+    def run(self, program: Program) -> Result:
         """Do the work; ``program`` and its module are left as they were."""
 
-    def ensures(self, before: Program, result: PassResult) -> None:
-        """Raise PassError if the result is not what the pass promises; sees both programs."""
+    def ensures(self, before: Program, result: Result) -> None:
+        """Raise PassError if the result is not what the pass promises; both programs are given."""
 
     def check(self, holds: bool, promise: str) -> None:
         """Raise PassError, naming this pass, unless ``holds``."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
 from tdfx.cost.count import Flow
+from tdfx.distributed.processes import Processes, Solo
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import find_kind, kind_of
 from tdfx.layers.factorized import Factorized
@@ -15,19 +16,19 @@ from tdfx.layers.placement import full
 from tdfx.plans.plan import Emit, Plan, Reason
 
 PLAN_ATTRIBUTE = "_tdfx_plan"
-"""Where a rewritten model keeps its plan; this is also how a merge knows of a rewrite that kept every site."""
+"""The attribute in which a rewritten model keeps its plan; it also marks a rewrite that kept every site."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """What torch.fx made of one module."""
+    """The graphs that torch.fx recorded of one module."""
 
     graphs: tuple[fx.Graph, ...]
     """One graph, or one in train and one in eval mode where they differ in more than constants."""
     mismatch: str = ""
-    """Why they cannot stand for the module; "" if they can."""
+    """Why the graphs cannot stand for the module; "" if they can."""
     blocks: frozenset[str] = frozenset()
-    """Paths inside it of the modules that they call as they are, and do not look into."""
+    """Paths, inside the module, of the submodules that the graphs call as they are without showing their inside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,9 @@ class ParameterSlot:
     """The place of a parameter that functional calls use as a weight."""
 
     owner: str
-    """Path of the module that holds it."""
+    """Path of the module that holds the parameter."""
     name: str
-    """Its name there."""
+    """The parameter's name in that module."""
 
     @classmethod
     def of(cls, path: str) -> ParameterSlot:
@@ -56,19 +57,19 @@ class Site:
     """A place in the model that computes a convolution or a linear map."""
 
     name: str
-    """Path of the layer in the program's module, or of the parameter where no layer kind holds it."""
+    """Path of the layer in the program's module; path of the parameter where no layer kind holds it."""
     layer: nn.Module
-    """The layer itself, in the program's module; or the module that holds the parameter."""
+    """The layer, in the program's module; or the module that holds the parameter."""
     kind: str
     """The layer kind, or the function that takes the parameter as its weight."""
     operation: Operation | None
-    """What it computes; None for a kind that no scheme can stand for."""
+    """What the site computes; None for a kind that no scheme supports."""
     calls: int
     """Calls in one forward pass, as far as the graphs or a run with example inputs show."""
     nodes: tuple[fx.Node, ...] = ()
     """The calls in the graphs."""
     reason: Reason | None = None
-    """Why it cannot be rewritten, whatever the policy says; or that it is factorized, so that its ranks can be lowered."""
+    """Why the site cannot be rewritten, whatever the policy says; FACTORIZED if it is, so that its ranks can be lowered."""
     note: str = ""
     """The reason in words."""
     aliases: tuple[str, ...] = ()
@@ -76,26 +77,26 @@ class Site:
     slot: ParameterSlot | None = None
     """The parameter that a rewrite replaces, where functions take it as their weight and the layer stays."""
     flows: tuple[Flow, ...] | None = None
-    """What flows into each call; None without example inputs, and nothing where they do not reach it in either mode."""
+    """What flows into each call; None without example inputs, empty where they do not reach the site in either mode."""
 
     @property
     def is_open(self) -> bool:
-        """True for a site that a policy may decide on: that may be rewritten, or is factorized and could get lower ranks."""
+        """True for a site that a policy may decide on: one that may be rewritten, or whose ranks can be lowered."""
         return self.reason in {None, Reason.FACTORIZED}
 
     @property
     def is_missed(self) -> bool:
-        """True for a site that the example inputs do not reach, so that nobody knows how long it takes."""
+        """True for a site that the example inputs do not reach, so that its time is unknown."""
         return self.flows == ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names by which a policy may speak of it."""
+        """All names by which a policy may refer to the site."""
         return (self.name, *self.aliases)
 
     @property
     def weight(self) -> nn.Parameter | None:
-        """The parameter that holds the weight; None where that is computed, or factorized."""
+        """The parameter that holds the weight; None where the weight is computed, or factorized."""
         if isinstance(self.layer, Factorized):
             return None
         if self.slot is not None:
@@ -105,7 +106,7 @@ class Site:
 
     @property
     def weights(self) -> tuple[nn.Parameter, ...]:
-        """The parameters that make the weight: itself, or its factors; none where it is computed."""
+        """The parameters that make the weight: the weight itself, or its factors; none where the weight is computed."""
         if isinstance(self.layer, Factorized):
             return self.layer.weights
         return () if self.weight is None else (self.weight,)
@@ -120,24 +121,38 @@ class Site:
         """Return the values of the weight in the layout of its operation."""
         return weight if self.slot is not None else kind_of(self.layer).to_dense(weight)
 
+    def in_copy(self, module: nn.Module) -> Site:
+        """Return the same site in a structural copy of the program's module."""
+        if isinstance(self.layer, Factorized):
+            path = self.slot.path if self.slot is not None else self.name
+        else:
+            path = self.slot.owner if self.slot is not None else self.name
+        return replace(self, layer=module.get_submodule(path))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A model on its way through the passes; no pass changes one, each returns another."""
+    """A model on its way through the passes; no pass changes a program, each returns another."""
 
     module: nn.Module
     """The model; from ``trace`` on it is a structural copy that shares every tensor with the user's."""
     graphs: Mapping[str, Traced] = field(default_factory=dict)
-    """Path of a submodule ("" for the root) -> its graphs; a submodule has its own where no graph above shows its inside."""
+    """Path of a submodule ("" for the root) -> its graphs, for each submodule whose inside no outer graph shows."""
     emit: Emit = "graph"
     """How a rewritten model will be given back."""
     notes: tuple[str, ...] = ()
-    """What concerns the whole model, in words."""
+    """Remarks on the whole model, in words."""
     sites: tuple[Site, ...] = ()
-    """Every convolution and linear layer, and every parameter used as one's weight, from ``find`` on."""
+    """Every convolution and linear layer, and every parameter used as the weight of one, from ``find`` on."""
     plan: Plan | None = None
     """The decisions, from ``select`` on."""
     step_seconds: float | None = None
-    """Measured time of the model's training step, where that was asked for."""
+    """Measured time of the model's training step in seconds; None where it was not measured."""
+    processes: Processes = field(default_factory=Solo)
+    """The processes that train the model, all of which run the passes together."""
     shards: bool = False
-    """True if each process holds a part of every parameter, and all run the passes together."""
+    """True if each process holds a part of every parameter."""
+
+    def in_copy(self, module: nn.Module) -> Program:
+        """Return the program for a structural copy of its module, whose parameters may be others of the same shapes."""
+        return replace(self, module=module, sites=tuple(site.in_copy(module) for site in self.sites))

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
-from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError, OptimizerError, PolicyError
 from tdfx.optim.companions import Companions
 from tdfx.optim.exchanges import join_exchange, split_exchange
-from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.observe import Inputs
-from tdfx.passes.analysis.shapes import ObserveInputs
-from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.planning.candidates import Loss
-from tdfx.passes.planning.clock import TimeStep
-from tdfx.passes.planning.losses import SecondMoment, curvature_losses, output_losses
-from tdfx.passes.planning.select import Select
-from tdfx.passes.planning.spectra import KeptSpectra
-from tdfx.passes.planning.times import SiteTimes
+from tdfx.passes.pipeline import Planned, find_sites, make_plan, merge_back, rewrite_by, use_plan
+from tdfx.passes.planning.spectra import SpectrumCache
 from tdfx.passes.program import Program
-from tdfx.passes.transform.merge import Merge
-from tdfx.passes.transform.rewrite import Init, Rewrite
+from tdfx.passes.transform.rewrite import Init
 from tdfx.plans.plan import Emit, Plan
 from tdfx.policies.policy import Policy
-from tdfx.ranks.budget import Budget
 from tdfx.wrappers.unwrap import Wrapped, unwrap
 
 
@@ -69,13 +58,56 @@ def plan(
         >>> made.sites[0].scheme, made.sites[0].ranks, made.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
+    return plan_rewrite(model, policy, example_inputs=example_inputs, emit=emit).plan
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRewrite:
+    """A plan for a model in training, with all that a rewrite by it needs, so that nothing is done twice."""
+
+    wrapped: Wrapped
+    planned: Planned
+
+    @property
+    def plan(self) -> Plan:
+        """The decisions."""
+        return self.planned.plan
+
+    @property
+    def program(self) -> Program:
+        """The model as the passes see it, with its sites."""
+        return self.planned.program
+
+    def carry_out(
+        self,
+        *,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        averaged: Any = None,
+        masters: Any = None,
+        init: Init = "weight",
+    ) -> nn.Module:
+        """Return the rewritten model; see ``rewrite``.
+
+        The model and its weights must be as they were when the plan was made.
+        """
+        with self.wrapped.processes.raise_on_all():
+            companions = Companions.of(self.wrapped, optimizer, averaged, masters)
+            commit = _prepared(self.wrapped, self.planned, companions, init)
+        return commit()
+
+
+def plan_rewrite(
+    model: nn.Module,
+    policy: Policy | None = None,
+    *,
+    example_inputs: Inputs | None = None,
+    emit: Emit = "graph",
+) -> PlannedRewrite:
+    """Make a plan as ``plan`` does, and return it with all that a rewrite by it needs."""
     wrapped = unwrap(model)
-    with wrapped.together():
+    with wrapped.processes.raise_on_all():
         _check_same(wrapped, policy, emit)
-        along = Companions.of(wrapped, optimizer, None, masters)
-        program, _ = _planned(wrapped, policy, example_inputs, emit, along.second_moment)
-    assert program.plan is not None
-    return program.plan
+        return PlannedRewrite(wrapped, _planned(wrapped, policy, example_inputs, emit))
 
 
 def rewrite(
@@ -133,24 +165,15 @@ def rewrite(
         ModelError: An average belongs to another model.
     """
     wrapped = unwrap(model)
-    with wrapped.together():
-        along = Companions.of(wrapped, optimizer, averaged, masters)
-        _check_init(init, policy, along)
+    with wrapped.processes.raise_on_all():
+        companions = Companions.of(wrapped, optimizer, averaged, masters)
+        _check_init(init, policy, companions)
         _check_same(wrapped, policy, emit, init)
-        spectra = KeptSpectra()
         if isinstance(policy, Plan):
-            program = replace(_sites(wrapped, policy.emit), plan=wrapped.agree(policy))
+            planned = use_plan(_sites(wrapped, policy.emit), policy)
         else:
-            program, select = _planned(wrapped, policy, example_inputs, emit, along.second_moment)
-            # Those of the model's weights are not quite those of their masters.
-            spectra = KeptSpectra() if along.masters else select.readings.kept
-        along.masters.with_masters(program.module)
-        step = Rewrite(spectra, init, wrapped.spread)
-        result = step(program).program.module
-        exchanges = [
-            split_exchange(replace(one, factorized=along.masters.detached(one.factorized))) for one in step.swaps
-        ]
-        commit = along.prepare(result, exchanges, values=init != "empty", warn=True)
+            planned = _planned(wrapped, policy, example_inputs, emit)
+        commit = _prepared(wrapped, planned, companions, init)
     return commit()
 
 
@@ -184,11 +207,10 @@ def merge(
         True
     """
     wrapped = unwrap(model)
-    with wrapped.together():
-        along = Companions.of(wrapped, optimizer, averaged, masters)
-        step = Merge(wrapped.spread)
-        result = step(Program(module=along.masters.lifted_copy(wrapped.model))).program.module
-        commit = along.prepare(result, [join_exchange(one) for one in step.joins])
+    with wrapped.processes.raise_on_all():
+        companions = Companions.of(wrapped, optimizer, averaged, masters)
+        merged = merge_back(companions.masters.with_masters(wrapped.model), wrapped.processes)
+        commit = companions.prepare(merged.program.module, [join_exchange(join) for join in merged.joins])
     return commit()
 
 
@@ -196,13 +218,13 @@ def _check_same(wrapped: Wrapped, policy: Policy | Plan | None, emit: Emit, init
     """Raise ModelError unless all processes pass the same."""
     said = policy.to_json() if isinstance(policy, Plan) else repr(policy)
     # Objects that do not say what they are print their address, which differs between processes.
-    wrapped.check_same(
+    wrapped.processes.check_same(
         (re.sub(r" at 0x[0-9a-f]+", "", said), emit, init),
         "The processes pass different policies, plans or settings to tdfx. Pass the same ones on each.",
     )
 
 
-def _check_init(init: Init, policy: Policy | Plan | None, along: Companions) -> None:
+def _check_init(init: Init, policy: Policy | Plan | None, companions: Companions) -> None:
     """Raise an error where factors cannot start from what was asked for."""
     if init not in get_args(Init):
         raise PolicyError(
@@ -214,64 +236,41 @@ def _check_init(init: Init, policy: Policy | Plan | None, along: Companions) -> 
             "init='empty' reads no weight, and a policy would choose ranks by them. Pass the plan in place of the policy: "
             "tdfx.Plan.from_json, or tdfx.plan of a model that has its values."
         )
-    if init == "empty" and any(one.state for one in along.optimizers):
+    if init == "empty" and any(one.state for one in companions.optimizers):
         raise OptimizerError(
             "init='empty' makes factors without values, for which the state that the optimizer has already could not be "
             "worked out. Pass an optimizer that has taken no step, and load its state afterwards."
         )
-    if init == "empty" and along.averages:
+    if init == "empty" and companions.averages:
         raise ModelError(
             "init='empty' makes factors without values, in whose bases no average could be expressed. Load the average by "
             "itself: rewrite the averaged copy with init='empty' too, and load its values."
         )
 
 
-def _planned(
-    wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit, second: SecondMoment
-) -> tuple[Program, Select]:
-    """Run the passes up to the plan."""
+def _planned(wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit) -> Planned:
+    """Trace the model, find its sites and decide on them."""
     wish = Policy() if policy is None else policy
     if not isinstance(wish, Policy):
         raise PolicyError(
             f"policy={wish!r} is a {type(wish).__name__}: it says what to rewrite and how far. "
             f"Pass tdfx.Policy(rank=...), or a plan to rewrite."
         )
-    program = _sites(wrapped, emit)
-    spent = 0.0
-    if inputs is not None:
-        program = ObserveInputs(inputs, wrapped.together, wrapped.ready, wrapped.agree)(program).program
-        if isinstance(wish.rank, Budget) and wish.rank.is_of_time and isinstance(wish.cost, MeasuringCost):
-            began = time.perf_counter()
-            program = TimeStep(inputs, wish.cost, wrapped.lead, strict=wish.rank.strict)(program).program
-            spent = time.perf_counter() - began
-    losses = _losses(wish, program, inputs, second)
-    select = Select(wish, wrapped.spread, wrapped.agree, SiteTimes(wrapped.lead, spent), losses)
-    return select(program).program, select
-
-
-def _losses(policy: Policy, program: Program, inputs: Inputs | None, second: SecondMoment) -> dict[str, Loss]:
-    """Return what a budget counts as the loss of each site, where that is not the error of its weight."""
-    if not isinstance(policy.rank, Budget) or policy.rank.error == "weights":
-        return {}
-    if policy.rank.error == "curvature":
-        return curvature_losses(program, second)
-    if inputs is None:
-        raise PolicyError(
-            "error='outputs' compares the outputs of each site on real inputs, and there are none. Pass example_inputs=..., "
-            "best a batch of the training set; or take error='weights'."
-        )
-    return output_losses(program, inputs)
+    return make_plan(_sites(wrapped, emit), wish, inputs)
 
 
 def _sites(wrapped: Wrapped, emit: Emit) -> Program:
-    if emit not in get_args(Emit):
-        raise PolicyError(
-            f"emit={emit!r} is not known: a model is given back as 'graph' (a GraphModule) or as 'modules' (its own class)."
-        )
-    notes: tuple[str, ...] = ()
-    if wrapped.shards and emit == "graph":
-        emit = "modules"
-        kind = type(wrapped.model).__name__
-        notes = (f"given back as {kind}, not as a graph: fully_shard gathers parameters where modules are called",)
-    program = Program(module=wrapped.model, emit=emit, notes=notes, shards=wrapped.shards)
-    return Find()(Trace()(program).program).program
+    return find_sites(wrapped.model, emit, wrapped.processes, shards=wrapped.shards)
+
+
+def _prepared(wrapped: Wrapped, planned: Planned, companions: Companions, init: Init) -> Callable[[], nn.Module]:
+    """Factorize the model and work out all that goes with it; return the function that changes what was passed."""
+    masters = companions.masters
+    if masters:
+        # The spectra of the plan are those of the model's own weights, and it is the masters that are split.
+        planned = Planned(planned.program.in_copy(masters.with_masters(planned.program.module)), SpectrumCache())
+    rewritten = rewrite_by(planned, init)
+    exchanges = [
+        split_exchange(replace(swap, factorized=masters.detached(swap.factorized))) for swap in rewritten.swaps
+    ]
+    return companions.prepare(rewritten.program.module, exchanges, values=init != "empty", warn=True)

@@ -487,14 +487,14 @@ def check_a_task_that_fails_is_told_once() -> None:
     def work() -> tuple[Tensor, ...]:
         raise KeyError("only where it is done")
 
-    with refused(KeyError, "only where it is done"), ranks.together():
-        list(ranks.spread([Task(tuple, ()), Task(work, ())]))
-    with refused(tdfx.PolicyError, "because of it"), ranks.together():
+    with refused(KeyError, "only where it is done"), ranks.raise_on_all():
+        list(ranks.map_tasks([Task(tuple, ()), Task(work, ())]))
+    with refused(tdfx.PolicyError, "because of it"), ranks.raise_on_all():
         try:
-            list(ranks.spread([Task(work, ())]))
+            list(ranks.map_tasks([Task(work, ())]))
         except KeyError as error:
             raise tdfx.PolicyError("because of it") from error
-    assert ranks.agree(dist.get_rank()) == 0, "nobody waits any more"
+    assert ranks.broadcast_object(dist.get_rank()) == 0, "nobody waits any more"
 
 
 def check_different_policies_are_refused_on_both() -> None:

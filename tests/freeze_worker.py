@@ -1,4 +1,4 @@
-"""What two processes check together of factors that train by turns; test_freeze_processes.py starts it.
+"""Checks of Freeze on two processes; test_freeze_processes.py starts them.
 
 Each function whose name starts with ``check_`` runs on both processes, with a mesh of both.
 """
@@ -26,11 +26,11 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import tdfx
 import tdfx.distributed.ddp
-from tdfx.training.methods.turns import Train
+from tdfx.training.methods.factor_groups import Train
 
 
 def frozen(model: nn.Module, optimizer: Optimizer, **settings: Any) -> tdfx.Freeze:
-    """Freeze a model that two processes train, or one that is here to compare with and needs no wrapper."""
+    """Freeze a model without the warning about a missing wrapper, since single-process models are compared here too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", tdfx.TdfxWarning)
         return tdfx.Freeze(model, optimizer, **settings)
@@ -47,7 +47,7 @@ def by_turns(
     ddp.train(small, optimizer, 2, steps)
     assert freeze.frozen
     dense = tdfx.merge(small, optimizer=optimizer)
-    assert all(one.requires_grad for one in dense.parameters())
+    assert all(parameter.requires_grad for parameter in dense.parameters())
     ddp.train(dense, optimizer, 3, 3)
     assert freeze.done
     return small, dense, optimizer
@@ -60,7 +60,7 @@ def compare(make: Callable[[Any], Optimizer], train: Train = "alternate", **sett
     assert apart(small.module, alone_small) < ROUNDING
     assert apart(dense.module, alone_dense) < ROUNDING
     other, _, _ = by_turns(ddp.net(), make, "each" if train == "alternate" else "alternate")
-    assert apart(small.module, other) > 1e-5, "other turns go elsewhere"
+    assert apart(small.module, other) > 1e-5, "other turns give other weights"
 
 
 def check_sgd_in_ddp_is_the_single_process_run(mesh: DeviceMesh) -> None:
@@ -86,24 +86,24 @@ def check_a_static_graph_is_static_for_each_turn(mesh: DeviceMesh) -> None:
 def check_compiled_around_ddp(mesh: DeviceMesh) -> None:
     model: Any = torch.compile(DDP(ddp.net()), backend="eager")
     alone = ddp.net()
-    for one in (model, alone):
-        optimizer = sgd(one.parameters())
-        small: Any = tdfx.rewrite(one, HALF, optimizer=optimizer)
+    for trained in (model, alone):
+        optimizer = sgd(trained.parameters())
+        small: Any = tdfx.rewrite(trained, HALF, optimizer=optimizer)
         frozen(small, optimizer, every=1)
         for x, y in ddp.batches(2, 4):
-            if one is model:
+            if trained is model:
                 x, y = ddp.half(x), ddp.half(y)
             optimizer.zero_grad()
             (small(x) - y).square().mean().backward()
             optimizer.step()
-        if one is model:
+        if trained is model:
             check_bits(small, optimizer)
             model = small
     assert apart(model._orig_mod.module, small) < ROUNDING
 
 
-def check_without_setting_the_wrapper_up_again_torch_says_that_it_waits(mesh: DeviceMesh) -> None:
-    """The control of those above."""
+def check_without_setting_up_the_wrapper_again_torch_raises(mesh: DeviceMesh) -> None:
+    """The negative control of the checks above."""
     real = tdfx.distributed.ddp.renew
     tdfx.distributed.ddp.renew = lambda model: None
     try:
@@ -113,7 +113,7 @@ def check_without_setting_the_wrapper_up_again_torch_says_that_it_waits(mesh: De
         tdfx.distributed.ddp.renew = real
 
 
-def check_what_rests_is_not_sent(mesh: DeviceMesh) -> None:
+def check_gradients_of_frozen_factors_are_not_sent(mesh: DeviceMesh) -> None:
     sent: list[int] = []
 
     def counting(bucket: Any) -> Any:
@@ -127,16 +127,16 @@ def check_what_rests_is_not_sent(mesh: DeviceMesh) -> None:
     freeze = tdfx.Freeze(small, optimizer, every=1)
     for _ in range(4):
         sent.clear()
-        expected = sum(one.numel() for name, one in small.named_parameters() if name not in freeze.frozen)
+        expected = sum(parameter.numel() for name, parameter in small.named_parameters() if name not in freeze.frozen)
         ddp.train(small, optimizer, 2, 1)
-        assert sum(sent) == expected < sum(one.numel() for one in small.parameters())
+        assert sum(sent) == expected < sum(parameter.numel() for parameter in small.parameters())
     freeze.remove()
     sent.clear()
     ddp.train(small, optimizer, 2, 1)
-    assert sum(sent) == sum(one.numel() for one in small.parameters())
+    assert sum(sent) == sum(parameter.numel() for parameter in small.parameters())
 
 
-def check_a_wrapper_that_a_later_rewrite_made_hears_of_turns(mesh: DeviceMesh) -> None:
+def check_turns_change_in_the_wrapper_of_a_later_rewrite(mesh: DeviceMesh) -> None:
     model = DDP(ddp.net())
     optimizer = sgd(model.parameters())
     first = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1, include=("3",))
@@ -176,21 +176,21 @@ def check_processes_that_disagree_are_refused_on_both(mesh: DeviceMesh) -> None:
     small = tdfx.rewrite(model, HALF, optimizer=optimizer)
     with refused(tdfx.ModelError, r"The processes pass different settings to tdfx\.Freeze"):
         tdfx.Freeze(small, optimizer, every=1 + dist.get_rank())
-    assert all(one.requires_grad for one in small.parameters())
+    assert all(parameter.requires_grad for parameter in small.parameters())
     freeze = tdfx.Freeze(small, optimizer, every=2)
     with refused(tdfx.ModelError, r"The processes pass different states to tdfx\.Freeze"):
         freeze.load_state_dict({**freeze.state_dict(), "taken": dist.get_rank()})
     assert freeze.state_dict()["taken"] == 0
 
 
-def check_a_model_without_its_wrapper_is_spoken_of(mesh: DeviceMesh) -> None:
+def check_a_model_without_its_wrapper_warns(mesh: DeviceMesh) -> None:
     small = tdfx.rewrite(ddp.net(), HALF)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tdfx.Freeze(small, sgd(small.parameters()), every=1)
-    (one,) = caught
-    assert "is not wrapped, and 2 processes run" in str(one.message)
-    assert Path(one.filename).name == "freeze_worker.py"
+    (warning,) = caught
+    assert "is not wrapped, and 2 processes run" in str(warning.message)
+    assert Path(warning.filename).name == "freeze_worker.py"
 
 
 def shards_by_turns(model: nn.Module, make: Callable[[Any], Optimizer], *, parts: bool, look: bool) -> Any:
@@ -202,46 +202,48 @@ def shards_by_turns(model: nn.Module, make: Callable[[Any], Optimizer], *, parts
         fsdp.train(small, optimizer, 10 + seed, parts=parts, count=1)
         if look:
             with torch.no_grad():
-                small(fsdp.X)  # leaves what is not resharded gathered
+                small(fsdp.X)  # parameters that are not resharded stay gathered
     assert freeze.frozen
-    assert all(one.grad is None for name, one in small.named_parameters() if name in freeze.frozen)
+    assert all(parameter.grad is None for name, parameter in small.named_parameters() if name in freeze.frozen)
     if look:
         freeze.remove()
         fsdp.train(small, optimizer, 20, parts=parts, count=1)
     factorized = fsdp.values(small)
     dense = tdfx.merge(small, optimizer=optimizer)
-    assert all(one.requires_grad for one in dense.parameters())
+    assert all(parameter.requires_grad for parameter in dense.parameters())
     fsdp.train(dense, optimizer, 3, parts=parts)
     return factorized, fsdp.values(dense)
 
 
 def compare_shards(mesh: DeviceMesh, make: Callable[[Any], Optimizer], *, look: bool = False, **settings: Any) -> None:
-    here = shards_by_turns(fsdp.sharded(mesh=mesh, **settings), make, parts=True, look=look)
-    there = shards_by_turns(fsdp.net(), make, parts=False, look=look)
-    assert fsdp.far(here[0], there[0]) < ROUNDING
-    assert fsdp.far(here[1], there[1]) < ROUNDING
+    factorized, dense = shards_by_turns(fsdp.sharded(mesh=mesh, **settings), make, parts=True, look=look)
+    expected_factorized, expected_dense = shards_by_turns(fsdp.net(), make, parts=False, look=look)
+    assert fsdp.far(factorized, expected_factorized) < ROUNDING
+    assert fsdp.far(dense, expected_dense) < ROUNDING
 
 
 def check_shards_are_the_single_process_run(mesh: DeviceMesh) -> None:
-    compare_shards(mesh, lambda one: SGD(one, lr=0.05, momentum=0.9))
-    compare_shards(mesh, lambda one: AdamW(one, lr=0.01))
+    compare_shards(mesh, lambda parameters: SGD(parameters, lr=0.05, momentum=0.9))
+    compare_shards(mesh, lambda parameters: AdamW(parameters, lr=0.01))
 
 
 def check_shards_that_stay_gathered(mesh: DeviceMesh) -> None:
-    compare_shards(mesh, lambda one: SGD(one, lr=0.05, momentum=0.9), look=True, reshard_after_forward=False)
+    compare_shards(
+        mesh, lambda parameters: SGD(parameters, lr=0.05, momentum=0.9), look=True, reshard_after_forward=False
+    )
 
 
 def check_shards_that_never_stay_gathered(mesh: DeviceMesh) -> None:
-    compare_shards(mesh, lambda one: SGD(one, lr=0.05, momentum=0.9), reshard_after_forward=True)
+    compare_shards(mesh, lambda parameters: SGD(parameters, lr=0.05, momentum=0.9), reshard_after_forward=True)
 
 
 def check_shards_that_are_offloaded_or_hybrid(mesh: DeviceMesh) -> None:
-    compare_shards(mesh, lambda one: SGD(one, lr=0.05), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    compare_shards(mesh, lambda parameters: SGD(parameters, lr=0.05), offload_policy=CPUOffloadPolicy(pin_memory=False))
     hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
-    compare_shards(hybrid, lambda one: SGD(one, lr=0.05, momentum=0.9))
+    compare_shards(hybrid, lambda parameters: SGD(parameters, lr=0.05, momentum=0.9))
 
 
-def check_shards_of_low_precision_that_rest_from_the_first_step(mesh: DeviceMesh) -> None:
+def check_shards_of_low_precision_that_are_frozen_from_the_first_step(mesh: DeviceMesh) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = fsdp.net().float()
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -251,9 +253,9 @@ def check_shards_of_low_precision_that_rest_from_the_first_step(mesh: DeviceMesh
     for _ in range(4):
         optimizer.zero_grad()
         small(fsdp.X.float()).square().mean().backward()
-        grads = {name: one.grad for name, one in small.named_parameters()}
-        assert {name for name, one in grads.items() if one is None} == set(freeze.frozen)
-        assert {one.dtype for one in grads.values() if one is not None} == {torch.float32}
+        grads = {name: parameter.grad for name, parameter in small.named_parameters()}
+        assert {name for name, gradient in grads.items() if gradient is None} == set(freeze.frozen)
+        assert {gradient.dtype for gradient in grads.values() if gradient is not None} == {torch.float32}
         optimizer.step()
 
 
@@ -265,9 +267,9 @@ def check_sharding_that_disagrees_is_refused_on_both(mesh: DeviceMesh) -> None:
 
 
 CHECKS: dict[str, Callable[..., None]] = {
-    name: one
-    for name, one in list(globals().items())
-    if name.startswith("check_") and getattr(one, "__module__", "") == __name__
+    name: check
+    for name, check in list(globals().items())
+    if name.startswith("check_") and getattr(check, "__module__", "") == __name__
 }
 
 if __name__ == "__main__":

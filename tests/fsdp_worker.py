@@ -604,10 +604,10 @@ def check_no_process_ever_holds_an_average(mesh: DeviceMesh) -> None:
     assert 0 < merging.most < size / 4, merging.most / size
 
 
-def check_sites_switch_as_they_settle(mesh: DeviceMesh) -> None:
+def check_sites_switch_when_half_of_them_settle(mesh: DeviceMesh) -> None:
     def run(model: nn.Module, parts: bool) -> tuple[tdfx.Switch, list[int], dict[str, Tensor]]:
         optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
-        when = tdfx.Settled(every=1, window=2, tolerance=2e-3, moved=1e-4, timeout=14)
+        when = tdfx.Settled(every=1, window=2, tolerance=4e-3, moved=1e-4, timeout=14)
         switch = tdfx.Switch(HALF, when=when)
         changed = []
         for step in range(16):
@@ -621,8 +621,9 @@ def check_sites_switch_as_they_settle(mesh: DeviceMesh) -> None:
     there, expected, alone = run(net(), False)
     assert here.done
     assert len(here.plan.factorized) == 7  # type: ignore[union-attr]
-    assert len(changed) > 1, "not all sites settle at once"
     assert changed == expected
+    assert len(changed) == 1
+    assert "sites held within 0.004 over 2 looks" in str(here), "it switches before the timeout"
     assert [(one.step, one.what, one.sites) for one in here.events] == [
         (one.step, one.what, one.sites) for one in there.events
     ]

@@ -1,6 +1,6 @@
-"""A training run that may be killed anywhere: one process that forks a child for each run, so that torch is imported once.
+"""Training runs that may be killed at any moment. One process forks a child for each run, so that torch is imported once.
 
-It reads lines of JSON from standard input, and answers each with the exit status of the child.
+It reads lines of JSON from standard input and answers each with the exit status of the child.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401  # making an optimizer imports it: here once, and not for two seconds in every child
+import torch._dynamo  # noqa: F401  # optimizers import it, which would take two seconds in every child
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -50,7 +50,7 @@ def optimizer_of(name: str, model: nn.Module) -> Optimizer:
 
 
 def train(folder: Path, name: str, *, forget: bool = False) -> None:
-    """Train from the last checkpoint, if there is one, to the end."""
+    """Train to the end, from the last checkpoint if there is one."""
     path = folder / "run.tdfx"
     model: nn.Module = build()
     optimizer = optimizer_of(name, model)
@@ -94,11 +94,11 @@ def die_at(place: str, count: int) -> None:
     original: Callable[..., Any] = getattr(owner, attribute)
     left = [count]
 
-    def fatal(*args: Any, **named: Any) -> Any:
+    def fatal(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **named)
+        return original(*args, **kwargs)
 
     setattr(owner, attribute, fatal)
 
@@ -116,15 +116,15 @@ PLACES: dict[str, tuple[Any, str]] = {
 
 def main() -> None:
     for line in sys.stdin:
-        order = json.loads(line)
+        request = json.loads(line)
         child = os.fork()
         if child == 0:
-            if "place" in order:
-                die_at(order["place"], order["count"])
-            train(Path(order["folder"]), order["optimizer"], forget=order.get("forget", False))
+            if "place" in request:
+                die_at(request["place"], request["count"])
+            train(Path(request["folder"]), request["optimizer"], forget=request.get("forget", False))
             os._exit(0)
-        if "delay" in order:
-            time.sleep(order["delay"])
+        if "delay" in request:
+            time.sleep(request["delay"])
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")

@@ -1,13 +1,13 @@
-"""The README's loop with Accelerate, as it stands there, and what goes along with it."""
+"""The loop with Accelerate in the trainers' README, and autocast and re-warm-up under Accelerate."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from readmes import ROOT, read
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,11 +16,11 @@ from tdfx.layers.factorized import Factorized
 
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install 'tdfx[transformers]'")
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "tdfx" / "integrations" / "README.md"
 
 
 def names(precision: str, rewarm: int = 0) -> dict[str, Any]:
-    """Return what the README's loop speaks of."""
+    """Return the names that the README's loop uses."""
     accelerate.state.AcceleratorState._reset_state(True)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 4))
@@ -40,12 +40,10 @@ def names(precision: str, rewarm: int = 0) -> dict[str, Any]:
 
 
 def loop() -> str:
-    """Return the README's code, with the switch after two steps and a look at what it made."""
-    if not README.is_file():
-        pytest.skip("the README is not beside the tests")
-    found = re.search(r"<!-- accelerate -->\n```py\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    text = found.group(1).replace("AtStep(500)", "AtStep(2)")
+    """Return the README's code, changed to switch after two steps and to record the model after each."""
+    block = re.search(r"<!-- accelerate -->\n```py\n(.*?)```", read(README), re.DOTALL)
+    assert block is not None
+    text = block.group(1).replace("AtStep(500)", "AtStep(2)")
     line = 'emit="modules")\n'
     assert text.count(line) == 1
     return text.replace(line, line + "        steps.append((model, model(x).dtype))\n")
@@ -53,39 +51,39 @@ def loop() -> str:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_readmes_loop_switches_and_merges(precision: str) -> None:
-    own = names(precision)
-    exec(compile(loop(), "README.md", "exec"), own)
-    sites = [sum(isinstance(one, Factorized) for one in model.modules()) for model, _ in own["steps"]]
+    namespace = names(precision)
+    exec(compile(loop(), str(README), "exec"), namespace)
+    sites = [sum(isinstance(module, Factorized) for module in model.modules()) for model, _ in namespace["steps"]]
     assert sites == [0, 2, 2, 2]
-    # Accelerate gives outputs back in float32, from whatever it computed them.
-    assert {dtype for _, dtype in own["steps"]} == {torch.float32}
-    model, optimizer = own["model"], own["optimizer"]
+    # Accelerate converts outputs to float32.
+    assert {dtype for _, dtype in namespace["steps"]} == {torch.float32}
+    model, optimizer = namespace["model"], namespace["optimizer"]
     assert list(model.state_dict()) == ["0.weight", "0.bias", "3.weight", "3.bias"]
-    held = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    assert held == {id(one) for one in model.parameters()}
-    assert all(int(optimizer.state[one]["step"]) == 4 for one in model.parameters())
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in model.parameters()}
+    assert all(int(optimizer.state[parameter]["step"]) == 4 for parameter in model.parameters())
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**4)
 
 
-def test_autocast_goes_on_in_the_rewritten_model() -> None:
-    own = names("bf16")
-    exec(compile(loop(), "README.md", "exec"), own)
+def test_the_rewritten_model_runs_under_autocast() -> None:
+    namespace = names("bf16")
+    exec(compile(loop(), str(README), "exec"), namespace)
     seen: list[torch.dtype] = []
-    factorized = own["steps"][-1][0]
+    factorized = namespace["steps"][-1][0]
     factorized[0].register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
     factorized(torch.randn(2, 3, 8, 8))
     assert seen == [torch.bfloat16]
 
 
 def test_a_prepared_optimizer_is_rewarmed() -> None:
-    own = names("no")
-    model, optimizer = own["accelerator"].prepare(own["model"], own["optimizer"])
-    switch = tdfx.Switch(own["policy"], when=tdfx.AtStep(1), rewarm=4)
+    namespace = names("no")
+    model, optimizer = namespace["accelerator"].prepare(namespace["model"], namespace["optimizer"])
+    switch = tdfx.Switch(namespace["policy"], when=tdfx.AtStep(1), rewarm=4)
     model = switch.step(model, optimizer=optimizer)
-    before = [one.detach().clone() for one in model.parameters()]
-    for one in model.parameters():
-        one.grad = torch.ones_like(one)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    # Adam's first step is the rate, of which a tenth is taken, but for weight decay.
+    # Adam's first step has the size of the rate, here scaled by a tenth, plus weight decay.
     moved = max(float((a - b.detach()).abs().max()) for a, b in zip(before, model.parameters(), strict=True))
     assert moved == pytest.approx(1e-3, rel=0.05)

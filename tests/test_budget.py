@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import pickle
 import random
 import re
 from typing import Any
@@ -16,15 +17,13 @@ from budgeted import ByFlops, X, lowish, net, planned
 from torch import Tensor, nn
 
 import tdfx
-from tdfx import Budget, InputError, Modelled, Plan, Policy, PolicyError, Ratio, Reason
+from tdfx import Budget, InputError, Modelled, Policy, PolicyError, Ratio, Reason
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
-from tdfx.passes.analysis.find import Find
-from tdfx.passes.analysis.shapes import ObserveInputs
-from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.planning.candidates import options_of, pack_options, unpack_options
-from tdfx.passes.program import Program
+from tdfx.passes.pipeline import find_sites
+from tdfx.passes.planning.candidates import candidates_of
+from tdfx.passes.planning.spectra import SpectrumCache
 from tdfx.ranks.spectrum import spectrum
 
 
@@ -111,7 +110,7 @@ def test_a_speedup_is_of_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None
     cost = ByFlops()
     sites = sum(one.flops_before or 0 for one in planned(parameters=0.5).sites) / 1e9
     # A quarter of the step is not the sites'.
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: sites / 0.75)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: sites / 0.75)
     plan = planned(speedup=2, cost=cost)
     assert plan.step_seconds == pytest.approx(sites / 0.75)
     assert plan.speedup is not None
@@ -128,7 +127,7 @@ def test_a_speedup_is_of_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_can_be_reached_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: 0.02)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: 0.02)
     for name, value in (("speedup", 90), ("seconds", 1e-6), ("parameters", 0.001), ("memory", 1), ("flops", 0.001)):
         with pytest.raises(
             PolicyError, match="cannot be kept: the most that the 4 sites in question can give"
@@ -175,7 +174,7 @@ def test_sites_of_other_rules_count_with_what_they_become() -> None:
 
 
 def test_a_site_that_would_not_gain_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: 0.02)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: 0.02)
     plan = planned(parameters=0.9, min_gain=1.5, cost=ByFlops())
     assert plan.factorized
     assert all(site.gain is not None and site.gain >= 1.5 for site in plan.factorized)
@@ -184,7 +183,7 @@ def test_a_site_that_would_not_gain_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_is_chosen_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: 0.02)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: 0.02)
     cost = ByFlops()
     plan = planned(speedup=1.2, cost=cost)
     assert cost.asked
@@ -205,132 +204,22 @@ def test_a_scheme_that_is_asked_for_is_the_only_one(scheme: str) -> None:
     assert {site.scheme for site in plan.factorized} == {scheme}
 
 
-def test_the_outputs_error_is_that_of_the_outputs() -> None:
-    # The inputs live in few directions; an error of the weight outside of them costs nothing.
-    torch.manual_seed(0)
-    layer = nn.Linear(32, 32, bias=False)
-    x = torch.randn(64, 4) @ torch.randn(4, 32)
-    model = nn.Sequential(layer, nn.Linear(32, 32, bias=False))
-    settings: dict[str, Any] = {"parameters": 0.45, "min_gain": 0, "round_to": 1, "cost": Modelled()}
-    by_outputs = tdfx.plan(model, Policy(error="outputs", **settings), example_inputs=(x,))
-    by_weights = tdfx.plan(model, Policy(**settings), example_inputs=(x,))
-
-    def lost(plan: Plan) -> float:
-        """Return the squared error of each layer's own output, relative to it, summed."""
-        small = tdfx.rewrite(model, plan)
-        total, entering = 0.0, x
-        small.requires_grad_(False)
-        for name in ("0", "1"):
-            dense, other = model.get_submodule(name)(entering), small.get_submodule(name)(entering)
-            total += float(((dense - other).square().sum() / dense.square().sum()).detach())
-            entering = dense
-        return total
-
-    assert lost(by_outputs) < 0.95 * lost(by_weights)
-    with pytest.raises(PolicyError, match="error='outputs' compares the outputs of each site on real inputs"):
-        tdfx.plan(model, Policy(error="outputs", **settings))
-
-
-def test_the_outputs_loss_is_the_error_whitened_by_the_inputs() -> None:
-    from tdfx.passes.planning.losses import output_losses
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 4)).double()
-    x = torch.randn(20, 6, dtype=torch.float64)
-    program = ObserveInputs((x,))(Find()(Trace()(Program(module=model)).program).program).program
-    loss = output_losses(program, (x,))["0"]
-    error = torch.randn(4, 6, dtype=torch.float64)
-    weight, moments = model[0].weight.detach(), x.T @ x  # type: ignore[operator]
-    expected = torch.trace(error @ moments @ error.T) / torch.trace(weight @ moments @ weight.T)
-    assert loss(error) == pytest.approx(float(expected), rel=1e-12)
-
-
-class Functional(nn.Module):
-    """Calls the function of a convolution on a parameter of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 6, 3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.conv2d(x, self.weight, padding=1)
-
-
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [
-        (lambda: nn.Sequential(nn.Conv1d(6, 8, 3), nn.Tanh(), nn.Conv1d(8, 6, 3)), (6, 40)),
-        (
-            lambda: nn.Sequential(nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"), nn.ConvTranspose2d(8, 6, 3)),
-            (6, 9, 9),
-        ),
-        (lambda: nn.Sequential(nn.Conv3d(6, 8, 3, groups=2)), (6, 5, 5, 5)),
-        (lambda: nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 6)), (40,)),
-        (Functional, (6, 9, 9)),
-    ],
-    ids=["1d", "2d", "3d", "linear", "functional"],
-)
-@pytest.mark.parametrize("room", [None, 50])
-def test_outputs_of_one_sample_without_a_batch_are_those_of_a_batch_of_one(
-    make: Any, shape: tuple[int, ...], room: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where there is room for a part of the values, it is no part of the channels that goes."""
-    if room is not None:
-        monkeypatch.setattr("tdfx.passes.planning.losses._MOST_VALUES", room)
-    torch.manual_seed(0)
-    model, x = make().double(), torch.randn(shape, dtype=torch.float64)
-    policy = Policy(rank=Budget(parameters=0.6, error="outputs"), min_gain=0, round_to=1, cost=Modelled())
-    alone, batch = (tdfx.plan(model, policy, example_inputs=(one,)) for one in (x, x[None]))
-    assert alone.factorized
-    assert [(one.scheme, one.ranks, one.flops_before) for one in alone] == [
-        (one.scheme, one.ranks, one.flops_before) for one in batch
-    ]
-
-
-def test_the_curvature_counts_what_the_loss_feels() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
-    optimizer = torch.optim.Adam(model.parameters())
-    settings: dict[str, Any] = {
-        "parameters": 0.75,
-        "min_gain": 0,
-        "round_to": 1,
-        "cost": Modelled(),
-        "error": "curvature",
-    }
-    with pytest.raises(InputError, match="error='curvature' reads the optimizer's second moments, and there are none"):
-        tdfx.plan(model, Policy(**settings), optimizer=optimizer)
-    model(torch.randn(8, 32)).square().sum().backward()
-    optimizer.step()
-    for index, one in enumerate(model.parameters()):
-        optimizer.state[one]["exp_avg_sq"] = torch.full_like(one, 1e-4 if index else 1.0)
-    plan = tdfx.plan(model, Policy(**settings), optimizer=optimizer)
-    # All that has to go comes out of the layer that the loss does not feel.
-    assert not plan["0"].factorized
-    assert plan["1"].factorized
-    for index, one in enumerate(model.parameters()):
-        optimizer.state[one]["exp_avg_sq"] = torch.full_like(one, 1.0 if index else 1e-4)
-    other = tdfx.plan(model, Policy(**settings), optimizer=optimizer)
-    assert (other["0"].factorized, other["1"].factorized) == (True, False)
-    again = tdfx.rewrite(model, Policy(**settings), optimizer=optimizer)
-    assert sum(one.numel() for one in again.parameters()) == other.parameters_after
-
-
-def test_options_survive_being_sent() -> None:
-    program = Find()(Trace()(Program(module=net())).program).program
+def test_candidates_have_the_errors_of_their_splits_and_survive_being_sent() -> None:
+    program = find_sites(net())
     policy = Policy(parameters=0.5, round_to=4)
     site = program.sites[1]
     weight = site.weight
     assert weight is not None
-    found = options_of(site, policy, weight.detach(), None)
-    assert unpack_options(policy, *pack_options(site, policy, None, weight.detach())) == found
-    options = found.options
-    assert {option.scheme.name for option, _ in options} == {"tucker2", "tucker1_out", "tucker1_in", "spatial"}
-    for option, loss in options:
-        dense = weight.detach().double()
-        factors = option.scheme.split(site.operation, dense, option.ranks, option.scheme.spectra(site.operation, dense))  # type: ignore[arg-type]
-        lost = dense - option.scheme.join(site.operation, factors)  # type: ignore[arg-type]
-        assert loss == pytest.approx(float(lost.square().sum() / dense.square().sum()), abs=1e-12)
+    candidates = candidates_of(site, policy, SpectrumCache(), weight.detach())
+    assert pickle.loads(pickle.dumps(candidates)) == candidates
+    assert {each.scheme.name for each in candidates.errors} == {"tucker2", "tucker1_out", "tucker1_in", "spatial"}
+    operation, dense = site.operation, weight.detach().double()
+    assert operation is not None
+    for candidate, error in candidates.errors.items():
+        scheme = candidate.scheme
+        factors = scheme.split(operation, dense, candidate.ranks, scheme.spectra(operation, dense))
+        lost = dense - scheme.join(operation, factors)
+        assert error**2 == pytest.approx(float(lost.square().sum() / dense.square().sum()), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["tucker2", "svd", "cp"])
@@ -462,7 +351,7 @@ def test_a_budget_takes_nothing_that_gains_less_than_is_asked_for() -> None:
 
 def test_sites_that_take_longer_alone_than_the_step_count_as_parts_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     sites = sum(one.flops_before or 0 for one in planned(parameters=0.5).sites) / 1e9
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: sites / 2)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: sites / 2)
     plan = planned(speedup=1.5, cost=ByFlops())
     after = sum(one.seconds_after or 0 for one in plan.sites)
     # All of the step is the sites', so they have to get faster by as much.
@@ -475,7 +364,7 @@ def test_what_cannot_be_had_is_followed_most_of_the_way() -> None:
     most = float(str(refused.value).partition("speedup=")[2].partition("give is speedup=")[2].split(".")[0])
     plan = planned(rank=Budget(speedup=1e4, strict=False), cost=ByFlops())
     assert re.search(
-        r"strict=False\) cannot be kept: speedup=[\d.]+ is what can be had; of what that", " ".join(plan.notes)
+        r"strict=False\) cannot be kept: speedup=[\d.]+ is the most that is possible; 90% of that", " ".join(plan.notes)
     )
     before = sum(one.seconds_before or 0 for one in plan.sites)
     after = sum(one.seconds_after or 0 for one in plan.sites)

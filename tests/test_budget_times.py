@@ -17,22 +17,19 @@ from torch import Tensor, nn
 
 import tdfx
 import tdfx.report
-from tdfx import Budget, Modelled, Plan, Policy, PolicyError, solver
+from tdfx import Budget, Modelled, Plan, Policy, PolicyError
 from tdfx.cost.count import Flow
-from tdfx.distributed.processes import Lead
+from tdfx.distributed.processes import Processes, Solo
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
-from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.shapes import ObserveInputs
-from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.planning.curve import Curve
+from tdfx.passes.pipeline import find_sites, make_plan
+from tdfx.passes.planning import knapsack
+from tdfx.passes.planning.calibration import Calibration
 from tdfx.passes.planning.proposals import Candidate
-from tdfx.passes.planning.scales import Scales
-from tdfx.passes.planning.select import Select
 from tdfx.passes.planning.site_cost import calls_of
 from tdfx.passes.planning.times import SiteTimes, TimingRequest
-from tdfx.passes.program import Program
 from tdfx.text import milliseconds
 
 
@@ -45,11 +42,11 @@ class Impatient(ByFlops):
 
 def test_times_that_could_not_be_measured_are_said_to_be_estimates() -> None:
     plan = planned(speedup=1.5, cost=Impatient())
-    assert any(re.search(r"\d+ sites? (was|were) not timed as planned, for want of time", one) for one in plan.notes)
+    assert any(re.search(r"\d+ sites? (was|were) not timed as planned, for lack of time", one) for one in plan.notes)
     guessed = [one for one in plan if one.estimated]
     assert guessed
     assert all(one.factorized and one.seconds_after is not None for one in guessed)
-    (said,) = (one for one in plan.notes if "for want of time" in one)
+    (said,) = (one for one in plan.notes if "for lack of time" in one)
     assert said.startswith(f"{len(guessed)} site")
     for one in guessed:
         assert one.seconds_before is not None and one.seconds_after is not None  # noqa: PT018
@@ -71,7 +68,7 @@ def test_times_that_could_not_be_measured_are_said_to_be_estimates() -> None:
 
 def test_what_was_not_timed_at_all_counts_as_the_solver_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     step = step_of(Scaled(1e3))
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: step)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: step)
     plan = planned(speedup=1.5, cost=Scaled(1e3, slice(0, 1)))
     guessed = {one.name for one in plan.factorized if one.estimated}
     assert guessed & {"2", "6", "7"}
@@ -102,7 +99,7 @@ def test_a_check_says_how_much_of_the_prediction_was_estimated() -> None:
 
 def test_a_solver_out_of_time_is_an_error_only_where_the_budget_must_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = planned(parameters=0.4, flops=0.4)
-    ready = solver._quiet
+    ready = knapsack._quiet
 
     def hasty() -> highspy.Highs:
         highs = ready()
@@ -110,13 +107,13 @@ def test_a_solver_out_of_time_is_an_error_only_where_the_budget_must_be_kept(mon
         highs.setOptionValue("presolve", "off")
         return highs
 
-    monkeypatch.setattr(solver, "_quiet", hasty)
+    monkeypatch.setattr(knapsack, "_quiet", hasty)
     for strict in (True, False):
         first = planned(rank=Budget(parameters=0.4, flops=0.4, strict=strict))
         assert first.parameters_after <= 0.4 * first.parameters_before
         assert first.total_error >= found.total_error > 0
         assert "the solver's 20 s ran out: the best choice that it had found by then was taken" in " ".join(first.notes)
-    monkeypatch.setattr(solver, "SECONDS", 0.0)
+    monkeypatch.setattr(knapsack, "SECONDS", 0.0)
     with pytest.raises(PolicyError, match=r"No choice for the 4 sites was found in 20 s that keeps Budget\(flops=0\.4"):
         planned(parameters=0.4, flops=0.4)
     kept = planned(rank=Budget(parameters=0.4, flops=0.4, strict=False))
@@ -127,29 +124,34 @@ def test_a_solver_out_of_time_is_an_error_only_where_the_budget_must_be_kept(mon
 def test_one_process_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several solves, with measurements in between that all make together, of which the others hear the outcome."""
     settings: dict[str, Any] = {"rank": Budget(speedup=1.5, strict=False), "cost": ByFlops()}
-    told: list[Any] = []
+    sent: list[Any] = []
 
-    def tell(outcome: Any) -> Any:
-        told.append(copy.deepcopy(outcome))
-        return outcome
+    class First(Solo):
+        def broadcast_object(self, value: Any) -> Any:
+            sent.append(copy.deepcopy(value))
+            return value
 
-    def as_process(lead: Lead) -> Plan:
-        program = ObserveInputs((X,))(Find()(Trace()(Program(module=net())).program).program).program
-        select = Select(Policy(min_gain=0, round_to=1, **settings), times=SiteTimes(lead))
-        plan = select(program).program.plan
-        assert plan is not None
-        return plan
+    class Other(Solo):
+        is_first = False
 
-    first = as_process(Lead(tell))
-    heard = iter(told)
+        def broadcast_object(self, value: Any) -> Any:
+            return next(received)
 
-    def unasked(*_: Any) -> Any:
+    def as_process(processes: Processes) -> Plan:
+        program = find_sites(net(), processes=processes)
+        policy = Policy(min_gain=0, round_to=1, **settings)
+        return make_plan(program, policy, (X,)).plan
+
+    first = as_process(First())
+    received = iter(sent)
+
+    def solves(*_: Any) -> Any:
         raise AssertionError("only the first process solves")
 
-    monkeypatch.setattr("tdfx.passes.planning.budget.best_choice", unasked)
-    assert as_process(Lead(lambda _: next(heard), is_mine=False)) == first
-    assert list(heard) == []
-    assert len(told) > 2
+    monkeypatch.setattr("tdfx.passes.planning.budget.best_choice", solves)
+    assert as_process(Other()) == first
+    assert list(received) == []
+    assert len(sent) > 2
 
 
 class Scaled(ByFlops):
@@ -178,7 +180,7 @@ def test_estimates_stand_beside_measured_times_in_their_scale(
 ) -> None:
     """Where what was measured is a multiple of what is estimated, it does not matter which of the sites were measured."""
     step = step_of(Scaled(scale))
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: step)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: step)
     for budget in ({"speedup": 1.5}, {"seconds": step / 1.8}):
         all_known = planned(cost=Scaled(scale), **budget)
         some_known = planned(cost=Scaled(scale, known), **budget)
@@ -209,19 +211,20 @@ class SlowFactors(Scaled):
 
 
 def test_what_is_slow_about_the_sites_that_were_timed_is_expected_of_the_others() -> None:
-    cost, times = SlowFactors(7.0), SiteTimes(Lead())
-    program = ObserveInputs((X,))(Find()(Trace()(Program(module=net())).program).program).program
+    cost, times = SlowFactors(7.0), SiteTimes(Solo())
+    program = ObserveInputs((X,))(find_sites(net())).program
     sites = {one.name: one for one in program.sites}
     least, half = (Candidate(get_scheme("svd"), (rank,)) for rank in (4, 24))
     lowest = {"svd": least}
     times.prepare([TimingRequest(cost, sites["6"], (least.chain,))])
-    scales = Scales.learned(times, cost, [(sites["6"], lowest), (sites["7"], lowest)], None)
+    uncalibrated = Calibration(times, cost)
+    learned = uncalibrated.learn([(sites["6"], lowest), (sites["7"], lowest)], None)
     known, guessed, blind = (
-        Curve(times, cost, sites[name], (least, half), lowest=lowest, scales=given)
-        for name, given in (("6", scales), ("7", scales), ("7", Scales()))
+        calibration.of_site(sites[name], (least, half), lowest)
+        for name, calibration in (("6", learned), ("7", learned), ("7", uncalibrated))
     )
-    assert scales.now == pytest.approx(7)
-    assert scales.lowest["svd"] == pytest.approx(2.5)
+    assert learned.dense == pytest.approx(7)
+    assert learned.lowest["svd"] == pytest.approx(2.5)
     assert known.seconds(least) == times.measured(cost, sites["6"], least.chain)
     ((steps, flow),) = calls_of(sites["7"], least.chain)
     assert guessed.seconds(least) == pytest.approx(cost.seconds(steps, flow))
@@ -241,12 +244,12 @@ class Starting(Scaled):
 
 
 def test_between_what_was_timed_times_are_on_a_line() -> None:
-    cost, times = Starting(7.0), SiteTimes(Lead())
-    program = ObserveInputs((X,))(Find()(Trace()(Program(module=net())).program).program).program
+    cost, times = Starting(7.0), SiteTimes(Solo())
+    program = ObserveInputs((X,))(find_sites(net())).program
     site = next(one for one in program.sites if one.name == "6")
     least, half = (Candidate(get_scheme("svd"), (rank,)) for rank in (4, 16))
     times.prepare([TimingRequest(cost, site, (least.chain,))])
-    curve = Curve(times, cost, site, (least, half), lowest={"svd": least}, scales=Scales())
+    curve = Calibration(times, cost).of_site(site, (least, half), {"svd": least})
     ((steps, flow),) = calls_of(site, half.chain)
     assert times.measured(cost, site, half.chain) is None
     assert curve.seconds(half) == pytest.approx(cost.seconds(steps, flow))
@@ -265,7 +268,7 @@ def test_where_no_site_was_timed_they_are_taken_to_be_the_whole_step(
     scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the scale of the estimates is: no machine is the one that they are made for."""
-    monkeypatch.setattr("tdfx.passes.planning.clock.TimeStep._seconds", lambda *_: scale * step_of(Scaled(1.0)))
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: scale * step_of(Scaled(1.0)))
     by_estimates = planned(cost=Scaled.modelled, speedup=1.5)
     assert by_estimates.factorized
     found = planned(cost=Speechless(1.0), speedup=1.5)

@@ -1,4 +1,4 @@
-"""The prediction of a plan, held against real steps; and the step of a whole model, as it is timed."""
+"""The predicted step time of a plan compared with real steps, and the step of a whole model that is timed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import tdfx
 from tdfx import InputError, Measured, Modelled, PlanError, Policy, Ratio
-from tdfx.passes.planning.step import TrainingStep, time_steps
+from tdfx.passes.planning.step_time import TrainingStep, time_steps
 from tdfx.training.step_check import StepCheck
 
 
 class Net(nn.Module):
-    """Counts its forwards, draws random numbers, keeps running statistics, and gives back more than one thing."""
+    """Draws random numbers, keeps running statistics, and returns several values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,26 +40,26 @@ def test_a_step_leaves_the_model_and_the_random_numbers_alone() -> None:
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
-    (found,) = time_steps([TrainingStep(model, (X,))], rounds=2)
-    assert found.seconds > 0
+    (timing,) = time_steps([TrainingStep(model, (X,))], rounds=2)
+    assert timing.seconds > 0
     assert torch.equal(torch.rand(2), expected)
-    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
-    assert all(one.grad is None for one in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.training
 
 
 def test_a_step_has_the_gradients_of_the_loss() -> None:
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Tanh()).double()
     x = torch.randn(5, 3, dtype=torch.float64)
-    (found,) = TrainingStep(model, x).gradients()
+    (gradient,) = TrainingStep(model, x).gradients()
     (expected,) = torch.autograd.grad(model(x).mean(), list(model.parameters()))
-    # The loss is taken in single precision.
-    assert found is not None
-    assert torch.allclose(found, expected, rtol=1e-6)
+    # The loss is computed in single precision.
+    assert gradient is not None
+    assert torch.allclose(gradient, expected, rtol=1e-6)
 
 
 class Ema(nn.Module):
-    """Writes to a parameter as it runs, as momentum encoders do."""
+    """Writes to a parameter in its forward, as momentum encoders do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,45 +85,45 @@ def test_a_step_that_cannot_be_taken_says_why() -> None:
         TrainingStep(nn.Flatten(), torch.randn(2, 4)).run()
 
 
-def checked(**settings: Any) -> tuple[nn.Module, nn.Module, tdfx.Plan]:
+def rewritten(**settings: Any) -> tuple[nn.Module, nn.Module, tdfx.Plan]:
     model = Net()
     policy = Policy(rank=Ratio(of=0.25), min_gain=0.01, cost=Measured(rounds=1, cache=False), **settings)
     plan = tdfx.plan(model, policy, example_inputs=(X,))
     return model, tdfx.rewrite(model, plan), plan
 
 
-def test_a_prediction_is_the_dense_step_less_what_sites_save() -> None:
-    model, small, plan = checked()
+def test_a_prediction_is_the_dense_step_minus_what_sites_save() -> None:
+    model, small, plan = rewritten()
     before = copy.deepcopy(small.state_dict())
-    found = plan.check(small, example_inputs=(X,), dense=model, rounds=1)
-    saved = sum((one.seconds_before or 0) - (one.seconds_after or 0) for one in plan.sites)
-    alone = sum(one.seconds_before or 0 for one in plan.sites)
-    scale = min(1.0, found.seconds_before / alone)
-    assert found.seconds_predicted == pytest.approx(found.seconds_before - scale * saved)
-    assert found.speedup == found.seconds_before / found.seconds_after
-    assert all(torch.equal(one, before[name]) for name, one in small.state_dict().items())
-    assert all(one.grad is None for one in small.parameters())
-    assert "faster; " in str(found)
+    check = plan.check(small, example_inputs=(X,), dense=model, rounds=1)
+    saved = sum((site.seconds_before or 0) - (site.seconds_after or 0) for site in plan.sites)
+    alone = sum(site.seconds_before or 0 for site in plan.sites)
+    scale = min(1.0, check.seconds_before / alone)
+    assert check.seconds_predicted == pytest.approx(check.seconds_before - scale * saved)
+    assert check.speedup == check.seconds_before / check.seconds_after
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    assert all(parameter.grad is None for parameter in small.parameters())
+    assert "faster; " in str(check)
 
 
-def test_without_the_dense_model_it_is_merged_again() -> None:
-    _, small, plan = checked()
-    made: list[int] = []
+def test_without_the_dense_model_the_rewritten_one_is_merged() -> None:
+    _, small, plan = rewritten()
+    counts: list[int] = []
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        made.append(sum(one.numel() for one in parameters))
+        counts.append(sum(parameter.numel() for parameter in parameters))
         return torch.optim.Adam(parameters)
 
-    found = plan.check(small, example_inputs=(X,), rounds=1, optimizer=optimizer)
-    assert found.seconds_before > 0
-    assert made == [plan.parameters_before, plan.parameters_after]
+    check = plan.check(small, example_inputs=(X,), rounds=1, optimizer=optimizer)
+    assert check.seconds_before > 0
+    assert counts == [plan.parameters_before, plan.parameters_after]
 
 
-def test_a_check_says_how_far_it_is_off() -> None:
-    found = StepCheck(seconds_before=0.4, seconds_after=0.2, seconds_predicted=0.16)
-    assert (found.speedup, found.predicted_speedup) == (2.0, 2.5)
-    assert found.off == pytest.approx(-0.2)
-    assert str(found) == "training step 400 ms → 200 ms: 2.00x faster; 2.50x was predicted (-20% in time)"
+def test_a_check_prints_the_error_of_the_prediction() -> None:
+    check = StepCheck(seconds_before=0.4, seconds_after=0.2, seconds_predicted=0.16)
+    assert (check.speedup, check.predicted_speedup) == (2.0, 2.5)
+    assert check.off == pytest.approx(-0.2)
+    assert str(check) == "training step 400 ms → 200 ms: 2.00x faster; 2.50x was predicted (-20% in time)"
 
 
 def test_a_plan_without_times_predicts_nothing() -> None:
@@ -136,14 +136,14 @@ def test_a_plan_without_times_predicts_nothing() -> None:
 
 
 def test_times_survive_json() -> None:
-    _, _, plan = checked()
-    again = tdfx.Plan.from_json(plan.to_json())
-    assert again == plan
-    assert again["conv"].seconds_before is not None
-    assert again.predicted_seconds(1.0) == plan.predicted_seconds(1.0)
+    _, _, plan = rewritten()
+    loaded = tdfx.Plan.from_json(plan.to_json())
+    assert loaded == plan
+    assert loaded["conv"].seconds_before is not None
+    assert loaded.predicted_seconds(1.0) == plan.predicted_seconds(1.0)
 
 
-def test_a_step_calls_nobody_with_made_up_gradients() -> None:
+def test_a_timed_step_calls_no_hooks_of_gradients() -> None:
     model = Net()
     called: list[str] = []
     model.conv.weight.register_hook(lambda gradient: called.append("tensor"))  # type: ignore[no-untyped-call]
@@ -155,7 +155,7 @@ def test_a_step_calls_nobody_with_made_up_gradients() -> None:
 
 
 class Sometimes(nn.Linear):
-    """Writes to its weight at every second forward."""
+    """Writes to its weight in every second forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.__dict__["count"] = self.__dict__.get("count", 0) + 1
@@ -165,7 +165,7 @@ class Sometimes(nn.Linear):
         return super().forward(input)
 
 
-def test_a_weight_that_is_written_to_now_and_then_is_the_copys() -> None:
+def test_a_model_that_sometimes_writes_to_its_weight_writes_to_a_copy() -> None:
     model = nn.Sequential(Sometimes(4, 4))
     before = model.get_parameter("0.weight").detach().clone()
     time_steps([TrainingStep(model, torch.randn(2, 4))], rounds=3)
@@ -173,10 +173,12 @@ def test_a_weight_that_is_written_to_now_and_then_is_the_copys() -> None:
 
 
 def test_a_site_that_was_not_timed_is_predicted_to_save_nothing() -> None:
-    model, small, plan = checked()
-    sites = tuple(replace(one, seconds_before=None, seconds_after=None) if one.name == "conv" else one for one in plan)
+    model, small, plan = rewritten()
+    sites = tuple(
+        replace(site, seconds_before=None, seconds_after=None) if site.name == "conv" else site for site in plan
+    )
     partly = replace(plan, sites=sites)
-    assert [one.name for one in partly.factorized] == ["conv", "head"]
+    assert [site.name for site in partly.factorized] == ["conv", "head"]
     head = partly["head"]
     assert head.seconds_before is not None
     assert head.seconds_after is not None

@@ -194,7 +194,7 @@ def test_a_package_that_cannot_be_installed_is_an_outcome(tmp_path: Path, monkey
 
 
 def test_the_readmes_table_is_that_of_the_results() -> None:
-    readme, file = TOOLS.parent / "README.md", TOOLS / "results" / "compare.json"
+    readme, file = TOOLS / "README.md", TOOLS / "results" / "compare.json"
     block = re.search(
         r"<!-- python tools/compare.py --table .*?-->\n```\n(.*?)\n```", readme.read_text("utf-8"), re.DOTALL
     )

@@ -1,4 +1,4 @@
-"""Factors that train by turns: who rests, what the optimizer makes of it, and what the rest of tdfx sees of it."""
+"""Freeze: which factors are frozen, what the optimizer does with them, and what merge, rewrite and save do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import tdfx
 from tdfx.layers.factorized import Factorized
-from tdfx.training.methods.turns import Train
+from tdfx.training.methods.factor_groups import Train
 
 HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)
@@ -24,7 +24,7 @@ EACH = (("0.factors.0.weight", "4.factors.0.weight"), ("0.factors.1.weight", "4.
 
 
 def dense() -> nn.Module:
-    """A convolution, which tucker2 splits in three, a norm that is no site, and a linear layer, which svd splits in two."""
+    """Return a convolution, which tucker2 splits in three, a norm, and a linear layer, which svd splits in two."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Tanh(), nn.Flatten(), nn.Linear(96, 8)
@@ -55,7 +55,7 @@ def backward(model: nn.Module, x: Tensor) -> None:
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int, data: Iterator[Tensor] | None = None) -> None:
-    """The plain loop, in the order in which gradients outlive their step."""
+    """Train with zero_grad before backward, so that gradients stay after a step."""
     data = data or batches()
     for _ in range(steps):
         optimizer.zero_grad()
@@ -64,22 +64,26 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int, data: Iterator[Ten
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
-    return {name: one.detach().clone() for name, one in model.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def moved(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    return {name for name, one in model.named_parameters() if not torch.equal(one, before[name])}
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
 
 
 def factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: one for name, one in model.named_parameters() if ".factors." in name and name.endswith("weight")}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if ".factors." in name and name.endswith("weight")
+    }
 
 
-def resting(model: nn.Module) -> set[str]:
-    return {name for name, one in model.named_parameters() if not one.requires_grad}
+def not_training(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
-# Who rests
+# Which factors are frozen
 
 
 @pytest.mark.parametrize(
@@ -90,14 +94,16 @@ def resting(model: nn.Module) -> set[str]:
         ("others", None, [CORE, CORE, CORE]),
     ],
 )
-def test_the_others_rest_while_the_kernel_trains(which: Train, every: int | None, turns: list[tuple[str, ...]]) -> None:
+def test_the_others_are_frozen_while_the_kernel_trains(
+    which: Train, every: int | None, turns: list[tuple[str, ...]]
+) -> None:
     model = small()
     optimizer = sgd(model)
     freeze = tdfx.Freeze(model, optimizer, every=every, train=which)
     for expected in turns:
         for _ in range(2):
             assert freeze.frozen == expected
-            assert resting(model) == set(expected)
+            assert not_training(model) == set(expected)
             train(model, optimizer, 1)
 
 
@@ -107,10 +113,12 @@ def test_one_factor_after_the_other() -> None:
     tdfx.Freeze(model, optimizer, every=1, train="each")
     seen = []
     for _ in range(6):
-        seen.append(tuple(sorted(factors(model).keys() - resting(model))))
+        seen.append(tuple(sorted(factors(model).keys() - not_training(model))))
         train(model, optimizer, 1)
     assert seen[:2] == list(EACH)
-    assert seen[2] == ("0.factors.2.weight", "4.factors.0.weight"), "three factors and two go round at their own pace"
+    assert seen[2] == ("0.factors.2.weight", "4.factors.0.weight"), (
+        "layers of three and of two factors take turns independently"
+    )
     assert {name for turn in seen for name in turn} == set(factors(model))
 
 
@@ -124,17 +132,17 @@ def test_cp_has_four_factors_in_two_groups() -> None:
     assert factors(model)[trains].shape[2:].numel() == 3
 
 
-def test_what_is_left_alone_and_what_moves() -> None:
+def test_frozen_factors_stay_and_all_else_moves() -> None:
     model = small()
     optimizer = sgd(model)
     tdfx.Freeze(model, optimizer, every=2)
     start = values(model)
     train(model, optimizer, 2)
-    assert moved(model, start) == set(start) - set(OUTER), "biases and the norm go on training"
+    assert moved(model, start) == set(start) - set(OUTER), "biases and the norm keep training"
     second = values(model)
     train(model, optimizer, 2)
     assert moved(model, second) == set(start) - set(CORE)
-    assert moved(model, start) == set(start), "over a whole cycle everything has moved"
+    assert moved(model, start) == set(start), "over a full cycle everything has moved"
 
 
 def test_after_the_end_everything_trains() -> None:
@@ -144,7 +152,7 @@ def test_after_the_end_everything_trains() -> None:
     train(model, optimizer, 4)
     assert (freeze.frozen, freeze.done) == (OUTER, False)
     train(model, optimizer, 1)
-    assert (freeze.frozen, freeze.done, resting(model)) == ((), True, set())
+    assert (freeze.frozen, freeze.done, not_training(model)) == ((), True, set())
     assert not optimizer._optimizer_step_post_hooks
     assert str(freeze) == "Freeze(train='alternate', every=2, until=5): 5 steps, done"
 
@@ -174,11 +182,11 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_resting_factors_and_their_state_keep_their_bits(make: Callable[[Any], Optimizer]) -> None:
+def test_frozen_factors_and_their_state_keep_their_bits(make: Callable[[Any], Optimizer]) -> None:
     model = small()
     optimizer = make(model.parameters())
     data = batches()
-    train(model, optimizer, 2, data)  # so that there is momentum to move what rests
+    train(model, optimizer, 2, data)  # so that there is momentum that could move frozen factors
     freeze = tdfx.Freeze(model, optimizer, every=3)
     held = factors(model)
     for expected in (OUTER, CORE, OUTER):
@@ -194,8 +202,8 @@ def test_resting_factors_and_their_state_keep_their_bits(make: Callable[[Any], O
             torch.testing.assert_close(optimizer.state[held[name]], states[name], rtol=0, atol=0)
 
 
-def test_a_gradient_that_is_left_would_move_what_rests() -> None:
-    """The control of the one above: requires_grad alone does not hold a factor."""
+def test_a_gradient_that_is_left_would_move_a_frozen_factor() -> None:
+    """The negative control: requires_grad alone does not keep a factor from moving."""
     model = small()
     optimizer = sgd(model)
     train(model, optimizer, 1)
@@ -208,7 +216,7 @@ def test_a_gradient_that_is_left_would_move_what_rests() -> None:
     assert moved(model, before) >= set(OUTER)
 
 
-def test_factors_that_train_have_the_gradients_they_would_have_anyway() -> None:
+def test_the_gradients_of_other_factors_do_not_change() -> None:
     """The same sums of the same numbers: equal to rounding, some 1e3 roundings of 1e-16."""
     model, twin = small(), small()
     freeze = tdfx.Freeze(model, sgd(model), every=1)
@@ -216,20 +224,20 @@ def test_factors_that_train_have_the_gradients_they_would_have_anyway() -> None:
     backward(model, x)
     backward(twin, x)
     theirs = dict(twin.named_parameters())
-    for name, one in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if name in freeze.frozen:
-            assert one.grad is None
+            assert parameter.grad is None
             assert theirs[name].grad is not None
         else:
-            torch.testing.assert_close(one.grad, theirs[name].grad, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-12, atol=1e-14)
 
 
-def test_counts_and_moments_go_on_where_they_rested() -> None:
+def test_counts_and_moments_go_on_after_a_turn() -> None:
     model = small()
     optimizer = adamw(model)
     tdfx.Freeze(model, optimizer, every=3)
     train(model, optimizer, 7)
-    steps = {name: int(optimizer.state[one]["step"]) for name, one in factors(model).items()}
+    steps = {name: int(optimizer.state[factor]["step"]) for name, factor in factors(model).items()}
     assert steps == dict.fromkeys(OUTER, 3) | dict.fromkeys(CORE, 4)
 
 
@@ -253,7 +261,7 @@ def test_turns_change_at_optimizer_steps_and_not_between(to_none: bool) -> None:
 
 
 def test_a_gradient_from_before_is_never_used() -> None:
-    """Nobody clears gradients here: what the kernel had when it went to rest must not be there when it trains again."""
+    """Gradients are never cleared here: those of the kernel when it was frozen must be gone when it trains again."""
     model = small()
     optimizer = SGD(model.parameters(), lr=1e-2)
     tdfx.Freeze(model, optimizer, every=1)
@@ -274,7 +282,7 @@ def test_a_gradient_from_before_is_never_used() -> None:
         torch.testing.assert_close(factors(model)[name].grad, factors(twin)[name].grad, rtol=1e-12, atol=1e-14)
 
 
-def test_a_step_that_a_scaler_leaves_out_does_not_count() -> None:
+def test_a_step_that_a_scaler_skips_does_not_count() -> None:
     model = small().float()
     optimizer = sgd(model)
     freeze = tdfx.Freeze(model, optimizer, every=1)
@@ -291,10 +299,8 @@ def test_a_step_that_a_scaler_leaves_out_does_not_count() -> None:
 # Saving and going on
 
 
-def whole_run(
-    make: Callable[[nn.Module], Optimizer], stop: int, folder: Path | None, *, forget: bool = False
-) -> Tensor:
-    """Train 14 steps, in one go or with a stop at which everything goes through a file, and return all parameters."""
+def full_run(make: Callable[[nn.Module], Optimizer], stop: int, folder: Path | None, *, forget: bool = False) -> Tensor:
+    """Train 14 steps, with a stop at which everything is saved and loaded if there is a folder; return all parameters."""
     data = batches()
     model = small()
     optimizer = make(model)
@@ -306,13 +312,13 @@ def whole_run(
         model = dense()
         optimizer = make(model)
         model = tdfx.load(saved, model, optimizer=optimizer)
-        assert resting(model) == set(), "what rests for now is not saved as frozen"
+        assert not_training(model) == set(), "a factor that is frozen for now is not saved as frozen"
         freeze = tdfx.Freeze(model, optimizer, every=3, until=11)
         if not forget:
             freeze.load_state_dict(saved["extra"])
     train(model, optimizer, 14 - stop, data)
     assert freeze.done or forget
-    return torch.cat([one.detach().flatten() for one in model.parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 @pytest.mark.parametrize("make", [sgd, adamw])
@@ -320,14 +326,14 @@ def whole_run(
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(
     make: Callable[[nn.Module], Optimizer], stop: int, tmp_path: Path
 ) -> None:
-    assert torch.equal(whole_run(make, stop, tmp_path), whole_run(make, 0, None))
+    assert torch.equal(full_run(make, stop, tmp_path), full_run(make, 0, None))
 
 
-def test_without_its_state_the_run_goes_elsewhere(tmp_path: Path) -> None:
-    assert not torch.equal(whole_run(sgd, 4, tmp_path, forget=True), whole_run(sgd, 0, None))
+def test_without_its_state_the_run_ends_differently(tmp_path: Path) -> None:
+    assert not torch.equal(full_run(sgd, 4, tmp_path, forget=True), full_run(sgd, 0, None))
 
 
-def test_a_schedule_and_a_rewarm_that_end_leave_the_hooks_of_others_to_run() -> None:
+def test_a_schedule_and_a_rewarm_that_end_do_not_stop_later_hooks() -> None:
     model = small()
     optimizer = sgd(model)
     freeze = tdfx.Freeze(model, optimizer, every=1, until=1)
@@ -341,7 +347,7 @@ def test_a_schedule_and_a_rewarm_that_end_leave_the_hooks_of_others_to_run() -> 
     assert freeze.state_dict()["taken"] == 1
 
 
-def test_states_of_others_are_refused() -> None:
+def test_states_of_other_settings_are_refused() -> None:
     model = small()
     optimizer = sgd(model)
     freeze = tdfx.Freeze(model, optimizer, every=3)
@@ -353,7 +359,7 @@ def test_states_of_others_are_refused() -> None:
             freeze.load_state_dict(cast("Any", wrong))
     assert freeze.state_dict() == state
     freeze.remove()
-    with pytest.raises(tdfx.PolicyError, match=r"This Freeze has ended.*Make it anew"):
+    with pytest.raises(tdfx.PolicyError, match=r"This Freeze has ended.*Make a new Freeze"):
         freeze.load_state_dict(state)
 
 
@@ -361,29 +367,31 @@ def test_states_of_others_are_refused() -> None:
 
 
 @pytest.mark.parametrize("turn", [0, 1])
-def test_no_weight_is_merged_as_frozen_because_its_factors_rest(turn: int) -> None:
+def test_a_weight_with_frozen_factors_is_merged_as_one_that_trains(turn: int) -> None:
     model = small()
     optimizer = sgd(model)
     freeze = tdfx.Freeze(model, optimizer, every=2)
     train(model, optimizer, 2 + turn)
-    expected = {name: one.weight.detach() for name, one in model.named_modules() if isinstance(one, Factorized)}
+    expected = {
+        name: module.weight.detach() for name, module in model.named_modules() if isinstance(module, Factorized)
+    }
     merged = tdfx.merge(model, optimizer=optimizer)
-    assert resting(merged) == set()
+    assert not_training(merged) == set()
     for name, weight in expected.items():
         torch.testing.assert_close(merged.get_submodule(name).weight, weight, rtol=1e-12, atol=1e-14)
     before = values(merged)
     train(merged, optimizer, 4)
     assert moved(merged, before) == set(before)
-    assert freeze.done, "it ends with the factors"
+    assert freeze.done, "the schedule ends with the factors"
     assert not optimizer._optimizer_step_post_hooks
 
 
 def test_a_weight_that_the_user_froze_is_merged_as_frozen() -> None:
     model = small()
-    for one in cast("Any", model)[0].factors:
-        one.weight.requires_grad_(False)
+    for factor in cast("Any", model)[0].factors:
+        factor.weight.requires_grad_(False)
     tdfx.Freeze(model, sgd(model), every=2)
-    assert resting(tdfx.merge(model)) == {"0.weight"}
+    assert not_training(tdfx.merge(model)) == {"0.weight"}
 
 
 @pytest.mark.parametrize("turn", [0, 1])
@@ -395,7 +403,7 @@ def test_lower_ranks_train_and_a_new_schedule_goes_on(turn: int) -> None:
     train(model, optimizer, 2 + turn)
     lowered = tdfx.rewrite(model, lower, optimizer=optimizer)
     assert len(lower.factorized) == 2
-    assert resting(lowered) == set()
+    assert not_training(lowered) == set()
     again = tdfx.Freeze(lowered, optimizer, every=2)
     again.load_state_dict(freeze.state_dict())
     assert again.frozen == CORE
@@ -415,28 +423,28 @@ def test_sites_that_are_rewritten_later_join_and_the_former_schedule_ends() -> N
     former = tdfx.Freeze(model, optimizer, every=2)
     train(model, optimizer, 1)
     model = tdfx.rewrite(model, HALF, optimizer=optimizer)
-    assert former.frozen == OUTER[:2], "what was factorized before has kept its factors, and rests on"
-    assert resting(tdfx.merge(model)) == set()
+    assert former.frozen == OUTER[:2], "sites that were factorized before keep their factors, and stay frozen"
+    assert not_training(tdfx.merge(model)) == set()
     train(model, optimizer, 1)
-    assert resting(model) == {CORE[0]}
-    assert resting(tdfx.merge(model)) == set(), "the rewritten model hears of turns that the former schedule changes"
+    assert not_training(model) == {CORE[0]}
+    assert not_training(tdfx.merge(model)) == set(), "turns of the former schedule are known in the rewritten model"
     state = former.state_dict()
     now = tdfx.Freeze(model, optimizer, every=2)
     now.load_state_dict(state)
     assert former.done
-    assert resting(model) == set(CORE)
+    assert not_training(model) == set(CORE)
     assert len(optimizer._optimizer_step_post_hooks) == 1
 
 
-def test_a_copy_of_the_model_takes_a_schedule_of_its_own() -> None:
+def test_a_copy_of_the_model_takes_its_own_schedule() -> None:
     model = small()
     optimizer = sgd(model)
     freeze = tdfx.Freeze(model, optimizer, every=2)
     twin, other = copy.deepcopy((model, optimizer))
-    assert resting(tdfx.merge(twin)) == set()
-    own = tdfx.Freeze(twin, other, every=1)
+    assert not_training(tdfx.merge(twin)) == set()
+    twin_freeze = tdfx.Freeze(twin, other, every=1)
     train(twin, other, 1)
-    assert own.frozen == CORE
+    assert twin_freeze.frozen == CORE
     assert freeze.frozen == OUTER
     assert not freeze.done
 
@@ -449,13 +457,13 @@ def test_a_checkpoint_knows_what_the_user_froze() -> None:
     assert tdfx.state(model)["frozen"] == ["1.weight", "4.factors.1.bias"]
 
 
-def test_the_decay_of_what_factors_stand_for_acts_on_those_that_train() -> None:
+def test_frobenius_decay_acts_on_the_factors_that_train() -> None:
     model, twin = small(), small()
     optimizer, other = sgd(model), sgd(twin)
     freeze = tdfx.Freeze(model, optimizer, every=5)
-    for one, its in ((model, optimizer), (twin, other)):
-        tdfx.FrobeniusDecay(one, its)
-        train(one, its, 1)
+    for trained, its_optimizer in ((model, optimizer), (twin, other)):
+        tdfx.FrobeniusDecay(trained, its_optimizer)
+        train(trained, its_optimizer, 1)
     theirs, start = values(twin), values(small())
     for name, value in values(model).items():
         if name in freeze.frozen:
@@ -470,22 +478,22 @@ def test_the_decay_of_what_factors_stand_for_acts_on_those_that_train() -> None:
 def test_what_the_user_froze_stays_frozen() -> None:
     model = small()
     mine = {"0.factors.0.weight", "0.factors.2.bias", "1.weight", *(name for name in factors(model) if name[0] == "4")}
-    for name, one in model.named_parameters():
-        one.requires_grad_(name not in mine)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in mine)
     optimizer = sgd(model)
     freeze = tdfx.Freeze(model, optimizer, every=1)
     seen = []
     for _ in range(2):
         seen.append(freeze.frozen)
-        assert resting(model) == mine | set(freeze.frozen)
+        assert not_training(model) == mine | set(freeze.frozen)
         train(model, optimizer, 1)
     assert seen == [("0.factors.2.weight",), ("0.factors.1.weight",)]
     thawed = "0.factors.0.weight"
     factors(model)[thawed].requires_grad_(True)
     train(model, optimizer, 3)
-    assert thawed not in resting(model), "what the user thaws has no turn, and trains from then on"
+    assert thawed not in not_training(model), "a factor that the user thaws has no turn, and trains from then on"
     freeze.remove()
-    assert resting(model) == mine - {thawed}
+    assert not_training(model) == mine - {thawed}
 
 
 def test_a_layer_that_the_user_freezes_later_is_not_thawed() -> None:
@@ -494,16 +502,16 @@ def test_a_layer_that_the_user_freezes_later_is_not_thawed() -> None:
     freeze = tdfx.Freeze(model, optimizer, every=1)
     factors(model)["0.factors.1.weight"].requires_grad_(False)
     train(model, optimizer, 4)
-    assert "0.factors.1.weight" in resting(model)
+    assert "0.factors.1.weight" in not_training(model)
     freeze.remove()
-    assert resting(model) == {"0.factors.1.weight"}
+    assert not_training(model) == {"0.factors.1.weight"}
 
 
 # Compiled
 
 
 class Counting:
-    """A backend that counts how often it is asked to compile."""
+    """A backend that counts how often it compiles."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -551,8 +559,8 @@ def test_a_compiled_step_changes_turns_too() -> None:
         step()
     assert freeze.state_dict()["taken"] == 5
     train(twin, other, 5)
-    for one, value in values(twin).items():
-        torch.testing.assert_close(dict(model.named_parameters())[one], value, rtol=1e-11, atol=1e-13)
+    for name, value in values(twin).items():
+        torch.testing.assert_close(dict(model.named_parameters())[name], value, rtol=1e-11, atol=1e-13)
 
 
 # What is refused
@@ -561,23 +569,23 @@ def test_a_compiled_step_changes_turns_too() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"train='alternate' changes by turns, and every= does not say when.*every=len\(loader\)"),
+        ({}, r"train='alternate' changes by turns, and every= is missing, which says when.*every=len\(loader\)"),
         ({"every": 0}, r"every=0 is not a whole number of at least 1"),
         ({"every": 2, "until": 1.5}, r"until=1\.5 is not a whole number of at least 1.*until=20_000"),
         ({"every": 2, "train": "kernel"}, r"every=2 says when turns change, and with train='kernel' the same"),
         ({"every": 2, "train": "kernal"}, r"train='kernal' is not known.*Nearest: .*kernel"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(settings: Any, message: str) -> None:
+def test_contradicting_settings_are_refused(settings: Any, message: str) -> None:
     model = small()
     optimizer = sgd(model)
     with pytest.raises(tdfx.PolicyError, match=message):
         tdfx.Freeze(model, optimizer, **settings)
     assert not optimizer._optimizer_step_post_hooks
-    assert resting(model) == set()
+    assert not_training(model) == set()
 
 
-def test_models_and_optimizers_that_do_not_go_together_are_refused() -> None:
+def test_models_and_optimizers_that_do_not_match_are_refused() -> None:
     model = small()
     optimizer = sgd(model)
     with pytest.raises(
@@ -588,34 +596,34 @@ def test_models_and_optimizers_that_do_not_go_together_are_refused() -> None:
         tdfx.Freeze(cast("Any", "model"), optimizer, every=1)
     with pytest.raises(tdfx.OptimizerError, match=r"optimizer='sgd' is a str, not a torch\.optim\.Optimizer"):
         tdfx.Freeze(model, cast("Any", "sgd"), every=1)
-    with pytest.raises(tdfx.OptimizerError, match=r"The optimizer holds no factor of .*make one Freeze each"):
+    with pytest.raises(tdfx.OptimizerError, match=r"The optimizer holds no factor of .*make one Freeze for each"):
         tdfx.Freeze(model, sgd(small()), every=1)
     with pytest.raises(tdfx.OptimizerError, match="holds 1 of the 3 factors of '0' that train"):
         tdfx.Freeze(model, SGD([factors(model)[CORE[0]]], lr=0.1), every=1)
     with pytest.raises(tdfx.OptimizerError, match="LBFGS keeps one flat history"):
         tdfx.Freeze(model, optim.LBFGS(model.parameters()), every=1)
-    assert resting(model) == set()
+    assert not_training(model) == set()
     model.requires_grad_(False)
-    with pytest.raises(tdfx.ModelError, match=r"Of none of the 2 factorized layers of .* do two factors train"):
+    with pytest.raises(tdfx.ModelError, match=r"None of the 2 factorized layers of .* has two factors that train"):
         tdfx.Freeze(model, optimizer, every=1)
 
 
-def test_each_of_two_optimizers_has_its_own() -> None:
+def test_two_optimizers_have_a_schedule_each() -> None:
     model = small()
     parts = cast("Any", model)
     first, second = SGD(parts[0].parameters(), lr=0.1), AdamW(parts[4].parameters())
-    one, two = tdfx.Freeze(model, first, every=1), tdfx.Freeze(model, second, every=2)
-    assert (one.frozen, two.frozen) == (OUTER[:2], OUTER[2:])
+    conv_freeze, head_freeze = tdfx.Freeze(model, first, every=1), tdfx.Freeze(model, second, every=2)
+    assert (conv_freeze.frozen, head_freeze.frozen) == (OUTER[:2], OUTER[2:])
     backward(model, next(batches()))
     first.step()
-    assert (one.frozen, two.frozen) == (CORE[:1], OUTER[2:])
+    assert (conv_freeze.frozen, head_freeze.frozen) == (CORE[:1], OUTER[2:])
     assert factors(model)[CORE[1]].grad is not None, "its optimizer has not stepped yet"
     second.step()
-    assert two.frozen == OUTER[2:]
+    assert head_freeze.frozen == OUTER[2:]
 
 
 class FullyShardedDataParallel(nn.Module):
-    """Known by its name, because importing torch's own takes longer than all of tdfx."""
+    """A stand-in, since Freeze knows the class by its name."""
 
     def __init__(self) -> None:
         super().__init__()

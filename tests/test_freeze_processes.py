@@ -1,4 +1,4 @@
-"""Factors that train by turns on several processes: two of them check it together, and each check is told here."""
+"""Freeze on two processes: freeze_worker.py runs the checks, and each is a test here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import two_processes
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What went wrong in each check; "" for nothing."""
+    """The error of each check; "" for none."""
     return two_processes.start(Path(freeze_worker.__file__), tmp_path_factory.mktemp("freeze"), freeze_worker.CHECKS)
 
 

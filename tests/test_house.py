@@ -8,7 +8,9 @@ import itertools
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +26,30 @@ in_checkout = pytest.mark.skipif(
 )
 
 LAYERS = (
-    {"errors", "numbers", "progress", "shards"},
-    {"ranks"},
-    {"factors"},
-    {"cost", "solver"},
-    {"policy"},
-    {"policy_file"},
-    {"plan_totals"},
-    {"plan_table"},
-    {"plan"},
-    {"scalars"},
-    {"structure"},
-    {"kinds"},
+    {"errors", "checks", "text", "progress"},
+    {"ranks", "factors"},
+    {"cost"},
+    {"plans", "policies", "kinds"},
     {"layers"},
-    {"parameters"},
-    {"passes"},
-    {"optim"},
     {"distributed"},
-    {"compiled"},
-    {"part"},
-    {"wrappers"},
-    {"averaging"},
-    {"checkpoint"},
-    {"onnx_proof"},
-    {"verify"},
-    {"export"},
-    {"along"},
+    {"passes"},
+    {"wrappers", "optim"},
+    {"checkpoint", "onnx_proof"},
     {"api"},
-    {"training", "check"},
-    {"__init__"},
-    {"integrations"},
-    {"demo"},
-    {"references", "demo_table", "report"},
-    {"cli"},
-    {"__main__"},
+    {"training"},
+    {"integrations", "report", "demo", "cli", "__init__", "__main__"},
 )
-"""The files and folders of tdfx, lowest first; each may import those below it, and a folder its own files."""
+"""The files and folders of tdfx, lowest first; each may import those of its own layer and below, without circles."""
 
-PASSES = {"trace", "find", "shapes", "select", "rewrite", "merge"}
-"""The passes of the compiler; the other files of the folder are what they share."""
+STAGES = {"analysis": {"base", "program"}, "planning": {"analysis"}, "transform": {"analysis", "planning"}}
+"""The folders of the compiler -> the folders and files that each may import besides its own; ``pipeline`` imports all."""
+
+PASSES = {
+    "analysis": {"trace", "find", "shapes"},
+    "planning": {"step_time", "select"},
+    "transform": {"rewrite", "merge"},
+}
+"""The files that hold the passes; the other files of these folders are what the passes share."""
 
 TOOLS = {
     "click",
@@ -82,10 +69,6 @@ LAZY = TOOLS | TRAINERS
 """What `import tdfx` must leave alone."""
 
 
-_FACADE = "from tdfx.check import check_step\n"
-"""The one import that goes up, when it is called: a method of the plan that users call with the model at hand."""
-
-
 def part_of(module: str) -> str:
     """Return the file or folder of tdfx that a module belongs to.
 
@@ -101,11 +84,12 @@ def level(part: str) -> int:
 
 def sources() -> dict[str, str]:
     """Return the text of every module of tdfx by its name."""
-    found = {}
-    for path in sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py")]):
+    files = [path for pattern in ("*.py", "*/*.py", "*/*/*.py") for path in PACKAGE.glob(pattern)]
+    texts = {}
+    for path in sorted(files):
         names = ["tdfx", *path.relative_to(PACKAGE).with_suffix("").parts]
-        found[".".join(names)] = path.read_text(encoding="utf-8")
-    return found
+        texts[".".join(names)] = path.read_text(encoding="utf-8")
+    return texts
 
 
 def imports(source: str) -> Iterator[str]:
@@ -124,17 +108,44 @@ def imports(source: str) -> Iterator[str]:
 
 
 def climbs(module: str, source: str) -> list[str]:
-    """Return the imports of a module that do not go down."""
+    """Return the imports of a module that go up."""
     own = part_of(module)
-    source = source.replace(_FACADE, "") if module == "tdfx.plan" else source
     parts = {part_of(name) for name in imports(source) if name.split(".")[0] == "tdfx"}
-    return [f"{module} imports {part}" for part in sorted(parts) if part != own and level(part) >= level(own)]
+    return [f"{module} imports {part}" for part in sorted(parts) if part != own and level(part) > level(own)]
 
 
-def imports_of_other_passes(name: str, source: str) -> list[str]:
-    paths = (imported.split(".") for imported in imports(source))
-    others = {path[2] for path in paths if path[:2] == ["tdfx", "passes"] and len(path) > 2}
-    return sorted(f"{name} imports {other}" for other in (others & PASSES) - {name})
+def edges(texts: Mapping[str, str]) -> dict[str, set[str]]:
+    """Return for each module the modules of tdfx that it imports, imports for type checkers included."""
+    modules = {name.removesuffix(".__init__"): name for name in texts}
+    graph: dict[str, set[str]] = {name: set() for name in texts}
+    for name, text in texts.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                # `from package import module` imports the module.
+                named = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
+                graph[name] |= {modules[found] for found in named or {node.module} & modules.keys()}
+            elif isinstance(node, ast.Import):
+                graph[name] |= {modules[alias.name] for alias in node.names if alias.name in modules}
+    return graph
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Return the nodes of a circle, or none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def imports_of_other_passes(stage: str, name: str, source: str) -> list[str]:
+    """Return the passes, and the later stages of the compiler, that a module of a stage imports."""
+    paths = [imported.split(".") for imported in imports(source)]
+    paths = [path[2:] for path in paths if path[:2] == ["tdfx", "passes"] and len(path) > 2]
+    wrong = [path for path in paths if path[0] not in {stage, "base", "program", *STAGES[stage]}]
+    if name in PASSES[stage]:
+        wrong += [path for path in paths if len(path) > 1 and path[1] in PASSES[path[0]] - {name}]
+    return sorted(f"{name} imports {'.'.join(path)}" for path in wrong)
 
 
 def prints(source: str) -> bool:
@@ -154,22 +165,55 @@ def test_imports_go_down() -> None:
 def test_imports_that_go_up_are_seen() -> None:
     inside = "def f():\n    from tdfx.api import plan\n"
     assert climbs("tdfx.ranks.energy", inside) == ["tdfx.ranks.energy imports api"]
-    assert climbs("tdfx.cli.references", "import tdfx.demo.table") == ["tdfx.references imports demo_table"]
-    assert climbs("tdfx.optim", "import tdfx") == ["tdfx.optim imports __init__"]
+    assert climbs("tdfx.optim.states", "import tdfx") == ["tdfx.optim.states imports __init__"]
     assert climbs("tdfx.demo.run", inside) == []
-    assert climbs("tdfx.plans.table", "if TYPE_CHECKING:\n    from tdfx.plan import Plan\n") == []
-    assert climbs("tdfx.plans.table", "if not TYPE_CHECKING:\n    pass\nelse:\n    from tdfx.plan import Plan\n") != []
+    assert climbs("tdfx.plans.table", "if TYPE_CHECKING:\n    from tdfx.api import plan\n") == []
+    assert climbs("tdfx.plans.table", "if not TYPE_CHECKING:\n    pass\nelse:\n    from tdfx.api import plan\n") != []
 
 
-def test_passes_do_not_import_one_another() -> None:
-    files = {name.split(".")[2]: source for name, source in sources().items() if name.startswith("tdfx.passes.")}
-    assert set(files) >= PASSES
-    assert [wrong for name in sorted(PASSES) for wrong in imports_of_other_passes(name, files[name])] == []
+def test_there_are_at_most_a_dozen_layers() -> None:
+    assert len(LAYERS) <= 12
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    assert circle(edges(sources())) == []
+
+
+def test_circles_are_seen() -> None:
+    texts = {"tdfx.a": "if TYPE_CHECKING:\n    from tdfx.b import B\n", "tdfx.b": "from tdfx import a\n"}
+    assert set(circle(edges(texts))) == {"tdfx.a", "tdfx.b"}
+
+
+def test_passes_import_neither_one_another_nor_later_stages() -> None:
+    texts = {
+        tuple(name.split(".")[2:]): source for name, source in sources().items() if name.startswith("tdfx.passes.")
+    }
+    stages = {path: source for path, source in texts.items() if len(path) == 2}
+    assert {path[0] for path in stages} == set(STAGES)
+    assert all((stage, name) in stages for stage, names in PASSES.items() for name in names)
+    assert [
+        wrong for (stage, name), source in stages.items() for wrong in imports_of_other_passes(stage, name, source)
+    ] == []
 
 
 def test_a_pass_that_imports_another_is_seen() -> None:
-    assert imports_of_other_passes("find", "from tdfx.passes.trace import Trace") == ["find imports trace"]
-    assert imports_of_other_passes("find", "from tdfx.passes.base import Pass") == []
+    wrong = imports_of_other_passes("analysis", "find", "from tdfx.passes.analysis.trace import Trace")
+    assert wrong == ["find imports analysis.trace"]
+    late = imports_of_other_passes("analysis", "uses", "from tdfx.passes.planning.times import SiteTimes")
+    assert late == ["uses imports planning.times"]
+    assert imports_of_other_passes("analysis", "find", "from tdfx.passes.base import Pass") == []
+
+
+def test_no_two_classes_have_one_name() -> None:
+    names = [
+        node.name
+        for source in sources().values()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef)
+    ]
+    # Each trainer's callback has the name that its users expect.
+    repeated = {name for name, count in Counter(names).items() if count > 1} - {"SwitchCallback"}
+    assert repeated == set()
 
 
 @in_checkout
@@ -189,11 +233,12 @@ def test_no_module_prints() -> None:
 @in_checkout
 def test_every_package_is_shipped() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
-    folders += [PACKAGE / "passes"] if PACKAGE / "passes" not in folders else []
-    packages = sorted(".".join(["tdfx", *folder.relative_to(PACKAGE).parts]) for folder in folders)
+    packages = sorted(name.removesuffix(".__init__") for name in sources() if name.endswith(".__init__"))
     assert sorted(settings["packages"]) == packages
-    assert settings["package-dir"] == {"tdfx.passes": "passes"}
+    folders = [name.split(".")[2:] for name in packages if name.startswith("tdfx.passes")]
+    assert settings["package-dir"] == {
+        ".".join(["tdfx", "passes", *path]): "/".join(["passes", *path]) for path in folders
+    }
 
 
 @in_checkout

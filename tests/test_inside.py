@@ -1,4 +1,4 @@
-"""What the callbacks share, without a framework: modules that become others in place, and follow what is loaded."""
+"""What the callbacks share, without a framework: rewriting in place, and following the form of what is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW
 
 import tdfx
 from tdfx.integrations.adapter import TrainerAdapter
-from tdfx.integrations.follow import FollowCheckpoint, names_of, put_in_order
+from tdfx.integrations.follow import FollowCheckpoint, names_of, restore_order
 from tdfx.layers.factorized import Factorized
 from tdfx.wrappers.in_place import InPlaceModule, replace_in_place
 
@@ -26,7 +26,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
-    """Speaks of its own layers and of itself in attributes, as models do."""
+    """Holds its own layers and its own method in attributes, as models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 
 class Holder(nn.Module):
-    """As a trainer's module holds a model."""
+    """Holds a model, as the module of a trainer does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,29 +50,23 @@ class Holder(nn.Module):
 
 
 def sites(model: nn.Module) -> int:
-    return sum(isinstance(one, Factorized) for one in model.modules())
+    return sum(isinstance(module, Factorized) for module in model.modules())
 
 
-def inside(policy: tdfx.Policy = POLICY, **settings: Any) -> TrainerAdapter:
-    defaults: dict[str, Any] = {
-        "when": None,
-        "epoch": 1,
-        "merge": True,
-        "example_inputs": None,
-        "options": {},
-        "advice": "Do this.",
-    }
-    return TrainerAdapter(policy, **{**defaults, **settings})
+def make_adapter(policy: tdfx.Policy = POLICY, **settings: Any) -> TrainerAdapter:
+    adapter = TrainerAdapter(policy, **{"epoch": 1, **settings})
+    adapter.advice = "Do this."
+    return adapter
 
 
-def test_a_part_becomes_what_is_made_of_it_and_stays_the_object() -> None:
+def test_a_part_is_rewritten_in_place() -> None:
     holder = Holder()
     net, part = holder.net, InPlaceModule(holder, "net")
     expected = tdfx.rewrite(net, POLICY, emit="modules")
-    made = tdfx.rewrite(part, POLICY, emit="modules")
-    assert isinstance(made, Net)
+    rewritten = tdfx.rewrite(part, POLICY, emit="modules")
+    assert isinstance(rewritten, Net)
     assert sites(holder) == 0
-    part.put(made)
+    part.put(rewritten)
     assert holder.net is net
     assert sites(holder) == sites(net) == 2
     assert torch.equal(net(X), expected(X))
@@ -88,16 +82,16 @@ def test_a_part_becomes_what_is_made_of_it_and_stays_the_object() -> None:
 def test_a_part_of_a_compiled_model_is_compiled_again() -> None:
     torch._dynamo.reset()
     net = Net()
-    whole = cast("nn.Module", torch.compile(net, backend="eager"))
-    before = whole(X)
-    part = InPlaceModule(whole)
+    compiled = cast("nn.Module", torch.compile(net, backend="eager"))
+    before = compiled(X)
+    part = InPlaceModule(compiled)
     assert part.inside is net
     part.put(tdfx.rewrite(part, POLICY, emit="modules"))
-    assert torch.equal(whole(X), net(X))
-    assert not torch.allclose(whole(X), before)
+    assert torch.equal(compiled(X), net(X))
+    assert not torch.allclose(compiled(X), before)
 
 
-def test_a_part_inside_of_a_compiled_child() -> None:
+def test_a_compiled_child_is_rewritten_in_place() -> None:
     holder = Holder()
     net = holder.net
     holder.net = torch.compile(net, backend="eager")  # type: ignore[assignment]
@@ -107,18 +101,18 @@ def test_a_part_inside_of_a_compiled_child() -> None:
     assert torch.equal(holder.net(X), net(X))
 
 
-def test_a_part_that_is_not_there_and_one_that_cannot_stay_are_refused() -> None:
+def test_a_missing_part_and_a_single_layer_are_refused() -> None:
     with pytest.raises(tdfx.ModelError, match=r"Holder has no module 'nett' to be rewritten. It has 'net', 'other'"):
         InPlaceModule(Holder(), "nett")
     part = InPlaceModule(Holder(), "other")
-    made = tdfx.rewrite(part, POLICY, emit="modules")
+    rewritten = tdfx.rewrite(part, POLICY, emit="modules")
     with pytest.raises(tdfx.ModelError, match=r"A Linear cannot become a Factorized.*Name the module that holds it"):
-        part.put(made)
+        part.put(rewritten)
     with pytest.raises(tdfx.ModelError, match="a single Linear"):
-        inside().prepare(nn.Linear(4, 4))
+        make_adapter().prepare(nn.Linear(4, 4))
 
 
-def test_a_module_follows_what_is_loaded_into_it() -> None:
+def test_a_module_takes_the_form_of_what_is_loaded() -> None:
     dense, split = Net(), Net()
     replace_in_place(split, tdfx.rewrite(split, POLICY, emit="modules"))
     plan = tdfx.plan(dense, POLICY, emit="modules")
@@ -133,7 +127,7 @@ def test_a_module_follows_what_is_loaded_into_it() -> None:
         assert torch.equal(follower.net(X), model(X))
 
 
-def test_a_state_that_says_nothing_of_a_site_leaves_it() -> None:
+def test_a_state_without_a_site_leaves_it_as_it_is() -> None:
     split = Net()
     replace_in_place(split, tdfx.rewrite(split, POLICY, emit="modules"))
     cast("Any", split).register_load_state_dict_pre_hook(FollowCheckpoint(lambda: None, ""))
@@ -141,7 +135,7 @@ def test_a_state_that_says_nothing_of_a_site_leaves_it() -> None:
     assert sites(split) == 2
 
 
-def test_what_is_factorized_and_not_loaded_keeps_its_values() -> None:
+def test_a_factorized_site_that_is_not_loaded_keeps_its_values() -> None:
     split, dense = Net(), Net()
     plan = tdfx.plan(split, POLICY, emit="modules")
     replace_in_place(split, tdfx.rewrite(split, plan))
@@ -173,13 +167,13 @@ def test_copies_follow_and_pickles_do_not() -> None:
     twin = copy.deepcopy(net)
     twin.load_state_dict(split.state_dict())
     assert (sites(twin), sites(net)) == (2, 0)
-    again = pickle.loads(pickle.dumps(net))
+    unpickled = pickle.loads(pickle.dumps(net))
     with pytest.raises(RuntimeError, match="Unexpected key"):
-        again.load_state_dict(split.state_dict())
+        unpickled.load_state_dict(split.state_dict())
 
 
-def test_groups_are_put_into_the_order_in_which_they_were_saved() -> None:
-    """States that torch has given out by places end where they belong."""
+def test_groups_get_the_order_in_which_they_were_saved() -> None:
+    """States that torch assigned by position end at their own parameters."""
     net: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     saved = AdamW([net[0].weight, net[1].weight, net[0].bias, net[1].bias], lr=0.1)
     net(torch.randn(3, 4)).square().sum().backward()
@@ -188,11 +182,11 @@ def test_groups_are_put_into_the_order_in_which_they_were_saved() -> None:
     resumed = AdamW([net[1].weight, net[0].weight, net[1].bias, net[0].bias], lr=0.1)
     resumed.load_state_dict(state)
     assert not torch.equal(resumed.state[net[0].weight]["exp_avg"], saved.state[net[0].weight]["exp_avg"])
-    put_in_order([resumed], names, net)
-    for one in net.parameters():
-        assert torch.equal(resumed.state[one]["exp_avg"], saved.state[one]["exp_avg"])
-    assert [id(one) for one in resumed.param_groups[0]["params"]] == [
-        id(one) for one in saved.param_groups[0]["params"]
+    restore_order([resumed], names, net)
+    for parameter in net.parameters():
+        assert torch.equal(resumed.state[parameter]["exp_avg"], saved.state[parameter]["exp_avg"])
+    assert [id(parameter) for parameter in resumed.param_groups[0]["params"]] == [
+        id(parameter) for parameter in saved.param_groups[0]["params"]
     ]
 
 
@@ -200,7 +194,7 @@ def test_groups_of_other_parameters_are_refused() -> None:
     net: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     names = names_of([SGD([net[0].weight, net[0].bias], lr=0.1)], net)
     with pytest.raises(tdfx.OptimizerError, match=r"held 2 parameters when it was saved and holds 2 now, and 0.bias"):
-        put_in_order([SGD([net[0].weight, net[1].bias], lr=0.1)], names, net)
+        restore_order([SGD([net[0].weight, net[1].bias], lr=0.1)], names, net)
 
 
 @pytest.mark.parametrize(

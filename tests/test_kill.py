@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again ends with the same bits as one that nobody disturbed."""
+"""A run that is killed at any moment and started again ends with the same bits as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Run = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """Start one run in a process of its own and return its exit status."""
+    """Return a function that starts a run in a new process and returns its exit status."""
     path = os.pathsep.join([str(Path(tdfx.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("kill_worker.py"))],
@@ -51,23 +51,23 @@ def run() -> Iterator[Run]:
     stdout.close()
 
 
-def end_of(folder: Path) -> dict[str, Any]:
+def final_record(folder: Path) -> dict[str, Any]:
     return tdfx.read(folder / "run.tdfx")
 
 
-def same(one: Any, other: Any) -> bool:
-    """Return True if two records agree, every tensor in its bits and its layout."""
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and one.stride() == other.stride() and torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(same(*pair) for pair in zip(one, other, strict=True))
-    return bool(one == other)
+def same(first: Any, second: Any) -> bool:
+    """Return whether two records agree, each tensor in its bits and its layout."""
+    if isinstance(first, Tensor):
+        return first.dtype == second.dtype and first.stride() == second.stride() and torch.equal(first, second)
+    if isinstance(first, dict):
+        return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(same(*pair) for pair in zip(first, second, strict=True))
+    return bool(first == second)
 
 
-# Ten kills for each optimizer: seven at named places, the n-th time that they are reached, and three after a delay.
-# A save comes after every step; the rewrites and the optimizer's changes are reached twice, at the switch and the lowering.
+# Ten kills for each optimizer: seven at named places when they are reached for the n-th time, and three after a delay.
+# Every step saves; the rewrite and the change of the optimizer are reached twice, at the switch and at the lowering.
 COUNTS = {"inside the rewrite": (1, 2), "inside the optimizer": (1, 2)}
 
 
@@ -78,7 +78,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, run: Run, optimize
     begin = time.perf_counter()
     assert run(undisturbed, optimizer) == 0
     length = time.perf_counter() - begin
-    expected = end_of(undisturbed)
+    expected = final_record(undisturbed)
     assert expected["extra"]["step"] == STEPS
     assert [site["ranks"] for site in expected["rewrites"][0]["sites"]]
     draw = random.Random(optimizer)
@@ -94,10 +94,10 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, run: Run, optimize
         status = run(folder, optimizer, **kill)
         assert status == -signal.SIGKILL or "delay" in kill, kill
         if (folder / "run.tdfx").exists():
-            steps.append(end_of(folder)["extra"]["step"])
+            steps.append(final_record(folder)["extra"]["step"])
         assert run(folder, optimizer) == 0
-        assert same(end_of(folder), expected), kill
-        assert [one.name for one in folder.iterdir()] == ["run.tdfx"], f"{kill} left something behind"
+        assert same(final_record(folder), expected), kill
+        assert [path.name for path in folder.iterdir()] == ["run.tdfx"], f"{kill} left something behind"
     assert len(set(steps) - {0, STEPS}) > 1, "runs were killed at several steps"
 
 
@@ -108,4 +108,4 @@ def test_a_run_that_forgets_its_momentum_ends_elsewhere(tmp_path: Path, run: Run
     assert run(expected, "sgd") == 0
     assert run(folder, "sgd", place="before the rename", count=LOWER) == -signal.SIGKILL
     assert run(folder, "sgd", forget=True) == 0
-    assert not same(end_of(folder)["tensors"], end_of(expected)["tensors"])
+    assert not same(final_record(folder)["tensors"], final_record(expected)["tensors"])

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with the callback: it trains, switches, resumes to the same bits, merges, and keeps what it held."""
+"""Lightning's Trainer with the callback: training, the switch, resuming to the same bits, merging, averages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def net() -> nn.Module:
 
 
 class Classifier(pl.LightningModule):  # type: ignore[misc, name-defined]
-    """What a user writes, with a module of its own as a child."""
+    """A LightningModule whose network is a child."""
 
     def __init__(self, steps: int = 12) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Classifier(pl.LightningModule):  # type: ignore[misc, name-defined]
 
 
 class Flat(Classifier):
-    """One whose layers are its own, and whose forward calls them."""
+    """A LightningModule whose layers are its own children."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,49 +88,49 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, y), batch_size=32 // PER_EPOCH)
 
 
-def trainer(folder: Path, callbacks: list[Any], epochs: int = 3, **settings: Any) -> Any:
+def make_trainer(folder: Path, callbacks: list[Any], epochs: int = 3, **settings: Any) -> Any:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     settings = {"enable_checkpointing": False, "max_epochs": epochs, **settings}
     return pl.Trainer(default_root_dir=folder, callbacks=callbacks, **quiet, **settings)
 
 
 def sites(model: nn.Module) -> int:
-    return sum(isinstance(one, Factorized) for one in model.modules())
+    return sum(isinstance(module, Factorized) for module in model.modules())
 
 
 def fitted(
     folder: Path, module: Any, *, ckpt: Any = None, save: Any = None, policy: Any = POLICY, **settings: Any
 ) -> Any:
-    """Train a module in a Trainer of its own and return the callback and the Trainer."""
+    """Train a module in a new Trainer; return the callback and the Trainer."""
     options = {"epoch": 1, "merge": False, "total_steps": None, **settings.pop("callback", {})}
     if "when" in options:
         del options["epoch"]
     callback = SwitchCallback(policy, **options)
-    made = trainer(folder, [callback, *settings.pop("others", [])], **settings)
-    made.fit(module, loader(), ckpt_path=ckpt)
+    trainer = make_trainer(folder, [callback, *settings.pop("others", [])], **settings)
+    trainer.fit(module, loader(), ckpt_path=ckpt)
     if save is not None:
-        made.save_checkpoint(save)
-    return callback, made
+        trainer.save_checkpoint(save)
+    return callback, trainer
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
-    one, other = a.state_dict(), b.state_dict()
-    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+    first, second = a.state_dict(), b.state_dict()
+    return list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_it_trains_switches_and_merges_the_objects_that_the_user_holds(tmp_path: Path) -> None:
+def test_it_trains_switches_and_merges_in_place(tmp_path: Path) -> None:
     module = Classifier()
     model, keys = module.model, list(module.state_dict())
-    callback, made = fitted(tmp_path, module, callback={"merge": True})
-    assert [one.what for one in callback.switch.events] == ["switched"]
+    callback, trainer = fitted(tmp_path, module, callback={"merge": True})
+    assert [event.what for event in callback.switch.events] == ["switched"]
     assert callback.switch.events[0].step == PER_EPOCH
     assert module.model is model
     assert (sites(module), list(module.state_dict())) == (0, keys)
     assert not model._load_state_dict_pre_hooks
     assert not model._forward_pre_hooks
-    held = {id(one) for group in made.optimizers[0].param_groups for one in group["params"]}
-    assert held == {id(one) for one in module.parameters()}
-    assert all("exp_avg" in made.optimizers[0].state[one] for one in module.parameters())
+    held = {id(parameter) for group in trainer.optimizers[0].param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in module.parameters()}
+    assert all("exp_avg" in trainer.optimizers[0].state[parameter] for parameter in module.parameters())
     torch.testing.assert_close(module.rates, CosineSchedule(12), rtol=1e-9, atol=0)
 
 
@@ -145,15 +145,15 @@ def CosineSchedule(steps: int) -> list[float]:  # noqa: N802
     return rates
 
 
-def test_at_full_rank_a_run_that_switches_is_the_run_that_does_not_at_first(tmp_path: Path) -> None:
+def test_at_full_rank_the_switch_does_not_change_the_outputs(tmp_path: Path) -> None:
     torch.manual_seed(0)
     dense = Classifier().double()
     torch.manual_seed(0)
     other = Classifier().double()
     x = next(iter(loader()))[0].double()
-    # One step after the switch is not yet taken: the outputs are those of the dense run.
+    # The switch is after the last step, so that no step is taken with factors.
     for module, callbacks in ((dense, []), (other, [SwitchCallback(FULL, epoch=1, merge=False, total_steps=None)])):
-        trainer(tmp_path, callbacks, epochs=1, precision="64-true").fit(module, loader())
+        make_trainer(tmp_path, callbacks, epochs=1, precision="64-true").fit(module, loader())
     assert (sites(dense), sites(other)) == (0, 3)
     torch.testing.assert_close(other.eval()(x), dense.eval()(x), rtol=1e-9, atol=1e-11)
 
@@ -161,53 +161,53 @@ def test_at_full_rank_a_run_that_switches_is_the_run_that_does_not_at_first(tmp_
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, epochs: int) -> None:
     torch.manual_seed(0)
-    whole = Classifier()
-    fitted(tmp_path, whole)
+    uninterrupted = Classifier()
+    fitted(tmp_path, uninterrupted)
     torch.manual_seed(0)
     fitted(tmp_path, Classifier(), epochs=epochs, save=tmp_path / "a.ckpt")
     torch.manual_seed(1)
     resumed = Classifier()
     callback, _ = fitted(tmp_path, resumed, ckpt=tmp_path / "a.ckpt")
     assert sites(resumed) == 3
-    assert same(whole, resumed)
-    assert [one.step for one in callback.switch.events] == [PER_EPOCH]
+    assert same(uninterrupted, resumed)
+    assert [event.step for event in callback.switch.events] == [PER_EPOCH]
 
 
 def test_a_run_that_is_resumed_from_before_the_switch_ends_with_the_same_bits(tmp_path: Path) -> None:
     late = {"callback": {"when": tdfx.AtStep(PER_EPOCH + 2), "rewarm": 3}}
     torch.manual_seed(0)
-    whole = Classifier()
-    fitted(tmp_path, whole, **copy.deepcopy(late))
+    uninterrupted = Classifier()
+    fitted(tmp_path, uninterrupted, **copy.deepcopy(late))
     torch.manual_seed(0)
     fitted(tmp_path, Classifier(), epochs=1, save=tmp_path / "a.ckpt", **copy.deepcopy(late))
     resumed = Classifier()
     fitted(tmp_path, resumed, ckpt=tmp_path / "a.ckpt", **copy.deepcopy(late))
     assert sites(resumed) == 3
-    assert same(whole, resumed)
+    assert same(uninterrupted, resumed)
 
 
-def test_a_rewarmup_goes_on_over_a_restart(tmp_path: Path) -> None:
+def test_a_rewarmup_goes_on_after_a_restart(tmp_path: Path) -> None:
     warm = {"callback": {"epoch": 1, "rewarm": 6}}
     torch.manual_seed(0)
-    whole = Classifier()
-    fitted(tmp_path, whole, **copy.deepcopy(warm))
+    uninterrupted = Classifier()
+    fitted(tmp_path, uninterrupted, **copy.deepcopy(warm))
     torch.manual_seed(0)
     fitted(tmp_path, Classifier(), epochs=2, save=tmp_path / "a.ckpt", **copy.deepcopy(warm))
     resumed = Classifier()
     fitted(tmp_path, resumed, ckpt=tmp_path / "a.ckpt", **copy.deepcopy(warm))
-    assert same(whole, resumed)
+    assert same(uninterrupted, resumed)
     torch.manual_seed(0)
     cold = Classifier()
     fitted(tmp_path, cold)
-    assert not same(whole, cold)
+    assert not same(uninterrupted, cold)
 
 
 def test_a_factorized_checkpoint_is_tested_in_another_process(tmp_path: Path) -> None:
     module = Classifier()
-    _, made = fitted(tmp_path, module, save=tmp_path / "a.ckpt")
-    expected = made.test(module, loader(), verbose=False)
+    _, trainer = fitted(tmp_path, module, save=tmp_path / "a.ckpt")
+    expected = trainer.test(module, loader(), verbose=False)
     fresh = Classifier()
-    again = trainer(tmp_path, [SwitchCallback(POLICY, epoch=1, total_steps=None)])
+    again = make_trainer(tmp_path, [SwitchCallback(POLICY, epoch=1, total_steps=None)])
     assert again.test(fresh, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False) == expected
     assert sites(fresh) == 3
 
@@ -215,11 +215,11 @@ def test_a_factorized_checkpoint_is_tested_in_another_process(tmp_path: Path) ->
 def test_a_dense_checkpoint_is_loaded_into_a_factorized_module(tmp_path: Path) -> None:
     torch.manual_seed(0)
     early = Classifier()
-    trainer(tmp_path, [SwitchCallback(POLICY, epoch=2, total_steps=None)], epochs=1).fit(early, loader())
+    make_trainer(tmp_path, [SwitchCallback(POLICY, epoch=2, total_steps=None)], epochs=1).fit(early, loader())
     module = Classifier()
-    callback, made = fitted(tmp_path, module)
+    callback, trainer = fitted(tmp_path, module)
     assert sites(module) == 3
-    callback.setup(made, module, "test")
+    callback.setup(trainer, module, "test")
     module.load_state_dict(early.state_dict())
     assert sites(module) == 0
     assert same(module, early)
@@ -228,15 +228,15 @@ def test_a_dense_checkpoint_is_loaded_into_a_factorized_module(tmp_path: Path) -
 def test_without_the_callback_a_factorized_checkpoint_is_refused_by_its_keys(tmp_path: Path) -> None:
     fitted(tmp_path, Classifier(), save=tmp_path / "a.ckpt")
     with pytest.raises(RuntimeError, match=r"Unexpected key.*factors"):
-        trainer(tmp_path, []).fit(Classifier(), loader(), ckpt_path=tmp_path / "a.ckpt")
+        make_trainer(tmp_path, []).fit(Classifier(), loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
-def test_factors_that_nobody_knows_of_are_refused(tmp_path: Path) -> None:
+def test_factors_without_a_plan_are_refused(tmp_path: Path) -> None:
     module = Classifier()
     fitted(tmp_path, module)
     fresh = Classifier()
     callback = SwitchCallback(POLICY, epoch=1, total_steps=None)
-    callback.setup(trainer(tmp_path, [callback]), fresh, "fit")
+    callback.setup(make_trainer(tmp_path, [callback]), fresh, "fit")
     with pytest.raises(tdfx.CheckpointError, match=r"factors of 3 sites, '0' first.*ckpt_path="):
         fresh.load_state_dict(module.state_dict())
     assert sites(fresh) == 0
@@ -251,30 +251,30 @@ STEPS: dict[str, tuple[dict[str, Any], int | None]] = {
 
 
 @pytest.mark.parametrize(("settings", "total"), STEPS.values(), ids=STEPS)
-def test_the_trainer_says_how_long_the_training_is(settings: dict[str, Any], total: int | None, tmp_path: Path) -> None:
+def test_the_trainer_gives_the_total_steps(settings: dict[str, Any], total: int | None, tmp_path: Path) -> None:
     callback = SwitchCallback(POLICY, when=tdfx.AtStep(2))
-    trainer(tmp_path, [callback], **settings).fit(Classifier(), loader())
+    make_trainer(tmp_path, [callback], **settings).fit(Classifier(), loader())
     assert callback.switch.total_steps == total
 
 
-def test_steps_are_left_from_where_the_trainer_is(tmp_path: Path) -> None:
-    """Whether the callback has seen another training before, or has not seen how this one began."""
+def test_the_steps_left_are_counted_from_the_trainers_step(tmp_path: Path) -> None:
+    """The callback has counted another training before, or was not there when this training began."""
     callback, module = SwitchCallback(POLICY, when=tdfx.AtStep(3 * PER_EPOCH + 2)), Classifier()
-    trainer(tmp_path, [callback]).fit(module, loader())
-    trainer(tmp_path, [callback]).fit(module, loader())
+    make_trainer(tmp_path, [callback]).fit(module, loader())
+    make_trainer(tmp_path, [callback]).fit(module, loader())
     (event,) = callback.switch.events
     assert f"in the {3 * PER_EPOCH - 2} steps left" in event.why
     late = SwitchCallback(POLICY, when=tdfx.AtStep(2))
-    without = trainer(tmp_path, [])
+    without = make_trainer(tmp_path, [])
     without.fit(module, loader())
     without.save_checkpoint(tmp_path / "a.ckpt")
-    trainer(tmp_path, [late], epochs=4).fit(module, loader(), ckpt_path=tmp_path / "a.ckpt")
+    make_trainer(tmp_path, [late], epochs=4).fit(module, loader(), ckpt_path=tmp_path / "a.ckpt")
     (event,) = late.switch.events
     assert f"in the {PER_EPOCH - 2} steps left" in event.why
 
 
-class ByHand(Classifier):
-    """Steps when it likes."""
+class Manual(Classifier):
+    """Optimizes manually."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,39 +289,39 @@ class ByHand(Classifier):
         return loss
 
 
-def test_of_steps_by_hand_nobody_knows_how_many_are_left(tmp_path: Path) -> None:
-    module, callback = ByHand(), SwitchCallback(POLICY, epoch=1, merge=False)
-    trainer(tmp_path, [callback]).fit(module, loader())
+def test_manual_optimization_has_no_total_of_steps(tmp_path: Path) -> None:
+    module, callback = Manual(), SwitchCallback(POLICY, epoch=1, merge=False)
+    make_trainer(tmp_path, [callback]).fit(module, loader())
     assert callback.switch.total_steps is None
     assert sites(module) == 3
 
 
-def test_a_switch_in_a_training_too_short_for_it_is_not_made_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_training_too_short_for_a_switch_is_not_switched(tmp_path: Path) -> None:
     module = Classifier()
     callback = SwitchCallback(POLICY, epoch=1)
-    trainer(tmp_path, [callback]).fit(module, loader())
+    make_trainer(tmp_path, [callback]).fit(module, loader())
     (event,) = callback.switch.events
     assert (event.what, sites(module)) == ("too_late", 0)
     assert f"in the {2 * PER_EPOCH} steps left" in event.why
-    own = SwitchCallback(POLICY, epoch=1, total_steps=5)
-    trainer(tmp_path, [own]).fit(module, loader())
-    assert own.switch.total_steps == 5
+    callback = SwitchCallback(POLICY, epoch=1, total_steps=5)
+    make_trainer(tmp_path, [callback]).fit(module, loader())
+    assert callback.switch.total_steps == 5
 
 
 def test_gradient_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
-    callback, made = fitted(tmp_path, Classifier(), accumulate_grad_batches=2)
-    assert made.global_step == 6
+    callback, trainer = fitted(tmp_path, Classifier(), accumulate_grad_batches=2)
+    assert trainer.global_step == 6
     assert callback.switch.events[0].step == 2
 
 
-def test_bf16_autocast_goes_on(tmp_path: Path) -> None:
+def test_bf16_autocast_is_kept(tmp_path: Path) -> None:
     module = Classifier()
     seen: list[torch.dtype] = []
     module.model[-1].register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
     fitted(tmp_path, module, precision="bf16-mixed")
     assert sites(module) == 3
     assert set(seen) == {torch.bfloat16}
-    assert {one.dtype for one in module.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
 
 
 def test_a_compiled_child_is_measured_on_its_first_batch_and_compiled_again(tmp_path: Path) -> None:
@@ -331,25 +331,25 @@ def test_a_compiled_child_is_measured_on_its_first_batch_and_compiled_again(tmp_
             self.model = torch.compile(self.model, backend="eager", fullgraph=True)
 
     torch.manual_seed(0)
-    whole = Compiled()
-    callback, _ = fitted(tmp_path, whole, epochs=2, save=tmp_path / "a.ckpt")
-    assert sites(whole) == 3
+    uninterrupted = Compiled()
+    callback, _ = fitted(tmp_path, uninterrupted, epochs=2, save=tmp_path / "a.ckpt")
+    assert sites(uninterrupted) == 3
     assert callback.switch.plan is not None
-    # Only example inputs tell how many operations a convolution takes.
+    # FLOPs are counted only with example inputs, which the callback took from the first batch.
     assert callback.switch.plan.flops_before
     resumed = Compiled()
     fitted(tmp_path, resumed, epochs=2, ckpt=tmp_path / "a.ckpt")
-    assert same(whole, resumed)
+    assert same(uninterrupted, resumed)
 
 
-def test_a_module_whose_layers_are_its_own_is_rewritten_itself(tmp_path: Path) -> None:
+def test_a_module_with_several_children_is_rewritten_as_a_whole(tmp_path: Path) -> None:
     module = Flat()
     fitted(tmp_path, module)
     assert isinstance(module.first, Factorized)
     assert isinstance(module.second, Factorized)
 
 
-def test_an_attribute_names_what_is_rewritten(tmp_path: Path) -> None:
+def test_an_attribute_names_the_module_to_rewrite(tmp_path: Path) -> None:
     module = Classifier()
     module.model = nn.Sequential(module.model[:4], module.model[4:])
     fitted(tmp_path, module, callback={"attribute": "model.1"})
@@ -366,8 +366,8 @@ def test_an_attribute_that_cannot_be_rewritten_is_refused(tmp_path: Path, attrib
 
 
 @pytest.mark.parametrize("given", [{}, {"epoch": 1, "when": tdfx.AtStep(3)}])
-def test_one_of_two_says_when(given: dict[str, Any]) -> None:
-    with pytest.raises(tdfx.PolicyError, match="one of them says when to switch"):
+def test_exactly_one_setting_says_when(given: dict[str, Any]) -> None:
+    with pytest.raises(tdfx.PolicyError, match="exactly one of them must say when to switch"):
         SwitchCallback(POLICY, **given)
 
 
@@ -379,7 +379,7 @@ def test_settings_are_checked_at_once() -> None:
 
 
 class Adversaries(pl.LightningModule):  # type: ignore[misc, name-defined]
-    """Two modules, two optimizers, and steps by hand."""
+    """Two modules, two optimizers, and manual optimization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -388,8 +388,8 @@ class Adversaries(pl.LightningModule):  # type: ignore[misc, name-defined]
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         for optimizer in self.optimizers():
-            made = self.maker(batch[0].flatten(1)).view_as(batch[0])
-            loss = nn.functional.cross_entropy(self.judge(made), batch[1])
+            images = self.maker(batch[0].flatten(1)).view_as(batch[0])
+            loss = nn.functional.cross_entropy(self.judge(images), batch[1])
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
@@ -398,31 +398,31 @@ class Adversaries(pl.LightningModule):  # type: ignore[misc, name-defined]
         return AdamW(self.maker.parameters(), 1e-2), AdamW(self.judge.parameters(), 1e-2)
 
 
-def test_two_modules_switch_each_with_a_callback_of_its_own(tmp_path: Path) -> None:
+def test_two_callbacks_rewrite_two_modules(tmp_path: Path) -> None:
     def run(module: Adversaries, epochs: int, ckpt: Path | None) -> Any:
         callbacks = [
             SwitchCallback(POLICY, epoch=epoch, attribute=name, merge=False, total_steps=None)
             for epoch, name in ((1, "maker"), (2, "judge"))
         ]
-        made = trainer(tmp_path, callbacks, epochs=epochs)
-        made.fit(module, loader(), ckpt_path=ckpt)
-        made.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        trainer = make_trainer(tmp_path, callbacks, epochs=epochs)
+        trainer.fit(module, loader(), ckpt_path=ckpt)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
         return callbacks
 
     torch.manual_seed(0)
-    whole = Adversaries()
-    steps = [one.switch.events[0].step for one in run(whole, 3, None)]
+    uninterrupted = Adversaries()
+    steps = [callback.switch.events[0].step for callback in run(uninterrupted, 3, None)]
     assert steps == [PER_EPOCH, 2 * PER_EPOCH]
-    assert (sites(whole.maker), sites(whole.judge)) == (2, 3)
+    assert (sites(uninterrupted.maker), sites(uninterrupted.judge)) == (2, 3)
     for epochs in (1, 2):
         torch.manual_seed(0)
         run(Adversaries(), epochs, None)
         resumed = Adversaries()
         run(resumed, 3, tmp_path / f"{epochs}.ckpt")
-        assert same(whole, resumed)
+        assert same(uninterrupted, resumed)
 
 
-def test_the_other_package_of_lightning_takes_the_callback_too(tmp_path: Path) -> None:
+def test_the_other_package_of_lightning_takes_the_callback(tmp_path: Path) -> None:
     other = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed beside Lightning")
 
     class Plain(other.LightningModule):  # type: ignore[misc, name-defined]
@@ -436,14 +436,14 @@ def test_the_other_package_of_lightning_takes_the_callback_too(tmp_path: Path) -
         def configure_optimizers(self) -> Any:
             return AdamW(self.parameters(), 1e-2)
 
-    module, own = Plain(), SwitchCallback(POLICY, epoch=1, merge=False, total_steps=None)
+    module, callback = Plain(), SwitchCallback(POLICY, epoch=1, merge=False, total_steps=None)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     settings = {"max_epochs": 2, "enable_checkpointing": False}
-    other.Trainer(default_root_dir=tmp_path, callbacks=[own], **quiet, **settings).fit(module, loader())
+    other.Trainer(default_root_dir=tmp_path, callbacks=[callback], **quiet, **settings).fit(module, loader())
     assert sites(module) == 3
 
 
-def test_layers_switch_as_they_settle(tmp_path: Path) -> None:
+def test_it_switches_when_the_ranks_have_settled(tmp_path: Path) -> None:
     when = tdfx.Settled(every=1, window=1, tolerance=10.0, moved=1e-4, timeout=8)
     module = Classifier()
     callback, _ = fitted(tmp_path, module, callback={"when": when})
@@ -451,7 +451,7 @@ def test_layers_switch_as_they_settle(tmp_path: Path) -> None:
     assert sites(module) == 3
 
 
-def test_an_average_in_the_module_goes_along(tmp_path: Path) -> None:
+def test_an_average_in_the_module_is_rewritten(tmp_path: Path) -> None:
     class Averaging(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -466,7 +466,7 @@ def test_an_average_in_the_module_goes_along(tmp_path: Path) -> None:
     assert list(module.ema.module.state_dict()) == list(module.model.state_dict())
 
 
-def test_the_averaging_callback_goes_along(tmp_path: Path) -> None:
+def test_the_average_of_a_callback_is_rewritten(tmp_path: Path) -> None:
     callbacks = pytest.importorskip("lightning.pytorch.callbacks")
     if not hasattr(callbacks, "EMAWeightAveraging"):
         pytest.skip("this Lightning has no EMAWeightAveraging")
@@ -477,14 +477,14 @@ def test_the_averaging_callback_goes_along(tmp_path: Path) -> None:
         fitted(tmp_path, module, others=others, enable_checkpointing=True, **settings)
 
     torch.manual_seed(0)
-    whole = Classifier()
-    averaged(whole)
+    uninterrupted = Classifier()
+    averaged(uninterrupted)
     resumed = Classifier()
-    # Of the average and of the model, both of which it holds.
+    # The checkpoint holds the average and the model.
     averaged(resumed, ckpt=tmp_path / "epoch=1.ckpt")
     assert sites(resumed) == 3
-    assert same(whole, resumed)
+    assert same(uninterrupted, resumed)
     plain = Classifier()
     torch.manual_seed(0)
     fitted(tmp_path, plain)
-    assert not same(whole, plain)
+    assert not same(uninterrupted, plain)

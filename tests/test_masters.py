@@ -343,7 +343,7 @@ def test_channels_last_goes_to_the_model_and_to_the_masters_by_themselves() -> N
     model, masters, _ = pair()
     model.to(memory_format=torch.channels_last)
     small = tdfx.rewrite(model, HALF, masters=masters)
-    kernel = cast("Factorized", small.get_submodule("conv")).placement
+    kernel = cast("Factorized", small.get_submodule("conv")).kernel_factor
     assert kernel.is_contiguous(memory_format=torch.channels_last)
     assert not kernel.is_contiguous()
     assert masters[kernel].is_contiguous()

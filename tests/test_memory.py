@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import tdfx
-from tdfx.passes import readings
 from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning import spectra
 from tdfx.passes.planning.select import Select
 from tdfx.passes.program import Program
 from tdfx.passes.transform.rewrite import Rewrite
@@ -120,7 +120,7 @@ def test_many_layers_take_no_more_than_a_few_copies_of_one(counter: Any, build: 
 
 
 def test_bases_of_all_sites_would_be_seen(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readings, "ROOM", 10**6)
+    monkeypatch.setattr(spectra, "_ROOM", 10**6)
     model = linears(MANY)
     optimizer = trained(model, BUILDS[linears])
     # Each basis is as large as the weight, in float64.
@@ -157,13 +157,13 @@ def test_kept_cut_and_computed_anew_bases_give_the_same_bits(build: Build, share
         torch.manual_seed(0)
         program = Find()(Trace()(Program(module=build(4))).program).program
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(readings, "ROOM", room)
-            step = Select(policy(share))
-            planned = step(program).program
-        kept = len(step.readings.kept.names)
+            patch.setattr(spectra, "_ROOM", room)
+            selected = Select(policy(share))(program)
+        planned = selected.program
+        kept = len(selected.spectra.kept_sites)
         assert (kept < 4) if room == 0 else kept > 0
-        made = Rewrite(step.readings.kept)(planned).program.module
-        assert step.readings.kept.names == set(), "what was used is not kept"
+        made = Rewrite(selected.spectra)(planned).program.module
+        assert selected.spectra.kept_sites == set(), "what was used is not kept"
         errors = [one.error for one in planned.plan or ()]
         found.append(([one.detach().numpy().tobytes() for one in made.parameters()], errors))
     assert found[0] == found[1] == found[2]

@@ -15,12 +15,7 @@ from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
 import tdfx
-from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.modes import Mode, by_mode, unify
-from tdfx.passes.analysis.shapes import ObserveInputs
-from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.planning.losses import output_losses
-from tdfx.passes.program import Program
 
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
 LOW = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)
@@ -324,26 +319,6 @@ def test_what_is_factorized_already_is_counted_so_too() -> None:
     again = tdfx.plan(small, LOW, example_inputs=x)
     for one in tdfx.plan(TwoHeads(), LOW, example_inputs=x):
         assert again[one.name].flops_before == one.flops_after, one.name
-
-
-def test_outputs_of_what_only_train_mode_reaches_are_those_of_train_mode() -> None:
-    torch.manual_seed(0)
-    dense = TwoHeads()
-    with torch.no_grad():
-        # What flows into the auxiliary head uses half of its inputs.
-        dense.body.weight[:4] = 0
-        dense.body.bias[:4] = 0
-    budget = tdfx.Budget(flops=0.95, error="outputs")
-    policy = tdfx.Policy(rank=budget, min_gain=0, round_to=1, cost=tdfx.Modelled(), include=("auxiliary",))
-    x = torch.randn(64, 8)
-    program = ObserveInputs((x,))(Find()(Trace()(Program(module=dense)).program).program).program
-    loss = output_losses(program, (x,))["auxiliary"]
-    unseen, seen = torch.zeros(2, 3, 8)
-    unseen[:, :4] = 1
-    seen[:, 4:] = 1
-    assert loss(unseen) == 0
-    assert loss(seen) > 0
-    assert tdfx.plan(dense, policy, example_inputs=(x,))["auxiliary"].factorized
 
 
 class ReadsInEval(nn.Module):

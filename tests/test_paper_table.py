@@ -12,7 +12,7 @@ from checkout import TOOLS, needs
 from click.testing import CliRunner
 from recipe_runs import config_of, tool
 
-README = TOOLS.parent / "README.md"
+README = TOOLS / "README.md"
 pytestmark = needs("paper_table.py")
 
 

@@ -1,62 +1,122 @@
-"""The README's code runs, and what it says of the options is what they are."""
+"""The READMEs' code runs, and what they say of options, reasons, errors and files is true."""
 
 from __future__ import annotations
 
+import ast
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
+from checkout import needs, tool
+from readmes import FRONT, PASSES, ROOT, TDFX, all_readmes, blocks, read, section
 
 import tdfx
 import tdfx.errors as errors_of_tdfx
 from tdfx.cli import main
-from tdfx.cli.inspect import inspect
 from tdfx.plans.plan import Reason
 
-README = Path(__file__).parent.parent / "README.md"
+RANKS, COST, CLI = (ROOT / "tdfx" / folder / "README.md" for folder in ("ranks", "cost", "cli"))
+TRAINING = ROOT / "tdfx" / "training" / "README.md"
+PLANNED_FILES = {"passes/pipeline.py"}
+"""Files that the READMEs may name before they are there."""
+in_checkout = needs("train.py")
+each_readme = pytest.mark.parametrize("readme", all_readmes(), ids=lambda path: str(path.relative_to(ROOT)))
 
 
-@pytest.fixture
-def text() -> str:
-    if not README.is_file():
-        pytest.skip("the README is not beside the tests")
-    return README.read_text(encoding="utf-8")
+def run(readme: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the Python blocks of a README one after the other in a folder, and return the names that they define."""
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks(read(readme), "python"):
+        exec(compile(block, str(readme), "exec"), names)
+    return names
 
 
-def test_the_python_blocks_run_one_after_the_other(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 5
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def test_the_front_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run(FRONT, tmp_path, monkeypatch)
     assert names["report"].ok
+    assert len(names["plan"].sites) == 21
+    assert "of 21 sites factorized" in str(names["plan"])
+    assert type(names["model"]) is type(names["reference"])
+    assert parameters_of(names["optimizer"]) == {id(parameter) for parameter in names["model"].parameters()}
+
+
+def test_the_ranks_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    budget, *others = blocks(read(RANKS), "python")
+    exec(budget, names)
     out = capsys.readouterr().out
     assert "of 21 sites factorized" in out
     assert names["made"].parameters_after <= 0.5 * names["made"].parameters_before
     assert re.search(r"training step .* ms → .* ms: .*x faster; .*x was predicted", out)
-    held = {id(one) for group in names["optimizer"].param_groups for one in group["params"]}
-    assert held == {id(one) for one in names["small"].parameters()}
-    assert isinstance(names["model"], torch.nn.Module)
+    for block in others:
+        exec(block, names)
+    assert "AboveMean(times=1.5)" in names["made"].policy
+
+
+def test_the_training_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run(TRAINING, tmp_path, monkeypatch)
+    assert [event.what for event in names["switch"].events] == ["switched"]
+    assert isinstance(names["merged"], torch.nn.Sequential)
+    assert parameters_of(names["optimizer"]) == {id(parameter) for parameter in names["merged"].parameters()}
+    lowered, before = names["smaller"], names["model"]
+    assert sum(map(torch.numel, lowered.parameters())) < sum(map(torch.numel, before.parameters()))
+
+
+def test_the_compiler_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run(PASSES, tmp_path, monkeypatch)
     (site,) = tdfx.plan(names["Projection"](64, 64), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
     assert (site.kind, site.ranks) == ("Projection", (16,))
+    assert names["step"].name == "keep_heads"
 
 
-def test_every_reason_is_explained(text: str) -> None:
-    explained = set(re.findall(r"`(\w+)`", text.partition("## Why a layer is kept")[2].partition("\n## ")[0]))
-    assert {str(reason) for reason in Reason} <= explained
+@pytest.mark.parametrize(
+    "readme",
+    [path for path in all_readmes() if path not in {FRONT, RANKS, TRAINING, PASSES}],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_the_other_readmes_run(readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They check themselves, by the assertions in them."""
+    run(readme, tmp_path, monkeypatch)
 
 
-def test_every_error_is_explained(text: str) -> None:
-    section = text.partition("## When something is refused")[2].partition("\n## ")[0]
-    explained = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
-    errors = {one for one in vars(errors_of_tdfx).values() if isinstance(one, type) and issubclass(one, tdfx.TdfxError)}
-    assert sorted(explained) == sorted(one.__name__ for one in errors - {tdfx.TdfxError})
+@each_readme
+def test_fragments_are_python(readme: Path) -> None:
+    """Blocks of ``py`` need names from elsewhere, and are not run."""
+    for block in blocks(read(readme), "py"):
+        ast.parse(block)
 
 
-def test_the_policy_file_is_one(text: str, tmp_path: Path) -> None:
-    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+def test_every_reason_is_explained() -> None:
+    text = section(read(PASSES), "## Why a layer is kept")
+    explained = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert sorted(explained) == sorted(Reason)
+
+
+def test_every_error_is_explained() -> None:
+    text = section(read(TDFX), "## When something is refused")
+    explained = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    errors = {
+        value.__name__
+        for value in vars(errors_of_tdfx).values()
+        if isinstance(value, type) and issubclass(value, tdfx.TdfxError)
+    }
+    assert sorted(explained) == sorted(errors - {"TdfxError"})
+
+
+def test_the_policy_file_is_one(tmp_path: Path) -> None:
+    (block,) = blocks(read(RANKS), "toml")
     (tmp_path / "policy.toml").write_text(block, encoding="utf-8")
     policy = tdfx.read_policy(tmp_path / "policy.toml")
     assert policy.rank == tdfx.VBMF().at_least(8) | tdfx.Ratio(of=0.5)
@@ -67,20 +127,93 @@ def test_the_policy_file_is_one(text: str, tmp_path: Path) -> None:
     )
 
 
-def test_the_commands_are_those_of_the_program(text: str) -> None:
-    """What the shell blocks ask of inspect are options that it has; its table is one of 80 columns."""
-    section = text.partition("## On the command line")[2].partition("\n## ")[0]
-    commands = [line for line in section.splitlines() if line.startswith("tdfx ")]
-    assert {line.split()[1] for line in commands} <= set(main.commands)
-    named = {word for line in commands if " inspect " in line for word in line.split() if word.startswith("--")}
-    assert named <= {name for one in inspect.params for name in one.opts}
-    table = section.partition("<!-- COLUMNS=80")[2].partition("```\n")[2].partition("```")[0]
+def shell_lines(text: str) -> list[str]:
+    """Return the commands of a README: in shell blocks, in code spans, and above the blocks that show their output."""
+    lines = [line for block in blocks(text, "sh") for line in block.splitlines()]
+    lines += re.findall(r"`((?:tdfx|python tools/)[^`]*)`", text)
+    return lines + re.findall(r"<!-- (?:COLUMNS=80 )?((?:tdfx|python) .*?) -->", text)
+
+
+def unknown_options(command: click.Command, words: list[str]) -> set[str]:
+    known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+    return {word for word in words if word.startswith("--")} - known
+
+
+@each_readme
+def test_the_commands_are_those_of_the_program(readme: Path) -> None:
+    for line in shell_lines(read(readme)):
+        words = shlex.split(line)
+        if words[0] == "tdfx" and len(words) > 1 and not words[1].startswith("-"):
+            assert words[1] in main.commands, line
+            assert unknown_options(main.commands[words[1]], words) == set(), line
+
+
+@in_checkout
+@each_readme
+def test_the_tools_have_the_options_that_are_named(readme: Path) -> None:
+    for line in shell_lines(read(readme)):
+        file = next((word for word in shlex.split(line) if word.startswith("tools/") and word.endswith(".py")), None)
+        if file is not None:
+            program = tool(Path(file).stem).main
+            assert unknown_options(program, shlex.split(line.partition(file)[2])) == set(), line
+
+
+def test_the_command_lines_readme_knows_every_command_and_option() -> None:
+    text = read(CLI)
+    assert set(main.commands) == {line.split()[1] for line in shell_lines(text) if line.startswith("tdfx ")} - {
+        "--debug"
+    }
+    options = {name for parameter in main.commands["inspect"].params for name in parameter.opts if name[0] == "-"}
+    assert options <= set(re.findall(r"`(--[\w-]+)", section(text, "## inspect")))
+    table = text.partition("<!-- COLUMNS=80")[2].partition("```\n")[2].partition("```")[0]
     assert 60 < max(map(len, table.splitlines())) <= 80
 
 
-def test_the_defaults_are_those_of_the_code(text: str) -> None:
-    policy = tdfx.Policy()
-    assert f"`{policy.rank!r}`, the default" in text
-    assert f"at least {policy.min_gain} times faster" in text
-    assert f"multiples of {policy.round_to}" in text
-    assert f"`{tdfx.Energy()!r}`" in text
+def test_the_defaults_are_those_of_the_code() -> None:
+    policy, ranks = tdfx.Policy(), read(RANKS)
+    assert f"`{policy.rank!r}`, the default" in ranks
+    assert f"multiples of {policy.round_to}" in ranks
+    assert f"`{tdfx.Energy()!r}`" in ranks
+    assert f"at least {policy.min_gain} times faster" in read(COST)
+    assert f"Measured(budget={tdfx.Measured().budget:g})" in read(COST)
+
+
+def test_the_front_page_is_short_and_has_the_line_that_ci_runs() -> None:
+    lines = read(FRONT).splitlines()
+    assert len(lines) <= 200
+    assert sum(line.endswith("&& pytest") for line in lines) == 1
+
+
+def anchors(readme: Path) -> set[str]:
+    """Return the anchors that GitHub makes of a README's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", read(readme), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@in_checkout
+@each_readme
+def test_links_resolve(readme: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", read(readme), flags=re.DOTALL)):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (readme.parent / file).resolve()
+        is_planned = any(target == ROOT / name for name in PLANNED_FILES)
+        assert target.exists() or is_planned, f"{readme} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{readme} links to {link}"
+
+
+@in_checkout
+@each_readme
+def test_files_that_are_named_exist(readme: Path) -> None:
+    """A code span that ends like a file of the repository, and has a folder in it, names one."""
+    text = re.sub(r"```.*?```", "", read(readme), flags=re.DOTALL)
+    for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|json|toml|md))`", text):
+        if not name.startswith("path/to/"):
+            assert any((folder / name).exists() for folder in (ROOT, readme.parent)), f"{readme} names {name}"
+
+
+@in_checkout
+def test_every_folder_that_is_hard_has_a_readme() -> None:
+    linked = re.findall(r"\]\(([^)#]+README\.md)\)", read(FRONT))
+    assert {ROOT / link for link in linked} == set(all_readmes()) - {FRONT}

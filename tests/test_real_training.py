@@ -1,4 +1,4 @@
-"""A run as people have it: scheduler, average, switch and re-warm-up together, saved, resumed and merged."""
+"""A realistic run: scheduler, average, switch and re-warm-up together, saved, resumed and merged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build() -> nn.Module:
 
 
 class Run:
-    """Everything that a training script keeps."""
+    """The state of a training script."""
 
     def __init__(self) -> None:
         self.model = build()
@@ -70,13 +70,17 @@ class Run:
         return run
 
     def bits(self) -> list[bytes]:
-        held = [*self.model.state_dict().values(), *self.average.state_dict().values()]
-        states = [self.optimizer.state[one] for one in self.model.parameters() if one in self.optimizer.state]
-        held += [state[key] for state in states for key in sorted(state)]
-        return [one.detach().numpy().tobytes() for one in held]
+        values = [*self.model.state_dict().values(), *self.average.state_dict().values()]
+        states = [
+            self.optimizer.state[parameter]
+            for parameter in self.model.parameters()
+            if parameter in self.optimizer.state
+        ]
+        values += [state[key] for state in states for key in sorted(state)]
+        return [value.detach().numpy().tobytes() for value in values]
 
 
-def test_a_resumed_run_ends_with_the_same_bits_in_all_that_it_keeps(tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     for saved in (SWITCH - 1, SWITCH, SAVED):
         straight = Run()
         straight.train(0, saved)
@@ -93,12 +97,12 @@ def test_a_resumed_run_ends_with_the_same_bits_in_all_that_it_keeps(tmp_path: Pa
     assert forgetful.bits() != straight.bits()
 
 
-def test_model_and_average_merge_into_the_class_of_before() -> None:
+def test_model_and_average_merge_into_the_original_class() -> None:
     run = Run()
     run.train(0, END)
-    assert any(isinstance(one, tdfx.Factorized) for one in run.average.module.modules())
+    assert any(isinstance(module, tdfx.Factorized) for module in run.average.module.modules())
     merged = tdfx.merge(run.model, optimizer=run.optimizer, averaged=run.average)
-    for one in (merged, run.average.module):
-        build().load_state_dict(one.state_dict(), strict=True)
-    held = [id(one) for group in run.optimizer.param_groups for one in group["params"]]
-    assert held == [id(one) for one in merged.parameters()]
+    for model in (merged, run.average.module):
+        build().load_state_dict(model.state_dict(), strict=True)
+    held = [id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]]
+    assert held == [id(parameter) for parameter in merged.parameters()]

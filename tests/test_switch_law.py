@@ -1,4 +1,4 @@
-"""How twenty steps after a switch at full rank follow the run that was never switched."""
+"""Twenty steps after a switch at full rank, compared with a run that was never switched."""
 
 from __future__ import annotations
 
@@ -33,50 +33,49 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = STEPS) -> None:
         optimizer.step()
 
 
-def layer(model: nn.Module, name: str) -> Factorized:
+def factorized(model: nn.Module, name: str) -> Factorized:
     return cast("Factorized", model.get_submodule(name))
 
 
 @torch.no_grad()
-def make_orthonormal(one: Factorized) -> nn.Parameter:
-    """Give all factors but one orthonormal bases and freeze them; return the one, which then holds the weight in them."""
-    dense = one.weight.detach().clone()
-    core = max(one.weights, key=lambda weight: weight.numel())
-    for weight in one.weights:
+def make_orthonormal(layer: Factorized) -> None:
+    """Give all factors except the largest orthonormal bases and freeze them; the largest holds the weight in these bases."""
+    dense = layer.weight.detach().clone()
+    core = max(layer.weights, key=lambda weight: weight.numel())
+    for weight in layer.weights:
         if weight is not core:
             matrix = torch.linalg.qr(weight.flatten(1)).Q
             weight.copy_(matrix.reshape(weight.shape))
             weight.requires_grad_(False)
-    fitted = one.scheme.refit(one.operation, [weight.detach() for weight in one.weights], dense)
-    for weight, value in zip(one.weights, fitted, strict=True):
+    fitted = layer.scheme.refit(layer.operation, [weight.detach() for weight in layer.weights], dense)
+    for weight, value in zip(layer.weights, fitted, strict=True):
         weight.copy_(value)
-    return core
 
 
-def far(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
+def distance(value: Tensor, reference: Tensor) -> float:
+    return float((value - reference).norm() / reference.norm())
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_in_square_orthonormal_bases_the_run_is_the_dense_one(momentum: float) -> None:
+def test_in_square_orthonormal_bases_the_run_is_the_dense_run(momentum: float) -> None:
     """The chain rule turns a step of the core into the dense step: Q (core - rate · Qᵀ G P) Pᵀ = W - rate · G."""
     dense = net()
     small = tdfx.rewrite(copy.deepcopy(dense), FULL)
     for name in ("0", "3"):
-        make_orthonormal(layer(small, name))
-        whole = cast("Tensor", dense.get_submodule(name).weight).detach()
-        assert far(layer(small, name).weight.detach(), whole) < 1e-12
-    trained = [one for one in small.parameters() if one.requires_grad]
+        make_orthonormal(factorized(small, name))
+        expected = cast("Tensor", dense.get_submodule(name).weight).detach()
+        assert distance(factorized(small, name).weight.detach(), expected) < 1e-12
+    trained = [parameter for parameter in small.parameters() if parameter.requires_grad]
     train(dense, SGD(dense.parameters(), lr=RATE, momentum=momentum))
     train(small, SGD(trained, lr=RATE, momentum=momentum))
     for name in ("0", "3"):
         expected = cast("Tensor", dense.get_submodule(name).weight).detach()
         # Some 1e3 roundings a step, none of which training amplifies much in so short a time.
-        assert far(layer(small, name).weight.detach(), expected) < STEPS * 1e4 * EPS
+        assert distance(factorized(small, name).weight.detach(), expected) < STEPS * 1e4 * EPS
 
 
-def test_with_all_factors_training_the_run_is_another_but_near() -> None:
-    """Balanced factors step by -rate · (B Bᵀ G + G Aᵀ A): the gradient weighed by the spectrum, not the gradient."""
+def test_with_all_factors_training_the_run_stays_near_the_dense_run() -> None:
+    """Balanced factors step by -rate · (B Bᵀ G + G Aᵀ A): the gradient weighted by the spectrum."""
     dense = net()
     train(dense, SGD(dense.parameters(), lr=RATE))
     start = {name: cast("Tensor", dense.get_submodule(name).weight).detach().clone() for name in ("0", "3")}
@@ -86,5 +85,5 @@ def test_with_all_factors_training_the_run_is_another_but_near() -> None:
     train(small, SGD(small.parameters(), lr=RATE))
     for name in ("0", "3"):
         expected = cast("Tensor", dense.get_submodule(name).weight).detach()
-        apart = far(layer(small, name).weight.detach(), expected)
-        assert 1e-6 < apart < 3 * far(start[name], expected)
+        apart = distance(factorized(small, name).weight.detach(), expected)
+        assert 1e-6 < apart < 3 * distance(start[name], expected)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from matrices import planted
+from tdfx.passes.planning.readings import Readings
 from torch import nn
 
 import tdfx
@@ -17,7 +18,6 @@ from tdfx import VBMF, Fixed, Modelled, Plan, Policy, PolicyError, Ratio, Reason
 from tdfx.factors.scheme import Scheme
 from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.planning.readings import Readings
 from tdfx.passes.planning.select import Select
 from tdfx.passes.program import Program, Site
 from tdfx.ranks.rule import Choice, RankRule, Total

@@ -1,4 +1,4 @@
-"""The callbacks in DistributedDataParallel: two processes check them together, and each check is told here."""
+"""The callbacks in DistributedDataParallel: trainers_worker.py runs the checks on two processes, and each is a test here."""
 
 from __future__ import annotations
 

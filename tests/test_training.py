@@ -1,4 +1,4 @@
-"""The decay of what factors stand for, the pull towards low rank, and factors for a model that was not trained yet."""
+"""FrobeniusDecay, LowRankPenalty, and the initialization of factors for an untrained model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def data() -> Tensor:
     return torch.randn(4, 8, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def rest(model: nn.Module) -> None:
-    """Give every parameter a gradient of zero, so that a step does what decays and pulls do and no more."""
+def zero_gradients(model: nn.Module) -> None:
+    """Give every parameter a gradient of zero, so that a step applies only the decay or the penalty."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
@@ -38,33 +38,33 @@ def backward(model: nn.Module) -> None:
 
 
 def dense_norm(model: nn.Module) -> Tensor:
-    layers = [one for one in model.modules() if isinstance(one, Factorized)]
+    layers = [module for module in model.modules() if isinstance(module, Factorized)]
     return sum((layer.weight.square().sum() for layer in layers), torch.zeros((), dtype=torch.float64))
 
 
 def expected_step(model: nn.Module, coupled: Callable[..., Optimizer] | None) -> list[Tensor]:
-    """Return the parameters after one step with the decay written into the loss, or applied beside the step."""
-    factors = {id(weight) for one in model.modules() if isinstance(one, Factorized) for weight in one.weights}
+    """Return the parameters after one step with the decay added to the gradients, or applied before the step if None."""
+    factors = {id(weight) for module in model.modules() if isinstance(module, Factorized) for weight in module.weights}
     parameters = list(model.parameters())
     decay = torch.autograd.grad(0.5 * dense_norm(model), parameters, allow_unused=True)
-    # A bias is no factor, so it keeps the plain decay.
+    # A bias is not a factor, so it keeps the plain decay.
     wanted = [
-        pull if id(one) in factors and pull is not None else one.detach()
-        for one, pull in zip(parameters, decay, strict=True)
+        pull if id(parameter) in factors and pull is not None else parameter.detach()
+        for parameter, pull in zip(parameters, decay, strict=True)
     ]
     backward(model)
     if coupled is None:
         optimizer: Optimizer = AdamW(parameters, lr=RATE, weight_decay=0)
         with torch.no_grad():
-            for one, pull in zip(parameters, wanted, strict=True):
-                one.sub_(pull, alpha=RATE * DECAY)
+            for parameter, pull in zip(parameters, wanted, strict=True):
+                parameter.sub_(pull, alpha=RATE * DECAY)
     else:
         optimizer = coupled(parameters, lr=RATE)
-        for one, pull in zip(parameters, wanted, strict=True):
-            assert one.grad is not None
-            one.grad.add_(pull, alpha=DECAY)
+        for parameter, pull in zip(parameters, wanted, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.add_(pull, alpha=DECAY)
     optimizer.step()
-    return [one.detach() for one in parameters]
+    return [parameter.detach() for parameter in parameters]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def expected_step(model: nn.Module, coupled: Callable[..., Optimizer] | None) ->
     ],
     ids=["SGD", "Adam", "Adam, decoupled", "AdamW"],
 )
-def test_a_step_decays_what_the_factors_stand_for(build: Any, coupled: Any) -> None:
+def test_a_step_decays_the_dense_weight_of_the_factors(build: Any, coupled: Any) -> None:
     model = small()
     torch.manual_seed(0)
     twin = small()
@@ -87,11 +87,11 @@ def test_a_step_decays_what_the_factors_stand_for(build: Any, coupled: Any) -> N
     tdfx.FrobeniusDecay(model, optimizer)
     backward(model)
     optimizer.step()
-    for one, other in zip(model.parameters(), expected, strict=True):
-        assert torch.allclose(one, other, rtol=1e-11, atol=1e-13)
+    for parameter, other in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(parameter, other, rtol=1e-11, atol=1e-13)
 
 
-def test_without_it_the_factors_decay_by_themselves() -> None:
+def test_after_remove_the_factors_have_plain_decay() -> None:
     model = small()
     twin = small()
     twin.load_state_dict(model.state_dict())
@@ -101,42 +101,44 @@ def test_without_it_the_factors_decay_by_themselves() -> None:
     decay.remove()
     backward(model)
     optimizer.step()
-    assert not all(torch.allclose(one, other) for one, other in zip(model.parameters(), expected, strict=True))
+    assert not all(
+        torch.allclose(parameter, other) for parameter, other in zip(model.parameters(), expected, strict=True)
+    )
 
 
-def test_maximizing_decays_all_the_same() -> None:
+def test_maximizing_decays_too() -> None:
     model = small()
     optimizer = SGD(model.parameters(), lr=0.01, weight_decay=DECAY, maximize=True)
     tdfx.FrobeniusDecay(model, optimizer)
     before = float(dense_norm(model).detach())
     for _ in range(10):
-        rest(model)
+        zero_gradients(model)
         optimizer.step()
     assert float(dense_norm(model).detach()) < before
 
 
 def test_a_group_without_decay_and_factors_without_gradients_are_left_alone() -> None:
     model = small()
-    before = [one.detach().clone() for one in model.parameters()]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
     tdfx.FrobeniusDecay(model, optimizer)
     optimizer.step()
-    assert all(torch.equal(one, old) for one, old in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
-    rest(model)
+    zero_gradients(model)
     optimizer.step()
-    assert all(torch.equal(one, old) for one, old in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
 
 
 def test_an_optimizer_whose_decay_is_unknown_is_refused() -> None:
     model = small()
-    with pytest.raises(tdfx.OptimizerError, match=r"what RMSprop makes of weight_decay.*Use SGD, Adam or AdamW"):
+    with pytest.raises(tdfx.OptimizerError, match=r"how RMSprop uses weight_decay.*Use SGD, Adam or AdamW"):
         tdfx.FrobeniusDecay(model, RMSprop(model.parameters()))
 
 
 class Mixed(nn.Module):
-    """A layer, a convolution, and a parameter that a function takes."""
+    """A linear layer, a convolution, and a parameter that a function uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,28 +157,28 @@ def test_the_pull_is_the_gradient_of_the_penalty() -> None:
     optimizer = SGD(model.parameters(), lr=RATE)
     tdfx.LowRankPenalty(model, plan, optimizer, strength=0.5)
     low = tdfx.rewrite(model, plan)
-    made = {site.name: low.get_submodule(site.parameter or site.name) for site in plan}
-    targets = {name: one for name, one in made.items() if isinstance(one, Factorized)}
+    modules = {site.name: low.get_submodule(site.parameter or site.name) for site in plan}
+    targets = {name: module for name, module in modules.items() if isinstance(module, Factorized)}
     weights = {"conv": model.conv.weight, "mix": model.mix, "head": model.head.weight}
     assert set(targets) == set(weights)
     expected = {
         name: (weight - RATE * 0.5 * (weight - targets[name].weight)).detach() for name, weight in weights.items()
     }
-    rest(model)
+    zero_gradients(model)
     optimizer.step()
     for name, weight in weights.items():
         assert torch.allclose(weight, expected[name], rtol=1e-11, atol=1e-12)
         assert not torch.allclose(weight, targets[name].weight)
 
 
-def test_weights_come_to_their_ranks_and_a_split_then_loses_nothing() -> None:
+def test_weights_reach_their_ranks_and_a_split_then_loses_nothing() -> None:
     model = Mixed().double()
     plan = tdfx.plan(model, QUARTER)
     optimizer = SGD(model.parameters(), lr=0.5)
     penalty = tdfx.LowRankPenalty(model, plan, optimizer, strength=1.0, growth=1.05)
     first = penalty.distance()
     for _ in range(40):
-        rest(model)
+        zero_gradients(model)
         optimizer.step()
         penalty.compress()
     assert penalty.strength == pytest.approx(1.05**40)
@@ -186,7 +188,7 @@ def test_weights_come_to_their_ranks_and_a_split_then_loses_nothing() -> None:
     assert max(error for error in errors if error is not None) < 1e-3
     penalty.remove()
     before = model.mix.detach().clone()
-    rest(model)
+    zero_gradients(model)
     optimizer.step()
     assert torch.equal(model.mix, before)
 
@@ -194,7 +196,7 @@ def test_weights_come_to_their_ranks_and_a_split_then_loses_nothing() -> None:
 @pytest.mark.parametrize(("strength", "growth"), [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.5), (float("nan"), 1.0)])
 def test_coefficients_out_of_range_are_refused(strength: float, growth: float) -> None:
     model = Mixed()
-    with pytest.raises(tdfx.PolicyError, match=r"the first is the coefficient of the penalty, positive"):
+    with pytest.raises(tdfx.PolicyError, match=r"the coefficient of the penalty must be positive"):
         tdfx.LowRankPenalty(
             model, tdfx.plan(model, QUARTER), SGD(model.parameters(), lr=1.0), strength=strength, growth=growth
         )
@@ -208,7 +210,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
 
 
 def deep(convolutions: bool) -> nn.Module:
-    """Twenty layers with ReLUs, drawn after He so that a dense signal keeps its size."""
+    """Return twenty layers with ReLUs and He initialization, through which a signal keeps its size."""
     layers: list[nn.Module] = []
     for _ in range(20):
         layer = nn.Conv2d(48, 48, 3, padding=1, padding_mode="circular") if convolutions else nn.Linear(192, 192)
@@ -233,18 +235,18 @@ def test_an_untrained_model_keeps_the_size_of_its_signals_through_twenty_layers(
         torch.manual_seed(seed)
         dense = deep(convolutions)
         low = tdfx.rewrite(dense, QUARTER, init="variance")
-        lost = tdfx.rewrite(dense, QUARTER)
+        split = tdfx.rewrite(dense, QUARTER)
         for name, layer in dense.named_children():
             if not isinstance(layer, nn.ReLU):
-                made = low.get_submodule(name)
-                assert isinstance(made, Factorized)
+                factorized = low.get_submodule(name)
+                assert isinstance(factorized, Factorized)
                 norm = float(dense.get_parameter(f"{name}.weight").detach().norm())
-                assert float(made.weight.detach().norm()) == pytest.approx(norm, rel=1e-4)
+                assert float(factorized.weight.detach().norm()) == pytest.approx(norm, rel=1e-4)
         reference = sizes(dense, convolutions)
         ratios.append([new / old for new, old in zip(sizes(low, convolutions), reference, strict=True)])
-        # Without it a fifth to a half of the size is lost in every layer.
-        assert all(new / old < 0.05 for new, old in zip(sizes(lost, convolutions), reference, strict=True))
-    forward, back = (sum(one) / len(ratios) for one in zip(*ratios, strict=True))
+        # Factors split from the weight lose a fifth to a half of the size in every layer.
+        assert all(new / old < 0.05 for new, old in zip(sizes(split, convolutions), reference, strict=True))
+    forward, back = (sum(column) / len(ratios) for column in zip(*ratios, strict=True))
     assert 0.4 < forward < 2.5
     assert 0.4 < back < 2.5
 
@@ -252,21 +254,21 @@ def test_an_untrained_model_keeps_the_size_of_its_signals_through_twenty_layers(
 def test_a_weight_of_zeros_stays_zero() -> None:
     model = nn.Sequential(nn.Linear(32, 32))
     nn.init.zeros_(model.get_parameter("0.weight"))
-    made = tdfx.rewrite(model, QUARTER, init="variance").get_submodule("0")
-    assert isinstance(made, Factorized)
-    assert float(made.weight.detach().abs().max()) == 0.0
+    factorized = tdfx.rewrite(model, QUARTER, init="variance").get_submodule("0")
+    assert isinstance(factorized, Factorized)
+    assert float(factorized.weight.detach().abs().max()) == 0.0
 
 
-def test_an_unknown_start_is_refused() -> None:
+def test_an_unknown_initialization_is_refused() -> None:
     with pytest.raises(tdfx.PolicyError, match="init='random' is not known: factors start from the 'weight'"):
         tdfx.rewrite(Mixed(), QUARTER, init="random")  # type: ignore[arg-type]
 
 
-def test_steps_in_which_gradients_are_made_or_scaled_are_refused() -> None:
+def test_closures_fused_optimizers_and_dense_models_are_refused() -> None:
     model = small()
     optimizer = SGD(model.parameters(), lr=RATE, weight_decay=DECAY)
     tdfx.FrobeniusDecay(model, optimizer)
-    with pytest.raises(tdfx.OptimizerError, match="a closure makes them inside of the step"):
+    with pytest.raises(tdfx.OptimizerError, match="a closure computes them inside the step"):
         optimizer.step(lambda: 0.0)
     with pytest.raises(tdfx.OptimizerError, match="Make it with fused=False"):
         tdfx.FrobeniusDecay(model, Adam(model.parameters(), fused=True))
@@ -277,10 +279,12 @@ def test_steps_in_which_gradients_are_made_or_scaled_are_refused() -> None:
 
 def test_a_frozen_factor_is_left_alone() -> None:
     model = small()
-    first = next(one for one in model.modules() if isinstance(one, Factorized)).weights[0]
+    first = next(module for module in model.modules() if isinstance(module, Factorized)).weights[0]
     first.requires_grad_(False)
     before = first.detach().clone()
-    optimizer = SGD([one for one in model.parameters() if one.requires_grad], lr=RATE, weight_decay=DECAY)
+    optimizer = SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=RATE, weight_decay=DECAY
+    )
     tdfx.FrobeniusDecay(model, optimizer)
     backward(model)
     optimizer.step()

@@ -27,7 +27,7 @@ from torch.optim import SGD, Optimizer
 
 import tdfx
 from tdfx.demo.run import BATCH, LEARNING_RATE, SWITCH_AT, Digits, accuracy, build_model, jitter, load_digits
-from tdfx.training.methods.turns import Train
+from tdfx.training.methods.factor_groups import Train
 
 WAYS = ("all", "kernel", "others", "alternate", "each")
 NAMES = {

@@ -10,7 +10,7 @@ from bench_pass import trained
 from nets import build
 from torch import Tensor, nn
 
-from tdfx.passes.planning.step import TrainingStep, time_steps
+from tdfx.passes.planning.step_time import TrainingStep, time_steps
 
 BATCHES = {"vgg19": 32, "resnet18": 8, "resnet50": 8, "resnet56": 32, "densenet40": 32, "mobilenet_v2": 8}
 """Name -> images in a batch, of what is taken unless other names are given."""

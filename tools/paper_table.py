@@ -2,7 +2,7 @@
 
 Every row is a whole training by a config of tools/configs, by the recipe of tools/train.py; all policies of one seed run one
 after the other, then those of the next, so that a machine that gets slower does so for all. What the folder of --json holds
-is not run again. --readme puts the table of tools/results/paper_table into the README, and runs nothing.
+is not run again. --readme puts the table of tools/results/paper_table into tools/README.md, and runs nothing.
 
 All of it takes six hours on two cores, or eight of --cpu-time: --run digits and --run text about an hour each, --run glyphs
 the rest.
@@ -28,7 +28,7 @@ from rich.console import Console
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "paper_table"
-README = HERE.parent / "README.md"
+README = HERE / "README.md"
 GROUPS = ("digits", "text", "glyphs", "cifar10")
 
 
@@ -41,7 +41,7 @@ GROUPS = ("digits", "text", "glyphs", "cifar10")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--json", "folder", type=click.Path(path_type=Path), help="Folder to write rows to, as they come.")
 @click.option("--plot", "plot_folder", type=click.Path(path_type=Path), help="Folder for accuracy against time.")
-@click.option("--readme", is_flag=True, help="Put the table that was kept into the README.")
+@click.option("--readme", is_flag=True, help="Put the table that was kept into tools/README.md.")
 def main(
     names: tuple[str, ...],
     only: tuple[str, ...],

@@ -1,4 +1,4 @@
-"""Train the demo's network for three epochs, and draw what tdfx would do to it then: the picture of the README."""
+"""Train the demo's network for three epochs and draw its plan then: the picture of tdfx/report/README.md."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Train a network by a config file, rewrite it mid-training, merge it at the end, and write down what it came to.
 
-CONFIG is a TOML file; tools/configs holds those of the README's tables, and tools/recipe/settings.py says what each setting
+CONFIG is a TOML file; tools/configs holds those of tools/README.md, and tools/recipe/settings.py says what each setting
 means. Under torchrun several processes train together. SIGINT or a kill loses what came after the last checkpoint:
 --resume goes on from there, to the same bits.
 """

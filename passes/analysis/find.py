@@ -23,7 +23,7 @@ _WITHOUT_LAYERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 """Modules of torch.nn that compute linear maps with parameters of their own, in a way that nothing can stand in for."""
 
 
-class Find(Pass):
+class Find(Pass[PassResult]):
     """List the sites of a traced program in the order of its state_dict."""
 
     name = "find"

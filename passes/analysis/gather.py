@@ -9,25 +9,26 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map_only
 
-from tdfx.distributed.processes import Ready, unasked
+from tdfx.distributed.processes import Processes
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.layers.placement import full, is_sharded
 from tdfx.passes.analysis.uses import METADATA_FUNCTIONS
 
 
 class GatherShards(TorchFunctionMode):
-    """Gives every function the values of the parameters that it takes, for as long as it runs and no longer.
+    """Gathers the sharded parameters that a function takes, for the time that the function runs.
 
-    So no process ever has more of the model than the weights of one function. The processes that hold the shards must run
-    the same module, on inputs of the same shapes, under this.
+    So no process ever holds more of the model than the weights of one function. All processes that hold the shards must
+    run the same module, on inputs of the same shapes, under this mode.
 
     Args:
-        ready: What to call before values are gathered, so that nobody waits for a process whose run has failed.
+        processes: The processes that hold the shards. A failure of one is raised before values are gathered, so that no
+            process waits for one whose run has failed.
     """
 
-    def __init__(self, ready: Ready = unasked) -> None:
+    def __init__(self, processes: Processes) -> None:
         super().__init__()
-        self.ready = ready
+        self.processes = processes
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -35,11 +36,11 @@ class GatherShards(TorchFunctionMode):
         named = dict(kwargs or {})
         if func in METADATA_FUNCTIONS:
             return func(*args, **named)
-        if tree_any(lambda one: isinstance(one, FactorizedParameter), (args, named)):
-            with self:  # it calls functions with weights of its own
+        if tree_any(lambda value: isinstance(value, FactorizedParameter), (args, named)):
+            with self:  # FactorizedParameter calls functions on its factors
                 return FactorizedParameter.__torch_function__(func, types, args, named)
         if tree_any(is_sharded, (args, named)):
-            self.ready()
+            self.processes.raise_pending()
         args, named = tree_map_only(Tensor, _values, (args, named))
         return func(*args, **named)
 

@@ -1,4 +1,4 @@
-"""What flows through each site, from forward passes with example inputs; and the sites that only a run shows."""
+"""What flows through each site, from forward passes with example inputs, and the sites that only a run shows."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import repeat
 
 from torch import Tensor, nn
 
 from tdfx.cost.count import Flow
-from tdfx.distributed.processes import Agree, Ready, Together, itself, unasked
+from tdfx.distributed.processes import Processes
 from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of
@@ -24,30 +25,27 @@ from tdfx.passes.program import ParameterSlot, Program, Site
 from tdfx.plans.plan import Reason
 
 
-class ObserveInputs(Pass):
-    """Run the model in eval mode, without gradients, and note the shape of what enters each site.
+class ObserveInputs(Pass[PassResult]):
+    """Run the model in eval mode, without gradients, and record the shape of what enters each site.
 
-    A second run, in train mode, is made where it is needed: for sites that the first did not reach, as auxiliary heads; and
-    for a parameter that was passed to a function, in code that no graph shows, which becomes a site if that run shows no
-    other use of it.
+    A second run, in train mode, is made where it is needed: for sites that the first did not reach, such as auxiliary heads;
+    and for a parameter that was passed to a function in code that no graph shows. Such a parameter becomes a site if the run
+    in train mode shows no other use of it.
+
+    Args:
+        inputs: Example inputs.
     """
 
-    name = "shapes"
+    name = "observe_inputs"
 
-    def __init__(
-        self, inputs: Inputs, together: Together = nullcontext, ready: Ready = unasked, agree: Agree = itself
-    ) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
-        self.together = together
-        self.ready = ready
-        self.agree = agree
-        self._in_training: Observed | str | None = None
 
     def run(self, program: Program) -> PassResult:
         """Attach the flows to the sites."""
-        self._in_training = None
+        gather = program.processes if program.shards else None
         try:
-            seen = observe(program.module, self.inputs, training=False, shards=program.shards, ready=self.ready)
+            in_eval = observe(program.module, self.inputs, training=False, gather=gather)
         except TdfxError:  # another process has failed
             raise
         except Exception as error:  # whatever the model raises, it is about these inputs
@@ -56,91 +54,96 @@ class ObserveInputs(Pass):
                 f"{type(error).__name__}: {error}. Pass example_inputs=(x,) (--input on the command line) with the shape, "
                 f"dtype and device that its forward takes, or leave them out to plan without shapes."
             ) from error
-        uses = uses_of(program)
-        sites = self._with_functional(program, seen, uses)
-        sites = self._agreed(self._reached_in_either_mode(program, sites, seen, uses))
+        run = _Runs(program, self.inputs, in_eval)
+        sites = _broadcast_sites(program.processes, _with_flows_of_either_mode(_with_functional_sites(run), run))
         changes = tuple(Change(site.name, "shape known") for site in sites if site.flows)
         return PassResult(replace(program, sites=tuple(sites)), changes)
 
-    def _with_functional(self, program: Program, seen: Observed, uses: Uses) -> list[Site]:
-        """Return the sites with those that only the run showed to be functional calls."""
-        inside = layers_inside_leaves(program.module)
-        slots = [
-            slot
-            for slot in _slots(program.module)
-            if id(_parameter(program.module, slot)) in seen.functional
-            and id(_parameter(program.module, slot)) not in uses.functional
-            and id(program.module.get_submodule(slot.owner)) not in inside
-        ]
-        if not slots:
-            return list(program.sites)
-        run = self._in_train_mode(program)
-        if isinstance(run, Observed):
-            reads, unknown = seen.reads | run.reads, ""
-        else:
-            reads = seen.reads
-            unknown = f"in train mode the model does not run on the example inputs: {run}"
-        made = {site.name: site for slot in slots for site in _site(program.module, slot, seen, uses, reads, unknown)}
-        sites = [made.pop(site.name, site) for site in program.sites]
-        return _in_order(program.module, [*sites, *made.values()])
-
-    def _reached_in_either_mode(
-        self, program: Program, sites: Sequence[Site], seen: Observed, uses: Uses
-    ) -> list[Site]:
-        """Attach to each site what flows into it in eval mode; where that is nothing, what does so in train mode."""
-        in_graph = [id(site.layer) in uses.traced and bool(site.nodes) for site in sites]
-        found = list(map(_with_flows, sites, repeat(seen), in_graph))
-        missed = [
-            index
-            for index, (site, one) in enumerate(zip(sites, found, strict=True))
-            if site.is_open and one.is_missed and (one.is_open or one.reason is Reason.NOT_CALLED)
-        ]
-        run = self._in_train_mode(program) if missed else None
-        if isinstance(run, Observed):
-            for index in missed:
-                found[index] = _with_flows(sites[index], run, in_graph[index])
-        return found
-
-    def _agreed(self, sites: Sequence[Site]) -> list[Site]:
-        """Return what all processes decide by: it must be the same, whatever batch each of them has."""
-        mine = [(site.flows, site.calls, site.reason, site.note) for site in sites]
-        return [
-            replace(site, flows=flows, calls=calls, reason=reason, note=note)
-            for site, (flows, calls, reason, note) in zip(sites, self.agree(mine), strict=True)
-        ]
-
-    def _in_train_mode(self, program: Program) -> Observed | str:
-        """Return what a run in train mode did, or the error of one that failed.
-
-        A model may want targets then, or larger batches.
-        """
-        if self._in_training is None:
-            try:
-                # In shards all run the same; whole models may take other ways, each on inputs of its own.
-                with self.together() if program.shards else nullcontext():
-                    self._in_training = observe(
-                        program.module, self.inputs, training=True, shards=program.shards, ready=self.ready
-                    )
-            except Exception as error:  # whatever the model raises
-                # Not the error itself, which holds on to all that the run had made.
-                self._in_training = type(error).__name__
-        return self._in_training
-
     def ensures(self, before: Program, result: PassResult) -> None:
-        """No site is lost, none is listed twice, and those that were found stay in their order."""
-        found = [site.name for site in before.sites]
-        now = [site.name for site in result.program.sites]
-        self.check([name for name in now if name in set(found)] == found, "the sites that were found are still there")
-        self.check(len(now) == len(set(now)), "every site is listed once")
+        """No site is lost, none is listed twice, and the sites of before stay in their order."""
+        names_before = [site.name for site in before.sites]
+        names = [site.name for site in result.program.sites]
+        self.check([name for name in names if name in set(names_before)] == names_before, "no site is lost or moved")
+        self.check(len(names) == len(set(names)), "every site is listed once")
+
+
+class _Runs:
+    """The runs of a program on example inputs: in eval mode, and in train mode if that is asked for."""
+
+    def __init__(self, program: Program, inputs: Inputs, in_eval: Observed) -> None:
+        self.program = program
+        self.inputs = inputs
+        self.in_eval = in_eval
+        self.uses = uses_of(program)
+
+    @cached_property
+    def in_train(self) -> Observed | str:
+        """What a run in train mode did, or the name of the error if it failed: a model may need targets then."""
+        processes, shards = self.program.processes, self.program.shards
+        try:
+            # Processes with shards run together; processes with whole models may take other ways, each on its own inputs.
+            with processes.raise_on_all() if shards else nullcontext():
+                return observe(self.program.module, self.inputs, training=True, gather=processes if shards else None)
+        except Exception as error:  # whatever the model raises
+            # The name alone: the error would keep alive everything that the run had made.
+            return type(error).__name__
+
+
+def _with_functional_sites(runs: _Runs) -> list[Site]:
+    """Return the sites with those that only the run showed to be functional calls."""
+    module, uses, in_eval = runs.program.module, runs.uses, runs.in_eval
+    inside = layers_inside_leaves(module)
+    slots = [
+        slot
+        for slot in _slots(module)
+        if id(_parameter(module, slot)) in in_eval.functional
+        and id(_parameter(module, slot)) not in uses.functional
+        and id(module.get_submodule(slot.owner)) not in inside
+    ]
+    if not slots:
+        return list(runs.program.sites)
+    reads, unknown = in_eval.reads, ""
+    if isinstance(runs.in_train, Observed):
+        reads = reads | runs.in_train.reads
+    else:
+        unknown = f"in train mode the model does not run on the example inputs: {runs.in_train}"
+    new = {site.name: site for slot in slots for site in _site(module, slot, in_eval, uses, reads, unknown)}
+    sites = [new.pop(site.name, site) for site in runs.program.sites]
+    return _in_order(module, [*sites, *new.values()])
+
+
+def _with_flows_of_either_mode(sites: Sequence[Site], runs: _Runs) -> list[Site]:
+    """Attach to each site what flows into it in eval mode; for sites that eval mode does not reach, in train mode."""
+    in_graph = [id(site.layer) in runs.uses.traced and bool(site.nodes) for site in sites]
+    observed = list(map(_with_flows, sites, repeat(runs.in_eval), in_graph))
+    missed = [
+        index
+        for index, (site, after) in enumerate(zip(sites, observed, strict=True))
+        if site.is_open and after.is_missed and (after.is_open or after.reason is Reason.NOT_CALLED)
+    ]
+    if missed and isinstance(runs.in_train, Observed):
+        for index in missed:
+            observed[index] = _with_flows(sites[index], runs.in_train, in_graph[index])
+    return observed
+
+
+def _broadcast_sites(processes: Processes, sites: Sequence[Site]) -> list[Site]:
+    """Return what all processes decide by: the same for all, whatever batch each of them has."""
+    observed = [(site.flows, site.calls, site.reason, site.note) for site in sites]
+    return [
+        replace(site, flows=flows, calls=calls, reason=reason, note=note)
+        for site, (flows, calls, reason, note) in zip(sites, processes.broadcast_object(observed), strict=True)
+    ]
 
 
 def _site(
-    root: nn.Module, slot: ParameterSlot, seen: Observed, uses: Uses, reads: Collection[int], unknown: str
+    root: nn.Module, slot: ParameterSlot, observed: Observed, uses: Uses, reads: Collection[int], unknown: str
 ) -> Iterator[Site]:
+    """Yield the site of a parameter that functions take as their weight; none where it is no weight of its layer."""
     owner = root.get_submodule(slot.owner)
     parameter = owner._parameters[slot.name]
     assert parameter is not None
-    calls = seen.functional[id(parameter)]
+    calls = observed.functional[id(parameter)]
     layer_kind = kind_of(owner) if is_candidate(owner) else None
     if layer_kind is not None and slot.name != layer_kind.weight:
         return
@@ -172,35 +175,34 @@ def _parameter(root: nn.Module, slot: ParameterSlot) -> object:
 
 def _in_order(root: nn.Module, sites: list[Site]) -> list[Site]:
     """Sort sites as Find lists them: by the module, then by its parameters."""
-    places = {path: index for index, (path, _) in enumerate(root.named_modules())}
+    positions = {path: index for index, (path, _) in enumerate(root.named_modules())}
 
-    def place(site: Site) -> tuple[int, int]:
+    def position(site: Site) -> tuple[int, int]:
         if isinstance(site.layer, Factorized):
-            return places[site.slot.path if site.slot is not None else site.name], 0
+            return positions[site.slot.path if site.slot is not None else site.name], 0
         if site.slot is None:
-            return places[site.name], 0
+            return positions[site.name], 0
         names = list(root.get_submodule(site.slot.owner)._parameters)
-        return places[site.slot.owner], names.index(site.slot.name) if site.slot.name in names else 0
+        return positions[site.slot.owner], names.index(site.slot.name) if site.slot.name in names else 0
 
-    return sorted(sites, key=place)
+    return sorted(sites, key=position)
 
 
-def _with_flows(site: Site, seen: Observed, in_graph: bool) -> Site:
-    calls = seen.functional.get(id(site.weight), ()) if site.slot is not None else ()
+def _with_flows(site: Site, observed: Observed, in_graph: bool) -> Site:
+    """Attach to a site what a run showed: its calls, what flows into them, and whether anything else reads its weight."""
+    calls = observed.functional.get(id(site.weight), ()) if site.slot is not None else ()
     if calls:
-        entered = [one for _, one in calls]
+        entered = [each for _, each in calls]
     else:  # a layer, or a parameter that is factorized already
-        entered = seen.entering.get(site.slot.path if site.slot is not None else site.name, [])
+        entered = observed.entering.get(site.slot.path if site.slot is not None else site.name, [])
     if not entered and site.reason is Reason.READ_ELSEWHERE and not site.nodes:
-        return site  # what enters it is known to nobody
-    flows = tuple(_flow(one, site, site.operation) for one in entered) if site.operation is not None else ()
+        return site  # no graph and no run shows what enters it
+    flows = tuple(_flow(each, site, site.operation) for each in entered) if site.operation is not None else ()
     if calls and site.weight is not None:
-        own = (call.operation(site.weight.shape) for call, _ in calls)
-        flows = tuple(replace(flow, operation=one) for flow, one in zip(flows, own, strict=False))
-    if site.reason is None and id(site.weight) in seen.reads:
-        note = (
-            "forward reads its weight besides calling it" if entered else "forward reads its weight without calling it"
-        )
+        operations = (call.operation(site.weight.shape) for call, _ in calls)
+        flows = tuple(replace(flow, operation=operation) for flow, operation in zip(flows, operations, strict=False))
+    if site.reason is None and id(site.weight) in observed.reads:
+        note = f"forward reads its weight {'besides' if entered else 'without'} calling it"
         return replace(site, flows=flows, calls=len(entered), reason=Reason.READ_ELSEWHERE, note=note)
     if flows or in_graph or site.reason is not None:
         return replace(site, flows=flows, calls=max(site.calls, len(entered)) if in_graph else len(entered))
@@ -208,7 +210,7 @@ def _with_flows(site: Site, seen: Observed, in_graph: bool) -> Site:
 
 
 def _flow(entered: Entered, site: Site, operation: Operation) -> Flow:
-    """Return what one call brings, computed in the dtype of the site's weight and in the layout of either operand."""
+    """Return the flow of one call, computed in the dtype of the site's weight and in the layout of either operand."""
     weights = [weight for weight in site.weights if isinstance(weight, Tensor)]
     setting = replace(
         entered.setting,
@@ -219,7 +221,7 @@ def _flow(entered: Entered, site: Site, operation: Operation) -> Flow:
 
 
 def flow_of(shape: tuple[int, ...], operation: Operation) -> Flow:
-    """Return what a tensor of this shape brings to an operation.
+    """Return the flow of a tensor of this shape into an operation.
 
     >>> flow_of((8, 3, 32, 32), Operation.pointwise(3, 4, 2))
     Flow(samples=8, size=(32, 32), operation=None)
@@ -233,11 +235,11 @@ def flow_of(shape: tuple[int, ...], operation: Operation) -> Flow:
 
 def _describe(inputs: Inputs) -> str:
     arguments, named = split_inputs(inputs)
-    parts = [_describe_one(one) for one in arguments] + [f"{key}={_describe_one(one)}" for key, one in named.items()]
+    parts = [*map(_describe_value, arguments), *(f"{key}={_describe_value(value)}" for key, value in named.items())]
     return f"({', '.join(parts)})"
 
 
-def _describe_one(value: object) -> str:
+def _describe_value(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     return type(value).__name__

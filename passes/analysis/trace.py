@@ -34,7 +34,7 @@ _TORCH = Path(torch.__file__).parent
 _REFUSALS = (WritesParameterError, CustomFunctionError)
 
 
-class Trace(Pass):
+class Trace(Pass[PassResult]):
     """Make a structural copy of the model and record the graphs of as much of it as torch.fx can follow."""
 
     name = "trace"

@@ -1,4 +1,4 @@
-"""What a policy proposes for one site, and what becomes of it once it is known how long each proposal takes."""
+"""What a policy wants of one site, and the decision once the times of the candidates are known."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ from fnmatch import fnmatchcase
 from typing import Self
 
 from tdfx.cost.count import parameters
+from tdfx.cost.modelled import Cost, MeasuringCost
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import AUTO, get_scheme, scheme_for
 from tdfx.factors.scheme import Scheme
 from tdfx.layers.factorized import Factorized
 from tdfx.passes.planning.site_cost import Chain, factor_chain, flops_of, keep, memory_of
-from tdfx.passes.planning.spectra import unread
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan
 from tdfx.policies.policy import Policy
+from tdfx.ranks.budget import Budget
 from tdfx.ranks.multiple import device_multiple, round_gently
 from tdfx.ranks.rule import Choice, RankRule, round_ranks
 from tdfx.ranks.spectrum import Spectrum
 
 Gain = Callable[[Site, Chain], float]
 """From a site and a way to compute it to how many times faster that is than now."""
-
-Read = Callable[[Site, Scheme], Sequence[Spectrum]]
-"""Returns the spectra of what a site computes with now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,131 +35,195 @@ class Candidate:
     ranks: tuple[int, ...]
 
     @classmethod
+    def named(cls, scheme: str, ranks: tuple[int, ...]) -> Self:
+        """Return the candidate of a scheme given by name."""
+        return cls(get_scheme(scheme), ranks)
+
+    @classmethod
     def of(cls, decision: SitePlan) -> Self:
-        """Return the way that a decision takes."""
+        """Return the candidate that a decision has chosen."""
         assert decision.scheme is not None
         assert decision.ranks is not None
-        return cls(get_scheme(decision.scheme), decision.ranks)
+        return cls.named(decision.scheme, decision.ranks)
 
     @property
     def chain(self) -> Chain:
         """How the site would be computed."""
         return factor_chain(self.scheme, self.ranks)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travel between processes by the scheme's name."""
+        return Candidate.named, (self.scheme.name, self.ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteWish:
+    """A site and what the policy wants of it, resolved once."""
+
+    site: Site
+    policy: Policy | None
+    """The policy in force for the site, overrides looked up; None for a site that the policy excludes."""
+    scheme: Scheme | None
+    """The scheme that the policy means for the site; None where none fits."""
+
+    @classmethod
+    def of(cls, site: Site, policy: Policy) -> Self:
+        """Resolve a policy for one site."""
+        resolved = policy.for_site(*site.names)
+        return cls(site, resolved, None if resolved is None else _scheme_of(site, resolved))
+
+    @property
+    def is_timed(self) -> bool:
+        """True where measured times decide whether the site is rewritten."""
+        return self.policy is not None and isinstance(self.cost, MeasuringCost) and self.min_gain > 0
+
+    @property
+    def rule(self) -> RankRule:
+        """The rank rule in force."""
+        return self._in_force.rank
+
+    @property
+    def cost(self) -> Cost:
+        """What says how long the site takes."""
+        return self._in_force.cost
+
+    @property
+    def min_gain(self) -> float:
+        """How many times faster the site must get."""
+        return self._in_force.min_gain
+
+    def lowest(self) -> Candidate:
+        """Return the scheme at the lowest ranks that the policy can come to."""
+        scheme, full = self._scheme_and_full_ranks()
+        ones = (1,) * len(full)
+        return Candidate(scheme, ones if self.rule.exact else rounded(ones, full, self._in_force, self.site, scheme))
+
+    def choose(self, spectra: Sequence[Spectrum]) -> Choice:
+        """Return the ranks that the policy's rule reads from the spectra."""
+        return self.rule.choose(self._name_for_rule(), spectra)
+
+    def candidate(self, choice: Choice) -> Candidate | None:
+        """Return the ranks of a choice, rounded; None where a factorized site would get no lower ranks."""
+        scheme, full = self._scheme_and_full_ranks()
+        ranks = choice.ranks
+        if not choice.exact:
+            ranks = rounded(ranks, choice.limits or full, self._in_force, self.site, scheme)
+        if isinstance(self.site.layer, Factorized):
+            current = self.site.layer.origin.ranks
+            ranks = tuple(map(min, ranks, current))
+            return None if ranks == current else Candidate(scheme, ranks)
+        return Candidate(scheme, ranks)
+
+    def _name_for_rule(self) -> str:
+        """Return the name of the site that a pattern of the rule matches, or the site's first name."""
+        patterns, names = self.rule.patterns(), self.site.names
+        return next((name for pattern in patterns for name in names if fnmatchcase(name, pattern)), self.site.name)
+
+    def _scheme_and_full_ranks(self) -> tuple[Scheme, tuple[int, ...]]:
+        assert self.scheme is not None
+        assert self.site.operation is not None
+        return self.scheme, self.scheme.full_ranks(self.site.operation)
+
+    @property
+    def _in_force(self) -> Policy:
+        assert self.policy is not None
+        return self.policy
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """The ways to factorize a site among which times decide."""
+    """The candidates for a site among which times decide."""
 
-    site: Site
-    policy: Policy
-    """What is in force for the site."""
+    wish: SiteWish
     kept: SitePlan
-    """The decision if none of them pays, but for its note."""
-    options: tuple[Candidate, ...]
-    """The rule's own first, then what cuts less at the same ranks."""
+    """The decision if no candidate pays, but for its note."""
+    candidates: tuple[Candidate, ...]
+    """The rule's own first, then schemes that cut less at the same ranks."""
     note: str = ""
     """What else there is to know of the ranks."""
+    error: float | None = None
+    """Error of the first candidate; None where the weight has no values."""
 
-    def settled(self, gain: Gain) -> SitePlan:
-        """Return the decision: the option that gains most, unless not even that gains enough; all but its error."""
-        gains = {option: gain(self.site, option.chain) for option in self.options}
-        best = max(gains, key=lambda option: gains[option])
-        if gains[best] < self.policy.min_gain:
+    def settle(self, gain: Gain) -> SitePlan:
+        """Return the decision: the candidate that gains most, unless not even that gains enough."""
+        site, policy = self.wish.site, self.wish.policy
+        assert policy is not None
+        gains = {candidate: gain(site, candidate.chain) for candidate in self.candidates}
+        best = max(gains, key=lambda candidate: gains[candidate])
+        if gains[best] < policy.min_gain:
             if self.kept.reason is Reason.FACTORIZED:
                 return self.kept
-            return replace(self.kept, note=why_no_gain(best.ranks, self.note, self.policy), gain=gains[best])
-        return factorize(self.kept, self.site, best, self.note, gains[best])
+            return replace(self.kept, note=why_no_gain(best.ranks, self.note, policy), gain=gains[best])
+        decision = factorize(self.kept, site, best, self.note, gains[best])
+        return replace(decision, error=self.error) if best == self.candidates[0] else decision
 
 
-def factorize(kept: SitePlan, site: Site, option: Candidate, note: str, gain: float) -> SitePlan:
-    """Return the decision to factorize a site, made of that to keep it."""
+def propose(wish: SiteWish, choice: Choice, error: float | None, gain: Gain) -> SitePlan | Proposal:
+    """Return the candidates for a site whose rule has chosen ranks, or the decision to keep the site."""
+    site, policy, scheme = wish.site, wish.policy, wish.scheme
+    assert site.operation is not None
+    assert policy is not None
+    assert scheme is not None
+    candidate = None if choice.kept else wish.candidate(choice)
+    if isinstance(site.layer, Factorized):
+        kept = keep(site, Reason.FACTORIZED, site.note)
+        return kept if candidate is None else Proposal(wish, kept, (candidate,), f"{site.note} before", error)
+    full = scheme.full_ranks(site.operation)
+    if candidate is None:
+        if not choice.signal and (gained := gain(site, wish.lowest().chain)) < policy.min_gain:
+            return replace(too_small(wish, full), gain=gained)
+        return keep(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
+    candidates = [candidate]
+    if wish.is_timed and site.flows and policy.scheme == AUTO and not choice.exact:
+        candidates += (Candidate.named(name, ranks) for name, ranks in scheme.partial(candidate.ranks))
+    return Proposal(wish, keep(site, Reason.NO_GAIN, "", full), tuple(candidates), choice.note, error)
+
+
+def keep_unread(wish: SiteWish, gain: Gain) -> SitePlan | None:
+    """Return the decision to keep a site if that does not depend on the weight; else None."""
+    site, policy, scheme = wish.site, wish.policy, wish.scheme
+    if site.reason is not None and (policy is None or not site.is_open):
+        return keep(site, site.reason, site.note)
+    if policy is None:
+        return keep(site, Reason.EXCLUDED)
+    assert site.operation is not None
+    if isinstance(site.layer, Factorized):
+        lowers = scheme is not None and not isinstance(policy.rank, Budget) and site.layer.trains
+        return None if lowers else keep(site, Reason.FACTORIZED, site.note)
+    if scheme is None:
+        asked = "no scheme stands" if policy.scheme == AUTO else f"{policy.scheme} does not stand"
+        return keep(site, Reason.NO_SCHEME, f"{asked} for {geometry(site.operation)}")
+    gained = gain(site, wish.lowest().chain)
+    if gained < policy.min_gain and not policy.rank.exact:
+        return replace(too_small(wish, scheme.full_ranks(site.operation)), gain=gained)
+    return None
+
+
+def too_small(wish: SiteWish, full: tuple[int, ...]) -> SitePlan:
+    """Return the decision to keep a site that gains too little even at the lowest ranks."""
+    assert wish.policy is not None
+    return keep(wish.site, Reason.TOO_SMALL, why_no_gain(wish.lowest().ranks, "", wish.policy), full)
+
+
+def factorize(kept: SitePlan, site: Site, candidate: Candidate, note: str, gain: float) -> SitePlan:
+    """Return the decision to factorize a site, made from the decision to keep it."""
     assert site.operation is not None
     return replace(
         kept,
-        scheme=option.scheme.name,
-        ranks=option.ranks,
-        full_ranks=option.scheme.full_ranks(site.operation),
+        scheme=candidate.scheme.name,
+        ranks=candidate.ranks,
+        full_ranks=candidate.scheme.full_ranks(site.operation),
         reason=None,
         note=note,
-        parameters_after=parameters(option.scheme.chain(site.operation, option.ranks)),
-        flops_after=flops_of(site, option.chain),
-        memory_after=memory_of(site, option.chain),
+        parameters_after=parameters(candidate.scheme.chain(site.operation, candidate.ranks)),
+        flops_after=flops_of(site, candidate.chain),
+        memory_after=memory_of(site, candidate.chain),
         gain=gain,
     )
 
 
-def propose(
-    site: Site, policy: Policy, scheme: Scheme, read: Read, gain: Gain, *, variants: bool = False
-) -> SitePlan | Proposal:
-    """Return the ways in which a policy's rule would factorize a site, or the decision to keep it.
-
-    Args:
-        site: Dense, or factorized already.
-        policy: What is in force for it, its rule resolved.
-        scheme: What fits it.
-        read: Called only if the decision depends on the weight.
-        gain: By which a site that is too small is known before its weight is read.
-        variants: Whether ``"auto"`` is to offer schemes that cut less at the same ranks too, for times to decide.
-    """
-    if isinstance(site.layer, Factorized):
-        return _propose_lower(site, policy, scheme, read)
-    operation = site.operation
-    assert operation is not None
-    full = scheme.full_ranks(operation)
-    lowest = lowest_option(site, policy, scheme)
-    most = gain(site, lowest.chain)
-    kept = keep(site, Reason.TOO_SMALL, why_no_gain(lowest.ranks, "", policy), full)
-    if most < policy.min_gain and not policy.rank.exact:
-        return replace(kept, gain=most)
-    choice = _choice(site, policy.rank, scheme, read)
-    if choice.kept and not choice.signal and most < policy.min_gain:
-        return replace(kept, gain=most)
-    if choice.kept:
-        return keep(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
-    ranks = choice.ranks if choice.exact else rounded(choice.ranks, choice.limits or full, policy, site, scheme)
-    options = [Candidate(scheme, ranks)]
-    if variants and policy.scheme == AUTO and not choice.exact:
-        options += (Candidate(get_scheme(name), few) for name, few in scheme.partial(ranks))
-    return Proposal(site, policy, keep(site, Reason.NO_GAIN, "", full), tuple(options), choice.note)
-
-
-def _propose_lower(site: Site, policy: Policy, scheme: Scheme, read: Read) -> SitePlan | Proposal:
-    """Propose lower ranks for a site that is factorized, from its factors as they are now."""
-    assert isinstance(site.layer, Factorized)
-    assert site.operation is not None
-    kept = keep(site, Reason.FACTORIZED, site.note)
-    if not site.layer.trains:
-        return kept
-    now, full = site.layer.origin.ranks, scheme.full_ranks(site.operation)
-    choice = _choice(site, policy.rank, scheme, read)
-    if choice.kept:
-        return kept
-    wanted = choice.ranks if choice.exact else rounded(choice.ranks, choice.limits or full, policy, site, scheme)
-    ranks = tuple(map(min, wanted, now))
-    if ranks == now:
-        return kept
-    return Proposal(site, policy, kept, (Candidate(scheme, ranks),), f"{site.note} before")
-
-
-def lowest_option(site: Site, policy: Policy, scheme: Scheme) -> Candidate:
-    """Return a scheme at the lowest ranks that a policy can come to for a site."""
-    assert site.operation is not None
-    full = scheme.full_ranks(site.operation)
-    ones = (1,) * len(full)
-    return Candidate(scheme, ones if policy.rank.exact else rounded(ones, full, policy, site, scheme))
-
-
-def scheme_of(site: Site, policy: Policy) -> Scheme | None:
-    """Return the scheme that a policy means for a site; one that is factorized can have no other than its own."""
-    if isinstance(site.layer, Factorized):
-        own = site.layer.scheme
-        return own if policy.scheme == AUTO or get_scheme(policy.scheme).name == own.name else None
-    return None if site.operation is None else scheme_for(site.operation, policy.scheme)
-
-
 def rounded(ranks: Sequence[int], limits: Sequence[int], policy: Policy, site: Site, scheme: Scheme) -> tuple[int, ...]:
-    """Round so that the channels between the factors, of which a rank may stand for many, are what was asked for."""
+    """Round ranks so that the channels between the factors, several for each rank in groups, are a wanted multiple."""
     assert site.operation is not None
     if isinstance(policy.round_to, int):
         each = math.gcd(policy.round_to, scheme.channels_per_rank(site.operation))
@@ -177,20 +239,15 @@ def why_no_gain(ranks: tuple[int, ...], note: str, policy: Policy) -> str:
 
 
 def geometry(operation: Operation) -> str:
-    """Say what an operation looks like."""
+    """Describe an operation in a few words."""
     kernel = "×".join(map(str, operation.kernel))
     shape = f"a {kernel} kernel" if operation.dims else "a linear map"
     return f"{shape} in {operation.groups} groups" if operation.groups > 1 else shape
 
 
-def _choice(site: Site, rule: RankRule, scheme: Scheme, read: Read) -> Choice:
-    """Return what a rule chooses, and decompose nothing for one that does not look."""
-    assert site.operation is not None
-    spectra = read(site, scheme) if rule.reads_values else unread(scheme, site.operation)
-    return rule.choose(_name_for(rule, site), spectra)
-
-
-def _name_for(rule: RankRule, site: Site) -> str:
-    """Return the name of a site by which a rule speaks of it."""
-    spoken = (name for pattern in rule.patterns() for name in site.names if fnmatchcase(name, pattern))
-    return next(spoken, site.name)
+def _scheme_of(site: Site, policy: Policy) -> Scheme | None:
+    """Return the scheme that a policy means for a site; a factorized site can have no other than its own."""
+    if isinstance(site.layer, Factorized):
+        current = site.layer.scheme
+        return current if policy.scheme == AUTO or get_scheme(policy.scheme).name == current.name else None
+    return None if site.operation is None else scheme_for(site.operation, policy.scheme)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -18,16 +19,33 @@ Chain = Callable[[Operation], Sequence[Operation]]
 """From what a call computes to the steps by which it is computed."""
 
 
+@dataclass(frozen=True, slots=True)
+class FactorChain:
+    """How a site is computed by a scheme at given ranks."""
+
+    scheme: Scheme
+    ranks: tuple[int, ...]
+
+    def __call__(self, operation: Operation) -> Sequence[Operation]:
+        """Return the operations of the factors."""
+        return self.scheme.chain(operation, self.ranks)
+
+
+def dense_chain(operation: Operation) -> Sequence[Operation]:
+    """Return the operation itself: how a dense site is computed."""
+    return (operation,)
+
+
 def factor_chain(scheme: Scheme, ranks: Sequence[int]) -> Chain:
     """Return how a site is computed by a scheme at given ranks."""
-    return lambda operation: scheme.chain(operation, ranks)
+    return FactorChain(scheme, tuple(ranks))
 
 
 def current_chain(site: Site) -> Chain:
     """Return how a site is computed as it is: dense, or by the factors that it has."""
     if isinstance(site.layer, Factorized):
         return factor_chain(site.layer.scheme, site.layer.origin.ranks)
-    return lambda operation: [operation]
+    return dense_chain
 
 
 def calls_of(site: Site, chain: Chain) -> Iterator[tuple[Sequence[Operation], Flow | None]]:

@@ -1,91 +1,113 @@
-"""The spectra of sites between the reading of ranks and the split: values for all of them, bases as far as there is room."""
+"""The spectra of sites between the reading of ranks and the split, in bounded memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
+from torch import Tensor
 
 from tdfx.factors.operation import Operation
-from tdfx.factors.scheme import Scheme
+from tdfx.factors.scheme import Lowering, Scheme
+from tdfx.layers.factorized import Factorized
+from tdfx.passes.planning.weights import lowering_of, working_weight
 from tdfx.passes.program import Site
-from tdfx.ranks.spectrum import Spectrum
+from tdfx.ranks.spectrum import Spectrum, working_dtype
 
 Spectra = tuple[Spectrum, ...]
 """One spectrum for each rank of a scheme."""
 
-ROOM = 2
-"""Working copies of the largest weight that the bases of all sites may take together, beside those of the site in hand."""
+_ROOM = 2
+"""Working copies of the largest weight whose memory the kept bases of all sites may take together."""
 
 
-class KeptSpectra:
-    """Spectra by site and scheme, in bounded memory.
+class SpectrumCache:
+    """Decomposes weights, and keeps what the rewrite will need again.
 
-    A basis costs an eigendecomposition, and all of them together take more memory than the weights of many models. So the
-    values, which are small, are kept of every site. Bases are kept whole only of the last site that was read. Once a
-    site's ranks are chosen, its basis is cut to them, and kept for the split as far as ``room`` goes. What found no room
-    is ``None`` here and has to be computed again, which gives the same bits.
+    A basis costs an eigendecomposition, and the bases of all sites together take more memory than the weights of many
+    models. So the bases of one site are held while the site is looked at. Once ranks are chosen they are cut to these
+    ranks, and kept until the split if there is room. A basis that found no room is computed again, with the same bits.
     """
 
-    def __init__(self, room: int = 0) -> None:
-        """Take the bytes that may be kept."""
-        self.room = room
-        self._values: dict[tuple[str, str], Spectra] = {}
-        self._bases: dict[tuple[str, str], Spectra] = {}
-        self._in_hand: tuple[tuple[str, str], Spectra] | None = None
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+        """Allow the kept bases to take a few times the memory of the largest of some weights."""
+        self.room = _ROOM * max((weight.numel() * working_dtype(weight).itemsize for weight in weights), default=0)
+        """Bytes that the kept bases may take."""
+        self._kept: dict[tuple[str, str], Spectra] = {}
+        self._current: tuple[tuple[str, str], Spectra] | None = None
+        self._current_lowering: tuple[str, Lowering] | None = None
 
-    @property
-    def names(self) -> set[str]:
-        """The sites of which there are bases."""
-        last = () if self._in_hand is None else (self._in_hand[0],)
-        return {name for name, _ in (*self._bases, *last)}
+    def spectra(self, site: Site, scheme: Scheme, weights: Sequence[Tensor]) -> Spectra:
+        """Return the spectra of the weight that a site computes with now.
 
-    def put(self, site: Site, scheme: Scheme, spectra: Spectra) -> Spectra:
-        """Take the spectra of the site that is looked at now, and return them."""
-        key = _key(site, scheme)
-        self._values[key] = tuple(one.without_basis() for one in spectra)
-        self._in_hand = key, spectra
-        return spectra
+        Args:
+            site: Dense or factorized.
+            scheme: The scheme whose ranks are read.
+            weights: The values of the site's parameters.
+        """
+        if isinstance(site.layer, Factorized):
+            return self._lowering(site, site.layer, weights).spectra
+        key = (site.name, scheme.name)
+        if self._current is None or self._current[0] != key:
+            assert site.operation is not None
+            self._current = key, scheme.spectra(site.operation, working_weight(site, *weights))
+        return self._current[1]
 
-    def values(self, site: Site, scheme: Scheme) -> Spectra | None:
-        """Return the spectra of a site, for what needs no basis; None if it was not read."""
-        return self._values.get(_key(site, scheme))
+    def error(self, site: Site, scheme: Scheme, ranks: tuple[int, ...], weights: Sequence[Tensor]) -> float:
+        """Return the norm of what a split at some ranks loses, relative to the weight's norm."""
+        if isinstance(site.layer, Factorized):
+            return self._lowering(site, site.layer, weights).error(ranks)
+        assert site.operation is not None
+        spectra = self._kept.get((site.name, scheme.name)) or self.spectra(site, scheme, weights)
+        return scheme.error(site.operation, working_weight(site, *weights), ranks, spectra)
 
-    def bases(self, site: Site, scheme: Scheme) -> Spectra | None:
-        """Return the spectra of a site with their bases, as far as its ranks go at least; None where these are gone."""
-        key = _key(site, scheme)
-        if self._in_hand is not None and self._in_hand[0] == key:
-            return self._in_hand[1]
-        return self._bases.get(key)
+    def hold(self, site: Site, scheme: Scheme, spectra: Spectra) -> None:
+        """Keep the whole bases of a dense site until its ranks are chosen, if there is room.
 
-    def cut(self, site: Site, scheme: Scheme, ranks: tuple[int, ...]) -> None:
-        """Keep of a site's bases what a split at these ranks needs, if there is room for it."""
-        spectra = self.bases(site, scheme)
-        self.take(site, scheme)
-        if spectra is not None:
-            cut = tuple(one.cut(rank) for one, rank in zip(spectra, ranks, strict=True))
-            size = _size(cut)
-            if size <= self.room:
-                self.room -= size
-                self._bases[_key(site, scheme)] = cut
+        Schemes of one site may share bases; those take their memory once.
+        """
+        self._kept[site.name, scheme.name] = spectra
+        if self._size > self.room:
+            del self._kept[site.name, scheme.name]
+
+    def keep(self, site: Site, scheme: Scheme, ranks: Sequence[int], spectra: Spectra) -> None:
+        """Keep of a dense site's bases what a split at these ranks needs, if there is room; forget its other bases."""
+        self.evict(site)
+        if not isinstance(site.layer, Factorized):
+            cut = tuple(spectrum.cut(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
+            self.hold(site, scheme, cut)
 
     def take(self, site: Site, scheme: Scheme) -> Spectra | None:
-        """Return what ``bases`` does, and keep it no longer."""
-        found = self.bases(site, scheme)
-        key = _key(site, scheme)
-        self.room += _size(self._bases.pop(key, ()))
-        if self._in_hand is not None and self._in_hand[0] == key:
-            self._in_hand = None
-        return found
+        """Return the kept bases of a site and forget them; None if they were not kept."""
+        kept = self._kept.get((site.name, scheme.name))
+        self.evict(site)
+        return kept
+
+    def evict(self, site: Site) -> None:
+        """Forget the bases of a site."""
+        for key in [key for key in self._kept if key[0] == site.name]:
+            del self._kept[key]
+
+    @property
+    def kept_sites(self) -> frozenset[str]:
+        """The names of the sites whose bases are kept."""
+        return frozenset(name for name, _ in self._kept)
+
+    @property
+    def _size(self) -> int:
+        """Bytes of all kept bases."""
+        bases = {id(spectrum.basis): spectrum.basis for kept in self._kept.values() for spectrum in kept}
+        return sum(basis.numel() * basis.element_size() for basis in bases.values())
+
+    def _lowering(self, site: Site, layer: Factorized, weights: Sequence[Tensor]) -> Lowering:
+        """Return how a layer's factors can be split again; worked out once while the site is looked at."""
+        if self._current_lowering is None or self._current_lowering[0] != site.name:
+            self._current_lowering = None  # the memory of two lowerings at once would be too much
+            self._current_lowering = site.name, lowering_of(layer, weights)
+        return self._current_lowering[1]
 
 
 def unread(scheme: Scheme, operation: Operation) -> Spectra:
-    """Return spectra without values, for rules that ask for full ranks alone."""
+    """Return spectra without values, for rules that use full ranks alone."""
     nothing = torch.empty(0, dtype=torch.float64)
     return tuple(Spectrum(nothing, nothing, rank, rank) for rank in scheme.full_ranks(operation))
-
-
-def _key(site: Site, scheme: Scheme) -> tuple[str, str]:
-    return site.name, scheme.name
-
-
-def _size(spectra: Spectra) -> int:
-    return sum(one.basis.numel() * one.basis.element_size() for one in spectra)

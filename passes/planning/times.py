@@ -1,4 +1,4 @@
-"""How long sites take, as they are and factorized: by arithmetic while there is much to choose from, then by measurement."""
+"""How long sites take, as they are and factorized: estimated by arithmetic, or measured where that was asked for."""
 
 from __future__ import annotations
 
@@ -9,82 +9,86 @@ from dataclasses import dataclass
 from functools import partial
 
 from tdfx.cost.modelled import Case, Cost, MeasuringCost
-from tdfx.distributed.processes import Lead
+from tdfx.distributed.processes import Processes
 from tdfx.passes.planning.site_cost import Chain, calls_of, current_chain
 from tdfx.passes.program import Site
 
 
 @dataclass(frozen=True, slots=True)
 class TimingRequest:
-    """A site, and the chains that compete for its place."""
+    """A site and the chains that compete for its place."""
 
     cost: Cost
-    """What says how long they take."""
+    """The cost that says how long they take."""
     site: Site
     chains: tuple[Chain, ...]
 
 
 class SiteTimes:
-    """The times of chains, by the cost of each policy.
+    """The times of sites, by the cost of each policy.
 
-    A cost that measures is asked once for all that is wanted, by one of the processes that train the model; all others hear
-    what it found. ``estimate`` and ``estimated_gain`` never measure.
+    A cost that measures is asked once for all requests, on the first process; the others receive its times.
+    ``estimate`` and ``estimated_gain`` never measure.
+
+    Args:
+        processes: The processes that train the model.
+        spent: Seconds that measuring for the same plan has taken already.
     """
 
-    def __init__(self, lead: Lead, spent: float = 0.0) -> None:
-        """Take who measures, and the seconds that measuring for the same plan has taken already."""
-        self.lead = lead
-        self._known: dict[object, dict[Case, float]] = {}
+    def __init__(self, processes: Processes, spent: float = 0.0) -> None:
+        self.processes = processes
+        self._times: dict[object, dict[Case, float]] = {}
+        self._estimates: dict[tuple[object, str, Chain], float] = {}
         self._spent: dict[object, float] = defaultdict(lambda: spent)
 
-    def prepare(self, wanted: Iterable[TimingRequest]) -> None:
-        """Let the costs that measure do so for some sites, each as it is now first and then the chains."""
+    def prepare(self, requests: Iterable[TimingRequest]) -> None:
+        """Let the costs that measure time some sites: each as it is now first, then its chains."""
         costs: dict[object, MeasuringCost] = {}
         groups: dict[object, list[list[Case]]] = {}
-        for one in wanted:
-            if isinstance(one.cost, MeasuringCost):
-                costs[_key(one.cost)] = one.cost
-                groups.setdefault(_key(one.cost), []).extend(_groups(one))
+        for request in requests:
+            if isinstance(request.cost, MeasuringCost):
+                costs[_key(request.cost)] = request.cost
+                groups.setdefault(_key(request.cost), []).extend(_groups(request))
         for key, cost in costs.items():
             began = time.perf_counter()
-            found = self.lead.do(partial(cost.measure, groups[key], spent=self._spent[key]))
+            measured = self.processes.on_rank0(partial(cost.measure, groups[key], spent=self._spent[key]))
             self._spent[key] += time.perf_counter() - began
-            self._known.setdefault(key, {}).update(found)
+            self._times.setdefault(key, {}).update(measured)
 
     def measured(self, cost: Cost, site: Site, chain: Chain) -> float | None:
-        """Return the time of a training step of a site, over all its calls; None where nothing was prepared for it."""
-        known = self._known.get(_key(cost), {})
-        found = [known.get((tuple(steps), flow)) for steps, flow in calls_of(site, chain)]
-        times = [one for one in found if one is not None]
-        return sum(times) if len(times) == len(found) else None
+        """Return the time of a training step of a site over all its calls, in seconds; None if it was not measured."""
+        times = self._times.get(_key(cost), {})
+        calls = [times.get((tuple(steps), flow)) for steps, flow in calls_of(site, chain)]
+        known = [seconds for seconds in calls if seconds is not None]
+        return sum(known) if len(known) == len(calls) else None
 
     def gain(self, cost: Cost, site: Site, chain: Chain) -> float:
-        """Return how many times faster the site's step becomes: as measured, or estimated where nothing was prepared."""
+        """Return how many times faster the site's step becomes: as measured, or estimated if it was not."""
         before, after = self.measured(cost, site, current_chain(site)), self.measured(cost, site, chain)
         if before is None or after is None:
             return self.estimated_gain(cost, site, chain)
         return before / after
 
     def estimate(self, cost: Cost, site: Site, chain: Chain) -> float:
-        """Return the time of a training step of a site by arithmetic, where the cost would have to measure."""
-        model = cost.modelled if isinstance(cost, MeasuringCost) else cost
-        return sum(model.seconds(steps, flow) for steps, flow in calls_of(site, chain))
+        """Return the time of a training step of a site in seconds, by arithmetic."""
+        key = (_key(cost), site.name, chain)
+        if key not in self._estimates:
+            model = cost.modelled if isinstance(cost, MeasuringCost) else cost
+            self._estimates[key] = sum(model.seconds(steps, flow) for steps, flow in calls_of(site, chain))
+        return self._estimates[key]
 
     def estimated_gain(self, cost: Cost, site: Site, chain: Chain) -> float:
-        """Return how many times faster the site's step becomes by arithmetic."""
+        """Return how many times faster the site's step becomes, by arithmetic."""
         return self.estimate(cost, site, current_chain(site)) / self.estimate(cost, site, chain)
 
 
 def _key(cost: Cost) -> object:
-    """Return what equal costs have in common, so that they share their times and their budget."""
+    """Return a key under which equal costs share their times and their measuring time."""
     return cost if isinstance(cost, Hashable) else id(cost)
 
 
-def _groups(wanted: TimingRequest) -> Iterable[list[Case]]:
-    """Yield for each call of a site what competes for it."""
-    each = [[(tuple(steps), flow) for steps, flow in calls_of(wanted.site, chain)] for chain in _with_now(wanted)]
-    return (list(group) for group in zip(*each, strict=True))
-
-
-def _with_now(wanted: TimingRequest) -> Sequence[Chain]:
-    return (current_chain(wanted.site), *wanted.chains)
+def _groups(request: TimingRequest) -> Iterable[list[Case]]:
+    """Yield for each call of a site the computations that compete for it, the present one first."""
+    chains: Sequence[Chain] = (current_chain(request.site), *request.chains)
+    cases = [[(tuple(steps), flow) for steps, flow in calls_of(request.site, chain)] for chain in chains]
+    return (list(group) for group in zip(*cases, strict=True))

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tdfx.layers.factorized import Factorized, FrozenFactors, Origin
+from tdfx.layers.factorized import Factorized, Origin
+from tdfx.layers.frozen import FrozenFactors
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.transform import graph_module
 from tdfx.plans.plan import Plan, Reason, SitePlan

@@ -16,6 +16,7 @@ from tdfx.checkpoint.plain import as_plain
 from tdfx.checkpoint.sealed_file import read_sealed, write_sealed
 from tdfx.errors import CheckpointError
 from tdfx.layers.factorized import Factorized
+from tdfx.layers.frozen import frozen_indices
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.optim.masters import Masters, as_masters
 from tdfx.optim.surgery import as_optimizers
@@ -229,7 +230,7 @@ def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
 def _frozen(model: nn.Module) -> list[str]:
     """Return the parameters that do not train, except factors that a schedule freezes: it saves its own state."""
     layers = [layer for layer in model.modules() if isinstance(layer, Factorized)]
-    scheduled = {id(layer.weights[index]) for layer in layers for index in layer.rest.indices}
+    scheduled = {id(layer.weights[index]) for layer in layers for index in frozen_indices(layer)}
     return [
         name
         for name, parameter in model.named_parameters()

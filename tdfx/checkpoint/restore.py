@@ -6,7 +6,6 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -20,11 +19,9 @@ from tdfx.errors import CheckpointError, TdfxError, nearest
 from tdfx.layers.copying import rebind, structural_copy
 from tdfx.optim.masters import as_masters
 from tdfx.optim.surgery import as_optimizers
-from tdfx.passes.analysis.find import Find
-from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.program import PLAN_ATTRIBUTE, Program
+from tdfx.passes.pipeline import find_sites, rewrite_by, use_plan
+from tdfx.passes.program import PLAN_ATTRIBUTE
 from tdfx.passes.transform.graph_module import FactorizedGraphModule
-from tdfx.passes.transform.rewrite import Rewrite
 from tdfx.plans.plan import Plan, SitePlan
 from tdfx.wrappers.compiled import Compiled
 from tdfx.wrappers.unwrap import unwrap
@@ -149,7 +146,7 @@ def _rewrite_as_saved(model: nn.Module, record: Record) -> nn.Module:
 
 def _rewrite_module(module: nn.Module, rewrite: dict[str, Any]) -> nn.Module:
     """Repeat one saved rewrite on a module."""
-    program = Find()(Trace()(Program(module=module, emit=rewrite["emit"])).program).program
+    program = find_sites(module, rewrite["emit"])
     names = {site.slot.path: site.name for site in program.sites if site.slot is not None}
     prefix = f"{rewrite['path']}." if rewrite["path"] else ""
     sites = []
@@ -171,7 +168,7 @@ def _rewrite_module(module: nn.Module, rewrite: dict[str, Any]) -> nn.Module:
             )
         )
     plan = Plan(sites=tuple(sites), emit=rewrite["emit"])
-    rewritten = Rewrite(init="empty")(replace(program, plan=plan)).program.module
+    rewritten = rewrite_by(use_plan(program, plan), init="empty").program.module
     rebind(rewritten, module)
     if (rewrite["emit"] == "graph") != isinstance(rewritten, FactorizedGraphModule):
         raise CheckpointError(f"It was saved with emit={rewrite['emit']!r}, which is not possible for this model.")

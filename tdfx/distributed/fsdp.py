@@ -47,7 +47,7 @@ class Sharded:
             )
         self.mesh = max(meshes, key=lambda mesh: mesh.size())
         self.ranks = Ranks.of_mesh(self.mesh)
-        with self.ranks.together():
+        with self.ranks.raise_on_all():
             check_use(self.boundaries)
             _check_meshes(self.boundaries, self.mesh)
             self.plain = structural_copy(model)

@@ -1,9 +1,14 @@
-"""How the processes that train a model work together, and how the only process works alone."""
+"""How the processes that train one model work together; the only process of an ordinary run is the simplest case.
+
+``Processes`` is what the compiler and the wrappers call. ``Solo`` implements it for one process, ``Ranks`` for the processes
+of a mesh. Every method must be called by all processes, in the same order.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -19,61 +24,88 @@ Result = TypeVar("Result")
 class Task:
     """A piece of work, such as splitting one weight, that needs no other process once its parameters were read."""
 
-    work: Callable[..., tuple[Tensor, ...]]
-    """From the values of the parameters to the result."""
+    work: Callable[..., tuple[Any, ...]]
+    """From the values of the parameters to the result: a tuple of tensors and of picklable values."""
     reads: tuple[Tensor, ...]
-    """The parameters, as the model holds them: each may be in shards."""
+    """The parameters, as the model holds them; each may be in shards."""
 
-    def __call__(self) -> tuple[Tensor, ...]:
+    def __call__(self) -> tuple[Any, ...]:
         """Read the parameters and do the work."""
         return self.work(*map(full, self.reads))
 
 
-Spread = Callable[[Sequence[Task]], Iterable[tuple[Tensor, ...]]]
-"""Does every task once, on one of the processes that train the model, and gives each process the results of all."""
+class Processes(ABC):
+    """The processes that train one model."""
 
-Agree = Callable[[Any], Any]
-"""From a value that each process has to that of the first one; all must call it."""
+    shares_work: bool
+    """True if ``map_tasks`` does each task on one process and sends the result to the others."""
 
+    @property
+    @abstractmethod
+    def is_first(self) -> bool:
+        """True on the process whose values the others take over."""
 
-Together = Callable[[], AbstractContextManager[None]]
-"""Makes a context in which what one of the processes raises is raised on all; all must enter and leave it."""
+    @abstractmethod
+    def broadcast_object(self, value: Any) -> Any:
+        """Return the first process's value, which must be picklable."""
 
-Ready = Callable[[], None]
-"""Raises what another process has failed with; all must call it, before what they must do together."""
+    @abstractmethod
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite plain tensors, which every process has computed by itself, with the first process's values."""
 
+    @abstractmethod
+    def map_tasks(self, tasks: Sequence[Task]) -> Iterable[tuple[Any, ...]]:
+        """Do every task once, on one of the processes, and yield all results, in order, on each process."""
 
-def itself(value: Any) -> Any:
-    """Return a value as the only process has it."""
-    return value
+    @abstractmethod
+    def raise_on_all(self) -> AbstractContextManager[None]:
+        """Return a context in which an error of one process is raised on all; all must enter and leave it."""
 
+    @abstractmethod
+    def raise_pending(self) -> None:
+        """Raise the error of another process that has failed; called before a step that all must take together."""
 
-def unasked() -> None:
-    """Ask no other process, where there is none."""
+    @abstractmethod
+    def check_same(self, value: object, message: str) -> None:
+        """Raise ModelError with a message, on every process, unless all have an equal value."""
 
-
-@dataclass(frozen=True, slots=True)
-class Lead:
-    """How the first of the processes that train a model does what need not be done by all, such as timing."""
-
-    agree: Agree = itself
-    is_mine: bool = True
-    """True on the first process, and on the only one."""
-
-    def do(self, work: Callable[[], Result]) -> Result:
-        """Return on every process what the work gives on the first, or raise what it raises there; all must call this."""
+    def on_rank0(self, work: Callable[[], Result]) -> Result:
+        """Do work, such as timing, on the first process; return its result, or raise its TdfxError, on every process."""
         outcome: tuple[Result | None, TdfxError | None] = (None, None)
-        if self.is_mine:
+        if self.is_first:
             try:
                 outcome = work(), None
             except TdfxError as error:
                 outcome = None, error
-        result, failure = self.agree(outcome)
+        result, failure = self.broadcast_object(outcome)
         if failure is not None:
             raise failure
         return cast("Result", result)
 
 
-def alone(tasks: Sequence[Task]) -> Iterable[tuple[Tensor, ...]]:
-    """Do the tasks in the only process that there is, each when its result is asked for."""
-    return (task() for task in tasks)
+class Solo(Processes):
+    """The only process."""
+
+    shares_work = False
+    is_first = True
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Leave the tensors as they are."""
+
+    def map_tasks(self, tasks: Sequence[Task]) -> Iterable[tuple[Any, ...]]:
+        """Yield the results, each computed when it is asked for."""
+        return (task() for task in tasks)
+
+    def raise_on_all(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return nullcontext()
+
+    def raise_pending(self) -> None:
+        """Do nothing: no other process can have failed."""
+
+    def check_same(self, value: object, message: str) -> None:
+        """Do nothing: no other process can have another value."""

@@ -1,8 +1,8 @@
-"""The processes that train a model: agreeing on a value, sharing work, whose inputs may be in shards, and failing together.
+"""The processes of a mesh: they broadcast values, share work, and fail together.
 
-A process that fails on its own would leave the others waiting in the next collective until their group's timeout. So each
-of the calls here begins with a word of whether anybody has failed, and ``together`` ends with one: what is raised on one
-process anywhere in between is raised on all.
+A process that fails by itself would leave the others waiting in the next collective until their group's timeout. So each
+method here first exchanges whether a process has failed, and ``raise_on_all`` exchanges it once more at its end: an error
+that one process raises anywhere in between is raised on all.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from tdfx.distributed.processes import Task
+from tdfx.distributed.processes import Processes, Task
 from tdfx.errors import ModelError, TdfxError, class_named
 from tdfx.layers.placement import full
 
@@ -26,145 +27,164 @@ Place = tuple[int, ...]
 """The coordinate of a process in the mesh."""
 
 
-class Ranks:
-    """The processes of a mesh, each of which must make the same calls in the same order."""
+class Ranks(Processes):
+    """The processes of a mesh, each of which must make the same calls in the same order.
 
-    def __init__(self, groups: Sequence[dist.ProcessGroup], device: torch.device | str) -> None:
-        """Take the process's group along each dimension of the mesh, and the device on which they communicate."""
+    Args:
+        groups: This process's group along each dimension of the mesh.
+        device: The device on which the processes communicate.
+        replicated: Whether every process holds whole parameters; False where each holds shards of them.
+    """
+
+    shares_work = True
+
+    def __init__(
+        self, groups: Sequence[dist.ProcessGroup], device: torch.device | str, *, replicated: bool = True
+    ) -> None:
         self.groups = list(groups)
         self.device = device
+        self.replicated = replicated
         self.place: Place = tuple(group.rank() for group in groups)
         self.places: list[Place] = list(product(*(range(group.size()) for group in groups)))
-        self._known: list[BaseException] = []
-        """What was raised on all processes alike."""
+        self._shared_errors: list[BaseException] = []
+        """Errors that all processes have raised alike."""
 
     @classmethod
     def of_mesh(cls, mesh: DeviceMesh) -> Ranks:
-        """Return the processes of a device mesh."""
-        return cls([mesh.get_group(dimension) for dimension in range(mesh.ndim)], mesh.device_type)
+        """Return the processes that hold the shards of a model on a device mesh."""
+        groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+        return cls(groups, mesh.device_type, replicated=False)
 
     @property
-    def leads(self) -> bool:
-        """True for the first process, whose value the others take over."""
+    def is_first(self) -> bool:
+        """True on the process whose values the others take over."""
         return self._is_me(self.places[0])
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all(self) -> Iterator[None]:
         """Raise on every process what one of them raises inside; all must come to the end of it, or fail."""
         try:
             yield
         except Exception as error:
-            if not self._is_known(error):
-                self._settle(error)
+            if not self._is_shared(error):
+                self._exchange_failures(error)
             raise
-        self._settle(None)
+        self._exchange_failures(None)
 
-    def ready(self) -> None:
-        """Raise what another process has failed with, if one has; all must call it, before what all must do together."""
-        self._settle(None)
+    def raise_pending(self) -> None:
+        """Raise the error of another process, if one has failed."""
+        self._exchange_failures(None)
 
-    def agree(self, value: Any) -> Any:
-        """Return the first process's value, which must be one that pickle takes."""
-        self.ready()
-        return self._told(value, self.places[0])
+    def broadcast_object(self, value: Any) -> Any:
+        """Return the first process's value, which must be picklable."""
+        self.raise_pending()
+        return self._broadcast_value(value, self.places[0])
 
     def check_same(self, value: object, message: str) -> None:
-        """Raise ModelError on every process unless all have an equal value, which must be one that pickle takes."""
-        first = self.agree(value)
+        """Raise ModelError with a message, on every process, unless all have an equal value, which must be picklable."""
+        first = self.broadcast_object(value)
         differs = torch.tensor(float(first != value), device=self.device)
         for group in self.groups:
             dist.all_reduce(differs, group=group)
         if differs > 0:
-            raise self._knowing(ModelError(message))
+            raise self._shared(ModelError(message))
 
-    def level(self, tensors: Iterable[Tensor]) -> None:
-        """Give plain tensors, which every process has computed by itself, the first process's values, in place."""
-        self.ready()
-        for tensor in tensors:
-            told = self._sent(tensor.detach(), tensor.shape, tensor.dtype, self.places[0])
-            tensor.copy_(told)
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite plain tensors, which every process has computed by itself, with the first process's values.
 
-    def spread(self, tasks: Sequence[Task]) -> Iterator[tuple[Tensor, ...]]:
+        Shards differ between processes and come from values that were gathered, so those are left as they are.
+        """
+        self.raise_pending()
+        for tensor in tensors if self.replicated else ():
+            tensor.copy_(self._broadcast_tensor(tensor.detach(), tensor.shape, tensor.dtype, self.places[0]))
+
+    def map_tasks(self, tasks: Sequence[Task]) -> Iterator[tuple[Any, ...]]:
         """Do every task on one process and give all the results, as many at once as there are processes.
 
-        Beside its shards a process holds what its own task reads, one more task's for a moment, and the results.
+        Beside its shards a process holds the inputs of its own task, those of one more task for a moment, and the results.
 
         Raises:
-            TdfxError: A task failed; every process raises what the one that did the task did.
+            TdfxError: A task failed; every process raises what the process that did the task raised.
         """
         for start in range(0, len(tasks), len(self.places)):
             yield from self._round(tasks[start : start + len(self.places)])
 
-    def _round(self, tasks: Sequence[Task]) -> list[tuple[Tensor, ...]]:
-        self.ready()
-        mine: tuple[Tensor, ...] | Exception = ()
-        inputs: tuple[Tensor, ...] = ()
-        task = None
-        for place, one in zip(self.places, tasks, strict=False):
-            read = tuple(full(tensor) for tensor in one.reads)
+    def _round(self, tasks: Sequence[Task]) -> list[tuple[Any, ...]]:
+        """Do at most one task on each process; return the results of all."""
+        self.raise_pending()
+        result: tuple[Any, ...] | Exception = ()
+        own_task: Task | None = None
+        own_inputs: tuple[Tensor, ...] = ()
+        for place, task in zip(self.places, tasks, strict=False):
+            inputs = tuple(full(tensor) for tensor in task.reads)
             if self._is_me(place):
-                task, inputs = one, read
-            del read
-        if task is not None:
+                own_task, own_inputs = task, inputs
+            del inputs
+        if own_task is not None:
             try:
-                mine = task.work(*inputs)
-            except Exception as error:  # the other processes wait for this one: they must hear of it, whatever it is
-                mine = error
-        return [self._result(mine, place) for place, _ in zip(self.places, tasks, strict=False)]
+                result = own_task.work(*own_inputs)
+            except Exception as error:  # whatever it is: the other processes wait for this result
+                result = error
+        return [self._broadcast_result(result, place) for place, _ in zip(self.places, tasks, strict=False)]
 
-    def _result(self, mine: tuple[Tensor, ...] | Exception, owner: Place) -> tuple[Tensor, ...]:
-        """Return what the owner's task gave, or raise what it raised."""
-        note: Any = _sendable(mine) if isinstance(mine, Exception) else [(one.shape, one.dtype) for one in mine]
-        note = self._told(note, owner)
-        if isinstance(note, Exception):
-            raise self._knowing(mine if self._is_me(owner) and isinstance(mine, Exception) else note)
-        own = mine if self._is_me(owner) and isinstance(mine, tuple) else ()
+    def _broadcast_result(self, result: tuple[Any, ...] | Exception, owner: Place) -> tuple[Any, ...]:
+        """Return the result of the owner's task, or raise its error; tensors are sent as tensors, the rest is pickled."""
+        if isinstance(result, Exception):
+            header: Any = _picklable(result)
+        else:
+            header = [_TensorHeader(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in result]
+        header = self._broadcast_value(header, owner)
+        if isinstance(header, Exception):
+            raise self._shared(result if self._is_me(owner) and isinstance(result, Exception) else header)
+        values = result if self._is_me(owner) and isinstance(result, tuple) else (None,) * len(header)
         return tuple(
-            self._sent(own[index] if own else None, shape, dtype, owner) for index, (shape, dtype) in enumerate(note)
+            self._broadcast_tensor(value, part.shape, part.dtype, owner) if isinstance(part, _TensorHeader) else part
+            for value, part in zip(values, header, strict=True)
         )
 
-    def _settle(self, mine: Exception | None) -> None:
-        """Tell the others whether this process has failed, and raise what another has failed with."""
-        failed = torch.tensor(float(mine is not None), device=self.device)
+    def _exchange_failures(self, error: Exception | None) -> None:
+        """Tell the other processes whether this one has failed; raise the error of another that has."""
+        failed = torch.tensor(float(error is not None), device=self.device)
         for group in self.groups:
             dist.all_reduce(failed, group=group)
         if failed == 0:
             return
-        said: list[Any] = [None if mine is None else (dist.get_rank(), type(mine).__name__, str(mine))]
+        failures: list[Any] = [None if error is None else (dist.get_rank(), type(error).__name__, str(error))]
         for group in self.groups:
             gathered: list[Any] = [None] * group.size()
-            dist.all_gather_object(gathered, said, group=group)
-            said = [one for part in gathered for one in part if one is not None]
-        if mine is None:
-            rank, name, text = min(said)
-            # Of the same class, so that a caller catches it on every process.
-            raise self._knowing(class_named(name)(_told_of(rank, name, text)))
+            dist.all_gather_object(gathered, failures, group=group)
+            failures = [failure for part in gathered for failure in part if failure is not None]
+        if error is None:
+            rank, name, text = min(failures)
+            # The class is the same on all processes, so that a caller catches the error on each.
+            raise self._shared(class_named(name)(_remote_message(rank, name, text)))
 
-    def _knowing(self, error: Exception) -> Exception:
-        """Return an error that all processes raise, so that none need tell the others of it."""
-        self._known.append(error)
+    def _shared(self, error: Exception) -> Exception:
+        """Return an error that all processes raise, so that none needs to tell the others of it."""
+        self._shared_errors.append(error)
         return error
 
-    def _is_known(self, error: BaseException | None) -> bool:
-        """Return True for what all processes raise, or raise in consequence."""
+    def _is_shared(self, error: BaseException | None) -> bool:
+        """Return True for an error that all processes raise, and for one that it caused."""
         while error is not None:
-            if any(error is one for one in self._known):
+            if any(error is shared for shared in self._shared_errors):
                 return True
             error = error.__cause__ or error.__context__
         return False
 
-    def _told(self, value: Any, owner: Place) -> Any:
-        """Return the owner's value: along each dimension of the mesh from its place there."""
-        held = [value]
+    def _broadcast_value(self, value: Any, owner: Place) -> Any:
+        """Return the owner's value, sent along each dimension of the mesh in turn."""
+        box = [value]
         for dimension, place in enumerate(owner):
-            dist.broadcast_object_list(held, group=self.groups[dimension], group_src=place)
-        return held[0]
+            dist.broadcast_object_list(box, group=self.groups[dimension], group_src=place)
+        return box[0]
 
-    def _sent(self, mine: Tensor | None, shape: Sequence[int], dtype: torch.dtype, owner: Place) -> Tensor:
-        if mine is None:
+    def _broadcast_tensor(self, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype, owner: Place) -> Tensor:
+        """Return the owner's tensor; ``value`` is None on the other processes."""
+        if value is None:
             tensor = torch.empty(tuple(shape), dtype=dtype, device=self.device)
         else:
-            tensor = mine.to(self.device).contiguous()
+            tensor = value.to(self.device).contiguous()
         for dimension, place in enumerate(owner):
             dist.broadcast(tensor, group=self.groups[dimension], group_src=place)
         return tensor
@@ -173,12 +193,20 @@ class Ranks:
         return self.place == place
 
 
-def _told_of(rank: int, name: str, text: str) -> str:
+@dataclass(frozen=True, slots=True)
+class _TensorHeader:
+    """Shape and dtype of a tensor that is sent next."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _remote_message(rank: int, name: str, text: str) -> str:
     return f"Process {rank} could not go on, so nothing was changed on any process. It says: {name}: {text}"
 
 
-def _sendable(error: Exception) -> Exception:
-    """Return an error as it is where it can be sent, or else one of tdfx that says the same."""
+def _picklable(error: Exception) -> Exception:
+    """Return an error as it is where it can be pickled, else a TdfxError with its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # a user's class may raise anything here

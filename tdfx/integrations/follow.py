@@ -1,4 +1,4 @@
-"""The form of a module, dense here and factorized there, following what is loaded into it."""
+"""Give a module the form of a checkpoint before it is loaded: some sites factorized, the others dense."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tdfx.api import merge, rewrite
 from tdfx.errors import CheckpointError, OptimizerError
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
-from tdfx.plans.plan import Plan, SitePlan
+from tdfx.plans.plan import Plan
 from tdfx.wrappers.in_place import replace_in_place
 
 Names = list[list[list[str | None]]]
-"""For each optimizer and each of its groups, the names of what it holds, in order; None for what is not the model's."""
+"""The names of the parameters in each group of each optimizer, in order; None for one that is not the model's."""
 
 
 class FollowCheckpoint:
-    """A hook of ``load_state_dict`` that gives a module the form of the state that comes, before it is loaded.
+    """A hook before ``load_state_dict`` that gives a module the form of the state that will be loaded.
 
     Args:
-        plan: Returns how the sites that may be factorized are split; None where nothing is known.
-        advice: What to do where factors come and it is not known how they were split.
+        plan: Returns the plan by which sites may be factorized; None if there is none.
+        advice: What the user can do if the state holds factors and it is not known how they were split.
     """
 
     def __init__(self, plan: Callable[[], Plan | None], advice: str) -> None:
@@ -34,31 +34,31 @@ class FollowCheckpoint:
         self.advice = advice
 
     def __call__(self, module: nn.Module, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Look at the keys that come."""
+        """Read from the keys of the state which sites it holds as factors, and factorize those."""
         keys = {key.removeprefix(prefix).replace("_orig_mod.", "") for key in state if key.startswith(prefix)}
-        own = {key.replace("_orig_mod.", "") for key in module.state_dict()}
-        have = _factorized(module)
-        # A state that says nothing of a site leaves it as it is.
-        dense = {path for path, name in have.items() if name in keys}
-        split = {key.rpartition(".factors.")[0] for key in keys - own if ".factors." in key}
-        wanted = (have.keys() - dense) | split
-        if wanted != have.keys():
+        present = {key.replace("_orig_mod.", "") for key in module.state_dict()}
+        factorized = _factorized(module)
+        # A site that the state does not hold stays as it is.
+        dense = {path for path, name in factorized.items() if name in keys}
+        split = {key.rpartition(".factors.")[0] for key in keys - present if ".factors." in key}
+        wanted = (factorized.keys() - dense) | split
+        if wanted != factorized.keys():
             factorize_like(module, self.plan(), wanted, self.advice)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FollowCheckpoint:
-        """Return itself: the copy of a model follows as the model does."""
+        """Return itself: the copy of a model follows the same plan."""
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        """Stay behind where a model is pickled, since what it knows belongs to a trainer."""
-        return _leave, ()
+        """Pickle as a hook that does nothing, since the plan belongs to a trainer."""
+        return _make_empty_hook, ()
 
 
-def _leave() -> Callable[..., None]:
-    return _nothing
+def _make_empty_hook() -> Callable[..., None]:
+    return _do_nothing
 
 
-def _nothing(*arguments: Any) -> None:
+def _do_nothing(*arguments: Any) -> None:
     pass
 
 
@@ -70,93 +70,90 @@ def factorize_like(
     advice: str,
     optimizer: Sequence[Optimizer] = (),
 ) -> None:
-    """Factorize some sites of a module, and no others, in place; what is new among the factors has no values yet.
+    """Factorize exactly the given sites of a module, in place; new factors have no values yet.
 
     Args:
         module: Dense, or with other sites factorized.
-        plan: How to split them.
-        wanted: The paths of the weights to be factorized: of layers, or of parameters where they are a module's own.
-        advice: What to do where the plan does not say.
-        optimizer: What trains the module, without state.
+        plan: How to split the sites.
+        wanted: The sites to factorize: the paths of layers, or of parameters that functions use.
+        advice: What the user can do if the plan does not hold one of the sites.
+        optimizer: The optimizers that train the module, without state.
 
     Raises:
-        CheckpointError: The plan does not say how one of them is split.
+        CheckpointError: The plan does not say how one of the sites is split.
     """
-    names = set(wanted)
-    known = {} if plan is None else {_path(one): one for one in plan.factorized}
-    if unknown := sorted(names - known.keys()):
+    paths = set(wanted)
+    decisions = {} if plan is None else {site.parameter or site.name: site for site in plan.factorized}
+    if unknown := sorted(paths - decisions.keys()):
         raise CheckpointError(
             f"What is loaded into this {type(module).__name__} holds factors of {len(unknown)} sites, {unknown[0]!r} first, "
             f"and it is not known how these were split. {advice}"
         )
-    if names == _factorized(module).keys():
+    if paths == _factorized(module).keys():
         return
     before = dict(module.named_parameters())
-    made = merge(module) if _factorized(module) else module
-    if names and plan is not None:
-        sites = tuple(one for path, one in known.items() if path in names)
-        wish = replace(plan, sites=sites, emit="modules")
-        made = rewrite(made, wish, init="empty", optimizer=optimizer or None)
-    for name, one in made.named_parameters():
-        # Not all that was factorized before and still is need be in what is loaded.
-        if name in before and before[name] is not one and before[name].shape == one.shape:
-            one.copy_(before[name])
-    replace_in_place(module, made)
-
-
-def _path(site: SitePlan) -> str:
-    return site.parameter or site.name
+    changed = merge(module) if _factorized(module) else module
+    if paths and plan is not None:
+        sites = tuple(site for path, site in decisions.items() if path in paths)
+        part = replace(plan, sites=sites, emit="modules")
+        changed = rewrite(changed, part, init="empty", optimizer=optimizer or None)
+    for name, parameter in changed.named_parameters():
+        # Factors that were there before may be missing in what is loaded.
+        if name in before and before[name] is not parameter and before[name].shape == parameter.shape:
+            parameter.copy_(before[name])
+    replace_in_place(module, changed)
 
 
 def _factorized(module: nn.Module) -> dict[str, str]:
-    """Return for each factorized layer of a module the name that its weight has in the dense one."""
-    found = {}
-    for path, one in module.named_modules():
-        if isinstance(one, Factorized):
-            own = path if isinstance(one, FactorizedParameter) else f"{path}.{one.kind.weight}".removeprefix(".")
-            found[path.replace("_orig_mod.", "")] = own.replace("_orig_mod.", "")
-    return found
+    """Return the paths of the factorized layers of a module, each with the name of its weight in the dense module."""
+    names = {}
+    for path, layer in module.named_modules():
+        if isinstance(layer, Factorized):
+            is_parameter = isinstance(layer, FactorizedParameter)
+            name = path if is_parameter else f"{path}.{layer.kind.weight}".removeprefix(".")
+            names[path.replace("_orig_mod.", "")] = name.replace("_orig_mod.", "")
+    return names
 
 
 def names_of(optimizers: Sequence[Optimizer], model: nn.Module) -> Names:
-    """Return what each group of each optimizer holds, by name."""
-    names = {id(one): name for name, one in model.named_parameters()}
+    """Return the names of the parameters in each group of each optimizer."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
-        [[names.get(id(one)) for one in group["params"]] for group in optimizer.param_groups]
+        [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
         for optimizer in optimizers
     ]
 
 
 @torch.no_grad()
-def put_in_order(optimizers: Sequence[Optimizer], saved: Names, model: nn.Module) -> None:
-    """Give groups the order in which they were saved, after an optimizer has taken states by their places.
+def restore_order(optimizers: Sequence[Optimizer], saved: Names, model: nn.Module) -> None:
+    """Put the parameters and states of groups in the order in which they were saved, after states were loaded by position.
 
-    An optimizer that is made over a factorized model may hold its parameters in another order than one that came along
-    with a rewrite, and ``Optimizer.load_state_dict`` goes by places alone.
+    A new optimizer of a factorized model may hold its parameters in another order than one that went through a rewrite, and
+    ``Optimizer.load_state_dict`` assigns states by position only.
 
     Raises:
-        OptimizerError: They hold other parameters than were saved. Then nothing was changed.
+        OptimizerError: The groups hold other parameters than when they were saved. Then nothing was changed.
     """
     now = names_of(optimizers, model)
-    for own, theirs in zip(_flat(now), _flat(saved), strict=False):
-        if sorted(map(str, own)) != sorted(map(str, theirs)):
-            odd = sorted(set(map(str, own)) ^ set(map(str, theirs)))
+    for names, saved_names in zip(_flat(now), _flat(saved), strict=False):
+        if sorted(map(str, names)) != sorted(map(str, saved_names)):
+            odd = sorted(set(map(str, names)) ^ set(map(str, saved_names)))
             raise OptimizerError(
-                f"A parameter group held {len(theirs)} parameters when it was saved and holds {len(own)} now, and "
+                f"A parameter group held {len(saved_names)} parameters when it was saved and holds {len(names)} now, and "
                 f"{', '.join(odd[:1]) or 'one'} is not in both: states would go to other parameters. Make the optimizer "
                 f"with the same groups as in the run that was saved."
             )
-    held = dict(model.named_parameters())
-    known = {id(one) for one in held.values()}
+    parameters = dict(model.named_parameters())
+    in_model = {id(parameter) for parameter in parameters.values()}
     for optimizer, groups in zip(optimizers, saved, strict=False):
         states = {}
-        for group, names in zip(optimizer.param_groups, groups, strict=True):
-            foreign = iter([one for one in group["params"] if id(one) not in known])
-            wanted = [next(foreign) if name is None else held[name] for name in names]
-            for old, new in zip(group["params"], wanted, strict=True):
-                if old in optimizer.state:
-                    states[new] = optimizer.state[old]
-            group["params"][:] = wanted
+        for group, saved_names in zip(optimizer.param_groups, groups, strict=True):
+            foreign = iter([parameter for parameter in group["params"] if id(parameter) not in in_model])
+            ordered = [next(foreign) if name is None else parameters[name] for name in saved_names]
+            for loaded, parameter in zip(group["params"], ordered, strict=True):
+                if loaded in optimizer.state:
+                    states[parameter] = optimizer.state[loaded]
+            group["params"][:] = ordered
         optimizer.state.update(states)
 
 

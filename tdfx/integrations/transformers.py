@@ -10,13 +10,9 @@ import torch
 from torch import nn
 
 from tdfx.checkpoint.sealed_file import read_sealed, write_sealed
-from tdfx.errors import CheckpointError, ModelError
-from tdfx.integrations.adapter import TrainerAdapter
+from tdfx.errors import CheckpointError
+from tdfx.integrations.adapter import TrainerAdapter, steps_per_epoch
 from tdfx.optim.surgery import as_optimizers
-from tdfx.passes.analysis.observe import Inputs
-from tdfx.policies.policy import Policy
-from tdfx.training.switch.switch import Switch
-from tdfx.training.switch.when import When
 from tdfx.wrappers.in_place import InPlaceModule
 
 try:
@@ -29,32 +25,30 @@ except ImportError as error:
     ) from error
 
 FILE = "tdfx.pt"
-"""What a checkpoint's folder holds of the switch."""
-
-_ADVICE = "Give the model their form first: trainer.train(resume_from_checkpoint=callback.resume(trainer, checkpoint))."
+"""The file in a checkpoint's folder that holds the state of the callback."""
 
 
-class SwitchCallback(TrainerCallback):  # type: ignore[misc]
-    """Factorizes what a Transformers ``Trainer`` trains, in the middle of training, and merges it at the end.
+class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
+    """Factorizes the model of a Transformers ``Trainer`` in the middle of training, and merges it at the end.
 
-    The model stays the object that it is, with its class, ``config`` and methods; its layers change. Optimizer, scheduler,
-    gradient accumulation, mixed precision and DDP are the Trainer's as before. A checkpoint that the Trainer writes after
-    the switch holds the factors, and how they were split in a file beside them. To resume one, from before the switch too::
+    The model stays the same object, with its class, ``config`` and methods; only its layers change. Optimizer, scheduler,
+    gradient accumulation, mixed precision and DDP stay the Trainer's. A checkpoint that the Trainer writes after the switch
+    holds the factors, and a file beside them says how they were split. To resume a checkpoint, also one from before the
+    switch::
 
         trainer.train(resume_from_checkpoint=callback.resume(trainer, True))
 
-    After training, ``trainer.save_model()`` and ``model.save_pretrained()`` write a dense model, as ``from_pretrained``
-    takes it.
+    After training, ``trainer.save_model()`` and ``model.save_pretrained()`` write a dense model for ``from_pretrained``.
 
     Args:
         policy: What to rewrite and how far; ``tdfx.Policy()`` if left out.
-        when: ``tdfx.AtStep``, ``tdfx.AtEpoch`` or ``tdfx.Settled``, in optimizer steps; or give ``epoch``.
-        epoch: Whole epochs before the switch, at least 1.
+        when: ``tdfx.AtStep``, ``tdfx.AtEpoch`` or ``tdfx.Settled``, in optimizer steps; or pass ``epoch``.
+        epoch: Epochs before the switch, at least 1.
         merge: Whether to merge at the end of training.
-        example_inputs: What the model is called with, to time its layers; the first batch if left out.
-        options: What else ``tdfx.Switch`` takes: ``rewarm``, ``recompile_seconds``, ``total_steps``. The last is the
-            Trainer's own if left out, so that a switch which would take longer than it saves is not made; with None,
-            switches are not weighed.
+        example_inputs: Inputs of the model, to time its layers; the first batch if left out.
+        options: Other arguments of ``tdfx.Switch``: ``rewarm``, ``recompile_seconds``, ``total_steps``. If the last is left
+            out, it is the Trainer's own number, so that the model is not switched if that takes longer than it saves; with
+            None, it is switched in any case.
 
     Raises:
         PolicyError: A setting is out of range.
@@ -66,61 +60,43 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
         False
     """
 
-    def __init__(
-        self,
-        policy: Policy | None = None,
-        *,
-        when: When | None = None,
-        epoch: int | None = None,
-        merge: bool = True,
-        example_inputs: Inputs | None = None,
-        **options: Any,
-    ) -> None:
-        self._inside = TrainerAdapter(
-            policy,
-            when=when,
-            epoch=epoch,
-            merge=merge,
-            example_inputs=example_inputs,
-            options=options,
-            advice=_ADVICE,
-        )
-        self._resumed = False
+    advice = (
+        "Give the model their form first: trainer.train(resume_from_checkpoint=callback.resume(trainer, checkpoint))."
+    )
 
-    @property
-    def switch(self) -> Switch:
-        """What decides; ``print(callback.switch)`` says what it did."""
-        return self._inside.switch
+    _resumed = False
 
     def resume(self, trainer: Trainer, checkpoint: bool | str | Path = True) -> str:
         """Give a Trainer's model the form that it had in a checkpoint, so that the Trainer can load it.
 
         Args:
-            trainer: Of which this is a callback, before it trains.
+            trainer: The Trainer of this callback, before it trains.
             checkpoint: The checkpoint's folder; True for the last one in the Trainer's ``output_dir``.
 
         Returns:
-            The folder, to be passed on to ``trainer.train(resume_from_checkpoint=...)``.
+            The folder, for ``trainer.train(resume_from_checkpoint=...)``.
 
         Raises:
-            CheckpointError: There is none, or it was written without this callback.
+            CheckpointError: There is no checkpoint, or it was written without this callback.
         """
         folder = get_last_checkpoint(trainer.args.output_dir) if checkpoint is True else str(checkpoint)
         if folder is None:
-            raise CheckpointError(f"There is no checkpoint in {trainer.args.output_dir!r} to be resumed.")
+            raise CheckpointError(
+                f"There is no checkpoint in {trainer.args.output_dir!r}. Pass the folder of one, or train from the start."
+            )
         if not Path(folder, FILE).exists():
             raise CheckpointError(
-                f"{folder!r} holds no {FILE}, so it is not known whether its model is factorized, and how: it was written "
+                f"{folder!r} holds no {FILE}, so it is not known whether and how its model is factorized: it was written "
                 f"without this callback, or the process was killed while it was written. Resume the checkpoint before it."
             )
-        self._inside.load_state_dict(read_sealed(Path(folder, FILE)))
-        self._inside.factorize_as_saved(trainer.model, as_optimizers(trainer.optimizer))
+        self.load_state_dict(read_sealed(Path(folder, FILE)))
+        self.factorize_as_saved(trainer.model, as_optimizers(trainer.optimizer))
         self._resumed = True
         return str(folder)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let the model follow what is loaded into it, such as the best checkpoint at the end."""
-        self._inside.prepare(kwargs["model"])
+        """Let the model take the form of what is loaded into it, such as the best checkpoint at the end."""
+        self.prepare(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,15 +104,15 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
         """Go on from a checkpoint, or begin."""
         if state.global_step and not self._resumed:
             raise CheckpointError(
-                f"The Trainer goes on from step {state.global_step}, of which the callback knows nothing. {_ADVICE}"
+                f"The Trainer goes on from step {state.global_step}, and the callback has no state of that step. "
+                f"{self.advice}"
             )
         self._resumed = False
-        loader, each = kwargs["train_dataloader"], args.gradient_accumulation_steps
-        optimizers = as_optimizers(kwargs["optimizer"])
-        self._inside.begin(
+        loader, accumulated = kwargs["train_dataloader"], args.gradient_accumulation_steps
+        self.begin(
             InPlaceModule(kwargs["model"]),
-            optimizers,
-            steps_per_epoch=lambda: _steps_per_epoch(loader, each),
+            as_optimizers(kwargs["optimizer"]),
+            steps_per_epoch=lambda: steps_per_epoch(_batches(loader), accumulated),
             steps_left=state.max_steps - state.global_step if state.max_steps > 0 else None,
         )
 
@@ -144,28 +120,26 @@ class SwitchCallback(TrainerCallback):  # type: ignore[misc]
         """Count an optimizer step, and switch if it is time."""
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         autocast = torch.autocast(args.device.type, dtype) if args.bf16 or args.fp16 else None
-        self._inside.step(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]), autocast=autocast)
+        self.step(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]), autocast=autocast)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put what a resumed run needs beside what the Trainer has written."""
+        """Write the state of the callback into the Trainer's checkpoint."""
         if state.is_world_process_zero:
-            write_sealed(self._inside.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
+            write_sealed(self.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Merge."""
-        self._inside.end(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]))
+        self.end(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]))
 
     def _part(self, model: nn.Module) -> InPlaceModule:
-        return InPlaceModule(self._inside.replica or model)
+        return InPlaceModule(self.replica or model)
 
 
-def _steps_per_epoch(loader: Any, accumulated: int) -> int:
+def _batches(loader: Any) -> float:
+    """Return how many batches a loader has; infinity if it has no length."""
     try:
-        return math.ceil(len(loader) / accumulated)
-    except TypeError as error:
-        raise ModelError(
-            "The training data have no length, so it is not known how many steps an epoch has. Pass when=tdfx.AtStep(...) "
-            "in place of epoch=."
-        ) from error
+        return len(loader)
+    except TypeError:
+        return math.inf

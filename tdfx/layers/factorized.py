@@ -17,6 +17,7 @@ from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import kind_of, operation_of
 from tdfx.kinds.stock import build_layer
 from tdfx.layers.copying import HOOKS, shell_of, structural_copy
+from tdfx.layers.frozen import FROZEN_FACTORS, frozen_indices
 from tdfx.layers.placement import full, is_sharded, shard_like
 from tdfx.ranks.spectrum import working_dtype
 
@@ -33,14 +34,6 @@ class Origin:
     """The ranks it was split at, in the scheme's order."""
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
-class FrozenFactors:
-    """Which factors a schedule keeps from training for now; copies of a layer that share its factors share this too."""
-
-    indices: frozenset[int] = frozenset()
-    """Their places among the factors. What ``requires_grad`` says of them is the schedule's word, not the user's."""
-
-
 class Factorized(nn.Module):
     """A chain of small layers in place of one convolution or linear layer.
 
@@ -51,13 +44,11 @@ class Factorized(nn.Module):
 
     factors: nn.Sequential
     origin: Origin
-    rest: FrozenFactors
 
     def __init__(self, factors: nn.Sequential, origin: Origin) -> None:
         super().__init__()
         self.factors = factors
         self.origin = origin
-        self.rest = FrozenFactors()
 
     @classmethod
     def of(cls, layer: nn.Module, scheme: Scheme, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
@@ -181,7 +172,7 @@ class Factorized(nn.Module):
         made = cast("Factorized", structural_copy(self))
         chain = self.scheme.chain(self.operation, ranks)
         made.factors = _build_chain(chain, weights, self.bias, self.kernel_factor, self.trains)
-        made.rest = FrozenFactors()
+        made.__dict__.pop(FROZEN_FACTORS, None)  # of the new factors none is frozen for now
         made.origin = replace(self.origin, ranks=tuple(ranks))
         return made.train(self.training)
 
@@ -198,8 +189,8 @@ class Factorized(nn.Module):
 
     @property
     def trains(self) -> bool:
-        """Whether the dense weight would train: as the factor with the kernel does, or will when it has rested."""
-        return self.kernel_factor.requires_grad or self.kernel_index in self.rest.indices
+        """Whether the dense weight would train: whether the factor with the kernel does, or is only frozen for now."""
+        return self.kernel_factor.requires_grad or self.kernel_index in frozen_indices(self)
 
     def extra_repr(self) -> str:
         """Name the original, the scheme and the ranks."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tdfx.onnx_proof.graph import Graph
 
 
-class _Reader(NamedTuple):
+class _Consumer(NamedTuple):
     """What reads the two values that must be partners."""
 
     text: str
@@ -28,7 +28,7 @@ class _Pair(NamedTuple):
 
     value: str
     other: str
-    reader: _Reader
+    consumer: _Consumer
 
 
 @dataclass(slots=True)
@@ -59,9 +59,9 @@ class Walk:
 def walk(model: Graph, reference: Graph) -> Walk:
     """Pair the values of two graphs with equally many outputs, starting from the outputs."""
     state = Walk(model, reference)
-    reader = _Reader("the graph's outputs")
+    consumer = _Consumer("the graph's outputs")
     waiting = [
-        _Pair(output.name, other.name, reader) for output, other in zip(model.outputs, reference.outputs, strict=True)
+        _Pair(output.name, other.name, consumer) for output, other in zip(model.outputs, reference.outputs, strict=True)
     ]
     while waiting and state.conflict is None:
         pair = waiting.pop()
@@ -69,7 +69,7 @@ def walk(model: Graph, reference: Graph) -> Walk:
             continue
         reason = _contradiction(state, pair.value, pair.other)
         if reason is not None:
-            state.conflict = Difference(f"{pair.reader.text}: {reason}", pair.reader.node, pair.reader.other)
+            state.conflict = Difference(f"{pair.consumer.text}: {reason}", pair.consumer.node, pair.consumer.other)
         else:
             waiting.extend(_join_producers(state, pair.value, pair.other))
     return state
@@ -109,7 +109,7 @@ def _join_producers(state: Walk, value: str, other: str) -> list[_Pair]:
     for output, other_output in zip(node.outputs, counterpart.outputs, strict=True):
         state.join(output, other_output)  # all at once, so that two nodes can never share one partner
     return [
-        _Pair(argument, other_argument, _Reader(f"argument {position} of node {node}", index, partner))
+        _Pair(argument, other_argument, _Consumer(f"argument {position} of node {node}", index, partner))
         for position, (argument, other_argument) in enumerate(zip(node.inputs, counterpart.inputs, strict=True))
         if argument  # the labels of the nodes are equal, so both leave out the same arguments
     ]

@@ -8,21 +8,20 @@ and to go on averaging those with the model's would destroy both.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tdfx.distributed.processes import Processes
 from tdfx.errors import ModelError
 from tdfx.layers.factorized import kernel_factor, like_parameter
 from tdfx.layers.placement import full, shard_like
 from tdfx.optim.surgery import Exchange
 from tdfx.ranks.spectrum import working_dtype
 from tdfx.wrappers.unwrap import Wrapped, unwrap
-
-Level = Callable[[Iterable[Tensor]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +34,16 @@ class Averaged:
     """The averaged copy."""
 
     @torch.no_grad()
-    def follow(self, model: nn.Module, made: nn.Module, exchanges: Sequence[Exchange], level: Level) -> nn.Module:
+    def follow(
+        self, model: nn.Module, made: nn.Module, exchanges: Sequence[Exchange], processes: Processes
+    ) -> nn.Module:
         """Return what the average is to hold once its model has become another; nothing is changed.
 
         Args:
             model: The model of before.
             made: What came of it; what both share is the same objects in both.
             exchanges: What leaves the model and what takes its place.
-            level: Gives values that each process works out by itself the same bits on all.
+            processes: The processes that train the model.
         """
         names = _names(model)
         own = _tensors(self.inside.model)
@@ -50,7 +51,7 @@ class Averaged:
         for exchange in exchanges:
             before = [cast("nn.Parameter", own[names[id(one)]]) for one in exchange.old]
             values = exchange.carrier.iterate(tuple(_wide(one) for one in before))
-            level(values)
+            processes.broadcast_tensors(values)
             like = kernel_factor(before)
             for parameter, value in zip(exchange.new, values, strict=True):
                 placed = shard_like(like_parameter(value, like), like)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from tdfx.errors import TdfxWarning
@@ -15,7 +15,6 @@ from tdfx.layers.placement import own_attributes
 from tdfx.optim.averages import Averaged, averaged_of, holders_of
 from tdfx.optim.gradients import carry_gradients
 from tdfx.optim.masters import Masters, as_masters
-from tdfx.optim.states import second_moment
 from tdfx.optim.surgery import Exchange, as_optimizers, check_homes, prepare
 from tdfx.wrappers.unwrap import Wrapped
 
@@ -35,16 +34,11 @@ class Companions:
         optimizers, holders = as_optimizers(optimizer), holders_of(averaged)
         found = as_masters(masters, wrapped.model, shards=wrapped.shards)
         # Before anything is done for any of them, which the processes may have to do together.
-        wrapped.check_same(
+        wrapped.processes.check_same(
             (len(optimizers), [type(one.module).__name__ for one in holders], len(found.pairs)),
             "The processes pass different optimizers, averages or masters to tdfx. Pass as many, of the same, on each.",
         )
         return cls(wrapped, optimizers, tuple(averaged_of(one, wrapped.model) for one in holders), found)
-
-    def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return what the optimizers keep of the squares of a parameter's gradient, or of its master's."""
-        trained = (master for own, master in self.masters.pairs if own is parameter)
-        return second_moment(self.optimizers, next(trained, parameter))
 
     def prepare(
         self, made: nn.Module, found: list[Exchange], *, values: bool = True, warn: bool = False
@@ -66,13 +60,14 @@ class Companions:
         if warn and not self.optimizers:
             _warn_of_missing_optimizer(sides.model)
         check_homes(self.optimizers, sides.optimizer)
-        self.wrapped.ready()
+        processes = self.wrapped.processes
+        processes.raise_pending()
         surgery = prepare(self.optimizers, sides.optimizer)
-        self.wrapped.level(surgery.tensors())
+        processes.broadcast_tensors(surgery.tensors())
         if values:
             carry_gradients(sides.every)
         self.masters.without_masters(made, sides)
-        followers = [one.follow(self.wrapped.model, made, sides.model, self.wrapped.level) for one in self.averages]
+        followers = [one.follow(self.wrapped.model, made, sides.model, processes) for one in self.averages]
         result = self.wrapped.wrap(made)
 
         def commit() -> nn.Module:

@@ -72,23 +72,19 @@ class Masters:
             [(one, loaded.get(name, one)) for name, one in found if name in loaded or dense_of.get(name, name) in names]
         )
 
-    def with_masters(self, module: nn.Module) -> None:
-        """Put the masters in the place of the parameters of a module, which must be a copy of ours."""
+    def with_masters(self, module: nn.Module) -> nn.Module:
+        """Return a copy of a module with the masters in the place of its parameters; without masters, itself."""
+        if not self:
+            return module
         stands_for: dict[int, nn.Parameter] = {}
         for parameter, master in self.pairs:
             # Modules take parameters alone, and many loops keep masters as plain tensors.
             own = master if isinstance(master, nn.Parameter) else nn.Parameter(master.detach(), master.requires_grad)
             stands_for[id(parameter)] = own
             self._stand_ins[id(own)] = (parameter, master)
-        _exchange(module, stands_for)
-
-    def lifted_copy(self, module: nn.Module) -> nn.Module:
-        """Return a copy of a module with the masters in the place of its parameters; without masters, itself."""
-        if not self:
-            return module
-        made = structural_copy(module)
-        self.with_masters(made)
-        return made
+        lifted = structural_copy(module)
+        _exchange(lifted, stands_for)
+        return lifted
 
     def detached(self, layer: Factorized) -> Factorized:
         """Return a layer that keeps the masters when those of the model are lowered again."""

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from tdfx.errors import ModelError
-from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.shapes import ObserveInputs
-from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.program import Program
+from tdfx.passes.pipeline import find_sites
 from tdfx.plans.plan import Plan
 from tdfx.report.network import Network, network_of
 from tdfx.report.spectra import SpectrumCurve, curves_of
@@ -50,7 +48,7 @@ def look(model: nn.Module, plan: Plan, *, example_inputs: Inputs | None = None) 
             "The model is sharded by fully_shard, and a report reads whole weights on one process. Make the report from an "
             "unsharded copy, for example one loaded from a checkpoint, or write only plan.to_json()."
         )
-    program = Find()(Trace()(Program(module=wrapped.model)).program).program
+    program = find_sites(wrapped.model)
     if example_inputs is not None:
-        program = ObserveInputs(example_inputs, wrapped.together, wrapped.ready)(program).program
+        program = ObserveInputs(example_inputs)(program).program
     return ModelView(plan=plan, spectra=curves_of(program.sites, plan), network=network_of(program))

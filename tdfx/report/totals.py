@@ -10,7 +10,7 @@ from tdfx.text import short_number
 
 
 @dataclass(frozen=True, slots=True)
-class Total:
+class BeforeAfter:
     """One quantity before and after the rewrite."""
 
     title: str
@@ -32,24 +32,26 @@ class Total:
         return f"{self.after / self.before:.0%} left"
 
 
-def totals_of(plan: Plan) -> list[Total]:
+def totals_of(plan: Plan) -> list[BeforeAfter]:
     """Return the totals that are known: time, parameters, operations, memory."""
     result = []
     if plan.step_seconds is not None and plan.step_seconds_after is not None:
         title = "time of a training step, predicted"
-        result.append(Total(title, plan.step_seconds, plan.step_seconds_after, _milliseconds, is_time=True))
+        result.append(BeforeAfter(title, plan.step_seconds, plan.step_seconds_after, _milliseconds, is_time=True))
     pairs = [(site.seconds_before, site.seconds_after) for site in plan]
     timed = [(before, after) for before, after in pairs if before is not None and after is not None]
     if timed:
         before, after = (sum(times) for times in zip(*timed, strict=True))
         estimated = sum(site.estimated for site in plan)
         sites = f"{len(timed)} measured sites" + (f", {estimated} of them estimated" if estimated else "")
-        result.append(Total(f"time of {sites}, per step", before, after, _milliseconds, is_time=True))
-    result.append(Total("parameters of the model", plan.parameters_before, plan.parameters_after, short_number))
+        result.append(BeforeAfter(f"time of {sites}, per step", before, after, _milliseconds, is_time=True))
+    result.append(BeforeAfter("parameters of the model", plan.parameters_before, plan.parameters_after, short_number))
     if plan.flops_before is not None and plan.flops_after is not None:
-        result.append(Total("FLOPs of the sites, forward", plan.flops_before, plan.flops_after, short_number))
+        result.append(BeforeAfter("FLOPs of the sites, forward", plan.flops_before, plan.flops_after, short_number))
     if plan.memory_before is not None and plan.memory_after is not None:
-        result.append(Total("bytes of the sites in training", plan.memory_before, plan.memory_after, short_number))
+        result.append(
+            BeforeAfter("bytes of the sites in training", plan.memory_before, plan.memory_after, short_number)
+        )
     return result
 
 

@@ -24,7 +24,7 @@ from tdfx.report.files import write_report
 from tdfx.report.model_view import ModelView, look
 from tdfx.report.network_svg import drawings_of
 from tdfx.report.spectra import SpectrumCurve
-from tdfx.report.totals import Total, totals_of
+from tdfx.report.totals import BeforeAfter, totals_of
 from tdfx.text import before_after, milliseconds
 
 _POINTS = 96
@@ -91,7 +91,7 @@ def render_page(view: ModelView) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
+class _TableColumn:
     """One column of the table."""
 
     title: str
@@ -105,31 +105,33 @@ class _Column:
 
 
 _COLUMNS = (
-    _Column("layer", lambda site: f"{site.kind} {'×'.join(map(str, site.shape)) or '?'}"),
-    _Column("scheme", lambda site: site.scheme or "kept"),
-    _Column(
+    _TableColumn("layer", lambda site: f"{site.kind} {'×'.join(map(str, site.shape)) or '?'}"),
+    _TableColumn("scheme", lambda site: site.scheme or "kept"),
+    _TableColumn(
         "ranks", lambda site: "/".join(map(str, site.ranks or ())), lambda site: max(site.ranks) if site.ranks else None
     ),
-    _Column("error", lambda site: f"{site.error:.1%}" if site.error is not None else "", lambda site: site.error),
-    _Column(
+    _TableColumn("error", lambda site: f"{site.error:.1%}" if site.error is not None else "", lambda site: site.error),
+    _TableColumn(
         "parameters",
         lambda site: before_after(site.parameters_before, site.parameters_after),
         lambda site: site.parameters_before,
     ),
-    _Column("FLOPs", lambda site: before_after(site.flops_before, site.flops_after), lambda site: site.flops_before),
-    _Column(
+    _TableColumn(
+        "FLOPs", lambda site: before_after(site.flops_before, site.flops_after), lambda site: site.flops_before
+    ),
+    _TableColumn(
         "ms",
         lambda site: milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated),
         lambda site: site.seconds_before,
     ),
-    _Column("gain", lambda site: f"{site.gain:.2f}×" if site.gain is not None else "", lambda site: site.gain),
-    _Column(
+    _TableColumn("gain", lambda site: f"{site.gain:.2f}×" if site.gain is not None else "", lambda site: site.gain),
+    _TableColumn(
         "why", lambda site: site.note if site.factorized else ": ".join(filter(None, (str(site.reason), site.note)))
     ),
 )
 
 
-def _row(site: SitePlan, columns: list[_Column]) -> dict[str, Any]:
+def _row(site: SitePlan, columns: list[_TableColumn]) -> dict[str, Any]:
     cells = []
     for column in columns:
         text = column.text(site)
@@ -141,7 +143,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else repr(float(value))
 
 
-def _bar_percent(total: Total, value: float) -> str:
+def _bar_percent(total: BeforeAfter, value: float) -> str:
     """Return the length of a bar in percent of the longer one."""
     return f"{100 * value / max(total.before, total.after, 1e-300):.1f}"
 

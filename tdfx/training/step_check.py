@@ -1,4 +1,4 @@
-"""What a plan predicted of the training step, held against the step as it is timed."""
+"""``check_step``: compare the training step that a plan predicted with one that is timed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tdfx.cost.timing import take_turns
 from tdfx.errors import PlanError
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.sandbox import isolated
-from tdfx.passes.planning.step import TrainingStep
+from tdfx.passes.planning.step_time import TrainingStep
 from tdfx.plans.plan import Plan
 from tdfx.wrappers.unwrap import unwrap
 
@@ -24,16 +24,16 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCheck:
-    """How long a training step takes before and after a rewrite, and what was predicted."""
+    """The times of a training step before and after a rewrite, and the predicted time."""
 
     seconds_before: float
     """Median time of the dense model's step, in seconds."""
     seconds_after: float
     """Median time of the rewritten model's step, in seconds."""
     seconds_predicted: float
-    """What the plan predicts for the latter: the former, less what its sites save."""
+    """Predicted time of the rewritten model's step, in seconds: the dense time minus what the plan's sites save."""
     estimated: int = 0
-    """How many of the sites that are factorized the plan had no time to measure: what those save is an estimate."""
+    """Number of factorized sites that the plan did not measure; what they save is an estimate."""
 
     @property
     def speedup(self) -> float:
@@ -47,7 +47,7 @@ class StepCheck:
 
     @property
     def off(self) -> float:
-        """How far the prediction is from the time: 0.1 for one that is 10 percent too long, -0.1 for too short."""
+        """Relative error of the predicted time: 0.1 if it is 10 percent too long, -0.1 if it is 10 percent too short."""
         return self.seconds_predicted / self.seconds_after - 1
 
     def __str__(self) -> str:
@@ -68,19 +68,19 @@ def check_step(
     autocast: torch.dtype | None = None,
     rounds: int = 5,
 ) -> StepCheck:
-    """Time real training steps, dense and rewritten in turns, and hold the plan's prediction against them.
+    """Time real training steps of the dense and the rewritten model by turns, and compare them with the plan's prediction.
 
-    Each step is forward, backward and the optimizer's, on deep copies: the models are left as they were. For the time of
-    this call, memory holds both with gradients and optimizer state.
+    Each step is a forward pass, a backward pass and an optimizer step, on deep copies: the models are left as they were.
+    During the call, memory holds both copies with gradients and optimizer state.
 
     Args:
-        plan: One whose sites were measured: made with example inputs and a cost that measures.
-        model: What ``rewrite`` made by it.
+        plan: A plan whose sites were measured: made with example inputs and a cost that measures.
+        model: The model that ``rewrite`` made by it.
         example_inputs: As for ``plan``.
-        dense: The model of before; what ``merge`` gives if left out.
+        dense: The model before the rewrite; what ``merge`` returns if left out.
         optimizer: Makes an optimizer for given parameters; SGD with momentum if left out.
-        autocast: What the training loop's autocast computes in; None for none.
-        rounds: Undisturbed steps to time of each, at least 1.
+        autocast: The dtype of the training loop's autocast; None for no autocast.
+        rounds: Undisturbed steps to time of each model, at least 1.
 
     Raises:
         PlanError: The plan has no measured times.
@@ -88,38 +88,37 @@ def check_step(
         InputError: The model does not run on the inputs in train mode.
     """
     # A site that the example inputs do not reach has no times, and is predicted to save none.
-    if plan.factorized and all(one.seconds_after is None for one in plan.factorized):
+    if plan.factorized and all(site.seconds_after is None for site in plan.factorized):
         raise PlanError(
             "This plan has no measured times, so it predicts nothing that could be checked. Make it with example_inputs=... "
             "and a cost that measures, Policy(cost=tdfx.Measured())."
         )
-    before = unwrap(merge(model) if dense is None else dense).model
-    steps = [_RealStep(one, example_inputs, optimizer, autocast) for one in (before, unwrap(model).model)]
+    models = unwrap(merge(model) if dense is None else dense).model, unwrap(model).model
+    steps = [_FullStep(each, example_inputs, optimizer, autocast) for each in models]
     with isolated(steps[0].step.module):
-        first, second = take_turns([one.run for one in steps], device=steps[0].step.device, rounds=rounds)
+        before, after = take_turns([step.run for step in steps], device=steps[0].step.device, rounds=rounds)
     return StepCheck(
-        seconds_before=first.seconds,
-        seconds_after=second.seconds,
-        seconds_predicted=plan.predicted_seconds(first.seconds),
-        estimated=sum(one.estimated for one in plan.factorized),
+        seconds_before=before.seconds,
+        seconds_after=after.seconds,
+        seconds_predicted=plan.predicted_seconds(before.seconds),
+        estimated=sum(site.estimated for site in plan.factorized),
     )
 
 
-class _RealStep:
-    """A training step of a deep copy, with the optimizer's."""
+class _FullStep:
+    """A training step of a deep copy of a model, with the optimizer step."""
 
     def __init__(
         self, model: nn.Module, inputs: Inputs, optimizer: MakeOptimizer | None, autocast: torch.dtype | None
     ) -> None:
-        own = copy.deepcopy(model)
-        self.step = TrainingStep(own, inputs, autocast)
-        trained = [one for one in own.parameters() if one.requires_grad]
-        # At a learning rate of zero, values do not run away, however often the same batch is taken.
+        copied = copy.deepcopy(model)
+        self.step = TrainingStep(copied, inputs, autocast)
+        trained = [parameter for parameter in copied.parameters() if parameter.requires_grad]
+        # With a learning rate of zero, values do not diverge, however often the same batch is used.
         self.optimizer = SGD(trained, lr=0.0, momentum=0.9) if optimizer is None else optimizer(trained)
-        self.trained = trained
 
     def run(self) -> None:
-        for parameter, gradient in zip(self.step.wanted, self.step.gradients(), strict=True):
+        for parameter, gradient in zip(self.step.trained, self.step.gradients(), strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()

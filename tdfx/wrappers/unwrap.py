@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from tdfx.distributed.processes import Agree, Lead, Ready, Spread, Together, alone, itself, unasked
+from tdfx.distributed.processes import Processes, Solo
 from tdfx.errors import ModelError
 from tdfx.wrappers.compiled import Compiled, compile_in_place, compile_settings_of, is_wrapped, wrap_compiled
 from tdfx.wrappers.in_place import InPlaceModule
-
-
-def _trusted(value: object, message: str) -> None:
-    """Trust the only process there is."""
-
-
-def _left(tensors: Iterable[Tensor]) -> None:
-    """Leave the tensors of the only process there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +25,10 @@ class Wrapped:
     """The model itself."""
     wrap: Callable[[nn.Module], nn.Module]
     """Wraps another model as this one was, with the same settings."""
-    spread: Spread = alone
-    """How the processes that train the model share work, so that each has the same bits."""
-    agree: Agree = itself
-    """From a value of plain types that each process has, to that of the first process; all must call it."""
-    check_same: Callable[[object, str], None] = _trusted
-    """Raises ModelError with a message on every process unless all have an equal value; all must call it."""
-    level: Callable[[Iterable[Tensor]], None] = _left
-    """Gives tensors that each process has computed the bits of the first process; all must call it."""
-    together: Together = nullcontext
-    """Makes a context in which what one process raises is raised on all; all must enter and leave it."""
-    ready: Ready = unasked
-    """Raises what another process has failed with; all must call it, before what they must do together."""
+    processes: Processes = field(default_factory=Solo)
+    """The processes that train the model together."""
     shards: bool = False
     """True if each process holds a part of every parameter."""
-    lead: Lead = field(default_factory=Lead)
-    """Lets the first process do what all need not do."""
 
 
 def unwrap(model: nn.Module) -> Wrapped:
@@ -74,25 +53,16 @@ def unwrap(model: nn.Module) -> Wrapped:
         from tdfx.distributed.ddp import Replicas  # as below
 
         ranks = Replicas.ranks_of(model)
-        with ranks.together():
-            inner, replicas, again = unwrap(model.module), Replicas(model, ranks), compile_settings_of(model)
+        with ranks.raise_on_all():
+            inner, replicas = unwrap(model.module), Replicas(model, ranks)
+            recompile = compile_settings_of(model)
 
-        def wrap(made: nn.Module) -> nn.Module:
-            found = replicas.wrap(inner.wrap(made))
-            compile_in_place(found, again)
-            return found
+        def wrap(rewritten: nn.Module) -> nn.Module:
+            wrapped = replicas.wrap(inner.wrap(rewritten))
+            compile_in_place(wrapped, recompile)
+            return wrapped
 
-        return replace(
-            inner,
-            wrap=wrap,
-            spread=ranks.spread,
-            agree=ranks.agree,
-            check_same=ranks.check_same,
-            level=ranks.level,
-            lead=Lead(ranks.agree, ranks.leads),
-            together=ranks.together,
-            ready=ranks.ready,
-        )
+        return replace(inner, wrap=wrap, processes=ranks)
     _refuse(model)
     compiled = Compiled.of(model)
     if any(_is_a(one, "FSDPModule") for one in model.modules()):
@@ -105,17 +75,11 @@ def unwrap(model: nn.Module) -> Wrapped:
         from tdfx.distributed.fsdp import Sharded  # it takes longer to import than all of tdfx
 
         sharded = Sharded(model)
-        ranks = sharded.ranks
         return Wrapped(
             sharded.plain,
-            lambda made: compiled.again(sharded.shard(made)),
-            spread=ranks.spread,
-            agree=ranks.agree,
-            check_same=ranks.check_same,
-            together=ranks.together,
-            ready=ranks.ready,
+            lambda rewritten: compiled.again(sharded.shard(rewritten)),
+            processes=sharded.ranks,
             shards=True,
-            lead=Lead(ranks.agree, ranks.leads),
         )
     return Wrapped(compiled.plain(model), compiled.again)
 

@@ -1,7 +1,7 @@
-"""Weight decay of the dense weights that factors stand for.
+"""``FrobeniusDecay``: weight decay of the dense weights for which factors stand.
 
-It hangs on an optimizer and acts inside its ``step``, after the gradients are there and before they are used, so a loop
-needs no other change, and clipping sees nothing of it.
+It acts inside ``optimizer.step()``, before the gradients are used, so a training loop needs no other change and gradient
+clipping is not affected.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from tdfx.errors import ModelError, OptimizerError
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.placement import full, shard_like
-from tdfx.training.methods.hooks import refuse_closure, refuse_fused
+from tdfx.training.methods.step_hooks import groups_by_parameter, refuse_closure, refuse_fused
 
 
 class FrobeniusDecay:
-    """Weight decay of the dense weights that factors stand for, in place of that of the factors themselves.
+    """Weight decay of the dense weights for which factors stand, in place of the decay of the factors.
 
-    Plain weight decay shrinks every factor by itself, which pulls their product towards lower rank and smaller scale than
-    the same decay of the dense weight would, and costs accuracy. This takes the gradient of ``½·|join(factors)|²`` for the
-    same coefficient: each parameter group's own ``weight_decay``, read at every step, so schedulers and settings stay as
-    they are. It acts until ``remove`` is called; make it anew after another rewrite.
+    Plain weight decay shrinks every factor by itself. That pulls their product towards lower rank and smaller scale than the
+    same decay of the dense weight would, and costs accuracy. This uses the gradient of ``½·|join(factors)|²`` with the same
+    coefficient: the ``weight_decay`` of each parameter group, read at every step, so schedulers and settings stay as they
+    are. It acts until ``remove`` is called; make a new one after another rewrite.
 
     Source: Khodak, Tenenholtz, Mackey, Fusi, *Initialization and Regularization of Factorized Neural Layers*, ICLR 2021.
 
@@ -34,7 +34,7 @@ class FrobeniusDecay:
 
     Raises:
         ModelError: The model holds no factorized layer.
-        OptimizerError: The optimizer is of another class, so that it is not known what it makes of ``weight_decay``, or
+        OptimizerError: The optimizer is of another class, for which it is not known how it uses ``weight_decay``, or is
             fused, or holds none of the factors; at a step, that it is given a closure.
 
     Example:
@@ -49,22 +49,22 @@ class FrobeniusDecay:
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, SGD | Adam | AdamW):
             raise OptimizerError(
-                f"tdfx does not know what {type(optimizer).__name__} makes of weight_decay, so it could not put another "
-                f"decay in its place. Use SGD, Adam or AdamW, or set weight_decay=0 for the factors."
+                f"tdfx does not know how {type(optimizer).__name__} uses weight_decay, so it could not put another decay in "
+                f"its place. Use SGD, Adam or AdamW, or set weight_decay=0 for the factors."
             )
         refuse_fused(optimizer)
-        self._layers = [one for one in model.modules() if isinstance(one, Factorized)]
+        self._layers = [module for module in model.modules() if isinstance(module, Factorized)]
         if not self._layers:
             raise ModelError(
-                f"{type(model).__name__} holds no factorized layer whose decay could be another. Pass the model that "
-                f"tdfx.rewrite returned, and make this anew after each rewrite."
+                f"{type(model).__name__} holds no factorized layer whose decay could be replaced. Pass the model that "
+                f"tdfx.rewrite returned, and make a new FrobeniusDecay after each rewrite."
             )
-        held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        held = groups_by_parameter(optimizer)
         if not any(id(weight) in held for layer in self._layers for weight in layer.weights):
             raise OptimizerError(
                 f"The {type(optimizer).__name__} holds none of the factors of this {type(model).__name__}: it trains "
-                f"another model, or wider copies of the parameters, whose decay this does not know. Pass the optimizer that "
-                f"holds the model's own parameters."
+                f"another model, or wider copies of the parameters. Pass the optimizer that holds the model's own "
+                f"parameters."
             )
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -75,32 +75,33 @@ class FrobeniusDecay:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         refuse_closure(args, kwargs)
-        groups = {id(one): group for group in optimizer.param_groups for one in group["params"]}
+        groups = groups_by_parameter(optimizer)
         for layer in self._layers:
             held = [(weight, groups[id(weight)]) for weight in layer.weights if id(weight) in groups]
             if any(group["weight_decay"] and weight.grad is not None for weight, group in held):
-                wanted = _dense_decay(layer)
+                decays = _dense_decay(layer)
                 for weight, group in held:
-                    if weight.grad is not None and id(weight) in wanted:
-                        _exchange_decay(optimizer, weight, wanted[id(weight)], group)
+                    if weight.grad is not None and id(weight) in decays:
+                        _replace_decay(optimizer, weight, decays[id(weight)], group)
 
 
 def _dense_decay(layer: Factorized) -> dict[int, Tensor]:
-    """Return the gradients of half the squared Frobenius norm of the dense weight, by the factor that trains."""
+    """Return the gradients of half the squared Frobenius norm of the dense weight, by the id of each factor that trains."""
     values = [full(weight).requires_grad_(weight.requires_grad) for weight in layer.weights]
     with torch.enable_grad():
         half = 0.5 * layer.join(*values).abs().square().sum()
-    found = iter(torch.autograd.grad(half, [one for one in values if one.requires_grad]))
-    return {id(weight): shard_like(next(found), weight) for weight in layer.weights if weight.requires_grad}
+    trained = [weight for weight in layer.weights if weight.requires_grad]
+    gradients = torch.autograd.grad(half, [value for value in values if value.requires_grad])
+    return {id(weight): shard_like(gradient, weight) for weight, gradient in zip(trained, gradients, strict=True)}
 
 
-def _exchange_decay(optimizer: Optimizer, weight: nn.Parameter, wanted: Tensor, group: dict[str, Any]) -> None:
-    """Undo beforehand what the step will do for ``weight_decay``, and do what is wanted instead."""
+def _replace_decay(optimizer: Optimizer, weight: nn.Parameter, decay: Tensor, group: dict[str, Any]) -> None:
+    """Undo in advance what the step will do for ``weight_decay``, and apply another decay instead."""
     assert weight.grad is not None
     rate = float(group["weight_decay"])
     if isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False):
         shrink = 1 - float(group["lr"]) * rate
-        weight.sub_(wanted, alpha=float(group["lr"]) * rate).div_(shrink)
+        weight.sub_(decay, alpha=float(group["lr"]) * rate).div_(shrink)
     else:
         sign = -1 if group.get("maximize", False) else 1
-        weight.grad.add_(wanted - weight, alpha=sign * rate)
+        weight.grad.add_(decay - weight, alpha=sign * rate)

@@ -1,4 +1,8 @@
-"""What changing ``requires_grad`` in the middle of training asks of the processes that train a model together."""
+"""Change ``requires_grad`` in the middle of training without breaking DistributedDataParallel or FSDP2.
+
+DDP waits for the gradients of the parameters that required some when the wrapper was made, so it has to be set up again.
+FSDP2 takes over what requires a gradient from its shards, so the change must be made on those.
+"""
 
 from __future__ import annotations
 
@@ -14,45 +18,46 @@ from tdfx.errors import ModelError, TdfxWarning
 from tdfx.layers.placement import is_sharded
 
 
-class Processes:
-    """The wrappers of a model that have to hear of it when other parameters train."""
+class GradientWrappers:
+    """The wrappers in or around a model that depend on which parameters require gradients.
+
+    Make it on every process.
+
+    Raises:
+        ModelError: The model is no module, or in a wrapper that cannot be set up for other parameters.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        """Look for wrappers, on every process.
-
-        Raises:
-            ModelError: The model is no module, or in a wrapper that cannot be set up for other parameters.
-        """
         if not isinstance(model, nn.Module):
             raise ModelError(
                 f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module that you train."
             )
         modules = list(model.modules())
-        if any(_is_a(one, "FullyShardedDataParallel") for one in modules):
+        if any(_is_a(module, "FullyShardedDataParallel") for module in modules):
             raise ModelError(
                 "The model is wrapped in FullyShardedDataParallel, which keeps the weights as slices of one flat parameter "
                 "that trains as a whole. Shard it with torch.distributed.fsdp.fully_shard instead."
             )
-        self._replicas = [one for one in modules if isinstance(one, DistributedDataParallel)]
-        self._shards: list[Any] = [one for one in modules if _is_a(one, "FSDPModule")]
+        self._replicas = [module for module in modules if isinstance(module, DistributedDataParallel)]
+        self._shards: list[Any] = [module for module in modules if _is_a(module, "FSDPModule")]
         self._ranks: list[Any] = []
         self.reshard()
         if self._replicas:
-            from tdfx.distributed.ddp import Replicas  # as in tdfx.wrappers
+            from tdfx.distributed.ddp import Replicas  # imported late, as in tdfx.wrappers
 
-            self._ranks = [Replicas.ranks_of(one) for one in self._replicas]
-            for one, ranks in zip(self._replicas, self._ranks, strict=True):
-                Replicas(one, ranks)  # raises where it cannot be set up again
+            self._ranks = [Replicas.ranks_of(replica) for replica in self._replicas]
+            for replica, ranks in zip(self._replicas, self._ranks, strict=True):
+                Replicas(replica, ranks)  # raises if the wrapper cannot be set up again
         elif self._shards:
             from tdfx.distributed.ranks import Ranks
 
-            parts = [one for one in model.parameters() if is_sharded(one)]
-            self._ranks = [Ranks.of_mesh(one.device_mesh) for one in parts[:1]]  # type: ignore[attr-defined]
+            sharded = [parameter for parameter in model.parameters() if is_sharded(parameter)]
+            self._ranks = [Ranks.of_mesh(parameter.device_mesh) for parameter in sharded[:1]]  # type: ignore[attr-defined]
         elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
-                f"{type(model).__name__} is not wrapped, and {dist.get_world_size()} processes run. A wrapper that is not "
-                f"known here, or put around it later, would not reduce the gradients of factors that rest when it is made. "
-                f"Pass the DistributedDataParallel model itself.",
+                f"{type(model).__name__} is not wrapped, and {dist.get_world_size()} processes run. A wrapper that tdfx "
+                f"does not know, or that is put around the model later, would not reduce the gradients of factors that are "
+                f"frozen when the wrapper is made. Pass the DistributedDataParallel model itself.",
                 TdfxWarning,
                 stacklevel=3,
             )
@@ -63,20 +68,20 @@ class Processes:
             ranks.check_same(value, f"The processes pass different {what} to tdfx.Freeze. Pass the same ones on each.")
 
     def reshard(self) -> None:
-        """Let sharded modules hold their shards, from which FSDP2 takes over what requires a gradient."""
-        for one in self._shards:
-            one.reshard()
+        """Let sharded modules hold their shards."""
+        for module in self._shards:
+            module.reshard()
 
-    def change(self, requires_grad: Callable[[], bool]) -> None:
-        """Do what changes ``requires_grad``, and set up anew what depends on it, if it says that something changed."""
+    def change(self, set_requires_grad: Callable[[], bool]) -> None:
+        """Call a function that sets ``requires_grad``; set the wrappers up again if it returns that something changed."""
         self.reshard()
-        if requires_grad() and self._replicas:
+        if set_requires_grad() and self._replicas:
             from tdfx.distributed.ddp import renew
 
-            for one in self._replicas:
-                renew(one)
+            for replica in self._replicas:
+                renew(replica)
 
 
 def _is_a(module: nn.Module, kind: str) -> bool:
-    # By name, because importing the class takes longer than all of tdfx.
-    return any(one.__name__ == kind for one in type(module).__mro__)
+    # By name, because importing the class takes longer than importing all of tdfx.
+    return any(base.__name__ == kind for base in type(module).__mro__)

@@ -1,4 +1,4 @@
-"""A short re-warm-up of learning rates after a switch, beside whatever scheduler there is."""
+"""``Rewarm``: a short re-warm-up of learning rates after a switch, independent of the scheduler."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.optim import Optimizer
 
 from tdfx.checks import check_whole, is_number
 from tdfx.errors import OptimizerError, PolicyError
-from tdfx.training.methods.hooks import leave_from_within
+from tdfx.training.methods.step_hooks import remove_within_step
 
 
 class Rewarm:
     """Scales the learning rates of an optimizer for some steps, linearly from ``start`` to 1.
 
-    It acts during ``optimizer.step()`` only: before and after, each group's ``lr`` is what the scheduler set, so schedulers
-    and logs see nothing of it. After its last step it is gone. If a step raises, the rates are put right before the next
+    It acts only during ``optimizer.step()``: before and after, each group's ``lr`` is what the scheduler set, so schedulers
+    and logs do not see it. After its last step it removes itself. If a step raises, the rates are restored before the next
     one.
 
     Args:
@@ -50,15 +50,15 @@ class Rewarm:
         self.steps = steps
         self.start = start
         self._taken = 0
-        self._held: list[tuple[dict[str, Any], Any, Any]] = []
+        self._scaled: list[tuple[dict[str, Any], Any, Any]] = []  # group, its rate, its scaled rate
         before = optimizer.register_step_pre_hook(self._before_step)
-        # What else acts before a step, such as another decay, is to see the rates that the step will use.
+        # Other hooks before a step, such as FrobeniusDecay's, must see the rates that the step will use.
         cast("OrderedDict[int, Any]", optimizer._optimizer_step_pre_hooks).move_to_end(before.id, last=False)
         self._handles = [before, optimizer.register_step_post_hook(self._after_step)]
 
     @property
     def done(self) -> bool:
-        """True after the last step, or once it was removed."""
+        """True after the last step or after ``remove``."""
         return not self._handles
 
     @property
@@ -67,37 +67,38 @@ class Rewarm:
         return 1.0 if self.done else self.start + (1 - self.start) * self._taken / self.steps
 
     def remove(self) -> None:
-        """End the re-warm-up: from now on steps use the full rates."""
+        """End the re-warm-up: steps use the full rates from now on."""
         self._restore()
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far it has come, in plain types."""
+        """Return the settings and the steps taken, in plain types."""
         return {"steps": self.steps, "start": self.start, "taken": self._taken, "done": self.done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave.
+        """Go on from what ``state_dict`` returned.
 
         Raises:
-            PolicyError: It is the state of something else, or of other settings.
+            PolicyError: It is no state of a Rewarm, or one with other settings.
         """
-        found = dict(state) if isinstance(state, Mapping) else {}
-        own = {"steps": self.steps, "start": self.start}
-        taken = found.get("taken")
-        if {key: found.get(key) for key in own} != own or not isinstance(taken, int) or not 0 <= taken <= self.steps:
+        saved = dict(state) if isinstance(state, Mapping) else {}
+        settings = {"steps": self.steps, "start": self.start}
+        taken = saved.get("taken")
+        has_settings = {key: saved.get(key) for key in settings} == settings
+        if not has_settings or not isinstance(taken, int) or not 0 <= taken <= self.steps:
             raise PolicyError(
-                f"This is not the state of a Rewarm with steps={self.steps} and start={self.start}: {found!r}. Make it with "
-                f"the settings that it was saved with."
+                f"This is not the state of a Rewarm with steps={self.steps} and start={self.start}: {saved!r}. Make the "
+                f"Rewarm with the settings with which the state was saved."
             )
-        if self.done and not found.get("done"):
+        if self.done and not saved.get("done"):
             raise PolicyError(
-                "This Rewarm has ended, and the state is of one that has not. Make it anew, then load the state."
+                "This Rewarm has ended, and the state is of one that has not. Make a new Rewarm, then load the state."
             )
         self._restore()
         self._taken = taken
-        if found.get("done"):
+        if saved.get("done"):
             self.remove()
 
     @torch.no_grad()
@@ -108,14 +109,14 @@ class Rewarm:
         for group in optimizer.param_groups:
             rate = group["lr"]
             if isinstance(rate, Tensor):
-                # In place, since a captured or compiled step reads the tensor that it knows; groups may share one.
+                # In place, because a captured or compiled step reads the same tensor again; groups may share one.
                 if id(rate) not in seen:
                     seen.add(id(rate))
                     old = rate.clone()
-                    self._held.append((group, old, rate.mul_(factor).clone()))
+                    self._scaled.append((group, old, rate.mul_(factor).clone()))
             else:
                 group["lr"] = rate * factor
-                self._held.append((group, rate, group["lr"]))
+                self._scaled.append((group, rate, group["lr"]))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.done:
@@ -125,20 +126,20 @@ class Rewarm:
         if self._taken >= self.steps:
             before, after = self._handles
             before.remove()
-            leave_from_within(after, optimizer)
+            remove_within_step(after, optimizer)
             self._handles = []
 
     @torch.no_grad()
     def _restore(self) -> None:
-        """Give groups their rates back, unless another has set them since."""
-        for group, old, scaled in self._held:
-            now = group["lr"]
-            if isinstance(now, Tensor) and isinstance(scaled, Tensor):
-                if torch.equal(now, scaled.to(now.device)):
-                    now.copy_(old)
-            elif not isinstance(now, Tensor) and not isinstance(scaled, Tensor) and now == scaled:
+        """Restore the rates of the groups, except those that were set to another value since."""
+        for group, old, scaled in self._scaled:
+            rate = group["lr"]
+            if isinstance(rate, Tensor) and isinstance(scaled, Tensor):
+                if torch.equal(rate, scaled.to(rate.device)):
+                    rate.copy_(old)
+            elif not isinstance(rate, Tensor) and not isinstance(scaled, Tensor) and rate == scaled:
                 group["lr"] = old
-        self._held = []
+        self._scaled = []
 
 
 def check_rates(optimizer: Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""What a ``Switch`` says of each of its decisions."""
+"""The record of a decision that a ``Switch`` made."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ What = Literal["switched", "waiting", "kept", "too_late"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchEvent:
-    """One thing that a ``Switch`` decided."""
+    """One decision of a ``Switch``."""
 
     step: int
     """Training steps taken by then."""
     what: What
-    """``"switched"``; ``"waiting"``, to be asked again later; ``"kept"`` for good; ``"too_late"``, kept since too few steps
-    are left for a switch to pay."""
+    """``"switched"``; ``"kept"`` for good; ``"too_late"``, kept since too few steps are left for a switch to pay off;
+    ``"waiting"`` occurs only in states that earlier versions saved."""
     sites: tuple[str, ...]
-    """The sites it concerns."""
+    """The sites that the decision concerns."""
     why: str
     """The reason in words."""
 
     def __str__(self) -> str:
-        named = ", ".join(one or "the model itself" for one in self.sites[:3]) + (
+        named = ", ".join(site or "the model itself" for site in self.sites[:3]) + (
             ", ..." if len(self.sites) > 3 else ""
         )
         which = f"{len(self.sites)} site{'s' * (len(self.sites) != 1)} ({named})" if self.sites else "no site"

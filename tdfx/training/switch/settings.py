@@ -1,4 +1,4 @@
-"""The checks of what a ``Switch`` is made with."""
+"""Check the settings of a ``Switch``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tdfx.training.switch.when import When
 def check_settings(
     policy: object, when: object, total_steps: int | None, recompile_seconds: float, rewarm: int
 ) -> None:
-    """Raise PolicyError unless a switch can be made with these."""
+    """Raise PolicyError if a setting is out of range."""
     if not isinstance(policy, Policy):
         raise PolicyError(
-            f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite once it is time, which a plan "
-            f"made now could not know. Pass tdfx.Policy(rank=...)."
+            f"policy={policy!r} is a {type(policy).__name__}: a switch makes its plan later, from the weights of that "
+            f"time, and needs a policy for it. Pass tdfx.Policy(rank=...)."
         )
     if not isinstance(when, get_args(When)):
         raise PolicyError(
@@ -29,8 +29,8 @@ def check_settings(
         check_whole("total_steps", total_steps, "the steps of the whole training", "total_steps=10_000")
     if not (is_number(recompile_seconds) and 0 <= recompile_seconds < math.inf):
         raise PolicyError(
-            f"recompile_seconds={recompile_seconds!r} is not a time of at least 0: it is what compiling the rewritten "
-            f"model takes, in seconds. Leave it out where nothing is compiled."
+            f"recompile_seconds={recompile_seconds!r} is not a time of at least 0: it is the time to compile the "
+            f"rewritten model, in seconds. Leave it out if nothing is compiled."
         )
     if rewarm != 0:
         check_whole("rewarm", rewarm, "the steps of the re-warm-up, or 0 for none", "rewarm=200")

@@ -1,8 +1,11 @@
-"""When to switch from dense to factorized training: one call for each training step, whose state can be saved."""
+"""``Switch``: decides at each training step whether to go from dense to factorized training now.
+
+The order of a decision is: is it time (``when``, ``watch``), what would be switched (a plan), does that pay off
+(``pays_off``), rewrite, and record what was decided (``events``). ``resume`` saves and loads all of it.
+"""
 
 from __future__ import annotations
 
-import glob
 import inspect
 import statistics
 import time
@@ -15,39 +18,32 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import Optimizer
 
-from tdfx.api import plan as make_plan
-from tdfx.api import rewrite
+from tdfx.api import PlannedRewrite, plan_rewrite, rewrite
 from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.analysis.observe import Inputs
-from tdfx.plans.plan import Emit, Plan
+from tdfx.plans.plan import Emit, Plan, Reason
 from tdfx.plans.scalars import Writer, check_writer, log_plan
 from tdfx.policies.policy import Policy
-from tdfx.ranks.budget import Budget
 from tdfx.training.methods.rewarm import Rewarm, check_rates
 from tdfx.training.switch.events import SwitchEvent, What
-from tdfx.training.switch.instalments import left_of, only
-from tdfx.training.switch.outcome import Outcome
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
-from tdfx.training.switch.resume import TIMES, attributes_of, rewarms_of, state_of
+from tdfx.training.switch.resume import TIMES, attributes_of, join_plans, policy_for_rest, rewarms_of, state_of
 from tdfx.training.switch.settings import check_settings
-from tdfx.training.switch.watch import RankWatch, Survey, survey
+from tdfx.training.switch.watch import RankWatch, modelled_seconds, survey
 from tdfx.training.switch.when import Settled, When
 from tdfx.wrappers.unwrap import Wrapped, unwrap
 
-_OWN = ("model", "policy", "example_inputs", "optimizer")
-_PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {*_OWN}
+_PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {"model", "policy", "example_inputs", "optimizer"}
 """Arguments of ``rewrite`` that ``step`` passes on."""
 
 
 class Switch:
-    """Decides after each training step whether to factorize the model now, and does it.
+    """Decides after each training step whether to factorize the model now, and does so.
 
     Call ``step`` once after each optimizer step, before the next backward, and go on with the model that it returns: the
-    same object, but for the few steps that switch. Where sites switch at different steps, a later switch leaves the
-    earlier ones as they are. A rule that sees all sites at once, such as ``Target``, then sees those that switch together. A
-    budget is for the whole model still: each site gets what is best for it in a plan for all that are left, and one that is
-    not needed is asked again with the next that settles.
+    same object, except at the step that switches. There is one switch, for all sites together: what the policy keeps then,
+    for example a site whose weight shows no signal, is kept for good.
 
     To resume, load the state, give a freshly built model the form that ``plan`` says, then load model and optimizer::
 
@@ -59,16 +55,16 @@ class Switch:
     Args:
         policy: What to rewrite and how far; ``Policy()`` for None.
         when: ``AtStep``, ``AtEpoch`` or ``Settled``.
-        total_steps: Steps of the whole training. With it a switch is weighed: what it is predicted to save in the steps
-            that are left against what it takes. Step times are measured; what of a step a plan saves is what it predicts
-            where its sites were measured, else their part of the sites' modelled time, as if nothing else took any. What a
-            switch takes is counted as twice the time of making the plan, since the rewrite does that work again, and
-            ``recompile_seconds``. Measuring layers for the plan then takes at most a hundredth of the time that the steps
-            that are left would take, or the time of thirty steps; what there is no time for is estimated.
-        recompile_seconds: What compiling the model again takes, or capturing it, in seconds.
-        rewarm: Steps of a re-warm-up of the learning rates after each switch, see ``Rewarm``; 0 for none.
-        writer: Where to log what each switch did, as ``tdfx.report.log_plan`` does, and how long steps took before it: a
-            ``SummaryWriter``, or anything with ``add_scalar(tag, value, step)``. Pass it on one process alone.
+        total_steps: Steps of the whole training. With it the model is switched only if that pays off: if the time that the
+            plan is predicted to save in the steps that are left exceeds the time that the switch takes. Step times are
+            measured. If the sites were measured, the plan predicts how much of a step it saves; otherwise this is their
+            share of the sites' modelled time, as if nothing else took time. A switch is counted as the time that making the
+            plan took plus ``recompile_seconds``. Measuring layers for the plan takes at most a hundredth of the time that is
+            left, or the time of thirty steps; what is not measured is estimated.
+        recompile_seconds: Time to compile or capture the rewritten model, in seconds.
+        rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
+        writer: Where to log what the switch did, as ``tdfx.report.log_plan`` does, and the step time before it: a
+            ``SummaryWriter``, or anything with ``add_scalar(tag, value, step)``. Pass it on one process only.
         clock: Returns the time in seconds.
 
     Raises:
@@ -111,7 +107,6 @@ class Switch:
         self._done = False
         self._plan: Plan | None = None
         self._events: tuple[SwitchEvent, ...] = ()
-        self._seconds: dict[str, float] = {}
         self._watch: RankWatch | None = None
         self._next = 1 if isinstance(when, Settled) else when.at
         self._times: deque[float] = deque(maxlen=TIMES)
@@ -121,7 +116,7 @@ class Switch:
 
     @property
     def spent(self) -> dict[str, float]:
-        """What it took in this process so far, in seconds: ``"watching"`` ranks, ``"planning"``, and ``"rewriting"``."""
+        """Seconds spent in this process so far: ``"watching"`` ranks, ``"planning"``, and ``"rewriting"``."""
         return dict(self._spent)
 
     @property
@@ -131,17 +126,17 @@ class Switch:
 
     @property
     def done(self) -> bool:
-        """True once nothing will be switched any more."""
+        """True once the decision is made, and nothing will be switched any more."""
         return self._done
 
     @property
     def plan(self) -> Plan | None:
-        """All that was switched so far, from the dense model; None as long as nothing was."""
+        """The plan of what was switched, from the dense model; None as long as nothing was."""
         return self._plan
 
     @property
     def events(self) -> tuple[SwitchEvent, ...]:
-        """What was decided so far, earliest first."""
+        """The decisions so far, earliest first."""
         return self._events
 
     def step(
@@ -156,15 +151,15 @@ class Switch:
 
         Args:
             model: The model in training.
-            optimizer: What trains it, as for ``rewrite``.
-            example_inputs: As for ``plan``; used at the steps that decide.
+            optimizer: The optimizer that trains it, as for ``rewrite``.
+            example_inputs: As for ``plan``; used at the steps at which something is decided.
             arguments: Passed on to ``rewrite``.
 
         Returns:
             The model to go on with.
 
         Raises:
-            PolicyError: An argument is none that ``rewrite`` has.
+            PolicyError: ``rewrite`` has no such argument.
             OptimizerError: A re-warm-up was asked for, and there is no optimizer.
             ModelError, InputError, WeightError: As for ``plan`` and ``rewrite``. Then nothing was changed or counted.
         """
@@ -179,14 +174,14 @@ class Switch:
             )
         if self.rewarm and optimizer is None:
             raise OptimizerError(
-                f"rewarm={self.rewarm} is to scale learning rates, and step() got no optimizer=. Pass the optimizer that "
-                f"trains the model, or leave rewarm out."
+                f"rewarm={self.rewarm} scales learning rates, and step() got no optimizer=. Pass the optimizer that trains "
+                f"the model, or leave rewarm out."
             )
         if self._last is not None:
             self._times.append(now - self._last)
         self._step += 1
         if self._step >= self._next:
-            before = self._remembered()
+            before = self._before_step()
             try:
                 model = self._decide(model, optimizer, example_inputs, arguments)
             except BaseException:
@@ -195,8 +190,8 @@ class Switch:
         self._last = self._clock()
         return model
 
-    def _remembered(self) -> dict[str, Any]:
-        """Return what a failed step has to put back."""
+    def _before_step(self) -> dict[str, Any]:
+        """Return the attributes that a failed step puts back."""
         times = deque(self._times, maxlen=TIMES)
         if self._last is not None:
             times.pop()
@@ -209,149 +204,114 @@ class Switch:
         inputs: Inputs | None,
         arguments: dict[str, Any],
     ) -> nn.Module:
+        """Switch if it is time."""
         wrapped = unwrap(model)
-        with wrapped.together():
+        with wrapped.processes.raise_on_all():
+            why: str | None = "the step that was asked for"
             if isinstance(self.when, Settled):
-                return self._decide_settled(self.when, model, wrapped, optimizer, inputs, arguments)
-            return self._switch(model, wrapped, None, optimizer, inputs, arguments)
+                why = self._look(self.when, wrapped, inputs, arguments.get("emit", "graph"))
+            return model if why is None else self._switch(model, wrapped, why, optimizer, inputs, arguments)
 
-    def _decide_settled(
-        self,
-        when: Settled,
-        model: nn.Module,
-        wrapped: Wrapped,
-        optimizer: Optimizer | Sequence[Optimizer] | None,
-        inputs: Inputs | None,
-        arguments: dict[str, Any],
-    ) -> nn.Module:
-        """Look at the sites that wait, and switch those that are ripe."""
+    def _look(self, when: Settled, wrapped: Wrapped, inputs: Inputs | None, emit: Emit) -> str | None:
+        """Look at the stable ranks; return why it is time to switch, or None if it is not."""
         began = self._clock()
-        emit: Emit = arguments.get("emit", "graph")
         if self._watch is None:
-            found = self._surveyed(wrapped, inputs, emit)
-            sites = RankWatch.begin(when, found)
-            self._watch = sites
-            if not sites.sites:
+            self._watch = RankWatch.begin(when, survey(wrapped, self.policy, inputs, emit))
+            if not self._watch.sites:
                 self._say("kept", (), "the policy wants no site of the model that may be rewritten")
                 self._done = True
-                return model
-        timeout = when.timeout
-        late = timeout is not None and self._step >= timeout
+                return None
         if self._step == 1 or self._step % self._watch.interval == 0:
             self._watch = self._watch.look(wrapped.model)
-        names = list(self._watch.sites) if late else cast("list[str]", wrapped.agree(self._watch.ripe()))
+        timed_out = when.timeout is not None and self._step >= when.timeout
+        total = len(self._watch.sites)
+        settled = 0 if timed_out else cast("int", wrapped.processes.broadcast_object(len(self._watch.settled())))
         self._spend("watching", began)
-        if names:
-            names += [name for name in self._watch.spare() if name not in names]
-            model = self._switch(model, wrapped, names, optimizer, inputs, arguments, final=late)
         self._next = self._watch.next_look(self._step)
-        return model
-
-    def _surveyed(self, wrapped: Wrapped, inputs: Inputs | None, emit: Emit) -> Survey:
-        found = survey(wrapped, self.policy, inputs, emit)
-        self._seconds = found.seconds
-        return found
+        if timed_out:
+            return "the timeout"
+        if 2 * settled < total:
+            return None
+        held = f"held within {when.tolerance:g} over {when.window} looks"
+        return f"the stable rank{'s' * (settled != 1)} of {settled} of {total} sites {held}"
 
     def _switch(
         self,
         model: nn.Module,
         wrapped: Wrapped,
-        names: Sequence[str] | None,
+        why: str,
         optimizer: Optimizer | Sequence[Optimizer] | None,
         inputs: Inputs | None,
         arguments: dict[str, Any],
-        *,
-        final: bool = True,
     ) -> nn.Module:
-        """Plan for some sites, or for all; switch those for which that is worth it; say what becomes of the others."""
+        """Plan, and switch if that pays off; whatever is kept now is kept for good."""
         emit: Emit = arguments.get("emit", "graph")
         began = self._clock()
         policy = self.policy
-        in_parts = names is not None and isinstance(policy.rank, Budget)
-        if in_parts:
-            policy = left_of(policy, self._plan, self._seconds)
-        elif names is not None:
-            policy = replace(policy, include=tuple(glob.escape(name) for name in names))
+        if self._plan is not None and self._watch is not None:
+            policy = policy_for_rest(policy, self._watch)
         step_seconds = statistics.median(self._times) if self._times else -1.0
         left = 0
         if self.total_steps is not None:
-            left, step_seconds = wrapped.agree([max(0, self.total_steps - self._step), step_seconds])
+            left, step_seconds = wrapped.processes.broadcast_object(
+                [max(0, self.total_steps - self._step), step_seconds]
+            )
             policy = cap_measuring_time(policy, left, step_seconds)
-        made = make_plan(model, policy, example_inputs=inputs, emit=emit)
-        if in_parts:
-            made = only(made, names or ())
-        text, planning = wrapped.agree([made.to_json(indent=None), self._clock() - began])
-        made = Plan.from_json(text)
-        if self.total_steps is not None and not self._seconds:
-            self._surveyed(wrapped, inputs, emit)
+        planned = plan_rewrite(model, policy, example_inputs=inputs, emit=emit)
+        plan = planned.plan
+        planning = wrapped.processes.broadcast_object(self._clock() - began)
         self._spend("planning", began)
         pays, verdict = True, ""
-        if self.total_steps is not None and made.factorized:
-            # All of it is the same on all processes.
-            pays, verdict = pays_off(made, self._seconds, left, step_seconds, planning, self.recompile_seconds)
-        switched = made.factorized if pays else ()
-        if switched:
-            passed = {key: value for key, value in arguments.items() if key != "emit"}
-            for one in as_optimizers(optimizer) if self.rewarm else ():
-                # After the rewrite it would be too late to fail.
-                check_rates(one)
-            began = self._clock()
-            model = rewrite(model, made, optimizer=optimizer, **passed)
-            self._spend("rewriting", began)
-            self._start_rewarm(optimizer)
-            self._note(made)
-        why = self._why(final and names is not None)
-        if switched:
-            self._say("switched", [one.name for one in switched], f"{why}{verdict}")
-        elif made.factorized:
-            self._say("too_late", [one.name for one in made.factorized], verdict)
-        self._dispose(made, names, final)
+        if self.total_steps is not None and plan.factorized:
+            # All arguments are the same on all processes.
+            seconds = modelled_seconds(self.policy, planned.program)
+            pays, verdict = pays_off(plan, seconds, left, step_seconds, planning, self.recompile_seconds)
+        names = [site.name for site in plan.factorized]
+        if names and pays:
+            model = self._rewrite(planned, optimizer, arguments)
+            self._say("switched", names, f"{why}{verdict}")
+        elif names:
+            self._say("too_late", names, verdict)
+        self._say_kept(plan)
+        self._watch = None
+        self._done = True
         return model
 
-    def _dispose(self, made: Plan, names: Sequence[str] | None, final: bool) -> None:
-        """Say what becomes of the sites that the plan keeps, and whether any still waits."""
-        outcome = Outcome.of(made, names, self._watch, final)
-        known = self._watch.spare() if self._watch is not None else ()
-        for what, sites, why in outcome.told(known, tersely=names is None and bool(made.factorized)):
-            self._say(what, sites, why)
-        if names is None:
-            if not made.sites:
-                self._say("kept", (), "the model has no convolution or linear layer")
-            self._done = True
-            return
-        assert self._watch is not None
-        again = {*outcome.waiting, *outcome.spare}
-        self._watch = self._watch.without([name for name in names if name not in again], outcome.waiting, outcome.spare)
-        self._done = not self._watch.sites
-
-    def _why(self, timed_out: bool) -> str:
-        if not isinstance(self.when, Settled):
-            return "the step that was asked for"
-        if timed_out:
-            return "the timeout"
-        return f"its stable rank held within {self.when.tolerance:g} over {self.when.window} looks"
-
-    def _note(self, made: Plan) -> None:
-        """Remember what was switched: in the plan, and in how long the sites take now."""
-        earlier = {} if self._plan is None else {one.name: one for one in self._plan.factorized}
-        dense = self._plan or made
-        whole = tuple(earlier.get(one.name, one) for one in made)
-        self._plan = replace(
-            made,
-            sites=whole,
-            other_parameters=dense.other_parameters,
-            policy=repr(self.policy),
-            step_seconds=dense.step_seconds,
-        )
-        for one in made.factorized:
-            if one.name in self._seconds and one.gain:
-                self._seconds = {**self._seconds, one.name: self._seconds[one.name] / one.gain}
+    def _rewrite(
+        self,
+        planned: PlannedRewrite,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        arguments: dict[str, Any],
+    ) -> nn.Module:
+        """Rewrite the model, start the re-warm-up, and log."""
+        passed = {key: value for key, value in arguments.items() if key != "emit"}
+        optimizers = as_optimizers(optimizer) if self.rewarm else ()
+        for each in optimizers:
+            # After the rewrite it would be too late to fail.
+            check_rates(each)
+        began = self._clock()
+        model = planned.carry_out(optimizer=optimizer, **passed)
+        self._spend("rewriting", began)
+        if self.rewarm:
+            for rewarm in self._rewarms:
+                rewarm.remove()
+            self._rewarms = [Rewarm(each, self.rewarm) for each in optimizers]
+        self._plan = join_plans(self._plan, replace(planned.plan, policy=repr(self.policy)))
         self._log(self._plan)
-        # Steps take another time from now on.
-        self._times = deque(maxlen=TIMES)
+        return model
+
+    def _say_kept(self, plan: Plan) -> None:
+        """Record which sites are kept: those without signal, and all of them if the plan factorizes none."""
+        if not plan.sites:
+            self._say("kept", (), "the model has no convolution or linear layer")
+        kept = [site for site in plan.kept if site.reason is Reason.NO_SIGNAL or not plan.factorized]
+        for reason in dict.fromkeys(site.reason for site in kept):
+            sites = [site for site in kept if site.reason is reason]
+            note = f": {sites[0].note}" if sites[0].note else ""
+            self._say("kept", [site.name for site in sites], f"{reason}{note}")
 
     def _log(self, plan: Plan) -> None:
-        """Log what was switched; a logger that fails must not undo it, since the optimizer has gone along already."""
+        """Log the switch; a logger that fails must not undo it, since the optimizer was changed too."""
         if self.writer is None:
             return
         try:
@@ -361,12 +321,6 @@ class Switch:
         except Exception as error:  # of whatever class the logger has
             warnings.warn(f"The switch at step {self._step} was not logged: {error!r}.", TdfxWarning, stacklevel=2)
 
-    def _start_rewarm(self, optimizer: Optimizer | Sequence[Optimizer] | None) -> None:
-        if self.rewarm:
-            for one in self._rewarms:
-                one.remove()
-            self._rewarms = [Rewarm(one, self.rewarm) for one in as_optimizers(optimizer)]
-
     def _spend(self, what: str, began: float) -> None:
         self._spent = {**self._spent, what: self._spent[what] + self._clock() - began}
 
@@ -374,28 +328,28 @@ class Switch:
         self._events = (*self._events, SwitchEvent(step=self._step, what=what, sites=tuple(sites), why=why))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that later decisions depend on, in plain types and tensors."""
+        """Return everything that later decisions depend on, in plain types and tensors."""
         return state_of(vars(self))
 
     def load_state_dict(
         self, state: Mapping[str, Any], *, optimizer: Optimizer | Sequence[Optimizer] | None = None
     ) -> None:
-        """Go on from what ``state_dict`` gave; later decisions are those of the run that was not interrupted.
+        """Go on from a state; later decisions are the same as in a run without interruption.
 
         Args:
             state: What ``state_dict`` returned.
-            optimizer: What trains the model; needed where a re-warm-up was under way.
+            optimizer: The optimizer that trains the model; needed if a re-warm-up was under way.
 
         Raises:
-            PolicyError: It is the state of something else, or of another policy or ``when``. Then nothing was loaded.
-            OptimizerError: A re-warm-up was under way, and not as many optimizers are given as then.
+            PolicyError: It is no state of a switch, or one with another policy or ``when``. Then nothing was loaded.
+            OptimizerError: A re-warm-up was under way, and another number of optimizers is given.
         """
-        values, warming = attributes_of(state, self.policy, self.when)
-        rewarms = rewarms_of(warming, as_optimizers(optimizer))
-        for one in self._rewarms:
-            one.remove()
-        vars(self).update(values, _rewarms=rewarms)
+        attributes, states = attributes_of(state, self.policy, self.when)
+        rewarms = rewarms_of(states, as_optimizers(optimizer))
+        for rewarm in self._rewarms:
+            rewarm.remove()
+        vars(self).update(attributes, _rewarms=rewarms)
 
     def __str__(self) -> str:
         head = f"Switch(when={self.when!r}): {self._step} steps, {'done' if self._done else 'waiting'}"
-        return "\n".join([head, *(f"  {one}" for one in self._events)])
+        return "\n".join([head, *(f"  {event}" for event in self._events)])

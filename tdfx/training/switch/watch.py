@@ -1,9 +1,13 @@
-"""Watching the stable ranks of a model's sites while it trains, at next to no cost."""
+"""Watch the stable ranks of a model's sites while it trains, at about one percent of the time.
+
+A look takes a few products of each weight with a vector: power iterations for the largest singular value, which start from
+the vector of the last look, and the image of a fixed random vector, which shows whether the weight has turned.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +18,9 @@ from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError
 from tdfx.kinds.registry import kind_of
 from tdfx.layers.placement import full
-from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.shapes import ObserveInputs
-from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.pipeline import find_sites
 from tdfx.passes.planning.site_cost import current_chain, flops_of
 from tdfx.passes.program import Program, Site
 from tdfx.plans.plan import Emit
@@ -35,24 +38,22 @@ _FIRST_ITERATIONS = 12
 """Power iterations in the first look, which starts from a random vector."""
 
 _FLOPS_PER_READ = 60
-"""Operations in the time that a value takes to come from memory, for which products with a vector wait; as in Modelled."""
+"""Operations in the time that a value takes to come from memory, which limits products with a vector; as in Modelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is known of a model's sites before any weight is looked at."""
+    """The sites of a model, the operations that they take, and where their weights are."""
 
     paths: dict[str, str]
     """Site that the policy wants and that may be rewritten -> path of its weight."""
-    seconds: dict[str, float]
-    """Site that is called -> time of its training step by the policy's cost."""
     values: int
     """Values in the weights of ``paths``."""
     step_flops: int | None
     """Operations of a training step in all sites; None without example inputs."""
 
     def interval(self, every: int) -> int:
-        """Return the steps between two looks: ``every``, or as many more as keep looks cheap."""
+        """Return the steps between two looks: ``every``, or as many more as keep looks within one percent of the time."""
         if not self.step_flops:
             return every
         look = self.values * _FLOPS_PER_READ * (2 * _ITERATIONS + 2)
@@ -60,22 +61,26 @@ class Survey:
 
 
 def survey(wrapped: Wrapped, policy: Policy, inputs: Inputs | None, emit: Emit) -> Survey:
-    """Look at a model's sites, not at their weights."""
-    start = Program(module=wrapped.model, emit="modules" if wrapped.shards else emit, shards=wrapped.shards)
-    program = Find()(Trace()(start).program).program
+    """Find the sites of a model; their weights are not read."""
+    program = find_sites(wrapped.model, emit, wrapped.processes, shards=wrapped.shards)
     if inputs is not None:
-        program = ObserveInputs(inputs, wrapped.together, wrapped.ready, wrapped.agree)(program).program
-    wanted = [one for one in program.sites if one.reason is None and policy.for_site(*one.names) is not None]
-    called = [one for one in program.sites if one.operation is not None and one.calls]
-    work = [flops_of(one, current_chain(one)) for one in called]
-    known = [one for one in work if one is not None]
+        program = ObserveInputs(inputs)(program).program
+    wanted = [site for site in program.sites if site.reason is None and policy.for_site(*site.names) is not None]
+    called = [site for site in program.sites if site.operation is not None and site.calls]
+    counts = [flops_of(site, current_chain(site)) for site in called]
+    counted = [count for count in counts if count is not None]
     return Survey(
-        paths={one.name: _path(one) for one in wanted},
-        seconds={one.name: _seconds(policy, one) for one in called},
-        values=sum(one.weight.numel() for one in wanted if one.weight is not None),
+        paths={site.name: _path(site) for site in wanted},
+        values=sum(site.weight.numel() for site in wanted if site.weight is not None),
         # A backward pass takes twice the operations of the forward.
-        step_flops=3 * sum(known) if len(known) == len(work) else None,
+        step_flops=3 * sum(counted) if len(counted) == len(counts) else None,
     )
+
+
+def modelled_seconds(policy: Policy, program: Program) -> dict[str, float]:
+    """Return for each site that is called the modelled time of its training step, in seconds."""
+    called = [site for site in program.sites if site.operation is not None and site.calls]
+    return {site.name: _seconds(policy, site) for site in called}
 
 
 def _path(site: Site) -> str:
@@ -90,36 +95,30 @@ def _seconds(policy: Policy, site: Site) -> float:
     assert site.operation is not None
     flows = site.flows or (None,)
     operations = [(flow.operation if flow is not None else None) or site.operation for flow in flows]
-    # What a measurement would take is not worth it: only the parts that sites have in a step count.
+    # Only the ratio between sites counts, which is not worth a measurement.
     cost = policy.cost.modelled if isinstance(policy.cost, MeasuringCost) else policy.cost
-    return sum(cost.seconds(chain(one), flow) for one, flow in zip(operations, flows, strict=True))
+    return sum(cost.seconds(chain(operation), flow) for operation, flow in zip(operations, flows, strict=True))
 
 
 @dataclass(slots=True)
 class Watched:
-    """What is remembered of one site that waits."""
+    """The state of one watched site."""
 
     path: str
     """Path of its weight."""
     vector: Tensor | None = None
-    """The right singular vector of the largest singular value, as far as it has come."""
+    """The right singular vector of the largest singular value, as the power iterations have it so far."""
     start: Tensor | None = None
     """The weight's image of a fixed random vector at the first look."""
     ranks: tuple[float, ...] = ()
     """Stable ranks at the last looks, one more than the window at most."""
     turned: float = 0.0
-    """Sine of the angle by which that image has turned since."""
-    asked: int = 0
-    """How often a plan was made for it, in vain."""
-    rest: int = 0
-    """Look before which it is not asked again."""
-    spare: bool = False
-    """It has settled, and a budget did not need it; it is asked again together with the next one that settles."""
+    """Sine of the angle by which that image has turned since, in [0, 1]."""
 
 
 @dataclass(slots=True)
 class RankWatch:
-    """The sites that wait for their ranks to settle."""
+    """The sites whose ranks are watched until they settle."""
 
     when: Settled
     interval: int
@@ -128,15 +127,15 @@ class RankWatch:
     looks: int = 0
     """Looks so far."""
     probes: dict[int, Tensor] = field(default_factory=dict)
-    """Length -> the fixed random vector; made again where it is missing."""
+    """Length -> the fixed random vector; not part of the state, since its seed is fixed."""
 
     @classmethod
-    def begin(cls, when: Settled, found: Survey) -> RankWatch:
+    def begin(cls, when: Settled, surveyed: Survey) -> RankWatch:
         """Return a watch over all sites of a survey."""
-        return cls(when, found.interval(when.every), {name: Watched(path) for name, path in found.paths.items()})
+        return cls(when, surveyed.interval(when.every), {name: Watched(path) for name, path in surveyed.paths.items()})
 
     def next_look(self, step: int) -> int:
-        """Return the next step at which there is something to do."""
+        """Return the next step at which to look, or the timeout if that is earlier."""
         look = (step // self.interval + 1) * self.interval
         return look if self.when.timeout is None else min(look, max(step + 1, self.when.timeout))
 
@@ -147,41 +146,26 @@ class RankWatch:
         Raises:
             ModelError: The model lacks a weight that is watched.
         """
-        seen = [self._measure(name, one, _weight(model, name, one.path)) for name, one in self.sites.items()]
-        # One transfer for all sites, so that a device is waited for once.
-        numbers = torch.stack([one[2].to(seen[0][2].device) for one in seen]).tolist() if seen else []
+        measured = [self._measure(site, _weight(model, name, site.path)) for name, site in self.sites.items()]
+        device = measured[0][2].device
+        # One transfer for all sites, so that the host waits for the device once.
+        numbers = torch.stack([pair.to(device) for _, _, pair in measured]).tolist()
         sites = {}
-        for (name, old), (vector, start, _), (rank, turned) in zip(self.sites.items(), seen, numbers, strict=True):
-            ranks = (*old.ranks, rank)[-(self.when.window + 1) :]
-            sites[name] = replace(old, vector=vector, start=start, ranks=ranks, turned=turned)
+        for (name, site), (vector, start, _), (rank, turned) in zip(self.sites.items(), measured, numbers, strict=True):
+            ranks = (*site.ranks, rank)[-(self.when.window + 1) :]
+            sites[name] = replace(site, vector=vector, start=start, ranks=ranks, turned=turned)
         return RankWatch(self.when, self.interval, sites, self.looks + 1, self.probes)
 
-    def ripe(self) -> list[str]:
-        """Return the sites that have moved and settled, and were not asked for just now."""
-        asked = ((name, one) for name, one in self.sites.items() if not one.spare and self.looks >= one.rest)
-        return [name for name, one in asked if self._is_settled(one)]
-
-    def spare(self) -> list[str]:
-        """Return the sites that had settled when a budget did not need them."""
-        return [name for name, one in self.sites.items() if one.spare]
-
-    def without(self, names: Sequence[str], waiting: Sequence[str], spare: Sequence[str] = ()) -> RankWatch:
-        """Return the watch with sites gone, with others that wait twice as long each time, and with those to spare."""
-        sites = {name: one for name, one in self.sites.items() if name not in names}
-        for name in waiting:
-            old = sites[name]
-            rest = self.looks + self.when.window * 2**old.asked
-            sites[name] = replace(old, asked=old.asked + 1, rest=rest, spare=False)
-        for name in spare:
-            sites[name] = replace(sites[name], spare=True)
-        return RankWatch(self.when, self.interval, sites, self.looks, self.probes)
+    def settled(self) -> list[str]:
+        """Return the sites whose weight has turned and whose stable rank has held."""
+        return [name for name, site in self.sites.items() if self._is_settled(site)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all but the settings, in plain types and tensors."""
+        """Return all except the settings, in plain types and tensors."""
         sites = {}
-        for name, one in self.sites.items():
-            state = {key: getattr(one, key) for key in _KEYS}
-            state |= {"ranks": list(one.ranks), "spare": one.spare}
+        for name, site in self.sites.items():
+            state = {key: getattr(site, key) for key in _KEYS}
+            state["ranks"] = list(site.ranks)
             for key in ("vector", "start"):
                 state[key] = None if state[key] is None else state[key].cpu().clone()
             sites[name] = state
@@ -191,61 +175,58 @@ class RankWatch:
     def of_state(cls, when: Settled, state: Mapping[str, Any]) -> RankWatch:
         """Make a watch from what ``state_dict`` gave."""
         sites = {
-            name: Watched(
-                # A state may be from before sites were spared.
-                **{**{key: one[key] for key in _KEYS}, "ranks": tuple(one["ranks"]), "spare": one.get("spare", False)}
-            )
-            for name, one in state["sites"].items()
+            name: Watched(**{**{key: site[key] for key in _KEYS}, "ranks": tuple(site["ranks"])})
+            for name, site in state["sites"].items()
         }
         return cls(when, int(state["interval"]), sites, int(state["looks"]))
 
-    def _is_settled(self, one: Watched) -> bool:
-        if len(one.ranks) <= self.when.window or one.turned < self.when.moved:
+    def _is_settled(self, site: Watched) -> bool:
+        if len(site.ranks) <= self.when.window or site.turned < self.when.moved:
             return False
-        return max(one.ranks) - min(one.ranks) <= self.when.tolerance * one.ranks[-1]
+        return max(site.ranks) - min(site.ranks) <= self.when.tolerance * site.ranks[-1]
 
-    def _measure(self, name: str, one: Watched, w_oi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the singular vector, the image of the probe, and the stable rank with the turn, still on the device."""
+    def _measure(self, site: Watched, w_oi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the singular vector, the first image of the probe, and the pair (stable rank, turn) on the device."""
         probe = self._probe(w_oi)
-        vector = probe if one.vector is None else one.vector.to(w_oi)
-        image, seen = (w_oi @ torch.stack([vector, probe], dim=1)).unbind(1)
-        start = seen.clone() if one.start is None else one.start.to(w_oi)
-        for _ in range(_FIRST_ITERATIONS if one.vector is None else _ITERATIONS):
+        vector = probe if site.vector is None else site.vector.to(w_oi)
+        image, probed = (w_oi @ torch.stack([vector, probe], dim=1)).unbind(1)
+        start = probed.clone() if site.start is None else site.start.to(w_oi)
+        for _ in range(_FIRST_ITERATIONS if site.vector is None else _ITERATIONS):
             back = image @ w_oi
-            # Zeros would stay zeros when the weight no longer is.
+            # A vector of zeros would stay zero after the weight has left zero.
             vector = torch.where(back.any(), back / _norm(back), probe)
             image = w_oi @ vector
         rank = (_norm(w_oi) / _norm(image)) ** 2
-        cosine = (seen / _norm(seen)) @ (start / _norm(start))
+        cosine = (probed / _norm(probed)) @ (start / _norm(start))
         # A weight of zeros has not turned; one that left zero has.
-        turned = (1 - cosine.square()).clamp(min=0).sqrt() * seen.any()
+        turned = (1 - cosine.square()).clamp(min=0).sqrt() * probed.any()
         return vector, start, torch.stack([rank, turned]).float()
 
     def _probe(self, w_oi: Tensor) -> Tensor:
         length = w_oi.shape[1]
-        found = self.probes.get(length)
-        if found is None or found.device != w_oi.device or found.dtype != w_oi.dtype:
+        probe = self.probes.get(length)
+        if probe is None or probe.device != w_oi.device or probe.dtype != w_oi.dtype:
             drawn = torch.randn(length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-            found = self.probes[length] = (drawn / drawn.norm()).to(w_oi)
-        return found
+            probe = self.probes[length] = (drawn / drawn.norm()).to(w_oi)
+        return probe
 
 
-_KEYS = ("path", "vector", "start", "ranks", "turned", "asked", "rest")
+_KEYS = ("path", "vector", "start", "ranks", "turned")
 
 
 def _norm(values: Tensor) -> Tensor:
-    """Return the Frobenius norm, kept from zero so that a weight of zeros gives numbers."""
+    """Return the Frobenius norm, at least the smallest normal number, so that zeros can be divided by it."""
     norm: Tensor = torch.linalg.vector_norm(values)
     return norm.clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _weight(model: nn.Module, name: str, path: str) -> Tensor:
-    """Return a site's weight as a matrix, in a dtype in which to measure."""
+    """Return a site's weight as a matrix in float32 or float64."""
     try:
         weight = full(model.get_parameter(path)).flatten(1)
     except AttributeError as error:
         raise ModelError(
-            f"{type(model).__name__} has no weight {path!r}, which is that of site {name!r} and is watched: the model was "
-            f"rewritten by another hand, or is another one. Pass the model that the last step() returned."
+            f"{type(model).__name__} has no weight {path!r}, the weight of the watched site {name!r}: it is another model, "
+            f"or it was rewritten since. Pass the model that the last step() returned."
         ) from error
     return weight if weight.dtype in {torch.float32, torch.float64} else weight.float()

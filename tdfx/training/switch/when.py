@@ -1,4 +1,4 @@
-"""When a switch may happen: at a given step, after an epoch, or once the ranks have settled."""
+"""When to switch: at a given step, after an epoch, or when the ranks have settled."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class AtEpoch:
     """
 
     epoch: int
-    """Whole epochs before the switch, at least 1."""
+    """Epochs before the switch, at least 1."""
     _: KW_ONLY
     steps_per_epoch: int
-    """Training steps in one epoch, at least 1; ``len(loader)`` where each batch is a step."""
+    """Training steps in one epoch, at least 1; ``len(loader)`` if each batch is a step."""
 
     def __post_init__(self) -> None:
         example = "AtEpoch(3, steps_per_epoch=len(loader))"
@@ -65,12 +65,14 @@ class AtEpoch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """Switch each site when its rank has stopped changing, so different sites may switch at different steps.
+    """Switch when the ranks of at least half of the sites have stopped changing.
 
-    What is watched is the stable rank ``|W|² / s₁²``, a cheap stand-in for the rank that a rule would choose; the largest
-    singular value comes from power iterations that start where the last look ended. A site is ripe when its weight has
-    moved since the first look, its stable rank has not in the last looks, and the policy's own plan factorizes it, so that
-    a site whose weight shows no signal yet waits.
+    Every site that the policy wants is watched. A site has settled when its weight has turned since the first look and its
+    stable rank has held over the last looks. At the first look at which at least half of the sites have settled, or at the
+    timeout, all sites are switched together.
+
+    The stable rank ``|W|² / s₁²`` is a cheap stand-in for the rank that a rule would choose. The largest singular value
+    comes from power iterations that start where the last look ended.
 
     Source: Wang, Agarwal, U-chupala, Tanaka, Xing, Papailiopoulos, *Cuttlefish: Low-Rank Model Training without All the
     Tuning*, MLSys 2023, which watches stable ranks to choose the end of full-rank training.
@@ -85,15 +87,15 @@ class Settled:
     """
 
     every: int = 100
-    """Training steps between two looks, at least 1; more where a look would take over one percent of the time."""
+    """Training steps between two looks, at least 1; more are taken if looks would need over one percent of the time."""
     window: int = 3
-    """Looks, after an earlier one, over which the stable rank must have held, at least 1."""
+    """Number of looks over which the stable rank must have held, at least 1, counted from the look before them."""
     tolerance: float = 0.02
     """Largest relative change of the stable rank over the window, positive; no unit."""
     moved: float = 0.1
-    """How far a weight must have turned from where it was at the first look: sine of the angle, in [0, 1)."""
+    """How far a weight must have turned since the first look: sine of the angle, in [0, 1)."""
     timeout: int | None = None
-    """Step at which all sites that wait are switched or given up, at least 1; None to wait as long as it takes."""
+    """Step at which to switch if the ranks have not settled by then, at least 1; None to wait as long as it takes."""
 
     def __post_init__(self) -> None:
         check_whole("every", self.every, "the training steps between two looks", "Settled(every=100)")
@@ -113,4 +115,4 @@ class Settled:
 
 
 When = AtStep | AtEpoch | Settled
-"""All that ``Switch`` takes as ``when=``."""
+"""What ``Switch`` takes as ``when=``."""

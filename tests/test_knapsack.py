@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdfx import solver
+from tdfx.passes.planning import knapsack
 from tdfx.passes.planning.knapsack import Item, NoneFoundError, OutOfReachError, best_choice, least_totals
 
 numbers = st.integers(0, 50)
@@ -94,18 +94,18 @@ def test_what_is_found_when_time_is_up_counts(monkeypatch: pytest.MonkeyPatch) -
     places, limits = many()
     best = best_choice(places, limits)
     assert best.proven
-    ready = solver._quiet
+    ready = knapsack._quiet
 
     def hasty() -> highspy.Highs:
         highs = ready()
         highs.setOptionValue("mip_max_improving_sols", 1)
         return highs
 
-    monkeypatch.setattr(solver, "_quiet", hasty)
+    monkeypatch.setattr(knapsack, "_quiet", hasty)
     first = best_choice(places, limits)
     assert not first.proven
 
-    def chosen(choice: solver.Choice) -> list[Item]:
+    def chosen(choice: knapsack.Choice) -> list[Item]:
         return [place[pick] for place, pick in zip(places, choice.picks, strict=True)]
 
     assert all(total(chosen(first), index) <= limit for index, limit in enumerate(limits))
@@ -114,7 +114,7 @@ def test_what_is_found_when_time_is_up_counts(monkeypatch: pytest.MonkeyPatch) -
 
 def test_no_time_is_not_the_same_as_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     places, limits = many()
-    monkeypatch.setattr(solver, "SECONDS", 0.0)
+    monkeypatch.setattr(knapsack, "SECONDS", 0.0)
     with pytest.raises(NoneFoundError):
         best_choice(places, limits)
     monkeypatch.undo()

@@ -1,0 +1,111 @@
+"""The compiler from the model to the plan, to the factorized model and back, in the order of its passes.
+
+Every entry point calls these functions: ``tdfx.plan``, ``tdfx.rewrite``, ``tdfx.merge``, ``tdfx.load``, ``Switch`` and
+``tdfx inspect``. A ``Planned`` holds all that was worked out for a plan, so that a rewrite by it does nothing twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from torch import nn
+
+from tdfx.cost.modelled import MeasuringCost
+from tdfx.distributed.processes import Processes, Solo
+from tdfx.errors import PolicyError
+from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.observe import Inputs
+from tdfx.passes.analysis.shapes import ObserveInputs
+from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning.select import Select
+from tdfx.passes.planning.spectra import SpectrumCache
+from tdfx.passes.planning.step_time import TimeStep
+from tdfx.passes.program import Program
+from tdfx.passes.transform.merge import Merge, Merged
+from tdfx.passes.transform.rewrite import Init, Rewrite, Rewritten
+from tdfx.plans.plan import Emit, Plan
+from tdfx.policies.policy import Policy
+from tdfx.ranks.budget import Budget
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan for a model, with the program and the spectra that it was made from."""
+
+    program: Program
+    """The model, its sites and the plan."""
+    spectra: SpectrumCache
+    """What was read of the weights."""
+
+    @property
+    def plan(self) -> Plan:
+        """The decisions."""
+        assert self.program.plan is not None
+        return self.program.plan
+
+
+def find_sites(
+    model: nn.Module, emit: Emit = "graph", processes: Processes | None = None, *, shards: bool = False
+) -> Program:
+    """Trace a model and find its sites.
+
+    Args:
+        model: The model out of its wrappers.
+        emit: How a rewritten model is to be given back.
+        processes: The processes that train the model; None for the only one.
+        shards: Whether each process holds a part of every parameter.
+
+    Raises:
+        PolicyError: ``emit`` is none of the known words.
+    """
+    if emit not in get_args(Emit):
+        raise PolicyError(
+            f"emit={emit!r} is not known: a model is given back as 'graph' (a GraphModule) or as 'modules' (its own class)."
+        )
+    notes: tuple[str, ...] = ()
+    if shards and emit == "graph":
+        emit = "modules"
+        kind = type(model).__name__
+        notes = (f"given back as {kind}, not as a graph: fully_shard gathers parameters where modules are called",)
+    program = Program(module=model, emit=emit, notes=notes, processes=processes or Solo(), shards=shards)
+    program = Trace()(program).program
+    return Find()(program).program
+
+
+def make_plan(program: Program, policy: Policy, inputs: Inputs | None) -> Planned:
+    """Decide for every site of a program by a policy.
+
+    Args:
+        program: A traced model and its sites.
+        policy: What to rewrite and how far.
+        inputs: Example inputs, or None.
+    """
+    spent = 0.0
+    if inputs is not None:
+        program = ObserveInputs(inputs)(program).program
+        if isinstance(policy.rank, Budget) and policy.rank.is_of_time and isinstance(policy.cost, MeasuringCost):
+            timed = TimeStep(inputs, policy.cost, strict=policy.rank.strict)(program)
+            program, spent = timed.program, timed.spent
+    selected = Select(policy, spent)(program)
+    return Planned(selected.program, selected.spectra)
+
+
+def use_plan(program: Program, plan: Plan) -> Planned:
+    """Take over a plan that was made before, in another process perhaps; nothing of its weights was read."""
+    return Planned(replace(program, plan=program.processes.broadcast_object(plan)), SpectrumCache())
+
+
+def rewrite_by(planned: Planned, init: Init = "weight") -> Rewritten:
+    """Factorize what a plan says.
+
+    Args:
+        planned: The plan and the model that it is for.
+        init: What factors start from.
+    """
+    return Rewrite(planned.spectra, init)(planned.program)
+
+
+def merge_back(model: nn.Module, processes: Processes) -> Merged:
+    """Give a factorized model its original architecture back."""
+    return Merge()(Program(module=model, processes=processes))

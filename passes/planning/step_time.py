@@ -1,0 +1,184 @@
+"""How long the model's own training step takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tdfx.cost.measured import Measured
+from tdfx.cost.modelled import MeasuringCost
+from tdfx.cost.setting import computing_in
+from tdfx.cost.timing import Timing, take_turns
+from tdfx.errors import InputError, PolicyError, TdfxError
+from tdfx.layers.copying import HOOKS
+from tdfx.passes.analysis.observe import Inputs, split_inputs
+from tdfx.passes.analysis.sandbox import isolated
+from tdfx.passes.analysis.tracer import scratch_copy, with_own_parameters
+from tdfx.passes.base import Pass, PassResult
+from tdfx.passes.program import Program
+
+_PART = 0.5
+"""Part of the measuring time that the step as a whole may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed(PassResult):
+    """A program whose step was timed."""
+
+    spent: float = 0.0
+    """Seconds that timing took."""
+
+
+class TimeStep(Pass[Timed]):
+    """Time forward and backward of a scratch copy in train mode, and add the optimizer's share as the cost counts it.
+
+    Args:
+        inputs: Example inputs.
+        cost: The cost that measures the sites.
+        strict: Whether a step that cannot be timed is an error.
+    """
+
+    name = "time_step"
+
+    def __init__(self, inputs: Inputs, cost: MeasuringCost, *, strict: bool = True) -> None:
+        self.inputs = inputs
+        self.cost = cost
+        self.strict = strict
+
+    def requires(self, program: Program) -> None:
+        """One process can run the model by itself."""
+        if program.shards and self.strict:
+            raise PolicyError(
+                "A budget of speedup= or seconds= needs the time of the training step, and a model that fully_shard was "
+                "called on runs on all processes together. Give a budget of flops= or parameters=, or plan before sharding."
+            )
+
+    def run(self, program: Program) -> Timed:
+        """Time the step on the first process, and tell the others."""
+        if program.shards:
+            return Timed(_with_note(program, "a model in shards runs on all processes together"))
+        began = time.perf_counter()
+        try:
+            seconds = program.processes.on_rank0(partial(self._seconds, program))
+        except InputError as error:
+            if self.strict:
+                raise
+            return Timed(_with_note(program, str(error)))
+        return Timed(replace(program, step_seconds=seconds), spent=time.perf_counter() - began)
+
+    def _seconds(self, program: Program) -> float:
+        try:
+            step = TrainingStep(program.module, self.inputs, self.cost.autocast)
+            trained = sum(parameter.numel() for parameter in step.trained)
+            (timing,) = time_steps([step], most_seconds=self._most_seconds)
+            return timing.seconds + self.cost.update_seconds(trained, step.device)
+        except TdfxError:
+            raise
+        except Exception as error:  # whatever a backward raises, all processes have to hear of it
+            raise InputError(
+                f"The training step of {type(program.module).__name__} on the example inputs cannot be timed: "
+                f"{type(error).__name__}: {error}. Pass inputs that it trains on, or a policy whose budget and cost need no "
+                f"times: flops=, parameters=, cost=tdfx.Modelled()."
+            ) from error
+
+    @property
+    def _most_seconds(self) -> float:
+        """About how long timing may take; the step is timed once in any case."""
+        return _PART * self.cost.budget if isinstance(self.cost, Measured) else math.inf
+
+    def ensures(self, before: Program, result: Timed) -> None:
+        """The time is known, unless it need not be, and nothing else has changed."""
+        after = result.program
+        known = after.step_seconds is not None and after.step_seconds > 0
+        self.check(known or not self.strict, "the step was timed")
+        unchanged = replace(after, step_seconds=before.step_seconds, notes=before.notes) == before
+        self.check(unchanged, "nothing else has changed")
+
+
+def _with_note(program: Program, why: str) -> Program:
+    return replace(program, notes=(*program.notes, f"the step as a whole was not timed, only its sites: {why}"))
+
+
+class TrainingStep:
+    """One model's training step, on a scratch copy in train mode; the model, its gradients and buffers are left alone.
+
+    The loss is the sum of the means of all floating-point outputs: what it is hardly takes time.
+
+    Raises:
+        InputError: The model does not run on the inputs in train mode, or returns nothing that has a gradient.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Inputs, autocast: torch.dtype | None = None) -> None:
+        self.arguments, self.named = tree_map_only(Tensor, lambda x: x.detach().clone(), split_inputs(inputs))
+        self.device = next((str(parameter.device) for parameter in module.parameters()), "cpu")
+        self.autocast = autocast
+        self.module = _without_backward_hooks(scratch_copy(module, mode=True))
+        # A forward may write to its parameters, and hooks hang on them.
+        with_own_parameters(self.module)
+        try:
+            with isolated(self.module):
+                self._forward()
+        except Exception as error:  # whatever the model raises, it is about these inputs
+            raise InputError(
+                f"{type(module).__name__} does not run on the example inputs in train mode, in which its step is to be "
+                f"timed: {type(error).__name__}: {error}. Pass inputs that it trains on, or a policy whose budget and cost "
+                f"need no times: flops=, parameters=, cost=tdfx.Modelled()."
+            ) from error
+        self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def run(self) -> None:
+        """Compute the loss and its gradients, and discard them."""
+        self.gradients()
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the loss for each parameter in ``trained``; None for one that the loss does not need."""
+        with torch.enable_grad():
+            outputs = self._forward()
+            means = [_real(value).float().mean() for value in tree_leaves(outputs) if _has_gradient(value)]
+            if not means:
+                raise InputError(
+                    f"{type(self.module).__name__} returns nothing in train mode that has a gradient, so there is no "
+                    f"backward pass to be timed. Pass the model that is trained, with parameters that require gradients."
+                )
+            loss = torch.stack([mean.to(means[0].device) for mean in means]).sum()
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, self.trained, allow_unused=True)
+        return gradients
+
+    def _forward(self) -> Any:
+        kind = torch.device(self.device).type
+        with computing_in(self.autocast, kind) if self.autocast is not None else nullcontext():
+            return self.module(*self.arguments, **self.named)
+
+
+def time_steps(steps: Sequence[TrainingStep], *, rounds: int = 3, most_seconds: float = math.inf) -> list[Timing]:
+    """Time the training steps of some models in turns."""
+    runs: list[Callable[[], None]] = [step.run for step in steps]
+    with isolated(steps[0].module):
+        return take_turns(runs, device=steps[0].device, rounds=rounds, most_seconds=most_seconds)
+
+
+def _without_backward_hooks(module: nn.Module) -> nn.Module:
+    """Remove the user's backward hooks from a scratch copy: they are for the gradients of the training."""
+    for submodule in module.modules():
+        for name in HOOKS:
+            hooks = submodule.__dict__[name]
+            if "backward" in name and hasattr(hooks, "clear"):
+                submodule.__dict__[name] = type(hooks)()
+    return module
+
+
+def _has_gradient(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _real(value: Tensor) -> Tensor:
+    return value.abs() if value.is_complex() else value

@@ -1,0 +1,115 @@
+"""Whether a plan can be carried out on a program: made for this model, with sites, shapes and ranks that fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tdfx.errors import PlanError, PolicyError, nearest
+from tdfx.factors.registry import get_scheme
+from tdfx.kinds.functional import Call
+from tdfx.layers.factorized import Factorized
+from tdfx.passes.analysis.blockers import obstacle
+from tdfx.passes.analysis.uses import owners_of
+from tdfx.passes.planning.weights import check_weight
+from tdfx.passes.program import ParameterSlot, Program, Site
+from tdfx.plans.plan import Plan, Reason, SitePlan
+
+_UNSEEN = (Reason.READ_ELSEWHERE, Reason.CUSTOM_FORWARD)
+"""Reasons that hold only until a run with example inputs has shown that functions take the weight and nothing else does."""
+
+
+def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
+    """Return the program's sites by name, with those that the plan knows from example inputs."""
+    sites = {site.name: site for site in program.sites}
+    parameters = dict(program.module.named_parameters())
+    owners = owners_of(program.module)
+    for decision in plan.factorized:
+        site = sites.get(decision.name)
+        if decision.parameter not in parameters or (site is not None and site.reason not in _UNSEEN):
+            continue
+        slot = ParameterSlot.of(decision.parameter)
+        weight = parameters[decision.parameter]
+        call = Call(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
+        operation = call.operation(weight.shape)
+        # Whether anything else reads the weight was checked when the plan was made, with example inputs.
+        reason, note = obstacle(weight, decision.kind, operation, owners, (), program.shards)
+        sites[decision.name] = Site(
+            name=decision.name,
+            layer=program.module.get_submodule(slot.owner),
+            kind=decision.kind,
+            operation=operation,
+            calls=decision.calls,
+            reason=reason,
+            note=note,
+            slot=slot,
+        )
+    return sites
+
+
+def check_plan(plan: Plan, program: Program, *, reads_values: bool = True) -> None:
+    """Raise PlanError unless the plan can be carried out on this program.
+
+    Args:
+        plan: Made for this model, or for another instance of its class.
+        program: The sites of the model as it is now.
+        reads_values: Whether weights will be split, so that WeightError is raised where one is not finite.
+    """
+    sites = planned_sites(plan, program)
+    repeated = [name for name, count in Counter(decision.name for decision in plan).items() if count > 1]
+    if repeated:
+        raise PlanError(f"The plan decides on site {repeated[0]!r} more than once. Make it again with tdfx.plan.")
+    for decision in plan:
+        if decision.name not in sites and (decision.factorized or decision.parameter is None):
+            raise PlanError(
+                f"The plan names site {decision.name!r}, which {type(program.module).__name__} does not have: the plan was "
+                f"made for another model. Nearest: {nearest(decision.name, sites)}. Make it again with tdfx.plan."
+            )
+        if decision.factorized:
+            _check_decision(decision, sites[decision.name])
+            if reads_values and not isinstance(sites[decision.name].layer, Factorized):
+                check_weight(sites[decision.name])
+
+
+def _check_decision(decision: SitePlan, site: Site) -> None:
+    assert decision.scheme is not None
+    assert decision.ranks is not None
+    try:
+        scheme = get_scheme(decision.scheme)
+    except PolicyError as error:
+        raise PlanError(f"The plan for site {site.name!r} cannot be carried out: {error}") from error
+    if isinstance(site.layer, Factorized):
+        _check_lowering(decision, site.layer)
+        return
+    if site.reason is not None:
+        raise PlanError(
+            f"The plan factorizes site {site.name!r}, which must be kept: {site.reason} ({site.note}). "
+            f"Make the plan again for the model as it is now."
+        )
+    shape = site.operation.weight_shape if site.operation is not None else ()
+    if site.operation is None or shape != decision.shape or not scheme.fits(site.operation):
+        raise PlanError(
+            f"The plan has a {decision.kind} of shape {decision.shape} split by {decision.scheme} at site {site.name!r}, "
+            f"and the model has a {site.kind} of shape {shape} there. Make the plan again for this model."
+        )
+    full = scheme.full_ranks(site.operation)
+    ranks = decision.ranks
+    if len(ranks) != len(full) or any(not 1 <= rank <= most for rank, most in zip(ranks, full, strict=False)):
+        raise PlanError(
+            f"The plan gives site {site.name!r} the ranks {ranks}, and {scheme.name} takes {len(full)} ranks there, "
+            f"from 1 to {full}. Change the plan's ranks."
+        )
+
+
+def _check_lowering(decision: SitePlan, layer: Factorized) -> None:
+    """Raise PlanError unless the plan lowers the ranks of a factorized site, or leaves them as they are."""
+    assert decision.ranks is not None
+    current = layer.origin.ranks
+    lower = len(current) == len(decision.ranks) and all(
+        1 <= new <= old for new, old in zip(decision.ranks, current, strict=False)
+    )
+    if layer.origin.scheme != decision.scheme or not lower:
+        raise PlanError(
+            f"Site {decision.name!r} is factorized already, by {layer.origin.scheme} at {current}, and the plan asks for "
+            f"{decision.scheme} at {decision.ranks}: ranks can be lowered, no more. Merge the model first: "
+            f"tdfx.merge(model)."
+        )
