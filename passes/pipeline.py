@@ -73,19 +73,20 @@ def find_sites(
     return Find()(program).program
 
 
-def make_plan(program: Program, policy: Policy, inputs: Inputs | None) -> Planned:
+def make_plan(program: Program, policy: Policy, inputs: Inputs | None, *, loop_seconds: float | None = None) -> Planned:
     """Decide for every site of a program by a policy.
 
     Args:
         program: A traced model and its sites.
         policy: What to rewrite and how far.
         inputs: Example inputs, or None.
+        loop_seconds: Time of a step in the training loop, in seconds, where that is known.
     """
     spent = 0.0
     if inputs is not None:
         program = ObserveInputs(inputs)(program).program
         if isinstance(policy.rank, Budget) and policy.rank.is_of_time and isinstance(policy.cost, MeasuringCost):
-            timed = TimeStep(inputs, policy.cost, strict=policy.rank.strict)(program)
+            timed = TimeStep(inputs, policy.cost, strict=policy.rank.strict, loop_seconds=loop_seconds)(program)
             program, spent = timed.program, timed.spent
     selected = Select(policy, spent)(program)
     return Planned(selected.program, selected.spectra)

@@ -27,8 +27,8 @@ class Traced:
     """One graph, or one in train and one in eval mode where they differ in more than constants."""
     mismatch: str = ""
     """Why the graphs cannot stand for the module; "" if they can."""
-    blocks: frozenset[str] = frozenset()
-    """Paths, inside the module, of the submodules that the graphs call as they are without showing their inside."""
+    opaque: Mapping[str, str] = field(default_factory=dict)
+    """Path, inside the module, of each submodule that the graphs call as it is, without showing its inside -> why."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,9 @@
-"""Train PyTorch models faster: factorize their layers mid-training, merge them back, and prove it."""
+"""Train PyTorch models faster: factorize their layers mid-training, merge them back, and prove it.
+
+``plan`` shows what a rewrite would do to each layer. ``rewrite`` returns a factorized model that goes on training, and
+``merge`` the original architecture. ``verify`` proves by ONNX that two models are the same. ``Switch`` rewrites at the right
+moment of a training loop. ``save`` and ``load`` write and read checkpoints of factorized models.
+"""
 
 from tdfx.api import merge, plan, rewrite
 from tdfx.checkpoint.record import read, save, state
@@ -30,21 +35,23 @@ from tdfx.onnx_proof.export_model import export
 from tdfx.onnx_proof.report import ExportReport, VerifyReport
 from tdfx.onnx_proof.verify import verify
 from tdfx.optim.states import register_optimizer
-from tdfx.plans.plan import Emit, Plan, Reason, SitePlan
+from tdfx.plans.decisions import Emit
+from tdfx.plans.plan import Plan
+from tdfx.plans.site import Reason, SitePlan
 from tdfx.policies.file import read_policy
 from tdfx.policies.policy import Policy
-from tdfx.ranks.budget import Budget
+from tdfx.ranks.budget import Budget, Target
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.fixed import Fixed
 from tdfx.ranks.ratio import Ratio
 from tdfx.ranks.stable import StableRank
-from tdfx.ranks.target import Target
 from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 from tdfx.training.methods.decay import FrobeniusDecay
 from tdfx.training.methods.freeze import Freeze
 from tdfx.training.methods.penalty import LowRankPenalty
 from tdfx.training.methods.rewarm import Rewarm
+from tdfx.training.step_check import StepCheck, check_step
 from tdfx.training.switch.events import SwitchEvent
 from tdfx.training.switch.switch import Switch
 from tdfx.training.switch.when import AtEpoch, AtStep, Settled
@@ -88,6 +95,7 @@ __all__ = [
     "Settled",
     "SitePlan",
     "StableRank",
+    "StepCheck",
     "Switch",
     "SwitchEvent",
     "Target",
@@ -96,6 +104,7 @@ __all__ = [
     "Threshold",
     "VerifyReport",
     "WeightError",
+    "check_step",
     "export",
     "load",
     "merge",

@@ -1,4 +1,4 @@
-"""plan, rewrite, merge: the passes in order, and the optimizer along with them."""
+"""The public functions ``plan``, ``rewrite`` and ``merge``: they run the compiler and carry the optimizer along."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tdfx.passes.program import Program
 from tdfx.passes.transform.rewrite import Init
 from tdfx.plans.plan import Emit, Plan
 from tdfx.policies.policy import Policy
-from tdfx.wrappers.unwrap import Wrapped, unwrap
+from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
 
 def plan(
@@ -32,30 +32,31 @@ def plan(
     masters: Any = None,
     emit: Emit = "graph",
 ) -> Plan:
-    """Say what ``rewrite`` would do, and change nothing.
+    """Return what ``rewrite`` would do to each layer, or why it would keep the layer, without changing anything.
 
     Args:
-        model: Any module. It is not changed; what is run, in eval mode and for some models in train mode, is a copy.
-        policy: What to rewrite and how far; ``Policy()`` if left out.
-        example_inputs: Inputs that the model accepts, for the FLOPs and times of each site: a tensor, a tuple of
-            positional arguments, or a mapping of keyword arguments. Without them nominal shapes are assumed.
-        optimizer: What trains the model; read, and only by a budget whose ``error`` is ``"curvature"``.
-        masters: The wider copies that the optimizer trains, as for ``rewrite``; for the same budget.
-        emit: How ``rewrite`` is to give the model back: ``"graph"`` or ``"modules"``.
+        model: Any module. The compiler runs a copy of it, in eval mode and for some models in train mode too.
+        policy: Which layers to factorize, and at which ranks. Default: ``Policy()``.
+        example_inputs: Inputs that the model accepts: a tensor, a tuple of positional arguments, or a mapping of keyword
+            arguments. They give the input shapes by which the FLOPs and times of each layer are determined. Without them,
+            nominal shapes are assumed.
+        optimizer: Not used; accepted so that calls written for earlier versions still work.
+        masters: Not used, like ``optimizer``.
+        emit: The form of the model that ``rewrite`` will return; see there.
 
     Returns:
-        The plan, which prints as a table, and which ``rewrite`` takes in place of the policy.
+        The plan. It prints as a table, converts to JSON by ``to_json()``, and can be passed to ``rewrite`` as the policy.
 
     Raises:
-        ModelError: The model is not a module, or is wrapped.
-        PolicyError: A pattern matches no site, or given ranks do not fit.
+        ModelError: The model is not a module, or has a wrapper that cannot be taken off.
+        PolicyError: A pattern of the policy matches no layer, or given ranks do not fit a layer.
         InputError: The model does not accept the example inputs.
-        WeightError: A weight that may be split holds NaN or infinity.
+        WeightError: A weight that may be factorized holds NaN or infinity.
 
     Example:
         >>> import tdfx, torch
-        >>> made = tdfx.plan(torch.nn.Linear(64, 64), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
-        >>> made.sites[0].scheme, made.sites[0].ranks, made.sites[0].parameters_after
+        >>> plan = tdfx.plan(torch.nn.Linear(64, 64), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
+        >>> plan.sites[0].scheme, plan.sites[0].ranks, plan.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
     return plan_rewrite(model, policy, example_inputs=example_inputs, emit=emit).plan
@@ -63,9 +64,9 @@ def plan(
 
 @dataclass(frozen=True, slots=True)
 class PlannedRewrite:
-    """A plan for a model in training, with all that a rewrite by it needs, so that nothing is done twice."""
+    """A plan for a model in training, with everything that the rewrite needs, so that no work is done twice."""
 
-    wrapped: Wrapped
+    unwrapped: Unwrapped
     planned: Planned
 
     @property
@@ -75,10 +76,10 @@ class PlannedRewrite:
 
     @property
     def program(self) -> Program:
-        """The model as the passes see it, with its sites."""
+        """The traced model with its sites."""
         return self.planned.program
 
-    def carry_out(
+    def apply(
         self,
         *,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
@@ -86,13 +87,13 @@ class PlannedRewrite:
         masters: Any = None,
         init: Init = "weight",
     ) -> nn.Module:
-        """Return the rewritten model; see ``rewrite``.
+        """Return the rewritten model; for the arguments see ``rewrite``.
 
-        The model and its weights must be as they were when the plan was made.
+        The model and its weights must not have changed since the plan was made.
         """
-        with self.wrapped.processes.raise_on_all():
-            companions = Companions.of(self.wrapped, optimizer, averaged, masters)
-            commit = _prepared(self.wrapped, self.planned, companions, init)
+        with self.unwrapped.processes.raise_on_all():
+            companions = Companions.of(self.unwrapped, optimizer, averaged, masters)
+            commit = _prepare_rewrite(self.unwrapped, self.planned, companions, init)
         return commit()
 
 
@@ -102,12 +103,18 @@ def plan_rewrite(
     *,
     example_inputs: Inputs | None = None,
     emit: Emit = "graph",
+    loop_seconds: float | None = None,
 ) -> PlannedRewrite:
-    """Make a plan as ``plan`` does, and return it with all that a rewrite by it needs."""
-    wrapped = unwrap(model)
-    with wrapped.processes.raise_on_all():
-        _check_same(wrapped, policy, emit)
-        return PlannedRewrite(wrapped, _planned(wrapped, policy, example_inputs, emit))
+    """Make a plan as ``plan`` does, and return it with everything that the rewrite needs.
+
+    Args:
+        model, policy, example_inputs, emit: As for ``plan``.
+        loop_seconds: Time of a step in the training loop, in seconds, where that is known.
+    """
+    unwrapped = unwrap(model)
+    with unwrapped.processes.raise_on_all():
+        _check_same_arguments(unwrapped, policy, emit)
+        return PlannedRewrite(unwrapped, _make_plan(unwrapped, policy, example_inputs, emit, loop_seconds))
 
 
 def rewrite(
@@ -121,59 +128,72 @@ def rewrite(
     emit: Emit = "graph",
     init: Init = "weight",
 ) -> nn.Module:
-    """Return the model with its sites factorized, to go on training with.
+    """Return a model in which layers are replaced by chains of smaller layers, and which goes on training.
 
-    The model passed in is left as it was, and shares with the result every parameter that was not factorized. Call this
-    between a backward and the next forward, best after an optimizer step; gradients that wait for a step, as in gradient
-    accumulation, are carried over by the chain rule.
+    The model that is passed in is left as it was. The returned model shares with it every parameter that was not factorized.
+    Call this between a backward and the next forward, best after an optimizer step. Gradients that were not applied yet, as
+    in gradient accumulation, are carried to the factors by the chain rule.
 
-    A model that ``fully_shard`` (FSDP2) was called on comes back sharded at the same modules with the same settings. Each of
-    its processes must make this call, and ``plan`` and ``merge``, with arguments that agree; no process ever holds more of
-    the model than its shards and a few weights.
+    A model in DistributedDataParallel or ``torch.compile`` comes back in the same wrapper with the same settings, and a
+    model that ``fully_shard`` (FSDP2) was called on comes back sharded at the same modules. If several processes train the
+    model, all of them must call ``plan``, ``rewrite`` and ``merge`` with the same arguments. No process ever holds more of a
+    sharded model than its shards and a few weights.
 
     Args:
         model: Any module.
-        policy: A policy, or a plan made by ``tdfx.plan`` for this model; ``Policy()`` if left out.
-        example_inputs: As for ``plan``; a plan that is passed in needs none.
-        optimizer: The optimizer that trains the model, or a list of them. Afterwards it holds the parameters of the
-            returned model, in the same groups with the same settings, momentum and step counts carried over.
-        averaged: An average of the model that is kept beside it, as ``torch.optim.swa_utils.AveragedModel`` or anything
-            else that holds the averaged copy as ``module``, or a list of them. Afterwards it holds one of the returned
-            model, in the model's own bases, so that it can go on being updated.
-        masters: Where the optimizer trains wider copies of the model's parameters, float32 beside bfloat16 or float16 say:
-            a dict from each parameter to its master, a list of such pairs, or two lists side by side, parameters first. It
-            is brought up to date in place: entries of weights that were factorized go, those of the factors take their
-            place, and all others stay the same objects. It is the masters that are decomposed; the optimizer holds the
-            factors' masters, and the model their rounded values. Ranks are chosen by the model's own weights, as ``plan``
-            shows them. A parameter that the optimizer holds itself needs no master.
-        emit: ``"graph"`` for a ``GraphModule`` where the model allows it, ``"modules"`` for the model's own class. A plan
-            that is passed in says this itself.
-        init: What the factors start from. ``"weight"``: the nearest to the trained weight. ``"variance"``, for a model that
-            was not trained yet: the same directions, scaled so that the joined weight has the variance of the weight that
-            was drawn, and with it the activations and gradients of the first step (the condition of Pan et al., *A Unified
-            Weight Initialization Paradigm for Tensorial Convolutional Neural Networks*, ICML 2022). Give ranks by
-            ``Ratio`` or ``Fixed`` then: an untrained weight has no signal for other rules. ``"empty"``, with a plan:
-            nothing; no value is read or decomposed, so the model may lie on the meta device. Load the values next.
+        policy: Which layers to factorize, and at which ranks; or a plan made by ``tdfx.plan`` for this model. Default:
+            ``Policy()``.
+        example_inputs: As for ``plan``; not needed with a plan.
+        optimizer: The optimizer that trains the model, or a list of several. It is changed in place: afterwards it holds the
+            parameters of the returned model, in the same groups with the same settings; momentum and step counts are carried
+            over.
+        averaged: An average of the model (EMA, SWA), or a list of several: a ``torch.optim.swa_utils.AveragedModel``, or any
+            object that holds the averaged copy as ``module``. Afterwards it holds an average of the returned model, which
+            can be updated further.
+        masters: The wider copies of the model's parameters, for an optimizer that trains float32 copies of a bfloat16 or
+            float16 model: a dict from each parameter to its master, a list of such pairs, or two lists side by side,
+            parameters first. It is updated in place: masters of the factors replace those of the weights that were
+            factorized, and all others stay the same objects. The masters are decomposed, and the model gets rounded factors;
+            ranks are chosen by the model's own weights. A parameter that the optimizer holds itself needs no master.
+        emit: ``"graph"`` returns a ``GraphModule`` where the model's code can be represented as a graph, ``"modules"``
+            always returns the model's own class. Not used with a plan, which records it.
+        init: The initial values of the factors.
+            ``"weight"``: the best approximation of the trained weight.
+            ``"variance"``, for a model that was not trained yet: the same, scaled so that the joined weight has the variance
+            of the original one, which keeps the scale of activations and gradients in the first step (Pan et al., *A Unified
+            Weight Initialization Paradigm for Tensorial Convolutional Neural Networks*, ICML 2022). Choose ranks by
+            ``Ratio`` or ``Fixed`` then: other rules look for structure that an untrained weight does not have.
+            ``"empty"``, with a plan: uninitialized. No weight is read, so the model may be on the meta device. Load the
+            values afterwards.
 
     Returns:
-        The rewritten model, on the same device, with the same mode, dtypes, hooks and buffers.
+        The rewritten model, on the same device, in the same mode, with the same dtypes, hooks and buffers.
 
     Raises:
-        ModelError, PolicyError, InputError, WeightError: As for ``plan``.
+        ModelError: As for ``plan``; or an average belongs to another model.
+        PolicyError: As for ``plan``; or ``init`` does not go with the other arguments.
+        InputError, WeightError: As for ``plan``.
         PlanError: The plan was made for another model.
         OptimizerError: The optimizer does not hold the weights to be replaced, or the masters do not go with the model.
-        ModelError: An average belongs to another model.
+
+    Example:
+        >>> import tdfx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model = tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0), optimizer=optimizer)
+        >>> [tuple(parameter.shape) for parameter in optimizer.param_groups[0]["params"]]
+        [(16, 64), (64, 16), (64,)]
     """
-    wrapped = unwrap(model)
-    with wrapped.processes.raise_on_all():
-        companions = Companions.of(wrapped, optimizer, averaged, masters)
+    unwrapped = unwrap(model)
+    with unwrapped.processes.raise_on_all():
+        companions = Companions.of(unwrapped, optimizer, averaged, masters)
         _check_init(init, policy, companions)
-        _check_same(wrapped, policy, emit, init)
+        _check_same_arguments(unwrapped, policy, emit, init)
         if isinstance(policy, Plan):
-            planned = use_plan(_sites(wrapped, policy.emit), policy)
+            planned = use_plan(_find_sites(unwrapped, policy.emit), policy)
         else:
-            planned = _planned(wrapped, policy, example_inputs, emit)
-        commit = _prepared(wrapped, planned, companions, init)
+            planned = _make_plan(unwrapped, policy, example_inputs, emit)
+        commit = _prepare_rewrite(unwrapped, planned, companions, init)
     return commit()
 
 
@@ -184,19 +204,24 @@ def merge(
     averaged: Any = None,
     masters: Any = None,
 ) -> nn.Module:
-    """Return the original architecture with the factors multiplied out: same class, same state_dict keys.
+    """Return the original architecture with the factors multiplied out: the same class and the same state_dict keys.
 
-    The factorized model is left as it was, and shares with the result every parameter that is not a factor.
+    The factorized model is left as it was. The returned model shares with it every parameter that is not a factor.
 
     Args:
-        model: What ``rewrite`` returned, trained further or not.
-        optimizer: The optimizer that trains it, if training goes on; it then holds the merged model's parameters.
-        averaged: An average of the model, as for ``rewrite``; it is merged too, from its own factors.
-        masters: Wider copies of the parameters that the optimizer trains, as for ``rewrite``; they are joined, and the
-            model gets the rounded result.
+        model: A model that ``rewrite`` returned, trained further or not.
+        optimizer: The optimizer that trains the model, or a list of several, if training goes on. Afterwards it holds the
+            parameters of the merged model.
+        averaged: Averages of the model, as for ``rewrite``. They are merged too, each from its own factors.
+        masters: Wider copies of the parameters, as for ``rewrite``. The masters are joined, and the model gets the rounded
+            weights.
+
+    Returns:
+        The merged model, on the same device, in the same mode, with the same dtypes, hooks and buffers.
 
     Raises:
         MergeError: The model did not come from ``rewrite``.
+        ModelError: The model has a wrapper that cannot be taken off, or an average belongs to another model.
         OptimizerError: The optimizer does not hold the factors, or the masters do not go with the model.
 
     Example:
@@ -206,71 +231,79 @@ def merge(
         >>> list(tdfx.merge(small).state_dict()) == list(dense.state_dict())
         True
     """
-    wrapped = unwrap(model)
-    with wrapped.processes.raise_on_all():
-        companions = Companions.of(wrapped, optimizer, averaged, masters)
-        merged = merge_back(companions.masters.with_masters(wrapped.model), wrapped.processes)
+    unwrapped = unwrap(model)
+    with unwrapped.processes.raise_on_all():
+        companions = Companions.of(unwrapped, optimizer, averaged, masters)
+        merged = merge_back(companions.masters.with_masters(unwrapped.model), unwrapped.processes)
         commit = companions.prepare(merged.program.module, [join_exchange(join) for join in merged.joins])
     return commit()
 
 
-def _check_same(wrapped: Wrapped, policy: Policy | Plan | None, emit: Emit, init: Init | None = None) -> None:
-    """Raise ModelError unless all processes pass the same."""
-    said = policy.to_json() if isinstance(policy, Plan) else repr(policy)
-    # Objects that do not say what they are print their address, which differs between processes.
-    wrapped.processes.check_same(
-        (re.sub(r" at 0x[0-9a-f]+", "", said), emit, init),
+def _check_same_arguments(
+    unwrapped: Unwrapped, policy: Policy | Plan | None, emit: Emit, init: Init | None = None
+) -> None:
+    """Raise ModelError unless all processes pass the same arguments."""
+    text = policy.to_json() if isinstance(policy, Plan) else repr(policy)
+    # The default repr of an object contains its address, which differs between processes.
+    unwrapped.processes.check_same(
+        (re.sub(r" at 0x[0-9a-f]+", "", text), emit, init),
         "The processes pass different policies, plans or settings to tdfx. Pass the same ones on each.",
     )
 
 
 def _check_init(init: Init, policy: Policy | Plan | None, companions: Companions) -> None:
-    """Raise an error where factors cannot start from what was asked for."""
+    """Raise an error if ``init`` is not known, or does not go with the other arguments."""
     if init not in get_args(Init):
         raise PolicyError(
             f"init={init!r} is not known: factors start from the 'weight', as after training, from its 'variance', for a "
             f"model that was not trained yet, or 'empty', where values will be loaded."
         )
-    if init == "empty" and not isinstance(policy, Plan):
+    if init != "empty":
+        return
+    if not isinstance(policy, Plan):
         raise PolicyError(
             "init='empty' reads no weight, and a policy would choose ranks by them. Pass the plan in place of the policy: "
             "tdfx.Plan.from_json, or tdfx.plan of a model that has its values."
         )
-    if init == "empty" and any(one.state for one in companions.optimizers):
+    if any(optimizer.state for optimizer in companions.optimizers):
         raise OptimizerError(
-            "init='empty' makes factors without values, for which the state that the optimizer has already could not be "
-            "worked out. Pass an optimizer that has taken no step, and load its state afterwards."
+            "init='empty' makes factors without values, and the optimizer's state could not be carried to them. Pass an "
+            "optimizer that has taken no step, and load its state afterwards."
         )
-    if init == "empty" and companions.averages:
+    if companions.averages:
         raise ModelError(
             "init='empty' makes factors without values, in whose bases no average could be expressed. Load the average by "
             "itself: rewrite the averaged copy with init='empty' too, and load its values."
         )
 
 
-def _planned(wrapped: Wrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit) -> Planned:
-    """Trace the model, find its sites and decide on them."""
-    wish = Policy() if policy is None else policy
-    if not isinstance(wish, Policy):
+def _make_plan(
+    unwrapped: Unwrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit, loop_seconds: float | None = None
+) -> Planned:
+    """Trace the model, find its sites, and decide for each by the policy."""
+    policy = Policy() if policy is None else policy
+    if not isinstance(policy, Policy):
         raise PolicyError(
-            f"policy={wish!r} is a {type(wish).__name__}: it says what to rewrite and how far. "
+            f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite and how far. "
             f"Pass tdfx.Policy(rank=...), or a plan to rewrite."
         )
-    return make_plan(_sites(wrapped, emit), wish, inputs)
+    return make_plan(_find_sites(unwrapped, emit), policy, inputs, loop_seconds=loop_seconds)
 
 
-def _sites(wrapped: Wrapped, emit: Emit) -> Program:
-    return find_sites(wrapped.model, emit, wrapped.processes, shards=wrapped.shards)
+def _find_sites(unwrapped: Unwrapped, emit: Emit) -> Program:
+    return find_sites(unwrapped.model, emit, unwrapped.processes, shards=unwrapped.shards)
 
 
-def _prepared(wrapped: Wrapped, planned: Planned, companions: Companions, init: Init) -> Callable[[], nn.Module]:
-    """Factorize the model and work out all that goes with it; return the function that changes what was passed."""
+def _prepare_rewrite(
+    unwrapped: Unwrapped, planned: Planned, companions: Companions, init: Init
+) -> Callable[[], nn.Module]:
+    """Factorize the model and work out all changes of its companions; return the function that makes the changes."""
     masters = companions.masters
     if masters:
-        # The spectra of the plan are those of the model's own weights, and it is the masters that are split.
+        # The masters are decomposed, so the spectra of the plan, which are those of the model's own weights, are not used.
         planned = Planned(planned.program.in_copy(masters.with_masters(planned.program.module)), SpectrumCache())
     rewritten = rewrite_by(planned, init)
     exchanges = [
-        split_exchange(replace(swap, factorized=masters.detached(swap.factorized))) for swap in rewritten.swaps
+        split_exchange(replace(swap, factorized=masters.keep_masters(swap.factorized))) for swap in rewritten.swaps
     ]
     return companions.prepare(rewritten.program.module, exchanges, values=init != "empty", warn=True)

@@ -1,4 +1,4 @@
-"""One class per kind of failure; each is also a subclass of the built-in that a caller would catch."""
+"""One class for each kind of failure; each is also a subclass of the built-in error that a caller would catch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class TdfxError(Exception):
-    """Everything that tdfx raises on purpose."""
+    """The base of all errors that tdfx raises on purpose."""
 
 
 class PolicyError(TdfxError, ValueError):
@@ -19,7 +19,7 @@ class PlanError(TdfxError, ValueError):
 
 
 class ModelError(TdfxError, ValueError):
-    """A model that cannot be worked on as it was given: wrapped, empty, or not a module."""
+    """A model that cannot be used as it was passed: wrapped, empty, or not a module."""
 
 
 class ModelReferenceError(TdfxError, ValueError):
@@ -31,7 +31,7 @@ class InputError(TdfxError, ValueError):
 
 
 class KindError(TdfxError, TypeError):
-    """A layer kind that does not say what its layers are, or that is not registered."""
+    """A layer kind that is incomplete, or not registered."""
 
 
 class WeightError(TdfxError, ValueError):
@@ -39,7 +39,7 @@ class WeightError(TdfxError, ValueError):
 
 
 class OptimizerError(TdfxError, ValueError):
-    """An optimizer that does not go with the model."""
+    """An optimizer that does not belong to the model."""
 
 
 class CheckpointError(TdfxError, RuntimeError):
@@ -55,29 +55,29 @@ class ExportError(TdfxError, RuntimeError):
 
 
 class ReportError(TdfxError, RuntimeError):
-    """A report that cannot be drawn, for want of a package, or cannot be written."""
+    """A report that cannot be drawn, because a package is missing, or cannot be written."""
 
 
 class PassError(TdfxError, AssertionError):
-    """A compiler pass broke its own contract: a defect of tdfx, never of the model."""
+    """A compiler pass that broke its own contract: a defect of tdfx, never of the model."""
 
 
 class TdfxWarning(UserWarning):
-    """Something that works, but not as the user may think."""
+    """Something that works, but perhaps not as the user expects."""
 
 
 def class_named(name: str) -> type[TdfxError]:
-    """Return the class of errors here that has a name, as another process tells it; TdfxError where none has.
+    """Return the error class of a name that another process sent; TdfxError if there is none.
 
     >>> class_named("InputError").__name__, class_named("KeyError").__name__
     ('InputError', 'TdfxError')
     """
-    found = globals().get(name)
-    return found if isinstance(found, type) and issubclass(found, TdfxError) else TdfxError
+    error = globals().get(name)
+    return error if isinstance(error, type) and issubclass(error, TdfxError) else TdfxError
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text without its full stop, to stand within a sentence; its class if it has none.
+    """Return the first line of an error's text without its full stop, to use within a sentence; its class if it has no text.
 
     >>> first_line(ValueError("no room.\\n  File ...")), first_line(KeyError())
     ('no room', 'KeyError')
@@ -91,8 +91,7 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     >>> nearest("tuker2", ["svd", "tucker2"])
     "'tucker2'"
     """
-    known = sorted(names)
-    if not known:
+    names = sorted(names)
+    if not names:
         return "none"
-    close = difflib.get_close_matches(name, known, n=count, cutoff=0.4) or known[:count]
-    return ", ".join(repr(one) for one in close)
+    return ", ".join(map(repr, difflib.get_close_matches(name, names, n=count, cutoff=0.4) or names[:count]))

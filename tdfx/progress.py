@@ -1,4 +1,4 @@
-"""Bars for work that takes long, where somebody may look at them."""
+"""Progress bars for work that takes long, on terminals only."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rich.text import Text
 _QUIET = 2.0
 """Seconds before a bar appears."""
 _shown: list[str] = []
-"""What is counted now, outermost first; only the first has a bar, since two would tear one another."""
+"""What is counted now, outermost first; only the first has a bar, since two bars would overwrite each other."""
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function that counts what is done; on a terminal a bar appears on stderr where that takes long.
+    """Yield a function that counts what is done; if it takes long, a bar appears on stderr where that is a terminal.
 
     Args:
         what: What is counted, in words.
-        total: How many there are.
+        total: The final count.
     """
     if _shown or not on_a_terminal():
         yield lambda count: None
@@ -48,7 +48,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Show on a terminal what is being done that cannot be counted."""
+    """Show on a terminal what is being done, where it cannot be counted."""
     if _shown or not on_a_terminal():
         yield
         return
@@ -61,7 +61,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def on_a_terminal() -> bool:
-    """Return True if somebody may look at stderr; a program may have closed it, or put anything in its place."""
+    """Return True if stderr is a terminal; a program may have closed stderr or replaced it by any object."""
     try:
         return bool(sys.stderr.isatty())
     except (AttributeError, ValueError):

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them."""
+"""Numbers as text for people."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def short_number(value: float) -> str:
 
 
 def before_after(before: int | None, after: int | None) -> str:
-    """Return a count as it is and as it will be.
+    """Return a count before and after a rewrite.
 
     >>> before_after(4_580_000, 570_000), before_after(7, 7), before_after(None, None)
     ('4.58M → 570k', '7', '')
@@ -29,7 +29,7 @@ def before_after(before: int | None, after: int | None) -> str:
 
 
 def milliseconds(before: float | None, after: float | None, *, estimated: bool = False) -> str:
-    """Return times in milliseconds with three figures, and a mark where they are estimates.
+    """Return times in milliseconds with three figures, and with a mark if they are estimates.
 
     >>> milliseconds(0.01234, 0.005), milliseconds(1.5, 1.5), milliseconds(1.5, 1.25, estimated=True)
     ('12.3 → 5', '1500', '~1500 → 1250')
@@ -37,16 +37,17 @@ def milliseconds(before: float | None, after: float | None, *, estimated: bool =
     if before is None or after is None:
         return ""
     mark = "~" if estimated else ""
-    return mark + (_three(1e3 * before) if before == after else f"{_three(1e3 * before)} → {_three(1e3 * after)}")
+    first, last = _three_digits(1e3 * before), _three_digits(1e3 * after)
+    return mark + (first if before == after else f"{first} → {last}")
 
 
-def _three(value: float) -> str:
-    """Return a number with three figures, and without an exponent from a thousand to a million."""
+def _three_digits(value: float) -> str:
+    """Return a number with three figures, without an exponent up to a million."""
     return f"{value:.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def share(before: float | None, after: float | None) -> str:
-    """Return what is left, in percent; "" where that is all of it, or not known.
+    """Return what is left in percent; "" where nothing changed, or where it is unknown.
 
     >>> share(200, 50), share(200, 200)
     ('25%', '')

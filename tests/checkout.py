@@ -1,4 +1,4 @@
-"""The tools of the checkout that these tests lie in, which a wheel does not have."""
+"""Import the programs of the checkout's tools folder, which a wheel does not have."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def needs(file: str) -> pytest.MarkDecorator:
-    """Skip where one of the tools, ``train.py``, is not there."""
+    """Skip a test if a file of the tools folder, such as ``train.py``, is missing."""
     return pytest.mark.skipif(not (TOOLS / file).is_file(), reason="the checkout's tools are not beside these tests")
 
 
 def tool(name: str) -> ModuleType:
-    """Import one of the tools."""
+    """Import a module of the tools folder."""
     if str(TOOLS) not in sys.path:
         sys.path.insert(0, str(TOOLS))
     return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, a seed and an order; and one exported network for the tests of the ONNX proof."""
+"""What all tests share: one thread, a seed, an order, and an exported network for the tests of the ONNX proof."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Tests run in several processes, some of which start more. OpenMP reads this once, when torch is imported.
+# Tests run in several processes, and some start more. OpenMP reads this once, when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What tests measure is of no use to the user's own runs. The processes that tests start inherit it.
+# Layer times from tests must not enter the user's cache. The processes that tests start inherit this.
 os.environ["TDFX_CACHE_DIR"] = tempfile.mkdtemp(prefix="tdfx-tests-")
 
 import onnx
@@ -24,7 +24,7 @@ from tdfx.cost.timing import take_turns
 from tdfx.onnx_proof.torch_to_onnx import export_module
 
 atexit.register(shutil.rmtree, os.environ["TDFX_CACHE_DIR"], ignore_errors=True)
-# Small tensors gain nothing from threads, and tests must not wait for one another's; this holds for doctests too.
+# Small tensors gain nothing from threads, and tests would wait for each other's threads; doctests too.
 torch.set_num_threads(1)
 
 LONGEST = (
@@ -41,13 +41,13 @@ LONGEST = (
     "test_transformers",
     "test_lightning",
 )
-"""The files that take longest, the longest first."""
+"""The test files that take longest, in descending order."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files, so that at the end no process is left alone with one of them."""
-    place = {name: index for index, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    """Start with the longest files, so that at the end no single process works on one of them alone."""
+    order = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def same_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let what a tool sets for all timing last no longer than a test."""
+    """Restore the clock of all timing after a test, which a tool may set."""
     monkeypatch.setattr(take_turns, "__kwdefaults__", dict(take_turns.__kwdefaults__ or {}))
 
 
@@ -68,7 +68,7 @@ def x() -> Tensor:
 
 @pytest.fixture(scope="session")
 def net_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One export of ``Net``, with the weights of seed 0, for all tests that need a file or a proto."""
+    """Export ``Net`` with seed 0 once, for all tests that need a file or a proto."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("verify") / "net.onnx"
     export_module(Net(), (torch.randn(2, 3, 8, 8),), path)

@@ -11,18 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ddp_worker as ddp
-import fsdp_worker as fsdp
+import ddp_runs as ddp
+import fsdp_runs as fsdp
 import pytest
 import torch
 import torch.distributed as dist
 import two_processes
-from ddp_worker import DDP, HALF, ROUNDING, adamw, apart, check_bits, refused, sgd
+from ddp_runs import DDP, HALF, ROUNDING, adamw, assert_same_bits, distance, sgd
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.optim import SGD, AdamW, Optimizer
+from two_processes import refused
 
 import tdfx
 import tdfx.distributed.ddp
@@ -55,12 +56,12 @@ def by_turns(
 
 def compare(make: Callable[[Any], Optimizer], train: Train = "alternate", **settings: Any) -> None:
     small, dense, optimizer = by_turns(DDP(ddp.net(), **settings), make, train)
-    check_bits(dense, optimizer)
+    assert_same_bits(dense, optimizer)
     alone_small, alone_dense, _ = by_turns(ddp.net(), make, train)
-    assert apart(small.module, alone_small) < ROUNDING
-    assert apart(dense.module, alone_dense) < ROUNDING
+    assert distance(small.module, alone_small) < ROUNDING
+    assert distance(dense.module, alone_dense) < ROUNDING
     other, _, _ = by_turns(ddp.net(), make, "each" if train == "alternate" else "alternate")
-    assert apart(small.module, other) > 1e-5, "other turns give other weights"
+    assert distance(small.module, other) > 1e-5, "other turns go elsewhere"
 
 
 def check_sgd_in_ddp_is_the_single_process_run(mesh: DeviceMesh) -> None:
@@ -97,20 +98,20 @@ def check_compiled_around_ddp(mesh: DeviceMesh) -> None:
             (small(x) - y).square().mean().backward()
             optimizer.step()
         if trained is model:
-            check_bits(small, optimizer)
+            assert_same_bits(small, optimizer)
             model = small
-    assert apart(model._orig_mod.module, small) < ROUNDING
+    assert distance(model._orig_mod.module, small) < ROUNDING
 
 
 def check_without_setting_up_the_wrapper_again_torch_raises(mesh: DeviceMesh) -> None:
     """The negative control of the checks above."""
-    real = tdfx.distributed.ddp.renew
-    tdfx.distributed.ddp.renew = lambda model: None
+    real = tdfx.distributed.ddp.rebuild_reducer
+    tdfx.distributed.ddp.rebuild_reducer = lambda model: None
     try:
         with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
             by_turns(DDP(ddp.net()), sgd)
     finally:
-        tdfx.distributed.ddp.renew = real
+        tdfx.distributed.ddp.rebuild_reducer = real
 
 
 def check_gradients_of_frozen_factors_are_not_sent(mesh: DeviceMesh) -> None:
@@ -147,7 +148,7 @@ def check_turns_change_in_the_wrapper_of_a_later_rewrite(mesh: DeviceMesh) -> No
     assert later is not small
     ddp.train(later, optimizer, 2, 5)
     assert freeze.frozen == ("module.3.factors.0.weight",) or freeze.frozen == ("module.3.factors.1.weight",)
-    check_bits(later, optimizer)
+    assert_same_bits(later, optimizer)
 
 
 def check_accumulation_without_sync(mesh: DeviceMesh) -> None:
@@ -167,18 +168,18 @@ def check_accumulation_without_sync(mesh: DeviceMesh) -> None:
                 ((small(x1) - y1).square().mean() + (small(x2) - y2).square().mean()).backward()
             optimizer.step()
         ends.append(small.module if isinstance(small, DDP) else small)
-    assert apart(*ends) < ROUNDING
+    assert distance(*ends) < ROUNDING
 
 
 def check_processes_that_disagree_are_refused_on_both(mesh: DeviceMesh) -> None:
     model = DDP(ddp.net())
     optimizer = sgd(model.parameters())
     small = tdfx.rewrite(model, HALF, optimizer=optimizer)
-    with refused(tdfx.ModelError, r"The processes pass different settings to tdfx\.Freeze"):
+    with refused(tdfx.ModelError, "The processes pass different settings to tdfx.Freeze"):
         tdfx.Freeze(small, optimizer, every=1 + dist.get_rank())
     assert all(parameter.requires_grad for parameter in small.parameters())
     freeze = tdfx.Freeze(small, optimizer, every=2)
-    with refused(tdfx.ModelError, r"The processes pass different states to tdfx\.Freeze"):
+    with refused(tdfx.ModelError, "The processes pass different states to tdfx.Freeze"):
         freeze.load_state_dict({**freeze.state_dict(), "taken": dist.get_rank()})
     assert freeze.state_dict()["taken"] == 0
 
@@ -195,11 +196,11 @@ def check_a_model_without_its_wrapper_warns(mesh: DeviceMesh) -> None:
 
 def shards_by_turns(model: nn.Module, make: Callable[[Any], Optimizer], *, parts: bool, look: bool) -> Any:
     optimizer = make(model.parameters())
-    fsdp.train(model, optimizer, 1, parts=parts, count=2)
+    fsdp.train(model, optimizer, 1, halves=parts, count=2)
     small = tdfx.rewrite(model, HALF, example_inputs=fsdp.X, optimizer=optimizer, emit="modules")
     freeze = frozen(small, optimizer, every=2)
     for seed in range(7):
-        fsdp.train(small, optimizer, 10 + seed, parts=parts, count=1)
+        fsdp.train(small, optimizer, 10 + seed, halves=parts, count=1)
         if look:
             with torch.no_grad():
                 small(fsdp.X)  # parameters that are not resharded stay gathered
@@ -207,19 +208,19 @@ def shards_by_turns(model: nn.Module, make: Callable[[Any], Optimizer], *, parts
     assert all(parameter.grad is None for name, parameter in small.named_parameters() if name in freeze.frozen)
     if look:
         freeze.remove()
-        fsdp.train(small, optimizer, 20, parts=parts, count=1)
+        fsdp.train(small, optimizer, 20, halves=parts, count=1)
     factorized = fsdp.values(small)
     dense = tdfx.merge(small, optimizer=optimizer)
-    assert all(parameter.requires_grad for parameter in dense.parameters())
-    fsdp.train(dense, optimizer, 3, parts=parts)
+    assert all(one.requires_grad for one in dense.parameters())
+    fsdp.train(dense, optimizer, 3, halves=parts)
     return factorized, fsdp.values(dense)
 
 
 def compare_shards(mesh: DeviceMesh, make: Callable[[Any], Optimizer], *, look: bool = False, **settings: Any) -> None:
-    factorized, dense = shards_by_turns(fsdp.sharded(mesh=mesh, **settings), make, parts=True, look=look)
-    expected_factorized, expected_dense = shards_by_turns(fsdp.net(), make, parts=False, look=look)
-    assert fsdp.far(factorized, expected_factorized) < ROUNDING
-    assert fsdp.far(dense, expected_dense) < ROUNDING
+    here = shards_by_turns(fsdp.sharded(mesh=mesh, **settings), make, parts=True, look=look)
+    there = shards_by_turns(fsdp.net(), make, parts=False, look=look)
+    assert fsdp.distance(here[0], there[0]) < ROUNDING
+    assert fsdp.distance(here[1], there[1]) < ROUNDING
 
 
 def check_shards_are_the_single_process_run(mesh: DeviceMesh) -> None:
@@ -262,7 +263,7 @@ def check_shards_of_low_precision_that_are_frozen_from_the_first_step(mesh: Devi
 def check_sharding_that_disagrees_is_refused_on_both(mesh: DeviceMesh) -> None:
     model = fsdp.sharded(mesh=mesh)
     small = tdfx.rewrite(model, HALF)
-    with refused(tdfx.ModelError, r"The processes pass different settings to tdfx\.Freeze"):
+    with refused(tdfx.ModelError, "The processes pass different settings to tdfx.Freeze"):
         tdfx.Freeze(small, SGD(small.parameters(), lr=0.1), every=1 + dist.get_rank())
 
 

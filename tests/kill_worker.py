@@ -110,7 +110,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "before the rename": (os, "replace"),
     "after the rename": (tdfx.checkpoint.atomic, "_sync_folder"),
     "inside the rewrite": (tdfx.passes.transform.rewrite, "_emit"),
-    "inside the optimizer": (tdfx.optim.companions, "prepare"),
+    "inside the optimizer": (tdfx.optim.companions, "prepare_surgery"),
 }
 
 

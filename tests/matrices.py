@@ -15,7 +15,7 @@ def noise(rows: int, cols: int) -> Tensor:
 
 
 def planted(rows: int, cols: int, rank: int, strength: float = 10.0) -> Tensor:
-    """A matrix whose first ``rank`` singular values stand ``strength`` times above the edge of the noise."""
+    """Return a matrix whose first ``rank`` singular values are ``strength`` times the edge of the noise."""
     left, right = torch.linalg.qr(noise(rows, rank))[0], torch.linalg.qr(noise(cols, rank))[0]
     size = strength * (math.sqrt(rows) + math.sqrt(cols))
     signal: Tensor = size * left @ right.mT
@@ -23,7 +23,7 @@ def planted(rows: int, cols: int, rank: int, strength: float = 10.0) -> Tensor:
 
 
 def spectrum_of(values: list[float], rows: int = 0, cols: int = 0) -> Spectrum:
-    """A spectrum with given values; the basis does not matter to a rule."""
+    """Return a spectrum with given values; rules do not read the basis."""
     count = len(values)
     s = torch.tensor(values, dtype=torch.float64)
     return Spectrum(s, torch.eye(count, dtype=torch.float64), rows or count, cols or count)

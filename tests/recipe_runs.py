@@ -1,4 +1,4 @@
-"""What the tests of the training recipe share: its tools, and a network on a data set that take no time."""
+"""What the tests of the training recipe share: its modules, and a tiny network on a data set that take no time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TINY: dict[str, Any] = {
 
 
 def tool(name: str) -> ModuleType:
-    """Import one of the tools, and know the tiny network."""
-    checkout.tool("recipe.models").OWN.setdefault("tiny", tiny)
+    """Import a module of the tools folder, and register the tiny network with the recipe."""
+    checkout.tool("recipe.models").BUILDERS.setdefault("tiny", tiny)
     return checkout.tool(name)
 
 
-def tiny(wish: Any, shape: Any) -> nn.Module:
-    """Return a network that draws random numbers as it trains, and keeps statistics."""
+def tiny(settings: Any, shape: Any) -> nn.Module:
+    """Return a network that draws random numbers during training, and has running statistics."""
     return nn.Sequential(
         nn.Conv2d(shape.colors, 16, 3, padding=1),
         nn.BatchNorm2d(16),
@@ -43,11 +43,10 @@ def tiny(wish: Any, shape: Any) -> nn.Module:
 def config_of(**changes: Any) -> Any:
     """Return the settings of a tiny run, with some replaced: ``training__epochs=2``."""
     config = tool("recipe.config")
-    return config.with_values(
-        config.build(config.Config, TINY, ""), {key.replace("__", "."): one for key, one in changes.items()}
-    )
+    overrides = {key.replace("__", "."): value for key, value in changes.items()}
+    return config.with_values(config.config_from(TINY), overrides)
 
 
 def run_of(config: Any) -> Any:
-    """Return a run that was just made, in this process alone."""
-    return tool("recipe.trainer").Run(config, tool("recipe.data").Place(), torch.device("cpu"))
+    """Return a new run in this process alone."""
+    return tool("recipe.trainer").TrainingRun(config, tool("recipe.processes").Process(), torch.device("cpu"))

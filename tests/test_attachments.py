@@ -1,4 +1,4 @@
-"""What surgery keeps of a model: hooks, flags, buffers, formats, attributes, outputs; and blocks that stay as they are."""
+"""What a rewrite preserves of a model: hooks, flags, buffers, formats, attributes, outputs, and blocks that graphs call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import tdfx
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
 LOW = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)
 EPS = torch.finfo(torch.float64).eps
-# A few products of eight terms each, one after the other.
+# Rounding of a few products of eight terms each, in sequence.
 TOLERANCE = 1e4 * EPS
 EMITS: tuple[tdfx.Emit, ...] = ("graph", "modules")
 every_emit = pytest.mark.parametrize("emit", EMITS)
@@ -30,9 +30,9 @@ def batch() -> Tensor:
     return torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    one, other = one.detach(), other.detach()
-    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
+def distance(value: Tensor, other: Tensor) -> float:
+    value, other = value.detach(), other.detach()
+    return float((value - other).abs().max() / other.abs().max().clamp_min(1e-30))
 
 
 def run(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
@@ -44,18 +44,20 @@ def run(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     gradients: dict[str, Tensor] = {}
     if output.requires_grad:
         output.square().sum().backward()
-        gradients = {name: one.grad for name, one in copied.named_parameters() if one.grad is not None}
+        gradients = {
+            name: parameter.grad for name, parameter in copied.named_parameters() if parameter.grad is not None
+        }
     if x.grad is not None:
         gradients["(input)"] = x.grad
     return output, gradients
 
 
-def same_run(made: nn.Module, dense: nn.Module, tolerance: float = TOLERANCE) -> None:
-    """Hold outputs and gradients of a model at full rank to the original's."""
-    (found, gradients), (expected, dense_gradients) = run(made), run(dense)
-    assert distance(found, expected) <= tolerance
-    assert found.requires_grad == expected.requires_grad
-    kept = {key for key in dense_gradients if key in dict(made.named_parameters()) or key == "(input)"}
+def check_same_run(rewritten: nn.Module, dense: nn.Module, tolerance: float = TOLERANCE) -> None:
+    """Compare outputs and gradients of a model at full rank with the original's."""
+    (output, gradients), (expected, dense_gradients) = run(rewritten), run(dense)
+    assert distance(output, expected) <= tolerance
+    assert output.requires_grad == expected.requires_grad
+    kept = {key for key in dense_gradients if key in dict(rewritten.named_parameters()) or key == "(input)"}
     assert kept <= gradients.keys()
     for key in gradients.keys() & dense_gradients.keys():
         assert distance(gradients[key], dense_gradients[key]) <= tolerance, key
@@ -72,25 +74,25 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Two blocks, buffers of both sorts, an attribute, a method, a property and an operator of its own."""
+    """Has two blocks, persistent and other buffers, an attribute, a method, a property and an operator."""
 
     table: Tensor
     scratch: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.one = Block()
-        self.other = Block()
+        self.first = Block()
+        self.second = Block()
         self.head = nn.Linear(8, 4)
         self.register_buffer("table", torch.arange(4.0))
         self.register_buffer("scratch", torch.ones(4), persistent=False)
         self.register_buffer("nothing", None)
         self.register_parameter("no_parameter", None)
         self.classes = ["a", "b", "c", "d"]
-        self.order = [self.head, self.one]
+        self.order = [self.head, self.first]
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.head(self.other(self.one(x))) + self.table) * self.scratch  # type: ignore[no-any-return]
+        return (self.head(self.second(self.first(x))) + self.table) * self.scratch  # type: ignore[no-any-return]
 
     def loss(self, x: Tensor) -> Tensor:
         return self(x).square().mean()  # type: ignore[no-any-return]
@@ -106,153 +108,153 @@ class Net(nn.Module):
 @every_emit
 def test_hooks_run_in_the_same_order_on_layers_blocks_and_root(emit: tdfx.Emit) -> None:
     model = Net().double()
-    seen: list[str] = []
+    calls: list[str] = []
 
-    def note(text: str) -> Callable[..., None]:
-        return lambda *_, **__: seen.append(text)
+    def recorder(text: str) -> Callable[..., None]:
+        return lambda *_, **__: calls.append(text)
 
-    for path in ("", "one", "one.layer", "one.norm", "head"):
-        part = model.get_submodule(path)
-        part.register_forward_pre_hook(note(f"{path} before"))
-        part.register_forward_hook(note(f"{path} after"), with_kwargs=True)
-        part.register_full_backward_hook(note(f"{path} back"))
-        part.register_full_backward_pre_hook(note(f"{path} back before"))
+    for path in ("", "first", "first.layer", "first.norm", "head"):
+        module = model.get_submodule(path)
+        module.register_forward_pre_hook(recorder(f"{path} before"))
+        module.register_forward_hook(recorder(f"{path} after"), with_kwargs=True)
+        module.register_full_backward_hook(recorder(f"{path} back"))
+        module.register_full_backward_pre_hook(recorder(f"{path} back before"))
 
-    def record(one: nn.Module) -> list[str]:
-        seen.clear()
-        one(batch().requires_grad_()).sum().backward()
-        one.zero_grad()
-        return list(seen)
+    def record(model: nn.Module) -> list[str]:
+        calls.clear()
+        model(batch().requires_grad_()).sum().backward()
+        model.zero_grad()
+        return list(calls)
 
     expected = record(model)
     assert len(expected) == 20
-    made = tdfx.rewrite(model, FULL, emit=emit)
-    assert seen == expected, "planning calls no hook"
-    assert isinstance(made.get_submodule("one.layer"), tdfx.Factorized)
-    assert isinstance(made, fx.GraphModule) == (emit == "graph")
-    assert record(made) == expected
-    assert record(tdfx.merge(made)) == expected
+    rewritten = tdfx.rewrite(model, FULL, emit=emit)
+    assert calls == expected, "planning called a hook"
+    assert isinstance(rewritten.get_submodule("first.layer"), tdfx.Factorized)
+    assert isinstance(rewritten, fx.GraphModule) == (emit == "graph")
+    assert record(rewritten) == expected
+    assert record(tdfx.merge(rewritten)) == expected
     assert record(model) == expected
     notes = ("the graph calls 1 Block as it is: it has hooks, which a graph would not call",)
     assert tdfx.plan(model, FULL, emit=emit).notes == (notes if emit == "graph" else ())
 
 
 @every_emit
-def test_a_hook_that_changes_an_output_still_does(emit: tdfx.Emit) -> None:
-    for path in ("", "one", "one.layer"):
+def test_a_hook_that_changes_an_output_is_preserved(emit: tdfx.Emit) -> None:
+    for path in ("", "first", "first.layer"):
         model = Net().double()
         plain = run(model)[0]
         handle = model.get_submodule(path).register_forward_hook(lambda _, __, output: output.abs() * 3)
-        made = tdfx.rewrite(model, FULL, emit=emit)
-        same_run(made, model)
-        assert distance(run(made)[0], plain) > 1e-3
-        # The handle is the original's; what was attached to the copy stays there.
+        rewritten = tdfx.rewrite(model, FULL, emit=emit)
+        check_same_run(rewritten, model)
+        assert distance(run(rewritten)[0], plain) > 1e-3
+        # The handle belongs to the original; the copy keeps its hook.
         handle.remove()
         assert distance(run(model)[0], plain) == 0
-        assert distance(run(made)[0], plain) > 1e-3
+        assert distance(run(rewritten)[0], plain) > 1e-3
 
 
 @every_emit
-def test_gradient_flags_stay_with_each_parameter(emit: tdfx.Emit) -> None:
+def test_requires_grad_is_preserved(emit: tdfx.Emit) -> None:
     model = Net()
-    frozen = ["one.layer.bias", "one.norm.weight", "head.weight", "head.bias"]
+    frozen = ["first.layer.bias", "first.norm.weight", "head.weight", "head.bias"]
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
-    made = tdfx.rewrite(model, FULL, emit=emit)
+    rewritten = tdfx.rewrite(model, FULL, emit=emit)
     assert tdfx.plan(model, FULL)["head"].reason is tdfx.Reason.FROZEN
-    flags = {name: one.requires_grad for name, one in made.named_parameters()}
+    flags = {name: parameter.requires_grad for name, parameter in rewritten.named_parameters()}
     assert {name for name, flag in flags.items() if not flag} == {
-        "one.layer.factors.1.bias",
-        "one.norm.weight",
+        "first.layer.factors.1.bias",
+        "first.norm.weight",
         "head.weight",
         "head.bias",
     }
-    merged = tdfx.merge(made)
-    assert [name for name, one in merged.named_parameters() if not one.requires_grad] == frozen
+    merged = tdfx.merge(rewritten)
+    assert [name for name, parameter in merged.named_parameters() if not parameter.requires_grad] == frozen
 
 
 @every_emit
-def test_modes_of_submodules_stay(emit: tdfx.Emit) -> None:
+def test_modes_of_submodules_are_preserved(emit: tdfx.Emit) -> None:
     model = Net()
-    model.one.eval()
-    model.other.norm.eval()
+    model.first.eval()
+    model.second.norm.eval()
     model.head.eval()
-    modes = {path: one.training for path, one in model.named_modules()}
+    modes = {path: module.training for path, module in model.named_modules()}
     assert set(modes.values()) == {True, False}
-    made = tdfx.rewrite(model, FULL, emit=emit)
-    assert {path: one.training for path, one in made.named_modules() if path in modes} == modes
-    for path in ("one.layer", "head"):
-        assert {one.training for one in made.get_submodule(path).modules()} == {False}
-    assert {path: one.training for path, one in tdfx.merge(made).named_modules()} == modes
+    rewritten = tdfx.rewrite(model, FULL, emit=emit)
+    assert {path: module.training for path, module in rewritten.named_modules() if path in modes} == modes
+    for path in ("first.layer", "head"):
+        assert {module.training for module in rewritten.get_submodule(path).modules()} == {False}
+    assert {path: module.training for path, module in tdfx.merge(rewritten).named_modules()} == modes
 
 
 @every_emit
-def test_dtype_device_and_memory_format_stay(emit: tdfx.Emit) -> None:
+def test_dtype_device_and_memory_format_are_preserved(emit: tdfx.Emit) -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(32, 4))
     model.to(memory_format=torch.channels_last)
     model[4].to(torch.bfloat16)
     model[4].register_forward_pre_hook(lambda _, arguments: (arguments[0].to(torch.bfloat16),))
-    made = tdfx.rewrite(model, FULL, emit=emit)
-    core = made.get_parameter("0.factors.1.weight")
+    rewritten = tdfx.rewrite(model, FULL, emit=emit)
+    core = rewritten.get_parameter("0.factors.1.weight")
     assert core.is_contiguous(memory_format=torch.channels_last)
     assert not core.is_contiguous()
-    assert {one.dtype for one in made.get_submodule("4").parameters()} == {torch.bfloat16}
-    assert {one.dtype for one in made.get_submodule("0").parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in rewritten.get_submodule("4").parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in rewritten.get_submodule("0").parameters()} == {torch.float32}
     x = torch.rand(2, 4, 4, 4).contiguous(memory_format=torch.channels_last)
-    assert made.get_submodule("0")(x).is_contiguous(memory_format=torch.channels_last)
-    merged = tdfx.merge(made)
-    for found, expected in zip(merged.parameters(), model.parameters(), strict=True):
-        assert (found.dtype, found.device) == (expected.dtype, expected.device)
-        assert found.is_contiguous(memory_format=torch.channels_last) or expected.dim() != 4
-    # Of a kernel of one tap the strides of the last dimensions mean nothing, so only the other tells.
+    assert rewritten.get_submodule("0")(x).is_contiguous(memory_format=torch.channels_last)
+    merged = tdfx.merge(rewritten)
+    for merged_parameter, parameter in zip(merged.parameters(), model.parameters(), strict=True):
+        assert (merged_parameter.dtype, merged_parameter.device) == (parameter.dtype, parameter.device)
+        assert merged_parameter.is_contiguous(memory_format=torch.channels_last) or parameter.dim() != 4
+    # The strides of a kernel of one tap mean nothing, so the 3×3 kernel is compared.
     assert merged.get_parameter("0.weight").stride() == model.get_parameter("0.weight").stride()
-    assert made(x).dtype is torch.bfloat16
+    assert rewritten(x).dtype is torch.bfloat16
 
 
 @every_emit
-def test_buffers_stay_of_both_sorts(emit: tdfx.Emit) -> None:
+def test_persistent_and_other_buffers_are_preserved(emit: tdfx.Emit) -> None:
     model = Net()
-    made = tdfx.rewrite(model, FULL, emit=emit)
-    merged = tdfx.merge(made)
-    for one in (made, merged):
-        assert [(name, id(buffer)) for name, buffer in one.named_buffers()] == [
+    rewritten = tdfx.rewrite(model, FULL, emit=emit)
+    merged = tdfx.merge(rewritten)
+    for copied in (rewritten, merged):
+        assert [(name, id(buffer)) for name, buffer in copied.named_buffers()] == [
             (name, id(buffer)) for name, buffer in model.named_buffers()
         ]
-        assert "table" in one.state_dict()
-        assert "scratch" not in one.state_dict()
-        assert one._buffers["nothing"] is None
-        assert one._parameters["no_parameter"] is None
-    kept = [key for key in model.state_dict() if not key.startswith(("one.layer", "other.layer", "head"))]
-    assert [key for key in made.state_dict() if "factors" not in key] == kept
+        assert "table" in copied.state_dict()
+        assert "scratch" not in copied.state_dict()
+        assert copied._buffers["nothing"] is None
+        assert copied._parameters["no_parameter"] is None
+    kept = [key for key in model.state_dict() if not key.startswith(("first.layer", "second.layer", "head"))]
+    assert [key for key in rewritten.state_dict() if "factors" not in key] == kept
     assert list(merged.state_dict()) == list(model.state_dict())
-    twin = copy.deepcopy(made)
-    assert not {id(one) for one in twin.buffers()} & {id(one) for one in made.buffers()}
+    twin = copy.deepcopy(rewritten)
+    assert not {id(buffer) for buffer in twin.buffers()} & {id(buffer) for buffer in rewritten.buffers()}
 
 
-def test_attributes_methods_properties_and_operators_are_the_originals() -> None:
+def test_attributes_methods_properties_and_operators_are_preserved() -> None:
     model = Net().double()
-    made: Any = tdfx.rewrite(model, FULL)
-    assert isinstance(made, fx.GraphModule)
-    assert isinstance(made, Net)
-    assert made.classes == model.classes
-    assert made.classes is not model.classes
-    assert (made.width, len(made)) == (8, 4)
-    # A list of submodules holds those of the copy.
-    assert made.order[0] is made.head
-    assert made.order[1] is made.one
-    assert isinstance(made.head, tdfx.Factorized)
+    rewritten: Any = tdfx.rewrite(model, FULL)
+    assert isinstance(rewritten, fx.GraphModule)
+    assert isinstance(rewritten, Net)
+    assert rewritten.classes == model.classes
+    assert rewritten.classes is not model.classes
+    assert (rewritten.width, len(rewritten)) == (8, 4)
+    # A list of submodules contains those of the copy.
+    assert rewritten.order[0] is rewritten.head
+    assert rewritten.order[1] is rewritten.first
+    assert isinstance(rewritten.head, tdfx.Factorized)
     assert model.order[0] is model.head
-    assert distance(made.loss(batch()), model.loss(batch())) < TOLERANCE
-    made.__dict__["extra"] = 5
-    merged: Any = tdfx.merge(made)
+    assert distance(rewritten.loss(batch()), model.loss(batch())) < TOLERANCE
+    rewritten.__dict__["extra"] = 5
+    merged: Any = tdfx.merge(rewritten)
     assert merged.extra == 5
     assert not hasattr(model, "extra")
     with pytest.raises(AttributeError, match="nothing_at_all"):
-        _ = made.nothing_at_all
+        _ = rewritten.nothing_at_all
 
 
 class Twice(nn.Module):
-    """One layer and one block, each under two names."""
+    """Has a layer and a block, each under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,35 +272,35 @@ def test_a_layer_under_two_names_is_one_site_by_either(emit: tdfx.Emit) -> None:
     model = Twice().double()
     plan = tdfx.plan(model, FULL, example_inputs=batch())
     assert {site.name: site.calls for site in plan} == {"encoder.0": 2, "first": 2}
-    made = tdfx.rewrite(model, FULL, emit=emit)
-    assert made.get_submodule("first") is made.get_submodule("last")
-    assert made.get_submodule("encoder") is made.get_submodule("decoder")
-    assert isinstance(made.get_submodule("decoder.0"), tdfx.Factorized)
-    same_run(made, model)
-    merged = tdfx.merge(made)
+    rewritten = tdfx.rewrite(model, FULL, emit=emit)
+    assert rewritten.get_submodule("first") is rewritten.get_submodule("last")
+    assert rewritten.get_submodule("encoder") is rewritten.get_submodule("decoder")
+    assert isinstance(rewritten.get_submodule("decoder.0"), tdfx.Factorized)
+    check_same_run(rewritten, model)
+    merged = tdfx.merge(rewritten)
     assert merged.get_submodule("first") is merged.get_submodule("last")
     assert list(merged.state_dict()) == list(model.state_dict())
 
 
-def test_policies_speak_of_a_shared_layer_by_any_of_its_names() -> None:
+def test_policies_may_use_any_name_of_a_shared_layer() -> None:
     model = Twice()
     reason = tdfx.Reason.EXCLUDED
 
-    def decided(policy: tdfx.Policy) -> list[Any]:
+    def decisions(policy: tdfx.Policy) -> list[Any]:
         return [site.ranks or site.reason for site in tdfx.plan(model, policy)]
 
     half, quarter = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1), LOW
-    assert decided(quarter) == [(2,), (2,)]
+    assert decisions(quarter) == [(2,), (2,)]
     for shared in ("last", "l*"):
-        assert decided(replace(quarter, include=(shared,))) == [reason, (2,)]
-        assert decided(replace(quarter, exclude=(shared,))) == [(2,), reason]
-        assert decided(replace(quarter, overrides={shared: half})) == [(2,), (4,)]
-        assert decided(replace(quarter, overrides={shared: None})) == [(2,), reason]
-        assert decided(tdfx.Policy(rank=tdfx.Fixed({shared: 3}), min_gain=0)) == [reason, (3,)]
-    assert decided(replace(quarter, exclude=("decoder.*",))) == [reason, (2,)]
-    assert decided(tdfx.Policy(rank=tdfx.Fixed({"decoder.0": 3, "first": 5}), min_gain=0)) == [(3,), (5,)]
-    # Excluded by one of its names is excluded, whatever the others say.
-    assert decided(replace(quarter, include=("first",), exclude=("last",))) == [reason, reason]
+        assert decisions(replace(quarter, include=(shared,))) == [reason, (2,)]
+        assert decisions(replace(quarter, exclude=(shared,))) == [(2,), reason]
+        assert decisions(replace(quarter, overrides={shared: half})) == [(2,), (4,)]
+        assert decisions(replace(quarter, overrides={shared: None})) == [(2,), reason]
+        assert decisions(tdfx.Policy(rank=tdfx.Fixed({shared: 3}), min_gain=0)) == [reason, (3,)]
+    assert decisions(replace(quarter, exclude=("decoder.*",))) == [reason, (2,)]
+    assert decisions(tdfx.Policy(rank=tdfx.Fixed({"decoder.0": 3, "first": 5}), min_gain=0)) == [(3,), (5,)]
+    # A layer that is excluded by any of its names is excluded.
+    assert decisions(replace(quarter, include=("first",), exclude=("last",))) == [reason, reason]
     with pytest.raises(tdfx.PolicyError, match=r"'lost' in exclude matches none of the model's 4 sites: .*'last'"):
         tdfx.plan(model, replace(quarter, exclude=("lost",)))
 
@@ -316,48 +318,48 @@ def test_a_lazy_layer_is_a_site_that_is_kept() -> None:
         assert type(model.get_submodule("0")) is nn.LazyLinear
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["blind", "with inputs"])
-def test_a_lazy_layer_comes_to_life_in_the_model_and_in_what_comes_back(given: bool) -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
+def test_a_lazy_layer_is_initialized_in_both_models_by_a_run(given: bool) -> None:
     model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 8))
     x = torch.rand(3, 5)
     hooks = dict(model[0]._forward_pre_hooks)
     assert len(hooks) == 1
-    made = tdfx.rewrite(model, FULL, example_inputs=x if given else None)
+    rewritten = tdfx.rewrite(model, FULL, example_inputs=x if given else None)
     assert dict(model[0]._forward_pre_hooks) == hooks
-    for one in (model, made):
-        assert isinstance(one.get_parameter("0.weight"), UninitializedParameter)
-    expected = made(x)
-    assert type(made.get_submodule("0")) is nn.Linear
-    assert not made.get_submodule("0")._forward_pre_hooks
-    assert distance(made(x), expected) == 0
-    assert distance(tdfx.merge(made)(x), expected) < 1e-4
+    for lazy in (model, rewritten):
+        assert isinstance(lazy.get_parameter("0.weight"), UninitializedParameter)
+    expected = rewritten(x)
+    assert type(rewritten.get_submodule("0")) is nn.Linear
+    assert not rewritten.get_submodule("0")._forward_pre_hooks
+    assert distance(rewritten(x), expected) == 0
+    assert distance(tdfx.merge(rewritten)(x), expected) < 1e-4
     assert model(x).shape == (3, 8)
     assert type(model[0]) is nn.Linear
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["blind", "with inputs"])
+@pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
 def test_lazy_buffers_stay_lazy(given: bool) -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.LazyBatchNorm1d())
     x = torch.rand(3, 5)
-    made = tdfx.rewrite(model, FULL, example_inputs=x if given else None)
-    for one in (model, made):
-        assert isinstance(one.get_submodule("1")._buffers["running_mean"], UninitializedBuffer)
-    assert made(x).shape == (3, 8)
+    rewritten = tdfx.rewrite(model, FULL, example_inputs=x if given else None)
+    for lazy in (model, rewritten):
+        assert isinstance(lazy.get_submodule("1")._buffers["running_mean"], UninitializedBuffer)
+    assert rewritten(x).shape == (3, 8)
 
 
 class Pair(NamedTuple):
     y: Tensor
-    also: Tensor
+    second: Tensor
 
 
 @dataclass
 class Record:
     y: Tensor
-    also: list[Tensor]
+    others: list[Tensor]
 
 
-class Named(dict[str, Tensor]):
-    """A dictionary of somebody's own, as the outputs of Hugging Face's models are."""
+class CustomDict(dict[str, Tensor]):
+    """A subclass of dict, as the outputs of Hugging Face's models are."""
 
 
 class Returns(nn.Module):
@@ -377,39 +379,39 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
     "dataclass": (lambda y: Record(y, [y * 2, y]), True),
     "nested": (lambda y: (y, [y * 2, {"deep": (y, Pair(y, y))}], 3, None, "text"), True),
     "ordered inside": (lambda y: {"a": OrderedDict(c=y, b=(y,))}, True),
-    "own dict": (lambda y: Named(a=y), False),
-    "own dict inside": (lambda y: [y, {"a": Named(b=y)}], False),
-    "own list": (lambda y: type("Own", (list,), {})([y]), False),
+    "custom dict": (lambda y: CustomDict(a=y), False),
+    "custom dict inside": (lambda y: [y, {"a": CustomDict(b=y)}], False),
+    "custom list": (lambda y: type("CustomList", (list,), {})([y]), False),
 }
 
 
-def same(one: Any, other: Any) -> bool:
-    """Compare outputs by class and by value, all the way down."""
-    if type(one).__name__ != type(other).__name__:
+def same(output: Any, other: Any) -> bool:
+    """Compare outputs by class and by value, recursively."""
+    if type(output).__name__ != type(other).__name__:
         return False
-    if isinstance(one, Tensor):
-        return distance(one, other) < TOLERANCE
-    if isinstance(one, dict):
-        return list(one) == list(other) and same(list(one.values()), list(other.values()))
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return same(vars(one), vars(other)) if isinstance(one, Record) else bool(one == other)
+    if isinstance(output, Tensor):
+        return distance(output, other) < TOLERANCE
+    if isinstance(output, dict):
+        return list(output) == list(other) and same(list(output.values()), list(other.values()))
+    if isinstance(output, tuple | list):
+        return len(output) == len(other) and all(map(same, output, other))
+    return same(vars(output), vars(other)) if isinstance(output, Record) else bool(output == other)
 
 
 @pytest.mark.parametrize(("build", "is_graph"), OUTPUTS.values(), ids=OUTPUTS.keys())
 def test_outputs_keep_their_classes(build: Callable[[Tensor], Any], is_graph: bool) -> None:
     model = Returns(build).double()
-    made = tdfx.rewrite(model, FULL)
-    assert isinstance(made, fx.GraphModule) == is_graph
-    assert isinstance(made.get_submodule("layer"), tdfx.Factorized)
-    assert same(made(batch()), model(batch()))
+    rewritten = tdfx.rewrite(model, FULL)
+    assert isinstance(rewritten, fx.GraphModule) == is_graph
+    assert isinstance(rewritten.get_submodule("layer"), tdfx.Factorized)
+    assert same(rewritten(batch()), model(batch()))
     assert not same(tdfx.rewrite(model, LOW)(batch()), model(batch()))
     if not is_graph:
         assert "would become a plain" in tdfx.plan(model, FULL).notes[0]
 
 
-class HoldsAHandle(nn.Module):
-    """Keeps the handle by which it can take a hook of its own off."""
+class KeepsHandle(nn.Module):
+    """Keeps the handle of a hook of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -421,19 +423,19 @@ class HoldsAHandle(nn.Module):
 
 
 @every_emit
-def test_a_handle_takes_the_hook_off_the_model_that_holds_it(emit: tdfx.Emit) -> None:
-    model = HoldsAHandle().double()
-    made: Any = tdfx.rewrite(model, FULL, emit=emit)
+def test_a_handle_removes_the_hook_of_the_model_that_keeps_it(emit: tdfx.Emit) -> None:
+    model = KeepsHandle().double()
+    rewritten: Any = tdfx.rewrite(model, FULL, emit=emit)
     before = run(model)[0]
-    made.handle.remove()
+    rewritten.handle.remove()
     assert distance(run(model)[0], before) == 0
     assert len(model.block._forward_hooks) == 1
-    assert len(made.block._forward_hooks) == 0
-    assert distance(2 * run(made)[0], before) < TOLERANCE
+    assert len(rewritten.block._forward_hooks) == 0
+    assert distance(2 * run(rewritten)[0], before) < TOLERANCE
 
 
 class Part(nn.Module):
-    """A layer and things that a forward may count in or draw from."""
+    """Has a layer, a buffer and attributes that a forward may change."""
 
     counter: Tensor
 
@@ -454,7 +456,7 @@ class Averages(Part):
 
 
 class CountsInABuffer(Part):
-    """The count enters no output."""
+    """Counts without an effect on the output."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.counter.add_(1)
@@ -474,17 +476,17 @@ class Keeps(Part):
         return y
 
 
-class Makes(Part):
+class CreatesTensor(Part):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + torch.linspace(0, 1, 8, dtype=torch.float64)  # type: ignore[no-any-return]
 
 
-class Draws(Part):
+class DrawsNumber(Part):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) * (1 + torch.rand(()).item())  # type: ignore[no-any-return]
 
 
-class DrawsATensor(Part):
+class DrawsTensor(Part):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + torch.randn(8, dtype=torch.float64)  # type: ignore[no-any-return]
 
@@ -510,11 +512,11 @@ class Decorated(Part):
 
 
 class Nested(Part):
-    """Does nothing of the kind itself, but holds a part that does."""
+    """Can be traced, but has a part that cannot."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = Draws()
+        self.inner = DrawsNumber()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(self.inner(x))  # type: ignore[no-any-return]
@@ -522,15 +524,15 @@ class Nested(Part):
 
 class Checkpoints(Part):
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(lambda one: self.layer(one).tanh(), x, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(lambda value: self.layer(value).tanh(), x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
-class ChecksReentrantly(Part):
+class CheckpointsReentrantly(Part):
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(lambda one: self.layer(one).tanh(), x, use_reentrant=True)  # type: ignore[no-any-return]
+        return checkpoint(lambda value: self.layer(value).tanh(), x, use_reentrant=True)  # type: ignore[no-any-return]
 
 
-class AsksForGradients(Part):
+class ReadsGradMode(Part):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) * (2 if torch.is_grad_enabled() else 1)  # type: ignore[no-any-return]
 
@@ -541,28 +543,28 @@ class BranchesOnData(Part):
 
 
 PARTS: dict[str, tuple[type[Part], str]] = {
-    one.__name__: (one, why)
-    for one, why in [
+    build.__name__: (build, why)
+    for build, why in [
         (Averages, "makes tensors that a graph would freeze"),
         (CountsInABuffer, "changes a buffer"),
         (Counts, "changes its own attribute 'steps'"),
         (Keeps, "changes its own attribute 'kept'"),
-        (Makes, "makes tensors that a graph would freeze"),
-        (Draws, "draws random numbers that a graph would freeze"),
-        (DrawsATensor, "makes tensors that a graph would freeze"),
+        (CreatesTensor, "makes tensors that a graph would freeze"),
+        (DrawsNumber, "draws random numbers that a graph would freeze"),
+        (DrawsTensor, "makes tensors that a graph would freeze"),
         (NoGradient, "switches autocast, gradients or checkpointing"),
         (Casts, "switches autocast, gradients or checkpointing"),
         (Decorated, "switches autocast, gradients or checkpointing"),
         (Checkpoints, "switches autocast, gradients or checkpointing"),
-        (ChecksReentrantly, "applies CheckpointFunction"),
-        (AsksForGradients, "uses is_grad_enabled, which leaves no trace"),
+        (CheckpointsReentrantly, "applies CheckpointFunction"),
+        (ReadsGradMode, "uses is_grad_enabled, which leaves no trace"),
         (BranchesOnData, "torch.fx cannot follow its forward at test_attachments.py"),
     ]
 }
 
 
 class Around(nn.Module):
-    """A model whose blocks do what no graph can show, and whose root does not."""
+    """A model whose blocks cannot be traced, and whose root can."""
 
     def __init__(self, build: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -577,11 +579,8 @@ class Around(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(
-    "name",
-    PARTS,
-)
-def test_a_block_that_no_graph_can_show_is_called_as_it_is(name: str) -> None:
+@pytest.mark.parametrize("name", PARTS)
+def test_a_block_that_cannot_be_traced_faithfully_is_called(name: str) -> None:
     build, why = PARTS[name]
     model = Around(build).double()
     if build is Casts:
@@ -594,29 +593,29 @@ def test_a_block_that_no_graph_can_show_is_called_as_it_is(name: str) -> None:
     assert why in note
     assert plan.emit == "graph"
     assert len(plan.factorized) == 4
-    made = tdfx.rewrite(model, FULL)
+    rewritten = tdfx.rewrite(model, FULL)
     assert [(part.steps, len(part.kept), float(part.counter)) for part in cast("Any", model.parts)] == before
-    assert isinstance(made, fx.GraphModule)
-    called = [str(node.target) for node in made.graph.nodes if node.op == "call_module"]
+    assert isinstance(rewritten, fx.GraphModule)
+    called = [str(node.target) for node in rewritten.graph.nodes if node.op == "call_module"]
     assert called == ["stem", "parts.0", "parts.1", "head"]
-    assert all(isinstance(made.get_submodule(f"parts.{index}.layer"), tdfx.Factorized) for index in (0, 1))
-    # In autocast the factors round each step to bfloat16, whose relative error is 2**-8, a few times over.
+    assert all(isinstance(rewritten.get_submodule(f"parts.{index}.layer"), tdfx.Factorized) for index in (0, 1))
+    # In autocast each factor's result is rounded to bfloat16, with a relative error of 2**-8.
     tolerance = 0.1 if build is Casts else TOLERANCE
-    same_run(made, model, tolerance)
+    check_same_run(rewritten, model, tolerance)
     assert distance(run(tdfx.rewrite(model, LOW))[0], run(model)[0]) > tolerance / 4 + 1e-3
 
 
-def test_only_the_part_of_a_block_that_no_graph_can_show_is_called_as_it_is() -> None:
+def test_only_the_part_that_cannot_be_traced_is_called() -> None:
     model = Around(Nested).double()
-    made = tdfx.rewrite(model, FULL)
-    assert isinstance(made, fx.GraphModule)
-    called = [str(node.target) for node in made.graph.nodes if node.op == "call_module"]
+    rewritten = tdfx.rewrite(model, FULL)
+    assert isinstance(rewritten, fx.GraphModule)
+    called = [str(node.target) for node in rewritten.graph.nodes if node.op == "call_module"]
     assert called == ["stem", "parts.0.inner", "parts.0.layer", "parts.1.inner", "parts.1.layer", "head"]
     assert len(tdfx.plan(model, FULL).factorized) == 6
-    same_run(made, model)
+    check_same_run(rewritten, model)
 
 
-class ChecksABlock(nn.Module):
+class CheckpointsBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.block = Block()
@@ -627,15 +626,15 @@ class ChecksABlock(nn.Module):
 
 
 def test_a_root_that_checkpoints_keeps_its_class() -> None:
-    model = ChecksABlock().double()
-    made = tdfx.rewrite(model, FULL)
-    assert type(made) is ChecksABlock
+    model = CheckpointsBlock().double()
+    rewritten = tdfx.rewrite(model, FULL)
+    assert type(rewritten) is CheckpointsBlock
     assert "switches autocast, gradients or checkpointing" in tdfx.plan(model, FULL).notes[0]
     assert len(tdfx.plan(model, FULL).factorized) == 2
-    same_run(made, model)
+    check_same_run(rewritten, model)
 
 
-class OneName(nn.Module):
+class KeywordOnly(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 8)
@@ -644,32 +643,32 @@ class OneName(nn.Module):
         return self.layer(x)  # type: ignore[no-any-return]
 
 
-def test_an_argument_that_is_passed_by_name_only() -> None:
-    model = OneName().double()
-    made = tdfx.rewrite(model, FULL, example_inputs={"x": batch()})
-    assert isinstance(made, fx.GraphModule)
-    assert distance(made(x=batch()), model(x=batch())) < TOLERANCE
+def test_a_keyword_only_argument_is_preserved() -> None:
+    model = KeywordOnly().double()
+    rewritten = tdfx.rewrite(model, FULL, example_inputs={"x": batch()})
+    assert isinstance(rewritten, fx.GraphModule)
+    assert distance(rewritten(x=batch()), model(x=batch())) < TOLERANCE
 
 
-def test_a_forward_of_ones_own_on_an_instance_is_what_the_graph_shows() -> None:
+def test_a_forward_that_was_set_on_an_instance_is_traced() -> None:
     model = Around(Block).double()
     plain = run(model)[0]
     part: Any = model.parts[0]
     part.forward = types.MethodType(lambda self, x: x * 2 + self.layer(x), part)
-    made = tdfx.rewrite(model, FULL)
-    same_run(made, model)
-    assert distance(run(made)[0], plain) > 1e-3
+    rewritten = tdfx.rewrite(model, FULL)
+    check_same_run(rewritten, model)
+    assert distance(run(rewritten)[0], plain) > 1e-3
 
 
-def test_what_a_block_counts_goes_on_in_what_comes_back() -> None:
+def test_the_state_of_a_block_is_copied_and_continues_in_the_copy() -> None:
     for build in (Counts, Keeps):
         model = Around(build)
-        made: Any = tdfx.rewrite(model, FULL)
-        outputs = [made(batch().float()) for _ in range(2)]
+        rewritten: Any = tdfx.rewrite(model, FULL)
+        outputs = [rewritten(batch().float()) for _ in range(2)]
         assert (distance(*outputs) > 0.1) == (build is Counts)
-        part = made.parts[0]
+        part = rewritten.parts[0]
         assert (part.steps, len(part.kept)) == ((3, 0) if build is Counts else (1, 2))
-        merged: Any = tdfx.merge(made)
+        merged: Any = tdfx.merge(rewritten)
         assert merged.parts[0].steps == part.steps
         first: Any = model.parts[0]
         assert (first.steps, len(first.kept)) == (1, 0)
@@ -690,7 +689,7 @@ class Attends(nn.Module):
 
 
 @every_emit
-def test_attention_and_encoder_layers_stay_right(emit: tdfx.Emit) -> None:
+def test_attention_and_encoder_layers_compute_the_same(emit: tdfx.Emit) -> None:
     model = Attends().double()
     for given in (None, batch()):
         plan = tdfx.plan(model, FULL, example_inputs=given)
@@ -711,17 +710,17 @@ def test_attention_and_encoder_layers_stay_right(emit: tdfx.Emit) -> None:
         "attention.in_proj_weight",
     )
     assert projection.note == "MultiheadAttention may read its weight without calling it"
-    made = tdfx.rewrite(model, FULL, emit=emit, example_inputs=batch())
-    same_run(made, model)
-    for one in (made, model):
-        one.eval()
-    same_run(made, model)
-    with torch.no_grad():  # the fast path, which reads every weight itself
-        assert distance(made(batch()), model(batch())) < TOLERANCE
-        assert distance(made(batch()), made.train()(batch())) < TOLERANCE
+    rewritten = tdfx.rewrite(model, FULL, emit=emit, example_inputs=batch())
+    check_same_run(rewritten, model)
+    for either in (rewritten, model):
+        either.eval()
+    check_same_run(rewritten, model)
+    with torch.no_grad():  # torch takes its fast path here, which reads every weight itself
+        assert distance(rewritten(batch()), model(batch())) < TOLERANCE
+        assert distance(rewritten(batch()), rewritten.train()(batch())) < TOLERANCE
 
 
-def test_a_projection_in_three_is_listed_too() -> None:
+def test_three_separate_projections_are_listed() -> None:
     model = nn.Sequential()
     model.add_module("attention", nn.MultiheadAttention(8, 2, kdim=6, vdim=4))
     plan = tdfx.plan(model, FULL)
@@ -735,16 +734,16 @@ def test_a_projection_in_three_is_listed_too() -> None:
 
 
 class Wrapping(Tensor):
-    """A tensor that holds another one, as quantized and distributed ones do."""
+    """A tensor that contains another tensor, as quantized and distributed tensors do."""
 
     held: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Wrapping:
         settings: Any = {"dtype": inner.dtype, "device": inner.device, "requires_grad": True}
-        made = Tensor._make_wrapper_subclass(cls, inner.shape, **settings)
-        made.held = inner
-        return made
+        wrapper = Tensor._make_wrapper_subclass(cls, inner.shape, **settings)
+        wrapper.held = inner
+        return wrapper
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["held"], None
@@ -755,13 +754,13 @@ class Wrapping(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        plain = [one.held if isinstance(one, Wrapping) else one for one in args]
-        made = func(*plain, **(kwargs or {}))
-        return Wrapping(made) if func is torch.ops.aten.detach.default else made
+        plain = [value.held if isinstance(value, Wrapping) else value for value in args]
+        result = func(*plain, **(kwargs or {}))
+        return Wrapping(result) if func is torch.ops.aten.detach.default else result
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["blind", "with inputs"])
-def test_a_weight_that_is_no_plain_tensor_is_kept(given: bool) -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
+def test_a_weight_that_is_not_a_plain_tensor_is_kept(given: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
     inner = model.get_parameter("0.weight").detach().clone()
     model[0].weight = nn.Parameter(cast("Tensor", Wrapping(inner)))
@@ -769,15 +768,15 @@ def test_a_weight_that_is_no_plain_tensor_is_kept(given: bool) -> None:
     assert plan["0"].reason is tdfx.Reason.PARAMETRIZED
     assert plan["0"].note == "its weight is a Wrapping, which is no plain tensor"
     assert plan["1"].factorized
-    made = tdfx.rewrite(model, FULL)
-    assert made.get_submodule("0") is not model[0]
-    assert made.get_parameter("0.weight") is model[0].weight
-    assert distance(made(batch()), model(batch())) < TOLERANCE
+    rewritten = tdfx.rewrite(model, FULL)
+    assert rewritten.get_submodule("0") is not model[0]
+    assert rewritten.get_parameter("0.weight") is model[0].weight
+    assert distance(rewritten(batch()), model(batch())) < TOLERANCE
 
 
-def test_a_weight_with_attributes_is_warned_of_and_rewritten() -> None:
+def test_a_weight_with_attributes_causes_a_warning_and_is_rewritten() -> None:
     model = nn.Sequential(nn.Linear(8, 8)).double()
     cast("Any", model[0].weight).label = "mine"
     with pytest.warns(tdfx.TdfxWarning, match="weight of site '0' has hooks or attributes of its own"):
-        made = tdfx.rewrite(model, FULL)
-    assert distance(made(batch()), model(batch())) < TOLERANCE
+        rewritten = tdfx.rewrite(model, FULL)
+    assert distance(rewritten(batch()), model(batch())) < TOLERANCE

@@ -1,4 +1,4 @@
-"""What a budget counts beside the sites that it decides, and which budgets need example inputs."""
+"""What a budget counts besides the sites that it decides, and which budgets need example inputs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tdfx.kinds.registry import operation_of
 
 SIZES = (64, 48, 96, 32, 80)
 X = torch.randn(6, SIZES[0], generator=torch.Generator().manual_seed(0))
-# Layers this small take most of their time to start, which would make no factors pay.
+# Layers this small spend most of their time on starting, so that no factors would pay.
 COST = Modelled(seconds_per_call=0)
 SETTINGS: dict[str, Any] = {"min_gain": 0, "round_to": 1, "cost": COST}
 
 
 def net() -> nn.Sequential:
-    """Return linear layers whose spectra fall off, each at its own pace."""
+    """Return linear layers whose spectra decay, each at its own pace."""
     torch.manual_seed(0)
     layers = [nn.Linear(first, second) for first, second in itertools.pairwise(SIZES)]
     for number, layer in enumerate(layers):
@@ -46,8 +46,8 @@ def seconds_of(model: nn.Module, plan: Plan, inputs: Tensor | None) -> tuple[flo
 
 
 def test_sites_that_a_budget_does_not_decide_take_time_too() -> None:
-    own = Policy(rank=Ratio(of=0.125), **SETTINGS)
-    policy = Policy(speedup=1.4, exclude=("1",), overrides={"2": own}, **SETTINGS)
+    overrides = {"2": Policy(rank=Ratio(of=0.125), **SETTINGS)}
+    policy = Policy(speedup=1.4, exclude=("1",), overrides=overrides, **SETTINGS)
     for inputs in (X, None):
         plan = tdfx.plan(net(), policy, example_inputs=inputs)
         assert (plan["1"].factorized, plan["2"].ranks) == (False, (4,))
@@ -55,12 +55,12 @@ def test_sites_that_a_budget_does_not_decide_take_time_too() -> None:
         assert 1.4 <= before / after < 1.5
     with pytest.raises(
         tdfx.PolicyError, match=r"cannot be kept: the most that the 1 sites in question can give is speedup="
-    ) as refusal:
+    ) as error:
         tdfx.plan(net(), Policy(speedup=50, include=("0",), **SETTINGS))
-    most = float(str(refusal.value).partition("can give is speedup=")[2].split(" ")[0].rstrip("."))
-    plan = tdfx.plan(net(), Policy(speedup=most, include=("0",), **SETTINGS))
+    best = float(str(error.value).partition("can give is speedup=")[2].split(" ")[0].rstrip("."))
+    plan = tdfx.plan(net(), Policy(speedup=best, include=("0",), **SETTINGS))
     before, after = seconds_of(net(), plan, None)
-    assert most <= before / after < 2
+    assert best <= before / after < 2
 
 
 @pytest.mark.parametrize("name", ["flops", "memory"])

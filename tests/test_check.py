@@ -184,3 +184,17 @@ def test_a_site_that_was_not_timed_is_predicted_to_save_nothing() -> None:
     assert head.seconds_after is not None
     assert partly.predicted_seconds(1.0) == pytest.approx(1.0 - head.seconds_before + head.seconds_after)
     assert partly.check(small, example_inputs=(X,), dense=model, rounds=1).seconds_predicted > 0
+
+
+def test_the_method_of_a_plan_is_the_function() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))
+    plan = tdfx.plan(model, Policy(rank=Ratio(of=0.5), min_gain=0))
+    plan = replace(plan, sites=tuple(replace(site, seconds_before=2e-4, seconds_after=1e-4) for site in plan))
+    small = tdfx.rewrite(model, plan)
+    x = torch.randn(2, 32)
+    for check in (
+        plan.check(small, example_inputs=x, rounds=1),
+        tdfx.check_step(plan, small, example_inputs=x, rounds=1),
+    ):
+        assert isinstance(check, tdfx.StepCheck)
+        assert check.seconds_after > 0

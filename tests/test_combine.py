@@ -1,4 +1,4 @@
-"""Rules made of other rules: bounds, a rounding of their own, and one rule where another has no answer."""
+"""Rules made of other rules: bounds, a rounding of their own, and fallbacks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from matrices import noise, planted
 from torch import nn
 
 import tdfx
-from tdfx import VBMF, Energy, Fixed, Modelled, Policy, PolicyError, Ratio, Reason, StableRank, Target, Threshold
-from tdfx.ranks.combine import Fallback
+from tdfx import VBMF, Budget, Energy, Fixed, Modelled, Policy, PolicyError, Ratio, Reason, StableRank, Threshold
 from tdfx.ranks.registry import parse_rule
-from tdfx.ranks.rule import Choice, RankRule
+from tdfx.ranks.rule import Choice, Fallback, RankRule
 from tdfx.ranks.signal import NO_SIGNAL
 from tdfx.ranks.spectrum import spectrum
 
@@ -30,7 +29,7 @@ COMBINED = [
     TRUST.at_most(0.5).at_least(3).round_to(16),
     FIXED | Energy(share=0.5) | Ratio(of=0.5),
     (FIXED | TRUST).at_least(8) | Ratio(),
-    (Target(parameters=0.5).at_least(8) | StableRank(initial={"a": 2.0})).round_to(4),
+    (Ratio(of=0.5).at_least(8) | StableRank(initial={"a": 2.0})).round_to(4),
 ]
 
 
@@ -60,7 +59,7 @@ def test_at_most() -> None:
     assert TRUST.at_most(12).choose("conv", LEARNT).note == ""
 
 
-def test_the_last_bound_has_the_last_word() -> None:
+def test_the_last_bound_decides() -> None:
     assert ranks(TRUST.at_most(8).at_least(10)) == (10, 10)
     assert ranks(TRUST.at_least(10).at_most(8)) == (8, 8)
 
@@ -84,8 +83,8 @@ def test_or_asks_the_next_rule_where_one_keeps_the_site() -> None:
     rule = FIXED | TRUST | Ratio(of=0.5)
     assert ranks(rule, "fc") == (20, 20)
     assert rule.choose("fc", LEARNT).note == ""
-    found = rule.choose("conv", LEARNT)
-    assert (found.ranks, found.note, found.exact) == (
+    learnt = rule.choose("conv", LEARNT)
+    assert (learnt.ranks, learnt.note, learnt.exact) == (
         (5, 12),
         "by VBMF(floor=0.0, weaken=1.0)".replace("0.0", "0"),
         False,
@@ -96,10 +95,10 @@ def test_or_asks_the_next_rule_where_one_keeps_the_site() -> None:
     assert floored.note == "by VBMF(floor=0.25, weaken=1.0); VBMF says 5/12, floored"
 
 
-def test_where_no_rule_gives_ranks_the_want_of_signal_is_told() -> None:
+def test_without_ranks_the_missing_signal_is_the_reason() -> None:
     for rule in (FIXED | TRUST, TRUST | FIXED, FIXED | TRUST | FIXED):
         assert rule.choose("conv", FRESH) == Choice((), kept=NO_SIGNAL, signal=False)
-    assert (FIXED | Fixed({"a": 1})).choose("conv", FRESH) == Choice((), kept="no pattern of Fixed names it")
+    assert (FIXED | Fixed({"a": 1})).choose("conv", FRESH) == Choice((), kept="no pattern of Fixed matches it")
 
 
 def test_exact_and_patterns_pass_through() -> None:
@@ -116,11 +115,11 @@ def test_exact_and_patterns_pass_through() -> None:
 
 
 @pytest.mark.parametrize("rule", COMBINED)
-def test_a_combined_rule_prints_as_it_is_written_and_is_a_value(rule: RankRule) -> None:
-    again = eval(repr(rule))
-    assert again == rule
-    assert hash(again) == hash(rule)
-    assert repr(again) == repr(rule)
+def test_a_combined_rule_prints_as_it_is_written_and_compares_by_value(rule: RankRule) -> None:
+    evaluated = eval(repr(rule))
+    assert evaluated == rule
+    assert hash(evaluated) == hash(rule)
+    assert repr(evaluated) == repr(rule)
     assert pickle.loads(pickle.dumps(rule)) == rule
     policy = Policy(rank=rule, cost=Modelled())
     assert eval(repr(policy)) == policy
@@ -146,7 +145,7 @@ def test_combined_rules_that_differ_are_not_equal() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 0.0, 1.5, 8.0, float("nan"), True, "8", None])
 @pytest.mark.parametrize("method", ["at_least", "at_most"])
-def test_a_bound_that_is_none_is_an_error(method: str, value: Any) -> None:
+def test_an_invalid_bound_is_refused(method: str, value: Any) -> None:
     message = (
         rf"{method}\(.*\) is neither a whole number of ranks of at least 1 nor a share of the full rank in \(0, 1\]\. "
         rf"Pass for example {method}\(8\) for eight ranks, or {method}\(0\.25\) for a quarter"
@@ -156,7 +155,7 @@ def test_a_bound_that_is_none_is_an_error(method: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [0, -8, 1.5, True, "8", "auto", None])
-def test_a_rounding_that_is_none_is_an_error(value: Any) -> None:
+def test_an_invalid_rounding_is_refused(value: Any) -> None:
     with pytest.raises(
         PolicyError, match=r"round_to\(.*\) is not a whole number of at least 1: .* Pass 1 for no rounding"
     ):
@@ -171,8 +170,8 @@ def test_only_a_rule_can_follow_another() -> None:
 
 def planned(rule: RankRule, **settings: Any) -> list[tuple[int, ...] | str | None]:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 128))
-    found = tdfx.plan(model, Policy(rank=rule, **{"min_gain": 0, **settings}))
-    return [site.ranks or site.reason for site in found]
+    plan = tdfx.plan(model, Policy(rank=rule, **{"min_gain": 0, **settings}))
+    return [site.ranks or site.reason for site in plan]
 
 
 def test_the_plan_rounds_what_may_be_rounded() -> None:
@@ -186,7 +185,7 @@ def test_the_plan_rounds_what_may_be_rounded() -> None:
 
 
 def test_small_ranks_that_rounding_would_not_give_are_tried() -> None:
-    """A rank of 64 is no gain for these layers; one that is not rounded up is looked at before it is called too small."""
+    """A rank of 64 gains nothing for these layers; ranks that are not rounded up are tried before a layer is too small."""
     settings = {"min_gain": 1.5, "cost": Work()}
     assert planned(Ratio(of=0.1), **settings, round_to=64) == [Reason.TOO_SMALL, Reason.TOO_SMALL]
     assert planned(Ratio(of=0.1).at_most(6), **settings, round_to=64) == [(6,), (6,)]
@@ -201,10 +200,10 @@ class Work:
     """Counts parameters and nothing else."""
 
     def seconds(self, chain: Any, flow: object) -> float:
-        return float(sum(one.parameters for one in chain))
+        return float(sum(operation.parameters for operation in chain))
 
 
-def test_a_layer_under_two_names_is_found_by_the_pattern_that_comes_first() -> None:
+def test_the_first_pattern_decides_for_a_layer_under_two_names() -> None:
     layer = nn.Linear(64, 64)
     model = nn.Sequential()
     model.add_module("a", layer)
@@ -220,8 +219,8 @@ def test_a_layer_under_two_names_is_found_by_the_pattern_that_comes_first() -> N
         ("stable", StableRank()),
         ("Threshold:0.1", Threshold(above=0.1)),
         ("vbmf:0.25", VBMF(floor=0.25)),
-        ("params:0.5", Target(parameters=0.5)),
-        ("flops:0.5", Target(flops=0.5)),
+        ("params:0.5", Budget(parameters=0.5)),
+        ("flops:0.5", Budget(flops=0.5)),
         ("energy:0.9,at_least=8", Energy(share=0.9).at_least(8)),
         (" energy:0.9 , at_least=0.25 , at_most=1.0,round_to=16 ", Energy().at_least(0.25).at_most(1.0).round_to(16)),
         ("stable,at_most=64", StableRank().at_most(64)),
@@ -238,25 +237,25 @@ def test_rules_as_text(text: str, rule: RankRule) -> None:
         ("threshold", r"'threshold' needs a number\. Write for example threshold:0\.5\."),
         ("params", r"'params' needs a number\. Write for example params:0\.5\."),
         ("flops,at_least=8", r"'flops' needs a number\. Write for example flops:0\.5\."),
-        ("params:0", r"parameters=0\.0 is not in \(0, 1\]: it is the part of the sites' parameters that may remain"),
+        ("params:0", r"parameters=0\.0 is neither a share in \(0, 1\] nor a whole number of at least 1"),
         (
             "energy,floor=8",
-            r"'floor=8' is no bound on ranks: 'floor' is not one of at_least, at_most, round_to\. Write",
+            r"'floor=8' is not a bound on ranks: 'floor' is not one of at_least, at_most, round_to\. Write",
         ),
-        ("energy,", r"'' is no bound on ranks"),
-        ("energy,at_least", r"'at_least' has no number after the equals sign: '' is not one\. Write at_least=8"),
-        ("energy,at_most=lots", r"'at_most=lots' has no number after the equals sign: 'lots'"),
+        ("energy,", r"'' is not a bound on ranks"),
+        ("energy,at_least", r"'at_least' has no number after the equals sign, but ''\. Write at_least=8"),
+        ("energy,at_most=lots", r"'at_most=lots' has no number after the equals sign, but 'lots'"),
         ("energy,at_most=1.5", r"at_most\(1\.5\) is neither"),
         ("energy,round_to=0.5", r"round_to\(0\.5\) is not a whole number"),
     ],
 )
-def test_rules_as_text_that_cannot_be_read(text: str, message: str) -> None:
+def test_invalid_rules_as_text_are_refused(text: str, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         parse_rule(text)
 
 
-def test_what_is_combined_trains() -> None:
+def test_a_model_rewritten_by_a_combined_rule_trains() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     small = tdfx.rewrite(model, Policy(rank=(VBMF() | Ratio(of=0.25)).at_most(8), min_gain=0))
     small(torch.rand(2, 64)).sum().backward()
-    assert all(one.grad is not None for one in small.parameters())
+    assert all(parameter.grad is not None for parameter in small.parameters())

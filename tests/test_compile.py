@@ -1,4 +1,4 @@
-"""Compiled models: compiled again with the same settings, once."""
+"""Compiled models are compiled once more, with the same settings, after a rewrite or a merge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import tdfx
 from tdfx.plans.plan import Emit
 
-# Dynamo asks every tensor that enters what it compiles for its gradient, and hides the warning from all but -W error.
+# Dynamo reads the gradient of every input of compiled code, and hides the warning unless warnings are errors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
@@ -24,8 +24,8 @@ HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
 
 
-class Counting:
-    """A backend that counts how often it is asked to compile."""
+class CountingBackend:
+    """A backend that counts how often it compiles."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -54,8 +54,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 @pytest.mark.parametrize("emit", ["graph", "modules"])
-def test_one_compilation_at_the_switch_and_none_later(emit: Emit) -> None:
-    backend = Counting()
+def test_a_model_is_compiled_once_after_a_switch(emit: Emit) -> None:
+    backend = CountingBackend()
     model = cast("nn.Module", torch.compile(net(), backend=backend, fullgraph=True))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
@@ -73,8 +73,8 @@ def test_one_compilation_at_the_switch_and_none_later(emit: Emit) -> None:
     assert backend.count <= 3
 
 
-def test_the_former_model_can_still_be_called() -> None:
-    backend = Counting()
+def test_the_original_model_can_still_be_called() -> None:
+    backend = CountingBackend()
     model = cast("nn.Module", torch.compile(net(), backend=backend))
     expected = model(X)
     small = tdfx.rewrite(model, FULL)
@@ -93,7 +93,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Blocks that are compiled each by itself, as people do it to large models."""
+    """Has blocks that are compiled separately, as is usual for large models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,8 +114,8 @@ def code_of(module: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("emit", ["graph", "modules"])
-def test_a_model_that_is_compiled_in_place_is_so_again(emit: Emit) -> None:
-    backend = Counting()
+def test_a_model_that_is_compiled_in_place_is_compiled_again(emit: Emit) -> None:
+    backend = CountingBackend()
     model = net()
     model.compile(backend=backend, fullgraph=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -123,12 +123,12 @@ def test_a_model_that_is_compiled_in_place_is_so_again(emit: Emit) -> None:
         step(model, optimizer)
     assert backend.count == 1
     small = tdfx.rewrite(model, HALF, optimizer=optimizer, emit=emit)
-    assert backend.count == 1, "nothing is compiled before it is called"
+    assert backend.count == 1, "the model was compiled before its first call"
     for _ in range(4):
         step(small, optimizer)
     assert backend.count == 2
     expected = copy.deepcopy(small)(X)
-    assert code_of(copy.deepcopy(small)) is None, "as copies of modules have it"
+    assert code_of(copy.deepcopy(small)) is None, "a copy of a module has compiled code"
     assert torch.allclose(small(X), expected, atol=1e-6)
     dense = tdfx.merge(small, optimizer=optimizer)
     assert code_of(dense) is not None
@@ -138,7 +138,7 @@ def test_a_model_that_is_compiled_in_place_is_so_again(emit: Emit) -> None:
     assert backend.count <= 3
 
 
-def test_the_settings_are_those_of_before() -> None:
+def test_the_settings_of_the_compilation_are_preserved() -> None:
     class Breaks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,7 +158,7 @@ def test_the_settings_are_those_of_before() -> None:
     assert tdfx.rewrite(loose, HALF, emit="modules")(X).shape == (4, 8)
     for sizes, dynamic in ((1, True), (3, False)):
         torch._dynamo.reset()
-        backend = Counting()
+        backend = CountingBackend()
         other = net()
         other.compile(backend=backend, dynamic=dynamic)
         again = tdfx.rewrite(other, HALF)
@@ -173,8 +173,8 @@ def test_the_settings_are_those_of_before() -> None:
 
 @pytest.mark.parametrize("emit", ["graph", "modules"])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_blocks_that_are_compiled_are_so_again(emit: Emit, wrapped: bool) -> None:
-    backend = Counting()
+def test_compiled_blocks_are_compiled_again(emit: Emit, wrapped: bool) -> None:
+    backend = CountingBackend()
     model = Blocks()
     for index, block in enumerate(list(model.blocks)):
         if wrapped:
@@ -187,12 +187,12 @@ def test_blocks_that_are_compiled_are_so_again(emit: Emit, wrapped: bool) -> Non
     first = backend.count
     assert 1 <= first <= 3
     policy = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1, exclude=("blocks.0.*", "last"))
-    made = tdfx.plan(model, policy)
-    assert [one.name for one in made.factorized] == ["first"] + [
+    plan = tdfx.plan(model, policy)
+    assert [site.name for site in plan.factorized] == ["first"] + [
         f"blocks.{n}.{m}" for n in (1, 2) for m in ("up", "down")
     ]
     plain = Blocks()
-    plain.load_state_dict({name.replace("_orig_mod.", ""): one for name, one in model.state_dict().items()})
+    plain.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()})
     expected = tdfx.rewrite(plain, policy)(X)
     assert (emit == "graph") == any(
         "it is compiled by itself" in note for note in tdfx.plan(model, policy, emit=emit).notes
@@ -206,10 +206,10 @@ def test_blocks_that_are_compiled_are_so_again(emit: Emit, wrapped: bool) -> Non
     assert torch.allclose(small(X), expected, atol=1e-6)
     step(small, optimizer)
     second = backend.count
-    assert first < second <= 2 * first, "the factors are compiled"
+    assert first < second <= 2 * first, "the factors were not compiled"
     for _ in range(3):
         step(small, optimizer)
-    assert backend.count == second, "once"
+    assert backend.count == second, "the factors were compiled again"
     stem = "_orig_mod." if wrapped else ""
     assert f"blocks.1.{stem}up.factors.0.weight" in small.state_dict()
     assert small.blocks[0].up.weight is model.blocks[0].up.weight  # type: ignore[union-attr]
@@ -224,30 +224,30 @@ def test_blocks_that_are_compiled_are_so_again(emit: Emit, wrapped: bool) -> Non
     model.load_state_dict(dense.state_dict())
 
 
-def test_a_block_that_is_compiled_is_called_as_compiled() -> None:
-    """Without the code of its block a graph would run, and count nothing."""
-    backend = Counting()
+def test_a_compiled_block_is_called_by_the_graph() -> None:
+    """A graph that contained the block's operations would not call its compiled code."""
+    backend = CountingBackend()
     model = Blocks()
     model.blocks[1].compile(backend=backend)
     small = tdfx.rewrite(model, HALF)
     assert isinstance(small, fx.GraphModule)
     small(X)
     assert backend.count == 1
-    none: Any = tdfx.rewrite(Blocks(), HALF)
-    none(X)
+    uncompiled: Any = tdfx.rewrite(Blocks(), HALF)
+    uncompiled(X)
     assert backend.count == 1
     assert "blocks_1" in small.code
     assert "blocks_0_up" in small.code
 
 
-def test_what_was_compiled_twice_is_so_again() -> None:
-    outer, inner = Counting(), Counting()
+def test_a_model_and_its_blocks_are_both_compiled_again() -> None:
+    outer, inner = CountingBackend(), CountingBackend()
     model = Blocks()
     model.get_submodule("blocks.0").compile(backend=inner)
     model.last = cast("Any", torch.compile(model.last, backend=inner))
     both: Any = torch.compile(model, backend=outer)
-    both.register_forward_hook(lambda *given: called.append(1))
-    called: list[int] = []
+    both.register_forward_hook(lambda *_: calls.append(1))
+    calls: list[int] = []
     small: Any = tdfx.rewrite(both, HALF)
     assert isinstance(small, torch._dynamo.OptimizedModule)
     inside: Any = small._orig_mod
@@ -255,13 +255,13 @@ def test_what_was_compiled_twice_is_so_again() -> None:
     assert isinstance(inside.last, torch._dynamo.OptimizedModule)
     assert isinstance(inside.last._orig_mod, tdfx.Factorized)
     assert small(X).shape == (4, 8)
-    assert called == [1], "hooks of the wrapper go along"
+    assert calls == [1], "the hook of the wrapper was lost"
     dense: Any = tdfx.merge(small)
     assert type(dense._orig_mod.last._orig_mod) is nn.Linear
     assert torch.allclose(dense(X), small(X), atol=1e-5)
 
 
-def test_a_block_that_is_held_twice_stays_one() -> None:
+def test_a_block_under_two_names_stays_the_same_block() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -289,7 +289,7 @@ def test_a_block_that_is_held_twice_stays_one() -> None:
     assert model.order == [model.block, model.fast]
 
 
-def test_saving_and_loading_know_nothing_of_it(tmp_path: Path) -> None:
+def test_saving_and_loading_ignore_the_compilation(tmp_path: Path) -> None:
     model = Blocks()
     model.blocks[0] = cast("nn.Module", torch.compile(model.blocks[0], backend="eager"))
     model.blocks[1].compile(backend="eager")
@@ -300,17 +300,17 @@ def test_saving_and_loading_know_nothing_of_it(tmp_path: Path) -> None:
     tdfx.save(small, tmp_path / "run.tdfx", optimizer=optimizer)
     again = tdfx.load(tmp_path / "run.tdfx", Blocks())
     assert torch.allclose(again(X), small(X), atol=1e-6)
-    backend = Counting()
+    backend = CountingBackend()
     fresh = Blocks()
     fresh.blocks[0].compile(backend=backend)
     other: Any = tdfx.load(tmp_path / "run.tdfx", fresh)
     assert code_of(other.blocks[0]) is not None
     assert torch.allclose(other(X), small(X), atol=1e-6)
-    assert backend.count == 1, "the loaded graph calls the block, and so its code"
+    assert backend.count == 1, "the loaded graph does not call the compiled block"
     assert not any("_orig_mod" in name for name in average.module.state_dict())
 
 
-def test_a_merged_model_that_is_compiled_can_be_proved() -> None:
+def test_a_compiled_merged_model_can_be_verified() -> None:
     model = net()
     model.compile(backend="eager")
     dense = tdfx.merge(tdfx.rewrite(model, HALF))
@@ -321,7 +321,7 @@ def test_a_merged_model_that_is_compiled_can_be_proved() -> None:
     assert report.ok, report
 
 
-def test_gradients_through_compiled_factors_are_those_of_the_plain_ones() -> None:
+def test_compiled_factors_have_the_gradients_of_uncompiled_factors() -> None:
     model = Blocks()
     for block in model.blocks:
         block.compile(backend="aot_eager")
@@ -330,18 +330,18 @@ def test_gradients_through_compiled_factors_are_those_of_the_plain_ones() -> Non
     small = tdfx.rewrite(model, HALF, optimizer=optimizer)
     step(small, optimizer)
     plain = copy.deepcopy(small)
-    for one in (small, plain):
-        one.zero_grad()
-        one(X).square().sum().backward()
-    for mine, theirs in zip(small.parameters(), plain.parameters(), strict=True):
-        assert mine.grad is not None
-        assert theirs.grad is not None
-        assert torch.allclose(mine.grad, theirs.grad, atol=1e-4)
+    for either in (small, plain):
+        either.zero_grad()
+        either(X).square().sum().backward()
+    for parameter, expected in zip(small.parameters(), plain.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert expected.grad is not None
+        assert torch.allclose(parameter.grad, expected.grad, atol=1e-4)
     step(tdfx.merge(small, optimizer=optimizer), optimizer)
 
 
 class Checkpointed(nn.Module):
-    """Runs its inside again in the backward pass."""
+    """Recomputes its inner network in the backward pass."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -358,13 +358,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
     model = Checkpointed(reentrant).double()
     x = X.double().requires_grad_()
     small = tdfx.rewrite(model, FULL)
-    assert any(isinstance(one, tdfx.Factorized) for one in cast("nn.Module", small.inside).modules())
+    assert any(isinstance(module, tdfx.Factorized) for module in cast("nn.Module", small.inside).modules())
     calls: list[int] = []
-    cast("Any", small).inside[0].factors[0].register_forward_hook(lambda *given: calls.append(1))
+    cast("Any", small).inside[0].factors[0].register_forward_hook(lambda *_: calls.append(1))
     y = x.detach().clone().requires_grad_()
     model(y).square().sum().backward()
     small(x).square().sum().backward()
-    assert len(calls) == 2, "once forward, and once more in the backward pass"
+    assert len(calls) == 2, "the backward pass did not recompute the forward"
     assert x.grad is not None
     assert y.grad is not None
     assert (x.grad - y.grad).norm() <= 1e-10 * y.grad.norm()

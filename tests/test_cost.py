@@ -38,9 +38,9 @@ def counted(module: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def operation(layer: nn.Module) -> Operation:
-    found = operation_of(layer)
-    assert found is not None
-    return found
+    computed = operation_of(layer)
+    assert computed is not None
+    return computed
 
 
 def flow(layer: nn.Module, shape: tuple[int, ...]) -> Flow:
@@ -50,7 +50,7 @@ def flow(layer: nn.Module, shape: tuple[int, ...]) -> Flow:
 
 
 @pytest.mark.parametrize(("layer", "shape"), [*LAYERS.values(), *GROUPED.values()], ids=[*LAYERS, *GROUPED])
-def test_dense_counts_are_torchs(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_dense_counts_equal_torchs(layer: nn.Module, shape: tuple[int, ...]) -> None:
     dense = operation(layer)
     assert flops([dense], flow(layer, shape)) == counted(layer, shape)
     assert parameters([dense]) == cast("nn.Parameter", layer.weight).numel()
@@ -58,7 +58,7 @@ def test_dense_counts_are_torchs(layer: nn.Module, shape: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS.keys())
-def test_factorized_counts_are_torchs(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_factorized_counts_equal_torchs(layer: nn.Module, shape: tuple[int, ...]) -> None:
     dense = operation(layer)
     scheme = scheme_for(dense)
     assert scheme is not None
@@ -72,7 +72,7 @@ def test_factorized_counts_are_torchs(layer: nn.Module, shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS.keys())
-def test_a_plan_says_the_same(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_a_plan_has_the_same_counts(layer: nn.Module, shape: tuple[int, ...]) -> None:
     policy = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1, cost=Modelled())
     model = nn.Sequential(layer)
     (site,) = tdfx.plan(model, policy, example_inputs=torch.randn(shape)).sites
@@ -87,7 +87,7 @@ def test_counts_by_hand() -> None:
     linear = operation(nn.Linear(7, 4))
     (step,) = count_chain([linear], Flow(10))
     assert (step.flops, step.values) == (2 * 10 * 7 * 4, 70 + 40 + 28)
-    assert [one.flops for one in count_chain([linear, Operation.pointwise(4, 2, 0)], Flow(10))] == [560, 160]
+    assert [step.flops for step in count_chain([linear, Operation.pointwise(4, 2, 0)], Flow(10))] == [560, 160]
 
 
 def test_modelled_by_hand() -> None:
@@ -98,7 +98,7 @@ def test_modelled_by_hand() -> None:
     assert cost.seconds([linear, linear], Flow(10)) > 1.9 * cost.seconds([linear], Flow(10))
 
 
-def test_without_a_flow_a_nominal_one_is_taken() -> None:
+def test_without_a_flow_a_nominal_flow_is_used() -> None:
     cost = Modelled()
     linear, conv = operation(nn.Linear(64, 32)), operation(nn.Conv2d(8, 8, 3, dilation=2))
     assert cost.seconds([linear], None) == cost.seconds([linear], Flow(32))
@@ -126,20 +126,20 @@ def test_big_layers_gain_and_small_ones_lose(given: Flow | None) -> None:
     assert gain(nn.Conv2d(8, 8, 1), 0.5, given) < 1  # bound by memory: two small products read and write more than one
 
 
-def test_calls_that_compute_next_to_nothing_lose() -> None:
+def test_calls_with_little_work_lose() -> None:
     tiny = nn.Conv2d(8, 8, 3, padding=1)
     assert gain(tiny, 0.5, Flow(1, (4, 4))) < 0.5
     assert gain(tiny, 0.5, Flow(1, (4, 4))) < gain(tiny, 0.5, Flow(64, (64, 64)))
 
 
-def test_groups_of_few_channels_waste_what_they_save() -> None:
-    """ResNeXt's groups of 4 to 16 channels: measured, a quarter of their ranks is slower than dense or no faster."""
+def test_groups_of_few_channels_gain_nothing() -> None:
+    """Measured on ResNeXt's groups of 4 to 16 channels, a quarter of the ranks is not faster than dense."""
     where = Flow(8, (28, 28))
     assert gain(nn.Conv2d(256, 256, 3, padding=1, groups=4), 0.25, where) > 2
     assert gain(nn.Conv2d(128, 128, 3, padding=1, groups=32), 0.25, where) < 1
     assert gain(nn.Conv2d(512, 512, 3, padding=1, groups=32), 0.25, where) < 1
-    one, many = (operation(nn.Conv2d(64, 64, 3, groups=groups)) for groups in (1, 64))
-    assert Modelled().seconds([many], where) < Modelled().seconds([one], where)
+    dense, depthwise = (operation(nn.Conv2d(64, 64, 3, groups=groups)) for groups in (1, 64))
+    assert Modelled().seconds([depthwise], where) < Modelled().seconds([dense], where)
 
 
 @pytest.mark.parametrize(

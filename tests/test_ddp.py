@@ -1,4 +1,4 @@
-"""Models in DistributedDataParallel: two processes check them together, and each check is told here."""
+"""Models in DistributedDataParallel: two processes check them together, and each check is a test here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import two_processes
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What went wrong in each check; "" for nothing."""
+    """The tracebacks of each check; "" for a check that passed."""
     return two_processes.start(Path(ddp_worker.__file__), tmp_path_factory.mktemp("ddp"), ddp_worker.CHECKS)
 
 
@@ -21,4 +21,4 @@ def test_two_processes(name: str, outcomes: dict[str, str]) -> None:
 
 
 def test_a_difference_between_processes_is_seen(outcomes: dict[str, str]) -> None:
-    assert "AssertionError" in outcomes["control_check_bits_sees_a_difference"]
+    assert "AssertionError" in outcomes["control_a_difference_of_bits_is_seen"]

@@ -107,11 +107,11 @@ def least_free_energy(ratio: float, short: int, long: int) -> float:
         return float(fit + prior_a + prior_b)
 
     root = math.sqrt(s)
-    found = []
+    energies = []
     for size in (1.0, 0.7):
         start = [size * root, size * root, -math.log(s), -math.log(s), math.log(s / long), math.log(s / short)]
-        found.append(minimize(energy, np.array(start), method="BFGS", options={"gtol": 1e-7}).fun)
-    return float(min(found))
+        energies.append(minimize(energy, np.array(start), method="BFGS", options={"gtol": 1e-7}).fun)
+    return float(min(energies))
 
 
 @pytest.mark.parametrize(("short", "long"), [(1, 1), (3, 5), (8, 8), (6, 40)])
@@ -131,18 +131,16 @@ def test_both_orientations_have_the_same_rank(seed: int) -> None:
     rank = int(rng.integers(0, min(rows, cols) // 2 + 1))
     matrix = planted(rng, rows, cols, rank, strength=float(rng.uniform(0.3, 2.0)))
     values = torch.from_numpy(np.linalg.svd(matrix, compute_uv=False))
-    found = evbmf_rank(values, rows, cols)
-    assert evbmf_rank(values, cols, rows) == found
-    assert rank_of(matrix.T) == found
-    assert rank_of(matrix * 10.0 ** rng.integers(-9, 9)) == found
+    rank = evbmf_rank(values, rows, cols)
+    assert evbmf_rank(values, cols, rows) == rank
+    assert rank_of(matrix.T) == rank
+    assert rank_of(matrix * 10.0 ** rng.integers(-9, 9)) == rank
 
 
 @pytest.mark.parametrize("strength", [0.6, 0.9, 2.0])
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (24, 24), (16, 400)])
 @pytest.mark.parametrize("given", [9, 12, 15])
-def test_the_largest_values_and_the_rest_of_the_energy_are_enough(
-    shape: tuple[int, int], strength: float, given: int
-) -> None:
+def test_the_largest_values_and_the_residual_are_enough(shape: tuple[int, int], strength: float, given: int) -> None:
     matrix = planted(np.random.default_rng(given), *shape, 6, strength)
     values = torch.from_numpy(np.linalg.svd(matrix, compute_uv=False))
     rest = values[given:].square().sum()
@@ -152,7 +150,7 @@ def test_the_largest_values_and_the_rest_of_the_energy_are_enough(
     assert evbmf_rank(values[:given], *shape, residual=float(rest)) == whole
 
 
-def test_without_the_rest_of_the_energy_noise_would_be_kept() -> None:
+def test_without_the_residual_noise_would_be_kept() -> None:
     values = torch.from_numpy(np.linalg.svd(planted(np.random.default_rng(9), 40, 60, 6, 2.0), compute_uv=False))
     assert evbmf_rank(values[:9], 40, 60) == 9
     assert evbmf_rank(values[:9], 40, 60, residual=values[9:].square().sum()) == 6
@@ -166,19 +164,19 @@ def test_a_residual_that_is_rounding_does_not_count() -> None:
 
 
 def test_values_that_are_missing_are_not_kept() -> None:
-    # One value is given and the others are as large: none can be told from noise, and no rank is above what is given.
+    # The missing values are as large as the given one: none differs from noise, and no rank exceeds the number given.
     assert evbmf_rank(torch.tensor([1.0]), 30, 50, residual=29.0) == 0
     strong = torch.full((12,), 500.0)
     assert evbmf_rank(strong[:6], 40, 60, residual=strong[6:].square().sum()) <= 6
 
 
-def test_the_cases_above_are_not_all_clear() -> None:
+def test_some_of_the_cases_above_are_close_calls() -> None:
     """The same strengths give a rank between none and all, so a rule that says either would fail."""
     rng = np.random.default_rng(0)
-    found = [rank_of(planted(rng, 30, 50, 8, strength)) for strength in (0.2, 0.6, 0.8, 1.5)]
-    assert found[0] == 0
-    assert 0 < found[1] < found[2] < 8
-    assert found[3] == 8
+    ranks = [rank_of(planted(rng, 30, 50, 8, strength)) for strength in (0.2, 0.6, 0.8, 1.5)]
+    assert ranks[0] == 0
+    assert 0 < ranks[1] < ranks[2] < 8
+    assert ranks[3] == 8
 
 
 @pytest.mark.parametrize("rank", [1, 3, 10])
@@ -219,9 +217,9 @@ def test_rounding_of_the_gram_matrix_is_not_signal(shape: tuple[int, int], rank:
     for seed in range(5):
         rng = np.random.default_rng(seed)
         matrix = rng.standard_normal((shape[0], rank)) @ rng.standard_normal((rank, shape[1]))
-        # The values that are zero are found as anything up to about 1e-8 of the largest.
-        found = spectrum(torch.from_numpy(matrix))
-        assert evbmf_rank(found.values, *shape) == rank
+        # Zero values are computed as anything up to about 1e-8 of the largest.
+        computed = spectrum(torch.from_numpy(matrix))
+        assert evbmf_rank(computed.values, *shape) == rank
 
 
 @pytest.mark.parametrize("dead", [5, 15, 25])
@@ -236,7 +234,7 @@ def test_dead_rows_do_not_change_the_objective(dead: int, strength: float) -> No
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (7, 5)])
-def test_nothing_has_no_rank(shape: tuple[int, int]) -> None:
+def test_a_zero_or_empty_spectrum_has_rank_zero(shape: tuple[int, int]) -> None:
     assert rank_of(np.zeros(shape)) == 0
 
 

@@ -51,7 +51,7 @@ def half(shape: tuple[int, ...]) -> tuple[int, ...]:
 def test_full_rank_is_exact_and_low_rank_is_not(shape: tuple[int, ...]) -> None:
     weight, scheme = random(*shape), scheme_of(shape)
     full = scheme.full_ranks(operation(shape))
-    assert full == tuple(one.full_rank for one in scheme.spectra(operation(shape), weight))
+    assert full == tuple(spectrum.full_rank for spectrum in scheme.spectra(operation(shape), weight))
     # Each product sums at most max(shape) * taps terms, and the basis is orthogonal to a like multiple of eps.
     bound = 16 * math.prod(shape[2:]) * max(shape) * EPS
     assert (scheme.join(operation(shape), split(weight, full)) - weight).norm() <= bound * weight.norm()
@@ -99,7 +99,7 @@ def test_tucker2_is_the_truncated_hosvd(shape: tuple[int, ...]) -> None:
     with tl.backend_context("numpy"):
         (core, factors), _ = partial_tucker(array, rank=[p, q], modes=[0, 1], n_iter_max=200, tol=1e-12)
         best = np.linalg.norm(tl.tenalg.multi_mode_dot(core, factors, modes=[0, 1]) - array)
-    # HOOI starts from the HOSVD and only gets better; the HOSVD is within sqrt(2) of the best there is.
+    # HOOI starts from the HOSVD and only gets better; the HOSVD is within sqrt(2) of the best.
     lost = float((joined - weight).norm())
     assert best * (1 - 1e-12) <= lost <= math.sqrt(2) * best
     assert float((scheme_of(shape).join(operation(shape), split(weight, (1, 1))) - weight).norm()) > lost
@@ -125,13 +125,13 @@ def test_project_is_the_least_norm_solution(shape: tuple[int, ...], trained: boo
     operator = LinearOperator(jacobian.T.shape, matvec=jacobian.T.dot, rmatvec=jacobian.dot, dtype=np.float64)
     expected = lsmr(operator, seen, atol=0, btol=0, conlim=0, maxiter=20 * count)[0]
 
-    found = scheme.project(operation(shape), factors, parts).flatten().numpy()
+    projected = scheme.project(operation(shape), factors, parts).flatten().numpy()
     singular = np.linalg.svd(jacobian, compute_uv=False)
     condition = singular[0] / singular[singular > 1e-10 * singular[0]][-1]
     # Both sides solve with the square of the Jacobian.
-    assert np.linalg.norm(found - expected) <= 100 * EPS * condition**2 * np.linalg.norm(expected)
+    assert np.linalg.norm(projected - expected) <= 100 * EPS * condition**2 * np.linalg.norm(expected)
     assert scheme.project(operation(shape), factors, parts).shape == shape
-    assert np.linalg.norm(found) < (1 - 1e-6) * float(gradient.norm())  # something was lost: it is no identity
+    assert np.linalg.norm(projected) < (1 - 1e-6) * float(gradient.norm())  # a projection, not the identity
 
 
 @pytest.mark.parametrize("shape", MATRICES)
@@ -178,7 +178,7 @@ def test_empty_components_can_still_learn(shape: tuple[int, ...], kind: str) -> 
         weight[2:] = 0
     else:
         weight = torch.einsum("op,pi...->oi...", random(shape[0], 2), weight[:2])
-    # A component with two empty sides has no gradient and stays empty for ever. With one unit side it gets about |G|.
+    # A component with two zero sides has no gradient and stays zero for ever. With one unit side its gradient is about |G|.
     assert component_gradients(weight, rank=5).min() > 1e-3
 
 
@@ -193,7 +193,7 @@ def test_chain_shapes_are_those_of_the_factors(shape: tuple[int, ...]) -> None:
 
 
 def run(x: Tensor, step: Operation, weight: Tensor) -> Tensor:
-    """Compute one operation with torch's functions alone."""
+    """Compute an operation with torch's functions only."""
     if step.dims == 0:
         return F.linear(x, weight)
     padding = step.padding

@@ -1,4 +1,4 @@
-"""What a graph would not do as the model does keeps the model's class; and planning touches nothing of the user's."""
+"""Code that a graph would not repeat faithfully keeps the model's class, and planning changes nothing of the user's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e4 * torch.finfo(torch.float64).eps
 
 
 class Base(nn.Module):
-    """One layer, a counter and an attribute."""
+    """Has a layer, a counter and an attribute."""
 
     count: Tensor
 
@@ -74,19 +74,19 @@ class Checkpoints(Base):
         return checkpoint(self.layer, x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
-class ChecksReentrantly(Base):
+class CheckpointsReentrantly(Base):
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.layer, x, use_reentrant=True)  # type: ignore[no-any-return]
 
 
-class AsksForTheClass(Base):
+class UsesIsinstance(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x * 2 if isinstance(x, Tensor) else x)  # type: ignore[no-any-return]
 
 
-class TakesTheName(Base):
+class HasMethodGraph(Base):
     def graph(self) -> str:
-        return "mine"
+        return "a method of the model"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)  # type: ignore[no-any-return]
@@ -102,32 +102,32 @@ class TakesTheName(Base):
         (Casts, "switches autocast, gradients or checkpointing"),
         (Skips, "draws random numbers"),
         (Checkpoints, "switches autocast, gradients or checkpointing"),
-        (ChecksReentrantly, "applies CheckpointFunction"),
-        (AsksForTheClass, r"uses isinstance"),
-        (TakesTheName, "'graph' has a name that GraphModule uses"),
+        (CheckpointsReentrantly, "applies CheckpointFunction"),
+        (UsesIsinstance, r"uses isinstance"),
+        (HasMethodGraph, "'graph' has a name that GraphModule uses"),
     ],
 )
-def test_what_a_graph_would_freeze_keeps_the_class(build: Callable[[], Base], why: str) -> None:
+def test_code_that_a_graph_would_not_repeat_keeps_the_class(build: Callable[[], Base], why: str) -> None:
     model = build().double()
     before = copy.deepcopy(model.state_dict())
     plan = tdfx.plan(model, FULL, example_inputs=torch.rand(2, 8, dtype=torch.float64))
     assert plan.emit == "modules"
     assert why in plan.notes[0]
     assert model.steps == 1
-    assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     full = tdfx.rewrite(model, FULL)
     assert type(full) is build
     x = torch.rand(4, 8, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(1)
     expected = model(x)
     torch.manual_seed(1)
-    # Both count in one buffer, or each in its own attribute; the outputs are equal in any case.
+    # The two models share buffers and have attributes of their own; their outputs are equal in either case.
     tolerance = 1e-1 if build is Casts else TOLERANCE
     assert float((full(x) - expected).detach().abs().max()) <= tolerance
 
 
 class Listed(nn.Module):
-    """Layers in the containers that compute nothing themselves."""
+    """Has layers in ModuleList and ModuleDict."""
 
     def __init__(self, traceable: bool) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def test_layers_in_lists_and_dictionaries_of_modules_are_sites(traceable: bool) 
     assert plan.emit == ("graph" if traceable else "modules")
 
 
-class Closes(nn.Module):
+class HasClosure(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 8)
@@ -162,12 +162,12 @@ class Closes(nn.Module):
 
 @pytest.mark.parametrize("emit", ["graph", "modules"])
 def test_a_function_that_closes_over_the_model_calls_the_new_layer(emit: tdfx.Emit) -> None:
-    low = tdfx.rewrite(Closes(), QUARTER, emit=emit)
+    low = tdfx.rewrite(HasClosure(), QUARTER, emit=emit)
     low(torch.rand(2, 8)).sum().backward()
     assert all(parameter.grad is not None for parameter in low.parameters())
 
 
-class Hides(nn.Module):
+class HidesLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 8)
@@ -178,12 +178,12 @@ class Hides(nn.Module):
         return self.box.layer(x)  # type: ignore[no-any-return]
 
 
-def test_a_layer_that_a_rewrite_could_not_reach_is_refused() -> None:
-    with pytest.raises(tdfx.ModelError, match="Hides calls a layer that it reaches through an object of its own"):
-        tdfx.rewrite(Hides(), QUARTER)
+def test_a_layer_that_a_rewrite_cannot_reach_is_refused() -> None:
+    with pytest.raises(tdfx.ModelError, match="HidesLayer calls a layer that it reaches through an object of its own"):
+        tdfx.rewrite(HidesLayer(), QUARTER)
 
 
-def test_code_that_nobody_knows_is_left_behind() -> None:
+def test_unknown_compiled_code_is_not_copied() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model._compiled_call_impl = lambda *_: pytest.fail("the old code was called")
     with pytest.warns(
@@ -194,19 +194,19 @@ def test_code_that_nobody_knows_is_left_behind() -> None:
     assert all(parameter.grad is not None for parameter in low.parameters())
 
 
-class NamesTheArgument(Base):
+class KeywordCall(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(input=x)  # type: ignore[no-any-return]
 
 
-def test_a_layer_called_by_keyword() -> None:
-    low = tdfx.rewrite(NamesTheArgument(), QUARTER, example_inputs=torch.rand(3, 8))
+def test_a_layer_called_by_keyword_is_counted() -> None:
+    low = tdfx.rewrite(KeywordCall(), QUARTER, example_inputs=torch.rand(3, 8))
     assert low(torch.rand(3, 8)).shape == (3, 8)
-    assert tdfx.plan(NamesTheArgument(), QUARTER, example_inputs=torch.rand(3, 8)).flops_before == 2 * 3 * 64
+    assert tdfx.plan(KeywordCall(), QUARTER, example_inputs=torch.rand(3, 8)).flops_before == 2 * 3 * 64
 
 
-class ChangesWeightsWithTheMode(Base):
-    def train(self, mode: bool = True) -> ChangesWeightsWithTheMode:
+class ChangesWeightsInTrain(Base):
+    def train(self, mode: bool = True) -> ChangesWeightsInTrain:
         self.layer.weight.data += 1
         self.layer.requires_grad_(mode)
         self.training = mode
@@ -217,7 +217,7 @@ class ChangesWeightsWithTheMode(Base):
 
 
 def test_planning_does_not_call_the_models_own_train() -> None:
-    model = ChangesWeightsWithTheMode()
+    model = ChangesWeightsInTrain()
     weight = model.layer.weight.detach().clone()
     tdfx.plan(model, QUARTER, example_inputs=torch.rand(2, 8))
     assert torch.equal(model.layer.weight, weight)
@@ -243,14 +243,14 @@ def test_a_layer_that_holds_more_than_a_weight_and_a_bias_is_kept() -> None:
     assert site.note == "Scaled holds more than a weight and a bias"
 
 
-def test_what_hangs_on_a_weight_is_warned_of() -> None:
+def test_a_hook_on_a_weight_causes_a_warning() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     model.get_parameter("0.weight").register_hook(lambda gradient: gradient * 0)  # type: ignore[no-untyped-call]
     with pytest.warns(tdfx.TdfxWarning, match="weight of site '0' has hooks or attributes of its own"):
         tdfx.rewrite(model, QUARTER)
 
 
-def test_an_encoder_that_torch_runs_as_a_whole_says_so() -> None:
+def test_a_plan_notes_an_encoder_layer_that_cannot_be_traced() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     plan = tdfx.plan(layer, QUARTER)
     assert {site.reason for site in plan} == {tdfx.Reason.READ_ELSEWHERE}

@@ -1,4 +1,4 @@
-"""Models that fully_shard was called on: two processes check them together, and each check is told here."""
+"""Models that fully_shard was called on: two processes check them together, and each check is a test here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import tdfx
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What went wrong in each check; "" for nothing."""
+    """The tracebacks of each check; "" for a check that passed."""
     return two_processes.start(Path(fsdp_worker.__file__), tmp_path_factory.mktemp("fsdp"), fsdp_worker.CHECKS)
 
 
@@ -31,7 +31,7 @@ def test_a_failure_on_one_process_is_seen(outcomes: dict[str, str]) -> None:
 
 
 class FullyShardedDataParallel(nn.Module):
-    """Known by its name, because importing torch's own takes longer than all of tdfx."""
+    """A class with the name of torch's own, whose import takes longer than all of tdfx."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,9 +47,8 @@ def test_tdfx_does_not_import_what_fsdp_needs() -> None:
     code = "import sys, torch; before = set(sys.modules); import tdfx; print(*set(sys.modules) - before)"
     environment = {**os.environ, "PYTHONPATH": str(Path(tdfx.__file__).resolve().parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    found = done.stdout.split()
-    assert "tdfx.layers.placement" in found
-    wanted = {"tdfx.distributed", "tdfx.distributed.processes"}
-    assert [
-        name for name in found if name.startswith(("tdfx.distributed", "torch.distributed.fsdp")) and name not in wanted
-    ] == []
+    imported = done.stdout.split()
+    assert "tdfx.layers.placement" in imported
+    allowed = {"tdfx.distributed", "tdfx.distributed.processes"}
+    distributed = {name for name in imported if name.startswith(("tdfx.distributed", "torch.distributed.fsdp"))}
+    assert distributed - allowed == set()

@@ -1,4 +1,4 @@
-"""Parameters that a model passes to F.linear and F.conv* itself: found, factorized, trained, merged, or kept."""
+"""Parameters that a model passes to F.linear and F.conv* itself: how they are factorized, trained, merged, or kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tdfx.layers.parameter import FactorizedParameter
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
 LOW = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)
 EPS = torch.finfo(torch.float64).eps
-# A chain of d layers rounds about d times; each product of up to a few hundred terms loses a factor of its square root.
+# A chain of d layers rounds about d times, and a product of n terms, a few hundred at most, rounds about sqrt(n) times.
 TOLERANCE = 1e5 * EPS
 EMITS: tuple[tdfx.Emit, ...] = ("graph", "modules")
 every_emit = pytest.mark.parametrize("emit", EMITS)
@@ -34,7 +34,7 @@ def new(*shape: int) -> nn.Parameter:
 
 
 class Direct(nn.Module):
-    """Weights and other parameters by turns, in one owner; bias a parameter, none, and computed."""
+    """Has weights and other parameters in turns in one module; a bias is a parameter, None, or computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,18 +58,18 @@ class Direct(nn.Module):
 
 
 def ones(x: Tensor) -> Tensor:
-    """Six ones, as a bias that the graph computes."""
+    """Return six ones, as a bias that the graph computes."""
     return x.mean((0, 2)) * 0 + 1
 
 
 class Hidden(Direct):
-    """The same, out of sight of torch.fx."""
+    """The same, with code that torch.fx cannot trace."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 1e9 else super().forward(x)
 
 
-class ThenALayer(Hidden):
+class WithTail(Hidden):
     def __init__(self) -> None:
         super().__init__()
         self.tail = nn.Linear(5, 5).double()
@@ -86,7 +86,7 @@ fx.wrap("project")
 
 
 class Wrapped(nn.Module):
-    """The weight goes into a function that torch.fx was told not to look into."""
+    """Passes its weight to a function that torch.fx does not trace into."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Wrapped(nn.Module):
 
 
 class Listed(nn.Module):
-    """Weights in the containers of parameters."""
+    """Has weights in ParameterList and ParameterDict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,14 +113,14 @@ class Listed(nn.Module):
 
 
 class OwnForward(nn.Conv2d):
-    """A convolution that standardizes what enters it, and passes its weight on itself."""
+    """A convolution that centers its input, and calls F.conv2d itself."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(input - input.mean(), self.weight, self.bias, self.stride, self.padding)
 
 
 class Layers(nn.Module):
-    """Parameters of layers, passed on by the layer itself and by the module that holds it."""
+    """Passes parameters of layers to functions, in the layer itself and in its parent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Layers(nn.Module):
 
 
 class Volumes(nn.Module):
-    """One weight that is called twice, with other strides."""
+    """Uses the same weight in two calls with different strides."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Volumes(nn.Module):
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    one.__name__: one for one in (Direct, Hidden, Wrapped, Listed, Layers, Volumes)
+    net.__name__: net for net in (Direct, Hidden, Wrapped, Listed, Layers, Volumes)
 }
 PARAMETERS = {
     "Direct": {"stem", "wide", "point", "line", "head"},
@@ -166,9 +166,9 @@ def inputs() -> Tensor:
     return torch.rand(4, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    one, other = one.detach(), other.detach()
-    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
+def distance(value: Tensor, other: Tensor) -> float:
+    value, other = value.detach(), other.detach()
+    return float((value - other).abs().max() / other.abs().max().clamp_min(1e-30))
 
 
 def run(model: nn.Module, mode: bool, x: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -179,20 +179,20 @@ def run(model: nn.Module, mode: bool, x: Tensor | None = None) -> tuple[Tensor, 
     output = copied(given)
     output.square().sum().backward()
     assert given.grad is not None
-    gradients = {name: one.grad for name, one in copied.named_parameters() if one.grad is not None}
+    gradients = {name: parameter.grad for name, parameter in copied.named_parameters() if parameter.grad is not None}
     return output.detach(), {**gradients, "(input)": given.grad}
 
 
-def stand_ins(model: nn.Module) -> dict[str, FactorizedParameter]:
-    return {name: one for name, one in model.named_modules() if isinstance(one, FactorizedParameter)}
+def factorized_parameters(model: nn.Module) -> dict[str, FactorizedParameter]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactorizedParameter)}
 
 
 def rewritten(model: nn.Module, policy: tdfx.Policy = FULL, **settings: Any) -> nn.Module:
     return tdfx.rewrite(model, policy, example_inputs=inputs(), **settings)
 
 
-def described(model: nn.Module) -> list[tuple[str, torch.Size, torch.dtype]]:
-    return [(key, one.shape, one.dtype) for key, one in model.state_dict().items()]
+def entries_of(model: nn.Module) -> list[tuple[str, torch.Size, torch.dtype]]:
+    return [(key, value.shape, value.dtype) for key, value in model.state_dict().items()]
 
 
 @every_net
@@ -214,24 +214,24 @@ def test_sites_are_named_by_the_parameter_or_the_layer_that_holds_it(name: str) 
 
 
 @every_net
-def test_only_a_run_shows_what_no_graph_shows(name: str) -> None:
-    found = {site.parameter for site in tdfx.plan(NETS[name](), FULL).factorized}
-    assert found & PARAMETERS[name] == (set() if name in NEEDS_A_RUN else PARAMETERS[name])
+def test_some_sites_are_seen_in_a_run_alone(name: str) -> None:
+    parameters = {site.parameter for site in tdfx.plan(NETS[name](), FULL).factorized}
+    assert parameters & PARAMETERS[name] == (set() if name in NEEDS_A_RUN else PARAMETERS[name])
 
 
-def test_a_layer_that_only_a_run_shows_is_kept_without_one() -> None:
+def test_a_layer_that_is_seen_in_a_run_alone_is_kept_without_a_run() -> None:
     plan = tdfx.plan(Wrapped(), FULL)
     assert plan["mix"].reason is tdfx.Reason.READ_ELSEWHERE
     assert plan["head"].factorized
 
 
-def test_sites_stand_in_the_order_of_modules_and_parameters() -> None:
+def test_sites_are_in_the_order_of_modules_and_parameters() -> None:
     for model in (Direct(), Hidden()):
         plan = tdfx.plan(model, FULL, example_inputs=inputs())
         assert [site.name for site in plan] == ["stem", "wide", "point", "line", "head"]
     plan = tdfx.plan(Wrapped(), FULL, example_inputs=inputs())
     assert [site.name for site in plan] == ["mix", "head"]
-    plan = tdfx.plan(ThenALayer(), FULL, example_inputs=inputs())
+    plan = tdfx.plan(WithTail(), FULL, example_inputs=inputs())
     assert [site.name for site in plan] == ["stem", "wide", "point", "line", "head", "tail"]
 
 
@@ -241,17 +241,17 @@ def test_sites_stand_in_the_order_of_modules_and_parameters() -> None:
 def test_full_rank_changes_nothing(name: str, emit: tdfx.Emit, mode: bool) -> None:
     dense = NETS[name]()
     full = rewritten(dense, emit=emit)
-    assert set(stand_ins(full)) == PARAMETERS[name]
+    assert set(factorized_parameters(full)) == PARAMETERS[name]
     assert isinstance(full, fx.GraphModule) == (emit == "graph" and name != "Hidden")
     expected, dense_gradients = run(dense, mode)
-    found, gradients = run(full, mode)
-    assert distance(found, expected) < TOLERANCE
+    output, gradients = run(full, mode)
+    assert distance(output, expected) < TOLERANCE
     for key in dense_gradients.keys() & gradients.keys():
         assert distance(gradients[key], dense_gradients[key]) < TOLERANCE, key
-    for path, one in stand_ins(full).items():
-        # The chain rule: the factors' gradients are those of the joined weight.
-        one.weight.backward(dense_gradients[path])  # type: ignore[no-untyped-call]
-        for index, weight in enumerate(one.weights):
+    for path, parameter in factorized_parameters(full).items():
+        # By the chain rule, the factors' gradients follow from the gradient of the joined weight.
+        parameter.weight.backward(dense_gradients[path])  # type: ignore[no-untyped-call]
+        for index, weight in enumerate(parameter.weights):
             assert weight.grad is not None
             assert distance(gradients[f"{path}.factors.{index}.weight"], weight.grad) < TOLERANCE, path
 
@@ -265,12 +265,10 @@ def test_low_rank_changes_the_output(name: str, emit: tdfx.Emit) -> None:
 
 @every_emit
 @every_net
-def test_a_graph_computes_with_the_factors_and_never_with_the_joined_weight(
-    name: str, emit: tdfx.Emit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_factors_are_called_and_never_joined(name: str, emit: tdfx.Emit, monkeypatch: pytest.MonkeyPatch) -> None:
     low = rewritten(NETS[name](), LOW, emit=emit)
     expected = run(low, False)[0]
-    kinds = {type(one.scheme) for one in low.modules() if isinstance(one, tdfx.Factorized)}
+    kinds = {type(module.scheme) for module in low.modules() if isinstance(module, tdfx.Factorized)}
     for kind in kinds:
         monkeypatch.setattr(kind, "join", lambda *_: pytest.fail("the weight was joined"))
     assert distance(run(low, False)[0], expected) == 0
@@ -278,7 +276,7 @@ def test_a_graph_computes_with_the_factors_and_never_with_the_joined_weight(
 
 @every_emit
 @every_net
-def test_merge_gives_the_same_names_and_the_factorized_models_numbers(name: str, emit: tdfx.Emit) -> None:
+def test_merge_restores_the_names_and_keeps_the_outputs(name: str, emit: tdfx.Emit) -> None:
     dense = NETS[name]()
     low = rewritten(dense, LOW, emit=emit)
     optimizer = SGD(low.parameters(), lr=1e-2)
@@ -286,7 +284,7 @@ def test_merge_gives_the_same_names_and_the_factorized_models_numbers(name: str,
     optimizer.step()
     merged = tdfx.merge(low)
     assert type(merged) is type(dense)
-    assert described(merged) == described(dense)
+    assert entries_of(merged) == entries_of(dense)
     assert [key for key, _ in merged.named_parameters()] == [key for key, _ in dense.named_parameters()]
     for mode in (True, False):
         assert distance(run(merged, mode)[0], run(low, mode)[0]) < TOLERANCE
@@ -298,20 +296,22 @@ def test_merge_gives_the_same_names_and_the_factorized_models_numbers(name: str,
 
 @every_emit
 @pytest.mark.parametrize("keep", [(), ("stem",), ("head", "wide"), ("point", "line")])
-def test_parameters_of_one_owner_come_back_in_their_order(keep: tuple[str, ...], emit: tdfx.Emit) -> None:
+def test_merge_restores_the_order_of_parameters_in_a_module(keep: tuple[str, ...], emit: tdfx.Emit) -> None:
     dense = Direct()
     policy = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, exclude=keep)
     low = tdfx.rewrite(dense, policy, emit=emit)
-    assert set(stand_ins(low)) == PARAMETERS["Direct"] - set(keep)
+    assert set(factorized_parameters(low)) == PARAMETERS["Direct"] - set(keep)
     low.register_parameter("added", new(2))
     merged = tdfx.merge(low)
-    # What was added later goes to the end.
+    # A parameter that was added later goes to the end.
     assert [name for name, _ in merged.named_parameters()] == [*(name for name, _ in dense.named_parameters()), "added"]
-    shared = {id(one) for one in dense.parameters()} & {id(one) for one in merged.parameters()}
-    assert shared == {id(one) for name, one in dense.named_parameters() if name not in stand_ins(low)}
+    shared = {id(parameter) for parameter in dense.parameters()} & {id(parameter) for parameter in merged.parameters()}
+    assert shared == {
+        id(parameter) for name, parameter in dense.named_parameters() if name not in factorized_parameters(low)
+    }
 
 
-def test_keys_of_the_factors() -> None:
+def test_the_factors_have_keys_below_their_parameter() -> None:
     keys = list(rewritten(Layers(), LOW).state_dict())
     assert keys == [
         "stem.bias",
@@ -324,22 +324,22 @@ def test_keys_of_the_factors() -> None:
 
 
 @every_emit
-def test_the_model_passed_in_is_left_alone(emit: tdfx.Emit) -> None:
+def test_the_model_passed_in_is_not_changed(emit: tdfx.Emit) -> None:
     dense = Layers()
-    before = [(name, id(one), one.detach().clone()) for name, one in dense.named_parameters()]
-    code = dense.stem.__dict__.keys()
+    before = [(name, id(parameter), parameter.detach().clone()) for name, parameter in dense.named_parameters()]
+    attributes = dense.stem.__dict__.keys()
     low = rewritten(dense, LOW, emit=emit)
     low(inputs())
     tdfx.merge(low)
-    after = [(name, id(one), one.detach()) for name, one in dense.named_parameters()]
-    assert [one[:2] for one in before] == [one[:2] for one in after]
-    assert all(torch.equal(one[2], other[2]) for one, other in zip(before, after, strict=True))
-    assert dense.stem.__dict__.keys() == code
-    assert set(stand_ins(low)) == PARAMETERS["Layers"]
+    after = [(name, id(parameter), parameter.detach()) for name, parameter in dense.named_parameters()]
+    assert [entry[:2] for entry in before] == [entry[:2] for entry in after]
+    assert all(torch.equal(entry[2], other[2]) for entry, other in zip(before, after, strict=True))
+    assert dense.stem.__dict__.keys() == attributes
+    assert set(factorized_parameters(low)) == PARAMETERS["Layers"]
 
 
 class AsLayers(nn.Module):
-    """``Functional``'s computation by layers, for the rules that layers follow."""
+    """Computes the same as ``Functional`` with layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -371,25 +371,29 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = 3) -> None:
     optimizer.zero_grad()
 
 
-MAKERS: dict[str, Callable[[Any], Optimizer]] = {
-    "sgd": lambda given: SGD(given, lr=0.05, momentum=0.9),
-    "adam": lambda given: Adam(given, lr=1e-2),
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda parameters: SGD(parameters, lr=0.05, momentum=0.9),
+    "adam": lambda parameters: Adam(parameters, lr=1e-2),
 }
 
 
 def states(optimizer: Optimizer, model: nn.Module, sites: tuple[str, ...] = ("conv", "fc")) -> dict[str, Tensor]:
     """Return the optimizer's tensors for each weight, or for each factor of it."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name in sites:
-        one: Any = getattr(model, name)
-        weights = one.weights if isinstance(one, tdfx.Factorized) else [one if isinstance(one, Tensor) else one.weight]
+        layer: Any = getattr(model, name)
+        weights = (
+            layer.weights
+            if isinstance(layer, tdfx.Factorized)
+            else [layer if isinstance(layer, Tensor) else layer.weight]
+        )
         for index, weight in enumerate(weights):
-            found |= {f"{name}.{index}.{key}": value.clone() for key, value in optimizer.state[weight].items()}
-    return found
+            tensors |= {f"{name}.{index}.{key}": value.clone() for key, value in optimizer.state[weight].items()}
+    return tensors
 
 
 @pytest.mark.parametrize("of", [0.5, 1.0])
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 @every_emit
 def test_optimizer_state_is_carried_as_for_a_layer_with_the_same_weight(
     make: Callable[[Any], Optimizer], of: float, emit: tdfx.Emit
@@ -399,57 +403,60 @@ def test_optimizer_state_is_carried_as_for_a_layer_with_the_same_weight(
     optimizers = [make(model.parameters()) for model in pair]
     policy = tdfx.Policy(rank=tdfx.Ratio(of=of), min_gain=0, round_to=1)
 
-    def same() -> None:
-        one, other = (states(optimizer, model) for optimizer, model in zip(optimizers, pair, strict=True))
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            assert value.shape == other[key].shape
-            assert (value - other[key]).norm() <= TOLERANCE * value.norm(), key
-        assert any(float(value.norm()) > 0 for value in one.values())
+    def check_states() -> None:
+        expected, carried = (states(optimizer, model) for optimizer, model in zip(optimizers, pair, strict=True))
+        assert expected.keys() == carried.keys()
+        for key, value in expected.items():
+            assert value.shape == carried[key].shape
+            assert (value - carried[key]).norm() <= TOLERANCE * value.norm(), key
+        assert any(float(value.norm()) > 0 for value in expected.values())
 
     for _ in range(2):
         for model, optimizer in zip(pair, optimizers, strict=True):
             train(model, optimizer)
-        same()
+        check_states()
         pair = [
             tdfx.rewrite(model, policy, optimizer=optimizer, emit=emit)
             for model, optimizer in zip(pair, optimizers, strict=True)
         ]
-        assert len(stand_ins(pair[1])) == 2
-        same()
+        assert len(factorized_parameters(pair[1])) == 2
+        check_states()
         for model, optimizer in zip(pair, optimizers, strict=True):
-            held = {id(one) for group in optimizer.param_groups for one in group["params"]}
-            assert held == {id(one) for one in model.parameters()}
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            assert held == {id(parameter) for parameter in model.parameters()}
             train(model, optimizer)
-        same()
+        check_states()
         assert distance(pair[1](inputs()), pair[0](inputs())) < TOLERANCE
         pair = [tdfx.merge(model, optimizer=optimizer) for model, optimizer in zip(pair, optimizers, strict=True)]
-        same()
-    assert all({id(one) for one in optimizers[1].state} <= {id(one) for one in pair[1].parameters()} for _ in pair)
+        check_states()
+    assert all(
+        {id(parameter) for parameter in optimizers[1].state} <= {id(parameter) for parameter in pair[1].parameters()}
+        for _ in pair
+    )
 
 
 @every_net
-def test_names_in_an_optimizer_follow_there_and_back(name: str) -> None:
+def test_parameter_names_in_an_optimizer_follow_a_rewrite_and_a_merge(name: str) -> None:
     dense = NETS[name]()
     optimizer = SGD(dense.named_parameters(), lr=0.01, momentum=0.9)
     before = list(optimizer.param_groups[0]["param_names"])
 
-    def names_are_right(model: nn.Module) -> None:
+    def check_names(model: nn.Module) -> None:
         (group,) = optimizer.param_groups
-        own = {id(one): key for key, one in model.named_parameters()}
-        assert group["param_names"] == [own[id(one)] for one in group["params"]]
+        names = {id(parameter): key for key, parameter in model.named_parameters()}
+        assert group["param_names"] == [names[id(parameter)] for parameter in group["params"]]
 
     low = rewritten(dense, LOW, optimizer=optimizer)
-    names_are_right(low)
+    check_names(low)
     first = min(PARAMETERS[name])
     assert f"{first}.factors.0.weight" in optimizer.param_groups[0]["param_names"]
-    names_are_right(merged := tdfx.merge(low, optimizer=optimizer))
+    check_names(merged := tdfx.merge(low, optimizer=optimizer))
     assert optimizer.param_groups[0]["param_names"] == before
     assert [key for key, _ in merged.named_parameters()] == before
 
 
 class Calls(nn.Module):
-    """Passes its kernel to a function with settings of the test's choice."""
+    """Passes its kernel to functions that the test chooses."""
 
     def __init__(self, weight: nn.Parameter, calls: list[tuple[Callable[..., Tensor], dict[str, Any]]]) -> None:
         super().__init__()
@@ -458,17 +465,17 @@ class Calls(nn.Module):
         self.calls = calls
 
     def forward(self, x: Tensor) -> Tensor:
-        found = [
+        outputs = [
             function(x, self.kernel, **(named | ({"bias": self.offset} if "bias" in named else {})))
             for function, named in self.calls
         ]
-        return torch.cat([one.flatten() for one in found])
+        return torch.cat([output.flatten() for output in outputs])
 
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "stride": {"stride": 2},
     "list": {"stride": [2, 1], "padding": [1, 2]},
-    "one in a tuple": {"stride": (2,), "padding": (1,)},
+    "a tuple of one value": {"stride": (2,), "padding": (1,)},
     "dilation": {"dilation": (1, 2), "padding": 1},
     "same": {"padding": "same", "dilation": 2},
     "valid": {"padding": "valid", "stride": 2},
@@ -478,7 +485,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 @every_emit
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 4, 1, 1)], ids=["tucker2", "svd"])
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
-def test_stride_padding_and_dilation_are_those_of_each_call(
+def test_every_call_keeps_its_stride_padding_and_dilation(
     geometry: dict[str, Any], shape: tuple[int, ...], emit: tdfx.Emit
 ) -> None:
     x = torch.rand(2, 4, 9, 8, dtype=torch.float64)
@@ -511,7 +518,7 @@ def test_flops_of_calls_with_other_strides() -> None:
 
 
 @every_emit
-def test_a_call_that_the_scheme_does_not_take_gets_the_dense_weight(emit: tdfx.Emit) -> None:
+def test_a_call_that_the_scheme_does_not_support_gets_the_joined_weight(emit: tdfx.Emit) -> None:
     dense = Calls(new(8, 2, 3, 3), [(F.conv2d, {})])
     full = tdfx.rewrite(dense, FULL, emit="modules")
     x = torch.rand(2, 4, 9, 9, dtype=torch.float64)
@@ -528,7 +535,7 @@ def grouped(x: Tensor, kernel: Tensor) -> Tensor:
     return F.conv2d(torch.cat([x, 2 * x], 1), kernel, groups=2)
 
 
-def test_a_kernel_that_a_transposed_convolution_takes_too() -> None:
+def test_a_kernel_may_also_be_used_by_a_transposed_convolution() -> None:
     dense = Calls(new(4, 4, 3, 3), [(F.conv2d, {}), (F.conv_transpose2d, {})])
     x = torch.rand(2, 4, 5, 5, dtype=torch.float64)
     for emit in EMITS:
@@ -564,9 +571,11 @@ def test_transposed_and_grouped_calls(
 @pytest.mark.parametrize(
     ("shape", "function", "settings"),
     [((4, 1, 3, 3), F.conv2d, {"groups": 4}), ((4,), F.linear, {})],
-    ids=["each channel to itself", "a vector"],
+    ids=["depthwise", "a vector"],
 )
-def test_what_no_scheme_stands_for(shape: tuple[int, ...], function: Callable[..., Tensor], settings: Any) -> None:
+def test_a_weight_without_a_scheme_is_kept(
+    shape: tuple[int, ...], function: Callable[..., Tensor], settings: Any
+) -> None:
     dense = Calls(new(*shape), [(function, settings)])
     x = torch.rand(2, 4, 6, 4, dtype=torch.float64)
     for given in (None, x):
@@ -576,7 +585,7 @@ def test_what_no_scheme_stands_for(shape: tuple[int, ...], function: Callable[..
 
 
 class Reads(nn.Module):
-    """Uses its weight in a further way, that the test chooses, in one mode or in both."""
+    """Also reads its weight in a way that the test chooses, in one mode or in both."""
 
     def __init__(self, read: Callable[[Tensor], Any], seen: bool, modes: tuple[bool, ...] = (True, False)) -> None:
         super().__init__()
@@ -615,7 +624,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
-def test_a_weight_that_is_read_in_another_way_is_kept(read: Callable[[Tensor], Any]) -> None:
+def test_a_weight_that_is_also_read_is_kept(read: Callable[[Tensor], Any]) -> None:
     x = torch.rand(2, 9, dtype=torch.float64)
     for modes in ((True, False), (True,), (False,)):
         plan = tdfx.plan(Reads(read, seen=False, modes=modes), FULL, example_inputs=x)
@@ -623,7 +632,7 @@ def test_a_weight_that_is_read_in_another_way_is_kept(read: Callable[[Tensor], A
 
 
 @pytest.mark.parametrize("name", [name for name in READS if name not in {"as an input", "as a bias"}])
-def test_a_graph_shows_other_reads_by_itself(name: str) -> None:
+def test_a_graph_shows_reads_without_a_run(name: str) -> None:
     model = ReadsInGraph(READS[name])
     for given in (None, torch.rand(2, 9, dtype=torch.float64)):
         (site,) = tdfx.plan(model, FULL, example_inputs=given)
@@ -643,7 +652,7 @@ class ReadsInGraph(nn.Module):
         return F.linear(x, self.weight) + self.read(self.weight)  # type: ignore[no-any-return]
 
 
-def test_to_ask_for_a_shape_is_no_read() -> None:
+def test_reading_a_shape_does_not_keep_a_weight() -> None:
     x = torch.rand(2, 9, dtype=torch.float64)
     for model in (Reads(metadata, seen=False), ReadsInGraph(metadata)):
         plan = tdfx.plan(model, FULL, example_inputs=x)
@@ -653,7 +662,7 @@ def test_to_ask_for_a_shape_is_no_read() -> None:
             assert distance(run(full, True, x)[0], run(model, True, x)[0]) < TOLERANCE
 
 
-def test_a_model_that_does_not_train_on_the_example_inputs_keeps_what_only_a_run_would_show() -> None:
+def test_a_model_that_fails_in_train_mode_keeps_sites_that_are_seen_in_a_run_alone() -> None:
     class NeedsABatch(Hidden):
         def forward(self, x: Tensor) -> Tensor:
             if self.training and len(x) < 2:
@@ -690,7 +699,7 @@ class Both(nn.Module):
         return self.layer(x) + F.linear(x, self.layer.weight)  # type: ignore[no-any-return]
 
 
-def test_a_layer_that_is_called_too_is_no_functional_site() -> None:
+def test_a_layer_that_is_also_called_is_not_a_functional_site() -> None:
     for given in (None, torch.rand(2, 9, dtype=torch.float64)):
         (site,) = tdfx.plan(Both(), FULL, example_inputs=given)
         assert (site.reason, site.parameter) == (tdfx.Reason.READ_ELSEWHERE, None)
@@ -707,7 +716,7 @@ class Elsewhere(Hidden):
         return super().forward(x) + y.mean()  # type: ignore[no-any-return]
 
 
-def test_what_a_module_of_torch_takes_for_itself_is_no_functional_site() -> None:
+def test_parameters_that_modules_of_torch_use_themselves_are_not_functional_sites() -> None:
     plan = tdfx.plan(Elsewhere(), FULL, example_inputs=inputs())
     assert plan["attention.in_proj_weight"].reason is tdfx.Reason.READ_ELSEWHERE
     assert plan["attention.out_proj"].reason is tdfx.Reason.READ_ELSEWHERE
@@ -719,12 +728,12 @@ class Checkpointed(Direct):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
-def test_under_a_checkpoint_the_factors_get_the_same_gradients() -> None:
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     dense = Checkpointed()
     full = rewritten(dense)
-    assert set(stand_ins(full)) == PARAMETERS["Direct"]
-    (found, gradients), (expected, dense_gradients) = run(full, True), run(dense, True)
-    assert distance(found, expected) < TOLERANCE
+    assert set(factorized_parameters(full)) == PARAMETERS["Direct"]
+    (output, gradients), (expected, dense_gradients) = run(full, True), run(dense, True)
+    assert distance(output, expected) < TOLERANCE
     assert distance(gradients["(input)"], dense_gradients["(input)"]) < TOLERANCE
 
 
@@ -740,7 +749,7 @@ def test_a_plan_from_json_needs_no_example_inputs(name: str) -> None:
     for left, right in zip(direct.parameters(), other.parameters(), strict=True):
         assert torch.equal(left, right)
     assert distance(run(other, True)[0], run(direct, True)[0]) == 0
-    assert described(tdfx.merge(other)) == described(dense)
+    assert entries_of(tdfx.merge(other)) == entries_of(dense)
 
 
 @every_net
@@ -749,9 +758,9 @@ def test_rewriting_twice_is_rewriting_once(name: str, emit: tdfx.Emit) -> None:
     plan = tdfx.plan(dense := NETS[name](), LOW, example_inputs=inputs(), emit=emit)
     once = tdfx.rewrite(dense, plan)
     twice = tdfx.rewrite(once, plan)
-    assert [id(one) for one in twice.parameters()] == [id(one) for one in once.parameters()]
+    assert [id(parameter) for parameter in twice.parameters()] == [id(parameter) for parameter in once.parameters()]
     assert distance(run(twice, True)[0], run(once, True)[0]) == 0
-    assert described(tdfx.merge(twice)) == described(dense)
+    assert entries_of(tdfx.merge(twice)) == entries_of(dense)
     for given in (None, inputs()):
         again = tdfx.plan(once, LOW, example_inputs=given)
         assert {site.name: site.reason for site in again} == dict.fromkeys(
@@ -759,7 +768,7 @@ def test_rewriting_twice_is_rewriting_once(name: str, emit: tdfx.Emit) -> None:
         )
         assert {site.parameter for site in again} == {site.parameter for site in plan}
         for site, planned in zip(sorted(again, key=by_name), sorted(plan, key=by_name), strict=True):
-            # Without a run nobody can say what is called inside a function that torch.fx does not look into.
+            # Without a run, the calls inside a function that torch.fx does not trace into cannot be counted.
             assert site.calls == planned.calls or (given is None and name == "Wrapped")
             assert site.parameters_before == planned.parameters_after
 
@@ -776,7 +785,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
         tdfx.rewrite(other, plan)
     with pytest.raises(tdfx.PlanError, match="names site 'stem', which Volumes does not have"):
         tdfx.rewrite(Volumes(), plan)
-    # A parameter that the plan keeps need not be seen without example inputs.
+    # A parameter that the plan keeps may be invisible without example inputs.
     kept = tdfx.plan(Hidden(), tdfx.Policy(exclude=("*",)), example_inputs=inputs())
     assert tdfx.rewrite(Hidden(), kept)(inputs()).shape == (4, 5)
     read = ReadsInGraph(READS["norm"])
@@ -796,7 +805,9 @@ def test_copies_pickles_and_saved_weights(name: str, emit: tdfx.Emit, tmp_path: 
         assert list(twin.state_dict()) == list(low.state_dict())
         assert distance(run(twin, True)[0], expected) == 0
         assert list(tdfx.merge(twin).state_dict()) == list(NETS[name]().state_dict())
-    assert not {id(one) for one in twins[0].parameters()} & {id(one) for one in low.parameters()}
+    assert not {id(parameter) for parameter in twins[0].parameters()} & {
+        id(parameter) for parameter in low.parameters()
+    }
     torch.save(low.state_dict(), tmp_path / "weights.pt")
     other = rewritten(NETS[name](), LOW, emit=emit)
     assert distance(run(other, True)[0], expected) > 1e-3
@@ -813,10 +824,10 @@ def test_the_result_compiles_as_one_graph(name: str, emit: tdfx.Emit) -> None:
     low = rewritten(NETS[name](), LOW, emit=emit).eval()
     torch._dynamo.reset()
     compiled = cast("nn.Module", torch.compile(low, fullgraph=True, backend="eager"))
-    found = compiled(inputs())
-    assert distance(found, low(inputs())) < TOLERANCE
-    found.sum().backward()
-    assert all(one.grad is not None for one in low.parameters())
+    output = compiled(inputs())
+    assert distance(output, low(inputs())) < TOLERANCE
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in low.parameters())
 
 
 def test_compiling_gives_no_warning() -> None:
@@ -834,9 +845,9 @@ def test_the_result_exports(name: str, emit: tdfx.Emit) -> None:
     assert distance(exported(inputs()), low(inputs())) < TOLERANCE
 
 
-def test_anything_else_that_takes_the_parameter_gets_the_dense_weight() -> None:
+def test_other_functions_get_the_joined_weight() -> None:
     dense = Direct()
-    full = stand_ins(tdfx.rewrite(dense, FULL))["head"]
+    full = factorized_parameters(tdfx.rewrite(dense, FULL))["head"]
     weight: Any = full
     expected = dense.head.detach()
     assert weight.shape == expected.shape
@@ -844,7 +855,7 @@ def test_anything_else_that_takes_the_parameter_gets_the_dense_weight() -> None:
     assert weight.device == expected.device
     assert weight.requires_grad
     assert (weight.ndim, weight.dim(), weight.size(1), weight.numel()) == (2, 2, 6, 30)
-    found = {
+    pairs = {
         "function": (torch.linalg.matrix_norm(weight), torch.linalg.matrix_norm(expected)),
         "method": (weight.norm(), expected.norm()),
         "list": (torch.cat([weight, weight]), torch.cat([expected, expected])),
@@ -853,22 +864,22 @@ def test_anything_else_that_takes_the_parameter_gets_the_dense_weight() -> None:
         "as input": (F.linear(weight, expected), expected @ expected.mT),
         "as bias": (F.linear(expected, expected, weight @ expected.mT), expected @ expected.mT * 2),
     }
-    for key, (one, other) in found.items():
-        assert distance(one, other) < TOLERANCE, key
+    for key, (value, wanted) in pairs.items():
+        assert distance(value, wanted) < TOLERANCE, key
     with pytest.raises(AttributeError, match="'FactorizedParameter' object has no attribute 'nothing'"):
         _ = weight.nothing
     found_gradients = torch.autograd.grad(weight.norm(), full.weights)
-    assert all(bool(one.abs().max() > 0) for one in found_gradients)
+    assert all(bool(gradient.abs().max() > 0) for gradient in found_gradients)
 
 
 def test_a_tiny_swin() -> None:
-    """Its attention passes weights to a function that torch.fx is told not to look into."""
+    """Swin's attention passes weights to a function that torch.fx does not trace into."""
     dense = SwinTransformer(
         patch_size=[2, 2], embed_dim=8, depths=[2], num_heads=[2], window_size=[2, 2], num_classes=5
     ).double()
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    blind = tdfx.plan(dense, FULL)
-    assert {site.name for site in blind.kept} == {
+    without_run = tdfx.plan(dense, FULL)
+    assert {site.name for site in without_run.kept} == {
         f"features.1.{block}.attn.{layer}" for block in range(2) for layer in ("qkv", "proj")
     }
     plan = tdfx.plan(dense, FULL, example_inputs=x)
@@ -880,11 +891,11 @@ def test_a_tiny_swin() -> None:
         assert isinstance(full, fx.GraphModule) == (emit == "graph")
         for mode in (True, False):
             assert distance(run(full, mode, x)[0], run(dense, mode, x)[0]) < TOLERANCE
-        assert described(tdfx.merge(full)) == described(dense)
+        assert entries_of(tdfx.merge(full)) == entries_of(dense)
     assert distance(run(low, False, x)[0], run(dense, False, x)[0]) > 1e-3
 
 
-def test_calls_are_read_as_the_functions_take_their_arguments() -> None:
+def test_calls_are_parsed_by_the_signatures_of_the_functions() -> None:
     call = parse_call(F.conv_transpose2d, ("x", "w", None, 2, 1, 0, 3, 4), {})
     assert call is not None
     assert (call.name, call.dims, call.transposed, call.weight) == ("F.conv_transpose2d", 2, True, "w")
@@ -922,7 +933,7 @@ def test_calls_are_read_as_the_functions_take_their_arguments() -> None:
         ({}, (4, 6, 3)),
     ],
 )
-def test_a_call_whose_settings_are_not_known_has_no_operation(named: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_a_call_with_computed_settings_has_no_operation(named: dict[str, Any], shape: tuple[int, ...]) -> None:
     call = parse_call(F.conv2d, ("x", "w"), named)
     assert call is not None
     assert call.operation(shape) is None
@@ -938,26 +949,26 @@ OPERATORS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS.keys())
-def test_operators_get_the_dense_weight_too(operator: Callable[[Any], Any]) -> None:
+def test_operators_get_the_joined_weight(operator: Callable[[Any], Any]) -> None:
     dense = Direct()
-    full = stand_ins(tdfx.rewrite(dense, FULL))["head"]
+    full = factorized_parameters(tdfx.rewrite(dense, FULL))["head"]
     assert distance(operator(full), operator(dense.head.detach())) < TOLERANCE
 
 
-def test_runs_are_in_eval_and_then_in_train_mode_whatever_the_models() -> None:
+def test_the_model_is_run_in_both_modes_whatever_its_own_mode() -> None:
     x = torch.rand(1, 9, dtype=torch.float64)
     only_in_train = Reads(READS["norm"], seen=False, modes=(True,))
     for mode in (True, False):
         (site,) = tdfx.plan(only_in_train.train(mode), FULL, example_inputs=x)
         assert site.reason is tdfx.Reason.READ_ELSEWHERE
         assert only_in_train.training is mode
-    # A batch of one would be refused in train mode.
+    # In train mode the norm refuses a batch of one sample.
     model = nn.Sequential(ReadsInGraph(lambda weight: 0.0), nn.BatchNorm1d(6).double())
     assert tdfx.plan(model.train(), FULL, example_inputs=x)["0.weight"].factorized
 
 
 class InOneMode(nn.Module):
-    """Another graph for each mode; one weight is used in train mode only."""
+    """Has another graph for each mode; the second weight is used in train mode alone."""
 
     def __init__(self, read: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -970,7 +981,7 @@ class InOneMode(nn.Module):
         return (y, F.linear(y, self.auxiliary), self.read(self.auxiliary)) if self.training else y
 
 
-def test_two_graphs_call_the_factors_each() -> None:
+def test_both_graphs_call_the_factors() -> None:
     x = torch.rand(2, 9, dtype=torch.float64)
     dense = InOneMode(lambda weight: 0.0)
     full = tdfx.rewrite(dense, FULL)
@@ -980,24 +991,26 @@ def test_two_graphs_call_the_factors_each() -> None:
         called = {node.target for node in full.train(mode).graph.nodes if node.op == "call_module"}
         assert called == ({"body", "auxiliary"} if mode else {"body"})
         pairs = zip(full(x), dense.train(mode)(x), strict=True)
-        assert all(distance(torch.as_tensor(one), torch.as_tensor(other)) < TOLERANCE for one, other in pairs)
+        assert all(
+            distance(torch.as_tensor(output), torch.as_tensor(expected)) < TOLERANCE for output, expected in pairs
+        )
     kept = tdfx.plan(InOneMode(READS["norm"]), FULL)
     assert kept["auxiliary"].reason is tdfx.Reason.READ_ELSEWHERE
     assert kept["body"].factorized
 
 
 @every_emit
-def test_an_owner_that_is_rewritten_in_two_steps_merges_in_its_order(emit: tdfx.Emit) -> None:
+def test_parameters_rewritten_in_two_steps_merge_in_their_order(emit: tdfx.Emit) -> None:
     dense = Direct()
     first = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, exclude=("stem", "head"))
     full = tdfx.rewrite(tdfx.rewrite(dense, first, emit=emit), FULL, emit=emit)
-    assert set(stand_ins(full)) == PARAMETERS["Direct"]
+    assert set(factorized_parameters(full)) == PARAMETERS["Direct"]
     assert distance(run(full, True)[0], run(dense, True)[0]) < TOLERANCE
-    assert described(tdfx.merge(full)) == described(dense)
+    assert entries_of(tdfx.merge(full)) == entries_of(dense)
 
 
-class Writes(nn.Module):
-    """A language model that reads with the table by which it writes."""
+class TiedEmbedding(nn.Module):
+    """A language model that uses its embedding table for its output too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1008,14 +1021,14 @@ class Writes(nn.Module):
         return F.linear(F.linear(self.table(x), self.mix), self.table.weight)
 
 
-@pytest.mark.parametrize("given", [pytest.param(None, id="blind"), torch.tensor([1, 2])])
-def test_a_weight_that_a_layer_of_another_kind_holds_and_reads_is_kept(given: Tensor | None) -> None:
-    plan = tdfx.plan(Writes(), FULL, example_inputs=given)
+@pytest.mark.parametrize("given", [pytest.param(None, id="without a run"), torch.tensor([1, 2])])
+def test_a_weight_of_an_embedding_is_kept(given: Tensor | None) -> None:
+    plan = tdfx.plan(TiedEmbedding(), FULL, example_inputs=given)
     assert plan["table.weight"].reason is tdfx.Reason.READ_ELSEWHERE
     assert plan["mix"].factorized
 
 
-def test_a_plan_from_a_run_is_held_to_what_the_model_is_now() -> None:
+def test_a_plan_is_checked_against_the_model_as_it_is_now() -> None:
     plan = tdfx.plan(Hidden(), LOW, example_inputs=inputs())
     tied, frozen, broken = Hidden(), Hidden(), Hidden()
     tied.register_module("other", nn.Module())
@@ -1032,12 +1045,12 @@ def test_a_plan_from_a_run_is_held_to_what_the_model_is_now() -> None:
 
 def test_functional_calls_of_torch_func_take_the_factors() -> None:
     low = rewritten(Layers(), LOW)
-    given = {name: 2 * one.detach() for name, one in low.named_parameters()}
-    found = torch.func.functional_call(low, given, (inputs(),))
+    given = {name: 2 * parameter.detach() for name, parameter in low.named_parameters()}
+    output = torch.func.functional_call(low, given, (inputs(),))
     twin = copy.deepcopy(low)
     twin.load_state_dict(given)
-    assert distance(found, twin(inputs())) == 0
-    assert distance(found, low(inputs())) > 1e-3
+    assert distance(output, twin(inputs())) == 0
+    assert distance(output, low(inputs())) > 1e-3
 
 
 @every_emit
@@ -1045,7 +1058,7 @@ def test_hooks_of_a_layer_whose_parameter_is_factorized_run(emit: tdfx.Emit) -> 
     dense = Layers()
     dense.stem.register_forward_hook(lambda _, __, output: output.abs())
     full = rewritten(dense, emit=emit)
-    assert set(stand_ins(full)) == PARAMETERS["Layers"]
+    assert set(factorized_parameters(full)) == PARAMETERS["Layers"]
     assert distance(run(full, True)[0], run(dense, True)[0]) < TOLERANCE
     assert distance(run(dense, True)[0], run(rewritten(Layers()), True)[0]) > 1e-3
 
@@ -1053,16 +1066,16 @@ def test_hooks_of_a_layer_whose_parameter_is_factorized_run(emit: tdfx.Emit) -> 
 def test_dtypes_change_with_the_model() -> None:
     low = rewritten(Direct(), LOW).to(torch.float32)
     assert low(inputs().float()).dtype is torch.float32
-    assert {one.dtype for one in tdfx.merge(low).parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in tdfx.merge(low).parameters()} == {torch.float32}
     half = Direct().to(torch.bfloat16)
     merged = tdfx.merge(tdfx.rewrite(half, FULL))
-    assert described(merged) == described(half)
+    assert entries_of(merged) == entries_of(half)
     # Each factor is rounded once to the dtype; a product of three of them is off by a few units in the last place.
-    for found, expected in zip(merged.parameters(), half.parameters(), strict=True):
-        assert distance(found.double(), expected.double()) < 30 * torch.finfo(torch.bfloat16).eps
+    for parameter, expected in zip(merged.parameters(), half.parameters(), strict=True):
+        assert distance(parameter.double(), expected.double()) < 30 * torch.finfo(torch.bfloat16).eps
 
 
-class Holds(nn.Module):
+class Parent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = Direct()
@@ -1071,8 +1084,8 @@ class Holds(nn.Module):
         return self.inner(x) * 2  # type: ignore[no-any-return]
 
 
-def test_a_block_that_is_called_as_it_is_has_a_graph_of_its_own_to_look_at() -> None:
-    dense = Holds()
+def test_a_block_that_is_called_is_traced_by_itself() -> None:
+    dense = Parent()
     dense.inner.register_forward_hook(lambda _, __, output: output.abs())
     plan = tdfx.plan(dense, FULL)
     assert len(plan.notes) == 1
@@ -1084,12 +1097,12 @@ def test_a_block_that_is_called_as_it_is_has_a_graph_of_its_own_to_look_at() -> 
     assert distance(run(full, True)[0], run(dense, True)[0]) < TOLERANCE
 
 
-class CallsTwice(Holds):
+class CallsTwice(Parent):
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x) + self.inner(2 * x)  # type: ignore[no-any-return]
 
 
-def test_what_lies_in_a_block_runs_as_often_as_the_block() -> None:
+def test_sites_in_a_block_count_every_call_of_the_block() -> None:
     for given in (None, inputs()):
         dense = CallsTwice()
         dense.inner.register_forward_hook(lambda _, __, output: output.abs())
@@ -1099,7 +1112,7 @@ def test_what_lies_in_a_block_runs_as_often_as_the_block() -> None:
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["in a graph", "in a run"])
-def test_a_weight_that_a_call_takes_as_its_input_too_is_kept(seen: bool) -> None:
+def test_a_weight_that_is_also_the_input_of_a_call_is_kept(seen: bool) -> None:
     model: Any = ReadsInGraph(lambda weight: 0.0) if seen else Reads(lambda weight: 0.0, seen=False)
     model.weight = new(9, 9)
     x = torch.rand(2, 9, dtype=torch.float64)

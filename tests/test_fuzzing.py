@@ -1,4 +1,4 @@
-"""Whatever a plan file, a policy file or a policy string holds, it is taken, or refused by an error of tdfx."""
+"""Any plan file, policy file or policy string is accepted, or refused with an error of tdfx."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ JSON = st.recursive(
 
 
 @contextlib.contextmanager
-def taken_or_refused() -> Any:
-    """Let errors of tdfx pass, other than those that speak of its own defects."""
+def accepted_or_refused() -> Any:
+    """Ignore errors of tdfx, except those that report a defect of tdfx."""
     try:
         yield
     except PassError:
@@ -79,49 +79,49 @@ VALUES = NUMBERS | JSON | st.sampled_from([*map(str, Reason), *scheme_names(), "
 
 
 def use(plan: Plan) -> None:
-    """Do with a plan that was read whatever one can do with it."""
+    """Use a plan that was read in every way."""
     for width in (None, 20, 80):
         render_plain(plan_view(plan, width))
     for key in SORTS:
-        with taken_or_refused():
+        with accepted_or_refused():
             to_csv(ordered(plan.sites, key))
     assert Plan.from_json(plan.to_json()).to_json() == plan.to_json()
-    with taken_or_refused():
+    with accepted_or_refused():
         tdfx.rewrite(net(), plan)
 
 
 @MANY
 @given(JSON)
-def test_a_plan_file_of_anything(value: Any) -> None:
-    with taken_or_refused():
+def test_a_plan_file_of_any_json(value: Any) -> None:
+    with accepted_or_refused():
         Plan.from_json(json.dumps(value))
-    with taken_or_refused():
+    with accepted_or_refused():
         Plan.from_json(json.dumps({"format": 1, "sites": value}))
 
 
 @MANY
 @given(st.text())
 def test_a_plan_file_of_any_text(text: str) -> None:
-    with taken_or_refused():
+    with accepted_or_refused():
         Plan.from_json(text)
 
 
 @MANY
 @given(of_plan=st.dictionaries(PLACES, VALUES, max_size=2), of_site=st.dictionaries(SITE_PLACES, VALUES, max_size=3))
-def test_a_plan_file_in_which_something_was_changed(of_plan: dict[str, Any], of_site: dict[str, Any]) -> None:
+def test_a_plan_file_with_changed_fields(of_plan: dict[str, Any], of_site: dict[str, Any]) -> None:
     data = json.loads(plan_text())
     for site in data["sites"][: 1 + len(of_plan) % 2]:
         site.update(of_site)
     data.update(of_plan)
-    with taken_or_refused():
+    with accepted_or_refused():
         use(Plan.from_json(json.dumps(data)))
 
 
 @FEW
 @given(st.integers(0, 1000), st.integers(0, 20), st.text(max_size=3))
-def test_a_plan_file_in_which_text_was_cut_out_and_put_in(start: int, length: int, text: str) -> None:
+def test_a_plan_file_with_text_replaced(start: int, length: int, text: str) -> None:
     whole = plan_text()
-    with taken_or_refused():
+    with accepted_or_refused():
         use(Plan.from_json(whole[:start] + text + whole[start + length :]))
 
 
@@ -148,7 +148,7 @@ RULE_TEXTS = st.text(max_size=12) | st.lists(RULE_PARTS | st.text(max_size=2), m
 @MANY
 @given(RULE_TEXTS)
 def test_a_policy_of_any_text(text: str) -> None:
-    with taken_or_refused():
+    with accepted_or_refused():
         rule = parse_rule(text)
         tdfx.plan(net(), tdfx.Policy(rank=rule, cost=tdfx.Modelled(), min_gain=0))
 
@@ -171,7 +171,7 @@ POLICIES = st.builds(
 @MANY
 @given(POLICIES | st.dictionaries(st.text(max_size=5), JSON, max_size=3))
 def test_a_policy_of_any_mapping(table: dict[str, Any]) -> None:
-    with taken_or_refused():
+    with accepted_or_refused():
         policy = tdfx.read_policy(table)
         hash(policy)
         tdfx.plan(net(), policy)
@@ -187,18 +187,18 @@ def test_a_policy_of_any_mapping(table: dict[str, Any]) -> None:
     | POLICIES.map(lambda table: json.dumps(table)),
     ending=st.sampled_from([".toml", ".json"]),
 )
-def test_a_policy_file_of_anything(text: str | bytes, ending: str) -> None:
+def test_a_policy_file_of_any_content(text: str | bytes, ending: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"policy{ending}"
         path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
-        with taken_or_refused():
+        with accepted_or_refused():
             tdfx.read_policy(path)
 
 
-def test_a_defect_would_be_seen() -> None:
-    with pytest.raises(PassError), taken_or_refused():
+def test_a_defect_is_detected() -> None:
+    with pytest.raises(PassError), accepted_or_refused():
         raise PassError("a pass broke its contract")
-    with pytest.raises(KeyError), taken_or_refused():
+    with pytest.raises(KeyError), accepted_or_refused():
         raise KeyError("conv")
 
 
@@ -211,7 +211,7 @@ OPTIONS = st.sampled_from(
 @given(
     st.lists(st.tuples(OPTIONS, RULE_TEXTS | WORDS | st.sampled_from(["2,4,8,8", "meta", "cpu", "gain"])), max_size=3)
 )
-def test_a_command_line_of_anything_ends_with_a_code(options: list[tuple[str, str]]) -> None:
+def test_any_command_line_ends_with_an_exit_code(options: list[tuple[str, str]]) -> None:
     arguments = [f"{name}={value}" for name, value in options]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tdfx.cli.inspect.build_model", lambda reference: net())

@@ -66,14 +66,14 @@ def test_a_part_is_rewritten_in_place() -> None:
     rewritten = tdfx.rewrite(part, POLICY, emit="modules")
     assert isinstance(rewritten, Net)
     assert sites(holder) == 0
-    part.put(rewritten)
+    part.replace_with(rewritten)
     assert holder.net is net
     assert sites(holder) == sites(net) == 2
     assert torch.equal(net(X), expected(X))
     assert net.listed == [net.conv]
     assert cast("MethodType", net.call).__self__ is net
     assert torch.equal(net.call(X), expected(X))
-    part.put(tdfx.merge(part))
+    part.replace_with(tdfx.merge(part))
     assert list(holder.state_dict()) == list(Holder().state_dict())
     torch.testing.assert_close(net(X), expected(X))
     assert "_tdfx_plan" not in vars(net)
@@ -85,8 +85,8 @@ def test_a_part_of_a_compiled_model_is_compiled_again() -> None:
     compiled = cast("nn.Module", torch.compile(net, backend="eager"))
     before = compiled(X)
     part = InPlaceModule(compiled)
-    assert part.inside is net
-    part.put(tdfx.rewrite(part, POLICY, emit="modules"))
+    assert part.target is net
+    part.replace_with(tdfx.rewrite(part, POLICY, emit="modules"))
     assert torch.equal(compiled(X), net(X))
     assert not torch.allclose(compiled(X), before)
 
@@ -96,7 +96,7 @@ def test_a_compiled_child_is_rewritten_in_place() -> None:
     net = holder.net
     holder.net = torch.compile(net, backend="eager")  # type: ignore[assignment]
     part = InPlaceModule(holder, "net")
-    part.put(tdfx.rewrite(part, POLICY, emit="modules"))
+    part.replace_with(tdfx.rewrite(part, POLICY, emit="modules"))
     assert sites(net) == 2
     assert torch.equal(holder.net(X), net(X))
 
@@ -107,7 +107,7 @@ def test_a_missing_part_and_a_single_layer_are_refused() -> None:
     part = InPlaceModule(Holder(), "other")
     rewritten = tdfx.rewrite(part, POLICY, emit="modules")
     with pytest.raises(tdfx.ModelError, match=r"A Linear cannot become a Factorized.*Name the module that holds it"):
-        part.put(rewritten)
+        part.replace_with(rewritten)
     with pytest.raises(tdfx.ModelError, match="a single Linear"):
         make_adapter().prepare(nn.Linear(4, 4))
 

@@ -28,10 +28,10 @@ every_emit = pytest.mark.parametrize("emit", EMITS)
 
 @pytest.fixture(autouse=True)
 def _registry_as_it_was() -> Iterator[None]:
-    known = dict(registry._kinds)
+    before = dict(registry._kinds)
     yield
-    forget(*(set(registry._kinds) - set(known)))
-    registry._kinds.update(known)
+    forget(*(set(registry._kinds) - set(before)))
+    registry._kinds.update(before)
 
 
 def forget(*layers: type[nn.Module] | str) -> None:
@@ -41,7 +41,7 @@ def forget(*layers: type[nn.Module] | str) -> None:
 
 
 class Projection(nn.Module):
-    """A linear map that stores its weight the other way round, under other names, and names its own width."""
+    """A linear map that stores its weight transposed, under other names, and has an attribute for its width."""
 
     def __init__(self, n_in: int, n_out: int, shift: bool = True) -> None:
         super().__init__()
@@ -124,9 +124,9 @@ def batch(seed: int = 1) -> Tensor:
     return torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    one, other = one.detach(), other.detach()
-    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
+def distance(tensor: Tensor, other: Tensor) -> float:
+    tensor, other = tensor.detach(), other.detach()
+    return float((tensor - other).abs().max() / other.abs().max().clamp_min(1e-30))
 
 
 def train(model: nn.Module, optimizer: Optimizer) -> None:
@@ -138,10 +138,10 @@ def train(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def described(model: nn.Module) -> list[tuple[str, torch.Size, torch.dtype, tuple[int, ...]]]:
-    return [(key, one.shape, one.dtype, one.stride()) for key, one in model.state_dict().items()]
+    return [(key, value.shape, value.dtype, value.stride()) for key, value in model.state_dict().items()]
 
 
-def test_a_layer_of_no_known_kind_is_no_site() -> None:
+def test_a_layer_without_a_kind_is_not_a_site() -> None:
     assert [site.name for site in tdfx.plan(Net(Projection(9, 5)), FULL)] == ["first"]
     register_kind(ProjectionKind)
     plan = tdfx.plan(Net(Projection(9, 5)), FULL, example_inputs=torch.rand(3, 7))
@@ -170,27 +170,27 @@ def test_full_rank_changes_nothing_and_low_rank_does(shift: bool, emit: tdfx.Emi
             assert isinstance(model, fx.GraphModule) == (emit == "graph")
             assert sum(key.startswith("last") for key in model.state_dict()) == 2 + shift
     expected, full, low = results
-    assert all(distance(one, other) < TOLERANCE for one, other in zip(full, expected, strict=True))
-    assert all(distance(one, other) > 1e-2 for one, other in zip(low, expected, strict=True))
+    assert all(distance(value, other) < TOLERANCE for value, other in zip(full, expected, strict=True))
+    assert all(distance(value, other) > 1e-2 for value, other in zip(low, expected, strict=True))
 
 
-def test_what_the_layer_says_of_itself_can_be_read_under_its_own_names() -> None:
+def test_the_layers_attributes_can_be_read_from_the_factorized_layer() -> None:
     register_kind(ProjectionKind)
     dense = Projection(9, 5).double()
-    made: Any = tdfx.rewrite(dense, FULL)
-    assert isinstance(made, tdfx.Factorized)
-    assert made.width == 5
-    assert made.kernel.shape == (9, 5)
-    assert distance(made.kernel, dense.kernel) < TOLERANCE
-    assert distance(made.weight, dense.kernel) < TOLERANCE
-    assert made.shift is dense.shift
-    assert "Projection()" in repr(made)
+    factorized: Any = tdfx.rewrite(dense, FULL)
+    assert isinstance(factorized, tdfx.Factorized)
+    assert factorized.width == 5
+    assert factorized.kernel.shape == (9, 5)
+    assert distance(factorized.kernel, dense.kernel) < TOLERANCE
+    assert distance(factorized.weight, dense.kernel) < TOLERANCE
+    assert factorized.shift is dense.shift
+    assert "Projection()" in repr(factorized)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = made.nothing
+        _ = factorized.nothing
 
 
 @every_emit
-def test_merge_gives_the_class_and_the_layout_back(emit: tdfx.Emit) -> None:
+def test_merge_restores_the_class_and_the_layout(emit: tdfx.Emit) -> None:
     register_kind(ProjectionKind)
     dense = Net(Projection(9, 5)).double()
     low = tdfx.rewrite(dense, LOW, emit=emit)
@@ -236,7 +236,7 @@ MAKERS: dict[str, Callable[[Any], Optimizer]] = {
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
-def test_optimizer_state_is_carried_as_for_the_linear_layer_that_it_is(make: Callable[[Any], Optimizer]) -> None:
+def test_optimizer_state_is_carried_as_for_a_linear_layer(make: Callable[[Any], Optimizer]) -> None:
     register_kind(ProjectionKind)
     pair: list[nn.Module] = list(nets())
     optimizers = [make(model.named_parameters()) for model in pair]
@@ -256,7 +256,9 @@ def test_optimizer_state_is_carried_as_for_the_linear_layer_that_it_is(make: Cal
         for model, optimizer in zip(pair, optimizers, strict=True):
             train(model, optimizer)
         dense_states_agree()
-        pair = [tdfx.rewrite(model, LOW, optimizer=one) for model, one in zip(pair, optimizers, strict=True)]
+        pair = [
+            tdfx.rewrite(model, LOW, optimizer=optimizer) for model, optimizer in zip(pair, optimizers, strict=True)
+        ]
         assert "last.factors.1.bias" in optimizers[0].param_groups[0]["param_names"]
         assert "last.factors.0.weight" in optimizers[0].param_groups[0]["param_names"]
         for mine, stock in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
@@ -266,7 +268,7 @@ def test_optimizer_state_is_carried_as_for_the_linear_layer_that_it_is(make: Cal
                 assert distance(value, state(1, stock)[key]) < TOLERANCE, key
         for model, optimizer in zip(pair, optimizers, strict=True):
             train(model, optimizer)
-        pair = [tdfx.merge(model, optimizer=one) for model, one in zip(pair, optimizers, strict=True)]
+        pair = [tdfx.merge(model, optimizer=optimizer) for model, optimizer in zip(pair, optimizers, strict=True)]
         dense_states_agree()
         assert optimizers[0].param_groups[0]["param_names"] == names
         assert distance(pair[0].get_parameter("last.kernel").mT, pair[1].get_parameter("last.weight")) < TOLERANCE
@@ -301,7 +303,7 @@ def test_a_subclass_is_of_the_kind_as_long_as_it_computes_the_same() -> None:
     assert type(merged.get_submodule("last")) is Renamed
 
 
-def test_a_forward_or_a_call_of_ones_own_is_not_the_kinds() -> None:
+def test_a_layer_with_another_forward_or_call_is_not_of_the_kind() -> None:
     register_kind(ProjectionKind)
     patched, calls = Projection(9, 5), type("Calls", (Projection,), {"__call__": lambda self, x: x})(9, 5)
     patched.__dict__["forward"] = lambda x: x
@@ -311,7 +313,7 @@ def test_a_forward_or_a_call_of_ones_own_is_not_the_kinds() -> None:
 
 
 class Steps(Projection):
-    """Computes its output by a method that a subclass may have its own of."""
+    """Computes its output by a method that a subclass may override."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.step(x)
@@ -325,7 +327,7 @@ class OtherSteps(Steps):
         return x.sum(-1, keepdim=True)
 
 
-def test_every_method_that_computes_counts() -> None:
+def test_every_method_of_the_kind_must_be_the_same() -> None:
     class StepsKind(ProjectionKind):
         layer = Steps
         methods = ("forward", "step")
@@ -389,7 +391,7 @@ def test_a_class_may_be_named_by_its_dotted_name() -> None:
     assert find_kind(nn.Linear(2, 2)) is not find_kind(Projection(9, 5))
 
 
-def test_registering_again_replaces() -> None:
+def test_registering_again_replaces_the_kind() -> None:
     class Refuses(ProjectionKind):
         def operation(self, layer: nn.Module) -> None:
             return None
@@ -402,7 +404,7 @@ def test_registering_again_replaces() -> None:
     assert site.shape == (9, 5)
     register_kind(ProjectionKind)
     assert tdfx.plan(Projection(9, 5), FULL).sites[0].factorized
-    assert [type(one) for one in registry._kinds.values()].count(ProjectionKind) == 1
+    assert [type(kind) for kind in registry._kinds.values()].count(ProjectionKind) == 1
 
 
 def kind_for(layer: Any) -> type[tdfx.LayerKind]:
@@ -432,15 +434,15 @@ class Unfinished(tdfx.LayerKind):
         (kind_for(Projection(1, 1)), r"Wrong\.layer is Projection\(\), which names no class"),
         (
             kind_for(nn.Linear),
-            r"Wrong is for <class '.*Linear'>, which tdfx knows by itself\. .* derive a class from it",
+            r"Wrong is for <class '.*Linear'>, which has a built-in kind\. .* derive a class from it",
         ),
         (
             kind_for("transformers.pytorch_utils.Conv1D"),
-            r"Wrong is for 'transformers\.pytorch_utils\.Conv1D', which tdfx",
+            r"Wrong is for 'transformers\.pytorch_utils\.Conv1D', which has a built-in kind",
         ),
     ],
 )
-def test_what_cannot_be_registered(wrong: Any, text: str) -> None:
+def test_invalid_kinds_are_refused(wrong: Any, text: str) -> None:
     before = dict(registry._kinds)
     with pytest.raises(tdfx.KindError, match=text):
         tdfx.register_kind(wrong)
@@ -454,8 +456,8 @@ def test_a_kind_without_an_operation_is_a_kind_error() -> None:
         register_kind(wrong)
 
 
-def test_a_stock_layer_by_its_dotted_name_is_known_too() -> None:
-    with pytest.raises(tdfx.KindError, match="which tdfx knows by itself"):
+def test_a_stock_layer_by_its_dotted_name_has_a_kind_too() -> None:
+    with pytest.raises(tdfx.KindError, match="which has a built-in kind"):
         register_kind(kind_for("torch.nn.modules.linear.Linear"))
 
 
@@ -476,7 +478,7 @@ class NoWayBack(ProjectionKind):
             NoTranspose,
             r"NoTranspose says that a Projection computes Operation\(in_channels=9, out_channels=5.*, whose weight has the "
             r"shape \(5, 9\); its to_dense gives \(9, 5\) for a parameter of shape \(9, 5\), and from_dense gives \(5, 9\) "
-            r"back\. Mend the kind\.",
+            r"back\. Correct the kind\.",
         ),
         (
             NoWayBack,
@@ -484,14 +486,14 @@ class NoWayBack(ProjectionKind):
         ),
     ],
 )
-def test_shapes_that_do_not_go_together_are_told_before_anything_is_done(kind: type[tdfx.LayerKind], text: str) -> None:
+def test_shapes_that_do_not_fit_are_refused_before_any_change(kind: type[tdfx.LayerKind], text: str) -> None:
     register_kind(kind)
     model = Net(Projection(9, 5))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for action in (tdfx.plan, tdfx.rewrite):
         with pytest.raises(tdfx.KindError, match=text):
             cast("Any", action)(model, FULL)
-    assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_kind_that_is_missing_at_the_merge() -> None:
@@ -499,22 +501,20 @@ def test_a_kind_that_is_missing_at_the_merge() -> None:
     model = Net(Projection(9, 5)).double()
     optimizer = SGD(model.parameters(), lr=0.1)
     low = tdfx.rewrite(model, LOW, optimizer=optimizer)
-    packed, held = pickle.dumps(low), [id(one) for one in optimizer.param_groups[0]["params"]]
+    packed, held = pickle.dumps(low), list(map(id, optimizer.param_groups[0]["params"]))
     forget(Projection)
-    text = (
-        "No layer kind is registered for Projection, though one was when the model was rewritten. Import the code that"
-    )
+    text = "No layer kind is registered for Projection, but one was when the model was rewritten. Import the code that"
     with pytest.raises(tdfx.KindError, match=text):
         tdfx.merge(low, optimizer=optimizer)
-    assert [id(one) for one in optimizer.param_groups[0]["params"]] == held
+    assert list(map(id, optimizer.param_groups[0]["params"])) == held
     # What does not need the kind goes on without it: loading, copying, computing.
-    again = copy.deepcopy(pickle.loads(packed))
-    assert distance(again(batch()), low(batch())) == 0
+    unpickled = copy.deepcopy(pickle.loads(packed))
+    assert distance(unpickled(batch()), low(batch())) == 0
     register_kind(ProjectionKind)
-    assert described(tdfx.merge(again)) == described(model)
+    assert described(tdfx.merge(unpickled)) == described(model)
 
 
-def test_the_kinds_names_are_what_the_compiler_reads() -> None:
+def test_the_compiler_reads_the_names_of_the_kind() -> None:
     register_kind(ProjectionKind)
     layer = Projection(9, 5)
     layer.kernel.requires_grad_(False)
@@ -526,7 +526,7 @@ def test_the_kinds_names_are_what_the_compiler_reads() -> None:
     assert frozen_shift.shift is not None
     frozen_shift.shift.requires_grad_(False)
     merged = tdfx.merge(tdfx.rewrite(frozen_shift, FULL))
-    assert [one.requires_grad for one in merged.parameters()] == [False, True]
+    assert [parameter.requires_grad for parameter in merged.parameters()] == [False, True]
 
 
 class StandIn(nn.Module):
@@ -551,7 +551,7 @@ def huggingface_layer(real: bool) -> type[nn.Module]:
 
 
 @pytest.mark.parametrize("real", [False, True], ids=["stand-in", "transformers"])
-def test_the_layer_of_transformers_is_known(real: bool) -> None:
+def test_the_layer_of_transformers_has_a_kind(real: bool) -> None:
     kind: Any = huggingface_layer(real)
     dense = Net(kind(6, 9)).double()
     plan = tdfx.plan(dense, FULL)
@@ -584,7 +584,7 @@ class CalledByName(nn.Module):
         return self.projection(x=x) if x.sum() > -1e9 else x
 
 
-def test_a_layer_of_a_users_own_kind_called_by_the_name_of_its_argument() -> None:
+def test_a_layer_called_with_a_keyword_argument() -> None:
     tdfx.register_kind(ProjectionKind)
     model = CalledByName().double()
     x = torch.rand(3, 8, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The promises that cross files: full rank changes nothing, merge is exact, the input is left alone."""
+"""The laws of rewrite and merge: full rank changes nothing, merge is exact, the model passed in is not changed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import tdfx
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
 LOW = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0, round_to=1)
 
-# A chain of d layers rounds about d times; each product of up to 4608 terms loses a factor of its square root.
+# A chain of d layers rounds about d times, and a product of n terms, 4608 at most, rounds about sqrt(n) times.
 TOLERANCE = 1e5 * torch.finfo(torch.float64).eps
 
 
 def conv_net() -> nn.Module:
-    """Every geometry that the schemes take: stride, padding, dilation, "same", no bias, one tap, uneven kernels."""
+    """Return a network with stride, padding, dilation, "same", no bias, one tap, and a kernel that is not square."""
     return nn.Sequential(
         nn.Conv2d(3, 12, 3, stride=2, padding=1),
         nn.BatchNorm2d(12),
@@ -41,7 +41,7 @@ def conv_net() -> nn.Module:
 
 
 class Residual(nn.Module):
-    """Two blocks with skips, one layer called twice, and an attribute and a method that a training loop might use."""
+    """Has two skip connections, a layer that is called twice, and an attribute and a method that training code may use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Residual(nn.Module):
 
 
 class NarrowResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's ResNet-18, all of its depth and its own forward, at a quarter of its width."""
+    """torchvision's ResNet-18 with its own depth and forward, at a quarter of its width."""
 
     def __init__(self) -> None:
         super().__init__(BasicBlock, [2, 2, 2, 2])
@@ -85,31 +85,31 @@ def inputs() -> Tensor:
     return torch.rand(4, 3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    one, other = one.detach(), other.detach()
-    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
+def distance(value: Tensor, other: Tensor) -> float:
+    value, other = value.detach(), other.detach()
+    return float((value - other).abs().max() / other.abs().max().clamp_min(1e-30))
 
 
 def run(model: nn.Module, mode: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the output and the gradients of the parameters, from a copy so that running statistics do not move."""
+    """Return the output and the gradients of a copy, so that the model's running statistics do not change."""
     copied = copy.deepcopy(model).train(mode)
     torch.manual_seed(11)
     x = inputs().requires_grad_()
     output = copied(x)
     output.square().sum().backward()
     assert x.grad is not None
-    gradients = {name: one.grad for name, one in copied.named_parameters() if one.grad is not None}
+    gradients = {name: parameter.grad for name, parameter in copied.named_parameters() if parameter.grad is not None}
     return output.detach(), {**gradients, "(input)": x.grad}
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
-    """Everything of a model that must not change: tensors by identity and by value, modes, attributes, hooks."""
+    """Return everything that must not change: tensors by identity and by value, modes, attributes, modules."""
     return {
-        "tensors": [(name, id(one)) for name, one in [*model.named_parameters(), *model.named_buffers()]],
-        "values": [one.detach().clone().numpy().tobytes() for one in model.state_dict().values()],
-        "modes": [(name, one.training) for name, one in model.named_modules()],
-        "attributes": [(name, sorted(one.__dict__)) for name, one in model.named_modules()],
-        "modules": [(name, id(one)) for name, one in model.named_modules()],
+        "tensors": [(name, id(tensor)) for name, tensor in [*model.named_parameters(), *model.named_buffers()]],
+        "values": [value.detach().clone().numpy().tobytes() for value in model.state_dict().values()],
+        "modes": [(name, module.training) for name, module in model.named_modules()],
+        "attributes": [(name, sorted(module.__dict__)) for name, module in model.named_modules()],
+        "modules": [(name, id(module)) for name, module in model.named_modules()],
     }
 
 
@@ -119,16 +119,16 @@ def snapshot(model: nn.Module) -> dict[str, object]:
 def test_full_rank_changes_nothing(name: str, emit: tdfx.Emit, mode: bool) -> None:
     dense = NETS[name]().double()
     full = tdfx.rewrite(dense, FULL, emit=emit)
-    assert sum(isinstance(one, tdfx.Factorized) for one in full.modules()) == len(tdfx.plan(dense, FULL)) >= 3
+    assert sum(isinstance(module, tdfx.Factorized) for module in full.modules()) == len(tdfx.plan(dense, FULL)) >= 3
     expected, dense_gradients = run(dense, mode)
-    found, gradients = run(full, mode)
-    assert distance(found, expected) < TOLERANCE
+    output, gradients = run(full, mode)
+    assert distance(output, expected) < TOLERANCE
     for key in dense_gradients.keys() & gradients.keys():
         assert distance(gradients[key], dense_gradients[key]) < TOLERANCE, key
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_full_rank_gradients_of_factors_are_those_of_the_weight(name: str) -> None:
+def test_full_rank_gradients_of_factors_follow_from_the_weights(name: str) -> None:
     dense = NETS[name]().double()
     full = tdfx.rewrite(dense, FULL)
     _, dense_gradients = run(dense, True)
@@ -159,17 +159,17 @@ def test_merge_is_exact_after_training(name: str, emit: tdfx.Emit) -> None:
         optimizer.step()
     merged = tdfx.merge(low)
     assert type(merged) is type(dense)
-    assert not any(isinstance(one, tdfx.Factorized) for one in merged.modules())
+    assert not any(isinstance(module, tdfx.Factorized) for module in merged.modules())
     for mode in (True, False):
         assert distance(run(merged, mode)[0], run(low, mode)[0]) < TOLERANCE
-    described = [(key, one.shape, one.dtype) for key, one in merged.state_dict().items()]
-    assert described == [(key, one.shape, one.dtype) for key, one in dense.state_dict().items()]
+    entries = [(key, value.shape, value.dtype) for key, value in merged.state_dict().items()]
+    assert entries == [(key, value.shape, value.dtype) for key, value in dense.state_dict().items()]
     NETS[name]().double().load_state_dict(merged.state_dict(), strict=True)
 
 
 @pytest.mark.parametrize("emit", EMITS)
 @pytest.mark.parametrize("name", NETS)
-def test_the_models_passed_in_are_left_alone(name: str, emit: tdfx.Emit) -> None:
+def test_the_models_passed_in_are_not_changed(name: str, emit: tdfx.Emit) -> None:
     dense = NETS[name]().double()
     dense[1].eval() if isinstance(dense, nn.Sequential) else dense.eval()
     before = snapshot(dense)
@@ -182,26 +182,26 @@ def test_the_models_passed_in_are_left_alone(name: str, emit: tdfx.Emit) -> None
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_what_is_not_factorized_is_shared(name: str) -> None:
+def test_parameters_that_are_not_factorized_are_shared(name: str) -> None:
     dense = NETS[name]().double()
     low = tdfx.rewrite(dense, LOW)
-    owned = {id(one) for one in low.parameters()}
+    shared = {id(parameter) for parameter in low.parameters()}
     weights = {f"{site.name}.weight" for site in tdfx.plan(dense, LOW).factorized}
     for key, parameter in dense.named_parameters():
-        assert (id(parameter) in owned) == (key not in weights), key
-    assert [id(one) for one in low.buffers()] == [id(one) for one in dense.buffers()]
+        assert (id(parameter) in shared) == (key not in weights), key
+    assert [id(buffer) for buffer in low.buffers()] == [id(buffer) for buffer in dense.buffers()]
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_the_same_plan_gives_the_same_bits(name: str) -> None:
     dense = NETS[name]().double()
     plan = tdfx.plan(dense, LOW)
-    one = tdfx.rewrite(dense, plan)
-    other = tdfx.rewrite(copy.deepcopy(dense), tdfx.Plan.from_json(plan.to_json()))
+    planned = tdfx.rewrite(dense, plan)
+    from_json = tdfx.rewrite(copy.deepcopy(dense), tdfx.Plan.from_json(plan.to_json()))
     direct = tdfx.rewrite(dense, LOW)
-    for left, middle, right in zip(one.parameters(), other.parameters(), direct.parameters(), strict=True):
-        assert torch.equal(left, middle)
-        assert torch.equal(left, right)
+    models = (planned, from_json, direct)
+    for parameter, *others in zip(*(model.parameters() for model in models), strict=True):
+        assert all(torch.equal(parameter, other) for other in others)
 
 
 @pytest.mark.parametrize("emit", EMITS)
@@ -209,7 +209,7 @@ def test_rewriting_twice_is_rewriting_once(emit: tdfx.Emit) -> None:
     plan = tdfx.plan(dense := Residual().double(), LOW, emit=emit)
     once = tdfx.rewrite(dense, plan)
     twice = tdfx.rewrite(once, plan)
-    assert [id(one) for one in twice.parameters()] == [id(one) for one in once.parameters()]
+    assert [id(parameter) for parameter in twice.parameters()] == [id(parameter) for parameter in once.parameters()]
     assert distance(run(twice, True)[0], run(once, True)[0]) == 0
     assert type(tdfx.merge(twice)) is Residual
     assert {site.reason for site in tdfx.plan(once, LOW)} == {tdfx.Reason.FACTORIZED}
@@ -221,7 +221,7 @@ def test_a_layer_called_twice_is_one_site_with_two_calls() -> None:
     assert plan["body"].flops_before == 2 * (2 * 8 * 8 * 9 * 64)
 
 
-def test_a_graph_keeps_attributes_methods_and_properties_of_the_original() -> None:
+def test_a_graph_has_the_attributes_methods_and_properties_of_the_original() -> None:
     graph = tdfx.rewrite(Residual().double(), FULL)
     assert isinstance(graph, fx.GraphModule)
     assert graph.classes == 4
@@ -247,7 +247,7 @@ def test_a_graph_of_a_sequential_is_still_a_sequence() -> None:
     assert distance(x, dense.eval()(inputs())) < TOLERANCE
 
 
-def test_a_pickled_graph_computes_what_it_computed() -> None:
+def test_a_pickled_graph_computes_the_same() -> None:
     graph = tdfx.rewrite(Residual().double(), LOW)
     expected = run(graph, True)[0]
     graph.__dict__["classes"] = 7
@@ -261,7 +261,7 @@ def test_a_graph_follows_train_and_eval() -> None:
     graph = tdfx.rewrite(dense, FULL)
     assert isinstance(graph, fx.GraphModule)
     graph.train()
-    assert distance(graph(inputs()), graph(inputs())) > 1e-6, "dropout draws anew in train mode"
+    assert distance(graph(inputs()), graph(inputs())) > 1e-6, "dropout is off in train mode"
     graph.eval()
     assert distance(graph(inputs()), graph(inputs())) == 0
     assert distance(graph(inputs()), dense.eval()(inputs())) < TOLERANCE
@@ -278,22 +278,22 @@ def test_a_rewritten_model_copies_pickles_and_loads(emit: tdfx.Emit) -> None:
         assert distance(run(twin, True)[0], expected) == 0
         assert type(tdfx.merge(twin)) is Residual
     deep = copy.deepcopy(low)
-    assert not {id(one) for one in deep.parameters()} & {id(one) for one in low.parameters()}
+    assert not {id(parameter) for parameter in deep.parameters()} & {id(parameter) for parameter in low.parameters()}
     other = tdfx.rewrite(Residual().double(), LOW, emit=emit)
     other.load_state_dict(low.state_dict(), strict=True)
-    other.load_state_dict({key: one.clone() for key, one in low.state_dict().items()}, strict=True)
+    other.load_state_dict({key: value.clone() for key, value in low.state_dict().items()}, strict=True)
     assert distance(run(other, False)[0], run(low, False)[0]) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_dtype_is_kept_through_rewrite_and_merge(dtype: torch.dtype) -> None:
+def test_rewrite_and_merge_preserve_the_dtype(dtype: torch.dtype) -> None:
     dense = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 6)).to(dtype)
     full = tdfx.rewrite(dense, FULL)
-    assert {one.dtype for one in full.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in full.parameters()} == {dtype}
     merged = tdfx.merge(full)
-    # Each factor is rounded once to the dtype; a product of three of them is off by a few units in the last place.
-    for found, expected in zip(merged.parameters(), dense.parameters(), strict=True):
-        assert distance(found.double(), expected.double()) < 30 * torch.finfo(dtype).eps
+    # Each factor is rounded once to the dtype, so that a product of three is off by a few units in the last place.
+    for parameter, expected in zip(merged.parameters(), dense.parameters(), strict=True):
+        assert distance(parameter.double(), expected.double()) < 30 * torch.finfo(dtype).eps
 
 
 def test_a_model_that_is_itself_a_layer() -> None:
@@ -311,16 +311,16 @@ def test_a_model_that_is_itself_a_layer() -> None:
 def test_a_rewrite_that_keeps_every_site_merges_back() -> None:
     dense = Residual()
     kept = tdfx.rewrite(dense, tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=100))
-    assert not any(isinstance(one, tdfx.Factorized) for one in kept.modules())
+    assert not any(isinstance(module, tdfx.Factorized) for module in kept.modules())
     merged = tdfx.merge(kept)
     assert type(merged) is Residual
-    assert [id(one) for one in merged.parameters()] == [id(one) for one in dense.parameters()]
+    assert [id(parameter) for parameter in merged.parameters()] == [id(parameter) for parameter in dense.parameters()]
 
 
 def test_a_rewritten_backbone_inside_a_larger_model_merges() -> None:
     backbone = Residual().double()
-    whole = nn.Sequential(tdfx.rewrite(backbone, LOW), nn.Linear(4, 2).double())
-    merged = tdfx.merge(whole)
+    model = nn.Sequential(tdfx.rewrite(backbone, LOW), nn.Linear(4, 2).double())
+    merged = tdfx.merge(model)
     assert isinstance(merged, nn.Sequential)
     assert type(merged[0]) is Residual
-    assert distance(merged(inputs()), whole(inputs())) < TOLERANCE
+    assert distance(merged(inputs()), model(inputs())) < TOLERANCE

@@ -1,4 +1,4 @@
-"""Looking at a model changes nothing of it, and does not take for a site what only looks like one."""
+"""Tracing and planning do not change a model, and do not mistake other code for sites."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def batch() -> Tensor:
     return torch.rand(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).detach().abs().max())
+def distance(value: Tensor, other: Tensor) -> float:
+    return float((value - other).detach().abs().max())
 
 
-class Follows(nn.Module):
-    """A layer whose weights follow another's by a moving average, as in MoCo; written in several ways."""
+class MovingAverage(nn.Module):
+    """Has a layer whose weights are a moving average of another layer's, as in MoCo; written in several ways."""
 
     def __init__(self, way: str, traceable: bool) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class Follows(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        for mine, its in zip(self.target.parameters(), self.online.parameters(), strict=True):
+        for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
             if self.way == "data":
-                mine.data = mine.data * 0.9 + its.data * 0.1
+                target.data = target.data * 0.9 + online.data * 0.1
             elif self.way == "in place":
-                mine.mul_(0.9).add_(its, alpha=0.1)
+                target.mul_(0.9).add_(online, alpha=0.1)
             else:
-                torch._foreach_lerp_([mine], [its], 0.1)
+                torch._foreach_lerp_([target], [online], 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.traceable and x.sum() > 1e9:
@@ -54,26 +54,26 @@ class Follows(nn.Module):
         return self.online(x) * self.target(x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("given", [None, batch()], ids=["blind", "with inputs"])
+@pytest.mark.parametrize("given", [None, batch()], ids=["without inputs", "with inputs"])
 @pytest.mark.parametrize("traceable", [True, False])
 @pytest.mark.parametrize("way", ["data", "in place", "foreach"])
-def test_a_forward_that_writes_to_parameters(way: str, traceable: bool, given: Tensor | None) -> None:
-    model = Follows(way, traceable).double()
-    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+def test_a_forward_that_writes_to_parameters_keeps_the_class(way: str, traceable: bool, given: Tensor | None) -> None:
+    model = MovingAverage(way, traceable).double()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     plan = tdfx.plan(model, FULL, example_inputs=given)
-    assert all(torch.equal(one, before[name]) for name, one in model.named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert plan.emit == "modules"
     assert plan["online"].factorized
     if traceable:
         assert "its forward changes a parameter" in plan.notes[0]
-    same = tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, include=()))
-    target = same.get_parameter("target.weight").detach().clone()
-    same.train()(batch())
-    assert distance(same.get_parameter("target.weight"), target) > 1e-3
+    unchanged = tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, include=()))
+    target = unchanged.get_parameter("target.weight").detach().clone()
+    unchanged.train()(batch())
+    assert distance(unchanged.get_parameter("target.weight"), target) > 1e-3
 
 
-class Doubles(Function):
-    """A function of a user's own, with a backward of its own."""
+class DoubleGradient(Function):
+    """A custom autograd function, whose backward differs from that of F.linear."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Doubles(Function):
         return 2 * gradient @ weight, 2 * gradient.mT @ x
 
 
-class Applies(nn.Module):
+class AppliesFunction(nn.Module):
     def __init__(self, traceable: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(16, 16))
@@ -96,13 +96,13 @@ class Applies(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.traceable and x.sum() > 1e9:
             return x
-        return self.layer(Doubles.apply(x, self.weight))  # type: ignore[no-any-return]
+        return self.layer(DoubleGradient.apply(x, self.weight))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("given", [None, batch()], ids=["blind", "with inputs"])
+@pytest.mark.parametrize("given", [None, batch()], ids=["without inputs", "with inputs"])
 @pytest.mark.parametrize("traceable", [True, False])
-def test_a_weight_of_a_function_of_the_users_own_is_no_site(traceable: bool, given: Tensor | None) -> None:
-    model = Applies(traceable).double()
+def test_a_weight_in_a_custom_autograd_function_is_not_a_site(traceable: bool, given: Tensor | None) -> None:
+    model = AppliesFunction(traceable).double()
     plan = tdfx.plan(model, QUARTER, example_inputs=given)
     assert [site.name for site in plan.factorized] == ["layer"]
     low = tdfx.rewrite(model, plan)
@@ -114,7 +114,7 @@ def test_a_weight_of_a_function_of_the_users_own_is_no_site(traceable: bool, giv
 
 
 class Scales(nn.Module):
-    """Turns its mode into a number."""
+    """Converts its mode to a number."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Scales(nn.Module):
         return self.layer(x) * factor  # type: ignore[no-any-return]
 
 
-class Holds(nn.Module):
+class Outer(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.inner = Scales(way)
@@ -145,29 +145,29 @@ class Holds(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["float", "int", "index", "comparison", "modulo"])
-def test_a_number_made_of_a_mode_follows_that_mode(way: str) -> None:
-    model = Holds(way).double()
+def test_a_number_calculated_from_a_mode_follows_that_mode(way: str) -> None:
+    model = Outer(way).double()
     full = tdfx.rewrite(model, FULL)
     assert isinstance(full, fx.GraphModule)
     for outer in (True, False):
         for inner in (True, False):
-            for one in (model, full):
-                one.train(outer)
-                one.get_submodule("inner").train(inner)
+            for either in (model, full):
+                either.train(outer)
+                either.get_submodule("inner").train(inner)
             assert distance(full(batch()), model(batch())) < TOLERANCE, (outer, inner)
 
 
-class Watches(nn.Module):
-    """Hooks of a layer that speak to the model which holds it."""
+class HooksItsLayer(nn.Module):
+    """Registers one of its own methods as a hook of its layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(16, 16)
-        self.seen: list[bool] = []
+        self.modes: list[bool] = []
         self.layer.register_forward_hook(self.after)
 
     def after(self, layer: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        self.seen.append(self.training)
+        self.modes.append(self.training)
         return output * (2.0 if self.training else 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,21 +175,21 @@ class Watches(nn.Module):
 
 
 @pytest.mark.parametrize("emit", ["graph", "modules"])
-def test_a_hook_that_is_a_method_of_the_model_speaks_to_what_comes_back(emit: tdfx.Emit) -> None:
-    model = Watches().double()
+def test_a_hook_that_is_a_method_of_the_model_is_bound_to_the_copy(emit: tdfx.Emit) -> None:
+    model = HooksItsLayer().double()
     full = tdfx.rewrite(model, FULL, emit=emit)
     merged = tdfx.merge(full)
-    for one in (full, merged):
-        assert isinstance(one, Watches)
+    for either in (full, merged):
+        assert isinstance(either, HooksItsLayer)
         for mode in (True, False):
-            one.train(mode)
+            either.train(mode)
             model.train(mode)
-            one.seen.clear()
-            assert distance(one(batch()), model(batch())) < TOLERANCE
-            assert one.seen == [mode]
+            either.modes.clear()
+            assert distance(either(batch()), model(batch())) < TOLERANCE
+            assert either.modes == [mode]
 
 
-def test_a_method_that_was_replaced_on_one_layer_is_seen() -> None:
+def test_a_method_that_was_replaced_on_an_instance_is_respected() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3)).double()
 
     def tiled(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -214,16 +214,17 @@ class TwoWeights(nn.Module):
         return self.head(y)  # type: ignore[no-any-return]
 
 
-def test_what_was_rewritten_in_part_can_be_planned_again() -> None:
+def test_a_partly_rewritten_model_can_be_planned_again() -> None:
     model = TwoWeights().double()
-    part = tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, include=("w",)), example_inputs=batch())
-    plan = tdfx.plan(part, QUARTER, example_inputs=batch())
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, include=("w",))
+    partly = tdfx.rewrite(model, policy, example_inputs=batch())
+    plan = tdfx.plan(partly, QUARTER, example_inputs=batch())
     assert {site.name for site in plan.factorized} == {"v", "w", "head"}
-    merged = tdfx.merge(tdfx.rewrite(part, plan))
+    merged = tdfx.merge(tdfx.rewrite(partly, plan))
     assert list(merged.state_dict()) == list(model.state_dict())
 
 
-def test_ranks_of_factors_refer_to_the_shape_of_the_original() -> None:
+def test_rank_rules_see_the_shape_of_the_original_weight() -> None:
     model = nn.Sequential(nn.Linear(128, 128), nn.Conv2d(16, 16, 3)).double()
     parts = {"0.weight": (128, 128), "1.weight": (16, 144)}
     for name, (rows, cols) in parts.items():
@@ -236,10 +237,10 @@ def test_ranks_of_factors_refer_to_the_shape_of_the_original() -> None:
     assert {site.name: site.ranks for site in tdfx.plan(large, policy)} == dense
 
 
-def test_planning_is_quiet_about_what_the_model_warns_of() -> None:
+def test_planning_does_not_repeat_the_models_own_warnings() -> None:
     class Warns(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            torch.nn.functional.softmax(x)  # without a dimension torch warns
+            torch.nn.functional.softmax(x)  # torch warns about the missing dimension
             return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
 
     plan = tdfx.plan(Warns(nn.Linear(16, 16)).double(), QUARTER, example_inputs=batch())
@@ -255,11 +256,11 @@ class ByName(nn.Module):
         return self.layer(input=x)  # type: ignore[no-any-return]
 
 
-def test_a_graph_is_what_comes_back_where_nothing_is_in_the_way() -> None:
+def test_a_keyword_argument_does_not_prevent_a_graph() -> None:
     assert isinstance(tdfx.rewrite(ByName(), QUARTER), fx.GraphModule)
 
 
-def test_an_optimizer_with_one_history_for_all_is_refused() -> None:
+def test_an_optimizer_with_a_common_history_is_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
     with pytest.raises(tdfx.OptimizerError, match="LBFGS keeps one flat history"):
         tdfx.rewrite(model, QUARTER, optimizer=torch.optim.LBFGS(model.parameters()))

@@ -1,4 +1,4 @@
-"""Rewriting a factorized model again lowers its ranks, from the factors, and takes the optimizer along."""
+"""Rewriting a factorized model again lowers its ranks, from the factors, and updates the optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPS = torch.finfo(torch.float64).eps
 
 
 class Net(nn.Module):
-    """A convolution, a parameter of its own, and a linear layer."""
+    """Has a convolution, a parameter that it passes to F.linear, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
 
 
 def factorized(model: nn.Module) -> dict[str, Factorized]:
-    return {name: one for name, one in model.named_modules() if isinstance(one, Factorized)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}
 
 
 def relative(new: Tensor, old: Tensor) -> float:
@@ -54,7 +54,7 @@ def relative(new: Tensor, old: Tensor) -> float:
 
 
 @pytest.mark.parametrize("emit", ["graph", "modules"])
-def test_ranks_fall_to_what_splitting_the_dense_weight_would_give(emit: tdfx.Emit) -> None:
+def test_lower_ranks_give_what_a_split_of_the_dense_weight_gives(emit: tdfx.Emit) -> None:
     half = tdfx.rewrite(Net().double(), HALF, emit=emit)
     quarter = tdfx.rewrite(half, QUARTER, emit=emit)
     assert isinstance(quarter, fx.GraphModule) == (emit == "graph")
@@ -63,11 +63,11 @@ def test_ranks_fall_to_what_splitting_the_dense_weight_would_give(emit: tdfx.Emi
     for name, layer in factorized(quarter).items():
         assert layer.origin.ranks == expected[name].origin.ranks
         assert layer.origin.ranks < factorized(half)[name].origin.ranks
-        # Both truncate the same weight by its singular vectors, one of them by way of QR.
+        # Both truncate the same weight by its singular vectors; the factors do it by a QR decomposition.
         assert relative(layer.weight, expected[name].weight) < 1e4 * EPS
 
 
-def test_the_error_in_the_plan_is_what_the_weight_loses() -> None:
+def test_the_error_in_the_plan_is_the_change_of_the_weight() -> None:
     half = tdfx.rewrite(Net().double(), HALF)
     plan = tdfx.plan(half, QUARTER, example_inputs=inputs())
     low = tdfx.rewrite(half, plan)
@@ -85,11 +85,11 @@ def test_the_error_in_the_plan_is_what_the_weight_loses() -> None:
 
 def test_the_same_policy_again_changes_nothing() -> None:
     half = tdfx.rewrite(Net().double(), HALF)
-    again = tdfx.rewrite(half, HALF)
+    twice = tdfx.rewrite(half, HALF)
     assert {site.reason for site in tdfx.plan(half, HALF)} == {tdfx.Reason.FACTORIZED}
-    assert all(one is other for one, other in zip(half.parameters(), again.parameters(), strict=True))
-    raised = tdfx.plan(half, tdfx.Policy(rank=tdfx.Ratio(of=0.9), min_gain=0))
-    assert {site.reason for site in raised} == {tdfx.Reason.FACTORIZED}
+    assert all(parameter is other for parameter, other in zip(half.parameters(), twice.parameters(), strict=True))
+    higher = tdfx.plan(half, tdfx.Policy(rank=tdfx.Ratio(of=0.9), min_gain=0))
+    assert {site.reason for site in higher} == {tdfx.Reason.FACTORIZED}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_same_policy_again_changes_nothing() -> None:
         tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=1e9),
     ],
 )
-def test_a_policy_that_does_not_want_it_keeps_the_ranks(policy: tdfx.Policy) -> None:
+def test_a_policy_that_keeps_the_sites_keeps_the_ranks(policy: tdfx.Policy) -> None:
     half = tdfx.rewrite(Net().double(), HALF)
     assert {site.reason for site in tdfx.plan(half, policy)} == {tdfx.Reason.FACTORIZED}
 
@@ -110,7 +110,7 @@ def test_frozen_factors_keep_their_ranks() -> None:
     assert {site.reason for site in tdfx.plan(half, QUARTER)} == {tdfx.Reason.FACTORIZED}
 
 
-def test_a_plan_can_lower_ranks_and_not_raise_them() -> None:
+def test_a_plan_can_lower_ranks_but_not_raise_them() -> None:
     model = Net().double()
     plans = {share: tdfx.plan(model, tdfx.Policy(rank=tdfx.Ratio(of=share), min_gain=0)) for share in (0.25, 1.0)}
     half = tdfx.rewrite(model, HALF)
@@ -125,13 +125,13 @@ def test_vbmf_on_factors_respects_the_floor_of_the_original() -> None:
     signal = torch.randn(64, 3, dtype=torch.float64) @ torch.randn(3, 64, dtype=torch.float64)
     model.get_parameter("0.weight").data.copy_(signal + 0.01 * torch.randn(64, 64))
     half = tdfx.rewrite(model, HALF)
-    floored = tdfx.plan(half, tdfx.Policy(rank=tdfx.VBMF(floor=0.125), min_gain=0, round_to=1))
-    assert floored.sites[0].ranks == (8,)
-    free = tdfx.plan(half, tdfx.Policy(rank=tdfx.VBMF(floor=0), min_gain=0, round_to=1))
-    assert free.sites[0].ranks == (3,)
+    with_floor = tdfx.plan(half, tdfx.Policy(rank=tdfx.VBMF(floor=0.125), min_gain=0, round_to=1))
+    assert with_floor.sites[0].ranks == (8,)
+    without_floor = tdfx.plan(half, tdfx.Policy(rank=tdfx.VBMF(floor=0), min_gain=0, round_to=1))
+    assert without_floor.sites[0].ranks == (3,)
 
 
-def test_the_state_of_the_optimizer_goes_to_the_new_factors() -> None:
+def test_the_optimizer_state_is_carried_to_the_new_factors() -> None:
     model = Net().double()
     optimizer = torch.optim.SGD(model.named_parameters(), lr=0.01, momentum=0.9)
     train(model, optimizer)
@@ -142,7 +142,7 @@ def test_the_state_of_the_optimizer_goes_to_the_new_factors() -> None:
         name: [state[weight]["momentum_buffer"] for weight in layer.weights] for name, layer in factorized(half).items()
     }
     quarter = tdfx.rewrite(half, QUARTER, optimizer=optimizer)
-    assert {id(one) for group in optimizer.param_groups for one in group["params"]} == set(
+    assert {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} == set(
         map(id, quarter.parameters())
     )
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
@@ -151,10 +151,11 @@ def test_the_state_of_the_optimizer_goes_to_the_new_factors() -> None:
         old = factorized(half)[name]
         weights = [weight.detach() for weight in old.weights]
         dense = old.scheme.project(old.operation, weights, before[name])
-        pull: Callable[..., Any] = torch.func.vjp(
-            lambda *factors, one=layer: one.scheme.join(one.operation, factors), *(w.detach() for w in layer.weights)
+        pull_back: Callable[..., Any] = torch.func.vjp(
+            lambda *factors, layer=layer: layer.scheme.join(layer.operation, factors),
+            *(weight.detach() for weight in layer.weights),
         )[1]
-        for weight, expected in zip(layer.weights, pull(dense), strict=True):
+        for weight, expected in zip(layer.weights, pull_back(dense), strict=True):
             assert relative(optimizer.state[weight]["momentum_buffer"], expected) < 1e4 * EPS
     old_weights = {id(weight) for layer in factorized(half).values() for weight in layer.weights}
     assert not old_weights & set(map(id, state))
@@ -162,7 +163,7 @@ def test_the_state_of_the_optimizer_goes_to_the_new_factors() -> None:
 
 
 @pytest.mark.parametrize("emit", ["graph", "modules"])
-def test_a_merge_after_it_gives_the_original_back(emit: tdfx.Emit) -> None:
+def test_a_merge_after_two_rewrites_restores_the_original(emit: tdfx.Emit) -> None:
     model: nn.Module = Net().double()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     train(model, optimizer)
@@ -180,21 +181,21 @@ def test_a_merge_after_it_gives_the_original_back(emit: tdfx.Emit) -> None:
 
 def test_the_model_passed_in_keeps_its_factors() -> None:
     half = tdfx.rewrite(Net().double(), HALF)
-    before = {name: one.clone() for name, one in half.state_dict().items()}
+    before = {name: value.clone() for name, value in half.state_dict().items()}
     tdfx.rewrite(half, QUARTER)
     now = half.state_dict()
     assert list(now) == list(before)
-    assert all(torch.equal(one, before[name]) for name, one in now.items())
+    assert all(torch.equal(value, before[name]) for name, value in now.items())
 
 
-def test_hooks_mode_and_layout_stay_with_the_layer() -> None:
-    seen: list[str] = []
+def test_hooks_mode_and_layout_of_a_layer_are_preserved() -> None:
+    calls: list[str] = []
     half = tdfx.rewrite(Net().double().to(memory_format=torch.channels_last), HALF)
-    half.get_submodule("conv").register_forward_hook(lambda *_: seen.append("conv"))
+    half.get_submodule("conv").register_forward_hook(lambda *_: calls.append("conv"))
     half.get_submodule("conv").eval()
     low = tdfx.rewrite(half, QUARTER)
     low(inputs())
-    assert seen == ["conv"]
+    assert calls == ["conv"]
     assert not low.get_submodule("conv.factors").training
     assert low.get_parameter("conv.factors.1.weight").is_contiguous(memory_format=torch.channels_last)
 

@@ -1,4 +1,4 @@
-"""Models of half precision whose optimizer trains wider copies of their parameters."""
+"""Models in half precision whose optimizer trains masters: wider copies of their parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Masters = dict[nn.Parameter, nn.Parameter]
 
 
 class Net(nn.Module):
-    """A convolution, a grouped transposed one, a layer that stays, a linear layer, and a parameter that a function takes."""
+    """Has a convolution, a grouped transposed one, a norm, a linear layer, and a parameter that it passes to F.linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,37 +50,37 @@ def net() -> Net:
 
 
 def pair(dtype: torch.dtype = torch.bfloat16, wide: torch.dtype = torch.float32) -> tuple[Net, Masters, Net]:
-    """Return a model, its masters with digits that the model lacks, and a wide model of the masters' values."""
+    """Return a model, its masters with more digits than the model, and a wide model with the masters' values."""
     reference = net().double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for one in reference.parameters():
-            one.add_(torch.randn(one.shape, generator=generator, dtype=torch.float64), alpha=1e-3)
+        for parameter in reference.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=1e-3)
     reference.to(wide)
     model = copy.deepcopy(reference).to(dtype)
     others = zip(model.parameters(), reference.parameters(), strict=True)
-    return model, {one: nn.Parameter(value.detach().clone()) for one, value in others}, reference
+    return model, {parameter: nn.Parameter(value.detach().clone()) for parameter, value in others}, reference
 
 
-def push(parameters: Iterable[Tensor], seed: int) -> None:
-    """Give parameters gradients that only depend on their shapes and their order."""
+def set_gradients(parameters: Iterable[Tensor], seed: int) -> None:
+    """Give parameters gradients that depend on their shapes and their order alone."""
     generator = torch.Generator().manual_seed(seed)
-    for one in parameters:
-        one.grad = torch.randn(one.shape, generator=generator).to(one.dtype)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 def steps(optimizer: Optimizer, parameters: Iterable[Tensor], seeds: Iterable[int]) -> None:
-    held = list(parameters)
+    tensors = list(parameters)
     for seed in seeds:
-        push(held, seed)
+        set_gradients(tensors, seed)
         optimizer.step()
 
 
-def settle(masters: Masters) -> None:
-    """Copy masters into the model, as a loop does after each step."""
+def copy_to_model(masters: Masters) -> None:
+    """Copy masters into the model, as a training loop does after each step."""
     with torch.no_grad():
-        for one, master in masters.items():
-            one.copy_(master)
+        for parameter, master in masters.items():
+            parameter.copy_(master)
 
 
 def train(model: nn.Module, masters: Masters, optimizer: Optimizer, count: int) -> list[float]:
@@ -91,10 +91,10 @@ def train(model: nn.Module, masters: Masters, optimizer: Optimizer, count: int) 
         loss = F.cross_entropy(model(X.to(dtype)).float(), target)
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        for one, master in masters.items():
-            master.grad = None if one.grad is None else one.grad.to(master.dtype)
+        for parameter, master in masters.items():
+            master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
         optimizer.step()
-        settle(masters)
+        copy_to_model(masters)
         losses.append(float(loss.detach()))
     return losses
 
@@ -107,239 +107,246 @@ def adamw(parameters: Any) -> Optimizer:
     return AdamW(parameters, lr=3e-3)
 
 
-def trained(make: Any = sgd, **types: torch.dtype) -> tuple[Net, Masters, Optimizer]:
+def trained(build: Any = sgd, **types: torch.dtype) -> tuple[Net, Masters, Optimizer]:
     model, masters, _ = pair(**types)
-    optimizer = make(masters.values())
+    optimizer = build(masters.values())
     train(model, masters, optimizer, 3)
     return model, masters, optimizer
 
 
-def of(masters: Masters, model: nn.Module) -> list[nn.Parameter]:
-    """Return the masters in the order of the model's parameters, of which each has one."""
-    return [masters[one] for one in model.parameters()]
+def masters_of(masters: Masters, model: nn.Module) -> list[nn.Parameter]:
+    """Return the masters in the order of the model's parameters."""
+    return [masters[parameter] for parameter in model.parameters()]
 
 
 def dense(model: nn.Module, name: str) -> Tensor:
-    found: Any = model.get_parameter(name) if name == "kernel" and "kernel" in model._parameters else None
-    return cast("Tensor", model.get_submodule(name).weight if found is None else found).detach()
+    parameter: Any = model.get_parameter(name) if name == "kernel" and "kernel" in model._parameters else None
+    return cast("Tensor", model.get_submodule(name).weight if parameter is None else parameter).detach()
 
 
-def far(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).norm() / other.double().norm())
+def relative_distance(value: Tensor, other: Tensor) -> float:
+    return float((value.double() - other.double()).norm() / other.double().norm())
 
 
 def joined(masters: Masters, layer: Factorized) -> Tensor:
-    return layer.kind.from_dense(layer.join(*(masters[one].detach().double() for one in layer.weights)))
+    return layer.kind.from_dense(layer.join(*(masters[weight].detach().double() for weight in layer.weights)))
 
 
-@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("build", [sgd, adamw])
 @pytest.mark.parametrize(("dtype", "wide"), TYPES)
-def test_the_masters_run_is_the_bits_of_the_wide_models(make: Any, dtype: torch.dtype, wide: torch.dtype) -> None:
+def test_masters_train_to_the_same_bits_as_a_wide_model(build: Any, dtype: torch.dtype, wide: torch.dtype) -> None:
     model: nn.Module
     model, masters, reference = pair(dtype, wide)
-    optimizer, other = make(masters.values()), make(reference.parameters())
-    there: nn.Module = reference
+    optimizer, other = build(masters.values()), build(reference.parameters())
+    wide_model: nn.Module = reference
     steps(optimizer, masters.values(), range(3))
-    steps(other, there.parameters(), range(3))
-    settle(masters)
+    steps(other, wide_model.parameters(), range(3))
+    copy_to_model(masters)
     for number, policy in enumerate((HALF, QUARTER, None)):
         if policy is None:
             model = tdfx.merge(model, optimizer=optimizer, masters=masters)
-            there = tdfx.merge(there, optimizer=other)
+            wide_model = tdfx.merge(wide_model, optimizer=other)
         else:
-            wish = tdfx.plan(model, policy)
-            model = tdfx.rewrite(model, wish, optimizer=optimizer, masters=masters)
-            there = tdfx.rewrite(there, wish, optimizer=other)
+            plan = tdfx.plan(model, policy)
+            model = tdfx.rewrite(model, plan, optimizer=optimizer, masters=masters)
+            wide_model = tdfx.rewrite(wide_model, plan, optimizer=other)
         assert set(masters) == set(model.parameters())
         assert set(optimizer.param_groups[0]["params"]) == set(masters.values())
-        for mine, theirs in zip(of(masters, model), there.parameters(), strict=True):
-            assert mine.dtype == wide
-            assert torch.equal(mine, theirs)
-            states = optimizer.state[mine], other.state[theirs]
+        for master, expected in zip(masters_of(masters, model), wide_model.parameters(), strict=True):
+            assert master.dtype == wide
+            assert torch.equal(master, expected)
+            states = optimizer.state[master], other.state[expected]
             assert states[0].keys() == states[1].keys() != set()
             assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
-        assert {one.dtype for one in model.parameters()} == {dtype}
-        for one, master in masters.items():
-            assert torch.equal(one, master.to(dtype)), "the model holds the rounded masters"
-        assert all(one.grad is not None for one in masters.values()), "gradients that wait are carried"
-        steps(optimizer, of(masters, model), range(10 * number, 10 * number + 3))
-        steps(other, there.parameters(), range(10 * number, 10 * number + 3))
-        settle(masters)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        for parameter, master in masters.items():
+            assert torch.equal(parameter, master.to(dtype)), "the model does not hold the rounded masters"
+        assert all(master.grad is not None for master in masters.values()), "an accumulated gradient was lost"
+        steps(optimizer, masters_of(masters, model), range(10 * number, 10 * number + 3))
+        steps(other, wide_model.parameters(), range(10 * number, 10 * number + 3))
+        copy_to_model(masters)
     assert list(model.state_dict()) == list(net().state_dict())
     assert type(model) is Net
 
 
 @pytest.mark.parametrize(("dtype", "wide"), TYPES)
-def test_at_full_rank_nothing_is_lost_but_rounding(dtype: torch.dtype, wide: torch.dtype) -> None:
+def test_at_full_rank_only_rounding_is_lost(dtype: torch.dtype, wide: torch.dtype) -> None:
     model, masters, reference = pair(dtype, wide)
-    settled = {name: dense(model, name).clone() for name in SITES}
+    rounded = {name: dense(model, name).clone() for name in SITES}
     small = tdfx.rewrite(model, FULL, masters=masters)
     expected = reference(X.to(wide)).detach()
-    # Two or three factors, each rounded once, whose sums of up to 200 terms are rounded too.
+    # Two or three factors are rounded once each, and so are their sums of up to 200 terms.
     coarse, fine = 20 * torch.finfo(dtype).eps, 20 * torch.finfo(wide).eps
     for name in SITES:
         layer = cast("Factorized", small.get_submodule(name))
-        assert far(joined(masters, layer), dense(reference, name)) < fine, name
-        assert far(dense(small, name), settled[name]) < coarse, name
-        assert far(settled[name], dense(reference, name)) > 50 * fine, "the model's own weight lacks those digits"
-    assert far(small(X.to(dtype)).detach(), expected) < coarse
-    back = tdfx.merge(small, masters=masters)
+        assert relative_distance(joined(masters, layer), dense(reference, name)) < fine, name
+        assert relative_distance(dense(small, name), rounded[name]) < coarse, name
+        assert relative_distance(rounded[name], dense(reference, name)) > 50 * fine, (
+            "the model's own weight has all digits"
+        )
+    assert relative_distance(small(X.to(dtype)).detach(), expected) < coarse
+    merged = tdfx.merge(small, masters=masters)
     for name in SITES:
-        master = masters[back.get_parameter(name if name == "kernel" else f"{name}.weight")]
-        assert far(master.detach(), dense(reference, name)) < fine
+        master = masters[merged.get_parameter(name if name == "kernel" else f"{name}.weight")]
+        assert relative_distance(master.detach(), dense(reference, name)) < fine
     half, masters, _ = pair(dtype, wide)
     low = tdfx.rewrite(half, HALF, masters=masters)
-    assert far(low(X.to(dtype)).detach(), expected) > 5 * coarse, "half of the ranks lose more than rounding does"
+    assert relative_distance(low(X.to(dtype)).detach(), expected) > 5 * coarse, (
+        "half of the ranks lose no more than rounding"
+    )
     assert all(
-        far(joined(masters, cast("Factorized", low.get_submodule(name))), settled[name]) > 0.05 for name in SITES
+        relative_distance(joined(masters, cast("Factorized", low.get_submodule(name))), rounded[name]) > 0.05
+        for name in SITES
     )
 
 
-def test_a_policy_gives_what_its_plan_would() -> None:
-    found = []
+def test_a_policy_gives_the_same_as_its_plan() -> None:
+    results = []
     for planned in (True, False):
         model, masters, _ = pair()
         small = tdfx.rewrite(model, tdfx.plan(model, HALF) if planned else HALF, masters=masters)
-        found.append(of(masters, small))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        results.append(masters_of(masters, small))
+    assert all(torch.equal(parameter, other) for parameter, other in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("build", [sgd, adamw])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_training_goes_on(make: Any, dtype: torch.dtype) -> None:
-    model, masters, optimizer = trained(make, dtype=dtype)
+def test_training_continues(build: Any, dtype: torch.dtype) -> None:
+    model, masters, optimizer = trained(build, dtype=dtype)
     before = train(model, masters, optimizer, 5)
     small = tdfx.rewrite(model, HALF, optimizer=optimizer, masters=masters)
     after = train(small, masters, optimizer, 30)
-    back = tdfx.merge(small, optimizer=optimizer, masters=masters)
-    after += train(back, masters, optimizer, 3)
+    merged = tdfx.merge(small, optimizer=optimizer, masters=masters)
+    after += train(merged, masters, optimizer, 3)
     assert max(after[-3:]) < 0.7 * min(before)
 
 
 @pytest.mark.parametrize("kind", ["dict", "pairs", "lists", "plain tensors", "weak"])
-def test_the_container_is_brought_up_to_date_in_place(kind: str) -> None:
+def test_the_container_of_the_masters_is_updated_in_place(kind: str) -> None:
     model, masters, _ = pair()
     entries: list[tuple[nn.Parameter, Tensor]] = list(masters.items())
     if kind == "plain tensors":
-        entries = [(one, master.detach().requires_grad_()) for one, master in entries]
-    made: dict[str, Any] = {
+        entries = [(parameter, master.detach().requires_grad_()) for parameter, master in entries]
+    containers: dict[str, Any] = {
         "pairs": list(entries),
-        "lists": ([one for one, _ in entries], [one for _, one in entries]),
+        "lists": ([parameter for parameter, _ in entries], [master for _, master in entries]),
         "weak": torch.utils.weak.WeakTensorKeyDictionary(dict(entries)),
     }
-    held: Any = made.get(kind, dict(entries))
-    inside = held[0] if kind == "lists" else held
+    container: Any = containers.get(kind, dict(entries))
+    inner = container[0] if kind == "lists" else container
 
-    def now() -> list[tuple[nn.Parameter, Tensor]]:
+    def current() -> list[tuple[nn.Parameter, Tensor]]:
         if kind == "lists":
-            return list(zip(*held, strict=True))
-        return list(held) if kind == "pairs" else list(held.items())
+            return list(zip(*container, strict=True))
+        return list(container) if kind == "pairs" else list(container.items())
 
     optimizer = SGD([master for _, master in entries], lr=0.1, momentum=0.9)
     steps(optimizer, [master for _, master in entries], range(2))
-    small = tdfx.rewrite(model, HALF, optimizer=optimizer, masters=held)
-    assert inside is (held[0] if kind == "lists" else held)
-    assert {id(one) for one, _ in now()} == {id(one) for one in small.parameters()}
-    assert [id(one) for _, one in now()] == [id(one) for one in optimizer.param_groups[0]["params"]], "in their order"
-    kept = {id(one): id(master) for one, master in entries}
-    shared = [(one, master) for one, master in now() if id(one) in kept]
-    assert len(shared) == 5, "three biases, and the norm's scale and shift"
-    assert all(kept[id(one)] == id(master) for one, master in shared)
-    assert len({id(one) for pair in now() for one in pair}) == 2 * len(now())
-    back = tdfx.merge(small, optimizer=optimizer, masters=held)
-    assert {id(one) for one, _ in now()} == {id(one) for one in back.parameters()}
-    assert [one.shape for one, _ in now()] == [one.shape for one, _ in entries]
+    small = tdfx.rewrite(model, HALF, optimizer=optimizer, masters=container)
+    assert inner is (container[0] if kind == "lists" else container)
+    assert {id(parameter) for parameter, _ in current()} == {id(parameter) for parameter in small.parameters()}
+    assert [id(master) for _, master in current()] == [
+        id(parameter) for parameter in optimizer.param_groups[0]["params"]
+    ], "the masters are not in their order"
+    kept = {id(parameter): id(master) for parameter, master in entries}
+    shared = [(parameter, master) for parameter, master in current() if id(parameter) in kept]
+    assert len(shared) == 5, "three biases, and the norm's scale and shift, are shared"
+    assert all(kept[id(parameter)] == id(master) for parameter, master in shared)
+    assert len({id(tensor) for pair in current() for tensor in pair}) == 2 * len(current())
+    merged = tdfx.merge(small, optimizer=optimizer, masters=container)
+    assert {id(parameter) for parameter, _ in current()} == {id(parameter) for parameter in merged.parameters()}
+    assert [parameter.shape for parameter, _ in current()] == [parameter.shape for parameter, _ in entries]
 
 
-def test_gradients_that_wait_are_carried_in_both() -> None:
+def test_accumulated_gradients_of_model_and_masters_are_carried() -> None:
     model, masters, reference = pair(torch.float32, torch.float64)
-    push(masters.values(), 1)
-    push(reference.parameters(), 1)
+    set_gradients(masters.values(), 1)
+    set_gradients(reference.parameters(), 1)
     model(X).square().sum().backward()
     small = tdfx.rewrite(model, FULL, optimizer=sgd(masters.values()), masters=masters)
-    there = tdfx.rewrite(reference, tdfx.plan(model, FULL), optimizer=sgd(reference.parameters()))
-    for mine, theirs in zip(of(masters, small), there.parameters(), strict=True):
-        assert torch.equal(cast("Tensor", mine.grad), cast("Tensor", theirs.grad))
+    wide_model = tdfx.rewrite(reference, tdfx.plan(model, FULL), optimizer=sgd(reference.parameters()))
+    for master, expected in zip(masters_of(masters, small), wide_model.parameters(), strict=True):
+        assert torch.equal(cast("Tensor", master.grad), cast("Tensor", expected.grad))
     wanted = torch.autograd.grad(small(X).square().sum(), list(small.parameters()))
-    for one, gradient in zip(small.parameters(), wanted, strict=True):
-        assert one.grad is not None
-        assert one.grad.dtype == torch.float32
-        assert far(one.grad, gradient) < 1e-4
+    for parameter, gradient in zip(small.parameters(), wanted, strict=True):
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert relative_distance(parameter.grad, gradient) < 1e-4
 
 
 def test_a_model_without_gradients_gets_none() -> None:
     model, masters, _ = pair()
     small = tdfx.rewrite(model, HALF, masters=masters)
-    assert all(one.grad is None for both in masters.items() for one in both)
-    assert all(one.requires_grad for both in masters.items() for one in both)
+    assert all(tensor.grad is None for both in masters.items() for tensor in both)
+    assert all(tensor.requires_grad for both in masters.items() for tensor in both)
     assert small.training
 
 
-def test_the_model_and_its_masters_are_left_as_they_were() -> None:
+def test_the_model_and_its_masters_are_not_changed() -> None:
     model, masters, optimizer = trained()
     before = dict(model.named_parameters())
-    values = {name: one.detach().clone() for name, one in before.items()}
+    values = {name: parameter.detach().clone() for name, parameter in before.items()}
     old = dict(masters)
-    wide = {one: master.detach().clone() for one, master in old.items()}
+    wide = {parameter: master.detach().clone() for parameter, master in old.items()}
     tdfx.rewrite(model, HALF, optimizer=optimizer, masters=masters)
-    assert all(before[name] is one for name, one in model.named_parameters())
-    assert all(torch.equal(values[name], one) for name, one in model.named_parameters())
-    assert all(torch.equal(wide[one], master) for one, master in old.items())
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    assert all(torch.equal(values[name], parameter) for name, parameter in model.named_parameters())
+    assert all(torch.equal(wide[parameter], master) for parameter, master in old.items())
 
 
-def test_averages_go_along() -> None:
+def test_averages_are_rewritten_and_merged_too() -> None:
     model, masters, optimizer = trained()
     average = AveragedModel(model)
     average.module.float()
     before = {name: dense(average.module, name).clone() for name in SITES}
     small = tdfx.rewrite(model, FULL, optimizer=optimizer, masters=masters, averaged=average)
-    assert {one.dtype for one in average.module.parameters()} == {torch.float32}
-    assert all(far(dense(average.module, name), before[name]) < 1e-5 for name in SITES)
-    back = tdfx.merge(small, optimizer=optimizer, masters=masters, averaged=average)
-    assert list(average.module.state_dict()) == list(back.state_dict())
-    assert all(far(dense(average.module, name), before[name]) < 1e-5 for name in SITES)
+    assert {parameter.dtype for parameter in average.module.parameters()} == {torch.float32}
+    assert all(relative_distance(dense(average.module, name), before[name]) < 1e-5 for name in SITES)
+    merged = tdfx.merge(small, optimizer=optimizer, masters=masters, averaged=average)
+    assert list(average.module.state_dict()) == list(merged.state_dict())
+    assert all(relative_distance(dense(average.module, name), before[name]) < 1e-5 for name in SITES)
 
 
-def test_a_layer_that_is_kept_in_full_precision_needs_no_master() -> None:
+def test_a_layer_in_full_precision_needs_no_master() -> None:
     model, masters, _ = pair()
     model.fc.float()
     wide = list(model.fc.parameters())
-    for one in wide:
-        del masters[one]
+    for parameter in wide:
+        del masters[parameter]
     optimizer = SGD([*masters.values(), *wide], lr=0.1, momentum=0.9)
-    push([*masters.values(), *wide], 0)
+    set_gradients([*masters.values(), *wide], 0)
     optimizer.step()
     expected = model.fc.weight.detach().clone()
     small = tdfx.rewrite(model, FULL, optimizer=optimizer, masters=masters)
     layer = cast("Factorized", small.get_submodule("fc"))
     assert not set(layer.weights) & set(masters)
     assert set(layer.weights) <= set(optimizer.param_groups[0]["params"])
-    assert {one.dtype for one in layer.weights} == {torch.float32}
-    assert all("momentum_buffer" in optimizer.state[one] for one in layer.weights)
-    assert far(layer.weight.detach(), expected) < 1e-5
+    assert {weight.dtype for weight in layer.weights} == {torch.float32}
+    assert all("momentum_buffer" in optimizer.state[weight] for weight in layer.weights)
+    assert relative_distance(layer.weight.detach(), expected) < 1e-5
 
 
 def test_a_parameter_may_be_its_own_master(tmp_path: Path) -> None:
     model, masters, _ = pair()
     model.fc.float()
-    for one in model.fc.parameters():
-        masters[one] = one
+    for parameter in model.fc.parameters():
+        masters[parameter] = parameter
     optimizer = sgd(masters.values())
     small = tdfx.rewrite(model, HALF, optimizer=optimizer, masters=masters)
     layer = cast("Factorized", small.get_submodule("fc"))
-    assert all(masters[one] is one for one in layer.weights)
+    assert all(masters[weight] is weight for weight in layer.weights)
     assert set(masters) == set(small.parameters())
     again, fresh, _ = pair()
     again.fc.float()
-    for one in again.fc.parameters():
-        fresh[one] = one
+    for parameter in again.fc.parameters():
+        fresh[parameter] = parameter
     tdfx.save(small, tmp_path / "run.tdfx", optimizer=optimizer, masters=masters)
     loaded = tdfx.load(tmp_path / "run.tdfx", again, optimizer=(other := sgd(fresh.values())), masters=fresh)
-    assert all(fresh[one] is one for name, one in loaded.named_parameters() if name.startswith("fc."))
+    assert all(fresh[parameter] is parameter for name, parameter in loaded.named_parameters() if name.startswith("fc."))
     assert set(fresh.values()) == set(other.param_groups[0]["params"])
 
 
-def test_channels_last_goes_to_the_model_and_to_the_masters_by_themselves() -> None:
+def test_model_and_masters_keep_their_own_memory_formats() -> None:
     model, masters, _ = pair()
     model.to(memory_format=torch.channels_last)
     small = tdfx.rewrite(model, HALF, masters=masters)
@@ -347,19 +354,19 @@ def test_channels_last_goes_to_the_model_and_to_the_masters_by_themselves() -> N
     assert kernel.is_contiguous(memory_format=torch.channels_last)
     assert not kernel.is_contiguous()
     assert masters[kernel].is_contiguous()
-    back = tdfx.merge(small, masters=masters)
-    assert back.get_parameter("conv.weight").is_contiguous(memory_format=torch.channels_last)
+    merged = tdfx.merge(small, masters=masters)
+    assert merged.get_parameter("conv.weight").is_contiguous(memory_format=torch.channels_last)
 
 
-def test_what_the_original_was_is_said_in_the_models_type() -> None:
+def test_the_original_layer_is_remembered_in_the_models_dtype() -> None:
     model, masters, _ = pair()
     small = tdfx.rewrite(model, HALF, masters=masters)
-    for layer in (one for one in small.modules() if isinstance(one, Factorized)):
-        assert {one.dtype for one in layer.origin.layer.parameters()} == {torch.bfloat16}
+    for layer in (module for module in small.modules() if isinstance(module, Factorized)):
+        assert {parameter.dtype for parameter in layer.origin.layer.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("emit", ["graph", "modules"])
-def test_a_switch_takes_them_along(emit: Any) -> None:
+def test_a_switch_updates_the_masters(emit: Any) -> None:
     model: nn.Module
     model, masters, optimizer = trained()
     switch = tdfx.Switch(HALF, when=tdfx.AtStep(2))
@@ -367,41 +374,40 @@ def test_a_switch_takes_them_along(emit: Any) -> None:
         train(model, masters, optimizer, 1)
         model = switch.step(model, optimizer=optimizer, masters=masters, emit=emit)
     assert switch.done
-    assert any(isinstance(one, Factorized) for one in model.modules())
+    assert any(isinstance(module, Factorized) for module in model.modules())
     assert set(masters) == set(model.parameters())
     train(model, masters, optimizer, 1)
 
 
 def test_factors_without_values_have_masters_too() -> None:
     model, masters, _ = pair()
-    made = tdfx.plan(model, HALF)
-    small = tdfx.rewrite(model, made, init="empty", optimizer=sgd(masters.values()), masters=masters)
+    plan = tdfx.plan(model, HALF)
+    small = tdfx.rewrite(model, plan, init="empty", optimizer=sgd(masters.values()), masters=masters)
     assert set(masters) == set(small.parameters())
-    assert {one.dtype for one in masters.values()} == {torch.float32}
+    assert {master.dtype for master in masters.values()} == {torch.float32}
 
 
-def test_a_run_is_saved_and_loaded_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_saved_run_continues_with_the_same_bits(tmp_path: Path) -> None:
     model, masters, optimizer = trained(adamw)
     small = tdfx.rewrite(model, HALF, optimizer=optimizer, masters=masters)
     train(small, masters, optimizer, 2)
     tdfx.save(small, tmp_path / "run.tdfx", optimizer=optimizer, masters=masters)
     fresh, others, _ = pair()
     other = adamw(others.values())
-    held = others
-    again = tdfx.load(tmp_path / "run.tdfx", fresh, optimizer=other, masters=others)
-    assert others is held
-    assert set(others) == set(again.parameters())
-    for mine, theirs in zip(of(masters, small), of(others, again), strict=True):
-        assert torch.equal(mine, theirs)
-        assert mine.dtype == theirs.dtype
-        assert torch.equal(optimizer.state[mine]["exp_avg_sq"], other.state[theirs]["exp_avg_sq"])
-    assert train(small, masters, optimizer, 3) == train(again, others, other, 3)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(of(masters, small), of(others, again), strict=True))
-    alone = tdfx.load(tmp_path / "run.tdfx", net)
-    assert {one.dtype for one in alone.parameters()} == {torch.bfloat16}
+    loaded = tdfx.load(tmp_path / "run.tdfx", fresh, optimizer=other, masters=others)
+    assert set(others) == set(loaded.parameters())
+    for master, expected in zip(masters_of(others, loaded), masters_of(masters, small), strict=True):
+        assert torch.equal(master, expected)
+        assert master.dtype == expected.dtype
+        assert torch.equal(other.state[master]["exp_avg_sq"], optimizer.state[expected]["exp_avg_sq"])
+    assert train(small, masters, optimizer, 3) == train(loaded, others, other, 3)
+    pairs = zip(masters_of(others, loaded), masters_of(masters, small), strict=True)
+    assert all(torch.equal(master, expected) for master, expected in pairs)
+    model_only = tdfx.load(tmp_path / "run.tdfx", net)
+    assert {parameter.dtype for parameter in model_only.parameters()} == {torch.bfloat16}
 
 
-def test_other_masters_than_those_that_were_saved_change_nothing(tmp_path: Path) -> None:
+def test_loading_with_other_masters_changes_nothing(tmp_path: Path) -> None:
     model, masters, optimizer = trained()
     tdfx.save(model, tmp_path / "run.tdfx", optimizer=optimizer, masters=masters)
     fresh, others, _ = pair()
@@ -416,34 +422,34 @@ def test_other_masters_than_those_that_were_saved_change_nothing(tmp_path: Path)
     with pytest.raises(tdfx.CheckpointError, match=r"and 0 were passed: .* has a master only in the checkpoint"):
         tdfx.load(tmp_path / "run.tdfx", fresh, optimizer=other)
     assert before[0] == others
-    assert all(one is two for one, two in zip(before[1], other.param_groups[0]["params"], strict=True))
+    assert all(a is b for a, b in zip(before[1], other.param_groups[0]["params"], strict=True))
     with pytest.raises(tdfx.CheckpointError, match="and masters= if it trains wider copies"):
         tdfx.save(model, tmp_path / "other.tdfx", optimizer=optimizer)
 
 
-def spoiled(what: str, model: Net, masters: Masters) -> Any:
+def wrong_masters(fault: str, model: Net, masters: Masters) -> Any:
     entries: list[Any] = list(masters.items())
     weight = model.get_parameter("conv.weight")
-    match what:
+    match fault:
         case "missing":
-            return {one: master for one, master in entries if one is model.conv.bias}
+            return {parameter: master for parameter, master in entries if parameter is model.conv.bias}
         case "shape":
             return {**masters, weight: nn.Parameter(torch.zeros(3))}
         case "no tensor":
             return {**masters, weight: 1.0}
         case "coarse":
             model.float()
-            return {one: master.bfloat16() for one, master in entries}
+            return {parameter: master.bfloat16() for parameter, master in entries}
         case "device":
             return {**masters, weight: nn.Parameter(torch.empty_like(masters[weight], device="meta"))}
         case "reversed":
-            return [(master, one) for one, master in entries]
+            return [(master, parameter) for parameter, master in entries]
         case "twice":
             return [*entries, entries[0]]
         case "uneven":
-            return [one for one, _ in entries], [torch.zeros(100)]
+            return [parameter for parameter, _ in entries], [torch.zeros(100)]
         case "not held":
-            return {one: nn.Parameter(master.detach().clone()) for one, master in entries}
+            return {parameter: nn.Parameter(master.detach().clone()) for parameter, master in entries}
         case "nan":
             masters[weight].detach().view(-1)[0] = float("nan")
             return masters
@@ -451,7 +457,7 @@ def spoiled(what: str, model: Net, masters: Masters) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("what", "kind", "message"),
+    ("fault", "kind", "message"),
     [
         (
             "missing",
@@ -471,23 +477,24 @@ def spoiled(what: str, model: Net, masters: Masters) -> Any:
         ("uneven", OptimizerError, r"lists of 9 parameters and 1 masters: .* One flat master"),
         ("not held", OptimizerError, r"master of the weight of site 'kernel' is in none of the optimizers given"),
         ("nan", tdfx.WeightError, r"site 'conv' has 1 values that are NaN"),
-        ("other", OptimizerError, r"masters= is a zip, and what is kept in it could not be brought up to date"),
+        ("other", OptimizerError, r"masters= is a zip, which tdfx cannot update in place"),
     ],
 )
-def test_masters_that_do_not_go_with_the_model_change_nothing(what: str, kind: Any, message: str) -> None:
+def test_masters_that_do_not_match_the_model_change_nothing(fault: str, kind: Any, message: str) -> None:
     model, masters, optimizer = trained()
-    held = spoiled(what, model, masters)
-    before = list(held.items()) if isinstance(held, dict) else None
-    parameters = [id(one) for one in optimizer.param_groups[0]["params"]]
-    states = {id(one) for one in optimizer.state}
-    names = {name: id(one) for name, one in model.named_parameters()}
+    wrong = wrong_masters(fault, model, masters)
+    before = list(wrong.items()) if isinstance(wrong, dict) else None
+    parameters = [id(parameter) for parameter in optimizer.param_groups[0]["params"]]
+    states = {id(parameter) for parameter in optimizer.state}
+    names = {name: id(parameter) for name, parameter in model.named_parameters()}
     with pytest.raises(kind, match=message):
-        tdfx.rewrite(model, HALF, optimizer=optimizer, masters=held)
-    assert parameters == [id(one) for one in optimizer.param_groups[0]["params"]]
-    assert states == {id(one) for one in optimizer.state}
-    assert names == {name: id(one) for name, one in model.named_parameters()}
+        tdfx.rewrite(model, HALF, optimizer=optimizer, masters=wrong)
+    assert parameters == [id(parameter) for parameter in optimizer.param_groups[0]["params"]]
+    assert states == {id(parameter) for parameter in optimizer.state}
+    assert names == {name: id(parameter) for name, parameter in model.named_parameters()}
     if before is not None:
-        assert all(one[0] is two[0] and one[1] is two[1] for one, two in zip(before, held.items(), strict=True))
+        pairs = zip(before, wrong.items(), strict=True)
+        assert all(old[0] is new[0] and old[1] is new[1] for old, new in pairs)
 
 
 def test_one_master_for_two_parameters_is_refused() -> None:
@@ -497,7 +504,7 @@ def test_one_master_for_two_parameters_is_refused() -> None:
         tdfx.rewrite(model, HALF, masters=dict.fromkeys(model.parameters(), shared))
 
 
-def test_masters_that_were_not_passed_are_asked_for() -> None:
+def test_an_optimizer_of_masters_without_masters_is_refused() -> None:
     model, _, optimizer = trained()
     with pytest.raises(OptimizerError, match=r"If it holds wider copies of them, .* pass these too: masters="):
         tdfx.rewrite(model, HALF, optimizer=optimizer)
@@ -507,15 +514,15 @@ def test_a_merge_needs_the_masters_of_all_factors() -> None:
     model, masters, optimizer = trained()
     small = tdfx.rewrite(model, HALF, optimizer=optimizer, masters=masters)
     first = cast("Factorized", small.get_submodule("conv")).weights[0]
-    lacking = {one: master for one, master in masters.items() if one is not first}
+    incomplete = {parameter: master for parameter, master in masters.items() if parameter is not first}
     with pytest.raises(OptimizerError, match="no master of the weight of site 'conv'"):
-        tdfx.merge(small, optimizer=optimizer, masters=lacking)
+        tdfx.merge(small, optimizer=optimizer, masters=incomplete)
     with pytest.raises(OptimizerError, match=r"Entry \d of masters= .* no parameter of this Net"):
         tdfx.merge(small, optimizer=optimizer, masters=dict(zip(model.parameters(), masters.values(), strict=False)))
     assert set(masters) == set(small.parameters())
 
 
-def test_decay_and_penalty_of_the_models_own_parameters_say_that_they_would_do_nothing() -> None:
+def test_decay_and_penalty_refuse_an_optimizer_of_masters() -> None:
     model, masters, optimizer = trained()
     with pytest.raises(
         OptimizerError, match="holds none of the 4 weights of the plan: it trains another model, or wider"

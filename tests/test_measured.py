@@ -1,4 +1,4 @@
-"""Times that are measured: what is timed, in which setting, how often, and what answers where nothing was."""
+"""Measured times: what is timed, in which setting, how often, and what happens where nothing was measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tdfx.cost.memory import training_bytes
 from tdfx.cost.rates import rates, stream_rate
 from tdfx.cost.setting import Setting
 from tdfx.cost.timing import Timing
-from tdfx.cost.workload import Workload, apply
+from tdfx.cost.workload import Workload
+from tdfx.factors.functions import apply_operation
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
@@ -36,8 +37,8 @@ FLOW = Flow(2, (8, 8))
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDFX_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(measured, "_known", {})
-    monkeypatch.setattr(measured, "_at", {})
-    monkeypatch.setattr(measured, "_hasty", set())
+    monkeypatch.setattr(measured, "_measured_at", {})
+    monkeypatch.setattr(measured, "_provisional", set())
 
 
 @pytest.fixture
@@ -68,12 +69,12 @@ LAYERS = {
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS.keys())
-def test_what_is_timed_is_what_the_layer_computes(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_a_workload_computes_what_the_layer_does(layer: nn.Module, shape: tuple[int, ...]) -> None:
     operation = operation_of(layer)
     assert operation is not None
     x, weight = torch.randn(shape), layer.get_parameter("weight")
-    assert torch.equal(apply(operation, x, weight), layer(x))
-    assert not torch.equal(apply(operation, x, 2 * weight), layer(x))
+    assert torch.equal(apply_operation(operation, x, weight), layer(x))
+    assert not torch.equal(apply_operation(operation, x, 2 * weight), layer(x))
 
 
 def test_a_workload_computes_every_gradient_in_its_setting() -> None:
@@ -82,15 +83,15 @@ def test_a_workload_computes_every_gradient_in_its_setting() -> None:
     work = Workload(chain, Flow(2, (8, 8), setting=setting))
     assert work.inputs[0].shape == (2, 16, 8, 8)
     assert work.inputs[0].is_contiguous(memory_format=torch.channels_last)
-    assert all(one.dtype == torch.float64 for one in (work.inputs[0], *work.weights))
-    assert [tuple(one.shape) for one in work.wanted(work.inputs[0])] == [
+    assert all(tensor.dtype == torch.float64 for tensor in (work.inputs[0], *work.weights))
+    assert [tuple(tensor.shape) for tensor in work.wanted(work.inputs[0])] == [
         (2, 16, 8, 8),
         (8, 16, 1, 1),
         (8, 8, 3, 3),
         (24, 8, 1, 1),
     ]
     work.run()
-    assert all(one.grad is None for one in work.wanted(work.inputs[0]))
+    assert all(tensor.grad is None for tensor in work.wanted(work.inputs[0]))
     first = Workload(chain, Flow(2, (8, 8), setting=Setting(wants_input_gradient=False)))
     assert not first.inputs[0].requires_grad
     assert len(first.wanted(first.inputs[0])) == 3
@@ -102,7 +103,7 @@ def test_a_workload_under_autocast_computes_in_its_dtype() -> None:
     work.run()
 
 
-def test_what_competes_shares_its_input() -> None:
+def test_competing_workloads_share_their_input() -> None:
     dense = Workload([CONV], FLOW)
     other = Workload(get_scheme("tucker2").chain(CONV, (8, 8)), FLOW, shares=(dense,))
     assert other.inputs is dense.inputs
@@ -119,7 +120,7 @@ def test_measuring_leaves_the_stream_of_random_numbers_alone() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_a_measured_time_is_that_of_the_machine() -> None:
+def test_measured_times_grow_with_the_work() -> None:
     cost = Measured(rounds=3, cache=False, update_bytes=0)
     small, large = Flow(1, (8, 8)), Flow(64, (32, 32))
     times = cost.measure([[((CONV,), small)], [((CONV,), large)]])
@@ -162,7 +163,7 @@ def test_times_come_from_disk_in_the_next_process(
     ],
     ids=["samples", "size", "layout", "dtype", "autocast", "gradient"],
 )
-def test_what_differs_in_anything_is_timed_by_itself(timed: list[Any], other: Flow) -> None:
+def test_work_that_differs_in_any_setting_is_timed_separately(timed: list[Any], other: Flow) -> None:
     cost = Measured()
     cost.measure([[((CONV,), FLOW)], [((CONV,), other)]])
     assert len(timed) == 2
@@ -176,7 +177,7 @@ def test_threads_and_settings_of_torch_count(timed: list[Any], monkeypatch: pyte
     assert len(timed) == 2
 
 
-def test_what_comes_later_is_compared_with_what_is_known(
+def test_new_times_are_scaled_by_an_old_time_measured_again(
     timed: list[list[tuple[Operation, ...]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain = get_scheme("tucker2").chain(CONV, (8, 8))
@@ -193,7 +194,7 @@ def test_what_comes_later_is_compared_with_what_is_known(
     assert times == {((CONV,), FLOW): 1.0, (chain, FLOW): 3.0}
 
 
-def test_what_there_is_no_time_for_is_not_there(timed: list[Any]) -> None:
+def test_nothing_is_measured_beyond_the_budget(timed: list[Any]) -> None:
     chain = get_scheme("tucker2").chain(CONV, (8, 8))
     model, cost = Modelled(), Measured(update_bytes=0)
     cost.seconds([CONV], FLOW)
@@ -203,7 +204,7 @@ def test_what_there_is_no_time_for_is_not_there(timed: list[Any]) -> None:
     assert hurried.seconds(chain, FLOW) == model.seconds(chain, FLOW)
 
 
-def test_a_hasty_time_counts_now_and_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_time_of_too_few_samples_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((8.0, 36.0, 36.0))])
     assert Measured(update_bytes=0).seconds([CONV], FLOW) == 2.0
     monkeypatch.setattr(measured, "_known", {})
@@ -211,7 +212,7 @@ def test_a_hasty_time_counts_now_and_is_not_kept(monkeypatch: pytest.MonkeyPatch
     assert Measured(update_bytes=0).seconds([CONV], FLOW) == 1.0
 
 
-def test_without_inputs_and_on_the_meta_device_arithmetic_answers(timed: list[Any]) -> None:
+def test_without_inputs_and_on_the_meta_device_times_are_modelled(timed: list[Any]) -> None:
     cost, model = Measured(), Modelled()
     assert cost.seconds([CONV], None) == model.seconds([CONV], None)
     on_meta = Flow(2, (8, 8), setting=Setting(device="meta"))
@@ -220,16 +221,16 @@ def test_without_inputs_and_on_the_meta_device_arithmetic_answers(timed: list[An
     assert timed == []
 
 
-def test_what_cannot_be_run_is_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_that_cannot_be_run_is_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("tdfx.cost.workload.apply", fails)
+    monkeypatch.setattr("tdfx.cost.workload.apply_operation", fails)
     cost = Measured(update_bytes=0, cache=False)
     assert cost.seconds([CONV], FLOW) == Modelled().seconds([CONV], FLOW)
 
 
-def test_the_optimizers_share_is_what_its_update_moves(timed: list[Any]) -> None:
+def test_the_optimizers_share_is_the_memory_traffic_of_its_update(timed: list[Any]) -> None:
     speed = stream_rate(cache=False)
     with_update = Measured(update_bytes=28, cache=False).seconds([CONV], FLOW)
     assert with_update == pytest.approx(1.0 + 28 * parameters([CONV]) / speed, rel=0.5)
@@ -243,28 +244,29 @@ def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
 
 
 def test_the_machine_has_rates() -> None:
-    found = rates(cache=False)
-    assert found.flops_per_second > 1e8
-    assert found.bytes_per_second > 1e8
-    assert 0 < found.seconds_per_call < 0.1
+    measured_rates = rates(cache=False)
+    assert measured_rates.flops_per_second > 1e8
+    assert measured_rates.bytes_per_second > 1e8
+    assert 0 < measured_rates.seconds_per_call < 0.1
     model = Modelled.of_machine()
-    assert model == Modelled(**dataclasses.asdict(found))
+    assert model == Modelled(**dataclasses.asdict(measured_rates))
     assert stream_rate(cache=False) > 1e8
 
 
-def test_the_rates_are_those_at_which_modelled_times_are_the_measured_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_the_measured_rates_modelled_times_equal_measured_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = Modelled(flops_per_second=7e10, bytes_per_second=3e9, seconds_per_call=2e-5)
 
     def exact(runs: Any, **_: Any) -> list[Timing]:
         works = [run.__self__ for run in runs]
-        flows = [Flow(one.inputs[0].shape[0], tuple(one.inputs[0].shape[2:])) for one in works]
-        return [Timing((one.steps * truth.seconds(one.chain, flow),)) for one, flow in zip(works, flows, strict=True)]
+        flows = [Flow(work.inputs[0].shape[0], tuple(work.inputs[0].shape[2:])) for work in works]
+        pairs = zip(works, flows, strict=True)
+        return [Timing((work.steps * truth.seconds(work.chain, flow),)) for work, flow in pairs]
 
     monkeypatch.setattr("tdfx.cost.rates.take_turns", exact)
     monkeypatch.setattr("tdfx.cost.rates._known", {})
-    found = Modelled(**dataclasses.asdict(rates(cache=False)))
+    fitted = Modelled(**dataclasses.asdict(rates(cache=False)))
     for name in ("flops_per_second", "bytes_per_second", "seconds_per_call"):
-        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=1e-6)
+        assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=1e-6)
 
 
 def test_intermediate_values_and_memory_by_hand() -> None:
@@ -294,12 +296,12 @@ class Net(nn.Module):
         return nn.functional.linear(y.float(), self.free)
 
 
-def test_each_site_says_in_which_setting_it_computes() -> None:
+def test_each_site_has_its_setting() -> None:
     x = torch.randn(2, 3, 6, 6)
-    found = settings_of(Net(), x)
-    assert found["a"] == Setting(autocast=torch.bfloat16, wants_input_gradient=False)
-    assert found["b"] == Setting(autocast=torch.bfloat16)
-    assert found["free"] == Setting()
+    settings = settings_of(Net(), x)
+    assert settings["a"] == Setting(autocast=torch.bfloat16, wants_input_gradient=False)
+    assert settings["b"] == Setting(autocast=torch.bfloat16)
+    assert settings["free"] == Setting()
     layout = {"memory_format": torch.channels_last}
     last = settings_of(Net().to(**layout), x.contiguous(**layout))
     assert (last["a"].channels_last, last["b"].channels_last, last["free"].channels_last) == (True, True, False)
@@ -307,7 +309,7 @@ def test_each_site_says_in_which_setting_it_computes() -> None:
     assert tdfx.Policy().cost == Measured()
 
 
-def test_autocast_around_a_plan_is_not_in_what_is_timed() -> None:
+def test_autocast_around_a_plan_does_not_affect_what_is_timed() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         work = Workload([CONV], FLOW)
         assert work.gradient.dtype == torch.float32
@@ -315,7 +317,7 @@ def test_autocast_around_a_plan_is_not_in_what_is_timed() -> None:
             assert work._forward(work.inputs[0]).dtype == torch.float32
 
 
-def test_either_way_of_asking_for_a_precision_can_be_described(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_interfaces_for_the_precision_can_be_described(monkeypatch: pytest.MonkeyPatch) -> None:
     from tdfx.cost.machine import describe_machine
 
     def refuses() -> str:
@@ -327,15 +329,15 @@ def test_either_way_of_asking_for_a_precision_can_be_described(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("stream", [None, object()])
-def test_nobody_has_to_look(stream: Any, monkeypatch: pytest.MonkeyPatch, timed: list[Any]) -> None:
+def test_measuring_works_without_a_terminal(stream: Any, monkeypatch: pytest.MonkeyPatch, timed: list[Any]) -> None:
     monkeypatch.setattr("sys.stderr", stream)
     Measured(update_bytes=0).seconds([CONV], FLOW)
     assert timed
 
 
-def test_a_run_is_steps_whose_activations_do_not_stay_in_the_caches() -> None:
+def test_a_run_has_more_activations_than_the_caches_hold() -> None:
     assert Workload([CONV], FLOW).steps == 4
     assert Workload([CONV], Flow(64, (64, 64))).steps == 1
     work = Workload([CONV], Flow(8, (128, 128)))
     assert 1 < work.steps <= 4
-    assert len({one.data_ptr() for one in work.inputs}) == work.steps
+    assert len({x.data_ptr() for x in work.inputs}) == work.steps

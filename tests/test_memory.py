@@ -1,4 +1,4 @@
-"""A switch takes a few copies of the largest weight, however many layers there are, beside what was there and what stays."""
+"""However many layers there are, a switch needs a few copies of the largest weight beside what was live and what stays."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tdfx.passes.transform.rewrite import Rewrite
 pytestmark = needs("live_bytes.py")
 
 FEW = 14
-"""Copies of the largest weight in its own dtype, of which each in float64 makes two: the weight, its other unfolding, its
-basis and two such for the bases kept; or two moments, what the join gives, its derivative and two in between. After other
-work in the same process one more has been seen."""
+"""Copies of the largest weight in its own dtype; a tensor in float64 counts as two copies. They are the weight, its other
+unfolding, its basis and two for the kept bases; or two moments, the joined weight, its derivative and two intermediate
+results. After other work in the same process a further copy was measured."""
 FULL_RANK = 24
-"""The same at full rank, where each factor may be as large as the weight, and so is all that comes between them."""
+"""The same at full rank, where each factor and each intermediate result may be as large as the weight."""
 MANY = 24
 
 Call = Callable[[nn.Module, Optimizer], object]
@@ -55,10 +55,10 @@ def counter() -> Any:
     return tool("live_bytes").LiveBytes
 
 
-def held(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+def kept_tensors(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
     parameters = list(model.parameters())
-    gradients = [one.grad for one in parameters if one.grad is not None]
-    states = [one for parameter in parameters for one in optimizer.state[parameter].values()]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    states = [value for parameter in parameters for value in optimizer.state[parameter].values()]
     return [*parameters, *gradients, *states]
 
 
@@ -71,13 +71,13 @@ def trained(model: nn.Module, shape: tuple[int, ...]) -> Optimizer:
 
 
 def copies_at_work(counter: Any, model: nn.Module, optimizer: Optimizer, call: Call) -> float:
-    """Return the peak of a call less what was there and what it made to stay, in weights of one layer."""
-    before = held(model, optimizer)
+    """Return the peak of a call minus what was live and what stays, in weights of the largest layer."""
+    before = kept_tensors(model, optimizer)
     with counter(before) as live:
-        found = live.begin()
+        before_call = live.begin()
         result = call(model, optimizer)
         gc.collect()
-        at_work = live.peak - max(found, live.now)
+        at_work = live.peak - max(before_call, live.now)
     del result
     return float(at_work / largest(model))
 
@@ -88,17 +88,19 @@ def largest(model: nn.Module) -> int:
         assert isinstance(weight, Tensor)
         return weight.numel() * weight.element_size()
 
-    return max(bytes_of(one) for one in model.modules() if isinstance(one, nn.Linear | nn.Conv2d | tdfx.Factorized))
+    return max(
+        bytes_of(module) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d | tdfx.Factorized)
+    )
 
 
 CALLS: dict[str, Call] = {
     "plan": lambda model, _: tdfx.plan(model, policy(0.25)),
-    # Here bases cut to the ranks would be as large as the weights, so that there is no room for most of them.
+    # At full rank the bases are as large as the weights, so that most of them are not kept.
     "plan at full rank": lambda model, _: tdfx.plan(model, policy(1.0)),
     "rewrite": lambda model, optimizer: tdfx.rewrite(model, policy(0.25), optimizer=optimizer),
     "rewrite at full rank": lambda model, optimizer: tdfx.rewrite(model, policy(1.0), optimizer=optimizer),
-    "rewrite to a target": lambda model, optimizer: tdfx.rewrite(
-        model, tdfx.Policy(rank=tdfx.Target(parameters=0.5), min_gain=0), optimizer=optimizer
+    "rewrite by a budget": lambda model, optimizer: tdfx.rewrite(
+        model, tdfx.Policy(parameters=0.5, min_gain=0), optimizer=optimizer
     ),
 }
 LATER: dict[str, Call] = {
@@ -107,19 +109,19 @@ LATER: dict[str, Call] = {
 }
 
 
-@pytest.mark.parametrize("build", BUILDS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)
 @pytest.mark.parametrize("name", [*CALLS, *LATER])
-def test_many_layers_take_no_more_than_a_few_copies_of_one(counter: Any, build: Build, name: str) -> None:
+def test_many_layers_need_a_few_copies_of_the_largest_weight(counter: Any, build: Build, name: str) -> None:
     model: nn.Module = build(MANY)
     optimizer = trained(model, BUILDS[build])
     if name in LATER:
         model = tdfx.rewrite(model, policy(0.25), optimizer=optimizer)
         optimizer = trained(model, BUILDS[build])
-    found = copies_at_work(counter, model, optimizer, {**CALLS, **LATER}[name])
-    assert 1 < found < (FULL_RANK if name.endswith("full rank") else FEW)
+    copies = copies_at_work(counter, model, optimizer, {**CALLS, **LATER}[name])
+    assert 1 < copies < (FULL_RANK if name.endswith("full rank") else FEW)
 
 
-def test_bases_of_all_sites_would_be_seen(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeping_the_bases_of_all_sites_would_be_noticed(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectra, "_ROOM", 10**6)
     model = linears(MANY)
     optimizer = trained(model, BUILDS[linears])
@@ -127,7 +129,7 @@ def test_bases_of_all_sites_would_be_seen(counter: Any, monkeypatch: pytest.Monk
     assert copies_at_work(counter, model, optimizer, CALLS["plan at full rank"]) > 2 * MANY
 
 
-def test_a_copy_that_is_kept_is_seen_until_it_goes(counter: Any) -> None:
+def test_a_copy_counts_until_it_is_freed(counter: Any) -> None:
     weight = torch.zeros(1000)
     with counter([weight]) as live:
         assert live.begin() == 4000
@@ -135,24 +137,24 @@ def test_a_copy_that_is_kept_is_seen_until_it_goes(counter: Any) -> None:
         assert (live.now, live.peak) == (8000, 8000)
         part = kept[:10].view(2, 5)
         del kept
-        assert live.now == 8000, "a view holds all of it"
+        assert live.now == 8000, "a view keeps the whole storage"
         del part
         assert (live.now, live.peak) == (4000, 8000)
 
 
-def test_what_only_autograd_holds_is_seen(counter: Any) -> None:
+def test_a_tensor_that_only_autograd_holds_counts(counter: Any) -> None:
     x = torch.zeros(1000, requires_grad=True)
     with counter([x]) as live:
-        y = x.exp().sin()  # the derivative needs the exponential, which has no name
+        y = x.exp().sin()  # autograd saves the exponential for the derivative
         assert live.now == 12000
         del y
         assert live.now == 4000
 
 
-@pytest.mark.parametrize("build", BUILDS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)
 @pytest.mark.parametrize("share", [0.25, 1.0])
-def test_kept_cut_and_computed_anew_bases_give_the_same_bits(build: Build, share: float) -> None:
-    found = []
+def test_kept_truncated_and_recomputed_bases_give_the_same_bits(build: Build, share: float) -> None:
+    results = []
     for room in (0, 1, 10**6):
         torch.manual_seed(0)
         program = Find()(Trace()(Program(module=build(4))).program).program
@@ -162,8 +164,8 @@ def test_kept_cut_and_computed_anew_bases_give_the_same_bits(build: Build, share
         planned = selected.program
         kept = len(selected.spectra.kept_sites)
         assert (kept < 4) if room == 0 else kept > 0
-        made = Rewrite(selected.spectra)(planned).program.module
-        assert selected.spectra.kept_sites == set(), "what was used is not kept"
-        errors = [one.error for one in planned.plan or ()]
-        found.append(([one.detach().numpy().tobytes() for one in made.parameters()], errors))
-    assert found[0] == found[1] == found[2]
+        rewritten = Rewrite(selected.spectra)(planned).program.module
+        assert selected.spectra.kept_sites == set(), "a used basis is still kept"
+        errors = [site.error for site in planned.plan or ()]
+        results.append(([parameter.detach().numpy().tobytes() for parameter in rewritten.parameters()], errors))
+    assert results[0] == results[1] == results[2]

@@ -1,4 +1,4 @@
-"""What becomes of an optimizer when weights turn into factors and back, against torch.autograd."""
+"""How an optimizer follows a rewrite and a merge, compared with torch.autograd."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import tdfx
 from tdfx import Factorized, OptimizerError, TdfxWarning
 
 EPS = torch.finfo(torch.float64).eps
-Maker = Callable[[Any], Optimizer]
-MAKERS: dict[str, Maker] = {
-    "sgd": lambda given: SGD(given, lr=0.02, momentum=0.9, weight_decay=1e-3),
-    "nesterov": lambda given: SGD(given, lr=0.02, momentum=0.9, nesterov=True),
-    "adam": lambda given: Adam(given, lr=1e-2, betas=(0.8, 0.95)),
-    "adamw": lambda given: AdamW(given, lr=1e-2, weight_decay=0.05),
-    "amsgrad": lambda given: AdamW(given, lr=1e-2, amsgrad=True),
+Builder = Callable[[Any], Optimizer]
+BUILDERS: dict[str, Builder] = {
+    "sgd": lambda parameters: SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-3),
+    "nesterov": lambda parameters: SGD(parameters, lr=0.02, momentum=0.9, nesterov=True),
+    "adam": lambda parameters: Adam(parameters, lr=1e-2, betas=(0.8, 0.95)),
+    "adamw": lambda parameters: AdamW(parameters, lr=1e-2, weight_decay=0.05),
+    "amsgrad": lambda parameters: AdamW(parameters, lr=1e-2, amsgrad=True),
 }
 SITES = ("conv", "mix", "fc")
-every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+every_optimizer = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
 
 
 class Net(nn.Module):
-    """One site for tucker2, one pointwise convolution and one linear layer for svd, and a norm that stays."""
+    """Has a site for tucker2, a pointwise convolution and a linear layer for svd, and a norm that stays."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def policy(of: float) -> tdfx.Policy:
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int = 4) -> list[float]:
-    """Fit a fixed random batch."""
+    """Train on a fixed random batch, and return the losses."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(16, 4, 2, 2, generator=generator, dtype=torch.float64)
     target = torch.randn(16, 10, generator=generator, dtype=torch.float64)
@@ -63,9 +63,9 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = 4) -> list[float]
     return losses
 
 
-def trained(make: Maker) -> tuple[nn.Module, Optimizer]:
+def trained(build: Builder) -> tuple[nn.Module, Optimizer]:
     model = Net().double()
-    optimizer = make(model.parameters())
+    optimizer = build(model.parameters())
     train(model, optimizer)
     return model, optimizer
 
@@ -90,26 +90,28 @@ def first_key(optimizer: Optimizer) -> str:
 
 def check_holds_exactly(optimizer: Optimizer, model: nn.Module) -> None:
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    own = list(model.parameters())
-    assert len(held) == len(own)
-    assert {id(one) for one in held} == {id(one) for one in own}
-    assert {id(one) for one in optimizer.state} <= {id(one) for one in own}
+    expected = list(model.parameters())
+    assert len(held) == len(expected)
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in expected}
+    assert {id(parameter) for parameter in optimizer.state} <= {id(parameter) for parameter in expected}
     for parameter, state in optimizer.state.items():
         assert all(v.shape == parameter.shape for k, v in state.items() if k != "step" and v is not None)
 
 
 def snapshot(optimizer: Optimizer, model: nn.Module) -> list[Any]:
-    """Everything in an optimizer and a model that a failure could have changed."""
-    groups = [{**group, "params": [id(one) for one in group["params"]]} for group in optimizer.param_groups]
-    state = [(id(one), sorted((k, repr(v)) for k, v in held.items())) for one, held in optimizer.state.items()]
-    modules = [(name, id(one), one.training) for name, one in model.named_modules()]
-    values = [(name, id(one), repr(one.tolist())) for name, one in model.named_parameters()]
+    """Return everything in an optimizer and a model that a failure could have changed."""
+    groups = [{**group, "params": [id(parameter) for parameter in group["params"]]} for group in optimizer.param_groups]
+    state = [
+        (id(parameter), sorted((k, repr(v)) for k, v in held.items())) for parameter, held in optimizer.state.items()
+    ]
+    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
+    values = [(name, id(parameter), repr(parameter.tolist())) for name, parameter in model.named_parameters()]
     return copy.deepcopy([groups, state, modules, values])
 
 
 @every_optimizer
-def test_holds_the_returned_models_parameters_and_nothing_else(make: Maker) -> None:
-    model, optimizer = trained(make)
+def test_an_optimizer_holds_exactly_the_returned_models_parameters(build: Builder) -> None:
+    model, optimizer = trained(build)
     small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
     check_holds_exactly(optimizer, small)
     assert all(len(optimizer.state[weight]) > 0 for name in SITES for weight in factorized(small, name).weights)
@@ -124,7 +126,7 @@ def test_groups_keep_order_settings_and_positions() -> None:
     model = Net().double()
     groups = [
         {"params": [model.norm.bias, model.fc.weight, model.conv.weight, model.norm.weight], "lr": 0.1},
-        {"params": [model.mix.weight], "lr": 0.2, "momentum": 0.5, "mine": "kept"},
+        {"params": [model.mix.weight], "lr": 0.2, "momentum": 0.5, "custom": "kept"},
         {"params": [model.conv.bias, model.fc.bias], "weight_decay": 0.0},
     ]
     optimizer = SGD(groups, lr=0.01, momentum=0.9, weight_decay=1e-3)
@@ -141,21 +143,23 @@ def test_groups_keep_order_settings_and_positions() -> None:
         [model.conv.bias, model.fc.bias],
     ]
     after = [group["params"] for group in optimizer.param_groups]
-    assert [[id(one) for one in group] for group in after] == [[id(one) for one in group] for group in expected]
+    assert [[id(parameter) for parameter in group] for group in after] == [
+        [id(parameter) for parameter in group] for group in expected
+    ]
     assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == settings
     assert [id(group) for group in optimizer.param_groups] == lists
 
     dense = tdfx.merge(small, optimizer=optimizer)
-    names = {id(one): name for name, one in model.named_parameters()}
-    again = {id(one): name for name, one in dense.named_parameters()}
-    restored = [[again[id(one)] for one in group["params"]] for group in optimizer.param_groups]
-    assert restored == [[names[id(one)] for one in group] for group in before]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    merged_names = {id(parameter): name for name, parameter in dense.named_parameters()}
+    restored = [[merged_names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    assert restored == [[names[id(parameter)] for parameter in group] for group in before]
 
 
 @every_optimizer
 @pytest.mark.parametrize("of", [0.5, 1.0])
-def test_first_moments_are_the_gradients_that_autograd_gives(make: Maker, of: float) -> None:
-    model, optimizer = trained(make)
+def test_first_moments_are_carried_as_autograd_carries_gradients(build: Builder, of: float) -> None:
+    model, optimizer = trained(build)
     key = first_key(optimizer)
     moments = states(optimizer, model, key)
     small = tdfx.rewrite(model, policy(of), optimizer=optimizer)
@@ -163,14 +167,14 @@ def test_first_moments_are_the_gradients_that_autograd_gives(make: Maker, of: fl
         site = factorized(small, name)
         expected = torch.autograd.grad((site.weight * moments[name]).sum(), site.weights)
         for weight, gradient in zip(site.weights, expected, strict=True):
-            found = optimizer.state[weight][key]
-            assert (found - gradient).norm() <= 64 * EPS * gradient.norm()
-            assert (found + gradient).norm() > gradient.norm()
+            moment = optimizer.state[weight][key]
+            assert (moment - gradient).norm() <= 64 * EPS * gradient.norm()
+            assert (moment + gradient).norm() > gradient.norm()
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "amsgrad"])
 def test_second_moments_are_positive_and_steps_kept(name: str) -> None:
-    model, optimizer = trained(MAKERS[name])
+    model, optimizer = trained(BUILDERS[name])
     keys = {"exp_avg_sq", *(["max_exp_avg_sq"] if name == "amsgrad" else [])}
     steps = states(optimizer, model, "step")
     small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
@@ -192,42 +196,42 @@ def test_second_moments_are_positive_and_steps_kept(name: str) -> None:
 
 
 def test_uniform_second_moments_keep_their_scale() -> None:
-    """With v = c everywhere, v of a factor's entry is c times the squared norm of what it multiplies."""
-    model, optimizer = trained(MAKERS["adam"])
+    """With v = c everywhere, v of a factor's entry is c times the squared norm of the vector that it multiplies."""
+    model, optimizer = trained(BUILDERS["adam"])
     for site in SITES:
         optimizer.state[weight_of(model, site)]["exp_avg_sq"].fill_(0.25)
     values = torch.linalg.svdvals(weight_of(model, "fc").detach())
     small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
     first, last = factorized(small, "fc").weights
-    # first = diag(sqrt s) V', last = U diag(sqrt s): both other sides have the squared norm s.
+    # first = diag(sqrt s) V', last = U diag(sqrt s): the columns and rows that they multiply have the squared norm s.
     expected = 0.25 * values[: first.shape[0]]
-    for found in (optimizer.state[first]["exp_avg_sq"], optimizer.state[last]["exp_avg_sq"].mT):
-        assert (found - expected[:, None]).abs().max() <= 1e3 * EPS * expected[0]
+    for moment in (optimizer.state[first]["exp_avg_sq"], optimizer.state[last]["exp_avg_sq"].mT):
+        assert (moment - expected[:, None]).abs().max() <= 1e3 * EPS * expected[0]
     assert expected[0] > 1.1 * expected[-1]
     dense = tdfx.merge(small, optimizer=optimizer)
     for site in SITES:
-        back = optimizer.state[weight_of(dense, site)]["exp_avg_sq"]
-        assert (back - 0.25).abs().max() <= 1e3 * EPS
+        merged_moment = optimizer.state[weight_of(dense, site)]["exp_avg_sq"]
+        assert (merged_moment - 0.25).abs().max() <= 1e3 * EPS
 
 
 def rounding(weight: Tensor) -> float:
-    """Relative error of a projection: the pseudo-inverses are of Gram matrices, of the weight's condition if balanced."""
+    """Return the relative rounding of a projection: it inverts Gram matrices, whose condition is the weight's, squared."""
     return 1e3 * EPS * float(torch.linalg.cond(weight.detach().flatten(1))) ** 2
 
 
 @every_optimizer
-def test_merge_brings_the_first_moment_back(make: Maker) -> None:
-    model, optimizer = trained(make)
+def test_merge_restores_the_first_moment(build: Builder) -> None:
+    model, optimizer = trained(build)
     key = first_key(optimizer)
     moments = states(optimizer, model, key)
-    again = tdfx.merge(tdfx.rewrite(model, policy(1.0), optimizer=optimizer), optimizer=optimizer)
-    for name, found in states(optimizer, again, key).items():
-        assert (found - moments[name]).norm() <= rounding(weight_of(again, name)) * moments[name].norm()
+    merged = tdfx.merge(tdfx.rewrite(model, policy(1.0), optimizer=optimizer), optimizer=optimizer)
+    for name, moment in states(optimizer, merged, key).items():
+        assert (moment - moments[name]).norm() <= rounding(weight_of(merged, name)) * moments[name].norm()
 
 
 @every_optimizer
-def test_merge_at_low_rank_projects_the_first_moment(make: Maker) -> None:
-    model, optimizer = trained(make)
+def test_merge_at_low_rank_projects_the_first_moment(build: Builder) -> None:
+    model, optimizer = trained(build)
     weights = {name: weight_of(model, name) for name in SITES}
     key = first_key(optimizer)
     rounds = [states(optimizer, model, key)]
@@ -235,40 +239,40 @@ def test_merge_at_low_rank_projects_the_first_moment(make: Maker) -> None:
         model = tdfx.merge(tdfx.rewrite(model, policy(0.5), optimizer=optimizer), optimizer=optimizer)
         rounds.append(states(optimizer, model, key))
     for name in SITES:
-        given, once, twice = (each[name] for each in rounds)
-        scale = given.norm()
-        assert (once - given).norm() > 1e-3 * scale
+        moment, once, twice = (moments[name] for moments in rounds)
+        scale = moment.norm()
+        assert (once - moment).norm() > 1e-3 * scale
         bound = rounding(weights[name])
-        assert abs(float(((given - once) * once).sum())) <= bound * scale**2
+        assert abs(float(((moment - once) * once).sum())) <= bound * scale**2
         assert (twice - once).norm() <= bound * scale
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_names_follow(bias: bool) -> None:
+def test_parameter_names_follow(bias: bool) -> None:
     model = Net().double()
-    given = [(name, one) for name, one in model.named_parameters() if bias or not name.endswith("bias")]
-    optimizer = SGD(given, lr=0.01, momentum=0.9)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if bias or not name.endswith("bias")]
+    optimizer = SGD(named, lr=0.01, momentum=0.9)
     train(model, optimizer)
     (group,) = optimizer.param_groups
 
-    def check(now: nn.Module) -> None:
-        own = {id(one): name for name, one in now.named_parameters()}
-        assert group["param_names"] == [own[id(one)] for one in group["params"]]
+    def check(model: nn.Module) -> None:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        assert group["param_names"] == [names[id(parameter)] for parameter in group["params"]]
 
     small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
     check(small)
     assert "conv.factors.1.weight" in group["param_names"]
     check(tdfx.merge(small, optimizer=optimizer))
-    assert group["param_names"] == [name for name, _ in given]
+    assert group["param_names"] == [name for name, _ in named]
 
 
 @every_optimizer
-def test_training_goes_on_and_the_state_dict_loads(make: Maker) -> None:
-    model, optimizer = trained(make)
+def test_training_continues_and_the_state_dict_loads(build: Builder) -> None:
+    model, optimizer = trained(build)
     small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
     losses = train(small, optimizer, steps=40)
     assert losses[-1] < 0.9 * losses[0]
-    other = make([parameter for group in optimizer.param_groups for parameter in group["params"]])
+    other = build([parameter for group in optimizer.param_groups for parameter in group["params"]])
     other.load_state_dict(optimizer.state_dict())
     dense = tdfx.merge(small, optimizer=optimizer)
     further = train(dense, optimizer, steps=40)
@@ -276,8 +280,8 @@ def test_training_goes_on_and_the_state_dict_loads(make: Maker) -> None:
     assert further[-1] < 0.99 * further[0]
 
 
-def test_scheduler_goes_on() -> None:
-    model, optimizer = trained(MAKERS["sgd"])
+def test_a_scheduler_continues() -> None:
+    model, optimizer = trained(BUILDERS["sgd"])
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
     train(small, optimizer, steps=1)
@@ -293,8 +297,8 @@ def test_scheduler_goes_on() -> None:
     assert torch.equal(weight_of(dense, "fc"), before)
 
 
-def test_first_plain_step_at_full_rank() -> None:
-    """W = B A, with gradient G: B' A' = W - lr (G A'A + B B'G) + lr**2 G W'G, the primes on the right being transposes."""
+def test_a_plain_step_at_full_rank_follows_its_formula() -> None:
+    """W = B A has the gradient G: after the step, B A = W - lr (G A'A + B B'G) + lr**2 G W'G, with primes for transposes."""
     lr = 0.01
     model = nn.Sequential(nn.Linear(6, 6, bias=False)).double()
     optimizer = SGD(model.parameters(), lr=lr)
@@ -306,29 +310,29 @@ def test_first_plain_step_at_full_rank() -> None:
     a, b = (weight.detach().clone() for weight in factorized(small, "0").weights)
     optimizer.step()
     expected = w - lr * (g @ a.mT @ a + b @ b.mT @ g) + lr**2 * g @ w.mT @ g
-    found = factorized(small, "0").weight.detach()
-    assert (found - expected).norm() <= 100 * EPS * (w.norm() + g.norm())
-    assert (found - (w - lr * g)).norm() > 0.1 * lr * g.norm()
+    weight = factorized(small, "0").weight.detach()
+    assert (weight - expected).norm() <= 100 * EPS * (w.norm() + g.norm())
+    assert (weight - (w - lr * g)).norm() > 0.1 * lr * g.norm()
 
 
 @every_optimizer
-def test_optimizer_of_another_model_changes_nothing(make: Maker) -> None:
-    (model, own), (other, foreign) = trained(make), trained(make)
+def test_an_optimizer_of_another_model_changes_nothing(build: Builder) -> None:
+    (model, optimizer), (other, foreign) = trained(build), trained(build)
     text = r"The weights of 3 sites are in none of the optimizers given, the first being 'conv'"
-    before = [snapshot(own, model), snapshot(foreign, other)]
+    before = [snapshot(optimizer, model), snapshot(foreign, other)]
     with pytest.raises(OptimizerError, match=text):
         tdfx.rewrite(model, policy(0.5), optimizer=foreign)
-    assert [snapshot(own, model), snapshot(foreign, other)] == before
+    assert [snapshot(optimizer, model), snapshot(foreign, other)] == before
 
-    small = tdfx.rewrite(model, policy(0.5), optimizer=own)
-    assert snapshot(own, model) != before[0]
-    before = [snapshot(own, small), snapshot(foreign, other)]
+    small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
+    assert snapshot(optimizer, model) != before[0]
+    before = [snapshot(optimizer, small), snapshot(foreign, other)]
     with pytest.raises(OptimizerError, match=text):
         tdfx.merge(small, optimizer=foreign)
-    assert [snapshot(own, small), snapshot(foreign, other)] == before
+    assert [snapshot(optimizer, small), snapshot(foreign, other)] == before
 
 
-def test_a_part_of_the_model_in_the_optimizer() -> None:
+def test_an_optimizer_of_a_part_of_the_model_is_refused() -> None:
     model = Net().double()
     optimizer = SGD([model.conv.weight, model.fc.weight], lr=0.01)
     with pytest.raises(
@@ -340,18 +344,16 @@ def test_a_part_of_the_model_in_the_optimizer() -> None:
 def test_factors_in_two_groups_cannot_be_merged() -> None:
     small = tdfx.rewrite(Net().double(), policy(0.5))
     first, *rest = factorized(small, "mix").weights
-    others = [one for one in small.parameters() if one is not first]
+    others = [parameter for parameter in small.parameters() if parameter is not first]
     optimizer = SGD([{"params": [first]}, {"params": others}], lr=0.01)
-    with pytest.raises(
-        OptimizerError, match="factors of site 'mix' are in 2 parameter groups, so the merged weight has"
-    ):
+    with pytest.raises(OptimizerError, match="factors of site 'mix' are in 2 parameter groups, so it is not known"):
         tdfx.merge(small, optimizer=optimizer)
     assert optimizer.param_groups[0]["params"][0] is first
     assert len(rest) == 1
 
 
 @pytest.mark.parametrize("wrong", ["sgd", [None], [1, 2], SGD, 0.1, nn.Linear(2, 2)], ids=str)
-def test_not_an_optimizer(wrong: Any) -> None:
+def test_other_objects_are_refused_as_optimizers(wrong: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     small = tdfx.rewrite(model, policy(0.5))
     text = r"optimizer=.* is a .*, not a torch\.optim\.Optimizer: .* or a list of them\."
@@ -361,7 +363,7 @@ def test_not_an_optimizer(wrong: Any) -> None:
         tdfx.merge(small, optimizer=wrong)
 
 
-def test_several_optimizers() -> None:
+def test_several_optimizers_are_updated() -> None:
     model = Net().double()
     pair = [
         SGD([model.conv.weight, model.norm.weight, model.norm.bias], lr=0.01, momentum=0.9),
@@ -372,13 +374,13 @@ def test_several_optimizers() -> None:
     small = tdfx.rewrite(model, policy(0.5), optimizer=pair)
     sizes = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in pair]
     assert sizes == [[5], [6]]
-    held = itertools.chain.from_iterable(group["params"] for one in pair for group in one.param_groups)
-    assert {id(one) for one in held} == {id(one) for one in small.parameters()}
+    held = itertools.chain.from_iterable(group["params"] for optimizer in pair for group in optimizer.param_groups)
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in small.parameters()}
     assert all("momentum_buffer" in pair[0].state[weight] for weight in factorized(small, "conv").weights)
     assert all("exp_avg" in pair[1].state[weight] for weight in factorized(small, "fc").weights)
 
 
-def test_gradients_without_an_optimizer_are_suspicious() -> None:
+def test_gradients_without_an_optimizer_cause_a_warning() -> None:
     model = Net().double()
     tdfx.rewrite(model, policy(0.5))  # no gradients, no warning: warnings are errors here
     model(torch.randn(3, 4, 2, 2, dtype=torch.float64)).sum().backward()
@@ -392,7 +394,7 @@ def test_a_weight_held_by_two_optimizers_is_an_error() -> None:
     both = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]
     with pytest.raises(tdfx.OptimizerError, match="weight of site '0' is held by 2 of the optimizers given"):
         tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0), optimizer=both)
-    assert [one.param_groups[0]["params"][0] is model[0].weight for one in both] == [True, True]
+    assert [optimizer.param_groups[0]["params"][0] is model[0].weight for optimizer in both] == [True, True]
 
 
 def test_second_moments_are_not_below_the_squares_of_the_first() -> None:
@@ -402,7 +404,7 @@ def test_second_moments_are_not_below_the_squares_of_the_first() -> None:
     loss = model(torch.ones(4, 16, dtype=torch.float64)).sum()
     loss.backward()
     optimizer.step()
-    # Entries that all agree, the case in which the estimate from uncorrelated entries is too small.
+    # If all entries agree, the estimate for uncorrelated entries is too small.
     optimizer.state[weight]["exp_avg"].fill_(1.0)
     optimizer.state[weight]["exp_avg_sq"].fill_(1.0)
     small = tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0), optimizer=optimizer)

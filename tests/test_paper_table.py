@@ -1,4 +1,4 @@
-"""The paper's table: rows in turns, figures worked out from known records, and the README's block."""
+"""The paper's table: rows in turns, figures calculated from given records, and the README's block."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ README = TOOLS / "README.md"
 pytestmark = needs("paper_table.py")
 
 
-def row(policy: str, seed: int, times: float, accuracies: list[float], **changes: Any) -> Any:
-    """Return a row of a run whose epochs took equally long."""
+def row(policy: str, seed: int, seconds: float, accuracies: list[float], **changes: Any) -> Any:
+    """Return a row of a run whose epochs all took the same time."""
     epochs = [
-        {"epoch": index + 1, "accuracy": one, "seconds": times * (index + 1) / len(accuracies)}
-        for index, one in enumerate(accuracies)
+        {"epoch": index + 1, "accuracy": accuracy, "seconds": seconds * (index + 1) / len(accuracies)}
+        for index, accuracy in enumerate(accuracies)
     ]
     phases = dict.fromkeys(tool("recipe.phases").PHASES, 0.0)
-    record = tool("recipe.record").Record(
+    record = tool("recipe.record").RunRecord(
         config={"name": "tiny", "training": {"epochs": len(accuracies)}},
         processes=1,
         device="cpu",
         epochs=epochs,
         accuracy=accuracies[-1],
         loss=1.0,
-        seconds={**phases, "step": times - 1.0, "planning": 1.0, "evaluation": 50.0, "saving": 50.0},
+        seconds={**phases, "step": seconds - 1.0, "planning": 1.0, "evaluation": 50.0, "saving": 50.0},
         parameters=100,
         parameters_after=100 if policy == "full" else 40,
         flops=None if policy == "full" else 1000,
@@ -38,14 +38,14 @@ def row(policy: str, seed: int, times: float, accuracies: list[float], **changes
         sites=5,
         factorized=[] if policy == "full" else [{}] * 3,
     )
-    return tool("recipe.rows").Row(
+    return tool("recipe.rows").PaperRow(
         **{"run": "tiny", "policy": policy, "seed": seed, "cold": False, "record": record, **changes}
     )
 
 
 def cells(rows: list[Any]) -> list[tuple[str, ...]]:
     table = tool("recipe.table").table_of(rows)
-    return [tuple(str(one) for one in line) for line in zip(*(column.cells for column in table.columns), strict=True)]
+    return [tuple(str(cell) for cell in line) for line in zip(*(column.cells for column in table.columns), strict=True)]
 
 
 def test_figures_are_those_of_the_records() -> None:
@@ -57,7 +57,7 @@ def test_figures_are_those_of_the_records() -> None:
     ]
     full, fast = cells(rows)
     assert full == ("full", "98.00 ± 0.00", "1.000 ± 0.000", "1.00", "", "1.00 (2/2)", "100 %", "100 %", "")
-    # Of seed 0 both reach 98 in their last epoch, 8 s and 4 s; of seed 1 it is never reached.
+    # With seed 0 both reach 98 in their last epoch, after 8 s and 4 s; with seed 1 the fast run never does.
     assert fast == ("fast", "97.50 ± 0.71", "1.000 ± 0.000", "4.00", "2.00", "2.00 (1/2)", "40 %", "25 %", "3/5")
 
 
@@ -68,7 +68,7 @@ def test_a_row_that_is_slower_or_refused_shows_it() -> None:
     assert last[:2] == ("none", "refused")
 
 
-def test_policies_take_turns_and_what_is_known_is_not_run_again(tmp_path: Path) -> None:
+def test_policies_take_turns_and_finished_rows_are_not_run_again(tmp_path: Path) -> None:
     rows, table = tool("recipe.rows"), tool("paper_table")
     config = config_of(training__epochs=2)
 
@@ -80,45 +80,46 @@ def test_policies_take_turns_and_what_is_known_is_not_run_again(tmp_path: Path) 
                 range(seeds),
                 clock=time.process_time,
                 device=torch.device("cpu"),
-                say=lambda line: None,
+                echo=lambda line: None,
                 done=done,
             )
         )
 
-    found = run()
-    assert [one.key[1:] for one in found] == [
+    finished = run()
+    assert [row.key[1:] for row in finished] == [
         ("full", 0),
         ("VBMF as published", 0),
         ("full", 1),
         ("VBMF as published", 1),
     ]
-    assert found[1].record.config["switch"] == {**found[0].record.config["switch"], "policy": "vbmf:0", "round_to": 1}
-    assert found[0].record.config["seed"] != found[2].record.config["seed"]
-    assert found[0].record.epochs[0]["training_loss"] == found[1].record.epochs[0]["training_loss"]
-    table.write_rows(tmp_path / "out", found[:3], seeds=2)
+    full, vbmf, next_full, next_vbmf = (row.record for row in finished)
+    assert vbmf.config["switch"] == {**full.config["switch"], "policy": "vbmf:0", "round_to": 1}
+    assert full.config["seed"] != next_full.config["seed"]
+    assert full.epochs[0]["training_loss"] == vbmf.epochs[0]["training_loss"]
+    table.write_rows(tmp_path / "out", finished[:3], seeds=2)
     read = table.read_rows(tmp_path / "out")
-    assert read == found[:3]
+    assert read == finished[:3]
     (missing,) = run(tuple(read))
-    assert missing.key == found[3].key
-    assert missing.record.accuracy == found[3].record.accuracy
+    assert missing.key == finished[3].key
+    assert missing.record.accuracy == next_vbmf.accuracy
 
 
 def test_a_policy_that_is_refused_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tool("recipe.rows")
     monkeypatch.setitem(rows.POLICIES, "absurd", {"switch.policy": "speedup:1000"})
-    (found,) = rows.rows(
+    (refused,) = rows.rows(
         {"tiny": config_of(training__epochs=2)},
         ["absurd"],
         [0],
         clock=time.process_time,
         device=torch.device("cpu"),
-        say=lambda line: None,
+        echo=lambda line: None,
     )
-    assert found.record is None
-    assert "cannot be kept" in found.refused
+    assert refused.record is None
+    assert "cannot be kept" in refused.refused
 
 
-def test_the_command_names_the_configs_there_are() -> None:
+def test_the_command_lists_the_configs() -> None:
     result = CliRunner().invoke(tool("paper_table").main, ["--run", "digit5", "--threads", "1"])
     assert result.exit_code == 1
     assert (
@@ -127,7 +128,7 @@ def test_the_command_names_the_configs_there_are() -> None:
     assert set(tool("paper_table").configs_of(["digits-v"], [])) == {"digits-vgg"}
 
 
-def test_the_block_takes_the_place_of_the_former_one() -> None:
+def test_the_block_replaces_the_former_one() -> None:
     table = tool("recipe.table")
     text = f"before\n{table.BEGIN}```\nold\n```{table.END}\nafter\n"
     assert table.with_block(text, "new \\1") == f"before\n{table.BEGIN}```\nnew \\1\n```{table.END}\nafter\n"
@@ -135,7 +136,7 @@ def test_the_block_takes_the_place_of_the_former_one() -> None:
         table.with_block("before", "new")
 
 
-def test_the_readme_shows_what_was_kept() -> None:
+def test_the_readme_shows_the_results_in_the_repository() -> None:
     table = tool("paper_table")
     text = README.read_text(encoding="utf-8")
-    assert tool("recipe.table").with_block(text, table.rendered(table.read_rows(table.RESULTS))) == text
+    assert tool("recipe.table").with_block(text, table.render(table.read_rows(table.RESULTS))) == text

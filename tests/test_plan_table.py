@@ -1,4 +1,4 @@
-"""The table of a plan: it fits, it says what matters most, and what is not cut is whole."""
+"""The table of a plan fits its width, shows what matters most, and is whole in a pipe."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def kept(name: str, reason: Reason = Reason.READ_ELSEWHERE, note: str = NOTE) ->
 BLOCKS = [f"encoder.layers.encoder_layer_{number}" for number in range(12)]
 PLAN = Plan(
     sites=tuple(
-        one
+        decision
         for block in BLOCKS
-        for one in (kept(f"{block}.self_attention.in_proj_weight"), site(f"{block}.mlp.0"), site(f"{block}.mlp.3"))
+        for decision in (kept(f"{block}.self_attention.in_proj_weight"), site(f"{block}.mlp.0"), site(f"{block}.mlp.3"))
     ),
     notes=("given back as VisionTransformer, not as a graph",),
     model="VisionTransformer",
@@ -52,25 +52,25 @@ def shown(plan: Plan, width: int | None, sites: tuple[SitePlan, ...] | None = No
 
 
 def table(lines: list[str]) -> list[str]:
-    return lines[: lines.index("") if "" in lines else next(i for i, one in enumerate(lines) if not one.strip())]
+    return lines[: lines.index("") if "" in lines else next(i for i, line in enumerate(lines) if not line.strip())]
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 120, 160, 200, 300])
-def test_no_line_is_wider_than_the_terminal_and_every_site_has_one(width: int) -> None:
+def test_no_line_is_wider_than_the_terminal_and_every_site_has_a_line(width: int) -> None:
     lines = shown(PLAN, width)
     assert max(map(len, lines)) <= width
     assert len(table(lines)) == 1 + len(PLAN)
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 160, 200])
-def test_folded_names_still_tell_sites_apart(width: int) -> None:
+def test_folded_names_still_differ(width: int) -> None:
     names = [line.split()[0] for line in table(shown(PLAN, width))[1:]]
     assert len(set(names)) == len(PLAN)
     assert all(name.startswith("enc") for name in names)
     assert [name.rpartition(".")[2] for name in names[1:3]] == ["0", "3"]
 
 
-def test_more_room_says_more() -> None:
+def test_a_wider_table_shows_more() -> None:
     titles = {width: set(table(shown(PLAN, width))[0].split()) for width in (30, 60, 80, 100, 120, 200)}
     assert titles[30] >= {"site", "scheme"}
     assert titles[60] >= {"site", "scheme", "params", "gain"}
@@ -83,15 +83,15 @@ def test_more_room_says_more() -> None:
 def test_in_a_pipe_nothing_is_cut() -> None:
     text = render_plain(plan_view(PLAN))
     assert "…" not in text
-    line = next(one for one in text.splitlines() if one.startswith(f"{BLOCKS[11]}.self_attention.in_proj_weight"))
+    line = next(line for line in text.splitlines() if line.startswith(f"{BLOCKS[11]}.self_attention.in_proj_weight"))
     assert line.endswith(NOTE)
     assert "read_elsewhere" in line
-    (row,) = (one for one in text.splitlines() if one.startswith(f"{BLOCKS[7]}.mlp.3 "))
+    (row,) = (line for line in text.splitlines() if line.startswith(f"{BLOCKS[7]}.mlp.3 "))
     cells = "Conv2d 512×512×3×3  tucker2  128/64  12.3%  2.36M → 279k  1G → 100M  12.3 → 5.01  2.45x"
     assert row.split() == [f"{BLOCKS[7]}.mlp.3", *cells.split()]
 
 
-def test_a_long_note_is_cut_where_there_is_a_terminal() -> None:
+def test_a_long_note_is_cut_on_a_terminal() -> None:
     plan = Plan(sites=(kept("fc", note="n" * 200), site("conv")))
     row = table(shown(plan, 120))[1]
     assert row.rstrip().endswith("n…")
@@ -99,26 +99,26 @@ def test_a_long_note_is_cut_where_there_is_a_terminal() -> None:
 
 
 def test_columns_that_would_be_empty_are_left_out() -> None:
-    made = tdfx.plan(nn.Linear(64, 64), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
-    assert shown(made, None)[0].split() == ["site", "layer", "scheme", "ranks", "error", "params", "gain"]
+    plan = tdfx.plan(nn.Linear(64, 64), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
+    assert shown(plan, None)[0].split() == ["site", "layer", "scheme", "ranks", "error", "params", "gain"]
 
 
-def test_a_part_of_the_sites_is_told_from_all_of_them() -> None:
+def test_a_table_of_some_sites_says_how_many_there_are() -> None:
     lines = shown(PLAN, 80, PLAN.factorized[:2])
     assert len(table(lines)) == 4
-    assert lines[3].rstrip() == "shown: 2 of 36 sites; what follows is of all of them"
+    assert lines[3].rstrip() == "shown: 2 of 36 sites; the totals are those of all sites"
     assert lines[5].rstrip() == "VisionTransformer: 24 of 36 sites factorized; kept: 12 read_elsewhere"
-    assert shown(PLAN, 80, ())[0].rstrip() == "shown: 0 of 36 sites; what follows is of all of them"
+    assert shown(PLAN, 80, ())[0].rstrip() == "shown: 0 of 36 sites; the totals are those of all sites"
     assert "shown:" not in "".join(shown(PLAN, 80))
 
 
-def test_what_would_tear_the_table_is_shown_as_a_sign() -> None:
+def test_control_characters_in_a_name_are_replaced() -> None:
     lines = shown(Plan(sites=(site("a\nb\x1b[31m"),)), None)
     assert lines[1].startswith("a�b�[31m ")
 
 
 @pytest.mark.parametrize("width", range(1, 60))
-def test_a_folded_name_is_as_wide_as_it_may_be_and_keeps_its_ends(width: int) -> None:
+def test_a_folded_name_fills_its_width_and_keeps_its_ends(width: int) -> None:
     name = "encoder.layers.encoder_layer_11.self_attention.out_proj"
     short = fold(name, width)
     assert len(short) <= width

@@ -1,4 +1,4 @@
-"""What a policy refuses, and which sites it speaks of."""
+"""What a policy refuses, and which sites it concerns."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_round_to_must_be_a_whole_number(given: Any) -> None:
         Policy(round_to=given)
 
 
-def test_edges_are_accepted() -> None:
+def test_limits_of_the_ranges_are_accepted() -> None:
     assert Policy(min_gain=0).min_gain == 0
     assert Policy(round_to=1).round_to == 1
     assert Policy(round_to="auto").round_to == "auto"
@@ -99,17 +99,17 @@ def test_overrides() -> None:
     middle = Policy(rank=Energy(), overrides={"a.b.*": deep, "a.c": None})
     policy = Policy(exclude=("a.b.never",), overrides={"fc": None, "x.*": inner, "a.*": middle, "*.y": deep})
     assert policy.for_site("fc") is None
-    assert policy.for_site("x.1") is inner
-    assert policy.for_site("x.y") is inner  # the first match counts
+    assert policy.for_site("x.1") == inner
+    assert policy.for_site("x.y") == inner  # the first match counts
     assert policy.for_site("x.keep") is None
-    assert policy.for_site("a.b.1") is deep
+    assert policy.for_site("a.b.1") == deep
     assert policy.for_site("a.c") is None
-    assert policy.for_site("a.d") is middle
+    assert policy.for_site("a.d") == middle
     assert policy.for_site("a.b.never") is None
     assert policy.for_site("other") is policy
 
 
-def test_patterns_are_told_by_setting() -> None:
+def test_patterns_are_listed_by_setting() -> None:
     policy = Policy(rank=Fixed({"fc": 8}), include=("a*",), exclude=("b*",), overrides={"c*": None})
     assert policy.patterns() == {"include": ("a*",), "exclude": ("b*",), "overrides": ("c*",), "rank": ("fc",)}
 
@@ -138,6 +138,6 @@ def test_equal_policies_have_equal_hashes() -> None:
     assert make() != Policy(rank=Fixed({"fc": 9}), include=("a",), overrides={"b": None})
 
 
-def test_repr_makes_the_policy_again() -> None:
+def test_repr_gives_an_equal_policy() -> None:
     policy = Policy(rank=Energy(share=0.5), include=("a",), overrides={"b": None})
     assert eval(repr(policy)) == policy

@@ -27,7 +27,7 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Loop:
-    """A training loop with autocast and a gradient scaler, as people write it."""
+    """A usual training loop with autocast and a gradient scaler."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, dtype: torch.dtype, scale: float = 2.0**10) -> None:
         self.model, self.optimizer, self.dtype = model, optimizer, dtype
@@ -61,14 +61,14 @@ def adamw(model: nn.Module) -> Optimizer:
     return AdamW(model.parameters(), lr=1e-3)
 
 
-@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("build", [sgd, adamw])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_scaling_and_clipping_go_on(make: Any, dtype: torch.dtype) -> None:
+def test_training_with_autocast_scaling_and_clipping_continues(build: Any, dtype: torch.dtype) -> None:
     model = net()
-    loop = Loop(model, make(model), dtype)
+    loop = Loop(model, build(model), dtype)
     before = [loop.step(seed % 3) for seed in range(12)]
     loop.model = tdfx.rewrite(model, HALF, optimizer=loop.optimizer)
-    assert {one.dtype for one in loop.model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in loop.model.parameters()} == {torch.float32}
     after = [loop.step(seed % 3) for seed in range(24)]
     loop.model = tdfx.merge(loop.model, optimizer=loop.optimizer)
     after += [loop.step(seed % 3) for seed in range(6)]
@@ -89,7 +89,7 @@ def test_a_switch_between_step_and_update_keeps_the_scale() -> None:
     loop.step(2)
 
 
-def test_a_switch_between_backward_and_unscaling_takes_the_scaled_gradients_along() -> None:
+def test_a_switch_between_backward_and_unscaling_carries_the_scaled_gradients() -> None:
     model = net().double()
     optimizer = SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -97,10 +97,10 @@ def test_a_switch_between_backward_and_unscaling_takes_the_scaled_gradients_alon
     scaler.scale(nn.functional.cross_entropy(model(x.double()), y)).backward()  # type: ignore[no-untyped-call]
     small = tdfx.rewrite(model, FULL, optimizer=optimizer)
     scaler.unscale_(optimizer)
-    found = [cast("torch.Tensor", one.grad) for one in small.parameters()]
+    gradients = [cast("torch.Tensor", parameter.grad) for parameter in small.parameters()]
     wanted = torch.autograd.grad(nn.functional.cross_entropy(small(x.double()), y), list(small.parameters()))
-    for one, other in zip(found, wanted, strict=True):
-        assert (one - other).norm() <= 1e-9 * other.norm()
+    for gradient, expected in zip(gradients, wanted, strict=True):
+        assert (gradient - expected).norm() <= 1e-9 * expected.norm()
 
 
 def test_a_step_that_overflowed_before_the_switch_is_skipped_after_it() -> None:
@@ -112,18 +112,18 @@ def test_a_step_that_overflowed_before_the_switch_is_skipped_after_it() -> None:
     assert weight.grad is not None
     weight.grad.fill_(float("inf"))
     loop.model = tdfx.rewrite(model, HALF, optimizer=loop.optimizer)
-    before = [one.detach().clone() for one in loop.model.parameters()]
+    before = [parameter.detach().clone() for parameter in loop.model.parameters()]
     scale = loop.scaler.get_scale()
     loop.finish()
-    assert all(torch.equal(one, other) for one, other in zip(before, loop.model.parameters(), strict=True))
+    assert all(torch.equal(value, other) for value, other in zip(before, loop.model.parameters(), strict=True))
     assert loop.scaler.get_scale() == scale / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("make", [sgd, adamw])
-def test_weights_of_half_precision_keep_it_and_train_on(make: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("build", [sgd, adamw])
+def test_weights_in_half_precision_keep_their_dtype_and_train(build: Any, dtype: torch.dtype) -> None:
     model = net().to(dtype)
-    optimizer = SGD(model.parameters(), lr=0.02, momentum=0.9) if make is sgd else AdamW(model.parameters(), eps=1e-4)
+    optimizer = SGD(model.parameters(), lr=0.02, momentum=0.9) if build is sgd else AdamW(model.parameters(), eps=1e-4)
 
     def train(current: nn.Module, steps: int) -> list[float]:
         losses = []
@@ -138,7 +138,7 @@ def test_weights_of_half_precision_keep_it_and_train_on(make: Any, dtype: torch.
 
     before = train(model, 9)
     small = tdfx.rewrite(model, HALF, optimizer=optimizer)
-    layers = [one for one in small.modules() if isinstance(one, Factorized)]
+    layers = [module for module in small.modules() if isinstance(module, Factorized)]
     assert {weight.dtype for layer in layers for weight in layer.weights} == {dtype}
     for layer in layers:
         for weight in layer.weights:
@@ -146,4 +146,4 @@ def test_weights_of_half_precision_keep_it_and_train_on(make: Any, dtype: torch.
             assert {value.dtype for value in entries.values()} == {dtype}
             assert all(torch.isfinite(value).all() for value in entries.values())
     assert max(train(small, 24)[-3:]) < min(before[:3])
-    assert {one.dtype for one in tdfx.merge(small, optimizer=optimizer).parameters()} == {dtype}
+    assert {parameter.dtype for parameter in tdfx.merge(small, optimizer=optimizer).parameters()} == {dtype}

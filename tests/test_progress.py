@@ -1,4 +1,4 @@
-"""Bars are for terminals, for work that takes long, and one at a time."""
+"""Progress bars appear on terminals, for work that takes long, one at a time."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tdfx.progress import progress, waiting
 
 
 class Screen(io.StringIO):
-    """Says that somebody looks at it."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def look(monkeypatch: pytest.MonkeyPatch) -> Screen:
-    """Put a terminal in the place of stderr; in the test itself, as pytest puts its own there after the fixtures."""
-    found = Screen()
-    monkeypatch.setattr(sys, "stderr", found)
+def use_terminal(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """Replace stderr by a terminal; within the test, because pytest replaces stderr after the fixtures."""
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    return found
+    return screen
 
 
 def work(what: str, count: int) -> None:
@@ -35,7 +35,7 @@ def work(what: str, count: int) -> None:
 
 
 def test_a_bar_appears_where_work_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = look(monkeypatch)
+    screen = use_terminal(monkeypatch)
     work("timing layers", 3)
     assert screen.getvalue() == ""
     monkeypatch.setattr(bars, "_QUIET", -1.0)
@@ -45,7 +45,7 @@ def test_a_bar_appears_where_work_takes_long(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_bar_within_another_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = look(monkeypatch)
+    screen = use_terminal(monkeypatch)
     monkeypatch.setattr(bars, "_QUIET", -1.0)
     with progress("reading weights", 2) as advance:
         advance(1)
@@ -59,15 +59,15 @@ def test_a_bar_within_another_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> N
     assert "timing layers" in screen.getvalue()
 
 
-def test_what_cannot_be_counted_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = look(monkeypatch)
+def test_uncounted_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = use_terminal(monkeypatch)
     with waiting("building [a] model"):
         pass
     assert "building [a] model" in screen.getvalue()
 
 
-def test_a_failure_leaves_room_for_the_next_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = look(monkeypatch)
+def test_after_a_failure_the_next_bar_appears(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = use_terminal(monkeypatch)
     monkeypatch.setattr(bars, "_QUIET", -1.0)
     for block in (progress("first", 2), waiting("second")):
         with pytest.raises(KeyError), block:
@@ -77,7 +77,7 @@ def test_a_failure_leaves_room_for_the_next_bar(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), None, object()], ids=["pipe", "none", "anything"])
-def test_without_a_terminal_all_is_quiet(stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_nothing_is_shown(stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bars, "_QUIET", -1.0)
     monkeypatch.setattr(sys, "stderr", stream)
     work("timing layers", 3)

@@ -30,37 +30,37 @@ def projector(basis: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rows_side", [None, True, False])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_spectrum_is_numpys(rows: int, cols: int, rows_side: bool | None) -> None:
+def test_spectrum_equals_numpys(rows: int, cols: int, rows_side: bool | None) -> None:
     matrix = noise(rows, cols)
     left, values, right = np.linalg.svd(matrix.numpy(), full_matrices=False)
-    found = spectrum(matrix, rows_side=rows_side)
+    computed = spectrum(matrix, rows_side=rows_side)
 
     on_rows = rows <= cols if rows_side is None else rows_side
     expected = torch.from_numpy(left if on_rows else right.T)
-    assert (found.rows, found.cols, found.full_rank) == (rows, cols, min(rows, cols))
-    assert found.basis.shape == expected.shape
+    assert (computed.rows, computed.cols, computed.full_rank) == (rows, cols, min(rows, cols))
+    assert computed.basis.shape == expected.shape
     # The Gram matrix is rounded by eps * s0**2 per term of its sums, and d(s**2) = 2 s ds.
     rounding = 4 * max(rows, cols) * EPS * values[0] ** 2
-    assert np.abs(found.values.numpy() - values).max() <= rounding / values[-1]
+    assert np.abs(computed.values.numpy() - values).max() <= rounding / values[-1]
     for rank in range(1, min(rows, cols)):
         gap = values[rank - 1] ** 2 - values[rank] ** 2
-        difference = projector(found.basis[:, :rank]) - projector(expected[:, :rank])
+        difference = projector(computed.basis[:, :rank]) - projector(expected[:, :rank])
         assert difference.norm() <= rounding * math.sqrt(rank) / gap
 
 
-def test_projector_comparison_sees_the_wrong_vectors() -> None:
-    found = spectrum(noise(7, 19)).basis
-    assert (projector(found[:, :3]) - projector(found[:, 1:4])).norm() > 1
+def test_projector_comparison_detects_wrong_vectors() -> None:
+    computed = spectrum(noise(7, 19)).basis
+    assert (projector(computed[:, :3]) - projector(computed[:, 1:4])).norm() > 1
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 @pytest.mark.parametrize("rows_side", [None, True, False])
 def test_basis_is_orthonormal_even_where_values_are_zero(rows: int, cols: int, rows_side: bool | None) -> None:
     for matrix in (noise(rows, 1) @ noise(1, cols), torch.zeros(rows, cols, dtype=torch.float64)):
-        found = spectrum(matrix, rows_side=rows_side)
-        product = found.basis.mT @ found.basis
-        assert (product - torch.eye(found.full_rank, dtype=torch.float64)).norm() <= 8 * max(rows, cols) * EPS
-        assert bool(torch.isfinite(found.values).all())
+        computed = spectrum(matrix, rows_side=rows_side)
+        product = computed.basis.mT @ computed.basis
+        assert (product - torch.eye(computed.full_rank, dtype=torch.float64)).norm() <= 8 * max(rows, cols) * EPS
+        assert bool(torch.isfinite(computed.values).all())
 
 
 def test_signs_are_fixed_by_the_largest_entry() -> None:
@@ -97,11 +97,11 @@ def test_all_of_the_energy_means_full_rank(decay: float) -> None:
     assert Energy(share=0.3)._rank(values) < 6
 
 
-def test_energy_chooses_for_each_mode_on_its_own() -> None:
-    found = Energy(share=0.9).choose("site", [spectrum(planted(24, 90, 3)), spectrum(planted(12, 90, 5))])
-    assert len(found.ranks) == 2
-    assert found.signal
-    assert not found.kept
+def test_energy_chooses_for_each_mode_separately() -> None:
+    choice = Energy(share=0.9).choose("site", [spectrum(planted(24, 90, 3)), spectrum(planted(12, 90, 5))])
+    assert len(choice.ranks) == 2
+    assert choice.signal
+    assert not choice.kept
 
 
 @pytest.mark.parametrize("rule", [Energy(), VBMF(), VBMF(floor=0), Energy(share=1.0)])
@@ -113,7 +113,7 @@ def test_noise_in_any_mode_is_no_signal(rule: RankRule) -> None:
     assert rule.choose("site", [learnt, learnt]).signal
 
 
-def test_ratio_does_not_ask_for_signal() -> None:
+def test_ratio_needs_no_signal() -> None:
     fresh = spectrum(noise(24, 90))
     assert Ratio(of=0.25).choose("site", [fresh]).ranks == (6,)
     assert Ratio(of=1.0).choose("site", [fresh, spectrum(noise(9, 3))]).ranks == (24, 3)
@@ -134,7 +134,7 @@ def test_vbmf_floor_and_its_note() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -0.5, 1.5, float("nan"), float("inf"), True, "0.9", None])
-def test_a_share_that_is_none_is_an_error(value: float) -> None:
+def test_an_invalid_share_is_refused(value: float) -> None:
     with pytest.raises(PolicyError, match=r"share=.* is not in \(0, 1\]: it is the part of the squared.*share=0\.95\."):
         Energy(share=value)
     with pytest.raises(PolicyError, match=r"of=.* is not in \(0, 1\]: it is the part of each full rank.*of=0\.25\."):
@@ -142,7 +142,7 @@ def test_a_share_that_is_none_is_an_error(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.01, float("nan"), False, "0"])
-def test_a_floor_that_is_none_is_an_error(value: float) -> None:
+def test_an_invalid_floor_is_refused(value: float) -> None:
     with pytest.raises(PolicyError, match=r"floor=.* is not in \[0, 1\]: it is the least part.*pass floor=0\.$"):
         VBMF(floor=value)
 
@@ -154,13 +154,13 @@ def test_fixed_takes_the_first_pattern() -> None:
     assert rule.choose("layer2.0", pair).ranks == (3, 2)
     assert rule.choose("fc", pair[:1]).ranks == (5,)
     other = rule.choose("stem", pair)
-    assert (other.ranks, other.signal, other.kept) == ((), True, "no pattern of Fixed names it")
+    assert (other.ranks, other.signal, other.kept) == ((), True, "no pattern of Fixed matches it")
     assert rule.patterns() == ("layer1.*", "layer*", "fc")
     assert rule.exact
     assert not Ratio().exact
 
 
-def test_fixed_keeps_its_own_copy() -> None:
+def test_fixed_keeps_a_private_copy() -> None:
     given: dict[str, int | tuple[int, ...]] = {"fc": 4}
     rule = Fixed(given)
     given["fc"] = 9
@@ -169,7 +169,7 @@ def test_fixed_keeps_its_own_copy() -> None:
     assert rule != Fixed({"fc": 9})
 
 
-def test_fixed_ranks_that_do_not_fit_are_an_error() -> None:
+def test_fixed_ranks_that_do_not_fit_are_refused() -> None:
     pair = [spectrum(noise(8, 27)), spectrum(noise(3, 72))]
     with pytest.raises(
         PolicyError,
@@ -183,13 +183,13 @@ def test_fixed_ranks_that_do_not_fit_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("given", [0, -1, 2.5, True, (), (4, 0), (4, True), "8", None])
-def test_fixed_refuses_what_is_no_rank(given: int) -> None:
+def test_fixed_refuses_invalid_ranks(given: int) -> None:
     with pytest.raises(PolicyError, match=r"Fixed rank .* for 'fc' is not a whole number of at least 1.*exclude="):
         Fixed({"fc": given})
 
 
 @pytest.mark.parametrize("given", [{}, None, 4, ["fc"]])
-def test_fixed_refuses_what_is_no_mapping(given: dict[str, int | tuple[int, ...]]) -> None:
+def test_fixed_refuses_other_types_than_mappings(given: dict[str, int | tuple[int, ...]]) -> None:
     with pytest.raises(
         PolicyError, match=r"names no site: it takes a mapping from site patterns to ranks\. For example"
     ):
@@ -218,16 +218,16 @@ def test_parse_rule_errors() -> None:
     ):
         parse_rule("enrgy:0.9")
     with pytest.raises(
-        PolicyError, match=r"'energy:high' has no number after the colon: 'high' .* for example energy:0\.5\."
+        PolicyError, match=r"'energy:high' has no number after the colon, but 'high'.* for example energy:0\.5\."
     ):
         parse_rule("energy:high")
-    with pytest.raises(PolicyError, match=r"'ratio:' has no number after the colon: '' is not one"):
+    with pytest.raises(PolicyError, match=r"'ratio:' has no number after the colon, but ''"):
         parse_rule("ratio:")
     with pytest.raises(PolicyError, match=r"share=90\.0 is not in \(0, 1\]"):
         parse_rule("energy:90")
 
 
-def test_a_spectrum_cut_short_reads_as_the_whole_one() -> None:
+def test_a_truncated_spectrum_gives_the_same_ranks() -> None:
     whole = spectrum(planted(40, 90, 6, strength=1.0))
     rest = whole.values[12:].square().sum()
     cut = Spectrum(whole.values[:12], whole.basis[:, :12], 40, 90, rest)

@@ -1,4 +1,4 @@
-"""The training recipe, end to end: train, switch, stop, resume, merge, prove."""
+"""The training recipe, end to end: train, switch, stop, resume, merge, verify."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def bits(run: Any) -> dict[str, Tensor]:
     return values
 
 
-def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
 
 
 @pytest.mark.parametrize("name", ["recipe.schedule", "recipe.data"])
@@ -59,32 +59,32 @@ def test_the_examples_run(name: str) -> None:
     assert (result.failed, result.attempted > 0) == (0, True)
 
 
-def test_a_run_trains_switches_merges_and_is_proved(tmp_path: Path) -> None:
+def test_a_run_trains_switches_merges_and_is_verified(tmp_path: Path) -> None:
     plot = [f"--plot={tmp_path / 'run.png'}"] if _has("matplotlib") else []
     result = command(tmp_path, f"--json={tmp_path / 'out.json'}", "--set", "training.ema=0.5", *plot)
     assert result.exit_code == 0, result.output
     assert "ONNX: the merged graph is the original's" in result.output
     assert not plot or (tmp_path / "run.png").stat().st_size > 1000
-    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    (record,) = found["results"]
-    assert found["seeds"] == [0]
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    (record,) = written["results"]
+    assert written["seeds"] == [0]
     assert (record["config"]["training"]["ema"], record["config"]["switch"]["policy"]) == (0.5, "ratio:0.5")
-    assert [one["epoch"] for one in record["epochs"]] == [1, 2, 3]
+    assert [epoch["epoch"] for epoch in record["epochs"]] == [1, 2, 3]
     assert record["epochs"][0]["training_loss"] > record["epochs"][2]["training_loss"]
-    assert {one["name"] for one in record["factorized"]} == {"0", "3", "7"}
+    assert {site["name"] for site in record["factorized"]} == {"0", "3", "7"}
     assert record["events"] == ["step 3: switched, 3 sites (0, 3, 7): the step that was asked for"]
     assert record["parameters_after"] < record["parameters"]
     assert record["flops_after"] < record["flops"]
     assert record["verified"] is True
     # A few hundred roundings of float32.
     assert 0 < record["merge_error"] < 1e-5
-    spent = record["seconds"]
-    assert all(spent[name] > 0 for name in ("data", "step", "planning", "rewriting", "merging", "evaluation"))
-    assert (spent["watching"], spent["saving"]) == (0.0, 0.0)
-    assert record["epochs"][-1]["seconds"] < sum(spent.values()) - spent["evaluation"]
+    seconds = record["seconds"]
+    assert all(seconds[name] > 0 for name in ("data", "step", "planning", "rewriting", "merging", "evaluation"))
+    assert (seconds["watching"], seconds["saving"]) == (0.0, 0.0)
+    assert record["epochs"][-1]["seconds"] < sum(seconds.values()) - seconds["evaluation"]
 
 
-def test_a_run_as_it_is_has_nothing_to_merge() -> None:
+def test_a_run_without_a_rewrite_has_nothing_to_merge() -> None:
     run = run_of(config_of(switch__policy="none"))
     assert run.train()
     record = tool("recipe.record").record_of(run)
@@ -92,13 +92,13 @@ def test_a_run_as_it_is_has_nothing_to_merge() -> None:
     assert record.accuracy == record.epochs[-1]["accuracy"]
 
 
-def test_a_run_of_few_steps_is_left_as_it_is_unless_told_otherwise() -> None:
+def test_a_run_of_few_steps_is_not_rewritten_by_default() -> None:
     run = run_of(config_of(switch__weigh=True))
     assert run.train()
     (event,) = run.switch.events
     assert (run.switch.plan, event.step, event.what) == (None, 3, "too_late")
     assert "in the 6 steps left" in event.why
-    assert tool("recipe.settings").Switching().weigh
+    assert tool("recipe.settings").SwitchingSettings().weigh
     assert same(bits(run), run.model.state_dict())
 
 
@@ -116,46 +116,47 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("steps", [2, 5, 8])
-def test_a_stopped_run_goes_on_to_the_same_bits(settings: dict[str, Any], steps: int, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_bits(settings: dict[str, Any], steps: int, tmp_path: Path) -> None:
     config = config_of(output__checkpoint=str(tmp_path / "run.tdfx"), output__every=2, **settings)
-    whole = run_of(config)
-    assert whole.train()
+    uninterrupted = run_of(config)
+    assert uninterrupted.train()
     assert not run_of(config).train(most_steps=steps)
-    again = run_of(config)
-    tool("recipe.checkpoint").resume(again, tmp_path / "run.tdfx")
-    assert (again.progress.epoch, again.progress.step) == divmod(steps, 3)
-    assert again.train()
-    assert same(bits(again), bits(whole))
-    assert again.switch.events == whole.switch.events
-    assert len(whole.switch.plan.factorized) > 0
-    timeless = [[{**row, "seconds": 0} for row in run.history] for run in (whole, again)]
-    assert timeless[0] == timeless[1]
+    resumed = run_of(config)
+    tool("recipe.checkpoint").resume(resumed, tmp_path / "run.tdfx")
+    assert (resumed.progress.epoch, resumed.progress.step) == divmod(steps, 3)
+    assert resumed.train()
+    assert same(bits(resumed), bits(uninterrupted))
+    assert resumed.switch.events == uninterrupted.switch.events
+    assert len(uninterrupted.switch.plan.factorized) > 0
+    histories = [[{**epoch, "seconds": 0} for epoch in run.history] for run in (uninterrupted, resumed)]
+    assert histories[0] == histories[1]
 
 
-def test_without_its_random_stream_a_run_would_be_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_random_stream_a_resumed_run_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(output__checkpoint=str(tmp_path / "run.tdfx"), output__every=2)
-    whole = run_of(config)
-    whole.train()
+    uninterrupted = run_of(config)
+    uninterrupted.train()
     run_of(config).train(most_steps=5)
-    again = run_of(config)
+    resumed = run_of(config)
     monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
-    tool("recipe.checkpoint").resume(again, tmp_path / "run.tdfx")
-    again.train()
-    assert not same(bits(again), bits(whole))
+    tool("recipe.checkpoint").resume(resumed, tmp_path / "run.tdfx")
+    resumed.train()
+    assert not same(bits(resumed), bits(uninterrupted))
 
 
-def test_the_command_goes_on_from_the_last_epoch(tmp_path: Path) -> None:
+def test_the_command_resumes_after_the_last_epoch(tmp_path: Path) -> None:
     file = f"output.checkpoint={tmp_path / 'run.tdfx'}"
     first = command(tmp_path, "--set", file, "--set", "output.verify=false")
-    again = command(tmp_path, "--set", file, "--set", "output.verify=false", "--resume")
-    assert (first.exit_code, again.exit_code) == (0, 0), again.output
-    results = [one.output[one.output.index("tiny: accuracy") :].splitlines()[0] for one in (first, again)]
-    assert results[0] == results[1]
+    resumed = command(tmp_path, "--set", file, "--set", "output.verify=false", "--resume")
+    assert (first.exit_code, resumed.exit_code) == (0, 0), resumed.output
+    outputs = [result.output for result in (first, resumed)]
+    scores = [output[output.index("tiny: accuracy") :].splitlines()[0] for output in outputs]
+    assert scores[0] == scores[1]
     assert "epoch 3 of 3" in first.output
-    assert "epoch 3 of 3" not in again.output
+    assert "epoch 3 of 3" not in resumed.output
 
 
-def test_a_run_goes_on_only_as_itself(tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_its_own_settings_only(tmp_path: Path) -> None:
     path = tmp_path / "run.tdfx"
     resume, error = tool("recipe.checkpoint").resume, tool("recipe.errors").RecipeError
     with pytest.raises(error, match=r"--resume found no checkpoint .*run.tdfx'. Set output.checkpoint"):
@@ -169,29 +170,29 @@ def test_a_run_goes_on_only_as_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_steps_of_few_bits_train(amp: str) -> None:
+def test_steps_in_half_precision_train(amp: str) -> None:
     run = run_of(config_of(training__amp=amp, training__channels_last=True))
-    kinds = set[torch.dtype]()
-    run.model[3].register_forward_hook(lambda layer, given, out: kinds.add(out.dtype))
+    dtypes = set[torch.dtype]()
+    run.model[3].register_forward_hook(lambda layer, inputs, output: dtypes.add(output.dtype))
     run.train()
-    assert tool("recipe.switching").DTYPES[amp] in kinds
+    assert tool("recipe.switching").DTYPES[amp] in dtypes
     assert run.history[2]["training_loss"] < run.history[0]["training_loss"]
-    assert all(one.dtype == torch.float32 for one in run.merged.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in run.merged.parameters())
     assert run.merged[3].weight.is_contiguous(memory_format=torch.channels_last)
     assert run.scaler.is_enabled() == (amp == "fp16")
 
 
-def test_the_board_has_the_figures(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = run_of(config_of(output__tensorboard=str(tmp_path), training__epochs=2))
     run.train()
-    found = events.EventAccumulator(str(tmp_path)).Reload()
-    assert [one.value for one in found.Scalars("run/accuracy")] == pytest.approx(
-        [one["accuracy"] for one in run.history]
+    written = events.EventAccumulator(str(tmp_path)).Reload()
+    assert [scalar.value for scalar in written.Scalars("run/accuracy")] == pytest.approx(
+        [epoch["accuracy"] for epoch in run.history]
     )
 
 
-def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     error = tool("recipe.errors").RecipeError
@@ -205,7 +206,7 @@ def _has(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def test_a_mistake_is_told_without_a_traceback(tmp_path: Path) -> None:
+def test_a_mistake_is_reported_without_a_traceback(tmp_path: Path) -> None:
     result = command(tmp_path, "--set", "training.epoch=3")
     assert (result.exit_code, result.output) == (
         1,

@@ -1,4 +1,4 @@
-"""The training recipe under torchrun, on two processes that talk by gloo."""
+"""The training recipe under torchrun, on two processes that communicate through gloo."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from checkout import needs
 
 
 @needs("train.py")
-def test_two_processes_train_switch_stop_and_go_on(tmp_path: Path) -> None:
+def test_two_processes_train_switch_stop_and_resume(tmp_path: Path) -> None:
     outcomes = two_processes.start(Path(recipe_worker.__file__), tmp_path, ["run"])
     assert outcomes["run"] == ""

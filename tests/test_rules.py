@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matrices import noise, planted, spectrum_of
+from torch import nn
 
-from tdfx import VBMF, Energy, Policy, PolicyError, Ratio, StableRank, Threshold, plan
+from tdfx import VBMF, Energy, Fixed, Modelled, Policy, PolicyError, Ratio, StableRank, Threshold, plan
+from tdfx.passes.pipeline import find_sites, make_plan
+from tdfx.passes.planning.proposals import SiteWish
 from tdfx.ranks.multiple import device_multiple, round_gently
-from tdfx.ranks.rule import RankRule
+from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.signal import NO_SIGNAL
 from tdfx.ranks.spectrum import Spectrum, spectrum
 from tdfx.ranks.stable import initial_stable_rank
@@ -66,13 +71,13 @@ def test_a_site_with_no_value_above_is_kept() -> None:
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), True, "1", None])
-def test_a_threshold_that_is_none_is_an_error(value: Any) -> None:
+def test_an_invalid_threshold_is_refused(value: Any) -> None:
     with pytest.raises(PolicyError, match=r"above=.* is not a number of at least 0: .* above=0\.01 with relative=True"):
         Threshold(above=value)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, float("nan"), True, "0.5", None])
-def test_a_relative_threshold_that_is_none_is_an_error(value: Any) -> None:
+def test_an_invalid_relative_threshold_is_refused(value: Any) -> None:
     with pytest.raises(PolicyError, match=r"above=.* is not in \(0, 1\): with relative=True .* pass above=0\.01\."):
         Threshold(above=value, relative=True)
 
@@ -111,7 +116,7 @@ def test_stable_rank_against_numpy(strength: float) -> None:
 
 def test_measured_initial_stable_ranks_are_used_by_name() -> None:
     pair = [spectrum(planted(64, 200, 6)), spectrum(planted(32, 100, 6))]
-    stable = [one.stable_rank() for one in pair]
+    stable = [unfolding.stable_rank() for unfolding in pair]
     rule = StableRank(initial={"a.*": (4 * stable[0], 2 * stable[1]), "b": 8 * stable[0], "*": 1.0})
     assert rule.choose("a.1", pair).ranks == (16, 16)
     assert rule.choose("b", pair[:1]).ranks == (8,)
@@ -131,7 +136,7 @@ def test_initial_stable_ranks_are_a_private_copy() -> None:
 
 
 @pytest.mark.parametrize("given", [0.5, float("nan"), float("inf"), True, "4", None, (), (4.0, 0.0)])
-def test_initial_stable_ranks_that_are_none_are_an_error(given: Any) -> None:
+def test_invalid_initial_stable_ranks_are_refused(given: Any) -> None:
     with pytest.raises(
         PolicyError, match=r"initial stable rank .* for 'fc' is not a number of at least 1, nor a tuple"
     ):
@@ -148,7 +153,7 @@ def test_initial_stable_ranks_must_fit_the_scheme() -> None:
         StableRank(initial={"fc": (4.0,)}).choose("fc", [spectrum(planted(24, 90, 3))] * 2)
 
 
-def test_weakening_goes_a_part_of_the_way_down() -> None:
+def test_weakening_goes_part_of_the_way_to_the_estimate() -> None:
     spectra = [spectrum(planted(64, 576, 5)), spectrum(planted(32, 576, 12))]
 
     def ranks(weaken: float, floor: float = 0.0) -> tuple[tuple[int, ...], str]:
@@ -168,7 +173,7 @@ def test_weakening_does_not_make_a_signal() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.01, float("nan"), True, "1"])
-def test_a_weakening_that_is_none_is_an_error(value: Any) -> None:
+def test_an_invalid_weakening_is_refused(value: Any) -> None:
     with pytest.raises(
         PolicyError, match=r"weaken=.* is not in \(0, 1\]: it is the part of the way .* pass weaken=1\.$"
     ):
@@ -197,12 +202,12 @@ def test_the_multiple_of_a_device(dtype: torch.dtype, device: torch.device, capa
     assert device_multiple(dtype, device, capability=capability) == multiple
 
 
-def test_the_device_is_asked_for_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_capability_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0) if device.index else (9, 0))
     assert device_multiple(torch.float16, torch.device("cuda", 0)) == 64
     assert device_multiple(torch.float16, torch.device("cuda", 1)) == 8
-    found = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
-    assert device_multiple(torch.float32, CPU) == found
+    expected = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+    assert device_multiple(torch.float32, CPU) == expected
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 8, 64])
@@ -214,7 +219,7 @@ def test_gentle_rounding_never_doubles_a_rank(multiple: int) -> None:
         assert round_gently((rank,), (rank,), multiple) == (rank,)
 
 
-def test_a_policy_rounds_to_what_suits_each_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_rounds_to_a_multiple_for_each_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 256).double())
 
     def ranks(of: float) -> list[tuple[int, ...] | None]:
@@ -233,3 +238,39 @@ def test_energy_and_stable_rank_of_a_spectrum_cut_short() -> None:
     assert cut.stable_rank() == pytest.approx(whole.stable_rank(), rel=1e-12)
     for rule in (Energy(share=0.5), StableRank(), Threshold(above=0.5, relative=True)):
         assert rule.choose("site", [cut]).ranks == rule.choose("site", [whole]).ranks
+
+
+def test_spectra_are_kept_for_what_is_rewritten_only() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(512, 512))
+    planned = make_plan(find_sites(model), Policy(rank=Fixed({"0": 60}) | Ratio(of=0.25), cost=Modelled()), None)
+    assert [site.name for site in planned.plan.factorized] == ["1"]
+    assert planned.spectra.kept_sites == {"1"}
+
+
+@dataclass(frozen=True)
+class HalfOfTheLargest(Ratio):
+    """A rule of the user's that reads values where the rule that it is derived from does not."""
+
+    def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
+        return Choice(tuple(int((unfolding.values > 0.5 * unfolding.values.max()).sum()) for unfolding in spectra))
+
+
+def test_weights_are_read_only_for_rules_that_read_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    choose = SiteWish.choose
+
+    def recorded(self: SiteWish, spectra: Sequence[Spectrum]) -> Choice:
+        if spectra[0].values.numel():
+            read.append(self.site.name)
+        return choose(self, spectra)
+
+    monkeypatch.setattr(SiteWish, "choose", recorded)
+    model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.Conv2d(48, 96, 3), nn.Linear(96, 100))
+    blind: list[RankRule] = [Ratio(of=0.5), Fixed({"*": 3}), Ratio(of=0.1).at_least(3) | Fixed({"*": 2})]
+    for rule in blind:
+        plan(model, Policy(rank=rule, min_gain=0))
+        assert read == []
+    for rule in (VBMF(), Fixed({"*": 3}) | VBMF(), Energy().at_most(4), HalfOfTheLargest()):
+        plan(model, Policy(rank=rule, min_gain=0))
+        assert read
+        read.clear()

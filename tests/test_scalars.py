@@ -63,15 +63,15 @@ def test_ranks_energy_and_sizes_are_logged(plan: tdfx.Plan) -> None:
 
 def test_the_energy_is_the_share_of_the_squares_that_the_split_keeps(plan: tdfx.Plan) -> None:
     model = nn.Sequential(nn.Linear(64, 64))
-    made = tdfx.plan(model, QUARTER)
+    layer_plan = tdfx.plan(model, QUARTER)
     writer = Recorder()
-    tdfx.report.log_plan(writer, made, step=0)
+    tdfx.report.log_plan(writer, layer_plan, step=0)
     squares = torch.linalg.svdvals(model[0].weight.detach().double()).square()  # type: ignore[operator]
-    # Both come from sums of squares, one of them by the Gram matrix.
+    # Both are sums of squares; the logged one comes from the Gram matrix.
     assert writer.seen["tdfx_energy/0", 0] == pytest.approx(float(squares[:16].sum() / squares.sum()), rel=1e-10)
 
 
-def test_times_are_logged_in_milliseconds_where_there_are_any(plan: tdfx.Plan) -> None:
+def test_times_that_were_measured_are_logged_in_milliseconds(plan: tdfx.Plan) -> None:
     from dataclasses import replace
 
     site = replace(plan["3"], name="", seconds_before=0.004, seconds_after=0.001)
@@ -93,7 +93,7 @@ def test_times_are_logged_in_milliseconds_where_there_are_any(plan: tdfx.Plan) -
     )
 
 
-def test_what_takes_no_scalars_is_refused(plan: tdfx.Plan) -> None:
+def test_a_writer_without_add_scalar_is_refused(plan: tdfx.Plan) -> None:
     with pytest.raises(PolicyError, match=r"writer=3 has no add_scalar\(tag, value, step\)"):
         tdfx.report.log_plan(3, plan, step=0)  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match=r"writer=\[\] has no add_scalar"):
@@ -116,7 +116,7 @@ def test_a_switch_logs_what_it_did_once() -> None:
     assert direct.seen.items() <= writer.seen.items()
 
 
-def test_a_logger_that_fails_loses_no_switch() -> None:
+def test_a_switch_survives_a_failing_logger() -> None:
     class Broken(Recorder):
         def add_scalar(self, tag: str, scalar_value: Any, global_step: Any = None) -> None:
             raise OSError("no room on the disk")
@@ -128,8 +128,8 @@ def test_a_logger_that_fails_loses_no_switch() -> None:
         small = switch.step(model, optimizer=optimizer)
     assert small is not model
     assert switch.done
-    held = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    assert held == {id(one) for one in small.parameters()}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in small.parameters()}
 
 
 @pytest.mark.filterwarnings("ignore")  # of tensorboard's own imports
@@ -145,6 +145,6 @@ def test_tensorboard_reads_back_what_was_logged(plan: tdfx.Plan, tmp_path: Path)
             tdfx.report.log_plan(expected, plan, step)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    read = {(tag, one.step): one.value for tag in events.Tags()["scalars"] for one in events.Scalars(tag)}
+    read = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
     # Event files hold float32.
     assert read == {key: pytest.approx(value, rel=2**-23) for key, value in expected.seen.items()}

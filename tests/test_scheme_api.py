@@ -33,7 +33,7 @@ class Calls(nn.Module):
 
 
 class SkipSize(nn.Module):
-    """A decoder step as U-Nets have it: down, and up again to the size that was there before."""
+    """A step of a U-Net: down, and up again to the size before."""
 
     def __init__(self, up: nn.Module) -> None:
         super().__init__()
@@ -102,12 +102,11 @@ def test_full_rank_and_merge(name: str, emit: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_plan_says_the_scheme_and_comes_back(name: str) -> None:
+def test_a_plan_names_the_scheme_and_survives_json(name: str) -> None:
     plan = tdfx.plan(net(), policy(name, of=0.5))
-    found = {site.scheme for site in plan.factorized}
-    assert found == {"tucker1_out" if name == "channel" else name}
-    again = tdfx.Plan.from_json(plan.to_json())
-    assert again == plan
+    schemes = {site.scheme for site in plan.factorized}
+    assert schemes == {"tucker1_out" if name == "channel" else name}
+    assert tdfx.Plan.from_json(plan.to_json()) == plan
     kept = [site for site in plan.kept if site.reason is tdfx.Reason.NO_SCHEME]
     assert all(f"{name} does not stand for" in site.note for site in kept)
 
@@ -118,7 +117,7 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
     layer = nn.Conv2d(6, 8, 3, padding=1, groups=2).to(dtype)
     x = torch.randn(2, 6, 5, 5, dtype=dtype)
     small = tdfx.rewrite(layer, policy(name))
-    assert {one.dtype for one in small.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
     out = small(x)
     assert out.dtype == dtype
     # Each of two to four factors rounds, and so does what passes between them.
@@ -136,14 +135,14 @@ def test_complex_weights_are_kept() -> None:
         assert "with a torch.complex64 weight" in site.note
 
 
-def test_auto_leaves_depthwise_alone_and_takes_the_rest() -> None:
+def test_auto_keeps_depthwise_layers_and_rewrites_the_rest() -> None:
     plan = tdfx.plan(net(), policy())
     assert [site.scheme or site.reason for site in plan] == ["tucker2", "tucker2", "tucker2", "no_scheme", "svd", "svd"]
     assert plan["6"].note == "no scheme stands for a 3×3 kernel in 6 groups"
     assert (plan["5"].groups, plan["5"].transposed, plan["5"].shape) == (2, True, (8, 3, 3, 3))
 
 
-def test_ranks_are_rounded_by_the_channels_they_make() -> None:
+def test_ranks_are_rounded_so_that_their_channels_are_a_multiple() -> None:
     model = nn.Sequential(nn.Conv2d(64, 64, 3, groups=4), nn.Conv2d(64, 64, 3, groups=3 + 13))
     wish = tdfx.Policy(rank=tdfx.Ratio(of=0.2), min_gain=0, round_to=8)
     assert [site.ranks for site in tdfx.plan(model, wish)] == [(4, 4), (1, 1)]
@@ -176,7 +175,7 @@ def test_output_size_goes_to_the_factor_that_strides(name: str, case: str) -> No
         expected = model(x)
         assert tuple(expected.shape[2:]) == size
         small = tdfx.rewrite(model, policy(name))
-        assert any(isinstance(one, tdfx.Factorized) for one in small.modules())
+        assert any(isinstance(module, tdfx.Factorized) for module in small.modules())
         assert largest(small(x) - expected) <= 1e5 * EPS * largest(expected)
     with pytest.raises(ValueError, match="requested an output size"):
         tdfx.rewrite(Calls(layer, [1000] * len(size)), policy(name))(x)
@@ -192,10 +191,10 @@ def test_output_size_from_a_skip_in_a_graph() -> None:
         assert largest(tdfx.merge(small)(x) - model(x)) <= 1e5 * EPS * largest(model(x))
 
 
-def test_output_size_is_for_transposed_convolutions_alone() -> None:
-    made: Any = tdfx.rewrite(nn.Conv2d(4, 4, 3), policy(), emit="modules")
+def test_only_transposed_convolutions_take_an_output_size() -> None:
+    small: Any = tdfx.rewrite(nn.Conv2d(4, 4, 3), policy(), emit="modules")
     with pytest.raises(TypeError, match="Conv2d takes no output_size: only transposed convolutions do"):
-        made(torch.randn(1, 4, 5, 5), [3, 3])
+        small(torch.randn(1, 4, 5, 5), [3, 3])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -217,7 +216,7 @@ def test_a_parameter_of_transposed_calls(name: str, emit: Any) -> None:
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_optimizers_state_goes_along(name: str, optimizer_class: Any) -> None:
+def test_the_optimizers_state_is_carried_over(name: str, optimizer_class: Any) -> None:
     model = net().double()
     settings = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {}
     optimizer = optimizer_class(model.parameters(), lr=0.01, **settings)
@@ -234,14 +233,14 @@ def test_the_optimizers_state_goes_along(name: str, optimizer_class: Any) -> Non
     step(small)
     merged = tdfx.merge(small, optimizer=optimizer)
     step(merged)
-    assert all(bool(torch.isfinite(one).all()) for one in merged.parameters())
-    states = [optimizer.state[one] for one in merged.parameters()]
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in merged.parameters())
+    states = [optimizer.state[parameter] for parameter in merged.parameters()]
     assert all(bool(torch.isfinite(v).all()) for state in states for v in state.values() if isinstance(v, Tensor))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_flops_are_what_torch_counts(groups: int, transposed: bool) -> None:
+def test_flops_equal_torchs_count(groups: int, transposed: bool) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     kind: Any = nn.ConvTranspose2d if transposed else nn.Conv2d

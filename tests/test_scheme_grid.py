@@ -1,4 +1,4 @@
-"""Every scheme on every kind of layer: a full rank is the dense layer, a low one the layer with the joined weight."""
+"""Every scheme on every kind of layer: full rank equals the dense layer, a low rank the layer with the joined weight."""
 
 from __future__ import annotations
 
@@ -37,40 +37,42 @@ def factorize(layer: nn.Module, scheme: Scheme, share: float = 1.0) -> Factorize
     weight = layer.weight.detach().double()  # type: ignore[operator]
     ranks = [max(1, int(share * full)) for full in scheme.full_ranks(operation)]
     spectra = scheme.spectra(operation, weight)
-    assert scheme.full_ranks(operation) == tuple(one.full_rank for one in spectra)
-    made = Factorized.of(layer, scheme, ranks, scheme.split(operation, weight, ranks, spectra))
-    assert [tuple(one.shape) for one in made.weights] == [one.weight_shape for one in scheme.chain(operation, ranks)]
-    return made
+    assert scheme.full_ranks(operation) == tuple(spectrum.full_rank for spectrum in spectra)
+    factorized = Factorized.of(layer, scheme, ranks, scheme.split(operation, weight, ranks, spectra))
+    assert [tuple(weight.shape) for weight in factorized.weights] == [
+        step.weight_shape for step in scheme.chain(operation, ranks)
+    ]
+    return factorized
 
 
-def tolerance(made: Factorized, x: Tensor, cotangent: Tensor | None = None) -> float:
+def tolerance(factorized: Factorized, x: Tensor, cotangent: Tensor | None = None) -> float:
     """What rounding may change of an output, or of the input's gradient: see the layers' tests."""
-    positive = copy.deepcopy(made)
+    positive = copy.deepcopy(factorized)
     for parameter in positive.parameters():
         parameter.data.abs_()
     x = x.detach().abs().requires_grad_()
     size = positive(x)
     if cotangent is not None:
         (size,) = torch.autograd.grad(size, x, cotangent.abs())
-    terms = 1 + sum(weight[0].numel() + weight[:, 0].numel() for weight in made.weights)
-    # The bases are orthogonal to a like multiple of eps, relative to the largest singular value, not to each one.
+    terms = 1 + sum(weight[0].numel() + weight[:, 0].numel() for weight in factorized.weights)
+    # The bases are orthogonal up to a similar multiple of eps, relative to the largest singular value.
     return 4 * terms * torch.finfo(x.dtype).eps * float(size.detach().abs().max())
 
 
-def check_equal(made: nn.Module, layer: nn.Module, x: Tensor, bounds: Factorized) -> None:
+def check_equal(rewritten: nn.Module, layer: nn.Module, x: Tensor, bounds: Factorized) -> None:
     """Outputs and the gradients of input and bias agree up to rounding."""
-    parameters = [one for name, one in layer.named_parameters() if name == "bias"]
+    parameters = [parameter for name, parameter in layer.named_parameters() if name == "bias"]
     mine, others = x.clone().requires_grad_(), x.clone().requires_grad_()
-    out, expected = made(mine), layer(others)
+    out, expected = rewritten(mine), layer(others)
     assert out.shape == expected.shape
     assert out.dtype == expected.dtype
     assert float((out - expected).detach().abs().max()) <= tolerance(bounds, x)
     cotangent = torch.randn_like(expected)
-    found = torch.autograd.grad(out, [mine, *parameters], cotangent)
+    gradients = torch.autograd.grad(out, [mine, *parameters], cotangent)
     wanted = torch.autograd.grad(expected, [others, *parameters], cotangent)
-    assert float((found[0] - wanted[0]).abs().max()) <= tolerance(bounds, x, cotangent)
-    for one, other in zip(found[1:], wanted[1:], strict=True):
-        assert (one - other).norm() <= EPS * cotangent.abs().sum()
+    assert float((gradients[0] - wanted[0]).abs().max()) <= tolerance(bounds, x, cotangent)
+    for gradient, other in zip(gradients[1:], wanted[1:], strict=True):
+        assert (gradient - other).norm() <= EPS * cotangent.abs().sum()
 
 
 @st.composite
@@ -117,8 +119,8 @@ def input_for(layer: nn.Module) -> Tensor:
 def test_full_rank_is_the_dense_layer(layer: nn.Module) -> None:
     x = input_for(layer)
     for scheme in schemes_for(layer):
-        made = factorize(layer, scheme)
-        check_equal(made, layer, x, made)
+        factorized = factorize(layer, scheme)
+        check_equal(factorized, layer, x, factorized)
 
 
 @settings(grid, max_examples=60)
@@ -127,12 +129,12 @@ def test_a_low_rank_is_the_layer_of_the_joined_weight(layer: nn.Module, share: f
     """No geometry is lost on the way: the chain computes what the stock layer computes with the weight it stands for."""
     x = input_for(layer)
     for scheme in schemes_for(layer):
-        made = factorize(layer, scheme, share)
-        check_equal(made, made.merged(), x, made)
-        by_chain = torch.autograd.grad(made(x).square().sum(), made.weights)
-        merged = made.merged()
+        factorized = factorize(layer, scheme, share)
+        check_equal(factorized, factorized.merged(), x, factorized)
+        by_chain = torch.autograd.grad(factorized(x).square().sum(), factorized.weights)
+        merged = factorized.merged()
         by_layer = torch.autograd.grad(merged(x).square().sum(), merged.weight)  # type: ignore[arg-type]
         # The factors' gradients are the vector-Jacobian product of join with that of the dense layer.
-        by_join = torch.autograd.grad(made.weight, made.weights, by_layer[0])
-        for one, other in zip(by_join, by_chain, strict=True):
-            assert (one - other).norm() <= 1e-11 * max(1.0, float(other.norm()))
+        by_join = torch.autograd.grad(factorized.weight, factorized.weights, by_layer[0])
+        for gradient, other in zip(by_join, by_chain, strict=True):
+            assert (gradient - other).norm() <= 1e-11 * max(1.0, float(other.norm()))

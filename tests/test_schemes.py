@@ -74,7 +74,9 @@ def test_every_scheme_fits_something_and_none_fits_everything() -> None:
         "one input": operation(4, 1, (3, 3)),
     }
     kernels = ["tucker2", "tucker1_out", "tucker1_in", "cp"]
-    assert {name: [one.name for one in fitting(dense) if ":" not in one.name] for name, dense in fits.items()} == {
+    assert {
+        name: [scheme.name for scheme in fitting(dense) if ":" not in scheme.name] for name, dense in fits.items()
+    } == {
         "linear": ["svd"],
         "pointwise": ["svd"],
         "kernel": ["tucker2", "tucker1_out", "tucker1_in", "spatial", "depthwise", "cp"],
@@ -87,7 +89,7 @@ def test_every_scheme_fits_something_and_none_fits_everything() -> None:
 
 @grid
 @given(operations())
-def test_layout_there_and_back(dense: Operation) -> None:
+def test_layout_round_trip(dense: Operation) -> None:
     weight = random(*dense.weight_shape)
     w_goik = to_groups(dense, weight)
     sizes = (dense.groups, dense.out_channels // dense.groups, dense.in_channels // dense.groups, *dense.kernel)
@@ -102,13 +104,13 @@ def test_full_rank_is_exact(dense: Operation) -> None:
     for scheme in fitting(dense):
         full = scheme.full_ranks(dense)
         spectra = scheme.spectra(dense, weight)
-        assert full == tuple(one.full_rank for one in spectra)
+        assert full == tuple(spectrum.full_rank for spectrum in spectra)
         bound = 64 * max(dense.weight_shape) * math.prod(dense.kernel) * EPS
         assert measured(scheme, dense, weight, full) <= bound
         assert scheme.error(dense, weight, full, spectra) <= bound
         # The spectra of all groups together have the norm of the weight.
-        for one in spectra:
-            assert float(one.values.norm()) == pytest.approx(float(weight.norm()), rel=1e-12)
+        for spectrum in spectra:
+            assert float(spectrum.values.norm()) == pytest.approx(float(weight.norm()), rel=1e-12)
 
 
 @grid
@@ -119,21 +121,21 @@ def test_error_is_what_split_loses(dense: Operation, share: float) -> None:
         spectra = scheme.spectra(dense, weight)
         ranks = tuple(max(1, int(share * full)) for full in scheme.full_ranks(dense))
         lost = measured(scheme, dense, weight, ranks)
-        found = scheme.error(dense, weight, ranks, spectra)
+        error = scheme.error(dense, weight, ranks, spectra)
         # A squared singular value is rounded to eps times the largest, and so is its root to the root of that.
-        assert found == pytest.approx(lost, abs=1e-7 if lost < 1e-6 else 1e-11)
-        tails = [one.values[rank:].square().sum() for one, rank in zip(spectra, ranks, strict=True)]
+        assert error == pytest.approx(lost, abs=1e-7 if lost < 1e-6 else 1e-11)
+        tails = [spectrum.values[rank:].square().sum() for spectrum, rank in zip(spectra, ranks, strict=True)]
         tail = float(torch.stack(tails).sum().sqrt() / weight.norm())
         if isinstance(scheme, TwoFactors):
-            assert found == pytest.approx(tail, abs=1e-12)
-        else:  # each mode's loss adds at most its own; and the slices of a canonical decomposition are where it starts
-            assert found <= tail + 1e-12
+            assert error == pytest.approx(tail, abs=1e-12)
+        else:  # the losses of the modes add up at most; a canonical decomposition starts from its slices
+            assert error <= tail + 1e-12
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", ["tucker1_out", "tucker1_in", "spatial", "depthwise"])
-def test_two_factors_are_the_best_by_numpy(name: str, groups: int, transposed: bool) -> None:
+def test_two_factors_are_the_best_by_numpys_svd(name: str, groups: int, transposed: bool) -> None:
     dense, scheme = operation(5, 4, (3, 2), groups, transposed), get_scheme(name)
     weight = random(*dense.weight_shape)
     blocks = np.stack(np.split(weight.numpy(), groups))
@@ -142,18 +144,18 @@ def test_two_factors_are_the_best_by_numpy(name: str, groups: int, transposed: b
         "tucker1_out": lambda w: [w.reshape(5, -1)],
         "tucker1_in": lambda w: [w.swapaxes(0, 1).reshape(4, -1)],
         "spatial": lambda w: [np.einsum("oihw->owih", w).reshape(10, 12)],
-        "depthwise": lambda w: [one.reshape(4, 6) for one in w],
+        "depthwise": lambda w: [matrix.reshape(4, 6) for matrix in w],
     }
     values = [np.linalg.svd(matrix, compute_uv=False) for w in w_goihw for matrix in unfold[name](w)]
     (full,) = scheme.full_ranks(dense)
     assert full == len(values[0])
     for rank in range(1, full):
-        tail = math.sqrt(sum(float((one[rank:] ** 2).sum()) for one in values))
+        tail = math.sqrt(sum(float((singular[rank:] ** 2).sum()) for singular in values))
         assert measured(scheme, dense, weight, (rank,)) * float(weight.norm()) == pytest.approx(tail, rel=1e-10)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_refined_tucker_is_tensorlys_and_no_worse(groups: int) -> None:
+def test_refined_tucker_equals_tensorlys_and_is_not_worse(groups: int) -> None:
     dense = operation(9, 8, (3, 3), groups)
     weight = random(*dense.weight_shape)
     plain, once, often = (get_scheme(name) for name in ("tucker2", "tucker2:refine=1", "tucker2:refine=100"))
@@ -180,7 +182,7 @@ def test_refinement_leaves_tensorly_and_numpy_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 4, 12, 30])
-def test_cp_is_no_worse_than_its_start_and_near_tensorlys(rank: int) -> None:
+def test_cp_is_not_worse_than_its_start_and_near_tensorlys(rank: int) -> None:
     dense, scheme = operation(12, 10, (3, 3)), Cp()
     weight = random(*dense.weight_shape)
     lost = measured(scheme, dense, weight, (rank,))
@@ -189,7 +191,7 @@ def test_cp_is_no_worse_than_its_start_and_near_tensorlys(rank: int) -> None:
     with tl.backend_context("numpy"):
         given = parafac(weight.numpy(), rank, n_iter_max=100, init="random", random_state=0)
         reference = np.linalg.norm(tl.cp_to_tensor(given) - weight.numpy()) / float(weight.norm())
-    # Both find local optima of their own.
+    # Both find a local optimum, and not always the same.
     assert lost <= 1.1 * reference
 
 
@@ -203,13 +205,13 @@ def test_cp_finds_what_was_planted(transposed: bool) -> None:
 
 
 def test_cp_stays_bounded_where_no_best_approximation_exists() -> None:
-    """A tensor of rank 3 that is a limit of rank 2: the nearer one comes, the larger two opposite terms grow."""
+    """A tensor of rank 3 that is a limit of tensors of rank 2, whose two opposite terms grow without limit."""
     a, b = torch.eye(2, dtype=torch.float64)
     corners = [(a, a, b), (a, b, a), (b, a, a)]
-    weight = sum((torch.einsum("o,i,k->oik", *one) for one in corners), torch.zeros(2, 2, 2, dtype=torch.float64))
+    weight = sum((torch.einsum("o,i,k->oik", *corner) for corner in corners), torch.zeros(2, 2, 2, dtype=torch.float64))
     dense = operation(2, 2, (2,))
     modes = _from_factors(dense, split(Cp(), dense, weight, (2,)))
-    size = alternating._sizes(modes)
+    size = alternating._norms(modes)
     assert float(size.square().sum()) <= alternating._LARGEST * float(weight.square().sum()) * (1 + 1e-9)
     assert measured(Cp(), dense, weight, (2,)) < 0.6
 
@@ -240,10 +242,10 @@ def test_project_is_the_least_norm_solution(name: str, groups: int, transposed: 
     condition = singular[0] / singular[singular > 1e-10 * singular[0]][-1]
     # Where it is solved for, the residual's image is smaller by 1e-12, and the solution by that times the condition squared.
     bound = max(100 * EPS, 1e-12) * condition**2
-    for found in (scheme.project(dense, factors, parts), least_norm(join, factors, parts)):
-        assert found.shape == gradient.shape
-        assert np.linalg.norm(found.numpy().ravel() - expected) <= bound * np.linalg.norm(expected)
-        assert float(found.norm()) < (1 - 1e-6) * float(gradient.norm())  # something was lost: it is no identity
+    for projected in (scheme.project(dense, factors, parts), least_norm(join, factors, parts)):
+        assert projected.shape == gradient.shape
+        assert np.linalg.norm(projected.numpy().ravel() - expected) <= bound * np.linalg.norm(expected)
+        assert float(projected.norm()) < (1 - 1e-6) * float(gradient.norm())  # a projection, not the identity
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -272,19 +274,19 @@ def test_equal_weights_give_equal_factors() -> None:
     for scheme in fitting(dense):
         ranks = tuple(max(1, full // 2) for full in scheme.full_ranks(dense))
         pairs = zip(split(scheme, dense, weight, ranks), split(scheme, dense, weight.clone(), ranks), strict=True)
-        assert all(torch.equal(one, other) for one, other in pairs)
+        assert all(torch.equal(factor, other) for factor, other in pairs)
 
 
 @pytest.mark.parametrize(
     "name",
     ["tucker2:", "tucker2:refine", "tucker2:refine=0", "tucker2:refine=-1", "tucker2:refine=x", "tucker2:tol=3"],
 )
-def test_an_unknown_option_is_told(name: str) -> None:
+def test_an_unknown_option_is_refused(name: str) -> None:
     with pytest.raises(PolicyError, match=rf"scheme='{name}' has the option '.*tucker2 takes tucker2:refine=3\.$"):
         get_scheme(name)
 
 
-def test_options_and_other_names() -> None:
+def test_options_and_aliases() -> None:
     with pytest.raises(PolicyError, match="svd takes no options; write 'svd'"):
         get_scheme("svd:refine=3")
     assert get_scheme("channel") is get_scheme("tucker1_out")

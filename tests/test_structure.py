@@ -1,4 +1,4 @@
-"""A structural copy shares every tensor and nothing else."""
+"""A structural copy shares all tensors with the original, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tdfx.layers.copying import structural_copy as typed_copy
 
 
 class Block(nn.Module):
-    """A layer, a buffer that is saved and one that is not, and a frozen parameter."""
+    """Has a layer, a persistent and another buffer, and a frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,20 +36,20 @@ class Block(nn.Module):
 
 
 class Pair(NamedTuple):
-    """A container that is a tuple of another class."""
+    """A tuple of a custom class."""
 
     first: nn.Module
 
 
 class Settings(dict[str, Any]):
-    """A dict whose values can be read as attributes, as configurations often are."""
+    """A dict whose values can be read as attributes, as in many configurations."""
 
     def __getattr__(self, name: str) -> Any:
         return self[name]
 
 
 class Sealed(collections.OrderedDict[str, Any]):
-    """A dict that takes no new values after it was made."""
+    """A dict that refuses new values after its construction."""
 
     def __init__(self, *values: Any) -> None:
         super().__init__(*values)
@@ -62,56 +62,56 @@ class Sealed(collections.OrderedDict[str, Any]):
 
 
 def structural_copy(model: nn.Module, replace: dict[nn.Module, nn.Module] | None = None) -> Any:
-    """Return the copy as Any: what follows reads attributes that no type checker can know."""
+    """Return the copy as Any, because the tests read attributes that type checkers do not know."""
     return typed_copy(model, replace)
 
 
-def make() -> Any:
+def build() -> Any:
     model: Any = nn.Sequential(Block(), nn.ReLU(), nn.Linear(4, 2))
     model[0].norm.eval()
     return model
 
 
 def tensors(model: nn.Module) -> list[tuple[str, int]]:
-    """Return names and identities of all parameters and buffers, in order, tied ones as often as they occur."""
+    """Return names and identities of all parameters and buffers in order; tied tensors occur several times."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return [(name, id(tensor)) for name, tensor in named]
 
 
 def snapshot(model: nn.Module) -> list[tuple[str, int, dict[str, object]]]:
-    """Return all that can be told of each module: its identity, and its attributes with what their containers hold."""
+    """Return the identity of each module, and its attributes with the contents of containers."""
 
     def shallow(value: object) -> object:
         return value.copy() if isinstance(value, dict | list | set) else value
 
     return [
-        (name, id(one), {key: shallow(value) for key, value in one.__dict__.items()})
-        for name, one in model.named_modules(remove_duplicate=False)
+        (name, id(module), {key: shallow(value) for key, value in module.__dict__.items()})
+        for name, module in model.named_modules(remove_duplicate=False)
     ]
 
 
 def test_tensors_are_shared_and_modules_are_not() -> None:
-    model = make()
+    model = build()
     before = snapshot(model)
     twin = structural_copy(model)
     assert tensors(twin) == tensors(model)
     assert list(twin.state_dict()) == list(model.state_dict())
-    assert [(name, type(one)) for name, one in twin.named_modules()] == [
-        (name, type(one)) for name, one in model.named_modules()
+    assert [(name, type(module)) for name, module in twin.named_modules()] == [
+        (name, type(module)) for name, module in model.named_modules()
     ]
-    assert not {id(one) for one in twin.modules()} & {id(one) for one in model.modules()}
+    assert not {id(module) for module in twin.modules()} & {id(module) for module in model.modules()}
     assert snapshot(model) == before
 
 
-def test_another_kind_of_copy_does_not_share_tensors() -> None:
-    model = make()
+def test_a_deep_copy_does_not_share_tensors() -> None:
+    model = build()
     assert tensors(copy.deepcopy(model)) != tensors(model)
 
 
 def test_modes_and_attributes_are_kept_and_independent() -> None:
-    model = make()
+    model = build()
     twin = structural_copy(model)
-    assert [one.training for one in twin.modules()] == [one.training for one in model.modules()]
+    assert [module.training for module in twin.modules()] == [module.training for module in model.modules()]
     assert not twin[0].norm.training
     twin.eval()
     twin[0].width = 8
@@ -123,7 +123,7 @@ def test_modes_and_attributes_are_kept_and_independent() -> None:
 
 
 def test_the_copy_computes_the_same_and_gradients_reach_the_shared_parameters() -> None:
-    model = make()
+    model = build()
     x = torch.rand(2, 3, 8, 8)
     twin = structural_copy(model)
     assert torch.equal(twin.eval()(x), model.eval()(x))
@@ -148,48 +148,50 @@ def test_hooks_are_copied_but_independent() -> None:
 
 
 CONTAINERS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], object]]] = {
-    "module": (lambda layer: (layer,), lambda found: found[0]),
-    "list": (lambda layer: [layer], lambda found: found[0]),
-    "nested": (lambda layer: {"a": [(layer, 1)]}, lambda found: found["a"][0][0]),
-    "dict": (lambda layer: {"a": layer}, lambda found: found["a"]),
-    "default dict": (lambda layer: collections.defaultdict(list, a=layer), lambda found: found["a"]),
-    "dict of modules": (lambda layer: {layer: "a"}, lambda found: next(iter(found))),
-    "set": (lambda layer: {layer}, lambda found: next(iter(found))),
-    "frozen set": (lambda layer: frozenset({layer}), lambda found: next(iter(found))),
-    "named tuple": (Pair, lambda found: found.first),
-    "deque": (lambda layer: collections.deque([layer]), lambda found: found[0]),
-    "bound method": (lambda layer: layer.forward, lambda found: found.__self__),
-    "partial": (lambda layer: functools.partial(layer.forward), lambda found: found.func.__self__),
-    "partial argument": (lambda layer: functools.partial(map, layer, key=1), lambda found: found.args[0]),
-    "partial keyword": (lambda layer: functools.partial(map, key=layer), lambda found: found.keywords["key"]),
+    "module": (lambda layer: (layer,), lambda held: held[0]),
+    "list": (lambda layer: [layer], lambda held: held[0]),
+    "nested": (lambda layer: {"a": [(layer, 1)]}, lambda held: held["a"][0][0]),
+    "dict": (lambda layer: {"a": layer}, lambda held: held["a"]),
+    "default dict": (lambda layer: collections.defaultdict(list, a=layer), lambda held: held["a"]),
+    "dict of modules": (lambda layer: {layer: "a"}, lambda held: next(iter(held))),
+    "set": (lambda layer: {layer}, lambda held: next(iter(held))),
+    "frozen set": (lambda layer: frozenset({layer}), lambda held: next(iter(held))),
+    "named tuple": (Pair, lambda held: held.first),
+    "deque": (lambda layer: collections.deque([layer]), lambda held: held[0]),
+    "bound method": (lambda layer: layer.forward, lambda held: held.__self__),
+    "partial": (lambda layer: functools.partial(layer.forward), lambda held: held.func.__self__),
+    "partial argument": (lambda layer: functools.partial(map, layer, key=1), lambda held: held.args[0]),
+    "partial keyword": (lambda layer: functools.partial(map, key=layer), lambda held: held.keywords["key"]),
 }
 
 
 @pytest.mark.parametrize("case", CONTAINERS)
-def test_attributes_that_hold_a_submodule_hold_that_of_the_copy(case: str) -> None:
+def test_attributes_refer_to_the_submodules_of_the_copy(case: str) -> None:
     wrap, unwrap = CONTAINERS[case]
     model = nn.Sequential(nn.Linear(2, 2))
-    held = wrap(model[0])
-    model.held = held
+    container = wrap(model[0])
+    model.held = container
     twin = structural_copy(model)
     assert unwrap(twin.held) is twin[0]
-    assert type(twin.held) is type(held)
-    assert model.held is held
-    assert unwrap(held) is model[0]
+    assert type(twin.held) is type(container)
+    assert model.held is container
+    assert unwrap(container) is model[0]
 
 
 @pytest.mark.parametrize(
-    "made", [Settings(width=4), Sealed({"width": 4}), collections.Counter("ab")], ids=lambda one: type(one).__name__
+    "settings",
+    [Settings(width=4), Sealed({"width": 4}), collections.Counter("ab")],
+    ids=lambda settings: type(settings).__name__,
 )
-def test_a_dict_of_another_class_keeps_its_class(made: dict[str, Any]) -> None:
+def test_a_dict_of_another_class_keeps_its_class(settings: dict[str, Any]) -> None:
     model: Any = nn.Linear(2, 2)
-    model.settings = made
-    found = structural_copy(model).settings
-    assert type(found) is type(made)
-    assert found == made
+    model.settings = settings
+    copied = structural_copy(model).settings
+    assert type(copied) is type(settings)
+    assert copied == settings
 
 
-def test_a_module_of_another_model_is_left_alone() -> None:
+def test_a_module_of_another_model_is_not_copied() -> None:
     teacher = nn.Linear(2, 2)
     model = nn.Linear(2, 2)
     model.__dict__["teacher"] = [teacher]
@@ -211,7 +213,7 @@ def test_tied_parameters_stay_tied() -> None:
     assert twin[1] is not twin[0]
 
 
-def test_parametrized_layers_are_copied_whole() -> None:
+def test_parametrized_layers_are_copied_with_their_parametrizations() -> None:
     model: Any = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2)))
     twin = structural_copy(model)
     assert tensors(twin) == tensors(model)
@@ -224,15 +226,15 @@ def test_parametrized_layers_are_copied_whole() -> None:
 def test_replace_takes_effect_at_every_path() -> None:
     layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
     model: Any = nn.Sequential(layer, nn.Sequential(layer), nn.Linear(2, 2))
-    model.again = [layer]
+    model.layers = [layer]
     twin = structural_copy(model, {layer: other})
-    assert twin[0] is twin[1][0] is twin.again[0] is other
+    assert twin[0] is twin[1][0] is twin.layers[0] is other
     assert twin[2] is not model[2]
-    assert model[0] is model[1][0] is model.again[0] is layer
+    assert model[0] is model[1][0] is model.layers[0] is layer
     assert structural_copy(layer, {layer: other}) is other
 
 
-def test_replace_may_wrap_what_it_replaces() -> None:
+def test_a_replacement_may_contain_the_replaced_module() -> None:
     layer = nn.Linear(2, 2)
     wrapper = nn.Sequential(layer)
     twin = structural_copy(nn.Sequential(layer), {layer: wrapper})
@@ -242,18 +244,18 @@ def test_replace_may_wrap_what_it_replaces() -> None:
 
 def test_script_modules_are_shared() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit says that it is deprecated
+        warnings.simplefilter("ignore")  # torch.jit warns that it is deprecated
         scripted = torch.jit.script(nn.Linear(2, 2))
     twin = structural_copy(nn.Sequential(scripted))
     assert twin[0] is scripted
 
 
-def test_a_shell_has_no_memory_and_keeps_what_can_be_told_of_its_parameters() -> None:
+def test_a_shell_has_no_memory_and_keeps_the_settings_of_its_parameters() -> None:
     layer = nn.Conv2d(2, 3, 3, dtype=torch.float16, padding_mode="circular").eval()
     layer.weight.requires_grad_(False)
     before = snapshot(layer)
     shell = shell_of(layer)
-    assert [(name, one.device.type, one.requires_grad) for name, one in shell.named_parameters()] == [
+    assert [(name, parameter.device.type, parameter.requires_grad) for name, parameter in shell.named_parameters()] == [
         ("weight", "meta", False),
         ("bias", "meta", True),
     ]

@@ -1,4 +1,4 @@
-"""Timing in turns, with a clock that the tests move; and the file in which times are kept."""
+"""Timing in turns, with a clock that the tests control; and the file in which times are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tdfx.cost.timing import Timing, take_turns
 
 
 class Clock:
-    """A clock that only what is timed moves."""
+    """A clock that stands still except while a timed function runs."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -26,7 +26,7 @@ class Clock:
         return self.now
 
     def taking(self, name: str, calls: list[str], *seconds: float) -> Callable[[], None]:
-        """Return a function that takes these times, call by call, the last one for ever, and notes that it was called."""
+        """Return a function whose calls take these times, the last one repeatedly, and are recorded."""
         left = list(seconds)
 
         def run() -> None:
@@ -36,7 +36,7 @@ class Clock:
         return run
 
 
-def test_things_take_turns_and_the_median_counts() -> None:
+def test_functions_take_turns_and_the_median_counts() -> None:
     clock, calls = Clock(), list[str]()
     # The first call of each is the warm-up.
     runs = [clock.taking("a", calls, 9.0, 1.0, 1.2, 1.1), clock.taking("b", calls, 9.0, 2.0)]
@@ -45,7 +45,7 @@ def test_things_take_turns_and_the_median_counts() -> None:
     assert [first.seconds, second.seconds] == pytest.approx([1.1, 2.0])
 
 
-def test_a_disturbed_sample_does_not_count_and_another_is_taken() -> None:
+def test_a_disturbed_sample_is_replaced() -> None:
     clock, calls = Clock(), list[str]()
     runs = [clock.taking("a", calls, 1.0, 1.0, 7.0, 1.0, 1.1), clock.taking("b", calls, 2.0)]
     first, second = take_turns(runs, rounds=3, clock=clock)
@@ -54,24 +54,24 @@ def test_a_disturbed_sample_does_not_count_and_another_is_taken() -> None:
     assert first.seconds == pytest.approx(1.0)
 
 
-def test_where_everything_is_disturbed_it_ends_all_the_same() -> None:
+def test_timing_ends_even_if_every_sample_is_disturbed() -> None:
     clock, calls = Clock(), list[str]()
-    (found,) = take_turns([clock.taking("a", calls, 1.0, 1.0, *(2.0**n for n in range(20)))], rounds=3, clock=clock)
-    assert len(found.samples) == 6
+    (timing,) = take_turns([clock.taking("a", calls, 1.0, 1.0, *(2.0**n for n in range(20)))], rounds=3, clock=clock)
+    assert len(timing.samples) == 6
 
 
 def test_no_round_is_begun_that_would_take_too_long() -> None:
     clock, calls = Clock(), list[str]()
-    (found,) = take_turns([clock.taking("a", calls, 1.0)], rounds=50, most_seconds=5.5, clock=clock)
-    assert len(found.samples) == 4
-    (found,) = take_turns([clock.taking("a", calls, 1.0)], rounds=50, most_seconds=0.1, clock=clock)
-    assert len(found.samples) == 1
+    (timing,) = take_turns([clock.taking("a", calls, 1.0)], rounds=50, most_seconds=5.5, clock=clock)
+    assert len(timing.samples) == 4
+    (timing,) = take_turns([clock.taking("a", calls, 1.0)], rounds=50, most_seconds=0.1, clock=clock)
+    assert len(timing.samples) == 1
 
 
-def test_what_is_over_in_no_time_is_repeated() -> None:
+def test_short_functions_are_repeated() -> None:
     clock, calls = Clock(), list[str]()
-    (found,) = take_turns([clock.taking("a", calls, 1e-5)], rounds=2, clock=clock)
-    assert found.seconds == pytest.approx(1e-5)
+    (timing,) = take_turns([clock.taking("a", calls, 1e-5)], rounds=2, clock=clock)
+    assert timing.seconds == pytest.approx(1e-5)
     assert len(calls) == 2 + 2 * 100
 
 
@@ -100,7 +100,7 @@ def test_the_oldest_times_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert store.get([str(number) for number in range(5)]) == {"2": 2.0, "3": 3.0, "4": 4.0}
 
 
-def test_a_file_that_is_no_cache_is_no_failure(tmp_path: Path) -> None:
+def test_a_damaged_file_is_no_failure(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.file.write_bytes(b"this is not a database, and long enough to be looked at" * 100)
     assert store.get(["a"]) == {}
@@ -134,14 +134,14 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
     running = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], env=environment) for name in ("x", "y", "z")
     ]
-    assert [one.wait(timeout=120) for one in running] == [0, 0, 0]
+    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
     assert len(Store(tmp_path)) == 120
     with sqlite3.connect(Store(tmp_path).file) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
 
 
-def test_the_folder_is_the_users_or_the_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_is_the_users_or_a_named_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDFX_CACHE_DIR", str(tmp_path))
     assert cache_folder() == tmp_path
     monkeypatch.delenv("TDFX_CACHE_DIR")

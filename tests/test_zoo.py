@@ -1,4 +1,4 @@
-"""The zoo's checks on a dozen models of different families, and that each of the checks can fail."""
+"""The zoo's checks on a dozen models of different families, and a fault for each check that it must find."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def failed(verdict: Any) -> set[str]:
 def test_a_model_of_torchvision_passes(name: str) -> None:
     verdict = examine(f"torchvision:{name}")
     assert verdict.ok, complaints(verdict)
-    assert set(verdict.checks) == set(tool("zoo_checks").CHECKS)
+    assert set(verdict.checks) == set(tool("zoo_verdict").CHECKS)
     assert all(check.ok for check in verdict.checks.values())
     assert verdict.facts["factorized"] > 0
 
@@ -125,26 +125,26 @@ def test_a_verdict_survives_json(factories: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["zoo", "zoo_run", "zoo_inputs"])
-def test_the_tools_examples_run(name: str) -> None:
+def test_the_examples_of_the_tools_run(name: str) -> None:
     result = doctest.testmod(tool(name))
     assert (result.failed, result.attempted > 0) == (0, True)
 
 
-# Each check fails where it should, and only there.
+# Each check fails for its own faults alone.
 
-Wrong = Callable[[nn.Module, nn.Module], nn.Module]
-"""What a faulty rewrite does: (what was passed in, what the real rewrite made of it) -> what it returns."""
+Fault = Callable[[nn.Module, nn.Module], nn.Module]
+"""A faulty rewrite: (the model passed in, the correctly rewritten model) -> what the faulty rewrite returns."""
 
 
 def move_a_factor(original: nn.Module, rewritten: nn.Module) -> nn.Module:
-    layers = [one for one in rewritten.modules() if isinstance(one, tdfx.Factorized)]
+    layers = [module for module in rewritten.modules() if isinstance(module, tdfx.Factorized)]
     with torch.no_grad():
         layers[2].weights[0].mul_(1 + 1e-6)
     return rewritten
 
 
 def detach_a_factor(original: nn.Module, rewritten: nn.Module) -> nn.Module:
-    layers = [one for one in rewritten.modules() if isinstance(one, tdfx.Factorized)]
+    layers = [module for module in rewritten.modules() if isinstance(module, tdfx.Factorized)]
     layers[2].factors[0].register_forward_hook(lambda module, arguments, output: output.detach())
     return rewritten
 
@@ -182,7 +182,7 @@ def raise_an_error(original: nn.Module, rewritten: nn.Module) -> nn.Module:
     raise RuntimeError("no room")
 
 
-FULL_ONLY: dict[Wrong, set[str]] = {
+FULL_ONLY: dict[Fault, set[str]] = {
     move_a_factor: {"full_train", "full_eval", "gradients"},
     detach_a_factor: {"gradients"},
     move_the_original: {"untouched"},
@@ -190,27 +190,27 @@ FULL_ONLY: dict[Wrong, set[str]] = {
     wrap: {"full_train", "full_eval"},
     raise_an_error: {"accounted", "full_train", "full_eval", "gradients"},
 }
-"""A fault in the rewrite at full rank -> the checks that see it."""
+"""A fault in the rewrite at full rank -> the checks that find it."""
 
 
-@pytest.mark.parametrize("wrong", FULL_ONLY, ids=lambda one: one.__name__)
-def test_a_fault_of_the_rewrite_is_seen(wrong: Wrong, factories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = tdfx.rewrite
+@pytest.mark.parametrize("fault", FULL_ONLY, ids=lambda fault: fault.__name__)
+def test_a_fault_of_the_rewrite_is_found(fault: Fault, factories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = tdfx.rewrite
 
     def rewrite(model: nn.Module, policy: tdfx.Policy, **options: Any) -> nn.Module:
-        made = right(model, policy, **options)
-        return wrong(model, made) if policy.rank == tdfx.Ratio(of=1.0) else made
+        rewritten = correct(model, policy, **options)
+        return fault(model, rewritten) if policy.rank == tdfx.Ratio(of=1.0) else rewritten
 
     monkeypatch.setattr(tdfx, "rewrite", rewrite)
     verdict = examine(f"{factories}:small")
     assert not verdict.ok
-    assert failed(verdict) == FULL_ONLY[wrong]
+    assert failed(verdict) == FULL_ONLY[fault]
 
 
-def test_a_low_rank_that_changes_nothing_is_seen(factories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = tdfx.rewrite
+def test_a_low_rank_that_changes_nothing_is_found(factories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = tdfx.rewrite
     full = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
-    monkeypatch.setattr(tdfx, "rewrite", lambda model, policy, **options: right(model, full, **options))
+    monkeypatch.setattr(tdfx, "rewrite", lambda model, policy, **options: correct(model, full, **options))
     assert failed(examine(f"{factories}:small")) == {"control"}
 
 
@@ -231,26 +231,26 @@ def move_a_weight(merged: nn.Module) -> None:
         merged.get_parameter("6.weight").mul_(1 + 1e-9)
 
 
-@pytest.mark.parametrize("wrong", [rename_a_key, reorder_the_keys, change_the_class, move_a_weight])
-def test_a_fault_of_the_merge_is_seen(
-    wrong: Callable[[nn.Module], None], factories: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fault", [rename_a_key, reorder_the_keys, change_the_class, move_a_weight])
+def test_a_fault_of_the_merge_is_found(
+    fault: Callable[[nn.Module], None], factories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = tdfx.merge
+    correct = tdfx.merge
 
     def merge(model: nn.Module) -> nn.Module:
-        merged = right(model)
-        wrong(merged)
+        merged = correct(model)
+        fault(merged)
         return merged
 
     monkeypatch.setattr(tdfx, "merge", merge)
     assert failed(examine(f"{factories}:small")) == {"merge"}
 
 
-# The account of what data are multiplied by.
+# The account of the parameters that data are multiplied by.
 
 
 class Products(nn.Module):
-    """Every way in which a parameter meets data."""
+    """Every way in which data are multiplied by a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class Products(nn.Module):
         return x + attended[0]
 
 
-SEEN = [
+MULTIPLIED = [
     "attention.in_proj_weight",
     "attention.out_proj.weight",
     "functional",
@@ -291,46 +291,49 @@ SEEN = [
 
 
 def account_of(model: nn.Module) -> Any:
-    call = tool("zoo_inputs").Call((torch.randn(5, 4),))
-    return tool("zoo_account").account(model, tool("zoo_inputs").Example(call, call))
+    call = tool("zoo_inputs").ModelCall((torch.randn(5, 4),))
+    return tool("zoo_account").account(model, tool("zoo_inputs").ModelExample(call, call))
 
 
 def sites(*names: str) -> list[SimpleNamespace]:
     return [SimpleNamespace(name=name, factorized=True, reason=None) for name in names]
 
 
-def test_every_parameter_that_data_are_multiplied_by_is_seen() -> None:
-    assert account_of(Products()).names == SEEN
+def test_every_parameter_that_data_are_multiplied_by_is_found() -> None:
+    assert account_of(Products()).names == MULTIPLIED
 
 
 def test_a_parameter_belongs_to_a_layer_a_parameter_or_a_named_path() -> None:
-    found = account_of(Products())
+    account = account_of(Products())
     listed = sites("layer", "functional", "packed", "transposed", "kernel", "attention.out_proj", "scaled")
-    assert found.missed(listed) == ["attention.in_proj_weight"], "the query is data of the layer"
+    assert account.missed(listed) == ["attention.in_proj_weight"], "the query is data of the layer"
     listed.append(SimpleNamespace(name="attention.in", parameter="attention.in_proj_weight"))
-    assert found.missed(listed) == []
+    assert account.missed(listed) == []
 
 
-@pytest.mark.parametrize("name", [name for name in SEEN if name != "query"])
-def test_a_site_that_a_plan_lacks_is_seen(name: str) -> None:
-    others = [one.removesuffix(".weight") for one in SEEN if one not in (name, "query")]
-    check = tool("zoo_checks").accounted(account_of(Products()), sites(*others))
+@pytest.mark.parametrize("name", [name for name in MULTIPLIED if name != "query"])
+def test_a_site_that_a_plan_lacks_is_found(name: str) -> None:
+    others = [other.removesuffix(".weight") for other in MULTIPLIED if other not in (name, "query")]
+    check = tool("zoo_verdict").accounted(account_of(Products()), sites(*others))
     assert check.ok is False
     assert name in check.detail
 
 
-def test_a_site_kept_without_a_reason_is_seen() -> None:
-    listed = [*sites(*(one.removesuffix(".weight") for one in SEEN))]
-    assert tool("zoo_checks").accounted(account_of(Products()), listed).ok
+def test_a_site_kept_without_a_reason_is_found() -> None:
+    listed = sites(*(name.removesuffix(".weight") for name in MULTIPLIED))
+    assert tool("zoo_verdict").accounted(account_of(Products()), listed).ok
     listed[0].factorized = False
-    assert tool("zoo_checks").accounted(account_of(Products()), listed).detail == f"kept without a reason: {SEEN[0]}"
+    assert (
+        tool("zoo_verdict").accounted(account_of(Products()), listed).detail
+        == f"kept without a reason: {MULTIPLIED[0]}"
+    )
 
 
 # The comparison.
 
 
-class Jumps(nn.Module):
-    """One output that rounding alone throws about, and one that it does not."""
+class Unstable(nn.Module):
+    """Has an output that rounding alone changes completely, and a stable output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -338,50 +341,53 @@ class Jumps(nn.Module):
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         y = self.layer(x)
-        return OrderedDict(steady=y, jumping=(1e14 * y).sin())
+        return OrderedDict(stable=y, unstable=(1e14 * y).sin())
 
 
-def test_what_jumps_under_rounding_is_named_and_not_compared() -> None:
-    run, model = tool("zoo_run"), Jumps().double()
-    call = tool("zoo_inputs").Call((torch.randn(3, 4, dtype=torch.float64),))
-    seen = {"eval": run.observe(model, call, mode=False)}
-    again = {"eval": lambda moved: {"eval": run.observe(moved, call, mode=False)}}
-    response = run.rounding_response(model, seen, ["layer.weight"], again["eval"])["eval"]
-    gap = run.gap_of(seen["eval"].outputs, seen["eval"].outputs, response)
-    assert (gap.unstable, gap.compared, gap.share) == (("['jumping']",), 1, 0.0)
-    unmoved = run.rounding_response(model, seen, [], again["eval"])["eval"]
-    assert set(unmoved.values()) == {0.0}
+def test_an_output_that_changes_under_rounding_is_named_and_not_compared() -> None:
+    compare, model = tool("zoo_compare"), Unstable().double()
+    call = tool("zoo_inputs").ModelCall((torch.randn(3, 4, dtype=torch.float64),))
+
+    def observe(model: nn.Module) -> dict[str, Any]:
+        return {"eval": tool("zoo_run").observe(model, call, mode=False)}
+
+    reference = observe(model)
+    response = compare.rounding_response(model, reference, ["layer.weight"], observe)["eval"]
+    gap = compare.gap_of(reference["eval"].outputs, reference["eval"].outputs, response)
+    assert (gap.unstable, gap.compared, gap.share) == (("['unstable']",), 1, 0.0)
+    unchanged = compare.rounding_response(model, reference, [], observe)["eval"]
+    assert set(unchanged.values()) == {0.0}
 
 
 def test_the_type_of_a_structure_counts() -> None:
     flatten = tool("zoo_run").flatten
     x = torch.zeros(2)
-    words = [flatten(one)[1] for one in ({"a": x}, OrderedDict(a=x), [x], (x,), x, x.double())]
-    assert len(set(words)) == len(words)
+    values = ({"a": x}, OrderedDict(a=x), [x], (x,), x, x.double())
+    assert len({flatten(value)[1] for value in values}) == len(values)
 
 
 def test_running_a_model_leaves_it_as_it_was() -> None:
-    run, checks = tool("zoo_run"), tool("zoo_checks")
+    fingerprint = tool("zoo_verdict").fingerprint
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout().eval())
-    call = tool("zoo_inputs").Call((torch.randn(5, 4),))
-    before = checks._fingerprint(model)
-    seen = run.observe(model, call, mode=True, wanted=dict(model.named_parameters()))
-    assert checks._fingerprint(model) == before
-    assert not torch.equal(seen.buffers["1.running_mean"], model.get_buffer("1.running_mean"))
-    assert set(seen.gradients) == {"(input 0)", "0.weight", "0.bias", "1.weight", "1.bias"}
+    call = tool("zoo_inputs").ModelCall((torch.randn(5, 4),))
+    before = fingerprint(model)
+    observation = tool("zoo_run").observe(model, call, mode=True, wanted=dict(model.named_parameters()))
+    assert fingerprint(model) == before
+    assert not torch.equal(observation.buffers["1.running_mean"], model.get_buffer("1.running_mean"))
+    assert set(observation.gradients) == {"(input 0)", "0.weight", "0.bias", "1.weight", "1.bias"}
 
 
-def test_a_model_that_does_not_fit_is_examined_with_less() -> None:
+def test_a_model_that_does_not_fit_is_examined_with_less_precision() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
-    call = tool("zoo_inputs").Call((torch.randn(20, 64),))
-    found = tool("zoo_account").account(model, tool("zoo_inputs").Example(call, call))
-    memory, ladder = 1.0, []
+    call = tool("zoo_inputs").ModelCall((torch.randn(20, 64),))
+    account = tool("zoo_account").account(model, tool("zoo_inputs").ModelExample(call, call))
+    memory, choices = 1.0, []
     for _ in range(4):
-        dtype, gradients, needed = tool("zoo_checks")._precision(model, found, memory)
-        ladder.append((dtype, gradients))
+        dtype, gradients, needed = tool("zoo_checks").affordable_precision(model, account, memory)
+        choices.append((dtype, gradients))
         assert needed < memory or dtype is None
         memory = 0.999 * needed
-    assert ladder == [(torch.float64, True), (torch.float32, True), (torch.float32, False), (None, False)]
+    assert choices == [(torch.float64, True), (torch.float32, True), (torch.float32, False), (None, False)]
 
 
 def test_a_model_that_does_not_fit_at_all_is_still_accounted_for(factories: Path) -> None:
@@ -392,7 +398,7 @@ def test_a_model_that_does_not_fit_at_all_is_still_accounted_for(factories: Path
     assert {check.ok for name, check in verdict.checks.items() if name != "accounted"} == {None}
 
 
-def test_a_model_with_float32_constants_is_examined_in_float64_all_the_same(factories: Path) -> None:
+def test_a_model_with_float32_constants_is_examined_in_float64_too(factories: Path) -> None:
     verdict = examine(f"{factories}:single")
     assert verdict.ok, complaints(verdict)
     assert verdict.facts["dtype"] == "float64"
@@ -402,13 +408,13 @@ def test_a_model_with_float32_constants_is_examined_in_float64_all_the_same(fact
 # The command.
 
 
-def test_the_command_goes_on_after_a_failure_and_says_so(factories: Path, tmp_path: Path) -> None:
+def test_the_command_continues_after_a_failure_and_reports_it(factories: Path, tmp_path: Path) -> None:
     written = tmp_path / "zoo.json"
     references = [f"{factories}:{name}" for name in ("dies", "silent", "small", "renamed")]
     result = CliRunner().invoke(tool("zoo").main, [*references, "--json", str(written)])
     assert result.exit_code == 1, result.output
     verdicts = json.loads(written.read_text(encoding="utf-8"))
-    assert [one["ok"] for one in verdicts] == [False, False, True, False]
+    assert [verdict["ok"] for verdict in verdicts] == [False, False, True, False]
     assert "its process ended with code 9" in verdicts[0]["error"]
     assert "does not say what its model is called with" in verdicts[1]["error"]
     assert verdicts[3]["checks"]["merge"]["ok"] is False
@@ -428,7 +434,7 @@ def test_a_glob_that_matches_nothing_is_an_error() -> None:
     assert "matches none of torchvision's" in result.output
 
 
-def test_help_says_what_is_checked() -> None:
+def test_help_explains_every_check() -> None:
     result = CliRunner().invoke(tool("zoo").main, ["--help"])
     assert result.exit_code == 0
-    assert all(name.replace("_", " ") in result.output for name in tool("zoo_checks").CHECKS)
+    assert all(name.replace("_", " ") in result.output for name in tool("zoo_verdict").CHECKS)

@@ -1,18 +1,20 @@
-"""Checks that two processes make together: how they are started, and how what went wrong is told."""
+"""Checks that two processes run together: starting them, and collecting what failed."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,63 +24,88 @@ import torch.distributed as dist
 import tdfx
 
 SECONDS = 480
-"""What the processes may take together; some 30 s are usual on cores that nothing else uses."""
-
+"""Time limit for all checks of a script; some 30 s are usual on idle cores."""
 
 WAIT = 20
-"""Seconds after which a process that waits for another in vain gives up."""
+"""Seconds after which a process gives up waiting for another."""
 
 
 def start(script: Path, folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Run a script on two processes and return what went wrong in each of its checks, "" for nothing."""
-    begin = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    # The processes shall test the tdfx that this one does.
+    """Run a script on two processes and return the tracebacks of each of its checks; "" for a check that passed."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # The processes have to test the same tdfx as this one.
     environment = {**os.environ, "PYTHONPATH": str(Path(tdfx.__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*begin, str(script), str(folder)],
+        [*torchrun, str(script), str(folder)],
         capture_output=True,
         text=True,
         check=False,
         timeout=SECONDS,
         env=environment,
     )
-    written = folder / "outcomes.json"
-    found: dict[str, str] = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-    lost = f"the processes ended before this check was done:\n{done.stderr[-4000:]}"
-    return {name: found.get(name, lost) for name in names}
+    path = folder / "outcomes.json"
+    outcomes: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    missing = f"the processes ended before this check was done:\n{done.stderr[-4000:]}"
+    return {name: outcomes.get(name, missing) for name in names}
+
+
+def refused(kind: type[Exception], text: str) -> AbstractContextManager[Any]:
+    """Expect an error that says this."""
+    return pytest.raises(kind, match=re.escape(text))
 
 
 @contextmanager
-def refused_promptly(kind: type[Exception], own: str, *, rank: int = 1) -> Iterator[None]:
-    """Hold one process to raise an error, and the other to raise one that names it and says the same, without a wait."""
-    began = time.monotonic()
-    told = f"Process {rank} could not go on, so nothing was changed on any process. It says: {kind.__name__}: "
+def refused_promptly(kind: type[Exception], message: str, *, rank: int = 1) -> Iterator[None]:
+    """Expect an error of one process on both, without a wait; the other process names it and repeats its message.
+
+    Args:
+        kind: The class of the error.
+        message: What the error says.
+        rank: The process that cannot go on by itself.
+    """
+    started = time.monotonic()
+    prefix = f"Process {rank} could not go on, so nothing was changed on any process. It says: {kind.__name__}: "
     with pytest.raises(kind) as caught:
         yield
     text = str(caught.value)
-    assert own in text, text
-    assert text.startswith(told) == (dist.get_rank() != rank), text
-    assert time.monotonic() - began < WAIT / 2, "a process waited for another that had failed"
+    assert message in text, text
+    assert text.startswith(prefix) == (dist.get_rank() != rank), text
+    assert time.monotonic() - started < WAIT / 2, "a process waited for another that had failed"
 
 
 def run(folder: Path, prepare: Callable[[], tuple[Any, ...]], checks: Mapping[str, Callable[..., None]]) -> None:
-    """Make all checks as one of the two processes, with what ``prepare`` returns as arguments, and write what came of it."""
+    """Run all checks as one of the two processes, with what ``prepare`` returns as arguments, and write their outcomes."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", module="torch.*")
     torch.set_num_threads(1)
-    # Where the cores are busy with other tests, one process may be far behind the other.
+    # On cores that are busy with other tests, one process may fall far behind the other.
     dist.init_process_group("gloo", timeout=timedelta(seconds=WAIT))
     arguments = prepare()
     outcomes = {}
     for name, check in checks.items():
         try:
             check(*arguments)
-            mine = ""
-        except Exception:  # it is told to pytest
-            mine = traceback.format_exc()
-        both: list[Any] = [None, None]
-        dist.all_gather_object(both, mine)
-        outcomes[name] = "\n".join(one for one in both if one)
+            failure = ""
+        except Exception:  # pytest reports it
+            failure = traceback.format_exc()
+        outcomes[name] = "\n".join(filter(None, on_both(failure)))
         if dist.get_rank() == 0:
             (folder / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
     dist.destroy_process_group()
+
+
+def on_both(value: Any) -> list[Any]:
+    """Return what the two processes have, in the order of their ranks."""
+    values: list[Any] = [None, None]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def checks_of(*modules: ModuleType) -> dict[str, Callable[..., None]]:
+    """Return the functions of some modules whose names start with ``check_`` or ``control_``."""
+    return {
+        name: function
+        for module in modules
+        for name, function in vars(module).items()
+        if name.startswith(("check_", "control_"))
+    }

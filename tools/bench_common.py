@@ -1,4 +1,4 @@
-"""What the benchmarks share: the clock they read, times of their own, and how their figures are kept."""
+"""What the benchmarks share: the clock, separate layer times, result files, and a progress bar."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import tdfx
 from tdfx.cost import machine, measured
 from tdfx.cost.timing import take_turns
 
-Seconds = Callable[[], float]
-"""Returns the time in seconds, from wherever it counts."""
+Clock = Callable[[], float]
+"""Returns a time in seconds."""
 
 
-def set_clock(cpu_time: bool, threads: int) -> Seconds:
-    """Set the threads and return the clock, which everything that tdfx measures in this process reads from now on.
+def set_clock(cpu_time: bool, threads: int) -> Clock:
+    """Set the number of threads, and set and return the clock that tdfx reads in this process from now on.
 
     Args:
-        cpu_time: Whether to count the time for which this process computes. On a loaded machine that is nearly what a
-            quiet one needs; the clock on the wall also counts the others. One thread only, since those of all are added.
+        cpu_time: Whether to measure the CPU time of this process. On a loaded machine it is close to the wall-clock time of
+            an idle one. It adds up the time of all threads, so only one thread is used.
         threads: At least 1.
     """
     torch.set_num_threads(1 if cpu_time else threads)
@@ -42,47 +45,54 @@ def set_clock(cpu_time: bool, threads: int) -> Seconds:
     return time.process_time
 
 
+def clock_name(cpu_time: bool) -> str:
+    """Return what result files call the clock."""
+    return "CPU time" if cpu_time else "wall clock"
+
+
 @contextmanager
-def own_times(known: dict[str, float] | None = None) -> Iterator[None]:
-    """Know no times but those in ``known``, to which what is measured is added; neither read nor write those on disk."""
+def separate_times(times: dict[str, float] | None = None) -> Iterator[None]:
+    """Let tdfx read only the layer times in ``times``, and add what it measures there; the cache on disk is not used."""
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.dict(os.environ, TDFX_CACHE_DIR=folder),
-        patch.object(measured, "_known", {} if known is None else known),
+        patch.object(measured, "_known", {} if times is None else times),
     ):
         yield
 
 
-def keep(file: Path | None, results: Any, **settings: Any) -> None:
-    """Write results beside the command and the versions that made them; whole files only, if it is interrupted.
+def write_results(file: Path | None, results: Any, **settings: Any) -> None:
+    """Write results with the command and the versions that produced them.
 
     Args:
-        file: Where to; None to write nothing.
-        results: What JSON can hold.
-        settings: Seeds and whatever else is to be known.
+        file: The file to write; None to write nothing.
+        results: Anything that JSON can hold.
+        settings: Further values to write, such as seeds.
     """
-    if file is None:
-        return
-    record = {"command": command(sys.argv), "versions": versions(), **settings, "results": results}
+    if file is not None:
+        write_json(file, {"command": command(sys.argv), "versions": versions(), **settings, "results": results})
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replace a file in one move, so that an interrupted program leaves no half-written file."""
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     partial.replace(file)
 
 
 def command(arguments: list[str]) -> str:
-    """Return a command as one types it, with no more than the names of files.
+    """Return a command as one types it, without the folders of files.
 
     >>> command(["/some/where/tools/bench.py", "--json", "/tmp/out.json", "--threads", "2"])
     'python tools/bench.py --json out.json --threads 2'
     """
-    program, *rest = arguments
-    return shlex.join(
-        ["python", f"tools/{Path(program).name}", *(Path(one).name if "/" in one else one for one in rest)]
-    )
+    program, *options = arguments
+    names = (Path(option).name if "/" in option else option for option in options)
+    return shlex.join(["python", f"tools/{Path(program).name}", *names])
 
 
 def versions() -> dict[str, str | int]:
-    """Return what the figures depend on beside the settings."""
+    """Return the versions and the machine that the figures depend on."""
     return {
         "tdfx": tdfx.__version__,
         "torch": torch.__version__,
@@ -91,3 +101,24 @@ def versions() -> dict[str, str | int]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+
+
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """Return the mean, and with several values their standard deviation.
+
+    >>> mean_and_deviation([1.0, 2.0], 1), mean_and_deviation([1.0], 1)
+    ('1.5 ± 0.7', '1.0')
+    """
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def show_progress(names: Sequence[str]) -> Iterator[str]:
+    """Yield the names one by one, and show on stderr which one is being worked on and how many are done."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task("", total=len(names))
+        for name in names:
+            bars.update(task, description=name)
+            yield name
+            bars.advance(task)

@@ -1,7 +1,7 @@
-"""What ``compare.py`` compares: tdfx and what others offer, each called as its own pages say, at the same ranks.
+"""The methods of ``compare.py``: tdfx and other packages, each called as its documentation says, at the same ranks.
 
-A method gets a model in training and its optimizer, both its own to change, and gives back what to go on with. None of the
-others' code is here: packages are imported where they are installed, and the paper's code from a checkout.
+A method gets a model in training and its optimizer, may change both, and returns what to continue with. No code of other
+packages is copied here: packages are imported where they are installed, and the paper's code from a checkout.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from study_tasks import Batch
+from digits_training import Batch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import tdfx
 
-Made = tuple[nn.Module, Optimizer | None]
-"""A model to go on with and its optimizer; None for a new one."""
-Apply = Callable[[nn.Module, Optimizer, float, Batch], Made]
-"""From a model, its optimizer, the share of the full ranks, and a batch."""
+Continuation = tuple[nn.Module, Optimizer | None]
+"""The model to continue with and its optimizer; None for a new optimizer."""
+Apply = Callable[[nn.Module, Optimizer, float, Batch], Continuation]
+"""Takes a model, its optimizer, the share of the full ranks, and a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +40,13 @@ class Method:
     ranks: str = "the share, all layers"
     """Which ranks it takes on which layers."""
     module: str = ""
-    """What must be importable; nothing for what is here."""
+    """The module that it needs; "" for none."""
     version: str = ""
-    """Of the package of that name, where it must be one."""
+    """The version of that package that it needs; "" for any."""
     install: tuple[str, ...] = ()
-    """What pip is given, one call each."""
+    """Arguments of ``pip install``, one call each."""
 
-    def is_here(self) -> bool:
+    def is_installed(self) -> bool:
         """Return True if it can run in this environment."""
         if self.version:
             return metadata.version(self.module) == self.version
@@ -63,33 +63,33 @@ def rank_of(full: int, share: float) -> int:
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | nn.Conv2d]]:
-    """Yield the owner, the name there, and the layer, of each ungrouped Conv2d and each Linear."""
-    for owner in list(model.modules()):
-        for name, one in list(owner._modules.items()):
-            if isinstance(one, nn.Linear) or (isinstance(one, nn.Conv2d) and one.groups == 1):
-                yield owner, name, one
+    """Yield the parent module, the name there, and the layer, of each ungrouped Conv2d and each Linear."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent._modules.items()):
+            if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
+                yield parent, name, layer
 
 
 def _tdfx(policy: Callable[[float], tdfx.Policy]) -> Apply:
-    def apply(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Made:
+    def apply(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Continuation:
         return tdfx.rewrite(model, policy(share), example_inputs=(batch[0],), optimizer=optimizer), optimizer
 
     return apply
 
 
-def _by_hand(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Made:
-    """Tucker-2 by TensorLy for kernels and the SVD for the rest, as tutorials do: layers are replaced, the optimizer new."""
+def _by_hand(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Continuation:
+    """Use TensorLy's Tucker-2 for kernels and the SVD for the rest, as tutorials do, with a new optimizer."""
     import tensorly
     from tensorly.decomposition import partial_tucker
 
-    for owner, name, one in layers_of(model):
-        if isinstance(one, nn.Conv2d) and max(one.kernel_size) > 1:
-            ranks = [rank_of(size, share) for size in one.weight.shape[:2]]
+    for parent, name, layer in layers_of(model):
+        if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1:
+            ranks = [rank_of(size, share) for size in layer.weight.shape[:2]]
             with tensorly.backend_context("pytorch"):
-                (core, (last, first)), _ = partial_tucker(one.weight.data, rank=ranks, modes=[0, 1], init="svd")
-            owner._modules[name] = _tucker_chain(one, core, last, first)
+                (core, (last, first)), _ = partial_tucker(layer.weight.data, rank=ranks, modes=[0, 1], init="svd")
+            parent._modules[name] = _tucker_chain(layer, core, last, first)
         else:
-            owner._modules[name] = _svd_chain(one, share)
+            parent._modules[name] = _svd_chain(layer, share)
     return model, None
 
 
@@ -105,58 +105,58 @@ def _svd_chain(layer: nn.Linear | nn.Conv2d, share: float) -> nn.Module:
     rank = rank_of(len(s), share)
     w_out, w_in = u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * vt[:rank]
     if isinstance(layer, nn.Conv2d):
-        enter = _pointwise(w_in, None)
-        enter.stride = layer.stride
-        return nn.Sequential(enter, _pointwise(w_out, layer.bias))
-    enter_linear, leave = nn.Linear(w_in.shape[1], rank, bias=False), nn.Linear(rank, w_out.shape[0])
-    enter_linear.weight.data, leave.weight.data = w_in.contiguous(), w_out.contiguous()
-    leave.register_parameter("bias", layer.bias)
-    return nn.Sequential(enter_linear, leave)
+        first_conv = _pointwise(w_in, None)
+        first_conv.stride = layer.stride
+        return nn.Sequential(first_conv, _pointwise(w_out, layer.bias))
+    first, last = nn.Linear(w_in.shape[1], rank, bias=False), nn.Linear(rank, w_out.shape[0])
+    first.weight.data, last.weight.data = w_in.contiguous(), w_out.contiguous()
+    last.register_parameter("bias", layer.bias)
+    return nn.Sequential(first, last)
 
 
 def _pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    made = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False)
-    made.weight.data = weight[:, :, None, None].contiguous()
-    made.register_parameter("bias", cast("nn.Parameter | None", bias))
-    return made
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False)
+    conv.weight.data = weight[:, :, None, None].contiguous()
+    conv.register_parameter("bias", cast("nn.Parameter | None", bias))
+    return conv
 
 
-def _greenformer(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Made:
+def _greenformer(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Continuation:
     from greenformer import auto_fact
 
-    for owner, name, one in layers_of(model):
-        # Called with a layer it returns one; called with a model it leaves the layers right under it alone.
-        rank = rank_of(min(one.weight.shape[0], one.weight.shape[1:].numel()), share)
-        owner._modules[name] = auto_fact(one, rank=rank, solver="svd", num_iter=20)
+    for parent, name, layer in layers_of(model):
+        # Called with a layer it returns a layer; called with a model it skips the model's direct children.
+        rank = rank_of(min(layer.weight.shape[0], layer.weight.shape[1:].numel()), share)
+        parent._modules[name] = auto_fact(layer, rank=rank, solver="svd", num_iter=20)
     return model, None
 
 
-def _fasterai(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Made:
+def _fasterai(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Continuation:
     from fasterai.misc.conv_decomposer import Conv_Decomposer
     from fasterai.misc.fc_decomposer import FC_Decomposer
 
-    made = Conv_Decomposer().decompose(model, percent_removed=1 - share, method="tucker")
-    return FC_Decomposer().decompose(made, percent_removed=1 - share), None
+    with_convs = Conv_Decomposer().decompose(model, percent_removed=1 - share, method="tucker")
+    return FC_Decomposer().decompose(with_convs, percent_removed=1 - share), None
 
 
-def _tensorly_torch(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Made:
+def _tensorly_torch(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Continuation:
     import tltorch
 
-    for owner, name, one in layers_of(model):
-        if isinstance(one, nn.Conv2d):
-            ranks = (*(rank_of(size, share) for size in one.weight.shape[:2]), *one.kernel_size)
-            owner._modules[name] = tltorch.FactorizedConv.from_conv(
-                one, rank=ranks, decompose_weights=True, factorization="tucker", implementation="factorized"
+    for parent, name, layer in layers_of(model):
+        if isinstance(layer, nn.Conv2d):
+            ranks = (*(rank_of(size, share) for size in layer.weight.shape[:2]), *layer.kernel_size)
+            parent._modules[name] = tltorch.FactorizedConv.from_conv(
+                layer, rank=ranks, decompose_weights=True, factorization="tucker", implementation="factorized"
             )
         else:
-            # Its linear layers have tensors of many modes, for which ranks of a matrix say nothing.
-            owner._modules[name] = tltorch.FactorizedLinear.from_linear(
-                one, rank=share, factorization="blocktt", implementation="reconstructed", bias=one.bias is not None
+            # Its linear layers factorize tensors of many modes, so the rank of a matrix does not apply to them.
+            parent._modules[name] = tltorch.FactorizedLinear.from_linear(
+                layer, rank=share, factorization="blocktt", implementation="reconstructed", bias=layer.bias is not None
             )
     return model, None
 
 
-def _composer(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Made:
+def _composer(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Continuation:
     import composer.functional as cf
 
     cf.apply_factorization(
@@ -165,7 +165,7 @@ def _composer(model: nn.Module, optimizer: Optimizer, share: float, batch: Batch
     return model, optimizer
 
 
-def _paper(checkout: Path, model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Made:
+def _paper(checkout: Path, model: nn.Module, optimizer: Optimizer, share: float, batch: Batch) -> Continuation:
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     import tensorly
@@ -184,24 +184,24 @@ def _paper(checkout: Path, model: nn.Module, optimizer: Optimizer, share: float,
         return decompose_model(model, "tucker", config), None
 
 
-def _conv_ranks(model: nn.Module, share: float, seen: bool = False) -> list[int]:
-    """Return ranks in the order in which the paper's code takes them: one for the first convolution of a block, two else."""
-    found: list[int] = []
-    for one in model._modules.values():
-        if one is not None and len(list(one.children())) > 0:
-            found += _conv_ranks(one, share, seen)
-        elif type(one) is nn.Conv2d:
-            out, into = (rank_of(size, share) for size in one.weight.shape[:2])
-            found += [out, into] if seen else [out]
-            seen = True
-    return found
+def _conv_ranks(model: nn.Module, share: float, after_first: bool = False) -> list[int]:
+    """Return ranks in the order of the paper's code: one for the first convolution of a block, two for each other."""
+    ranks: list[int] = []
+    for child in model._modules.values():
+        if child is not None and len(list(child.children())) > 0:
+            ranks += _conv_ranks(child, share, after_first)
+        elif type(child) is nn.Conv2d:
+            rank_out, rank_in = (rank_of(size, share) for size in child.weight.shape[:2])
+            ranks += [rank_out, rank_in] if after_first else [rank_out]
+            after_first = True
+    return ranks
 
 
-def methods(paper_code: Path | None) -> list[Method]:
+def all_methods(paper_code: Path | None) -> list[Method]:
     """Return all methods; the paper's own only with a checkout of its code."""
-    same = partial(tdfx.Policy, min_gain=0, round_to=1)
-    found = [
-        Method(name="tdfx, same ranks", apply=_tdfx(lambda share: same(rank=tdfx.Ratio(of=share)))),
+    every_layer = partial(tdfx.Policy, min_gain=0, round_to=1)
+    methods = [
+        Method(name="tdfx, same ranks", apply=_tdfx(lambda share: every_layer(rank=tdfx.Ratio(of=share)))),
         Method(
             name="tdfx",
             apply=_tdfx(lambda share: tdfx.Policy(rank=tdfx.Ratio(of=share))),
@@ -212,7 +212,7 @@ def methods(paper_code: Path | None) -> list[Method]:
             name="Greenformer",
             apply=_greenformer,
             module="greenformer",
-            # Its own requirements cannot be met any more: one of them is a package that refuses to be installed.
+            # Its own requirements can no longer be met: one of them is a package that refuses to be installed.
             install=("--no-deps greenformer matrix-fact", "cvxopt", "transformers<4.50"),
         ),
         Method(name="fasterai", apply=_fasterai, module="fasterai", install=("fasterai",)),
@@ -226,22 +226,22 @@ def methods(paper_code: Path | None) -> list[Method]:
         Method(name="Composer", apply=_composer, module="composer", install=("mosaicml",)),
     ]
     if paper_code is not None:
-        found.append(
+        methods.append(
             Method(
                 name="the paper's code",
                 apply=partial(_paper, paper_code.resolve()),
                 ranks="convolutions: the share; linear: VBMF",
                 module="tensorly",
                 version="0.4.3",
-                # Later ones call its arguments by other names.
+                # Later versions have other names for its arguments.
                 install=("--no-deps tensorly==0.4.3", "nose"),
             )
         )
-    return found
+    return methods
 
 
-def quietly(apply: Apply, *arguments: Any) -> Made:
-    """Call a method without its warnings."""
+def apply_quietly(method: Method, *arguments: Any) -> Continuation:
+    """Apply a method without its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return apply(*arguments)
+        return method.apply(*arguments)

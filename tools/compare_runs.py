@@ -1,4 +1,4 @@
-"""What a method of ``compare.py`` came to on one task from one seed: times in turns with the dense step, error, accuracy."""
+"""Run a method of ``compare.py`` on one task with one seed: step times in turns with the dense step, error, accuracy."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bench_common import own_times
-from compare_methods import Made, Method, quietly
+from bench_common import separate_times
+from compare_methods import Continuation, Method, apply_quietly
 from study_runs import FULL, ROUNDS, Study
 from torch import nn
 from torch.optim import Optimizer
@@ -17,115 +17,115 @@ from torch.optim import Optimizer
 from tdfx.cost.timing import take_turns
 
 SLOWEST = 10.0
-"""Dense steps that a step may take in a method that is trained to the end."""
+"""Most dense steps that a step may take for a method to be trained to the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What one method came to."""
+class MethodResult:
+    """The results of one method."""
 
     task: str
     method: str
     seed: int
     torch: str
-    """The version it ran with."""
+    """The version that it ran with."""
     step: float = 1.0
-    """Time of a step after the switch, in that of a dense one."""
+    """Time of a step after the switch, relative to a dense step."""
     switch_steps: float = 0.0
-    """What the switch took, in dense steps."""
+    """Time of the switch, in dense steps."""
     error: float = 0.0
-    """Change of the outputs at the switch, on what is held out, relative to their norm."""
+    """Change of the held-out outputs at the switch, relative to their norm."""
     parameters: float = 1.0
-    """In those of the dense model."""
+    """Number of parameters, relative to the dense model."""
     accuracy: float = 0.0
-    """Right answers on what is held out at the end, in percent."""
+    """Accuracy on the held-out data at the end, in percent."""
     loss: float = 0.0
-    """Mean loss on it, in nats."""
+    """Mean loss on the held-out data at the end, in nats."""
     optimizer: str = "goes on"
-    """What becomes of the optimizer's state."""
+    """What happens to the optimizer's state."""
     failed: str = ""
-    """The first line of the error it ended with."""
+    """The first line of the error that it ended with."""
 
 
-class Comparison(Study):
-    """The methods on one task from one seed, from the same moment."""
+class MethodStudy(Study):
+    """The methods on one task with one seed, from the same trained state."""
 
-    def outcomes(self, methods: Sequence[Method], share: float, *, dense: bool) -> list[Outcome]:
-        """Switch, time and train on with each; where ``dense``, the model as it is too."""
-        made: dict[str, Made] = {FULL: copy.deepcopy((self.start, self.optimizer))}
-        known: dict[str, dict[str, Any]] = {FULL: {}}
-        failed: dict[str, str] = {}
+    def results(self, methods: Sequence[Method], share: float, *, dense: bool) -> list[MethodResult]:
+        """Switch, time and train on with each method, and if ``dense`` with the dense model too."""
+        continuations: dict[str, Continuation] = {FULL: copy.deepcopy((self.start, self.optimizer))}
+        figures: dict[str, dict[str, Any]] = {FULL: {"switch_seconds": 0.0}}
+        failures: dict[str, str] = {}
         for method in methods:
             try:
-                made[method.name], known[method.name] = self._switched(method, share)
-            except Exception as error:  # whatever the code of others raises is what came of it
-                failed[method.name] = first_line(error)
-        alive = [name for name in made if name not in failed]
-        steps = [self._step(*copy.deepcopy(_with_optimizer(made[name], self))) for name in alive]
-        timings = take_turns(steps, rounds=ROUNDS)
-        dense_seconds = timings[0].seconds
-        found = []
-        for name, timing in zip(alive, timings, strict=True):
+                continuations[method.name], figures[method.name] = self._apply(method, share)
+            except Exception as error:  # the other packages may raise anything, and that is their result
+                failures[method.name] = first_line(error)
+        steps = [self.step(*copy.deepcopy(self._with_optimizer(each))) for each in continuations.values()]
+        timings = dict(zip(continuations, take_turns(steps, rounds=ROUNDS), strict=True))
+        dense_seconds = timings[FULL].seconds
+        results = []
+        for name, continuation in continuations.items():
             if name != FULL or dense:
-                took = known[name].pop("seconds", 0.0) / dense_seconds
-                figures = {**known[name], "step": timing.seconds / dense_seconds, "switch_steps": took}
-                found.append(self._to_the_end(name, made[name], figures))
-        return [*found, *(self._outcome(name, failed=line) for name, line in failed.items())]
+                switch_steps = figures[name].pop("switch_seconds") / dense_seconds
+                step = timings[name].seconds / dense_seconds
+                results.append(
+                    self._train_on(name, continuation, {**figures[name], "step": step, "switch_steps": switch_steps})
+                )
+        return [*results, *(self._method_result(name, failed=line) for name, line in failures.items())]
 
-    def _switched(self, method: Method, share: float) -> tuple[Made, dict[str, Any]]:
-        """Apply a method, and take one step with what it gave, on a copy."""
+    def _apply(self, method: Method, share: float) -> tuple[Continuation, dict[str, Any]]:
+        """Apply a method, and take one step with what it returns, on a copy."""
         model, optimizer = copy.deepcopy((self.start, self.optimizer))
-        before = self._outputs(model)
+        before = self.task.held_out_outputs(model)
         begin = self.clock()
-        with own_times():
-            small, kept = quietly(method.apply, model, optimizer, share, self.example)
+        with separate_times():
+            rewritten, new_optimizer = apply_quietly(method, model, optimizer, share, self.example)
         seconds = self.clock() - begin
-        after = self._outputs(small)
-        made: Made = (small.train(), kept)
-        self._step(*copy.deepcopy(_with_optimizer(made, self)))()
-        sizes = [sum(one.numel() for one in net.parameters()) for net in (small, self.start)]
+        after = self.task.held_out_outputs(rewritten)
+        continuation: Continuation = (rewritten.train(), new_optimizer)
+        self.step(*copy.deepcopy(self._with_optimizer(continuation)))()
         figures = {
-            "seconds": seconds,
+            "switch_seconds": seconds,
             "error": float((after - before).norm() / before.norm()),
-            "parameters": sizes[0] / sizes[1],
-            "optimizer": self._handling(small, kept),
+            "parameters": _parameter_count(rewritten) / _parameter_count(self.start),
+            "optimizer": _state_of(rewritten, new_optimizer),
         }
-        return made, figures
+        return continuation, figures
 
-    def _handling(self, model: nn.Module, optimizer: Optimizer | None) -> str:
-        """Say for how much of the model's parameters an optimizer that goes on has state."""
-        if optimizer is None:
-            return "new, state lost"
-        having = sum(one.numel() for one in model.parameters() if optimizer.state.get(one))
-        share = having / sum(one.numel() for one in model.parameters())
-        return "carried" if share == 1 else f"goes on, state of {share:.0%}"
+    def _with_optimizer(self, continuation: Continuation) -> tuple[nn.Module, Optimizer]:
+        model, optimizer = continuation
+        return model, self.task.optimizer(model.parameters()) if optimizer is None else optimizer
 
-    @torch.no_grad()
-    def _outputs(self, model: nn.Module) -> torch.Tensor:
-        return torch.cat([model.eval()(part) for part in torch.split(self.task.held_out()[0], 256)])
-
-    def _to_the_end(self, name: str, made: Made, figures: dict[str, Any]) -> Outcome:
-        model, optimizer = _with_optimizer(made, self)
+    def _train_on(self, name: str, continuation: Continuation, figures: dict[str, Any]) -> MethodResult:
+        model, optimizer = self._with_optimizer(continuation)
         if figures["step"] > SLOWEST:
-            return self._outcome(name, failed=f"its step takes {figures['step']:.0f} dense ones", **figures)
+            return self._method_result(name, failed=f"its step takes {figures['step']:.0f} dense ones", **figures)
         try:
-            self._train(model.train(), optimizer, range(self.switch, self.steps))
+            self.train(model.train(), optimizer, range(self.switch, self.steps))
             accuracy, loss = self.task.score(model)
-        except Exception as error:  # as above
-            return self._outcome(name, failed=first_line(error), **figures)
-        return self._outcome(name, accuracy=accuracy, loss=loss, **figures)
+        except Exception as error:  # as in results()
+            return self._method_result(name, failed=first_line(error), **figures)
+        return self._method_result(name, accuracy=accuracy, loss=loss, **figures)
 
-    def _outcome(self, name: str, **figures: Any) -> Outcome:
-        return Outcome(task=self.task.name, method=name, seed=self.seed, torch=torch.__version__, **figures)
+    def _method_result(self, name: str, **figures: Any) -> MethodResult:
+        return MethodResult(task=self.task.name, method=name, seed=self.seed, torch=torch.__version__, **figures)
 
 
-def _with_optimizer(made: Made, study: Comparison) -> tuple[nn.Module, Optimizer]:
-    model, optimizer = made
-    return model, study.task.optimizer(model.parameters()) if optimizer is None else optimizer
+def _parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _state_of(model: nn.Module, optimizer: Optimizer | None) -> str:
+    """Say for which share of the model's parameters an optimizer that continues has state."""
+    if optimizer is None:
+        return "new, state lost"
+    with_state = sum(parameter.numel() for parameter in model.parameters() if optimizer.state.get(parameter))
+    share = with_state / _parameter_count(model)
+    return "carried" if share == 1 else f"goes on, state of {share:.0%}"
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's class and the first line of what it says.
+    """Return an error's class and the first line of its message.
 
     >>> first_line(TypeError("no\\nwhy"))
     'TypeError: no'

@@ -1,4 +1,4 @@
-"""Counting the bytes of tensors that are alive, exactly, on any device."""
+"""Count the bytes of live tensors, exactly, on any device."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch.utils._pytree import tree_map_only
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts, while it is entered, the bytes of every tensor that is made, until the last that shares its memory is gone.
+    """Counts, while it is active, the bytes of every tensor that is created, until its storage is freed.
 
-    Storages are watched, not tensors, so views count once, and so does what only autograd still holds. What a kernel
-    takes for itself and gives back before it returns is not seen.
+    It watches storages and not tensors, so that views count once, and what only autograd holds counts too. Scratch memory
+    that a kernel frees before it returns is not seen.
     """
 
-    def __init__(self, held: Iterable[Tensor] = ()) -> None:
-        """Begin with tensors that were made before."""
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+        """Count these existing tensors from the beginning."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
-        """The bytes that are alive."""
+        """Bytes that are live now."""
         self.peak = 0
-        """The most that were, since the last ``begin``."""
-        self._known: set[int] = set()
-        for tensor in held:
+        """The most bytes that were live since the last ``begin``."""
+        self._storages: set[int] = set()
+        for tensor in existing:
             self._watch(tensor)
 
     def begin(self) -> int:
-        """Forget the peak, and return what is alive."""
+        """Reset the peak, and return the bytes that are live."""
         self.peak = self.now
         return self.now
 
@@ -44,15 +44,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _watch(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        # torch gives back the same object for one storage as long as anything, autograd too, holds that.
+        # torch returns the same object for a storage as long as anything holds it, autograd included.
         key = id(storage)
-        if tensor.is_meta or key in self._known:
+        if tensor.is_meta or key in self._storages:
             return
-        self._known.add(key)
+        self._storages.add(key)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, storage.nbytes())
+        weakref.finalize(storage, self._forget, key, storage.nbytes())
 
-    def _gone(self, key: int, count: int) -> None:
-        self._known.discard(key)
+    def _forget(self, key: int, count: int) -> None:
+        self._storages.discard(key)
         self.now -= count

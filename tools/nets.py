@@ -1,4 +1,4 @@
-"""The networks of the paper and of its code for small images, as the benchmarks and the training recipe build them."""
+"""The networks that the benchmarks and the training recipe build: the paper's, smaller ones, and torchvision's."""
 
 from __future__ import annotations
 
@@ -14,25 +14,31 @@ def vgg19(classes: int = 10, colors: int = 3, pools: int = 5) -> nn.Module:
     """Return VGG-19 with batch norm for 32×32 images: one linear layer at its end (Simonyan and Zisserman 2015).
 
     Args:
-        classes: Logits.
+        classes: Number of logits.
         colors: Channels of an image.
-        pools: How many of the five poolings are left; smaller images take fewer, at most log2 of their side.
+        pools: How many of the five poolings are kept: at most log2 of the side of the images.
     """
     model: nn.Module = torchvision.models.vgg19_bn(num_classes=classes)
     features = model.get_submodule("features")
     assert isinstance(features, nn.Sequential)
     if colors != 3:
         features[0] = nn.Conv2d(colors, 64, 3, padding=1)
-    places = [place for place, one in enumerate(features) if isinstance(one, nn.MaxPool2d)]
-    for place in places[pools:]:
-        features[place] = nn.AdaptiveMaxPool2d(1) if place == places[-1] else nn.Identity()
+    poolings = [index for index, layer in enumerate(features) if isinstance(layer, nn.MaxPool2d)]
+    for index in poolings[pools:]:
+        features[index] = nn.AdaptiveMaxPool2d(1) if index == poolings[-1] else nn.Identity()
     model.avgpool = nn.Identity()
     model.classifier = nn.Linear(512, classes)
     return model
 
 
+def plain_vgg19(classes: int = 10) -> nn.Module:
+    """Return VGG-19 without batch norm for 32×32 images, with one linear layer at its end."""
+    features = torchvision.models.vgg19(weights=None).features
+    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+
+
 class ResNetForSmallImages(nn.Module):
-    """The residual networks of 6n + 2 layers for 32×32 images (He et al. 2016, section 4.2), shortcuts without weights.
+    """The residual networks of 6n + 2 layers for 32×32 images (He et al. 2016, section 4.2); shortcuts have no weights.
 
     With four ``stages`` and a depth of 18 it has the blocks of ResNet-18.
     """
@@ -107,7 +113,7 @@ class _Dense(nn.Module):
 
 
 class CharacterModel(nn.Module):
-    """A transformer that predicts the next byte, built from linear layers, normalized before each block."""
+    """A small GPT that predicts the next byte; its linear layers are separate modules, with a layer norm before each."""
 
     def __init__(self, width: int = 256, layers: int = 2, heads: int = 4, length: int = 64) -> None:
         super().__init__()
@@ -144,18 +150,37 @@ class _TransformerBlock(nn.Module):
 
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "vgg19": (vgg19, 32),
+    "cifar-vgg19": (plain_vgg19, 32),
     "resnet56": (lambda: ResNetForSmallImages(56), 32),
     "densenet40": (lambda: DenseNetForSmallImages(40), 32),
 }
-"""Name -> builder of a network that torchvision does not have, and the side of its images."""
+"""Name -> builder of a network that torchvision does not have, and the side of its images in pixels."""
 
 
-def build(name: str) -> tuple[nn.Module, int]:
-    """Return a network of ``NETS``, or else torchvision's of that name, untrained, and the side of its images."""
+def build(name: str, classes: int = 1000) -> tuple[nn.Module, int]:
+    """Return an untrained network of ``NETS`` or of torchvision, and the side of its images in pixels.
+
+    Args:
+        name: Name of the network.
+        classes: Number of logits of torchvision's networks; those of ``NETS`` have 10.
+    """
     if name in NETS:
         builder, side = NETS[name]
         return builder(), side
-    # These two warn unless they are told how to draw their weights, and take long for it in the old way.
+    # These two warn unless they are told how to initialize their weights, and their former way takes long.
     options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
-    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
     return model, 224
+
+
+def with_trained_spectra(model: nn.Module) -> nn.Module:
+    """Give every weight a decaying spectrum above its noise, as training does: random weights have flat spectra."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            w_oi = layer.weight.detach().flatten(1)
+            rank = max(1, min(w_oi.shape) // 4)
+            strength = torch.linspace(1.0, 0.1, rank)
+            signal = (torch.randn(w_oi.shape[0], rank) * strength) @ torch.randn(rank, w_oi.shape[1]) / rank**0.5
+            noisy = signal + 0.1 * torch.randn_like(w_oi)
+            layer.weight.data = noisy.reshape(layer.weight.shape) * w_oi.std()
+    return model

@@ -1,4 +1,4 @@
-"""Text that every machine has: the sources of Python's own standard library, byte by byte."""
+"""Text that every machine has: the sources of Python's standard library, as bytes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 
 _MOST_BYTES = 4_000_000
-"""Bytes of source that are read."""
+"""Most bytes of source that are read for each part."""
 
 
 def python_sources() -> tuple[Tensor, Tensor]:
-    """Return bytes (n,) to train on, and those of every twentieth file to hold out."""
+    """Return bytes (n,) to train on, and bytes of every twentieth file to hold out."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
-    train = [one for place, one in enumerate(files) if place % 20]
-    parts = [b"".join(one.read_bytes() for one in own) for own in (train, files[::20])]
-    first, second = (torch.frombuffer(bytearray(one[:_MOST_BYTES]), dtype=torch.uint8).long() for one in parts)
-    return first, second
+    training_files = [file for index, file in enumerate(files) if index % 20]
+    train, held_out = (_read_bytes(part) for part in (training_files, files[::20]))
+    return train, held_out
+
+
+def _read_bytes(files: list[Path]) -> Tensor:
+    content = b"".join(file.read_bytes() for file in files)
+    return torch.frombuffer(bytearray(content[:_MOST_BYTES]), dtype=torch.uint8).long()
 
 
 def pieces(text: Tensor, count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return pieces (count, length) of a text that begin anywhere, and the byte after each of theirs."""
+    """Return pieces (count, length) of a text from random positions, and for each byte the one after it."""
     starts = torch.randint(len(text) - length, (count, 1), generator=generator)
-    found = text[starts + torch.arange(length + 1)]
-    return found[:, :-1], found[:, 1:]
+    windows = text[starts + torch.arange(length + 1)]
+    return windows[:, :-1], windows[:, 1:]

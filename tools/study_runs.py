@@ -1,4 +1,4 @@
-"""One run of ``study_default.py``: dense up to the switch, then on with a policy, on the same batches; what it came to."""
+"""One run of ``study_default.py``: dense up to the switch, then with a policy on the same batches; and its results."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from bench_common import Seconds, own_times
-from bench_freeze import rate
-from study_tasks import Batch, Task, loss_of
+from bench_common import Clock, separate_times
+from digits_training import Batch, learning_rate, train_step
+from study_tasks import StudyTask
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,96 +18,98 @@ from tdfx.cost.timing import take_turns
 from tdfx.demo.run import LEARNING_RATE
 
 SWITCH_AT = 0.2
-"""Part of the steps after which a run is rewritten."""
+"""Share of the steps after which a run is rewritten."""
 ROUNDS = 5
-"""Steps of either model that are timed in turns."""
+"""Steps of each model that are timed in turns."""
 FULL = "dense"
 """The name of a run that is not rewritten."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What one policy came to, from one seed."""
+class StudyRun:
+    """The results of one policy on one task with one seed."""
 
     task: str
     policy: str
     seed: int
     accuracy: float = 0.0
-    """Right answers on what is held out, in percent."""
+    """Accuracy on the held-out data, in percent."""
     loss: float = 0.0
-    """Mean loss on it, in nats."""
+    """Mean loss on the held-out data, in nats."""
     step: float = 1.0
-    """Time of a step after the switch, in that of a dense one."""
+    """Time of a step after the switch, relative to a dense step."""
     dense_seconds: float = 0.0
-    """A dense run."""
+    """Time of a complete dense run."""
     first_plan: float = 0.0
-    """Planning with no times known yet, in seconds; 0 where some were."""
+    """Seconds of planning when no layer times were known; 0 where some were."""
     plan: float = 0.0
-    """Planning with times known, in seconds."""
+    """Seconds of planning when layer times were known."""
     rewrite: float = 0.0
+    """Seconds."""
     merge: float = 0.0
-    """What these take, in seconds."""
+    """Seconds."""
     factorized: int = 0
     """Sites that were rewritten."""
     error: float = 0.0
     """The plan's total error."""
     predicted: float | None = None
-    """How many times faster the plan said that the step gets, where it says so."""
+    """How many times faster the plan predicted the step to be, if it did."""
     refused: str = ""
-    """Why the policy could not be followed."""
+    """Why tdfx refused the policy; "" if it did not."""
 
     def faster(self, *, measuring: bool) -> float:
-        """Return how many times faster the whole run was than a dense one."""
+        """Return how many times faster the whole run was than a dense one, with or without measuring layers."""
         plan = (self.first_plan or self.plan) if measuring else self.plan
         return self.dense_seconds / (self.dense_seconds / self.faster_if_long + plan + self.rewrite + self.merge)
 
     @property
     def faster_if_long(self) -> float:
-        """How many times faster a run would be in which all but the steps takes no time."""
+        """How many times faster a run would be that is so long that only its steps count."""
         return 1 / (SWITCH_AT + (1 - SWITCH_AT) * self.step)
 
 
 class Study:
-    """Runs of one task from one seed."""
+    """Runs of one task with one seed, from the same trained state."""
 
-    def __init__(self, task: Task, seed: int, steps: int, clock: Seconds, dense_seconds: float = 0.0) -> None:
-        """Train up to the switch; a dense run's time may be known from before."""
+    def __init__(self, task: StudyTask, seed: int, steps: int, clock: Clock, dense_seconds: float = 0.0) -> None:
+        """Train up to the switch; pass ``dense_seconds`` if the time of a dense run is known."""
         self.task, self.seed, self.steps, self.clock = task, seed, steps, clock
         self.switch = max(1, round(SWITCH_AT * steps))
         torch.manual_seed(seed)
         self.start = task.model().train()
         self.optimizer = task.optimizer(self.start.parameters())
         self.example = next(task.data(seed))
-        self._train(self.start, self.optimizer, range(self.switch))
+        self.train(self.start, self.optimizer, range(self.switch))
         self.dense_seconds = dense_seconds
 
-    def dense(self) -> Run:
-        """Go on as it is."""
+    def dense(self) -> StudyRun:
+        """Continue without a rewrite."""
         model, optimizer = copy.deepcopy((self.start, self.optimizer))
-        (timing,) = take_turns([self._step(*copy.deepcopy((model, optimizer)))], rounds=ROUNDS)
+        (timing,) = take_turns([self.step(*copy.deepcopy((model, optimizer)))], rounds=ROUNDS)
         self.dense_seconds = self.steps * timing.seconds
-        self._train(model, optimizer, range(self.switch, self.steps))
-        return self._run(FULL, model)
+        self.train(model, optimizer, range(self.switch, self.steps))
+        return self._result(FULL, model)
 
-    def with_policy(self, name: str, policy: tdfx.Policy, known: dict[str, float]) -> Run:
-        """Go on with a policy; what is measured for it is added to what is known."""
+    def with_policy(self, name: str, policy: tdfx.Policy, times: dict[str, float]) -> StudyRun:
+        """Continue with a policy; the layer times that it measures are added to ``times``."""
         model, optimizer = copy.deepcopy((self.start, self.optimizer))
-        cold = not known
-        with own_times(known):
+        cold = not times
+        with separate_times(times):
             try:
-                first, _ = self._planned(model, policy, optimizer)
-                again, plan = self._planned(model, policy, optimizer)
+                first, _ = self._timed_plan(model, policy, optimizer)
+                again, plan = self._timed_plan(model, policy, optimizer)
             except (tdfx.PolicyError, tdfx.InputError) as error:
-                return Run(task=self.task.name, policy=name, seed=self.seed, refused=str(error))
+                return StudyRun(task=self.task.name, policy=name, seed=self.seed, refused=str(error))
         begin = self.clock()
-        small = tdfx.rewrite(model, plan, optimizer=optimizer)
+        rewritten = tdfx.rewrite(model, plan, optimizer=optimizer)
         rewrite = self.clock() - begin
-        dense = self._step(*copy.deepcopy((self.start, self.optimizer)))
-        before, after = take_turns([dense, self._step(*copy.deepcopy((small, optimizer)))], rounds=ROUNDS)
-        self._train(small, optimizer, range(self.switch, self.steps))
+        dense_step = self.step(*copy.deepcopy((self.start, self.optimizer)))
+        before, after = take_turns([dense_step, self.step(*copy.deepcopy((rewritten, optimizer)))], rounds=ROUNDS)
+        self.train(rewritten, optimizer, range(self.switch, self.steps))
         begin = self.clock()
-        merged = tdfx.merge(small)
-        return self._run(
+        merged = tdfx.merge(rewritten)
+        step_seconds = self.dense_seconds / self.steps
+        return self._result(
             name,
             merged,
             merge=self.clock() - begin,
@@ -117,43 +119,41 @@ class Study:
             rewrite=rewrite,
             factorized=len(plan.factorized),
             error=plan.total_error,
-            predicted=self.dense_seconds / self.steps / plan.predicted_seconds(self.dense_seconds / self.steps),
+            predicted=step_seconds / plan.predicted_seconds(step_seconds),
         )
 
-    def _planned(self, model: nn.Module, policy: tdfx.Policy, optimizer: Optimizer) -> tuple[float, tdfx.Plan]:
+    def step(self, model: nn.Module, optimizer: Optimizer) -> StudyStep:
+        """Return a training step on the batches that follow the first of the run."""
+        return StudyStep(model, optimizer, self.task.data(self.seed))
+
+    def train(self, model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+        """Train for some steps of the schedule, on the batches of that part of the run."""
+        step = StudyStep(model, optimizer, self.task.data(self.seed if steps.start == 0 else 1000 + self.seed))
+        for index in steps:
+            for group in optimizer.param_groups:
+                group["lr"] = self.task.peak * learning_rate((index + 1) / self.steps) / LEARNING_RATE
+            step()
+
+    def _timed_plan(self, model: nn.Module, policy: tdfx.Policy, optimizer: Optimizer) -> tuple[float, tdfx.Plan]:
         begin = self.clock()
         plan = tdfx.plan(model, policy, example_inputs=(self.example[0],), optimizer=optimizer)
         return self.clock() - begin, plan
 
-    def _run(self, name: str, model: nn.Module, **figures: float | None) -> Run:
+    def _result(self, name: str, model: nn.Module, **figures: float | None) -> StudyRun:
         accuracy, loss = self.task.score(model)
-        own = {"task": self.task.name, "policy": name, "seed": self.seed}
-        return Run(**own, accuracy=accuracy, loss=loss, dense_seconds=self.dense_seconds, **figures)  # type: ignore[arg-type]
-
-    def _step(self, model: nn.Module, optimizer: Optimizer) -> Step:
-        return Step(model, optimizer, self.task.data(self.seed))
-
-    def _train(self, model: nn.Module, optimizer: Optimizer, steps: range) -> None:
-        """Train from one step of the schedule to another, on the batches that belong there."""
-        step = Step(model, optimizer, self.task.data(self.seed if steps.start == 0 else 1000 + self.seed))
-        for done in steps:
-            for group in optimizer.param_groups:
-                group["lr"] = self.task.peak * rate((done + 1) / self.steps) / LEARNING_RATE
-            step()
+        identity = {"task": self.task.name, "policy": name, "seed": self.seed}
+        scores = {"accuracy": accuracy, "loss": loss, "dense_seconds": self.dense_seconds}
+        return StudyRun(**identity, **scores, **figures)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A training step, with the making of its batch."""
+class StudyStep:
+    """A training step, including the preparation of its batch."""
 
     model: nn.Module
     optimizer: Optimizer
     data: Iterator[Batch]
 
     def __call__(self) -> None:
-        """Take it."""
-        x, y = next(self.data)
-        loss = loss_of(self.model(x), y)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        """Take the step."""
+        train_step(self.model, self.optimizer, *next(self.data))

@@ -1,15 +1,14 @@
-"""What ``study_default.py`` trains: networks on real data that come with Python or scikit-learn, in seconds each."""
+"""The training tasks of ``study_default.py`` and ``compare.py``: small networks on real data that every machine has."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from bench_freeze import batches
+from digits_training import Batch, batches, loss_of
 from nets import CharacterModel, ResNetForSmallImages
 from sources import pieces, python_sources
 from torch import Tensor, nn
@@ -17,52 +16,49 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from tdfx.demo.run import Digits, build_model, load_digits
 
-Batch = tuple[Tensor, Tensor]
-"""What goes in, and what is to come out."""
 _HELD_OUT = 256
 """Pieces of text that are held out."""
 
 
-class Task(ABC):
+class StudyTask(ABC):
     """One network on one data set."""
 
     name: ClassVar[str]
     steps: ClassVar[int]
-    """Training steps of a whole run."""
+    """Training steps of a complete run."""
     peak: ClassVar[float]
     """Largest learning rate."""
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """Return the network, drawn from torch's random numbers."""
+        """Return the network, initialized from torch's global random numbers."""
 
     @abstractmethod
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """Return what trains it."""
+        """Return the optimizer that trains it."""
 
     @abstractmethod
     def data(self, seed: int) -> Iterator[Batch]:
-        """Yield training batches for ever, in an order that the seed fixes."""
+        """Yield training batches endlessly, in an order that the seed determines."""
 
     @abstractmethod
     def held_out(self) -> Batch:
-        """Return what is never trained on."""
+        """Return the data that are never trained on."""
+
+    @torch.no_grad()
+    def held_out_outputs(self, model: nn.Module) -> Tensor:
+        """Return the model's outputs for the held-out data, in eval mode."""
+        return torch.cat([model.eval()(part) for part in torch.split(self.held_out()[0], 256)])
 
     @torch.no_grad()
     def score(self, model: nn.Module) -> tuple[float, float]:
-        """Return the right answers in percent and the mean loss in nats, on what is held out, in eval mode."""
-        x, y = self.held_out()
-        outputs = torch.cat([model.eval()(part) for part in torch.split(x, 256)])
-        right = (outputs.argmax(-1) == y).float().mean()
-        return 100 * float(right), float(loss_of(outputs, y))
+        """Return the accuracy in percent and the mean loss in nats on the held-out data."""
+        outputs, labels = self.held_out_outputs(model), self.held_out()[1]
+        accuracy = (outputs.argmax(-1) == labels).float().mean()
+        return 100 * float(accuracy), float(loss_of(outputs, labels))
 
 
-def loss_of(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the mean cross entropy of logits (..., classes) for classes (...)."""
-    return F.cross_entropy(outputs.flatten(0, -2), y.flatten())
-
-
-class _OnDigits(Task):
+class _DigitsTask(StudyTask):
     @cached_property
     def digits(self) -> Digits:
         return load_digits()
@@ -74,8 +70,8 @@ class _OnDigits(Task):
         return self.digits.test_x, self.digits.test_y
 
 
-class Vgg(_OnDigits):
-    """The demo's network, a little narrower, by SGD with momentum."""
+class Vgg(_DigitsTask):
+    """The demo's network, a little narrower, with SGD with momentum."""
 
     name, steps, peak = "VGG, digits", 180, 0.05
 
@@ -88,13 +84,13 @@ class Vgg(_OnDigits):
         return SGD(parameters, lr=self.peak, momentum=0.9, weight_decay=5e-4)
 
 
-class ResNet(_OnDigits):
-    """A residual network of 14 layers, by AdamW."""
+class ResNet(_DigitsTask):
+    """A residual network of 14 layers, with AdamW."""
 
     name, steps, peak = "ResNet-14, digits", 200, 3e-3
 
     def model(self) -> nn.Module:
-        """Return three times two blocks of 48 to 192 channels."""
+        """Return three stages of two blocks, with 48 to 192 channels."""
         return ResNetForSmallImages(14, width=48, colors=1).to(memory_format=torch.channels_last)
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -102,15 +98,15 @@ class ResNet(_OnDigits):
         return AdamW(parameters, lr=self.peak, weight_decay=0.05)
 
 
-class Characters(Task):
-    """A small transformer on the sources of Python's standard library, byte by byte, by AdamW."""
+class Characters(StudyTask):
+    """A small transformer on the sources of Python's standard library, byte by byte, with AdamW."""
 
     name, steps, peak = "transformer, sources", 240, 3e-3
     length, batch = 64, 8
 
     @cached_property
     def text(self) -> tuple[Tensor, Tensor]:
-        """Bytes to train on, and those that are held out."""
+        """Bytes to train on, and held-out bytes."""
         return python_sources()
 
     def model(self) -> nn.Module:
@@ -122,7 +118,7 @@ class Characters(Task):
         return AdamW(parameters, lr=self.peak, weight_decay=0.05)
 
     def data(self, seed: int) -> Iterator[Batch]:
-        """Yield pieces that begin anywhere."""
+        """Yield pieces from random positions."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             yield pieces(self.text[0], self.batch, self.length, generator)
@@ -132,5 +128,10 @@ class Characters(Task):
         return pieces(self.text[1], _HELD_OUT, self.length, torch.Generator().manual_seed(0))
 
 
-TASKS: tuple[type[Task], ...] = (Vgg, ResNet, Characters)
-"""What there is to train."""
+TASKS: tuple[type[StudyTask], ...] = (Vgg, ResNet, Characters)
+"""All tasks."""
+
+
+def tasks_named(tasks: Sequence[type[StudyTask]], parts: Sequence[str]) -> list[StudyTask]:
+    """Return an instance of each task whose name contains one of the parts; of all tasks if there are no parts."""
+    return [task() for task in tasks if not parts or any(part in task.name for part in parts)]

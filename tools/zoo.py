@@ -1,23 +1,24 @@
-"""Put every model of torchvision, or your own, through tdfx, and say where it does what it promises.
+"""Check tdfx's promises on every model of torchvision, or on your own models.
 
-Without REFERENCES all models of torchvision.models.list_models() are examined, untrained; a REFERENCE is torchvision:NAME,
-package.module:factory or path/to/file.py:factory. A factory takes no arguments and returns a module; it says what its module
-is called with by leaving model.example_inputs on it (a tensor, a tuple, or a mapping), or --input says it for all of them.
+Without REFERENCES all models of torchvision.models.list_models() are examined, untrained. A REFERENCE is torchvision:NAME,
+package.module:factory or path/to/file.py:factory. A factory takes no arguments and returns a module; it sets
+model.example_inputs to what the model is called with (a tensor, a tuple, or a mapping), or --input gives the same inputs to
+all models.
 
 \b
 accounted   every parameter that data are multiplied by, as seen at torch's dispatcher, belongs to a site of the plan
 full train  at full rank the model returns what the original returns, in train mode, BatchNorm buffers included
 full eval   the same in eval mode
 gradients   of the inputs and of everything that was not factorized agree
-control     a quarter of the ranks moves the output by far more than the tolerance
+control     a quarter of the ranks changes the output by far more than the tolerance
 merge       class, state_dict and loading are the original's; merged and factorized models agree
-untouched   the model passed in is, bit by bit, what it was
+untouched   the model passed in is bit-identical to what it was
 
-Figures are shares of the tolerance, so at most 1 (for the control: at least 100); the tolerance is what the original moves
-by if its weights are moved by their rounding, as tools/zoo_run.py explains. Models too large for float64 by an estimate
-of the memory are examined in float32, and said to be. All of torchvision takes one to two hours on one core; most models
-take 1 to 60 seconds, those with wide linear layers (AlexNet, VGG) and the largest transformers some minutes. Exit code 1
-if any model fails.
+Figures are shares of the tolerance, so at most 1 (for the control: at least 100); the tolerance is how far the original
+changes if its weights are changed by their rounding, as tools/zoo_compare.py explains. Models whose estimated memory is too
+large for float64 are examined in float32, and the table says so. All of torchvision takes one to two hours on one core; most
+models take 1 to 60 seconds, those with wide linear layers (AlexNet, VGG) and the largest transformers some minutes. The exit
+code is 1 if any model fails.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import click
+import options
+from bench_common import show_progress, write_json
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 from torchvision import models
-from zoo_checks import CHECKS, Check, Verdict, examine
+from zoo_checks import examine
 from zoo_inputs import parse_input
+from zoo_verdict import CHECKS, Verdict, ZooCheck
 
 _FAILED = 1
 
@@ -49,10 +52,8 @@ _FAILED = 1
 @click.option(
     "--input", "shapes", multiple=True, metavar="SHAPE", help="Inputs of your models, as 2,3,64,64 or int64:2,16."
 )
-@click.option("--memory", type=float, default=12.0, show_default=True, help="GiB that one model may take, by estimate.")
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures, as they come."
-)
+@click.option("--memory", type=float, default=12.0, show_default=True, help="Most GiB for one model, by estimate.")
+@options.json_file("Write all figures to a file, after each model.")
 @click.option("--worker", is_flag=True, hidden=True)
 def main(
     references: tuple[str, ...],
@@ -64,21 +65,22 @@ def main(
 ) -> None:
     """Examine, collect, print."""
     if worker:
-        _work(references, tuple(parse_input(one) for one in shapes), memory)
+        _work(references, tuple(parse_input(shape) for shape in shapes), memory)
         return
     chosen = _chosen(references, globs)
-    options = [f"--memory={memory}", *(f"--input={one}" for one in shapes)]
+    worker_options = [f"--memory={memory}", *(f"--input={shape}" for shape in shapes)]
     verdicts: list[Verdict] = []
-    for verdict in _with_progress(chosen, options):
+    for _, verdict in zip(show_progress(chosen), verdicts_of(chosen, worker_options), strict=True):
         verdicts.append(verdict)
         if json_file is not None:
-            _write(json_file, verdicts)
+            write_json(json_file, [verdict.to_dict() for verdict in verdicts])
     Console(width=200).print(_table(verdicts))
     for verdict in verdicts:
         for line in complaints(verdict):
             click.echo(line)
-    passed = sum(one.ok for one in verdicts)
-    click.echo(f"{passed} of {len(verdicts)} models pass, in {sum(one.seconds for one in verdicts) / 60:.1f} minutes")
+    passed = sum(verdict.ok for verdict in verdicts)
+    minutes = sum(verdict.seconds for verdict in verdicts) / 60
+    click.echo(f"{passed} of {len(verdicts)} models pass, in {minutes:.1f} minutes")
     if passed < len(verdicts):
         sys.exit(_FAILED)
 
@@ -93,70 +95,44 @@ def _chosen(references: Sequence[str], globs: Sequence[str]) -> list[str]:
     return [*references, *(f"torchvision:{name}" for name in names)]
 
 
-def _with_progress(chosen: Sequence[str], options: Sequence[str]) -> Iterator[Verdict]:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(chosen[0], total=len(chosen))
-        for done, verdict in enumerate(verdicts_of(chosen, options), start=1):
-            following = chosen[done] if done < len(chosen) else "done"
-            bars.update(task, advance=1, description=following)
-            yield verdict
-
-
-def verdicts_of(references: Sequence[str], options: Sequence[str] = ()) -> Iterator[Verdict]:
-    """Examine models one after the other in a process of their own; if it dies, another goes on with the next model."""
+def verdicts_of(references: Sequence[str], worker_options: Sequence[str] = ()) -> Iterator[Verdict]:
+    """Examine models one by one in a separate process; if it dies, a new process continues with the next model."""
     waiting = list(references)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     while waiting:
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", *options, "--", *waiting]
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", *worker_options, "--", *waiting]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as worker:
             assert worker.stdout is not None
             for line in worker.stdout:
                 waiting.pop(0)
                 yield Verdict.from_dict(json.loads(line))
         if waiting:
-            how = f"its process ended with code {worker.returncode}: most likely it ran out of memory"
-            yield Verdict(waiting.pop(0), error=how)
+            error = f"its process ended with code {worker.returncode}: most likely it ran out of memory"
+            yield Verdict(waiting.pop(0), error=error)
 
 
 def _work(references: Sequence[str], given: tuple[Tensor, ...], memory: float) -> None:
-    """Examine models and print a line of JSON for each; whatever else would be printed goes to stderr."""
+    """Examine models and print a line of JSON for each; all other output goes to stderr."""
     for reference in references:
         with contextlib.redirect_stdout(sys.stderr):
             verdict = examine(reference, given, memory)
         print(json.dumps(verdict.to_dict()), flush=True)
 
 
-def _write(path: Path, verdicts: Sequence[Verdict]) -> None:
-    """Write what there is so far; an interrupted run leaves whole files only."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps([one.to_dict() for one in verdicts], indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def _table(verdicts: Sequence[Verdict]) -> Table:
+    first, last = ("sites", "factorized", "emit"), ("dtype", "planning_s")
     table = Table(box=None)
     table.add_column("model", no_wrap=True)
-    for name in (
-        "sites",
-        "factorized",
-        "emit",
-        *(name.replace("_", " ") for name in CHECKS),
-        "dtype",
-        "plan s",
-        "s",
-        "",
-    ):
-        table.add_column(name, justify="right")
-    for one in verdicts:
-        facts = one.facts
+    for head in (*first, *(name.replace("_", " ") for name in CHECKS), "dtype", "plan s", "s", ""):
+        table.add_column(head, justify="right")
+    for verdict in verdicts:
         table.add_row(
-            _name(one),
-            *(str(facts.get(name, "")) for name in ("sites", "factorized", "emit")),
-            *(_cell(name, one.checks.get(name)) for name in CHECKS),
-            *(str(facts.get(name, "")) for name in ("dtype", "planning_s")),
-            f"{one.seconds:.1f}",
-            "ok" if one.ok else "FAILED",
+            _name(verdict),
+            *(str(verdict.facts.get(name, "")) for name in first),
+            *(_cell(name, verdict.checks.get(name)) for name in CHECKS),
+            *(str(verdict.facts.get(name, "")) for name in last),
+            f"{verdict.seconds:.1f}",
+            "ok" if verdict.ok else "FAILED",
         )
     return table
 
@@ -170,10 +146,10 @@ def _name(verdict: Verdict) -> str:
     return verdict.model.removeprefix("torchvision:").rpartition("/")[2]
 
 
-def _cell(name: str, check: Check | None) -> str:
-    """Return a check's figure, with a mark where it failed.
+def _cell(name: str, check: ZooCheck | None) -> str:
+    """Return a check's figure, marked if the check failed.
 
-    >>> _cell("merge", Check(True, {"share": 0.0123})), _cell("merge", Check(False)), _cell("accounted", None)
+    >>> _cell("merge", ZooCheck(True, {"share": 0.0123})), _cell("merge", ZooCheck(False)), _cell("accounted", None)
     ('0.012', 'FAILED', '')
     """
     if check is None:
@@ -191,18 +167,18 @@ def _cell(name: str, check: Check | None) -> str:
 
 
 def complaints(verdict: Verdict) -> Iterator[str]:
-    """Yield a line for everything that failed, was not run, or that the plan remarks."""
+    """Yield a line for every check that failed or was not run, and for every note of the plan."""
     name = _name(verdict)
     if verdict.error:
         yield f"{name}: {verdict.error}"
     for key, check in verdict.checks.items():
         if check.detail:
-            yield f"{name}: {key}: {_short(check.detail)}"
+            yield f"{name}: {key}: {_shorten(check.detail)}"
     for note in verdict.facts.get("notes", ()):
         yield f"{name}: note: {note}"
 
 
-def _short(text: str, length: int = 300) -> str:
+def _shorten(text: str, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:length]} ..."
 
 

@@ -1,4 +1,4 @@
-"""Which parameters enter a convolution or a linear map, seen from below: at torch's dispatcher, without tdfx."""
+"""Find the parameters that enter a convolution or a linear map, at torch's dispatcher, independently of tdfx."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from zoo_inputs import Call, Example
+from zoo_inputs import ModelCall, ModelExample
 from zoo_run import preserved
 
 _OPERANDS = {
@@ -19,12 +19,12 @@ _OPERANDS = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "matmul", "linear", "deform_conv2d"), (0, 1)),
     **dict.fromkeys(("addmm", "baddbmm", "addbmm", "addmv", "_addmm_activation"), (1, 2)),
 }
-"""Operation -> which of its tensors are multiplied; a bias is not."""
+"""Operation -> indices of the tensors that it multiplies; a bias is not multiplied."""
 _FUSED = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head_attention", "mkldnn_rnn_layer", "_trilinear"})
 """Operations with linear maps inside: every matrix among their operands counts."""
 
 
-class Listed(Protocol):
+class ListedSite(Protocol):
     """What is read of a plan's site."""
 
     @property
@@ -34,117 +34,121 @@ class Listed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A parameter, or what was computed from parameters alone, that data were multiplied by."""
+    """A parameter, or a tensor computed from parameters alone, that data are multiplied by."""
 
     names: frozenset[str]
-    """Every name that the parameter has, or those of all parameters that it was computed from."""
+    """Every name of the parameter, or of all parameters that it was computed from."""
     computed: bool
     """True if it is not a view of one parameter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What one model multiplied its data by, in train and in eval mode."""
+    """The parameters that one model multiplies its data by, in train and in eval mode."""
 
     products: tuple[tuple[Operand, ...], ...]
-    """For each product that has any, its one or two operands that are parameters."""
+    """For each product with parameters, its one or two operands that are parameters."""
     bytes: int
-    """Bytes of everything that the forward in train mode computed: at least what a backward needs to keep."""
+    """Bytes of all tensors that the forward in train mode computed: at least what a backward needs to keep."""
 
     @property
     def names(self) -> list[str]:
-        """One name of every parameter that data were multiplied by."""
-        return sorted({min(one.names) for product in self.products for one in product})
+        """One name of every parameter that data are multiplied by."""
+        return sorted({min(operand.names) for product in self.products for operand in product})
 
-    def missed(self, sites: Iterable[Listed]) -> list[str]:
+    def missed(self, sites: Iterable[ListedSite]) -> list[str]:
         """Return the parameters that belong to no site.
 
-        Where both sides of a product are parameters, as a learned query and the weight that it is multiplied by, one of the
-        two is data: the product is accounted for if either is.
+        If both operands of a product are parameters, such as a learned query and the weight that it is multiplied by, then
+        one of them is data: the product is accounted for if either belongs to a site.
         """
-        known = _known(sites)
-        short = {min(one.names) for product in self.products if not _any(product, known) for one in product}
-        return sorted(short)
+        listed = _SiteNames.of(sites)
+        missed = [product for product in self.products if not any(listed.contain(operand) for operand in product)]
+        return sorted({min(operand.names) for product in missed for operand in product})
 
 
-def account(model: nn.Module, example: Example) -> Account:
-    """Run the model in both modes and note what it multiplies its data by; the model is left as it was."""
+@dataclass(frozen=True, slots=True)
+class _SiteNames:
+    """The names by which parameters belong to sites."""
+
+    parameters: frozenset[str]
+    prefixes: tuple[str, ...]
+    """Paths below which the parameters of a computed weight lie."""
+
+    @classmethod
+    def of(cls, sites: Iterable[ListedSite]) -> _SiteNames:
+        listed = list(sites)
+        names = {name for site in listed for name in (f"{site.name}.weight".removeprefix("."), site.name)}
+        names |= {path for site in listed if (path := getattr(site, "parameter", None))}
+        return cls(frozenset(names), tuple(f"{site.name}." if site.name else "" for site in listed))
+
+    def contain(self, operand: Operand) -> bool:
+        if operand.names & self.parameters:
+            return True
+        return operand.computed and any(name.startswith(self.prefixes) for name in operand.names)
+
+
+def account(model: nn.Module, example: ModelExample) -> Account:
+    """Run the model in both modes and record what it multiplies its data by; the model is left as it was."""
     train, evaluated = (_watch(model, call, mode) for call, mode in ((example.train, True), (example.eval, False)))
     products = dict.fromkeys([*train.products, *evaluated.products])
     return Account(tuple(products), train.bytes)
 
 
-def _watch(model: nn.Module, call: Call, mode: bool) -> _Watch:
-    watch = _Watch(model)
+def _watch(model: nn.Module, call: ModelCall, mode: bool) -> _ProductWatch:
+    watch = _ProductWatch(model)
     fresh, _ = call.fresh()
     with preserved(model, mode), _plain_attention(), torch.no_grad(), watch:
         model(*fresh.arguments, **fresh.named)
     return watch
 
 
-def _known(sites: Iterable[Listed]) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Return the parameters that the sites name, and the paths under which a computed weight's parameters lie."""
-    listed = list(sites)
-    named = {name for site in listed for name in (f"{site.name}.weight".removeprefix("."), site.name)}
-    named |= {path for site in listed if (path := getattr(site, "parameter", None))}
-    return frozenset(named), tuple(f"{site.name}." if site.name else "" for site in listed)
-
-
-def _any(product: tuple[Operand, ...], known: tuple[frozenset[str], tuple[str, ...]]) -> bool:
-    named, paths = known
-    return any(
-        one.names & named or (one.computed and any(name.startswith(paths) for name in one.names)) for one in product
-    )
-
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _ProductWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows parameters through views, copies and computations among themselves, to the products that they enter."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.products: list[tuple[Operand, ...]] = []
         self.bytes = 0
-        self._alive: list[Tensor] = []  # a storage that is freed would be taken for the next one at its address
-        self._origins: dict[int, Operand] = {}
+        self._alive: list[Tensor] = []  # a freed storage could be mistaken for a new one at the same address
         names: dict[int, set[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(_storage(parameter), set()).add(name)
-        self._origins = {key: Operand(frozenset(found), False) for key, found in names.items()}
+        self._operands = {key: Operand(frozenset(aliases), computed=False) for key, aliases in names.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and note what it did."""
+        """Run the operation and record what it did."""
         result = func(*args, **(kwargs or {}))
-        entered = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        self._note(func.overloadpacket.__name__, entered)
-        self._follow(entered, [one for one in tree_leaves(result) if isinstance(one, Tensor)])
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        self._record_product(func.overloadpacket.__name__, inputs)
+        self._record_outputs(inputs, [value for value in tree_leaves(result) if isinstance(value, Tensor)])
         return result
 
-    def _note(self, operation: str, entered: list[Tensor]) -> None:
+    def _record_product(self, operation: str, inputs: list[Tensor]) -> None:
         if operation in _FUSED:
-            for one in entered:
-                if one.dim() > 1 and (origin := self._origins.get(_storage(one))):
-                    self.products.append((origin,))
+            matrices = [self._operands.get(_storage(tensor)) for tensor in inputs if tensor.dim() > 1]
+            self.products += [(operand,) for operand in matrices if operand is not None]
             return
-        # Operands are counted among the arguments that are tensors: addmm's bias comes before them.
-        places = _OPERANDS.get(operation, ())
-        origins = [self._origins.get(_storage(entered[place])) for place in places]
-        if found := tuple(one for one in origins if one is not None):
-            self.products.append(found)
+        # Indices count the arguments that are tensors: addmm's bias comes before its operands.
+        indices = _OPERANDS.get(operation, ())
+        operands = [self._operands.get(_storage(inputs[index])) for index in indices]
+        if product := tuple(operand for operand in operands if operand is not None):
+            self.products.append(product)
 
-    def _follow(self, entered: list[Tensor], left: list[Tensor]) -> None:
-        """Note what was computed from parameters alone, and count the bytes of what is new."""
-        before = {_storage(one) for one in entered}
-        origins = [self._origins.get(key) for key in before]
-        for one in left:
-            key = _storage(one)
-            if key in before:
+    def _record_outputs(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Record tensors computed from parameters alone, and count the bytes of new tensors."""
+        input_storages = {_storage(tensor) for tensor in inputs}
+        operands = [self._operands.get(key) for key in input_storages]
+        for tensor in outputs:
+            key = _storage(tensor)
+            if key in input_storages:
                 continue
-            self.bytes += one.numel() * one.element_size()
-            self._origins.pop(key, None)
-            if origins and all(origins):
-                names = frozenset[str]().union(*(origin.names for origin in origins if origin))
-                self._origins[key] = Operand(names, True)
-                self._alive.append(one)
+            self.bytes += tensor.numel() * tensor.element_size()
+            self._operands.pop(key, None)
+            if operands and all(operands):
+                names = frozenset[str]().union(*(operand.names for operand in operands if operand))
+                self._operands[key] = Operand(names, computed=True)
+                self._alive.append(tensor)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -153,7 +157,7 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Keep torch off the fused kernels of nn.MultiheadAttention, which hide the products inside."""
+    """Keep torch from the fused kernels of nn.MultiheadAttention, which hide the products inside."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

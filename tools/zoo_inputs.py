@@ -1,4 +1,4 @@
-"""What each model of the zoo is called with: small inputs of its family, or those that a factory or an option gives."""
+"""The inputs of each model of the zoo: small ones for its family, or those that a factory or an option gives."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 ATTRIBUTE = "example_inputs"
-"""A factory may leave its model's inputs under this name: a tensor, a tuple of arguments, or a mapping of named ones."""
+"""A factory may set this attribute of its model: a tensor, a tuple of arguments, or a mapping of named arguments."""
 
-_SIZES = {
-    "inception": (2, 3, 299, 299),  # its auxiliary head needs a map of 17×17
+_SHAPES = {
+    "inception": (2, 3, 299, 299),  # its auxiliary head needs a feature map of 17×17
     "vit_": (1, 3, 224, 224),
     "maxvit": (1, 3, 224, 224),
     "mvit": (1, 3, 16, 224, 224),
@@ -26,39 +26,39 @@ _SIZES = {
     "r2plus1d": (2, 3, 4, 32, 32),
     "raft": (1, 3, 128, 128),
 }
-"""Start of a model's name -> shape of its input; the first match counts."""
-_SIZE = (2, 3, 64, 64)
-_PICTURE = 128
-"""Side of the pictures for detectors, in pixels; those that resize to 800 are told to stay at this size."""
+"""Beginning of a model's name -> shape of its input; the first match counts."""
+_SHAPE = (2, 3, 64, 64)
+_SIDE = 128
+"""Side of the images for detectors, in pixels; detectors that resize to 800 are changed to keep this size."""
 
 _BOXES = 32
-"""Boxes that the second stage of a detector looks at, per picture and level."""
+"""Boxes that the second stage of a detector looks at, per image and level."""
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ModelCall:
     """The arguments of one call of a model."""
 
     arguments: tuple[Any, ...] = ()
     named: dict[str, Any] = field(default_factory=dict)
 
-    def cast(self, dtype: torch.dtype) -> Call:
+    def cast(self, dtype: torch.dtype) -> ModelCall:
         """Return the call with floating tensors in another dtype; key points stay in float32, the only one they may have."""
-        cast = self._mapped(lambda one: one.to(dtype) if one.is_floating_point() else one)
+        cast = self._mapped(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
         for targets in cast.arguments[1:]:
             for target in targets if isinstance(targets, list) else ():
                 if "keypoints" in target:
                     target["keypoints"] = target["keypoints"].float()
         return cast
 
-    def fresh(self) -> tuple[Call, list[Tensor]]:
+    def fresh(self) -> tuple[ModelCall, list[Tensor]]:
         """Return the call on copies, so that a model may write to them, and the leaves that collect gradients."""
         leaves: list[Tensor] = []
 
-        def copied(one: Tensor) -> Tensor:
-            if not one.is_floating_point():
-                return one.clone()
-            leaves.append(one.detach().clone().requires_grad_())
+        def copied(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor.clone()
+            leaves.append(tensor.detach().clone().requires_grad_())
             return leaves[-1].clone()
 
         return self._mapped(copied), leaves
@@ -68,56 +68,55 @@ class Call:
         return self.named or self.arguments
 
     def __str__(self) -> str:
-        return " ".join(_describe(one) for one in [*self.arguments, *self.named.values()])
+        return " ".join(_describe(value) for value in [*self.arguments, *self.named.values()])
 
-    def _mapped(self, change: Any) -> Call:
+    def _mapped(self, change: Any) -> ModelCall:
         arguments, named = tree_map_only(Tensor, change, (self.arguments, self.named))
-        return Call(arguments, named)
+        return ModelCall(arguments, named)
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """The calls in the two modes, and where to look besides at what the model returns."""
+class ModelExample:
+    """The calls in both modes, and the submodules to compare."""
 
-    train: Call
-    eval: Call
+    train: ModelCall
+    eval: ModelCall
     watched: tuple[str, ...] = ()
-    """Submodules whose outputs are compared as well, since a detector's final boxes say little about its layers."""
+    """Submodules whose outputs are compared too, because a detector's final boxes say little about its layers."""
 
-    def cast(self, dtype: torch.dtype) -> Example:
+    def cast(self, dtype: torch.dtype) -> ModelExample:
         """Return the calls with floating tensors in another dtype."""
-        return Example(self.train.cast(dtype), self.eval.cast(dtype), self.watched)
+        return ModelExample(self.train.cast(dtype), self.eval.cast(dtype), self.watched)
 
 
-def example_for(reference: str, model: nn.Module, given: tuple[Tensor, ...] = ()) -> Example:
+def example_for(reference: str, model: nn.Module, given: tuple[Tensor, ...] = ()) -> ModelExample:
     """Return the inputs of a model.
 
     Args:
         reference: What ``tdfx.cli.references.build_model`` built the model from.
-        model: The model; an attribute ``example_inputs`` is taken off it, and a detector is told to keep its pictures small
-            and its boxes few.
-        given: Inputs from the command line; the attribute goes before them, for models that are not torchvision's.
+        model: The model. Its attribute ``example_inputs`` is removed; a detector is set to small images and few boxes.
+        given: Inputs from the command line, for models that are not torchvision's and have no such attribute.
     """
     source, _, name = reference.rpartition(":")
     if source == "torchvision":
-        return _detection(name, model) if _is_detector(model) else _both(_pictures(name))
-    own = model.__dict__.pop(ATTRIBUTE, None)
-    if own is None and not given:
+        return _detection(name, model) if _is_detector(model) else _same_in_both_modes(_images(name))
+    inputs = model.__dict__.pop(ATTRIBUTE, None)
+    if inputs is None and not given:
         raise ValueError(
             f"{reference!r} does not say what its model is called with: pass --input 2,3,64,64, or let the factory set "
             f"model.{ATTRIBUTE} to a tensor, a tuple or a mapping."
         )
-    return _both(given if own is None else own)
+    return _same_in_both_modes(given if inputs is None else inputs)
 
 
 def parse_input(text: str) -> Tensor:
-    """Return a tensor for a shape: random where the dtype is floating, zeros where it is not.
+    """Return a tensor for a shape: random values for floating dtypes, zeros for others.
 
     >>> parse_input("int64:2,3").shape, parse_input("2,3").dtype
     (torch.Size([2, 3]), torch.float32)
     """
-    kind, colon, shape = text.rpartition(":")
-    dtype = getattr(torch, kind, None) if colon else torch.float32
+    name, colon, shape = text.rpartition(":")
+    dtype = getattr(torch, name, None) if colon else torch.float32
     sizes = shape.split(",")
     if not isinstance(dtype, torch.dtype) or not all(size.strip().isdecimal() for size in sizes):
         raise click.BadParameter(f"--input {text!r} is not a shape: write for example 2,3,64,64 or int64:2,16.")
@@ -125,46 +124,46 @@ def parse_input(text: str) -> Tensor:
     return torch.randn(dims, dtype=dtype) if dtype.is_floating_point else torch.zeros(dims, dtype=dtype)
 
 
-def _both(inputs: Any) -> Example:
+def _same_in_both_modes(inputs: Any) -> ModelExample:
     if isinstance(inputs, Mapping):
-        call = Call(named=dict(inputs))
+        call = ModelCall(named=dict(inputs))
     else:
-        call = Call((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
-    return Example(call, call)
+        call = ModelCall((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+    return ModelExample(call, call)
 
 
-def _pictures(name: str) -> tuple[Tensor, ...]:
-    """Return one picture or clip, and two for optical flow."""
+def _images(name: str) -> tuple[Tensor, ...]:
+    """Return one image or clip, and two for optical flow."""
     base = name.removeprefix("quantized_")
-    shape = next((size for start, size in _SIZES.items() if base.startswith(start)), _SIZE)
-    source = torch.Generator().manual_seed(1)
+    shape = next((shape for start, shape in _SHAPES.items() if base.startswith(start)), _SHAPE)
+    generator = torch.Generator().manual_seed(1)
     count = 2 if base.startswith("raft") else 1
-    return tuple(torch.randn(shape, generator=source) for _ in range(count))
+    return tuple(torch.randn(shape, generator=generator) for _ in range(count))
 
 
 def _is_detector(model: nn.Module) -> bool:
     return type(model).__module__.startswith("torchvision.models.detection")
 
 
-def _detection(name: str, model: nn.Module) -> Example:
-    """Return two pictures with two objects each; the targets have masks and key points where the model wants them."""
+def _detection(name: str, model: nn.Module) -> ModelExample:
+    """Return two images with two objects each; the targets have masks and key points where the model needs them."""
     transform: Any = model.transform
     if transform.fixed_size is None:
-        transform.min_size, transform.max_size = (_PICTURE,), 2 * _PICTURE
+        transform.min_size, transform.max_size = (_SIDE,), 2 * _SIDE
     if hasattr(model, "rpn"):
         _propose_few(model)
-    source = torch.Generator().manual_seed(1)
-    images = [torch.rand(3, _PICTURE, _PICTURE, generator=source) for _ in range(2)]
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, _SIDE, _SIDE, generator=generator) for _ in range(2)]
     targets = [_target(name) for _ in images]
-    names = {path for path, _ in model.named_modules()}
-    watched = [path for path in ("backbone", "head", "rpn.head") if path in names]
-    watched += sorted(path for path in names if path.startswith("roi_heads.") and path.count(".") == 1)
+    paths = {path for path, _ in model.named_modules()}
+    watched = [path for path in ("backbone", "head", "rpn.head") if path in paths]
+    watched += sorted(path for path in paths if path.startswith("roi_heads.") and path.count(".") == 1)
     layers = [path for path in watched if not path.endswith("_pool")]
-    return Example(Call((images, targets)), Call((images,)), tuple(layers))
+    return ModelExample(ModelCall((images, targets)), ModelCall((images,)), tuple(layers))
 
 
 def _propose_few(model: Any) -> None:
-    """Let a two-stage detector look at tens of boxes and not at thousands, of which each costs as much as a picture."""
+    """Let a two-stage detector look at tens of boxes instead of thousands, each of which costs as much as an image."""
     model.rpn._pre_nms_top_n = model.rpn._post_nms_top_n = {"training": _BOXES, "testing": _BOXES}
     model.roi_heads.fg_bg_sampler.batch_size_per_image = _BOXES
     model.roi_heads.detections_per_img = _BOXES // 4
@@ -174,7 +173,7 @@ def _target(name: str) -> dict[str, Tensor]:
     boxes = torch.tensor([[8.0, 8.0, 72.0, 64.0], [40.0, 30.0, 120.0, 110.0]])
     target = {"boxes": boxes, "labels": torch.tensor([1, 1])}
     if name.startswith("maskrcnn"):
-        target["masks"] = (torch.arange(_PICTURE) % 3 > 0).byte().expand(2, _PICTURE, _PICTURE).contiguous()
+        target["masks"] = (torch.arange(_SIDE) % 3 > 0).byte().expand(2, _SIDE, _SIDE).contiguous()
     if name.startswith("keypointrcnn"):
         inside = boxes[:, None, :2] + 0.5 * (boxes[:, None, 2:] - boxes[:, None, :2])
         points = inside + torch.arange(17)[None, :, None]
@@ -191,5 +190,5 @@ def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return "×".join(map(str, value.shape))
     if isinstance(value, list | tuple):
-        return f"[{' '.join(_describe(one) for one in value)}]"
+        return f"[{' '.join(_describe(item) for item in value)}]"
     return type(value).__name__

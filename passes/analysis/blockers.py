@@ -1,4 +1,4 @@
-"""Why a weight must be left alone, whatever the policy says."""
+"""Why a weight must be kept, whatever the policy says."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from tdfx.passes.analysis.uses import Uses
 from tdfx.plans.plan import Reason
 
 
-def layers_inside_leaves(module: nn.Module) -> dict[int, type[nn.Module]]:
-    """Return the layers that lie inside a module which no graph looks into, with that module's class."""
-    found: dict[int, type[nn.Module]] = {}
-    for outer in module.modules():
-        if is_site_or_leaf(outer):
-            for inner in outer.modules():
-                if inner is not outer:
-                    found[id(inner)] = type(outer)
-    return found
+def layers_inside_leaves(root: nn.Module) -> dict[int, type[nn.Module]]:
+    """Return the layers inside modules that no graph looks into: layer, by identity -> class of that module."""
+    leaves = [module for module in root.modules() if is_site_or_leaf(module)]
+    return {id(layer): type(leaf) for leaf in leaves for layer in leaf.modules() if layer is not leaf}
 
 
-def obstacle_of_layer(
+def blocker_of_layer(
     layer: nn.Module, weight: nn.Parameter | None, calls: int, uses: Uses, inside: Mapping[int, type[nn.Module]]
 ) -> tuple[Reason | None, str]:
-    """Return the first reason why no policy may rewrite a layer, and the reason in words."""
+    """Return the first reason why no policy may rewrite a layer, and the reason in words; None and "" if one may.
+
+    Args:
+        layer: A layer of a known kind.
+        weight: Its weight; None where it is computed from other tensors.
+        calls: Calls in one forward pass.
+        uses: How the graphs use it.
+        inside: What ``layers_inside_leaves`` returns.
+    """
     kind = kind_of(layer)
     if isinstance(weight, UninitializedParameter):
         return Reason.UNINITIALIZED, "run one batch through the model first"
@@ -42,15 +45,15 @@ def obstacle_of_layer(
     if not kind.is_intact(layer):
         return Reason.CUSTOM_FORWARD, f"{type(layer).__name__} does not compute what {kind.name} does"
     if id(layer) in inside:
-        return Reason.READ_ELSEWHERE, read_by(inside[id(layer)])
+        return Reason.READ_ELSEWHERE, note_of_reader(inside[id(layer)])
     if id(weight) in uses.functional:
         return Reason.READ_ELSEWHERE, "forward reads its weight besides calling it"
     if calls == 0 and id(weight) not in uses.reads:
         return Reason.NOT_CALLED, "forward does not call it"
-    return obstacle(weight, kind.name, operation_of(layer), uses.owners, uses.reads, uses.shards)
+    return blocker_of_weight(weight, kind.name, operation_of(layer), uses.owners, uses.reads, uses.shards)
 
 
-def obstacle(
+def blocker_of_weight(
     weight: nn.Parameter,
     kind: str,
     operation: Operation | None,
@@ -58,15 +61,15 @@ def obstacle(
     reads: Collection[int],
     shards: bool = False,
 ) -> tuple[Reason | None, str]:
-    """Return the first reason why no policy may rewrite a weight that is used as one, and the reason in words.
+    """Return the first reason why no policy may rewrite a weight, and the reason in words; None and "" if one may.
 
     Args:
         weight: The parameter.
         kind: What the plan calls the site.
-        operation: What is computed with it, if a scheme can stand for it.
-        owners: Parameter, by identity -> how many modules hold it.
+        operation: What is computed with it; None for what no scheme supports.
+        owners: Parameter, by identity -> the number of modules that hold it.
         reads: Parameters, by identity, that something reads besides.
-        shards: Whether a weight may be in shards that stand for a plain tensor.
+        shards: Whether FSDP2 gathers sharded weights, so that they count as plain tensors.
     """
     if is_traceable_wrapper_subclass(weight) and not (shards and is_sharded(weight)):
         return Reason.PARAMETRIZED, f"its weight is a {type(weight.data).__name__}, which is no plain tensor"
@@ -81,6 +84,6 @@ def obstacle(
     return None, ""
 
 
-def read_by(kind: type[nn.Module]) -> str:
-    """Say that a module which no graph looks into may read a weight."""
-    return f"{kind.__name__} may read its weight without calling it"
+def note_of_reader(reader: type[nn.Module]) -> str:
+    """Return the note for a weight inside a module that no graph looks into."""
+    return f"{reader.__name__} may read its weight without calling it"

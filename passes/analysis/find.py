@@ -1,4 +1,4 @@
-"""Graph -> sites: every convolution and linear layer or functional call, or the reason why it must be left alone."""
+"""Graphs -> sites: every convolution and linear layer or functional call, with the reason to keep it if there is one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of, operation_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
-from tdfx.passes.analysis.blockers import layers_inside_leaves, obstacle, obstacle_of_layer, read_by
+from tdfx.passes.analysis.blockers import blocker_of_layer, blocker_of_weight, layers_inside_leaves, note_of_reader
 from tdfx.passes.analysis.uses import Uses, uses_of
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import ParameterSlot, Program, Site
 from tdfx.plans.plan import Reason
 
 _WITHOUT_LAYERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-"""Modules of torch.nn that compute linear maps with parameters of their own, in a way that nothing can stand in for."""
+"""Modules of torch.nn that compute linear maps with parameters of their own, which nothing can stand in for."""
 
 
 class Find(Pass[PassResult]):
@@ -31,11 +31,8 @@ class Find(Pass[PassResult]):
     def run(self, program: Program) -> PassResult:
         """Look at every layer and every parameter once; a layer called twice is one site with two calls."""
         uses = uses_of(program)
-        inside = layers_inside_leaves(program.module)
         aliases = _aliases(program.module)
-        sites = tuple(
-            replace(site, aliases=aliases.get(site.name, ())) for site in _sites(program.module, uses, inside)
-        )
+        sites = tuple(replace(site, aliases=aliases.get(site.name, ())) for site in _sites(program.module, uses))
         changes = tuple(Change(site.name, "found") for site in sites)
         return PassResult(replace(program, sites=sites), changes)
 
@@ -48,19 +45,20 @@ class Find(Pass[PassResult]):
             if isinstance(layer, Factorized)
             for index in range(len(layer.factors))
         }
-        listed = Counter(site.name for site in result.program.sites)
-        self.check(layers - factors <= set(listed), "every convolution and linear layer is a site")
-        self.check(all(count == 1 for count in listed.values()), "every site is listed once")
+        counts = Counter(site.name for site in result.program.sites)
+        self.check(layers - factors <= set(counts), "every convolution and linear layer is a site")
+        self.check(all(count == 1 for count in counts.values()), "every site is listed once")
 
 
-def _sites(root: nn.Module, uses: Uses, inside: Mapping[int, type[nn.Module]]) -> Iterator[Site]:
+def _sites(root: nn.Module, uses: Uses) -> Iterator[Site]:
+    inside = layers_inside_leaves(root)
     seen: set[int] = set()
     for path, module in root.named_modules():
         if isinstance(module, Factorized):
             yield _factorized_site(path, module, uses, root)
         elif is_candidate(module):
-            stands_in = isinstance(module._modules.get(kind_of(module).weight), FactorizedParameter)
-            if not stands_in and not issubclass(inside.get(id(module), nn.Module), Factorized):
+            has_factorized_weight = isinstance(module._modules.get(kind_of(module).weight), FactorizedParameter)
+            if not has_factorized_weight and not issubclass(inside.get(id(module), nn.Module), Factorized):
                 yield _layer_site(path, module, uses, inside)
         else:
             for name, parameter in module._parameters.items():
@@ -80,12 +78,12 @@ def _aliases(root: nn.Module) -> dict[str, tuple[str, ...]]:
 def _layer_site(path: str, layer: nn.Module, uses: Uses, inside: Mapping[int, type[nn.Module]]) -> Site:
     kind = kind_of(layer)
     weight = layer._parameters.get(kind.weight)
-    if _is_called_as_a_function(layer, weight, uses) and id(layer) not in inside:
-        return functional_site(path, kind.name, ParameterSlot(path, kind.weight), layer, uses)
+    if _is_used_by_functions_only(layer, weight, uses) and id(layer) not in inside:
+        return _functional_site(path, kind.name, ParameterSlot(path, kind.weight), layer, uses)
     nodes = uses.calls.get(id(layer), ())
-    # Outside every graph nobody can say how often a layer is called; a run with example inputs will.
+    # Outside every graph the number of calls is not known; a run with example inputs counts them.
     calls = uses.count(nodes) if id(layer) in uses.traced else 1
-    reason, note = obstacle_of_layer(layer, weight, calls, uses, inside)
+    reason, note = blocker_of_layer(layer, weight, calls, uses, inside)
     return Site(
         name=path,
         layer=layer,
@@ -98,7 +96,7 @@ def _layer_site(path: str, layer: nn.Module, uses: Uses, inside: Mapping[int, ty
     )
 
 
-def _is_called_as_a_function(layer: nn.Module, weight: Tensor | None, uses: Uses) -> bool:
+def _is_used_by_functions_only(layer: nn.Module, weight: Tensor | None, uses: Uses) -> bool:
     """Return True where the graphs pass the layer's weight to a function and never call the layer."""
     if weight is None or (uses.calls.get(id(layer)) and kind_of(layer).is_intact(layer)):
         return False
@@ -106,9 +104,10 @@ def _is_called_as_a_function(layer: nn.Module, weight: Tensor | None, uses: Uses
 
 
 def _parameter_site(slot: ParameterSlot, owner: nn.Module, parameter: nn.Parameter, uses: Uses) -> Iterator[Site]:
-    found = uses.functional.get(id(parameter))
-    if found:
-        yield functional_site(slot.path, found[0].call.name, slot, owner, uses)
+    """Yield the site of a parameter that no layer kind holds; none if it is the weight of no convolution or linear map."""
+    functional_uses = uses.functional.get(id(parameter))
+    if functional_uses:
+        yield _functional_site(slot.path, functional_uses[0].call.name, slot, owner, uses)
     elif isinstance(owner, _WITHOUT_LAYERS) and "weight" in slot.name and parameter.dim() == 2:
         yield Site(
             name=slot.path,
@@ -117,28 +116,28 @@ def _parameter_site(slot: ParameterSlot, owner: nn.Module, parameter: nn.Paramet
             operation=Operation(in_channels=parameter.shape[1], out_channels=parameter.shape[0]),
             calls=0,
             reason=Reason.READ_ELSEWHERE,
-            note=read_by(type(owner)),
+            note=note_of_reader(type(owner)),
             slot=slot,
         )
 
 
-def functional_site(name: str, kind: str, slot: ParameterSlot, owner: nn.Module, uses: Uses) -> Site:
+def _functional_site(name: str, kind: str, slot: ParameterSlot, owner: nn.Module, uses: Uses) -> Site:
     """Return the site of a parameter that the graphs pass to a function as its weight.
 
     Args:
         name: The site's name.
         kind: What the plan calls it.
-        slot: Where the parameter is.
+        slot: The place of the parameter.
         owner: The module that holds it, in the program's module.
-        uses: What the graphs say.
+        uses: How the graphs use it.
     """
     parameter = owner._parameters[slot.name]
     assert parameter is not None
-    found = uses.functional[id(parameter)]
-    # Its factors will take stride, padding and dilation from each call, so the first call may speak for all.
-    operation = found[0].call.operation(parameter.shape)
-    nodes = tuple(one.node for one in found)
-    reason, note = obstacle(parameter, kind, operation, uses.owners, uses.reads, uses.shards)
+    functional_uses = uses.functional[id(parameter)]
+    # Its factors will take stride, padding and dilation from each call, so any call gives the operation.
+    operation = functional_uses[0].call.operation(parameter.shape)
+    nodes = tuple(use.node for use in functional_uses)
+    reason, note = blocker_of_weight(parameter, kind, operation, uses.owners, uses.reads, uses.shards)
     return Site(
         name=name,
         layer=owner,
@@ -157,7 +156,7 @@ def _factorized_site(path: str, layer: Factorized, uses: Uses, root: nn.Module) 
     slot = ParameterSlot.of(path) if isinstance(layer, FactorizedParameter) else None
     if slot is not None and is_candidate(root.get_submodule(slot.owner)):
         path = slot.owner
-    nodes = uses.calls.get(id(layer), ()) + tuple(one.node for one in uses.functional.get(id(layer), ()))
+    nodes = uses.calls.get(id(layer), ()) + tuple(use.node for use in uses.functional.get(id(layer), ()))
     return Site(
         name=path,
         layer=layer,

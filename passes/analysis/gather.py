@@ -16,14 +16,14 @@ from tdfx.passes.analysis.uses import METADATA_FUNCTIONS
 
 
 class GatherShards(TorchFunctionMode):
-    """Gathers the sharded parameters that a function takes, for the time that the function runs.
+    """Gathers the sharded parameters that a function takes, for as long as the function runs.
 
-    So no process ever holds more of the model than the weights of one function. All processes that hold the shards must
-    run the same module, on inputs of the same shapes, under this mode.
+    A process never holds more of the model than the weights of one function. All processes that hold the shards must run
+    the same module, on inputs of the same shapes, under this mode.
 
     Args:
-        processes: The processes that hold the shards. A failure of one is raised before values are gathered, so that no
-            process waits for one whose run has failed.
+        processes: The processes that hold the shards. If the run of one fails, the others raise the failure before the
+            next gather, so that no process waits in vain.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -41,9 +41,9 @@ class GatherShards(TorchFunctionMode):
                 return FactorizedParameter.__torch_function__(func, types, args, named)
         if tree_any(is_sharded, (args, named)):
             self.processes.raise_pending()
-        args, named = tree_map_only(Tensor, _values, (args, named))
+        args, named = tree_map_only(Tensor, _gathered, (args, named))
         return func(*args, **named)
 
 
-def _values(tensor: Tensor) -> Tensor:
+def _gathered(tensor: Tensor) -> Tensor:
     return full(tensor) if is_sharded(tensor) else tensor

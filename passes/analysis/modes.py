@@ -1,4 +1,4 @@
-"""Train and eval mode in a graph: reading a module's mode, and making one graph of two that differ in constants only."""
+"""Train and eval mode in a graph: a ``training`` flag to trace with, and one graph of two that differ in constants only."""
 
 from __future__ import annotations
 
@@ -13,30 +13,36 @@ ValueT = TypeVar("ValueT")
 
 
 class Mode:
-    """A module's ``training`` flag while it is traced: an argument that follows the mode, and a truth value that is noted.
+    """The ``training`` flag of a module while it is traced.
 
-    As an argument of a call it becomes a node that reads the flag of that very module. Where code decides or computes by
-    it, a graph would freeze the result, so ``asked`` is told. No number itself, since a number can be used as an index
-    without being asked.
+    As an argument of a call it becomes a node that reads the flag of that very module, so the graph follows the mode. Where
+    code branches on the flag or computes with it, the graph would freeze the result, so each such use is reported. The class
+    does not derive from int, because Python uses an int as an index without calling any of its methods.
+
+    Args:
+        training: The mode to trace in.
+        path: The path of the module whose flag this is.
+        on_use: Called with the path at each use that a graph would freeze.
     """
 
-    def __init__(self, training: bool, path: str, asked: Callable[[str], None]) -> None:
-        """Stand for the flag of the module at ``path``; ``asked`` is called with the path when it decides something."""
+    def __init__(self, training: bool, path: str, on_use: Callable[[str], None]) -> None:
         self.training = training
         self.path = path
-        self.asked = asked
+        self.on_use = on_use
 
     def __fx_create_arg__(self, tracer: fx.Tracer) -> fx.Node:
-        return tracer.create_node("get_attr", _flag_of(self.path), (), {})
+        return tracer.create_node("get_attr", _flag_path(self.path), (), {})
 
     def __hash__(self) -> int:
         return hash(self.training)
 
 
-def _asking(name: str) -> Callable[..., Any]:
-    def operator(self: Mode, *args: Any) -> Any:
-        self.asked(self.path)
-        return getattr(bool, name)(self.training, *args)
+def _reported(name: str) -> Callable[..., Any]:
+    """Return an operator of bool that reports its use."""
+
+    def operator(self: Mode, *operands: Any) -> Any:
+        self.on_use(self.path)
+        return getattr(bool, name)(self.training, *operands)
 
     return operator
 
@@ -46,74 +52,77 @@ _OPERATORS = (
     "mod rmod pow rpow xor rxor and rand or ror"
 )
 for _name in _OPERATORS.split():
-    setattr(Mode, f"__{_name}__", _asking(f"__{_name}__"))
+    setattr(Mode, f"__{_name}__", _reported(f"__{_name}__"))
 
 
 def by_mode(training: bool, in_train: ValueT, in_eval: ValueT) -> ValueT:
-    """Return the first value in train mode and the second in eval mode; a node of graphs that follow the mode."""
+    """Return the first value in train mode and the second in eval mode; graphs that follow the mode call this."""
     return in_train if training else in_eval
 
 
-def unify(train: fx.Graph, evaluation: fx.Graph, deciders: Collection[str]) -> fx.Graph | None:
-    """Make one graph of those of the two modes, if only constants differ and it is known by whose mode.
+def unify(train: fx.Graph, evaluation: fx.Graph, mode_users: Collection[str]) -> fx.Graph | None:
+    """Make one graph of the graphs of both modes, which differ in constants by the mode of one module.
+
+    Returns None if they differ in more, or if more than one module's mode can have decided a constant.
 
     Args:
         train: The graph in train mode.
         evaluation: The graph in eval mode.
-        deciders: The paths of the modules whose mode decided something in either.
+        mode_users: Paths of the modules whose own mode decided something in either.
     """
-    merged = copy.deepcopy(train)
-    if len(merged.nodes) != len(evaluation.nodes):
+    unified = copy.deepcopy(train)
+    if len(unified.nodes) != len(evaluation.nodes):
         return None
-    twins = dict(zip(evaluation.nodes, merged.nodes, strict=True))
+    twins = dict(zip(evaluation.nodes, unified.nodes, strict=True))
     try:
-        for other, node in list(twins.items()):
-            _unify_node(node, other, twins, deciders)
+        for eval_node, node in list(twins.items()):
+            _unify_node(node, eval_node, twins, mode_users)
     except _DifferenceError:
         return None
-    return merged
+    return unified
 
 
 class _DifferenceError(Exception):
     """The graphs differ in more than constants."""
 
 
-def _unify_node(node: fx.Node, other: fx.Node, twins: dict[fx.Node, fx.Node], deciders: Collection[str]) -> None:
-    if (node.op, node.target) != (other.op, other.target):
+def _unify_node(node: fx.Node, eval_node: fx.Node, twins: dict[fx.Node, fx.Node], mode_users: Collection[str]) -> None:
+    """Let the constants of a node of the train graph follow the mode where the node of the eval graph has others."""
+    if (node.op, node.target) != (eval_node.op, eval_node.target):
         raise _DifferenceError
-    here = {path for path, _ in node.meta.get("nn_module_stack", {}).values()} | {""}
-    owners = [path for path in deciders if path in here]
+    running = {path for path, _ in node.meta.get("nn_module_stack", {}).values()} | {""}
+    deciding = [path for path in mode_users if path in running]
 
     def choose(in_train: Any, in_eval: Any) -> Any:
-        if len(owners) != 1 or _holds_nodes(in_train) or _holds_nodes(in_eval):
+        if len(deciding) != 1 or _has_nodes(in_train) or _has_nodes(in_eval):
             raise _DifferenceError
         with node.graph.inserting_before(node):
-            flag = node.graph.create_node("get_attr", _flag_of(owners[0]))
+            flag = node.graph.create_node("get_attr", _flag_path(deciding[0]))
             return node.graph.call_function(by_mode, (flag, in_train, in_eval))
 
-    def unified(mine: Any, theirs: Any) -> Any:
-        if isinstance(theirs, fx.Node) and twins[theirs] is mine:
-            return mine
-        if isinstance(mine, slice) and isinstance(theirs, slice):
-            return slice(*(unified(getattr(mine, key), getattr(theirs, key)) for key in ("start", "stop", "step")))
-        if type(mine) is type(theirs) and isinstance(mine, tuple | list) and len(mine) == len(theirs):
-            return type(mine)(unified(one, its) for one, its in zip(mine, theirs, strict=True))
-        if isinstance(mine, dict) and isinstance(theirs, dict) and list(mine) == list(theirs):
-            return {key: unified(one, theirs[key]) for key, one in mine.items()}
-        same = type(mine) is type(theirs) and not isinstance(mine, fx.Node) and mine == theirs
-        return mine if same else choose(mine, theirs)
+    def unified(value: Any, eval_value: Any) -> Any:
+        if isinstance(eval_value, fx.Node) and twins[eval_value] is value:
+            return value
+        if isinstance(value, slice) and isinstance(eval_value, slice):
+            return slice(*(unified(getattr(value, key), getattr(eval_value, key)) for key in ("start", "stop", "step")))
+        if type(value) is type(eval_value) and isinstance(value, tuple | list) and len(value) == len(eval_value):
+            return type(value)(map(unified, value, eval_value))
+        if isinstance(value, dict) and isinstance(eval_value, dict) and list(value) == list(eval_value):
+            return {key: unified(item, eval_value[key]) for key, item in value.items()}
+        same = type(value) is type(eval_value) and not isinstance(value, fx.Node) and value == eval_value
+        return value if same else choose(value, eval_value)
 
-    if len(node.args) != len(other.args) or list(node.kwargs) != list(other.kwargs):
+    if len(node.args) != len(eval_node.args) or list(node.kwargs) != list(eval_node.kwargs):
         raise _DifferenceError
-    node.args = unified(tuple(node.args), tuple(other.args))
-    node.kwargs = unified(dict(node.kwargs), dict(other.kwargs))
+    node.args = unified(tuple(node.args), tuple(eval_node.args))
+    node.kwargs = unified(dict(node.kwargs), dict(eval_node.kwargs))
 
 
-def _holds_nodes(value: Any) -> bool:
-    found: list[fx.Node] = []
-    map_arg(value, found.append)
-    return bool(found)
+def _has_nodes(value: Any) -> bool:
+    nodes: list[fx.Node] = []
+    map_arg(value, nodes.append)
+    return bool(nodes)
 
 
-def _flag_of(path: str) -> str:
+def _flag_path(path: str) -> str:
     return f"{path}.training" if path else "training"

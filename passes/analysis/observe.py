@@ -15,23 +15,22 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdfx.cost.setting import Setting, autocast_now
 from tdfx.distributed.processes import Processes
-from tdfx.kinds.functional import Call, parse_call
+from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.analysis.gather import GatherShards
-from tdfx.passes.analysis.guard import ParameterGuard, WritesParameterError, custom_functions
-from tdfx.passes.analysis.sandbox import isolated
-from tdfx.passes.analysis.tracer import scratch_copy, with_own_parameters
+from tdfx.passes.analysis.guard import ParameterGuard, WritesParameterError, storage_address, watch_custom_functions
+from tdfx.passes.analysis.sandbox import clone_parameters, isolated, scratch_copy
 from tdfx.passes.analysis.uses import METADATA_FUNCTIONS
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-"""Example inputs: the positional arguments of the model, one tensor for a single one, or keyword arguments by name."""
+"""Example inputs: the model's positional arguments, one tensor for a single argument, or keyword arguments by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """What entered a layer or a function in one call."""
+    """The input of one call of a layer or a function."""
 
     shape: tuple[int, ...]
     setting: Setting
@@ -46,7 +45,7 @@ class Entered:
             dtype=tensor.dtype,
             autocast=autocast_now(kind),
             channels_last=is_channels_last(tensor),
-            wants_input_gradient=_address(tensor) not in input_addresses,
+            wants_input_gradient=storage_address(tensor) not in input_addresses,
         )
         return cls(tuple(tensor.shape), setting)
 
@@ -62,21 +61,14 @@ def is_channels_last(tensor: Tensor) -> bool:
     return layout is not None and tensor.is_contiguous(memory_format=layout) and not tensor.is_contiguous()
 
 
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # a subclass without a storage
-        return 0
-
-
 @dataclass(slots=True)
 class Observed:
     """What one forward pass did."""
 
     entering: defaultdict[str, list[Entered]] = field(default_factory=lambda: defaultdict(list))
-    """Path of a layer -> what entered it, call by call."""
-    functional: defaultdict[int, list[tuple[Call, Entered]]] = field(default_factory=lambda: defaultdict(list))
-    """Parameter, by identity -> the calls of functions that took it as their weight, with what entered them."""
+    """Path of a layer -> its input, call by call."""
+    functional: defaultdict[int, list[tuple[FunctionCall, Entered]]] = field(default_factory=lambda: defaultdict(list))
+    """Parameter, by identity -> the calls of functions that took it as their weight, with their inputs."""
     reads: set[int] = field(default_factory=set)
     """Parameters, by identity, that were read for anything else, outside of the layers that hold them."""
 
@@ -87,45 +79,46 @@ def observe(module: nn.Module, inputs: Inputs, *, training: bool, gather: Proces
 
     Args:
         module: It is left as it was, and so are the random generators.
-        inputs: They are cloned, since a model may write to them.
+        inputs: They are cloned, because a model may write to them.
         training: The mode to run it in.
-        gather: The processes that hold shards of its parameters, all of which must call this; None where none do.
+        gather: The processes that hold shards of its parameters, all of which must call this; None without shards.
     """
-    copy = scratch_copy(module, mode=training)
+    scratch = scratch_copy(module, training=training)
     with nullcontext() if gather is None else GatherShards(gather):
         try:
-            return _run(copy, inputs, {})
+            return _run(scratch, inputs, {})
         except WritesParameterError:
-            copy = scratch_copy(module, mode=training)
-            return _run(copy, inputs, with_own_parameters(copy))
+            scratch = scratch_copy(module, training=training)
+            return _run(scratch, inputs, clone_parameters(scratch))
 
 
-def _run(copy: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Observed:
-    """Run a module and report what it did.
+def _run(scratch: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Observed:
+    """Run a scratch copy and report what it did.
 
     Args:
-        copy: The module.
+        scratch: The copy.
         inputs: Its inputs.
-        originals: Parameter of the copy, by identity -> the parameter by whose identity to report it.
+        originals: Cloned parameter of the copy -> the parameter to report it as, both by identity; empty if the copy shares
+            its parameters, which are guarded then.
     """
     observed = Observed()
     arguments, named = tree_map_only(Tensor, Tensor.clone, split_inputs(inputs))
-    input_addresses = {_address(x) for x in tree_leaves((arguments, named)) if isinstance(x, Tensor)} - {0}
-    watch = _CallWatch(observed, input_addresses)
-    for path, layer in copy.named_modules():
+    tensors = (value for value in tree_leaves((arguments, named)) if isinstance(value, Tensor))
+    recorder = _CallRecorder(observed, set(map(storage_address, tensors)) - {0})
+    for path, layer in scratch.named_modules():
         if is_candidate(layer) or isinstance(layer, Factorized):
-            watch.attach(path, layer)
+            recorder.attach(path, layer)
     with (
-        isolated(copy),
-        nullcontext() if originals else ParameterGuard(copy),
-        watch,
-        custom_functions(watch.record_custom_function),
+        isolated(scratch),
+        nullcontext() if originals else ParameterGuard(scratch),
+        recorder,
+        watch_custom_functions(recorder.record_custom_function),
     ):
-        copy(*arguments, **named)
-    for parameter, original in originals.items():
-        if parameter in observed.functional:
-            observed.functional[original] = observed.functional.pop(parameter)
-        if parameter in observed.reads:
+        scratch(*arguments, **named)
+    for clone, original in originals.items():
+        if clone in observed.functional:
+            observed.functional[original] = observed.functional.pop(clone)
+        if clone in observed.reads:
             observed.reads.add(original)
     return observed
 
@@ -139,8 +132,8 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(inputs), {}
 
 
-class _CallWatch(TorchFunctionMode):
-    """Records every call of a torch function, except the calls that a stock layer makes for itself."""
+class _CallRecorder(TorchFunctionMode):
+    """Records every call of a torch function, except the calls that a stock layer makes itself."""
 
     def __init__(self, observed: Observed, input_addresses: Collection[int]) -> None:
         super().__init__()
@@ -150,7 +143,7 @@ class _CallWatch(TorchFunctionMode):
         self.paths: dict[int, str] = {}
 
     def attach(self, path: str, layer: nn.Module) -> None:
-        """Record what enters a layer; within a layer that computes what its kind does, record nothing else."""
+        """Record what enters a layer; inside a layer that computes what its kind does, record nothing else."""
         self.paths[id(layer)] = path
         is_stock = isinstance(layer, Factorized) or kind_of(layer).is_intact(layer)
 
@@ -158,7 +151,7 @@ class _CallWatch(TorchFunctionMode):
             self.depth_in_layers += is_stock
             x = next((value for value in (*arguments, *named.values()) if isinstance(value, Tensor)), None)
             if x is not None:
-                self.observed.entering[path].append(Entered.of(x, self.input_addresses))
+                self._record_input(path, x)
 
         def after(*_: Any) -> None:
             self.depth_in_layers -= is_stock
@@ -184,13 +177,16 @@ class _CallWatch(TorchFunctionMode):
         if isinstance(call.weight, nn.Parameter) and isinstance(x, Tensor):
             self.observed.functional[id(call.weight)].append((call, Entered.of(x, self.input_addresses)))
         elif isinstance(call.weight, FactorizedParameter) and isinstance(x, Tensor):
-            self.observed.entering[self.paths[id(call.weight)]].append(Entered.of(x, self.input_addresses))
+            self._record_input(self.paths[id(call.weight)], x)
         self._record_reads(call.rest)
 
     def record_custom_function(self, function: type, arguments: Any) -> None:
-        """Record that a user's autograd function reads its arguments; what it does inside is not looked at."""
+        """Record that a user's autograd function reads its arguments; its inside is not looked at."""
         if not self.depth_in_layers:
             self._record_reads(arguments)
+
+    def _record_input(self, path: str, x: Tensor) -> None:
+        self.observed.entering[path].append(Entered.of(x, self.input_addresses))
 
     def _record_reads(self, values: Any) -> None:
         leaves: Iterable[Any] = tree_leaves(values)

@@ -1,7 +1,8 @@
-"""Running a user's model without a trace: the streams of random numbers stay where they were, and no warning is heard."""
+"""Running a user's model without a trace: copies to run, the random generators, and warnings."""
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from collections.abc import Iterator
@@ -9,18 +10,80 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from tdfx.layers.copying import HOOKS, structural_copy
 
 
 @contextmanager
 def isolated(module: nn.Module) -> Iterator[None]:
-    """Put back what torch, NumPy and Python would draw next, on the CPU and where the module lies; silence warnings."""
-    devices = {one.device for one in (*module.parameters(), *module.buffers()) if one.device.type == "cuda"}
-    of_python, of_numpy = random.getstate(), np.random.get_state()
+    """Silence warnings, and restore the random generators of torch, NumPy and Python afterwards.
+
+    Of torch's generators it restores that of the CPU and those of the CUDA devices that hold the module.
+    """
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cuda"}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=sorted(one.index for one in devices)):
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=sorted(device.index for device in devices)),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def random_states() -> tuple[object, ...]:
+    """Return the states of the random generators of torch (CPU), Python and NumPy, to be compared."""
+    _, keys, *rest = np.random.get_state(legacy=True)
+    return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(keys).tobytes(), rest
+
+
+def scratch_copy(module: nn.Module, *, training: bool) -> nn.Module:
+    """Return a structural copy to run or trace: in the given mode, and with buffers of its own.
+
+    The copy also owns the parameters that a lazy layer materializes at its first run. The mode is set on each submodule
+    by itself, because a user's own ``train`` may change the tensors that the copy shares.
+    """
+    scratch = structural_copy(module)
+    buffers: dict[int, Tensor] = {}
+    for submodule in scratch.modules():
+        submodule.training = training
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None:
+                submodule._buffers[name] = buffers.setdefault(id(buffer), _clone_buffer(buffer))
+        for name, parameter in submodule._parameters.items():
+            if isinstance(parameter, UninitializedParameter):
+                submodule._parameters[name] = copy.deepcopy(parameter)
+    return scratch
+
+
+def _clone_buffer(buffer: Tensor) -> Tensor:
+    if isinstance(buffer, UninitializedBuffer):
+        lazy: Tensor = UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]
+        return lazy
+    return buffer.clone()
+
+
+def clone_parameters(scratch: nn.Module) -> dict[int, int]:
+    """Give a scratch copy parameters of its own, and return which parameter each is a clone of, both by identity."""
+    clones: dict[int, nn.Parameter] = {}
+    for submodule in scratch.modules():
+        for name, parameter in submodule._parameters.items():
+            if parameter is not None and not isinstance(parameter, UninitializedParameter):
+                if id(parameter) not in clones:
+                    clones[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                submodule._parameters[name] = clones[id(parameter)]
+    return {id(clone): original for original, clone in clones.items()}
+
+
+def remove_hooks(scratch: nn.Module, *, backward_only: bool = False) -> None:
+    """Remove the user's hooks from a scratch copy, so that they see no Proxy and no gradient but those of the training."""
+    for submodule in scratch.modules():
+        for name in HOOKS:
+            hooks = submodule.__dict__[name]
+            if hasattr(hooks, "clear") and ("backward" in name or not backward_only):
+                submodule.__dict__[name] = type(hooks)()

@@ -1,9 +1,9 @@
-"""What flows through each site, from forward passes with example inputs, and the sites that only a run shows."""
+"""What flows through each site, from forward passes with example inputs; and the sites that only a run shows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.factorized import Factorized
-from tdfx.passes.analysis.blockers import layers_inside_leaves, obstacle
+from tdfx.passes.analysis.blockers import blocker_of_weight, layers_inside_leaves
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.analysis.uses import Uses, uses_of
 from tdfx.passes.base import Change, Pass, PassResult
@@ -28,9 +28,9 @@ from tdfx.plans.plan import Reason
 class ObserveInputs(Pass[PassResult]):
     """Run the model in eval mode, without gradients, and record the shape of what enters each site.
 
-    A second run, in train mode, is made where it is needed: for sites that the first did not reach, such as auxiliary heads;
-    and for a parameter that was passed to a function in code that no graph shows. Such a parameter becomes a site if the run
-    in train mode shows no other use of it.
+    A second run, in train mode, is made where it is needed: for sites that the first run did not reach, such as auxiliary
+    heads, and for a parameter that was passed to a function in code that no graph shows. Such a parameter becomes a site if
+    the run in train mode shows no other use of it.
 
     Args:
         inputs: Example inputs.
@@ -54,8 +54,8 @@ class ObserveInputs(Pass[PassResult]):
                 f"{type(error).__name__}: {error}. Pass example_inputs=(x,) (--input on the command line) with the shape, "
                 f"dtype and device that its forward takes, or leave them out to plan without shapes."
             ) from error
-        run = _Runs(program, self.inputs, in_eval)
-        sites = _broadcast_sites(program.processes, _with_flows_of_either_mode(_with_functional_sites(run), run))
+        runs = _Runs(program, self.inputs, in_eval)
+        sites = _broadcast_sites(program.processes, _with_flows_of_either_mode(_with_functional_sites(runs), runs))
         changes = tuple(Change(site.name, "shape known") for site in sites if site.flows)
         return PassResult(replace(program, sites=tuple(sites)), changes)
 
@@ -68,7 +68,7 @@ class ObserveInputs(Pass[PassResult]):
 
 
 class _Runs:
-    """The runs of a program on example inputs: in eval mode, and in train mode if that is asked for."""
+    """The runs of a program on example inputs: in eval mode, and in train mode on first use."""
 
     def __init__(self, program: Program, inputs: Inputs, in_eval: Observed) -> None:
         self.program = program
@@ -81,78 +81,55 @@ class _Runs:
         """What a run in train mode did, or the name of the error if it failed: a model may need targets then."""
         processes, shards = self.program.processes, self.program.shards
         try:
-            # Processes with shards run together; processes with whole models may take other ways, each on its own inputs.
+            # Processes with shards run in step; without shards each runs by itself, on inputs of its own.
             with processes.raise_on_all() if shards else nullcontext():
                 return observe(self.program.module, self.inputs, training=True, gather=processes if shards else None)
         except Exception as error:  # whatever the model raises
-            # The name alone: the error would keep alive everything that the run had made.
+            # The name alone, because the error would keep all tensors of the run alive.
             return type(error).__name__
 
 
 def _with_functional_sites(runs: _Runs) -> list[Site]:
-    """Return the sites with those that only the run showed to be functional calls."""
+    """Return the sites with those that only the run shows to be functional calls."""
     module, uses, in_eval = runs.program.module, runs.uses, runs.in_eval
     inside = layers_inside_leaves(module)
     slots = [
         slot
-        for slot in _slots(module)
+        for slot in (ParameterSlot.of(path) for path, _ in module.named_parameters())
         if id(_parameter(module, slot)) in in_eval.functional
         and id(_parameter(module, slot)) not in uses.functional
         and id(module.get_submodule(slot.owner)) not in inside
     ]
     if not slots:
         return list(runs.program.sites)
-    reads, unknown = in_eval.reads, ""
+    reads, doubt = in_eval.reads, ""
     if isinstance(runs.in_train, Observed):
         reads = reads | runs.in_train.reads
     else:
-        unknown = f"in train mode the model does not run on the example inputs: {runs.in_train}"
-    new = {site.name: site for slot in slots for site in _site(module, slot, in_eval, uses, reads, unknown)}
-    sites = [new.pop(site.name, site) for site in runs.program.sites]
-    return _in_order(module, [*sites, *new.values()])
+        doubt = f"in train mode the model does not run on the example inputs: {runs.in_train}"
+    observed = filter(None, (_functional_site(module, slot, in_eval, uses, reads, doubt) for slot in slots))
+    by_name = {site.name: site for site in observed}
+    sites = [by_name.pop(site.name, site) for site in runs.program.sites]
+    return _in_order(module, [*sites, *by_name.values()])
 
 
-def _with_flows_of_either_mode(sites: Sequence[Site], runs: _Runs) -> list[Site]:
-    """Attach to each site what flows into it in eval mode; for sites that eval mode does not reach, in train mode."""
-    in_graph = [id(site.layer) in runs.uses.traced and bool(site.nodes) for site in sites]
-    observed = list(map(_with_flows, sites, repeat(runs.in_eval), in_graph))
-    missed = [
-        index
-        for index, (site, after) in enumerate(zip(sites, observed, strict=True))
-        if site.is_open and after.is_missed and (after.is_open or after.reason is Reason.NOT_CALLED)
-    ]
-    if missed and isinstance(runs.in_train, Observed):
-        for index in missed:
-            observed[index] = _with_flows(sites[index], runs.in_train, in_graph[index])
-    return observed
-
-
-def _broadcast_sites(processes: Processes, sites: Sequence[Site]) -> list[Site]:
-    """Return what all processes decide by: the same for all, whatever batch each of them has."""
-    observed = [(site.flows, site.calls, site.reason, site.note) for site in sites]
-    return [
-        replace(site, flows=flows, calls=calls, reason=reason, note=note)
-        for site, (flows, calls, reason, note) in zip(sites, processes.broadcast_object(observed), strict=True)
-    ]
-
-
-def _site(
-    root: nn.Module, slot: ParameterSlot, observed: Observed, uses: Uses, reads: Collection[int], unknown: str
-) -> Iterator[Site]:
-    """Yield the site of a parameter that functions take as their weight; none where it is no weight of its layer."""
+def _functional_site(
+    root: nn.Module, slot: ParameterSlot, observed: Observed, uses: Uses, reads: Collection[int], doubt: str
+) -> Site | None:
+    """Return the site of a parameter that functions take as their weight; None if a layer kind has another weight there."""
     owner = root.get_submodule(slot.owner)
     parameter = owner._parameters[slot.name]
     assert parameter is not None
     calls = observed.functional[id(parameter)]
     layer_kind = kind_of(owner) if is_candidate(owner) else None
     if layer_kind is not None and slot.name != layer_kind.weight:
-        return
+        return None
     kind = layer_kind.name if layer_kind is not None else calls[0][0].name
     operation = calls[0][0].operation(parameter.shape)
-    reason, note = obstacle(parameter, kind, operation, uses.owners, reads, uses.shards)
-    if reason is None and unknown:
-        reason, note = Reason.READ_ELSEWHERE, unknown
-    yield Site(
+    reason, note = blocker_of_weight(parameter, kind, operation, uses.owners, reads, uses.shards)
+    if reason is None and doubt:
+        reason, note = Reason.READ_ELSEWHERE, doubt
+    return Site(
         name=slot.owner if layer_kind is not None else slot.path,
         layer=owner,
         kind=kind,
@@ -162,11 +139,6 @@ def _site(
         note=note,
         slot=slot,
     )
-
-
-def _slots(root: nn.Module) -> list[ParameterSlot]:
-    """Return the places of all parameters, each under its first name."""
-    return [ParameterSlot.of(name) for name, _ in root.named_parameters()]
 
 
 def _parameter(root: nn.Module, slot: ParameterSlot) -> object:
@@ -188,6 +160,21 @@ def _in_order(root: nn.Module, sites: list[Site]) -> list[Site]:
     return sorted(sites, key=position)
 
 
+def _with_flows_of_either_mode(sites: Sequence[Site], runs: _Runs) -> list[Site]:
+    """Attach to each site what flows into it in eval mode; for sites that eval mode does not reach, in train mode."""
+    in_graph = [id(site.layer) in runs.uses.traced and bool(site.nodes) for site in sites]
+    observed = list(map(_with_flows, sites, repeat(runs.in_eval), in_graph))
+    missed = [
+        index
+        for index, (site, after) in enumerate(zip(sites, observed, strict=True))
+        if site.is_open and after.is_missed and (after.is_open or after.reason is Reason.NOT_CALLED)
+    ]
+    if missed and isinstance(runs.in_train, Observed):
+        for index in missed:
+            observed[index] = _with_flows(sites[index], runs.in_train, in_graph[index])
+    return observed
+
+
 def _with_flows(site: Site, observed: Observed, in_graph: bool) -> Site:
     """Attach to a site what a run showed: its calls, what flows into them, and whether anything else reads its weight."""
     calls = observed.functional.get(id(site.weight), ()) if site.slot is not None else ()
@@ -196,7 +183,7 @@ def _with_flows(site: Site, observed: Observed, in_graph: bool) -> Site:
     else:  # a layer, or a parameter that is factorized already
         entered = observed.entering.get(site.slot.path if site.slot is not None else site.name, [])
     if not entered and site.reason is Reason.READ_ELSEWHERE and not site.nodes:
-        return site  # no graph and no run shows what enters it
+        return site  # neither a graph nor a run shows what enters it
     flows = tuple(_flow(each, site, site.operation) for each in entered) if site.operation is not None else ()
     if calls and site.weight is not None:
         operations = (call.operation(site.weight.shape) for call, _ in calls)
@@ -231,6 +218,15 @@ def flow_of(shape: tuple[int, ...], operation: Operation) -> Flow:
     if operation.dims == 0:
         return Flow(math.prod(shape[:-1]))
     return Flow(math.prod(shape[: -operation.dims - 1]), shape[len(shape) - operation.dims :])
+
+
+def _broadcast_sites(processes: Processes, sites: Sequence[Site]) -> list[Site]:
+    """Give all processes what the first has observed, so that all decide alike, whatever their own batches are."""
+    observed = [(site.flows, site.calls, site.reason, site.note) for site in sites]
+    return [
+        replace(site, flows=flows, calls=calls, reason=reason, note=note)
+        for site, (flows, calls, reason, note) in zip(sites, processes.broadcast_object(observed), strict=True)
+    ]
 
 
 def _describe(inputs: Inputs) -> str:

@@ -1,4 +1,4 @@
-"""What the graphs of a program say of its layers and parameters: who calls them, how often, and who reads them."""
+"""How the graphs of a program use its layers and parameters: who calls them, how often, and who reads them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from tdfx.kinds.functional import Call, parse_call
+from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import find_kind
 from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.program import Program
@@ -28,12 +28,12 @@ METADATA = frozenset(
         "size",
     }
 )
-"""What a tensor can be asked for without its values."""
+"""Attributes and methods of a tensor that do not read its values."""
 
 METADATA_FUNCTIONS = frozenset(
     method if callable(method) else method.__get__ for method in (getattr(Tensor, name) for name in METADATA)
 )
-"""The functions that ask for it."""
+"""The same as functions, as ``__torch_function__`` gets them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,36 +41,36 @@ class FunctionalUse:
     """One call in a graph that takes a parameter as its weight."""
 
     node: fx.Node
-    call: Call
+    call: FunctionCall
 
 
 @dataclass(frozen=True, slots=True)
 class Uses:
-    """Everything by the identity of the module or parameter concerned."""
+    """How graphs use modules and parameters, which are keys by their identity."""
 
     calls: Mapping[int, tuple[fx.Node, ...]]
     """Module -> the calls of it."""
     functional: Mapping[int, tuple[FunctionalUse, ...]]
-    """Parameter (or what stands for a factorized one) -> the calls of functions that take it as their weight."""
+    """Parameter, or the module in place of a factorized one -> the calls of functions that take it as their weight."""
     reads: frozenset[int]
     """Parameters that a graph reads for anything else."""
     traced: frozenset[int]
-    """Modules that lie within some graph, called or not."""
+    """Modules whose calls some graph would show, called or not."""
     owners: Mapping[int, int]
-    """Parameter -> how many modules hold it."""
+    """Parameter -> the number of modules that hold it."""
     runs: Mapping[int, tuple[str, int]]
-    """Graph -> the path of its module, and how often that module runs in one forward pass."""
+    """Graph, by identity -> the path of its module, and how often that module runs in one forward pass."""
     shards: bool = False
-    """Whether the parameters are in shards."""
+    """Whether each process holds a part of every parameter."""
 
     def count(self, nodes: Sequence[fx.Node]) -> int:
         """Return how often these nodes run in one forward pass, in the mode in which they run more often."""
-        each = Counter(id(node.graph) for node in nodes)
-        most: dict[str, int] = {}
-        for graph, count in each.items():
+        nodes_of_graph = Counter(id(node.graph) for node in nodes)
+        counts: dict[str, int] = {}
+        for graph, count in nodes_of_graph.items():
             path, runs = self.runs[graph]
-            most[path] = max(most.get(path, 0), count * runs)
-        return sum(most.values())
+            counts[path] = max(counts.get(path, 0), count * runs)
+        return sum(counts.values())
 
 
 def uses_of(program: Program) -> Uses:
@@ -81,28 +81,28 @@ def uses_of(program: Program) -> Uses:
     traced: set[int] = set()
     runs: dict[int, tuple[str, int]] = {}
     uses = Uses(calls, functional, frozenset(), frozenset(), {}, runs)  # type: ignore[arg-type]
-    for path in sorted(program.graphs, key=lambda one: one.count(".") + bool(one)):
+    for path in sorted(program.graphs, key=lambda path: path.count(".") + bool(path)):
         root = program.module.get_submodule(path)
-        # A module that some graph calls runs as often as it is called; of the others nobody can say.
-        often = uses.count(calls[id(root)]) if id(root) in traced else 1
-        traced.update(id(one) for one in _shown(root, program.graphs[path].blocks))
+        # A module that an outer graph calls runs as often as it is called; for any other the count is not known.
+        runs_of_root = uses.count(calls[id(root)]) if id(root) in traced else 1
+        traced.update(id(module) for module in _shown(root, program.graphs[path].opaque))
         for graph in program.graphs[path].graphs:
-            runs[id(graph)] = (path, often)
+            runs[id(graph)] = (path, runs_of_root)
             for node in graph.nodes:
                 if node.op == "call_module":
                     called = root.get_submodule(str(node.target))
                     calls[id(called)].append(node)
                     if is_site_or_leaf(called) and find_kind(called) is None:
-                        reads.update(id(one) for one in called.parameters())
+                        reads.update(id(parameter) for parameter in called.parameters())
                 elif node.op == "get_attr":
                     value = _attribute(root, str(node.target))
-                    found = list(_functional_uses(node))
-                    functional[id(value)].extend(found)
-                    if len(found) < sum(not _reads_metadata(user) for user in node.users):
+                    functional_uses = list(_functional_uses(node))
+                    functional[id(value)].extend(functional_uses)
+                    if len(functional_uses) < sum(not _reads_metadata(user) for user in node.users):
                         reads.add(id(value))
     return Uses(
         calls={key: tuple(nodes) for key, nodes in calls.items()},
-        functional={key: tuple(found) for key, found in functional.items() if found},
+        functional={key: tuple(listed) for key, listed in functional.items() if listed},
         reads=frozenset(reads),
         traced=frozenset(traced),
         owners=owners_of(program.module),
@@ -111,11 +111,11 @@ def uses_of(program: Program) -> Uses:
     )
 
 
-def _shown(root: nn.Module, blocks: Collection[str]) -> Iterator[nn.Module]:
-    """Yield the modules whose calls a graph shows: all of them but for what lies inside the blocks it calls as they are."""
-    inside = {id(one) for path in blocks for one in root.get_submodule(path).modules()}
-    inside -= {id(root.get_submodule(path)) for path in blocks}
-    return (one for one in root.modules() if id(one) not in inside)
+def _shown(root: nn.Module, opaque: Collection[str]) -> Iterator[nn.Module]:
+    """Yield the modules whose calls a graph shows: all but those that lie inside the modules it calls as they are."""
+    blocks = [root.get_submodule(path) for path in opaque]
+    hidden = {id(module) for block in blocks for module in block.modules()} - set(map(id, blocks))
+    return (module for module in root.modules() if id(module) not in hidden)
 
 
 def _functional_uses(node: fx.Node) -> Iterator[FunctionalUse]:
@@ -133,11 +133,10 @@ def _reads_metadata(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is getattr and node.args[1] in METADATA
 
 
-def owners_of(module: nn.Module) -> Mapping[int, int]:
-    """Return for each parameter, by its identity, how many modules hold it."""
-    return Counter(
-        id(parameter) for one in module.modules() for parameter in one._parameters.values() if parameter is not None
-    )
+def owners_of(root: nn.Module) -> Mapping[int, int]:
+    """Return for each parameter, by its identity, the number of modules that hold it."""
+    held = (parameter for module in root.modules() for parameter in module._parameters.values())
+    return Counter(id(parameter) for parameter in held if parameter is not None)
 
 
 def _attribute(root: nn.Module, target: str) -> object:

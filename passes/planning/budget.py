@@ -12,13 +12,13 @@ from tdfx.distributed.processes import Processes
 from tdfx.errors import PolicyError
 from tdfx.passes.planning.calibration import Calibration, Lowest, SiteCalibration
 from tdfx.passes.planning.knapsack import (
-    SECONDS,
+    TIME_LIMIT,
+    InfeasibleError,
     Item,
-    NoneFoundError,
-    OutOfReachError,
     Selection,
-    best_choice,
+    TimeLimitError,
     least_totals,
+    solve_knapsack,
 )
 from tdfx.passes.planning.limits import BudgetScope, Limits
 from tdfx.passes.planning.proposals import Candidate, factorize
@@ -146,16 +146,16 @@ class BudgetSolver:
         """Return which of its candidates each site gets, and remarks on that."""
         items = [[item for _, item in place] for place in places]
         try:
-            return _with_note(best_choice(items, bounds))
-        except OutOfReachError:
+            return _with_note(solve_knapsack(items, bounds))
+        except InfeasibleError:
             if self.budget.strict:
                 raise self._out_of_reach(names, bounds, items) from None
             return self._nearest(names, items, bounds)
-        except NoneFoundError:
+        except TimeLimitError:
             if self.budget.strict:
                 raise PolicyError(
-                    f"No choice for the {len(places)} sites was found in {SECONDS:g} s that keeps {self.budget!r}, nor that "
-                    f"there is none. Ask for a little less, or leave sites out with exclude."
+                    f"No choice for the {len(places)} sites was found in {TIME_LIMIT:g} s that keeps {self.budget!r}, nor "
+                    f"that there is none. Ask for a little less, or leave sites out with exclude."
                 ) from None
             return self._keep_all(len(places))
 
@@ -163,8 +163,8 @@ class BudgetSolver:
         """Return the choice that keeps all sites, and a remark on that."""
         # The first item of each place has the least loss: as a rule, to keep the site.
         return [0] * count, [
-            f"no choice for the {count} sites was found in {SECONDS:g} s that comes near {self.budget!r}, so they stay as "
-            f"they are. Ask for a little less, or leave sites out with exclude"
+            f"no choice for the {count} sites was found in {TIME_LIMIT:g} s that comes near {self.budget!r}, so they stay "
+            f"as they are. Ask for a little less, or leave sites out with exclude"
         ]
 
     def _nearest(
@@ -191,11 +191,11 @@ class BudgetSolver:
                 for most, bound in zip(now, bounds, strict=True)
             ]
             try:
-                picks, more = _with_note(best_choice(places, closer))
+                picks, more = _with_note(solve_knapsack(places, closer))
                 return picks, [*notes, *more]
-            except OutOfReachError:
+            except InfeasibleError:
                 continue
-            except NoneFoundError:
+            except TimeLimitError:
                 return self._keep_all(len(places))
         return [0] * len(places), notes
 
@@ -315,7 +315,7 @@ def _with_note(selection: Selection) -> tuple[list[int], list[str]]:
     if selection.proven:
         return selection.picks, []
     return selection.picks, [
-        f"the solver's {SECONDS:g} s ran out: the best choice that it had found by then was taken, and there may be a "
+        f"the solver's {TIME_LIMIT:g} s ran out: the best choice that it had found by then was taken, and there may be a "
         f"better one within the budget"
     ]
 

@@ -55,12 +55,15 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
     assert operation is not None
     assert isinstance(budget, Budget)
     w_dense = working_weight(site, weight)
-    known: dict[str, Spectra] = {}
+    shared: dict[str, Spectra] = {}
     errors: dict[Candidate, float] = {}
     signal: bool | None = None
     for scheme in schemes_for(operation, policy):
-        spectra = known.get(scheme.name) or scheme.spectra(operation, w_dense)
-        known |= scheme.partial_spectra(spectra)
+        spectra = shared.get(scheme.name) or scheme.spectra(operation, w_dense)
+        if not shared or scheme.name in shared:
+            # The first scheme and those that share its bases; the bases of others would take the room of other sites.
+            cache.hold(site, scheme, spectra)
+        shared |= {scheme.name: spectra, **scheme.partial_spectra(spectra)}
         signal = has_signal(spectra) if signal is None else signal
         full = scheme.full_ranks(operation)
         grid = _grid(spectra, full, policy, site, scheme)
@@ -70,8 +73,6 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
                 floor = max(budget.floor, budget.noise_floor)
             if all(rank >= floor * most for rank, most in zip(ranks, full, strict=True)):
                 errors[Candidate(scheme, ranks)] = error
-        if any(candidate.scheme is scheme for candidate in errors):
-            cache.hold(site, scheme, spectra)
     return CandidateSet(errors, bool(signal))
 
 

@@ -1,4 +1,4 @@
-"""Choosing one option for each of many places, so that the total loss is the least within some limits."""
+"""A multiple-choice knapsack: one item from each group, of least total loss within limits."""
 
 from __future__ import annotations
 
@@ -15,152 +15,149 @@ import numpy as np
 if TYPE_CHECKING:
     import highspy
 
+TIME_LIMIT = 20.0
+"""Seconds after which the best selection so far counts."""
 _STDOUT = 1
-"""The process's own, which Python's may stand before."""
-SECONDS = 20.0
-"""After this the best choice found so far counts."""
+"""File descriptor of the process's stdout; Python's ``sys.stdout`` may be another file."""
 _TIGHTENINGS = 10
-"""Times that a solution which passes a limit by the solver's tolerance is looked for anew."""
+"""How often to solve again with tighter limits after a solution that exceeds a limit within the solver's tolerance."""
 _GAP = 1e-6
 """Relative difference to the least possible loss at which the search ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing that can be done in a place."""
+    """One option of a group."""
 
     loss: float
-    """What it adds to the total that is made small, not negative."""
+    """What it adds to the total loss; not negative."""
     costs: tuple[float, ...]
-    """What it adds to each total that is limited."""
+    """What it adds to each total that has a limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """One option for each place."""
+    """One item of each group."""
 
     picks: list[int]
-    """The index of each."""
+    """The index of the item in each group."""
     proven: bool
-    """True if nothing better keeps the limits; False where time ran out before that was known."""
+    """True if no selection within the limits is better; False if time ran out before that was known."""
 
 
-class OutOfReachError(Exception):
-    """No choice keeps the limits."""
+class InfeasibleError(Exception):
+    """No selection keeps the limits."""
 
 
-class NoneFoundError(Exception):
-    """Time ran out before a choice was found that keeps the limits, or it was known that there is none."""
+class TimeLimitError(Exception):
+    """Time ran out before the solver found a selection that keeps the limits, or proved that there is none."""
 
 
-def best_choice(places: Sequence[Sequence[Item]], limits: Sequence[float]) -> Selection:
-    """Return an option for each place: a multiple-choice knapsack, solved as a mixed-integer program.
+def solve_knapsack(groups: Sequence[Sequence[Item]], limits: Sequence[float]) -> Selection:
+    """Select an item from each group, as a mixed-integer program.
 
-    The solver is HiGHS (Huangfu and Hall 2018), by its own package: the copy inside scipy prints a line now and then. What
-    it finds depends on a clock: where several processes need one choice, one of them has to make it for all.
+    The solver is HiGHS (Huangfu and Hall 2018), by its own package, because the copy inside scipy prints a line now and
+    then. Its result depends on a clock: where several processes need one selection, one of them has to make it for all.
 
     Args:
-        places: At least one option each.
-        limits: The most that each of the costs may come to, over all places.
+        groups: At least one item each.
+        limits: The most that each of the costs may total.
 
     Raises:
-        OutOfReachError: No choice keeps the limits.
-        NoneFoundError: Time ran out before one was found.
+        InfeasibleError: No selection keeps the limits.
+        TimeLimitError: Time ran out before one was found.
 
     Example:
-        >>> cheap, dear = Option(2.0, (1.0,)), Option(0.0, (3.0,))
-        >>> sorted(best_choice([[cheap, dear], [cheap, dear]], [4.0]).picks)
+        >>> cheap, dear = Item(2.0, (1.0,)), Item(0.0, (3.0,))
+        >>> sorted(solve_knapsack([[cheap, dear], [cheap, dear]], [4.0]).picks)
         [0, 1]
     """
-    if not places:
+    if not groups:
         if any(limit < 0 for limit in limits):
-            raise OutOfReachError
+            raise InfeasibleError
         return Selection([], proven=True)
-    search = _Search(places)
-    tight = [float(limit) for limit in limits]
+    program = _IntegerProgram(groups)
+    tightened = [float(limit) for limit in limits]
     for _ in range(_TIGHTENINGS):
-        chosen = search.within(tight)
-        over = [
-            sum(place[pick].costs[index] for place, pick in zip(places, chosen.picks, strict=True)) - limit
-            for index, limit in enumerate(limits)
-        ]
-        if all(one <= 0 for one in over):
-            return chosen
-        # Within the solver's tolerance, and yet above the limit.
-        tight = [limit - 2 * max(0.0, one) for limit, one in zip(tight, over, strict=True)]
-    raise OutOfReachError
+        selection = program.solve(tightened)
+        items = [group[pick] for group, pick in zip(groups, selection.picks, strict=True)]
+        excess = [sum(item.costs[index] for item in items) - limit for index, limit in enumerate(limits)]
+        if all(amount <= 0 for amount in excess):
+            return selection
+        tightened = [limit - 2 * max(0.0, amount) for limit, amount in zip(tightened, excess, strict=True)]
+    raise InfeasibleError
 
 
-class _Search:
-    """A binary variable for each option, of which one in each place is 1."""
+def least_totals(groups: Sequence[Sequence[Item]], count: int) -> list[float]:
+    """Return the least possible total of each of ``count`` costs, whatever the other costs are."""
+    return [sum(min(item.costs[index] for item in group) for group in groups) for index in range(count)]
 
-    def __init__(self, places: Sequence[Sequence[Item]]) -> None:
-        options = [option for place in places for option in place]
-        losses = np.array([option.loss for option in options])
+
+class _IntegerProgram:
+    """A mixed-integer program with a binary variable for each item, of which one in each group is 1."""
+
+    def __init__(self, groups: Sequence[Sequence[Item]]) -> None:
+        items = [item for group in groups for item in group]
+        losses = np.array([item.loss for item in items])
         # HiGHS's tolerances are absolute.
         self.losses = losses / (losses.max() or 1.0)
-        self.costs = np.array([option.costs for option in options])
-        self.starts = np.cumsum([0, *(len(place) for place in places)])
+        self.costs = np.array([item.costs for item in items])
+        self.starts = np.cumsum([0, *(len(group) for group in groups)])
 
-    def within(self, limits: Sequence[float]) -> Selection:
-        """Return an option for each place, of least loss; what was found by then where time runs out.
+    def solve(self, limits: Sequence[float]) -> Selection:
+        """Return the selection of least loss, or the best so far when time runs out.
 
         Raises:
-            OutOfReachError: No choice keeps the limits.
-            NoneFoundError: Time ran out before one was found.
+            InfeasibleError: No selection keeps the limits.
+            TimeLimitError: Time ran out before one was found.
         """
         import highspy
 
-        highs = _quiet()
-        highs.setOptionValue("time_limit", SECONDS)
+        highs = _silent_solver()
+        highs.setOptionValue("time_limit", TIME_LIMIT)
         highs.setOptionValue("parallel", "off")  # threads that wait would disturb what is timed next
         highs.setOptionValue("mip_rel_gap", _GAP)
-        everything = np.arange(len(self.losses), dtype=np.int32)
-        highs.addVars(len(everything), np.zeros(len(everything)), np.ones(len(everything)))
-        highs.changeColsCost(len(everything), everything, self.losses)
-        highs.changeColsIntegrality(len(everything), everything, np.ones(len(everything), np.uint8))
+        variables = np.arange(len(self.losses), dtype=np.int32)
+        highs.addVars(len(variables), np.zeros(len(variables)), np.ones(len(variables)))
+        highs.changeColsCost(len(variables), variables, self.losses)
+        highs.changeColsIntegrality(len(variables), variables, np.ones(len(variables), np.uint8))
         for begin, end in itertools.pairwise(self.starts):
-            highs.addRow(1.0, 1.0, end - begin, everything[begin:end], np.ones(end - begin))
+            highs.addRow(1.0, 1.0, end - begin, variables[begin:end], np.ones(end - begin))
         for costs, limit in zip(self.costs.T, limits, strict=True):
             unit = abs(limit) or 1.0
-            highs.addRow(-highspy.kHighsInf, limit / unit, len(everything), everything, costs / unit)
+            highs.addRow(-highspy.kHighsInf, limit / unit, len(variables), variables, costs / unit)
         highs.run()
         values = np.array(highs.getSolution().col_value)
         status = highs.getModelStatus()
         if highs.getInfo().primal_solution_status != highspy.kSolutionStatusFeasible:
-            none = {highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible}
-            raise OutOfReachError if status in none else NoneFoundError
+            infeasible = {highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible}
+            raise InfeasibleError if status in infeasible else TimeLimitError
         picks = [int(np.argmax(values[begin:end])) for begin, end in itertools.pairwise(self.starts)]
         return Selection(picks, proven=status == highspy.HighsModelStatus.kOptimal)
 
 
-def _quiet() -> highspy.Highs:
-    """Return a solver that prints nothing; some versions greet on the process's own stdout when the first one is made."""
+def _silent_solver() -> highspy.Highs:
+    """Return a solver that prints nothing; some versions print a greeting when the first one is made."""
     import highspy
 
-    with _stdout_closed():
+    with _discarded_stdout():
         highs = highspy.Highs()  # type: ignore[no-untyped-call]
     highs.silent()
     return highs
 
 
 @contextmanager
-def _stdout_closed() -> Iterator[None]:
-    """Send to nowhere what a library writes to the process's stdout, past Python."""
+def _discarded_stdout() -> Iterator[None]:
+    """Discard what a library in C writes to the process's stdout."""
     try:
-        kept = os.dup(_STDOUT)
-    except OSError:  # there is none
+        saved = os.dup(_STDOUT)
+    except OSError:  # the process has no stdout
         yield
         return
     try:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), _STDOUT)
+        with Path(os.devnull).open("wb") as sink:
+            os.dup2(sink.fileno(), _STDOUT)
         yield
     finally:
-        os.dup2(kept, _STDOUT)
-        os.close(kept)
-
-
-def least_totals(places: Sequence[Sequence[Item]], count: int) -> list[float]:
-    """Return the least that each of ``count`` costs can come to, whatever the others come to."""
-    return [sum(min(option.costs[index] for option in place) for place in places) for index in range(count)]
+        os.dup2(saved, _STDOUT)
+        os.close(saved)

@@ -1,4 +1,4 @@
-"""What a site costs as it is and at given ranks: parameters, operations, memory."""
+"""What a site costs, as it is and at given ranks: parameters, operations, memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan
 
 Chain = Callable[[Operation], Sequence[Operation]]
-"""From what a call computes to the steps by which it is computed."""
+"""A function from the operation of a call to the operations that compute it, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +42,31 @@ def factor_chain(scheme: Scheme, ranks: Sequence[int]) -> Chain:
 
 
 def current_chain(site: Site) -> Chain:
-    """Return how a site is computed as it is: dense, or by the factors that it has."""
+    """Return how a site is computed now: dense, or by the factors that it has."""
     if isinstance(site.layer, Factorized):
         return factor_chain(site.layer.scheme, site.layer.origin.ranks)
     return dense_chain
 
 
 def calls_of(site: Site, chain: Chain) -> Iterator[tuple[Sequence[Operation], Flow | None]]:
-    """Yield what each call of a site runs; without example inputs one call of unknown size."""
+    """Yield the operations and the flow of each call of a site; without example inputs one call of unknown size."""
     assert site.operation is not None
     for flow in site.flows or (None,):
         yield chain((flow.operation if flow is not None else None) or site.operation), flow
 
 
 def keep(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | None = None) -> SitePlan:
-    """Return the decision to keep a site, with all that is known of it."""
+    """Return the decision to keep a site, with its shape and its costs.
+
+    Args:
+        site: The site.
+        reason: Why it is kept.
+        note: The reason in words.
+        full: Its full ranks.
+    """
     shape = site.operation.weight_shape if site.operation is not None else _shape(site.weight)
-    count = _count(site)
-    work = flops_of(site, current_chain(site)) if site.operation is not None else None
+    count = _count_parameters(site)
+    operations = flops_of(site, current_chain(site)) if site.operation is not None else None
     memory = memory_of(site, current_chain(site)) if site.operation is not None else None
     return SitePlan(
         name=site.name,
@@ -74,8 +81,8 @@ def keep(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | Non
         note=note,
         parameters_before=count,
         parameters_after=count,
-        flops_before=work,
-        flops_after=work,
+        flops_before=operations,
+        flops_after=operations,
         memory_before=memory,
         memory_after=memory,
     )
@@ -86,10 +93,9 @@ def is_lazy(parameter: object) -> bool:
     return isinstance(parameter, nn.parameter.UninitializedParameter)
 
 
-def _count(site: Site) -> int:
-    """Count the values in a site's weight, or in its factors' where it is factorized."""
-    weights = site.layer.weights if isinstance(site.layer, Factorized) else (site.weight,)
-    return sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and not is_lazy(weight))
+def _count_parameters(site: Site) -> int:
+    """Count the values in a site's weight, or in its factors if it is factorized."""
+    return sum(weight.numel() for weight in site.weights if isinstance(weight, Tensor) and not is_lazy(weight))
 
 
 def _shape(weight: object) -> tuple[int, ...]:
@@ -110,5 +116,5 @@ def memory_of(site: Site, chain: Chain) -> int | None:
     """
     if not site.flows:
         return None if site.flows is None else 0
-    (first, *_), flows = zip(*calls_of(site, chain), strict=True)
-    return training_bytes(first, [flow for flow in flows if flow is not None])
+    (steps, *_), flows = zip(*calls_of(site, chain), strict=True)
+    return training_bytes(steps, [flow for flow in flows if flow is not None])

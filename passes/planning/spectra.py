@@ -62,13 +62,14 @@ class SpectrumCache:
         return scheme.error(site.operation, working_weight(site, *weights), ranks, spectra)
 
     def hold(self, site: Site, scheme: Scheme, spectra: Spectra) -> None:
-        """Keep the whole bases of a dense site until its ranks are chosen, if there is room.
+        """Keep the whole bases of a dense site until its ranks are chosen, as far as there is room.
 
-        Schemes of one site may share bases; those take their memory once.
+        Schemes of one site may share bases; those take their memory once. The largest bases stay, since they take longest
+        to compute again.
         """
         self._kept[site.name, scheme.name] = spectra
-        if self._size > self.room:
-            del self._kept[site.name, scheme.name]
+        while self._size > self.room:
+            del self._kept[min(self._kept, key=lambda key: _size(self._kept[key]))]
 
     def keep(self, site: Site, scheme: Scheme, ranks: Sequence[int], spectra: Spectra) -> None:
         """Keep of a dense site's bases what a split at these ranks needs, if there is room; forget its other bases."""
@@ -96,8 +97,7 @@ class SpectrumCache:
     @property
     def _size(self) -> int:
         """Bytes of all kept bases."""
-        bases = {id(spectrum.basis): spectrum.basis for kept in self._kept.values() for spectrum in kept}
-        return sum(basis.numel() * basis.element_size() for basis in bases.values())
+        return _size(tuple(spectrum for kept in self._kept.values() for spectrum in kept))
 
     def _lowering(self, site: Site, layer: Factorized, weights: Sequence[Tensor]) -> Lowering:
         """Return how a layer's factors can be split again; worked out once while the site is looked at."""
@@ -111,3 +111,9 @@ def unread(scheme: Scheme, operation: Operation) -> Spectra:
     """Return spectra without values, for rules that use full ranks alone."""
     nothing = torch.empty(0, dtype=torch.float64)
     return tuple(Spectrum(nothing, nothing, rank, rank) for rank in scheme.full_ranks(operation))
+
+
+def _size(spectra: Spectra) -> int:
+    """Return the bytes of the bases, each counted once."""
+    bases = {id(spectrum.basis): spectrum.basis for spectrum in spectra}
+    return sum(basis.numel() * basis.element_size() for basis in bases.values())

@@ -19,15 +19,15 @@ from tdfx.cost.modelled import MeasuringCost
 from tdfx.cost.setting import computing_in
 from tdfx.cost.timing import Timing, take_turns
 from tdfx.errors import InputError, PolicyError, TdfxError
-from tdfx.layers.copying import HOOKS
 from tdfx.passes.analysis.observe import Inputs, split_inputs
-from tdfx.passes.analysis.sandbox import isolated
-from tdfx.passes.analysis.tracer import scratch_copy, with_own_parameters
+from tdfx.passes.analysis.sandbox import clone_parameters, isolated, remove_hooks, scratch_copy
 from tdfx.passes.base import Pass, PassResult
 from tdfx.passes.program import Program
 
 _PART = 0.5
 """Part of the measuring time that the step as a whole may take."""
+_AGREES = 1.25
+"""Two times of a step agree if neither is more than this many times the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,19 @@ class TimeStep(Pass[Timed]):
         inputs: Example inputs.
         cost: The cost that measures the sites.
         strict: Whether a step that cannot be timed is an error.
+        loop_seconds: Time of a step in the training loop, in seconds, where that is known. A first sample that agrees with
+            it needs no others.
     """
 
     name = "time_step"
 
-    def __init__(self, inputs: Inputs, cost: MeasuringCost, *, strict: bool = True) -> None:
+    def __init__(
+        self, inputs: Inputs, cost: MeasuringCost, *, strict: bool = True, loop_seconds: float | None = None
+    ) -> None:
         self.inputs = inputs
         self.cost = cost
         self.strict = strict
+        self.loop_seconds = loop_seconds
 
     def requires(self, program: Program) -> None:
         """One process can run the model by itself."""
@@ -79,8 +84,14 @@ class TimeStep(Pass[Timed]):
         try:
             step = TrainingStep(program.module, self.inputs, self.cost.autocast)
             trained = sum(parameter.numel() for parameter in step.trained)
+            update = self.cost.update_seconds(trained, step.device)
+            if self.loop_seconds is not None:
+                (sample,) = time_steps([step], rounds=1)
+                ratio = (sample.seconds + update) / self.loop_seconds
+                if 1 / _AGREES < ratio < _AGREES:
+                    return sample.seconds + update
             (timing,) = time_steps([step], most_seconds=self._most_seconds)
-            return timing.seconds + self.cost.update_seconds(trained, step.device)
+            return timing.seconds + update
         except TdfxError:
             raise
         except Exception as error:  # whatever a backward raises, all processes have to hear of it
@@ -121,9 +132,11 @@ class TrainingStep:
         self.arguments, self.named = tree_map_only(Tensor, lambda x: x.detach().clone(), split_inputs(inputs))
         self.device = next((str(parameter.device) for parameter in module.parameters()), "cpu")
         self.autocast = autocast
-        self.module = _without_backward_hooks(scratch_copy(module, mode=True))
+        self.module = scratch_copy(module, training=True)
+        # Backward hooks are for the gradients of the training.
+        remove_hooks(self.module, backward_only=True)
         # A forward may write to its parameters, and hooks hang on them.
-        with_own_parameters(self.module)
+        clone_parameters(self.module)
         try:
             with isolated(self.module):
                 self._forward()
@@ -164,16 +177,6 @@ def time_steps(steps: Sequence[TrainingStep], *, rounds: int = 3, most_seconds: 
     runs: list[Callable[[], None]] = [step.run for step in steps]
     with isolated(steps[0].module):
         return take_turns(runs, device=steps[0].device, rounds=rounds, most_seconds=most_seconds)
-
-
-def _without_backward_hooks(module: nn.Module) -> nn.Module:
-    """Remove the user's backward hooks from a scratch copy: they are for the gradients of the training."""
-    for submodule in module.modules():
-        for name in HOOKS:
-            hooks = submodule.__dict__[name]
-            if "backward" in name and hasattr(hooks, "clear"):
-                submodule.__dict__[name] = type(hooks)()
-    return module
 
 
 def _has_gradient(value: object) -> bool:

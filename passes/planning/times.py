@@ -38,6 +38,7 @@ class SiteTimes:
     def __init__(self, processes: Processes, spent: float = 0.0) -> None:
         self.processes = processes
         self._times: dict[object, dict[Case, float]] = {}
+        self._measured: dict[tuple[object, str, Chain], float | None] = {}
         self._estimates: dict[tuple[object, str, Chain], float] = {}
         self._spent: dict[object, float] = defaultdict(lambda: spent)
 
@@ -54,13 +55,17 @@ class SiteTimes:
             measured = self.processes.on_rank0(partial(cost.measure, groups[key], spent=self._spent[key]))
             self._spent[key] += time.perf_counter() - began
             self._times.setdefault(key, {}).update(measured)
+            self._measured.clear()
 
     def measured(self, cost: Cost, site: Site, chain: Chain) -> float | None:
         """Return the time of a training step of a site over all its calls, in seconds; None if it was not measured."""
-        times = self._times.get(_key(cost), {})
-        calls = [times.get((tuple(steps), flow)) for steps, flow in calls_of(site, chain)]
-        known = [seconds for seconds in calls if seconds is not None]
-        return sum(known) if len(known) == len(calls) else None
+        key = (_key(cost), site.name, chain)
+        if key not in self._measured:
+            times = self._times.get(_key(cost), {})
+            calls = [times.get((tuple(steps), flow)) for steps, flow in calls_of(site, chain)]
+            known = [seconds for seconds in calls if seconds is not None]
+            self._measured[key] = sum(known) if len(known) == len(calls) else None
+        return self._measured[key]
 
     def gain(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return how many times faster the site's step becomes: as measured, or estimated if it was not."""

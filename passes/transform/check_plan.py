@@ -6,9 +6,9 @@ from collections import Counter
 
 from tdfx.errors import PlanError, PolicyError, nearest
 from tdfx.factors.registry import get_scheme
-from tdfx.kinds.functional import Call
+from tdfx.kinds.functional import FunctionCall
 from tdfx.layers.factorized import Factorized
-from tdfx.passes.analysis.blockers import obstacle
+from tdfx.passes.analysis.blockers import blocker_of_weight
 from tdfx.passes.analysis.uses import owners_of
 from tdfx.passes.planning.weights import check_weight
 from tdfx.passes.program import ParameterSlot, Program, Site
@@ -29,10 +29,12 @@ def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
             continue
         slot = ParameterSlot.of(decision.parameter)
         weight = parameters[decision.parameter]
-        call = Call(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
+        call = FunctionCall(
+            decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups}
+        )
         operation = call.operation(weight.shape)
         # Whether anything else reads the weight was checked when the plan was made, with example inputs.
-        reason, note = obstacle(weight, decision.kind, operation, owners, (), program.shards)
+        reason, note = blocker_of_weight(weight, decision.kind, operation, owners, (), program.shards)
         sites[decision.name] = Site(
             name=decision.name,
             layer=program.module.get_submodule(slot.owner),

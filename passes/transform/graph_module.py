@@ -1,4 +1,4 @@
-"""The GraphModule that a rewrite gives back: the original's class in all but its forward, which is a graph."""
+"""The GraphModule that a rewrite returns: the original's class in all but its forward, which is a graph."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tdfx.layers.copying import COMPILED, MODULE_STATE
 
 
 class FactorizedGraphModule(fx.GraphModule):
-    """A model of which ``forward`` is a graph and all else is the original's.
+    """A model whose ``forward`` is a graph; all else is the original's.
 
-    Children keep their classes and paths, so the state_dict has the same keys and order as the original with its sites
-    swapped. Each instance is also one of the original's class, so that its methods, properties and operators work. A model
-    that does other things in train than in eval mode has a graph for each, over the same parameters; ``graph`` and ``code``
-    are those of the present mode.
+    Children keep their classes and paths, so the state_dict has the keys and the order of the original with its sites
+    swapped. Each instance is also an instance of the original's class, so that its methods, properties and operators work.
+    A model that computes something else in train than in eval mode has a graph for each, over the same parameters;
+    ``graph`` and ``code`` are those of the present mode.
     """
 
     def __init__(self, body: nn.Module, graphs: Sequence[fx.Graph]) -> None:
-        """Wrap a module, the ``body``; its children are shared.
+        """Wrap a module, the ``body``, and share its children.
 
         Args:
             body: The original, with its sites swapped.
@@ -36,10 +36,11 @@ class FactorizedGraphModule(fx.GraphModule):
         self.__dict__["_graph_state"] = frozenset(self.__dict__) - MODULE_STATE
         self.__dict__["_body_class"] = type(body)
         self.__dict__.update(body.__dict__)
-        # Only now, because GraphModule's constructor would call that of the original's class.
-        own = type(self)
+        # The class is set only now, because GraphModule's constructor would call the constructor of the original's class.
+        graph_class = type(self)
         methods = {"__getitem__": _body_item} if isinstance(body, nn.Sequential) else {}
-        self.__class__ = type(own.__name__, (own, type(body)), {"__module__": own.__module__, **methods})
+        namespace = {"__module__": graph_class.__module__, **methods}
+        self.__class__ = type(graph_class.__name__, (graph_class, type(body)), namespace)
         if others:
             (self.__dict__["_eval_graph"],) = others
             self.recompile()
@@ -64,19 +65,20 @@ class FactorizedGraphModule(fx.GraphModule):
         return str(self.graph.python_code("self").src)
 
     def recompile(self) -> Any:
-        """Make the code of ``forward`` anew, after a graph was changed."""
-        whole = type(self)
+        """Generate the code of ``forward`` again, after a graph was changed."""
+        full_class = type(self)
         if "_body_class" in self.__dict__:
-            # GraphModule wraps __call__ on the instance's class, once; on a second class the two would call each other.
-            self.__class__ = whole.__bases__[0]
+            # GraphModule wraps __call__ of the instance's class once; if it wrapped a second class, the two would call each
+            # other for ever.
+            self.__class__ = full_class.__bases__[0]
         try:
             code = super().recompile()
             if self.__dict__.get("_eval_graph") is not None:
-                # The code that GraphModule makes for a graph takes the module as an argument, so it serves for this one.
+                # GraphModule's code for a graph takes the module as an argument, so another module's code works here.
                 evaluation = type(fx.GraphModule(self._tdfx_body(), self._tdfx_graphs()[1])).forward
                 type(self).forward = _follow_mode(type(self).forward, evaluation)
         finally:
-            self.__class__ = whole
+            self.__class__ = full_class
         return code
 
     def _tdfx_graphs(self) -> list[fx.Graph]:
@@ -86,29 +88,30 @@ class FactorizedGraphModule(fx.GraphModule):
 
     def _tdfx_body(self) -> nn.Module:
         """Return an instance of the original class with this module's children, parameters, attributes and mode."""
-        own = self.__dict__["_graph_state"] | {"_graph_state", "_body_class"}
-        module: nn.Module = object.__new__(self.__dict__["_body_class"])
         # Code from compile() is for this module alone.
-        kept = {key: value for key, value in self.__dict__.items() if key not in own and key != COMPILED}
-        module.__dict__.update(kept)
-        return module
+        left_out = {*self.__dict__["_graph_state"], "_graph_state", "_body_class", COMPILED}
+        body: nn.Module = object.__new__(self.__dict__["_body_class"])
+        body.__dict__.update({name: value for name, value in self.__dict__.items() if name not in left_out})
+        return body
 
     def __copy__(self) -> FactorizedGraphModule:
         return FactorizedGraphModule(self._tdfx_body(), copy.deepcopy(self._tdfx_graphs()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FactorizedGraphModule:
         body = self._tdfx_body()
-        made = FactorizedGraphModule(body, copy.deepcopy(self._tdfx_graphs()))
-        memo[id(self)] = made  # first, because a part may hold on to the whole
-        made.__dict__.update(copy.deepcopy(body.__dict__, memo))
-        return made
+        copied = FactorizedGraphModule(body, copy.deepcopy(self._tdfx_graphs()))
+        memo[id(self)] = copied  # before its attributes are copied, because one of them may refer to it
+        copied.__dict__.update(copy.deepcopy(body.__dict__, memo))
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._tdfx_body(), [_pack(graph) for graph in self._tdfx_graphs()])
 
 
 def _follow_mode(train: Callable[..., Any], evaluation: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(train)  # with its signature, by which torch.export names the inputs
+    """Return a forward that runs one function in train mode and another in eval mode."""
+
+    @functools.wraps(train)  # with its signature, from which torch.export takes the names of inputs
     def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
         return train(self, *args, **named) if self.training else evaluation(self, *args, **named)
 
@@ -116,45 +119,50 @@ def _follow_mode(train: Callable[..., Any], evaluation: Callable[..., Any]) -> C
 
 
 def _body_item(self: FactorizedGraphModule, index: Any) -> Any:
-    """Index or slice a Sequential; a slice is one of the original's class."""
+    """Index or slice a Sequential; a slice has the original's class."""
     body: Any = self._tdfx_body()
     return body[index]
 
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """The place of a node in its graph, where a packed node has another one as an argument."""
+    """Stands, among the arguments of a packed node, for the node at this index of the graph."""
 
     index: int
 
 
 def _pack(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """Return a graph as plain tuples, which pickle, as a graph does not."""
-    places = {node: _Reference(index) for index, node in enumerate(graph.nodes)}
+    """Return a graph as plain tuples, which can be pickled; a graph cannot."""
+    references = {node: _Reference(index) for index, node in enumerate(graph.nodes)}
 
-    def reference(one: Any) -> Any:
-        return places[one] if isinstance(one, fx.Node) else one
+    def packed(value: Any) -> Any:
+        return references[value] if isinstance(value, fx.Node) else value
 
-    def pack(arguments: Any) -> Any:
-        return map_aggregate(arguments, reference)
+    return [
+        (
+            node.op,
+            node.target,
+            map_aggregate(node.args, packed),
+            map_aggregate(node.kwargs, packed),
+            node.name,
+            node.type,
+        )
+        for node in graph.nodes
+    ]
 
-    return [(node.op, node.target, pack(node.args), pack(node.kwargs), node.name, node.type) for node in graph.nodes]
 
-
-def _restore(body: nn.Module, packed: list[list[tuple[Any, ...]]]) -> FactorizedGraphModule:
-    return FactorizedGraphModule(body, [_unpack(one) for one in packed])
+def _restore(body: nn.Module, packed_graphs: list[list[tuple[Any, ...]]]) -> FactorizedGraphModule:
+    return FactorizedGraphModule(body, [_unpack(packed) for packed in packed_graphs])
 
 
 def _unpack(packed: list[tuple[Any, ...]]) -> fx.Graph:
     graph = fx.Graph()
     nodes: list[fx.Node] = []
 
-    def node_of(one: Any) -> Any:
-        return nodes[one.index] if isinstance(one, _Reference) else one
-
-    def unpack(arguments: Any) -> Any:
-        return map_aggregate(arguments, node_of)
+    def unpacked(value: Any) -> Any:
+        return nodes[value.index] if isinstance(value, _Reference) else value
 
     for op, target, args, kwargs, name, kind in packed:
-        nodes.append(graph.create_node(op, target, unpack(args), unpack(kwargs), name, kind))
+        arguments = map_aggregate(args, unpacked), map_aggregate(kwargs, unpacked)
+        nodes.append(graph.create_node(op, target, *arguments, name, kind))
     return graph

@@ -1,4 +1,4 @@
-"""Factorized model -> original architecture, by what the rewrite recorded."""
+"""Factorized model -> original architecture, from the records that the rewrite left in it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Join:
     """Path of the factorized module."""
     factorized: Factorized
     dense: nn.Module
-    """The layer with the joined weight; a stand-in, where a parameter was factorized and not a layer."""
+    """The layer with the joined weight; for a factorized parameter, a layer that only carries it."""
 
     @property
     def weight(self) -> nn.Parameter:
@@ -37,7 +37,7 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Merged(PassResult):
-    """A program of the original architecture and what was joined in it."""
+    """A program of the original architecture, and the layers that were joined."""
 
     joins: tuple[Join, ...] = ()
 
@@ -50,8 +50,7 @@ class Merge(Pass[Merged]):
     def requires(self, program: Program) -> None:
         """The model came from a rewrite."""
         module = program.module
-        rewritten = any(PLAN_ATTRIBUTE in each.__dict__ or isinstance(each, Factorized) for each in module.modules())
-        if not rewritten:
+        if not any(PLAN_ATTRIBUTE in part.__dict__ or isinstance(part, Factorized) for part in module.modules()):
             raise MergeError(
                 f"{type(module).__name__} holds no factorized layer and no record of a rewrite, so there is nothing to "
                 f"merge. Pass the model that tdfx.rewrite returned."
@@ -66,12 +65,12 @@ class Merge(Pass[Merged]):
         joins = tuple(
             Join(name, layer, layer.merged(weight)) for (name, layer), (weight,) in zip(layers, weights, strict=True)
         )
-        dense: dict[nn.Module, nn.Module] = {join.factorized: join.dense for join in joins}
-        graphs = [submodule for submodule in module.modules() if isinstance(submodule, FactorizedGraphModule)]
-        # Innermost first: a body that is put in place may itself lie inside another graph.
-        for graph in reversed(graphs):
-            dense[graph] = structural_copy(graph._tdfx_body(), dense)
-        merged = dense[module] if module in dense else structural_copy(module, dense)
+        replacements: dict[nn.Module, nn.Module] = {join.factorized: join.dense for join in joins}
+        graph_modules = [part for part in module.modules() if isinstance(part, FactorizedGraphModule)]
+        # Innermost first, because a graph module may lie inside another.
+        for graph_module in reversed(graph_modules):
+            replacements[graph_module] = structural_copy(graph_module._tdfx_body(), replacements)
+        merged = replacements[module] if module in replacements else structural_copy(module, replacements)
         rebind(merged, module)
         _restore_slots(merged, {id(join.dense): join for join in joins})
         merged.__dict__.pop(PLAN_ATTRIBUTE, None)
@@ -81,7 +80,7 @@ class Merge(Pass[Merged]):
     def ensures(self, before: Program, result: Merged) -> None:
         """No factor is left, and the keys are the original's, in the original's order."""
         merged = result.program.module
-        self.check(not any(isinstance(each, Factorized) for each in merged.modules()), "no factorized layer is left")
+        self.check(not any(isinstance(part, Factorized) for part in merged.modules()), "no factorized layer is left")
         names = [name for name, _ in merged.named_parameters(remove_duplicate=False)]
         expected = list(_merged_names(before.module))
         self.check(names == expected, "parameters have the original names, in the original order")
@@ -93,25 +92,31 @@ def _joined(layer: Factorized, *factors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _restore_slots(module: nn.Module, joins: Mapping[int, Join]) -> None:
-    """Turn the modules that stand for a parameter back into parameters; ``joins`` are by the identity of the dense layer."""
+    """Turn the layers that only carry a joined parameter back into parameters.
+
+    Args:
+        module: The merged model; it is changed.
+        joins: Dense layer, by identity -> its join.
+    """
     for owner in list(module.modules()):
-        children = {name: joins[id(child)] for name, child in owner._modules.items() if id(child) in joins}
-        slots = {name: join for name, join in children.items() if isinstance(join.factorized, FactorizedParameter)}
-        for name, join in slots.items():
-            restore_parameter(owner, name, join.weight, join.factorized.siblings)
+        joined = {name: joins[id(child)] for name, child in owner._modules.items() if id(child) in joins}
+        for name, join in joined.items():
+            if isinstance(join.factorized, FactorizedParameter):
+                restore_parameter(owner, name, join.weight, join.factorized.siblings)
 
 
 def _merged_names(module: nn.Module, path: str = "") -> Iterator[str]:
-    """Yield the parameter names that a factorized model will have after the merge."""
+    """Yield the names that the parameters of a factorized model will have after the merge."""
     if isinstance(module, Factorized):
-        names, children = list(module.origin.layer._parameters), []
-        names = [name for name in names if name != module.kind.bias or module.bias is not None]
-    else:
-        slots = {name: child for name, child in module._modules.items() if isinstance(child, FactorizedParameter)}
-        held = [name for name, parameter in module._parameters.items() if parameter is not None]
-        siblings = next((child.siblings for child in slots.values()), ())
-        names = sorted([*held, *slots], key=lambda name: siblings.index(name) if name in siblings else len(siblings))
-        children = [(name, child) for name, child in module._modules.items() if name not in slots and child is not None]
-    yield from (f"{path}{name}" for name in names)
-    for name, child in children:
-        yield from _merged_names(child, f"{path}{name}.")
+        for name in module.origin.layer._parameters:
+            if name != module.kind.bias or module.bias is not None:
+                yield f"{path}{name}"
+        return
+    slots = {name: child for name, child in module._modules.items() if isinstance(child, FactorizedParameter)}
+    held = [name for name, parameter in module._parameters.items() if parameter is not None]
+    siblings = next((child.siblings for child in slots.values()), ())
+    for name in sorted([*held, *slots], key=lambda name: siblings.index(name) if name in siblings else len(siblings)):
+        yield f"{path}{name}"
+    for name, child in module._modules.items():
+        if name not in slots and child is not None:
+            yield from _merged_names(child, f"{path}{name}.")

@@ -56,7 +56,7 @@ def load_masters(
     """
     saved: dict[str, Tensor] = record.get("masters", {}) if needed else {}
     dense_of = dense_names(loaded)
-    passed_names = set(masters.named(dense))
+    passed_names = set(masters.by_name(dense))
     saved_names = {dense_of.get(name, name) for name in saved}
     if passed_names != saved_names:
         name = min(passed_names ^ saved_names)

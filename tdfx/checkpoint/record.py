@@ -122,7 +122,7 @@ def state(
         "frozen": _frozen(inner),
         "tied": tied_names(inner),
         "masters": {
-            name: as_plain(master, f"the master of {name!r}") for name, master in checked_masters.named(inner).items()
+            name: as_plain(master, f"the master of {name!r}") for name, master in checked_masters.by_name(inner).items()
         },
         "optimizers": [
             _optimizer_record(each, inner, checked_masters, index)
@@ -255,7 +255,7 @@ def _site_record(path: str, layer: Factorized) -> dict[str, Any]:
 def _optimizer_record(optimizer: Optimizer, model: nn.Module, masters: Masters, index: int) -> dict[str, Any]:
     """Return groups and state by parameter names; a master has its parameter's name, a foreign parameter has None."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    names |= {id(master): name for name, master in masters.named(model).items()}
+    names |= {id(master): name for name, master in masters.by_name(model).items()}
     if not any(id(parameter) in names for group in optimizer.param_groups for parameter in group["params"]):
         raise CheckpointError(
             f"{type(optimizer).__name__} (optimizer {index}) holds no parameter of this {type(model).__name__}: it trains "

@@ -23,7 +23,7 @@ from tdfx.passes.pipeline import find_sites, rewrite_by, use_plan
 from tdfx.passes.program import PLAN_ATTRIBUTE
 from tdfx.passes.transform.graph_module import FactorizedGraphModule
 from tdfx.plans.plan import Plan, SitePlan
-from tdfx.wrappers.compiled import Compiled
+from tdfx.wrappers.compiled import CompiledParts
 from tdfx.wrappers.unwrap import unwrap
 
 
@@ -77,20 +77,20 @@ def load(
     with torch.no_grad():
         _load_tensors(model, record, None if map_location is None else torch.device(map_location))
     loaded_masters = load_masters(dense_masters, record, dense, model, needed=bool(dense_masters or optimizers))
-    trained_before = {**dict(dense.named_parameters()), **dense_masters.named(dense)}
+    trained_before = {**dict(dense.named_parameters()), **dense_masters.by_name(dense)}
     trained_after = {**dict(model.named_parameters()), **loaded_masters}
     dense_of = dense_names(model)
     update = prepare_optimizers(optimizers, record, trained_before, trained_after, dense_of)
     result = wrapped.wrap(model)
     update.commit()
-    dense_masters.renewed(dense, model, loaded_masters, dense_of)
+    dense_masters.write_loaded(dense, model, loaded_masters, dense_of)
     return result
 
 
 def _with_new_parameters(model: nn.Module) -> nn.Module:
     """Return a copy whose parameters are new objects on the same memory, so that a rewrite may replace any of them."""
     copied = structural_copy(model)
-    Compiled.of(model).mark(copied)
+    CompiledParts.of(model).compile_in_place(copied)
 
     def new_parameter(name: str, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):

@@ -18,6 +18,7 @@ from tdfx.cli.rows import SORTS, select
 from tdfx.cli.weights import load_weights
 from tdfx.errors import ModelReferenceError, TdfxError
 from tdfx.plans.table import plan_view
+from tdfx.policies.changes import map_costs
 from tdfx.progress import waiting
 from tdfx.ranks.registry import parse_rule
 from tdfx.report.model_view import look
@@ -174,14 +175,6 @@ def _policy(
         policy = replace(policy, exclude=exclude)
     if min_gain is not None:
         policy = replace(policy, min_gain=min_gain)
-    return _without_measuring(policy) if modelled else policy
-
-
-def _without_measuring(policy: tdfx.Policy) -> tdfx.Policy:
-    """Return a policy that measures nothing, and neither do its overrides."""
-    overrides = {
-        pattern: None if override is None else _without_measuring(override)
-        for pattern, override in policy.overrides.items()
-    }
-    cost = policy.cost if isinstance(policy.cost, tdfx.Modelled) else tdfx.Modelled()
-    return replace(policy, cost=cost, overrides=overrides)
+    if modelled:
+        policy = map_costs(policy, lambda cost: cost if isinstance(cost, tdfx.Modelled) else tdfx.Modelled())
+    return policy

@@ -1,4 +1,4 @@
-"""Counting parameters, floating-point operations and activations of a chain of operations."""
+"""Count the parameters, floating-point operations and activations of a chain of operations."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Flow:
     size: tuple[int, ...] = ()
     """Spatial size of the input, in positions; () for a linear map."""
     operation: Operation | None = None
-    """What this call computes, where it differs from the site's other calls, in its stride or padding."""
+    """What this call computes, where its stride or padding differs from that of the site's other calls."""
     setting: Setting = field(default=Setting(), repr=False)
-    """Device, dtype and the like, in which it is computed."""
+    """Device, dtype and the like, in which the call is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,10 @@ def count_chain(chain: Sequence[Operation], flow: Flow) -> Iterator[StepCount]:
         after = operation.out_size(size)
         read = flow.samples * operation.in_channels * math.prod(size)
         written = flow.samples * operation.out_channels * math.prod(after)
-        # A transposed convolution multiplies its kernel with each value that it reads, others for each that they write.
-        each = 2 * math.prod(operation.weight_shape[1:])
+        # A transposed convolution applies its kernel to each value that it reads, others for each value that they write.
+        flops_per_value = 2 * math.prod(operation.weight_shape[1:])
         yield StepCount(
-            flops=(read if operation.transposed else written) * each,
+            flops=(read if operation.transposed else written) * flops_per_value,
             values=read + written + operation.parameters,
             written=written,
         )
@@ -64,9 +64,9 @@ def flops(chain: Sequence[Operation], flow: Flow) -> int:
 
 
 def intermediate_values(chain: Sequence[Operation], flow: Flow) -> int:
-    """Return how many numbers a training step keeps of what flows between the operations, until the backward pass.
+    """Return how many activations between the operations a training step keeps until the backward pass.
 
-    What enters the first and leaves the last is the model's own affair, and the same for every chain in a site's place.
+    The input of the first operation and the output of the last are the same for every chain in a site's place.
 
     >>> half = [Operation.pointwise(64, 32, 2), Operation.pointwise(32, 64, 2)]
     >>> intermediate_values(half, Flow(8, (10, 10))), intermediate_values(half[:1], Flow(8, (10, 10)))

@@ -1,4 +1,4 @@
-"""What this machine is, as far as it decides how long a computation takes."""
+"""Describe this machine, as far as it decides how long a computation takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _VERSION = 3
-"""To be raised when what is timed changes, so that times of before are not taken for times of now."""
+"""Raise this when what is timed changes, so that older times are not mistaken for current ones."""
 
 
 @functools.cache
@@ -21,21 +21,21 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def describe_machine(device: str) -> str:
-    """Return all that decides how long a computation of given shapes takes here, as one line of text.
+    """Return everything that decides how long a computation of given shapes takes here, as one line of text.
 
     Args:
-        device: As torch writes it; of a GPU the model counts, not the number.
+        device: As torch writes it. The line names the model of a GPU, not its number.
     """
     kind = torch.device(device).type
-    where = processor()
+    hardware = processor()
     if kind == "cuda":
-        where = f"{torch.cuda.get_device_name(device)} cudnn {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
-    switches = (
+        hardware = f"{torch.cuda.get_device_name(device)} cudnn {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+    settings = (
         torch.get_num_threads(),
         torch.backends.mkldnn.enabled,
         *_precisions(),
@@ -43,17 +43,17 @@ def describe_machine(device: str) -> str:
         torch.are_deterministic_algorithms_enabled(),
     )
     version = f"{torch.__version__} cuda {torch.version.cuda}"
-    return " | ".join(map(str, (_VERSION, kind, where, torch.backends.cpu.get_cpu_capability(), *switches, version)))
+    return " | ".join(map(str, (_VERSION, kind, hardware, torch.backends.cpu.get_cpu_capability(), *settings, version)))
 
 
 def _precisions() -> list[str]:
-    """Return in which precision products of float32 are computed, by whichever of torch's two ways that was said."""
+    """Return the precision in which products of float32 are computed, by both of torch's interfaces for it."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn)
-    inner = [getattr(one, name, None) for one in backends for name in ("matmul", "conv")]
-    found = [str(getattr(one, "fp32_precision", "")) for one in (*backends, *inner)]
-    # Where one of the ways was used, the other may refuse to be read.
+    inner = [getattr(backend, name, None) for backend in backends for name in ("matmul", "conv")]
+    precisions = [str(getattr(backend, "fp32_precision", "")) for backend in (*backends, *inner)]
+    # After one of the interfaces was used, the other may refuse to be read.
     with contextlib.suppress(RuntimeError):
-        found.append(torch.get_float32_matmul_precision())
+        precisions.append(torch.get_float32_matmul_precision())
     with contextlib.suppress(RuntimeError):
-        found.append(str(torch.backends.cudnn.allow_tf32))
-    return found
+        precisions.append(str(torch.backends.cudnn.allow_tf32))
+    return precisions

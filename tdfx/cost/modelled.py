@@ -1,10 +1,10 @@
-"""The time of a site by arithmetic alone, for use without a measurement."""
+"""Estimate the time of a site by arithmetic alone, without a measurement."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol, Self, runtime_checkable
 
 import torch
@@ -20,7 +20,7 @@ _NOMINAL_SIZE = 32
 
 
 class Cost(Protocol):
-    """Anything that can say how long a chain of operations takes in training."""
+    """Anything that knows how long a chain of operations takes in training."""
 
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
         """Return the time of forward and backward through a chain, in seconds."""
@@ -32,26 +32,28 @@ Case = tuple[tuple[Operation, ...], Flow | None]
 
 @runtime_checkable
 class MeasuringCost(Protocol):
-    """A cost that takes its time to answer, and so wants to be asked for many chains at once."""
+    """A cost that measures, and is therefore asked about many chains at once."""
 
     @property
     def modelled(self) -> Cost:
-        """What answers at once, where a first guess will do."""
+        """The cost that estimates at once, where nothing was measured."""
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What the training loop's autocast computes in; None for what is in force."""
+        """The dtype in which the training loop's autocast computes; None for what is in force."""
 
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
         """Return the time of forward and backward through a chain, in seconds."""
 
     def update_seconds(self, values: int, device: str) -> float:
-        """Return how long an optimizer takes for its update of so many weight values."""
+        """Return how long an optimizer takes to update so many weight values."""
 
     def measure(self, groups: Iterable[Sequence[Case]], *, spent: float = 0.0) -> dict[Case, float]:
-        """Return the times of cases in seconds; those of one group, which compete for one place, are compared.
+        """Return the times of cases in seconds.
 
-        ``spent`` are the seconds that measuring for the same plan has taken already.
+        Args:
+            groups: Cases that stand for the same site are one group, and are timed in turns.
+            spent: Seconds that measuring for the same plan has taken already.
         """
 
 
@@ -59,10 +61,10 @@ class MeasuringCost(Protocol):
 class Modelled:
     """Each operation takes the sum of its arithmetic, its memory traffic and a start-up time.
 
-    Only ratios between chains are used, so what matters is how the three numbers relate, not their absolute size. The
-    defaults are those of one core of a server CPU in float32. A roofline, which takes the larger of the first two instead
-    of their sum, is too kind to small layers: measured on such a core, a quarter of the ranks of a 3×3 convolution of 64
-    channels, at 8×8 positions and batch 32, is 2.7 times faster than dense; this sum says 2.7, the roofline 7.8.
+    Only ratios between chains are used, so that the ratios of the three numbers matter, not their absolute size. The
+    defaults are those of one core of a server CPU in float32. A roofline, which takes the larger of the first two instead of
+    their sum, overestimates the gain of small layers: measured on such a core, a 3×3 convolution of 64 channels, at 8×8
+    positions and batch 32, is 2.7 times faster at a quarter of its ranks; this sum predicts 2.7, the roofline 7.8.
     """
 
     flops_per_second: float = 1.5e11
@@ -70,26 +72,21 @@ class Modelled:
     bytes_per_second: float = 1e10
     """Memory rate in bytes per second, positive; values are counted as 4 bytes."""
     seconds_per_call: float = 5e-5
-    """What any operation takes before it computes anything, in seconds, not negative."""
+    """Time that any operation takes before it computes anything, in seconds, not negative."""
 
     @classmethod
     def of_machine(cls, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """Return the model with the numbers of this machine, from three small layers timed in about a second, then kept.
+        """Return the model with the numbers of this machine, for which three small layers are timed once, in about a second.
 
         Args:
-            device: Where the model trains, as torch writes it.
+            device: The device on which the model trains, as torch writes it.
             dtype: In which the layers compute.
         """
-        found = rates(device, dtype)
-        return cls(
-            flops_per_second=found.flops_per_second,
-            bytes_per_second=found.bytes_per_second,
-            seconds_per_call=found.seconds_per_call,
-        )
+        return cls(**asdict(rates(device, dtype)))
 
     def __post_init__(self) -> None:
-        each = (self.flops_per_second, self.bytes_per_second, self.seconds_per_call)
-        numbers = all(is_number(one) or one == math.inf for one in each)
+        settings = (self.flops_per_second, self.bytes_per_second, self.seconds_per_call)
+        numbers = all(is_number(value) or value == math.inf for value in settings)
         if not (numbers and self.flops_per_second > 0 and self.bytes_per_second > 0 and self.seconds_per_call >= 0):
             raise PolicyError(
                 f"{self!r} has a rate that is not positive or a negative time: the first two are amounts per second, "
@@ -99,23 +96,23 @@ class Modelled:
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
         """Return the modelled time of one training step through a chain, in seconds.
 
-        Backward is counted as twice the forward: one product for the input's gradient, one for the weight's. Without a
-        flow, a nominal batch of 32 and 32 positions in each spatial dimension are assumed.
+        Backward counts as twice the forward: one product for the input's gradient, one for the weight's. Without a flow, a
+        nominal batch of 32 and 32 positions in each spatial dimension are assumed.
         """
-        steps = count_chain(chain, flow or _nominal_flow(chain))
-        return sum(3 * self._forward_seconds(one, step) for one, step in zip(chain, steps, strict=True))
+        counts = count_chain(chain, flow or _nominal_flow(chain))
+        return sum(3 * self._forward_seconds(operation, count) for operation, count in zip(chain, counts, strict=True))
 
-    def _forward_seconds(self, operation: Operation, step: StepCount) -> float:
-        arithmetic = step.flops * _waste(operation) / self.flops_per_second
-        traffic = 4 * step.values * _scatter(operation) / self.bytes_per_second
+    def _forward_seconds(self, operation: Operation, count: StepCount) -> float:
+        arithmetic = count.flops * _group_slowdown(operation) / self.flops_per_second
+        traffic = 4 * count.values * _memory_slowdown(operation) / self.bytes_per_second
         return arithmetic + traffic + self.seconds_per_call
 
 
-def _waste(operation: Operation) -> float:
+def _group_slowdown(operation: Operation) -> float:
     """Return how many times longer arithmetic takes in groups of few channels, which leave vector units idle.
 
-    Measured on one core, in both memory formats, 256 channels in 2 to 256 groups: as if groups had at least 16 channels on
-    either side, though never more than 32 times; kernels made for depthwise convolutions, one channel on both sides, take 8.
+    Measured on one core, in both memory formats, with 256 channels in 2 to 256 groups: arithmetic takes as long as if groups
+    had at least 16 channels on either side, but at most 32 times as long, and 8 times in depthwise convolutions.
     """
     if operation.groups == 1:
         return 1.0
@@ -125,10 +122,10 @@ def _waste(operation: Operation) -> float:
     return min(32.0, math.prod(max(1.0, 16 / side) for side in sides))
 
 
-def _scatter(operation: Operation) -> float:
-    """Return how many times longer memory takes where groups of few channels are mixed at each position.
+def _memory_slowdown(operation: Operation) -> float:
+    """Return how many times longer memory traffic takes in pointwise maps of groups of few channels.
 
-    From the same measurement, between the two memory formats: with channels last, each group is read in short pieces.
+    From the same measurement, in between its two memory formats: with channels last, each group is read in short pieces.
     """
     if operation.groups == 1 or not operation.is_pointwise:
         return 1.0
@@ -136,6 +133,9 @@ def _scatter(operation: Operation) -> float:
 
 
 def _nominal_flow(chain: Sequence[Operation]) -> Flow:
-    """Return a batch of 32 whose kernels find 32 positions in each dimension, before stride and padding."""
-    spans = ([step * (taps - 1) for step, taps in zip(one.dilation, one.kernel, strict=True)] for one in chain)
-    return Flow(_NOMINAL_SAMPLES, tuple(_NOMINAL_SIZE + max(reach) for reach in zip(*spans, strict=True)))
+    """Return a batch of 32 in which the largest kernel fits at 32 positions in each dimension."""
+    spans = (
+        [dilation * (taps - 1) for dilation, taps in zip(operation.dilation, operation.kernel, strict=True)]
+        for operation in chain
+    )
+    return Flow(_NOMINAL_SAMPLES, tuple(_NOMINAL_SIZE + max(span) for span in zip(*spans, strict=True)))

@@ -1,4 +1,4 @@
-"""In what circumstances a site computes: what decides, beside shapes, how long it takes."""
+"""The circumstances in which a site computes, which decide beside its shapes how long it takes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Setting:
     """Where and how one call of a site computes."""
 
     device: str = "cpu"
-    """The kind of device: several processes have one each, and all of one kind."""
+    """The kind of device, such as ``"cuda"``: the devices of all processes are of one kind."""
     dtype: torch.dtype = torch.float32
-    """Of the weight."""
+    """The weight's dtype."""
     autocast: torch.dtype | None = None
-    """What autocast turns both operands into; None where it is off."""
+    """The dtype to which autocast converts both operands; None where it is off."""
     channels_last: bool = False
     """True if input or weight have their channels innermost in memory."""
     wants_input_gradient: bool = True
-    """False for a site that reads the model's own input, whose gradient nobody asks for."""
+    """False for a site that reads the model's own input, whose gradient is not needed."""
 
     @property
     def computes_in(self) -> torch.dtype:
@@ -35,14 +35,14 @@ class Setting:
 
 
 def autocast_now(kind: str) -> torch.dtype | None:
-    """Return what autocast computes in on a kind of device at this moment; None where it is off or there is none."""
+    """Return the dtype in which autocast computes on a kind of device now; None where it is off or unavailable."""
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
 
 def computing_in(autocast: torch.dtype | None, kind: str) -> AbstractContextManager[object]:
-    """Return a context in which autocast computes in a dtype, or is off, whatever is in force around it."""
+    """Return a context in which autocast computes in a dtype, or is off for None, whatever is in force outside of it."""
     if not torch.amp.is_autocast_available(kind):
         return nullcontext()
     return torch.autocast(kind, dtype=autocast, enabled=autocast is not None)

@@ -1,4 +1,4 @@
-"""Where measured times are kept between runs: a small SQLite file, which several processes may use at once."""
+"""Keep measured times between runs in a small SQLite file, which several processes may use at once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 _MOST_ROWS = 200_000
-"""Rows that are kept, about 20 MB; the oldest go first."""
+"""Rows that are kept, about 20 MB; the oldest are deleted first."""
 _WAIT = 5.0
-"""Seconds to wait for another process that writes."""
+"""Seconds to wait for another process that is writing."""
 _SCHEMA = "CREATE TABLE IF NOT EXISTS times (key BLOB PRIMARY KEY, seconds REAL NOT NULL, at REAL NOT NULL)"
 
 
 def cache_folder() -> Path:
-    """Return the folder of tdfx's cache: ``$TDFX_CACHE_DIR``, or the user's own for caches."""
-    own = os.environ.get("TDFX_CACHE_DIR")
-    if own:
-        return Path(own)
+    """Return the folder of tdfx's cache: ``$TDFX_CACHE_DIR``, or one in the user's folder for caches."""
+    folder = os.environ.get("TDFX_CACHE_DIR")
+    if folder:
+        return Path(folder)
     try:
         return user_cache_path("tdfx", appauthor=False)
     except RuntimeError:  # the user has no home, as in some containers
@@ -36,33 +36,33 @@ def cache_folder() -> Path:
 class Store:
     """Times by key, in a file.
 
-    A cache is a help and nothing else: where the file cannot be read or written, what was asked for is not there, and what
-    is given is not kept.
+    A cache never stops a run: if the file cannot be read, no time is known, and if it cannot be written, none is kept.
     """
 
     folder: Path
+    """The folder that holds the file."""
 
     @property
     def file(self) -> Path:
-        """The file itself."""
+        """The SQLite file."""
         return self.folder / "times.sqlite3"
 
     def get(self, keys: Sequence[str]) -> dict[str, float]:
-        """Return the times in seconds of those keys that are known."""
-        found: dict[str, float] = {}
-        with contextlib.suppress(sqlite3.Error, OSError), self._opened() as connection:
+        """Return the times in seconds of the keys that are known."""
+        times: dict[str, float] = {}
+        with contextlib.suppress(sqlite3.Error, OSError), self._open() as connection:
             for key in keys:
                 row = connection.execute("SELECT seconds FROM times WHERE key = ?", (_digest(key),)).fetchone()
                 if row is not None:
-                    found[key] = float(row[0])
-        return found
+                    times[key] = float(row[0])
+        return times
 
     def put(self, times: Mapping[str, float]) -> None:
-        """Keep times in seconds by key, all or none of them."""
+        """Keep times in seconds by key, either all or none of them."""
         now = time.time()
         with contextlib.suppress(sqlite3.Error, OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._opened(create=True) as connection:
+            with self._open(create=True) as connection:
                 rows = [(_digest(key), seconds, now) for key, seconds in times.items()]
                 connection.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?)", rows)
                 connection.execute(
@@ -71,27 +71,27 @@ class Store:
                 )
 
     def clear(self) -> int:
-        """Forget everything, and return how many times were known.
+        """Delete all times, and return how many there were.
 
         Raises:
-            OSError: The file is there and cannot be deleted.
+            OSError: The file exists and cannot be deleted.
         """
         count = 0
         with contextlib.suppress(sqlite3.Error, OSError):
             count = len(self)
-        for path in (self.file, *(self.file.with_name(self.file.name + end) for end in ("-journal", "-wal", "-shm"))):
-            path.unlink(missing_ok=True)
+        for ending in ("", "-journal", "-wal", "-shm"):
+            self.file.with_name(self.file.name + ending).unlink(missing_ok=True)
         return count
 
     def __len__(self) -> int:
         if not self.file.exists():
             return 0
-        with self._opened() as connection:
+        with self._open() as connection:
             return int(connection.execute("SELECT COUNT(*) FROM times").fetchone()[0])
 
     @contextlib.contextmanager
-    def _opened(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
-        """Open the file for one transaction, which is undone if it fails."""
+    def _open(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
+        """Open the file for one transaction, which is rolled back if it fails."""
         if not (create or self.file.exists()):
             raise FileNotFoundError(self.file)
         connection = sqlite3.connect(self.file, timeout=_WAIT)

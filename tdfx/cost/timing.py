@@ -1,4 +1,4 @@
-"""Timing things in turns, so that what disturbs a machine disturbs all of them alike."""
+"""Time functions in turns, so that what disturbs the machine disturbs all of them alike."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from dataclasses import dataclass
 import torch
 
 _SHORTEST = 1e-3
-"""A sample repeats what is timed until it takes about this long, in seconds: the clock and the wait for a device count
-for little then."""
+"""A sample repeats its function until it takes about this long, in seconds, so that the clock and the wait for the device
+hardly count."""
 _LONG = 0.02
-"""A call that takes longer than this, in seconds, need not be repeated, cold or not."""
+"""A call that takes longer than this, in seconds, need not be repeated, even if it was the first."""
 _OUTLIER = 1.25
-"""A sample this many times longer than the shortest was disturbed by something else: nothing makes a run too fast."""
+"""A sample this many times longer than the shortest was disturbed: nothing makes a run faster than it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long one thing took."""
+    """How long one function took."""
 
     samples: tuple[float, ...]
     """Seconds of each sample, in the order in which they were taken."""
 
     def divided(self, parts: int) -> Timing:
         """Return the times of one of several equal parts."""
-        return Timing(tuple(one / parts for one in self.samples))
+        return Timing(tuple(sample / parts for sample in self.samples))
 
     @property
     def trusted(self) -> tuple[float, ...]:
         """The samples that are not outliers."""
         most = _OUTLIER * min(self.samples)
-        return tuple(one for one in self.samples if one <= most)
+        return tuple(sample for sample in self.samples if sample <= most)
 
     @property
     def seconds(self) -> float:
@@ -57,19 +57,19 @@ def take_turns(
 ) -> list[Timing]:
     """Time some functions in turns (A B C A B C ...), each sample between two waits for the device.
 
-    Rounds go on until every function has ``rounds`` samples that are no outliers, for at most twice as many, and a
-    round that would go past ``most_seconds`` is not begun, apart from the first.
+    Rounds continue until every function has ``rounds`` samples that are no outliers, at most twice as many rounds. A round
+    that would exceed ``most_seconds`` is not begun, apart from the first.
 
     Args:
-        runs: What to time; each must do the same work at every call.
-        device: Where they work.
+        runs: The functions to time; each must do the same work at every call.
+        device: The device that they work on.
         rounds: Trusted samples to take of each, at least 1.
         most_seconds: About how long all of it may take.
-        warmups: Calls of each beforehand that do not count; at least one is made, and one more of what is short, to see how
+        warmups: Calls of each before the first sample; at least one is made, and one more of a short function, to see how
             often to repeat it.
         clock: Returns the time in seconds.
     """
-    wait = _wait(device)
+    wait = _waiter(device)
     began = clock()
     repeats = []
     for run in runs:
@@ -79,30 +79,30 @@ def take_turns(
             run()
             wait()
             took = clock() - start
-            # The first call is cold, and says little of how often a short one should be repeated.
+            # The first call is cold, and does not show how often a short function should be repeated.
             if call + 1 >= warmups and took > _LONG:
                 break
         repeats.append(max(1, math.ceil(_SHORTEST / max(took, 1e-9))) if took < _SHORTEST else 1)
     samples: list[list[float]] = [[] for _ in runs]
     for _ in range(2 * rounds):
         round_began = clock()
-        for run, repeat, own in zip(runs, repeats, samples, strict=True):
+        for run, repeat, times in zip(runs, repeats, samples, strict=True):
             wait()
             start = clock()
             for _ in range(repeat):
                 run()
             wait()
-            own.append((clock() - start) / repeat)
+            times.append((clock() - start) / repeat)
         now = clock()
         if now - began + (now - round_began) > most_seconds:
             break
-        if all(len(Timing(tuple(own)).trusted) >= rounds for own in samples):
+        if all(len(Timing(tuple(times)).trusted) >= rounds for times in samples):
             break
-    return [Timing(tuple(own)) for own in samples]
+    return [Timing(tuple(times)) for times in samples]
 
 
-def _wait(device: torch.device | str) -> Callable[[], None]:
-    """Return what waits until a device has done all it was given."""
+def _waiter(device: torch.device | str) -> Callable[[], None]:
+    """Return a function that waits until a device has finished all its work."""
     kind = torch.device(device).type
     if kind == "cpu":
         return lambda: None

@@ -1,68 +1,64 @@
-"""The training step of one chain of operations, as it is timed: forward, backward, and nothing else."""
+"""The part of a training step that is timed for a chain of operations: forward and backward."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tdfx.cost.count import Flow, count_chain
 from tdfx.cost.setting import computing_in
+from tdfx.factors.functions import apply_operation
 from tdfx.factors.operation import Operation
 
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-
-
 _COLD = 2**26
-"""Bytes of activations between a forward and its backward, more than caches hold: as in a model, where what was kept for the
-backward has long left the caches when that comes."""
+"""Bytes of activations between a forward and its backward, more than the caches hold: in a model, too, activations have left
+the caches before the backward reads them."""
 _MOST_COPIES = 4
-"""Inputs at most: what is so small that more would be needed costs next to nothing but its start-up."""
+"""Inputs at most: a chain so small that it would need more costs little but its start-up."""
 
 
 class Workload:
-    """A chain of operations on random values, whose ``run`` is some training steps of it without the optimizer's.
+    """A chain of operations on random values; ``run`` computes forward and backward of some training steps.
 
     The forwards of all steps come first, then the backwards, last step first.
     """
 
     def __init__(self, chain: Sequence[Operation], flow: Flow, shares: Sequence[Workload] = ()) -> None:
-        """Draw the values; input and output gradient are those of an earlier workload where one has the same shapes."""
+        """Draw the values, but share inputs and output gradient with an earlier workload of the same shapes."""
         setting = flow.setting
         self.chain = tuple(chain)
         self.setting = setting
-        self.weights = [self._random(one.weight_shape, setting.dtype, setting.device) for one in chain]
+        self.weights = [self._random(operation.weight_shape, setting.dtype, setting.device) for operation in chain]
         for weight in self.weights:
             weight.requires_grad_()
         first = chain[0]
         shape = (flow.samples, first.in_channels, *flow.size) if first.dims else (flow.samples, first.in_channels)
-        same = [one.inputs for one in shares if one.inputs[0].shape == shape and one.setting == setting]
-        self.inputs: list[Tensor] = same[0] if same else self._inputs(shape, flow)
+        inputs = [work.inputs for work in shares if work.inputs[0].shape == shape and work.setting == setting]
+        self.inputs: list[Tensor] = inputs[0] if inputs else self._inputs(shape, flow)
         with torch.no_grad():
             out = self._forward(self.inputs[0])
-        alike = [one.gradient for one in shares if one.gradient.shape == out.shape and one.gradient.dtype == out.dtype]
-        self.gradient: Tensor = alike[0] if alike else torch.ones_like(out)
+        gradients = [work.gradient for work in shares]
+        gradients = [gradient for gradient in gradients if (gradient.shape, gradient.dtype) == (out.shape, out.dtype)]
+        self.gradient: Tensor = gradients[0] if gradients else torch.ones_like(out)
 
     @property
     def steps(self) -> int:
-        """How many training steps one run is."""
+        """How many training steps one run computes."""
         return len(self.inputs)
 
     def run(self) -> None:
-        """Compute the outputs and every gradient, and let go of them."""
+        """Compute the outputs and every gradient, and discard them."""
         with torch.enable_grad():
             outs = [self._forward(x) for x in self.inputs]
         for x in reversed(self.inputs):
             torch.autograd.grad(outs.pop(), self.wanted(x), self.gradient)
 
     def wanted(self, x: Tensor) -> list[Tensor]:
-        """Return what the gradient is computed for, in the step with this input."""
+        """Return the tensors whose gradient is computed, in the step with this input."""
         return [x, *self.weights] if self.setting.wants_input_gradient else self.weights
 
     def _inputs(self, shape: Sequence[int], flow: Flow) -> list[Tensor]:
@@ -70,58 +66,18 @@ class Workload:
         values = math.prod(shape) + sum(step.written for step in count_chain(self.chain, flow))
         copies = min(_MOST_COPIES, max(1, _COLD // (values * setting.computes_in.itemsize)))
         first = self._random(shape, setting.computes_in, setting.device)
-        made = [first, *(first.clone() for _ in range(copies - 1))]
-        return [one.requires_grad_(setting.wants_input_gradient) for one in made]
+        inputs = [first, *(first.clone() for _ in range(copies - 1))]
+        return [x.requires_grad_(setting.wants_input_gradient) for x in inputs]
 
     def _forward(self, x: Tensor) -> Tensor:
         with computing_in(self.setting.autocast, self.setting.device_type):
             for operation, weight in zip(self.chain, self.weights, strict=True):
-                x = apply(operation, x, weight)
+                x = apply_operation(operation, x, weight)
         return x
 
     def _random(self, shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
-        # Drawn by a generator of its own: the stream of the user's run is left alone.
+        # A separate generator leaves the random numbers of the user's run alone.
         generator = torch.Generator(device).manual_seed(0)
-        made = torch.randn(tuple(shape), generator=generator, device=device).to(dtype)
+        values = torch.randn(tuple(shape), generator=generator, device=device).to(dtype)
         layout = _CHANNELS_LAST.get(len(shape) - 2) if self.setting.channels_last else None
-        return made.contiguous(memory_format=layout) if layout is not None else made
-
-
-def apply(operation: Operation, x: Tensor, weight: Tensor) -> Tensor:
-    """Compute an operation without bias by torch's functions, as its stock layer does.
-
-    Args:
-        operation: What to compute.
-        x: Shape (samples, in, *size).
-        weight: Shape ``operation.weight_shape``.
-    """
-    if operation.dims == 0:
-        return F.linear(x, weight)
-    if operation.transposed:
-        return _TRANSPOSED[operation.dims](
-            x,
-            weight,
-            None,
-            operation.stride,
-            cast("tuple[int, ...]", operation.padding),
-            operation.output_padding or 0,
-            operation.groups,
-            operation.dilation,
-        )
-    padding = operation.padding
-    if operation.padding_mode != "zeros":
-        x, padding = F.pad(x, _both_ends(operation), mode=operation.padding_mode), (0,) * operation.dims
-    convolution = _CONVOLUTIONS[operation.dims]
-    return convolution(x, weight, None, operation.stride, padding, operation.dilation, operation.groups)
-
-
-def _both_ends(operation: Operation) -> list[int]:
-    """Return the positions to add at both ends of each dimension, last dimension first, as torch pads."""
-    ends: list[int] = []
-    for axis in reversed(range(operation.dims)):
-        if operation.padding == "same":
-            total = operation.dilation[axis] * (operation.kernel[axis] - 1)
-            ends += [total // 2, total - total // 2]
-        else:
-            ends += [0, 0] if isinstance(operation.padding, str) else [operation.padding[axis]] * 2
-    return ends
+        return values.contiguous(memory_format=layout) if layout is not None else values

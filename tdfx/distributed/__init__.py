@@ -1,1 +1,1 @@
-"""Models that several processes train together."""
+"""Models that several processes train together, in DistributedDataParallel or FSDP2."""

@@ -1,4 +1,4 @@
-"""Models in DistributedDataParallel: out of it, and into it again with the same settings."""
+"""Takes a model out of DistributedDataParallel, and wraps the rewritten model with the same settings."""
 
 from __future__ import annotations
 
@@ -12,31 +12,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.distributed.ranks import Ranks
 from tdfx.errors import ModelError
-from tdfx.layers.copying import COMPILED, HOOKS
+from tdfx.layers.copying import COMPILED, HOOKS, STATE_DICT_HOOKS
 
-_HOOKS = (
-    *HOOKS,
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-_OWN = ("reducer", "logger", "process_group", "device_mesh", COMPILED)
-"""What belongs to one wrapper alone, or must not be copied."""
+_NOT_COPIED = ("reducer", "logger", "process_group", "device_mesh", COMPILED)
+"""Attributes that a new wrapper makes for itself, or that cannot be copied."""
+
+_BUCKET_STATE = ("error_dict", "p_memory_dict", "q_memory_dict")
+"""What the state of a PowerSGD hook keeps of each gradient bucket: errors and factors."""
 
 
 class Replicas:
-    """A model in DistributedDataParallel, whose processes each hold all of it."""
+    """The replicas of a model in DistributedDataParallel: each process holds the whole model."""
 
     def __init__(self, model: DistributedDataParallel, ranks: Ranks) -> None:
-        """Take a wrapper, once its processes were found to hold the same model.
+        """Check that all processes hold the same model, and that its wrapper can be set up for another one.
 
         Args:
             model: The wrapper.
-            ranks: Its processes, each of which must make this call.
+            ranks: Its processes, all of which must make this call.
 
         Raises:
-            ModelError: They do not, or the wrapper is used in a way that cannot be set up again.
+            ModelError: The models differ, or the wrapper is used in a way that cannot be set up again.
         """
         reason = _obstacle(model)
         if reason:
@@ -45,9 +41,11 @@ class Replicas:
                 f"up for. Pass model.module on every process, and wrap what comes back again."
             )
         self.model = model
-        held = [(name, tuple(one.shape), str(one.dtype)) for name, one in model.module.named_parameters()]
+        parameters = [
+            (name, tuple(parameter.shape), str(parameter.dtype)) for name, parameter in model.module.named_parameters()
+        ]
         ranks.check_same(
-            (type(model.module).__name__, model.training, held),
+            (type(model.module).__name__, model.training, parameters),
             "The processes of the DistributedDataParallel hold models of different structure or mode, so that they could "
             "not go through a rewrite together. Bring them to the same place in training before.",
         )
@@ -57,56 +55,56 @@ class Replicas:
         """Return the processes that train the model of a wrapper."""
         return Ranks([model.process_group], model.device)
 
-    def wrap(self, made: nn.Module) -> DistributedDataParallel:
-        """Wrap another model with the settings, hooks and attributes of this one, sending nothing.
+    def wrap(self, rewritten: nn.Module) -> DistributedDataParallel:
+        """Wrap another model with the settings, hooks and attributes of this one, without any communication.
 
-        All processes must hold the same values already: those that both models have do so since this one was wrapped. The
-        former wrapper can be kept, but must not run with gradients any more: both would wait for those of what they share.
+        All processes must hold the same values already, as they do of the parameters that both models share. The old wrapper
+        can be kept, but it must not run with gradients any more: both would wait for the gradients of shared parameters.
 
         Raises:
-            ModelError: This one was told to leave alone a parameter that the other does not have.
+            ModelError: The old wrapper ignores a parameter that the other model does not have.
         """
-        _check_ignored(self.model, made)
-        new = object.__new__(type(self.model))
-        _set_up(new, self.model, made)
-        _let_go(self.model)
-        _FOLLOWERS[self.model] = weakref.ref(new)
-        return new
+        _check_ignored(self.model, rewritten)
+        wrapper = object.__new__(type(self.model))
+        _set_up(wrapper, self.model, rewritten)
+        _stop_waiting(self.model)
+        _SUCCESSORS[self.model] = weakref.ref(wrapper)
+        return wrapper
 
 
-_FOLLOWERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParallel]] = weakref.WeakKeyDictionary()
-"""Wrapper -> the one that took its place."""
+_SUCCESSORS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParallel]] = weakref.WeakKeyDictionary()
+"""Wrapper -> the wrapper that replaced it."""
 
 
-def renew(model: DistributedDataParallel) -> None:
-    """Set a wrapper up again, in place, for the parameters that require gradients now, sending nothing.
+def rebuild_reducer(model: DistributedDataParallel) -> None:
+    """Set up a wrapper in place for the parameters that require gradients now, without any communication.
 
-    A wrapper reduces the gradients of those that required some when it was made, and waits for all of them. Where another
-    wrapper has taken the place of this one, that one is set up again. All processes must do this at the same time, between
-    an optimizer step and the next forward.
+    A wrapper reduces, and waits for, the gradients of the parameters that required them when it was made. If the wrapper was
+    replaced by another one, that one is set up. All processes must call this at the same time, between an optimizer step and
+    the next forward.
     """
-    while model in _FOLLOWERS:
-        follower = _FOLLOWERS[model]()
-        if follower is None:
+    while model in _SUCCESSORS:
+        successor = _SUCCESSORS[model]()
+        if successor is None:
             return
-        model = follower
-    _let_go(model)
+        model = successor
+    _stop_waiting(model)
     _set_up(model, model, model.module)
 
 
-def _set_up(new: DistributedDataParallel, old: DistributedDataParallel, made: nn.Module) -> None:
-    """Give a wrapper, which may be the old one itself, what the old one has, for the parameters of a given model."""
+def _set_up(new: DistributedDataParallel, old: DistributedDataParallel, module: nn.Module) -> None:
+    """Give a wrapper, which may be the old one itself, the old one's settings, for the parameters of a module."""
     group, ignored = old.process_group, old.parameters_to_ignore
     hooks = list(old._comm_hooks)
     builtin = "" if hooks else old._get_ddp_logging_data().get("comm_hook", "")  # type: ignore[no-untyped-call]
-    state = {name: value for name, value in old.__dict__.items() if name not in _OWN}
-    state["_modules"] = {**old._modules, "module": made}
-    for name in _HOOKS:
+    state = {name: value for name, value in old.__dict__.items() if name not in _NOT_COPIED}
+    state["_modules"] = {**old._modules, "module": module}
+    for name in (*HOOKS, *STATE_DICT_HOOKS):
         state[name] = copy.copy(state[name])
-    state["_module_parameters"] = [one for name, one in made.named_parameters() if name not in ignored]
+    state["_module_parameters"] = [parameter for name, parameter in module.named_parameters() if name not in ignored]
     state.update(_comm_hooks=[], _has_rebuilt_buckets=False, _lazy_init_ran=False)
     state["_static_graph_delay_allreduce_enqueued"] = False
-    # This is how a wrapper is made from a pickled one, without the checks and broadcasts of its constructor.
+    # This is how a wrapper is restored from a pickle, without the checks and broadcasts of the constructor.
     new.__setstate__(state)  # type: ignore[no-untyped-call]
     if hasattr(old, "device_mesh"):
         new.device_mesh = old.device_mesh
@@ -116,6 +114,7 @@ def _set_up(new: DistributedDataParallel, old: DistributedDataParallel, made: nn
 
 
 def _obstacle(model: DistributedDataParallel) -> str:
+    """Return the setting for which a wrapper cannot be set up again, or an empty text."""
     if model.mixed_precision is not None:
         return "mixed_precision"
     if model._delay_all_reduce_params:
@@ -125,25 +124,25 @@ def _obstacle(model: DistributedDataParallel) -> str:
     fused = any(
         "hook_then_optimizer" in hook.__qualname__ for hook, _ in model._comm_hooks if hasattr(hook, "__qualname__")
     )
-    if fused or any(hasattr(one, "_in_backward_optimizers") for one in model.module.parameters()):
+    if fused or any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.module.parameters()):
         return "an optimizer that runs in the backward pass"
     return ""
 
 
-def _check_ignored(old: DistributedDataParallel, made: nn.Module) -> None:
-    held = {name for name, _ in old.module.named_parameters()}
-    now = {name for name, _ in made.named_parameters()}
-    lost = sorted(old.parameters_to_ignore & (held - now))
+def _check_ignored(old: DistributedDataParallel, rewritten: nn.Module) -> None:
+    """Raise ModelError if a parameter that the old wrapper ignores is not in the rewritten model."""
+    before = {name for name, _ in old.module.named_parameters()}
+    after = {name for name, _ in rewritten.named_parameters()}
+    lost = sorted(old.parameters_to_ignore & (before - after))
     if lost:
         raise ModelError(
-            f"DistributedDataParallel was told to leave {lost[0]!r} alone, and the model that comes of this has no such "
-            f"parameter, so what comes in its place would be trained in another way. Keep that site: "
-            f"Policy(exclude=(...,))."
+            f"DistributedDataParallel ignores {lost[0]!r}, and the rewritten model has no such parameter, so its factors "
+            f"would be reduced although the parameter was not. Keep that site: Policy(exclude=(...,))."
         )
 
 
 def _carry_communication(new: DistributedDataParallel, hooks: list[tuple[Any, Any]], builtin: str) -> None:
-    """Register the hooks that reduce gradients; what a hook keeps of its old buckets is left behind."""
+    """Register the communication hooks of the old wrapper, without what they keep of its buckets."""
     for hook, state in hooks:
         new.register_comm_hook(_without_buckets(state), hook)
     if hooks:
@@ -155,17 +154,16 @@ def _carry_communication(new: DistributedDataParallel, hooks: list[tuple[Any, An
 
 
 def _without_buckets(state: Any) -> Any:
-    """Return the state of a hook for other buckets: PowerSGD keeps errors and factors of each."""
-    names = ("error_dict", "p_memory_dict", "q_memory_dict")
-    if not all(hasattr(state, name) for name in names):
+    """Return the state of a communication hook without what it keeps of each bucket."""
+    if not all(hasattr(state, name) for name in _BUCKET_STATE):
         return state
-    made = copy.copy(state)
-    for name in names:
-        setattr(made, name, {})
-    return made
+    fresh = copy.copy(state)
+    for name in _BUCKET_STATE:
+        setattr(fresh, name, {})
+    return fresh
 
 
-def _let_go(model: DistributedDataParallel) -> None:
-    """Let a wrapper no longer wait for the gradients of a forward pass that it saw: they come to another one now."""
+def _stop_waiting(model: DistributedDataParallel) -> None:
+    """Let a wrapper no longer wait for the gradients of its last forward, which now go to another wrapper."""
     model.reducer._reset_state()
     model._has_rebuilt_buckets = False

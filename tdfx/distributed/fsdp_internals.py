@@ -1,4 +1,4 @@
-"""What tdfx must know of the inside of FSDP2. All that torch does not document is read and written here, and only here."""
+"""Reads and writes the undocumented internals of FSDP2; no other module of tdfx touches them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
 from tdfx.errors import ModelError
-from tdfx.layers.copying import HOOKS
+from tdfx.layers.copying import HOOKS, STATE_DICT_HOOKS
 
-_HOOKS = (*HOOKS, "_load_state_dict_post_hooks", "_load_state_dict_pre_hooks", "_state_dict_pre_hooks")
-
-_OF_STATES = ("_auto_reshard_after_forward", "_modules", "_mp_policy", "_post_forward_hook_handle", "_state_ctx")
-_OF_GROUPS = (
+_STATE_ATTRIBUTES = ("_auto_reshard_after_forward", "_modules", "_mp_policy", "_post_forward_hook_handle", "_state_ctx")
+_GROUP_ATTRIBUTES = (
     "all_reduce_grads",
     "fsdp_params",
     "mesh_info",
@@ -27,7 +25,8 @@ _OF_GROUPS = (
     "reduce_grads",
     "reshard_after_backward",
 )
-_OF_PARAMETERS = ("_module_info", "_sharded_param_data", "fsdp_placement", "reset_sharded_param", "sharded_param")
+_RECORD_ATTRIBUTES = ("_module_info", "_sharded_param_data", "fsdp_placement", "reset_sharded_param", "sharded_param")
+"""The attributes of states, parameter groups and parameter records that this file needs."""
 
 _SETTINGS = (
     "_all_gather_comm",
@@ -44,37 +43,38 @@ _SETTINGS = (
     "unshard_async_op",
     "unshard_in_backward",
 )
-"""What a user may have set on a group after fully_shard; not every version of torch has all of them."""
+"""What a user may set on a parameter group after fully_shard; not every version of torch has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Boundary:
-    """One call of fully_shard, and what can be known of its arguments."""
+class FSDPUnit:
+    """What one call of fully_shard made: the modules, and the state from which its arguments can be read."""
 
     paths: tuple[str, ...]
-    """The modules that it was called on."""
+    """The paths of the modules that it was called on."""
     state: Any
+    """What FSDP2 keeps of these modules."""
 
     @property
     def groups(self) -> list[Any]:
         """The groups of parameters that are gathered together: one, unless parameters have meshes of their own."""
-        found = getattr(self.state, "_fsdp_param_groups", None)
-        one = getattr(self.state, "_fsdp_param_group", None) if found is None else None
-        return list(found or ([] if one is None else [one]))
+        groups = getattr(self.state, "_fsdp_param_groups", None)
+        group = getattr(self.state, "_fsdp_param_group", None) if groups is None else None
+        return list(groups or ([] if group is None else [group]))
 
     @property
-    def parameters(self) -> list[Any]:
-        """What FSDP2 keeps of each parameter."""
-        return [one for group in self.groups for one in group.fsdp_params]
+    def records(self) -> list[Any]:
+        """The record that FSDP2 keeps of each parameter."""
+        return [record for group in self.groups for record in group.fsdp_params]
 
     @property
     def mesh(self) -> DeviceMesh | None:
-        """The mesh that its parameters are spread over; None where it has none."""
+        """The mesh over which the parameters are sharded; None for a unit without parameters."""
         return self.groups[0].mesh_info.mesh if self.groups else None
 
     @property
     def reshard_after_forward(self) -> bool | int | None:
-        """The argument of this name, or what was set later."""
+        """The argument of fully_shard of this name, or what was set afterwards."""
         if self.state._auto_reshard_after_forward:
             return None
         if not self.groups:
@@ -82,28 +82,29 @@ class Boundary:
         group = self.groups[0]
         if group.post_forward_mesh_info is None:
             return False
-        whole = group.post_forward_mesh_info is group.mesh_info
-        return True if whole else int(group.post_forward_mesh_info.shard_mesh_size)
+        if group.post_forward_mesh_info is group.mesh_info:
+            return True
+        return int(group.post_forward_mesh_info.shard_mesh_size)
 
     def arguments(self, mesh: DeviceMesh, originals: Mapping[int, nn.Parameter]) -> dict[str, Any]:
-        """Return the arguments of fully_shard that do the same again.
+        """Return the arguments for a call of fully_shard that does the same.
 
         Args:
-            mesh: For a boundary without parameters of its own.
-            originals: Stand-in, by identity -> the sharded parameter for which it stands.
+            mesh: The mesh for a unit without parameters of its own.
+            originals: Stand-in, by id -> the sharded parameter that it stands for.
         """
-        found: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "mesh": self.mesh or mesh,
             "reshard_after_forward": self.reshard_after_forward,
             "mp_policy": self._precision(originals),
             "shard_placement_fn": lambda stand_in: self._placement(originals[id(stand_in)]),
         }
         if self.groups:
-            found["offload_policy"] = self.groups[0].offload_policy
-        return found
+            arguments["offload_policy"] = self.groups[0].offload_policy
+        return arguments
 
     def _placement(self, parameter: Any) -> Any:
-        (placement,) = (one for one in parameter.placements if one.is_shard())
+        (placement,) = (placement for placement in parameter.placements if placement.is_shard())
         shard = Shard(placement.dim)
         if len(self.groups) <= 1:
             return shard
@@ -114,49 +115,51 @@ class Boundary:
 
     def _precision(self, originals: Mapping[int, nn.Parameter]) -> Any:
         policy = self.state._mp_policy
-        own = {
-            id(one.sharded_param): one.mp_policy.param_dtype
-            for one in self.parameters
-            if one.mp_policy.param_dtype != policy.param_dtype
+        overrides = {
+            id(record.sharded_param): record.mp_policy.param_dtype
+            for record in self.records
+            if record.mp_policy.param_dtype != policy.param_dtype
         }
-        if not own:
+        if not overrides:
             return policy
-        return replace(policy, param_dtype_override_fn=lambda stand_in: own.get(id(originals[id(stand_in)])))
+        return replace(policy, param_dtype_override_fn=lambda stand_in: overrides.get(id(originals[id(stand_in)])))
 
-    def settle(self, made: Boundary) -> None:
-        """Give a boundary that was made anew what was set on this one after fully_shard."""
-        for old, new in zip(self.groups, made.groups, strict=False):
+    def copy_settings_to(self, other: FSDPUnit) -> None:
+        """Give another unit what was set on this one after fully_shard."""
+        for old, new in zip(self.groups, other.groups, strict=False):
             for name in _SETTINGS:
                 if hasattr(old, name) and hasattr(new, name):
                     setattr(new, name, getattr(old, name))
             if hasattr(old.mesh_info, "reduce_scatter_process_group"):
                 new.mesh_info.reduce_scatter_process_group = old.mesh_info.reduce_scatter_process_group
-        made.state._auto_reshard_after_forward = self.state._auto_reshard_after_forward
+        other.state._auto_reshard_after_forward = self.state._auto_reshard_after_forward
         for name in ("is_last_backward", "manual_backward_finalization"):
             if hasattr(self.state._state_ctx, name):
-                setattr(made.state._state_ctx, name, getattr(self.state._state_ctx, name))
+                setattr(other.state._state_ctx, name, getattr(self.state._state_ctx, name))
 
 
-def boundaries_of(model: nn.Module) -> list[Boundary]:
-    """Return the calls of fully_shard that sharded a model, outermost first."""
+def units_of(model: nn.Module) -> list[FSDPUnit]:
+    """Return what each call of fully_shard made of a model, outermost first."""
     paths = {id(module): path for path, module in model.named_modules()}
-    states = {id(state): state for one in model.modules() if (state := _state_of(one)) is not None}
-    found = [Boundary(tuple(paths[id(one)] for one in state._modules), state) for state in states.values()]
-    for boundary in found:
-        _check_known(boundary)
-    return found
+    states = {id(state): state for module in model.modules() if (state := _state_of(module)) is not None}
+    units = [FSDPUnit(tuple(paths[id(module)] for module in state._modules), state) for state in states.values()]
+    for unit in units:
+        _check_attributes(unit)
+    return units
 
 
 def _state_of(module: nn.Module) -> Any:
     return module._get_fsdp_state() if isinstance(module, FSDPModule) else None
 
 
-def _check_known(boundary: Boundary) -> None:
-    """Raise ModelError where torch keeps things elsewhere."""
-    known: list[tuple[Any, tuple[str, ...]]] = [(boundary.state, _OF_STATES)]
-    known += [(group, _OF_GROUPS) for group in boundary.groups]
-    known += [(one, _OF_PARAMETERS) for one in boundary.parameters]
-    missing = [f"{type(one).__name__}.{name}" for one, names in known for name in names if not hasattr(one, name)]
+def _check_attributes(unit: FSDPUnit) -> None:
+    """Raise ModelError if this version of FSDP2 lacks an attribute that this file needs."""
+    needed: list[tuple[Any, tuple[str, ...]]] = [(unit.state, _STATE_ATTRIBUTES)]
+    needed += [(group, _GROUP_ATTRIBUTES) for group in unit.groups]
+    needed += [(record, _RECORD_ATTRIBUTES) for record in unit.records]
+    missing = [
+        f"{type(owner).__name__}.{name}" for owner, names in needed for name in names if not hasattr(owner, name)
+    ]
     if missing:
         raise ModelError(
             f"The model is sharded by an FSDP2 that tdfx does not know: it has no {missing[0]}. Rewrite the model before "
@@ -164,121 +167,122 @@ def _check_known(boundary: Boundary) -> None:
         )
 
 
-def check_use(boundaries: Iterable[Boundary]) -> None:
-    """Raise ModelError where a use of FSDP2 is not supported, or holds what would be lost."""
-    for boundary, group in [(one, group) for one in boundaries for group in one.groups]:
-        spread = getattr(group.mesh_info, "dp_mesh_dims", None) is not None
-        if spread or any(getattr(one, "is_dtensor", False) for one in group.fsdp_params):
-            raise ModelError(
-                f"Parameters of {_names(boundary)} were distributed before fully_shard was called, as tensor parallelism "
-                f"does it: their layers run on parts of a weight, which no factors stand for. Rewrite the model before it "
-                f"is distributed."
-            )
-        pending = getattr(group, "_partial_reduce_output", None) is not None
-        if pending or any(_holds_gradient(one) for one in group.fsdp_params):
-            raise ModelError(
-                f"{_names(boundary)} holds gradients that were not reduced yet (set_requires_gradient_sync(False) or the "
-                f"like). Call this after optimizer.step(), when no gradients are being accumulated."
-            )
+def check_use(units: Iterable[FSDPUnit]) -> None:
+    """Raise ModelError for a use of FSDP2 that is not supported, and for gradients that would be lost."""
+    for unit in units:
+        for group in unit.groups:
+            _check_group(_name(unit), group)
 
 
-def _holds_gradient(parameter: Any) -> bool:
-    whole = getattr(parameter, "_unsharded_param", None)
-    kept = getattr(parameter, "unsharded_accumulated_grad", None) if whole is not None else None
-    return kept is not None or (whole is not None and whole.grad is not None)
+def _check_group(name: str, group: Any) -> None:
+    sharded_before = getattr(group.mesh_info, "dp_mesh_dims", None) is not None
+    if sharded_before or any(getattr(record, "is_dtensor", False) for record in group.fsdp_params):
+        raise ModelError(
+            f"{name} has parameters that were distributed before fully_shard was called, as tensor parallelism does it: "
+            f"their layers compute with parts of a weight, which factors cannot replace. Rewrite the model before it is "
+            f"distributed."
+        )
+    pending = getattr(group, "_partial_reduce_output", None) is not None
+    if pending or any(_holds_gradient(record) for record in group.fsdp_params):
+        raise ModelError(
+            f"{name} holds gradients that were not reduced yet (set_requires_gradient_sync(False) or the like). Call this "
+            f"after optimizer.step(), when no gradients are being accumulated."
+        )
 
 
-def _names(boundary: Boundary) -> str:
-    return f"The part {boundary.paths[0]!r}" if boundary.paths[0] else "The model"
+def _holds_gradient(record: Any) -> bool:
+    unsharded = getattr(record, "_unsharded_param", None)
+    if unsharded is None:
+        return False
+    return unsharded.grad is not None or getattr(record, "unsharded_accumulated_grad", None) is not None
 
 
-def remove_sharding(copy: nn.Module, boundaries: list[Boundary]) -> None:
-    """Make modules that FSDP2 manages what they were before; the parameters stay in shards.
+def _name(unit: FSDPUnit) -> str:
+    return f"The part {unit.paths[0]!r}" if unit.paths[0] else "The model"
+
+
+def remove_sharding(copy: nn.Module, units: list[FSDPUnit]) -> None:
+    """Take FSDP2 off the modules of a model: its class, state and hooks; the parameters stay sharded.
 
     Args:
-        copy: A structural copy of the model that the boundaries are of.
-        boundaries: All of them.
+        copy: A structural copy of the sharded model.
+        units: All units of the sharded model.
     """
-    hooks = {number for boundary in boundaries for number in _hook_numbers(boundary)}
+    hook_ids = {hook_id for unit in units for hook_id in _hook_ids(unit)}
     for module in copy.modules():
         if isinstance(module, FSDPModule):
             module.__class__ = _original_class(type(module))
-        for key, entry in ((STATE_KEY, _by_function), (REGISTRY_KEY, _by_name)):
-            kept = {name: one for name, one in module.__dict__.get(key, {}).items() if not entry(name)}
-            if key in module.__dict__ and kept:
-                module.__dict__[key] = kept
-            else:
-                module.__dict__.pop(key, None)
+        for attribute in (STATE_KEY, REGISTRY_KEY):
+            entries = module.__dict__.pop(attribute, {})
+            # A key is the undecorated function in the one, and its name in the other.
+            others = {
+                key: entry for key, entry in entries.items() if getattr(key, "__name__", key) != fully_shard.__name__
+            }
+            if others:
+                module.__dict__[attribute] = others
         for name in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
             module.__dict__.pop(name, None)
-        for name in _HOOKS:
-            held = module.__dict__.get(name)
-            if isinstance(held, dict):
-                for number in hooks & held.keys():
-                    del held[number]
+        for name in (*HOOKS, *STATE_DICT_HOOKS):
+            hooks = module.__dict__.get(name)
+            if isinstance(hooks, dict):
+                for hook_id in hook_ids & hooks.keys():
+                    del hooks[hook_id]
 
 
-def _by_function(key: Any) -> bool:
-    return getattr(key, "__name__", "") == fully_shard.__name__
-
-
-def _by_name(key: Any) -> bool:
-    return bool(key == fully_shard.__name__)
-
-
-def _original_class(kind: type) -> type:
-    """Return the class that fully_shard put FSDPModule in front of."""
-    bases = kind.__bases__
+def _original_class(sharded_class: type) -> type:
+    """Return the class that fully_shard combined with FSDPModule."""
+    bases = sharded_class.__bases__
     if len(bases) != 2 or bases[0] is not FSDPModule:
         raise ModelError(
-            f"{kind.__name__} derives from FSDPModule, but was not made by fully_shard, so it is not known how to make it "
-            f"again. Rewrite the model before it is distributed, or use fully_shard."
+            f"{sharded_class.__name__} derives from FSDPModule, but was not made by fully_shard, so it is not known how to "
+            f"make it again. Rewrite the model before it is distributed, or use fully_shard."
         )
     return bases[1]
 
 
-def _hook_numbers(boundary: Boundary) -> Iterator[int]:
-    """Yield the numbers under which modules keep the hooks that fully_shard and the first forward registered."""
-    state = boundary.state
+def _hook_ids(unit: FSDPUnit) -> Iterator[int]:
+    """Yield the ids of the hooks that fully_shard and the first forward registered on modules."""
+    state = unit.state
     handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
-    handles += [one._post_load_hook_handle for one in boundary.parameters if hasattr(one, "_post_load_hook_handle")]
-    for group in boundary.groups:
+    handles += [record._post_load_hook_handle for record in unit.records if hasattr(record, "_post_load_hook_handle")]
+    for group in unit.groups:
         for name in ("_module_to_pre_save_state_dict_hook_handle", "_module_to_pre_load_state_dict_hook_handle"):
             handles += list(getattr(group, name, {}).values())
     for handle in handles:
-        for one in getattr(handle, "handles", (handle,)):
-            yield one.id
+        for part in getattr(handle, "handles", (handle,)):
+            yield part.id
 
 
-def give_values(made: Boundary, parameters: Mapping[tuple[int, str], nn.Parameter], old: Mapping[int, Any]) -> None:
-    """Put sharded parameters in the place of the stand-ins that were sharded.
+def restore_parameters(unit: FSDPUnit, sharded: Mapping[tuple[int, str], nn.Parameter], old: Mapping[int, Any]) -> None:
+    """Put sharded parameters in the place of the stand-ins that fully_shard was called on.
 
     Args:
-        made: Whose parameters are stand-ins on the meta device.
-        parameters: Module, by identity, and name -> the sharded parameter to hold.
-        old: Sharded parameter, by identity -> what FSDP2 kept of it before. Its storage is shared, padding included, so
-            that the model it came from goes on with the same values.
+        unit: A new unit, whose parameters are stand-ins on the meta device.
+        sharded: Id of a module and name -> the sharded parameter that the module is to hold.
+        old: Sharded parameter, by id -> the record that FSDP2 kept of it before. The new record shares its storage, padding
+            included, so that the old model keeps the same values.
     """
-    for one in made.parameters:
-        info = one._module_info
-        real = parameters[id(info.module), info.param_name]
+    for record in unit.records:
+        info = record._module_info
+        parameter = sharded[id(info.module), info.param_name]
         modules, names = [info.module, *info.shared_modules], [info.param_name, *info.shared_param_names]
         for module, name in zip(modules, names, strict=True):
-            module._parameters[name] = real
-        before = old.get(id(real))
-        if before is not None:
-            one._sharded_param_data = before._sharded_param_data
-            if hasattr(before, "keep_unsharded_storage"):
-                one.keep_unsharded_storage = before.keep_unsharded_storage
-        one.reset_sharded_param()
+            module._parameters[name] = parameter
+        old_record = old.get(id(parameter))
+        if old_record is not None:
+            record._sharded_param_data = old_record._sharded_param_data
+            if hasattr(old_record, "keep_unsharded_storage"):
+                record.keep_unsharded_storage = old_record.keep_unsharded_storage
+        record.reset_sharded_param()
 
 
-def carry_prefetching(twins: Mapping[int, Any]) -> None:
-    """Let boundaries prefetch those that stand for what the old ones prefetched.
+def carry_prefetching(states: Mapping[int, tuple[Any, Any]]) -> None:
+    """Let each new unit prefetch the new units of those that its old unit prefetched.
 
     Args:
-        twins: Old boundary's state, by identity -> (old state, new state).
+        states: Old unit's state, by id -> (old state, new state).
     """
-    for old, new in twins.values():
+    for old, new in states.values():
         for name in ("_states_to_forward_prefetch", "_states_to_backward_prefetch"):
-            setattr(new, name, [twins[id(one)][1] for one in getattr(old, name, []) if id(one) in twins])
+            prefetched = [states[id(state)][1] for state in getattr(old, name, []) if id(state) in states]
+            setattr(new, name, prefetched)

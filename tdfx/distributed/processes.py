@@ -1,7 +1,7 @@
-"""How the processes that train one model work together; the only process of an ordinary run is the simplest case.
+"""How the processes that train one model work together.
 
-``Processes`` is what the compiler and the wrappers call. ``Solo`` implements it for one process, ``Ranks`` for the processes
-of a mesh. Every method must be called by all processes, in the same order.
+The compiler and the wrappers call ``Processes``. ``Solo`` implements it for a run with one process, ``Ranks`` for the
+processes of a mesh. All processes must call every method, in the same order.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A piece of work, such as splitting one weight, that needs no other process once its parameters were read."""
+    """A piece of work, such as splitting one weight, that one process can do alone once the parameters are gathered."""
 
     work: Callable[..., tuple[Any, ...]]
-    """From the values of the parameters to the result: a tuple of tensors and of picklable values."""
+    """Maps the values of the parameters to the result: a tuple of tensors and of picklable values."""
     reads: tuple[Tensor, ...]
-    """The parameters, as the model holds them; each may be in shards."""
+    """The parameters as the model holds them, sharded or not."""
 
     def __call__(self) -> tuple[Any, ...]:
-        """Read the parameters and do the work."""
+        """Gather the parameters and do the work."""
         return self.work(*map(full, self.reads))
 
 
@@ -43,7 +43,7 @@ class Processes(ABC):
     @property
     @abstractmethod
     def is_first(self) -> bool:
-        """True on the process whose values the others take over."""
+        """True on the process whose values ``broadcast_object`` and ``broadcast_tensors`` send."""
 
     @abstractmethod
     def broadcast_object(self, value: Any) -> Any:
@@ -51,26 +51,26 @@ class Processes(ABC):
 
     @abstractmethod
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite plain tensors, which every process has computed by itself, with the first process's values."""
+        """Overwrite unsharded tensors, which each process has computed itself, with the first process's values."""
 
     @abstractmethod
     def map_tasks(self, tasks: Sequence[Task]) -> Iterable[tuple[Any, ...]]:
-        """Do every task once, on one of the processes, and yield all results, in order, on each process."""
+        """Do each task on one of the processes, and yield all results in order on every process."""
 
     @abstractmethod
     def raise_on_all(self) -> AbstractContextManager[None]:
-        """Return a context in which an error of one process is raised on all; all must enter and leave it."""
+        """Return a context manager that raises an error of one process on all; all must enter and leave it."""
 
     @abstractmethod
     def raise_pending(self) -> None:
-        """Raise the error of another process that has failed; called before a step that all must take together."""
+        """Raise the error of another process that has failed; call it before all processes must act together."""
 
     @abstractmethod
     def check_same(self, value: object, message: str) -> None:
-        """Raise ModelError with a message, on every process, unless all have an equal value."""
+        """Raise ModelError with a message on every process, unless all processes pass an equal value."""
 
     def on_rank0(self, work: Callable[[], Result]) -> Result:
-        """Do work, such as timing, on the first process; return its result, or raise its TdfxError, on every process."""
+        """Do work on the first process only; return its result, or raise its TdfxError, on every process."""
         outcome: tuple[Result | None, TdfxError | None] = (None, None)
         if self.is_first:
             try:
@@ -97,7 +97,7 @@ class Solo(Processes):
         """Leave the tensors as they are."""
 
     def map_tasks(self, tasks: Sequence[Task]) -> Iterable[tuple[Any, ...]]:
-        """Yield the results, each computed when it is asked for."""
+        """Yield the results, each computed when it is requested."""
         return (task() for task in tasks)
 
     def raise_on_all(self) -> AbstractContextManager[None]:
@@ -105,7 +105,7 @@ class Solo(Processes):
         return nullcontext()
 
     def raise_pending(self) -> None:
-        """Do nothing: no other process can have failed."""
+        """Do nothing: there is no other process that could have failed."""
 
     def check_same(self, value: object, message: str) -> None:
-        """Do nothing: no other process can have another value."""
+        """Do nothing: there is no other process with another value."""

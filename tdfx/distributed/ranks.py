@@ -1,8 +1,8 @@
 """The processes of a mesh: they broadcast values, share work, and fail together.
 
-A process that fails by itself would leave the others waiting in the next collective until their group's timeout. So each
-method here first exchanges whether a process has failed, and ``raise_on_all`` exchanges it once more at its end: an error
-that one process raises anywhere in between is raised on all.
+If one process failed alone, the others would wait for it in the next collective until their group's timeout. So each method
+here first exchanges whether a process has failed, and ``raise_on_all`` exchanges it once more at its end. An error that one
+process raises anywhere in between is then raised on all.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Place = tuple[int, ...]
 
 
 class Ranks(Processes):
-    """The processes of a mesh, each of which must make the same calls in the same order.
+    """The processes of a mesh, all of which must make the same calls in the same order.
 
     Args:
         groups: This process's group along each dimension of the mesh.
         device: The device on which the processes communicate.
-        replicated: Whether every process holds whole parameters; False where each holds shards of them.
+        replicated: True if every process holds whole parameters; False if each holds shards of them.
     """
 
     shares_work = True
@@ -47,7 +47,7 @@ class Ranks(Processes):
         self.place: Place = tuple(group.rank() for group in groups)
         self.places: list[Place] = list(product(*(range(group.size()) for group in groups)))
         self._shared_errors: list[BaseException] = []
-        """Errors that all processes have raised alike."""
+        """The errors that every process has raised."""
 
     @classmethod
     def of_mesh(cls, mesh: DeviceMesh) -> Ranks:
@@ -57,12 +57,12 @@ class Ranks(Processes):
 
     @property
     def is_first(self) -> bool:
-        """True on the process whose values the others take over."""
+        """True on the first process of the mesh."""
         return self._is_me(self.places[0])
 
     @contextmanager
     def raise_on_all(self) -> Iterator[None]:
-        """Raise on every process what one of them raises inside; all must come to the end of it, or fail."""
+        """Raise on every process the error that one of them raises inside; all must reach the end, or fail."""
         try:
             yield
         except Exception as error:
@@ -90,21 +90,21 @@ class Ranks(Processes):
             raise self._shared(ModelError(message))
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite plain tensors, which every process has computed by itself, with the first process's values.
+        """Overwrite unsharded tensors, which each process has computed itself, with the first process's values.
 
-        Shards differ between processes and come from values that were gathered, so those are left as they are.
+        Shards differ between processes, and are cut from values that are the same on all, so they are left as they are.
         """
         self.raise_pending()
         for tensor in tensors if self.replicated else ():
             tensor.copy_(self._broadcast_tensor(tensor.detach(), tensor.shape, tensor.dtype, self.places[0]))
 
     def map_tasks(self, tasks: Sequence[Task]) -> Iterator[tuple[Any, ...]]:
-        """Do every task on one process and give all the results, as many at once as there are processes.
+        """Do each task on one process, as many tasks at once as there are processes, and yield all results on every process.
 
-        Beside its shards a process holds the inputs of its own task, those of one more task for a moment, and the results.
+        Besides its shards, a process holds the inputs of its own task, briefly those of one more, and the results.
 
         Raises:
-            TdfxError: A task failed; every process raises what the process that did the task raised.
+            TdfxError: A task failed; every process raises the error of the process that did the task.
         """
         for start in range(0, len(tasks), len(self.places)):
             yield from self._round(tasks[start : start + len(self.places)])
@@ -123,12 +123,12 @@ class Ranks(Processes):
         if own_task is not None:
             try:
                 result = own_task.work(*own_inputs)
-            except Exception as error:  # whatever it is: the other processes wait for this result
+            except Exception as error:  # any error must be sent, because the other processes wait for the result
                 result = error
         return [self._broadcast_result(result, place) for place, _ in zip(self.places, tasks, strict=False)]
 
     def _broadcast_result(self, result: tuple[Any, ...] | Exception, owner: Place) -> tuple[Any, ...]:
-        """Return the result of the owner's task, or raise its error; tensors are sent as tensors, the rest is pickled."""
+        """Return the result of the owner's task, or raise its error; tensors are sent as tensors, other values pickled."""
         if isinstance(result, Exception):
             header: Any = _picklable(result)
         else:
@@ -156,16 +156,16 @@ class Ranks(Processes):
             failures = [failure for part in gathered for failure in part if failure is not None]
         if error is None:
             rank, name, text = min(failures)
-            # The class is the same on all processes, so that a caller catches the error on each.
+            # Of the same class on all processes, so that a caller can catch the error on each.
             raise self._shared(class_named(name)(_remote_message(rank, name, text)))
 
     def _shared(self, error: Exception) -> Exception:
-        """Return an error that all processes raise, so that none needs to tell the others of it."""
+        """Record and return an error that all processes raise, so that it is not exchanged again."""
         self._shared_errors.append(error)
         return error
 
     def _is_shared(self, error: BaseException | None) -> bool:
-        """Return True for an error that all processes raise, and for one that it caused."""
+        """Return True for an error that all processes raise, and for an error that it caused."""
         while error is not None:
             if any(error is shared for shared in self._shared_errors):
                 return True
@@ -173,7 +173,7 @@ class Ranks(Processes):
         return False
 
     def _broadcast_value(self, value: Any, owner: Place) -> Any:
-        """Return the owner's value, sent along each dimension of the mesh in turn."""
+        """Return the owner's value, which is sent along each dimension of the mesh in turn."""
         box = [value]
         for dimension, place in enumerate(owner):
             dist.broadcast_object_list(box, group=self.groups[dimension], group_src=place)
@@ -206,7 +206,7 @@ def _remote_message(rank: int, name: str, text: str) -> str:
 
 
 def _picklable(error: Exception) -> Exception:
-    """Return an error as it is where it can be pickled, else a TdfxError with its text."""
+    """Return an error itself if it can be pickled, else a TdfxError with its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # a user's class may raise anything here

@@ -1,4 +1,4 @@
-"""Small matrix helpers that several schemes share."""
+"""Matrix functions that several schemes share."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from tdfx.ranks.spectrum import symmetric_eigen
 
 _STEPS, _LEAST_STEPS, _WORK = 1000, 100, 2**25
-"""Steps of conjugate gradients: at most the first number, fewer for weights of more values than work allows, but at least
-the second. Measured on a CP of 128 by 128 channels the 227 steps that this gives leave an error below a percent."""
+"""At most ``_STEPS`` steps of conjugate gradients; fewer where steps times values would exceed ``_WORK``, but at least
+``_LEAST_STEPS``. Measured on a CP of 128 by 128 channels, this gives 227 steps, which leave an error below a percent."""
 
 
 def root_scale(norms: Tensor) -> Tensor:
     """Return the square root of each component's norm, and 1 where a component is zero, shape (..., r).
 
-    Dividing one factor by it and multiplying the other gives both the same share. A component that is zero, up to
-    rounding, stays with one zero side only: with two of them its gradient would be zero for ever.
+    Dividing one factor by it and multiplying the other gives both the same norm. A component that is zero, up to rounding,
+    keeps only one zero side: with two zero sides its gradient would be zero for ever.
     """
     least = 1e3 * torch.finfo(norms.dtype).eps * norms.amax(-1, keepdim=True)
     return norms.sqrt().where(norms > least, norms.new_ones(()))
@@ -49,21 +49,22 @@ class Linearized:
     """The vector-Jacobian product: from a cotangent of the value to one tensor for each argument."""
 
     def push(self, moves: Sequence[Tensor]) -> Tensor:
-        """Return the Jacobian-vector product: the change of the value that small changes of the arguments make.
+        """Return the Jacobian-vector product: the change of the value that small changes of the arguments cause.
 
-        The vector-Jacobian product is linear in its vector, so its own vector-Jacobian product is the one that is wanted.
+        The vector-Jacobian product is linear in its vector; the vector-Jacobian product of that linear map is the
+        Jacobian-vector product.
         """
         pushed: Tensor = torch.func.vjp(self.pull, _constant(0.0, self.value))[1](tuple(moves))[0]
         return pushed
 
 
 def _constant(number: float, like: Tensor) -> Tensor:
-    """Return a tensor of equal values in another one's shape that takes no memory."""
+    """Return a tensor of equal values in the shape of another tensor; it takes no memory."""
     return like.new_full((), number).expand_as(like)
 
 
 def linearize(join: Callable[..., Tensor], factors: Sequence[Tensor]) -> Linearized:
-    """Return a map, of differentiable operations, near given arguments."""
+    """Return the linearization of a map, made of differentiable operations, at given arguments."""
     return Linearized(*torch.func.vjp(join, *factors)[:2])
 
 
@@ -72,14 +73,15 @@ def least_norm(
 ) -> Tensor:
     """Return the tensor of least norm whose vector-Jacobian product with ``join`` at the factors is nearest ``gradients``.
 
-    Solved by conjugate gradients on the normal equations, which never form the Jacobian and only ever add what ``join`` can
-    make, so that the norm is the least (Björck, *Numerical Methods for Least Squares Problems*, SIAM 1996, section 7.4).
+    This uses conjugate gradients on the normal equations. They never form the Jacobian, and each step adds a tensor in the
+    range of the Jacobian, so that the norm is the least (Björck, *Numerical Methods for Least Squares Problems*, SIAM 1996,
+    section 7.4).
 
     Args:
-        join: A map of the factors to a tensor, of differentiable operations.
+        join: A map of the factors to a tensor, made of differentiable operations.
         factors: Where to take the derivative.
         gradients: One for each factor.
-        tolerance: Stop where the residual's image is this much smaller than at the start.
+        tolerance: Stop when the image of the residual is this many times smaller than at the start.
     """
     near = linearize(join, factors)
     residual = tuple(gradients)
@@ -90,9 +92,9 @@ def least_norm(
         if not size > least:
             break
         pulled = near.pull(direction)
-        length = size / sum(one.square().sum() for one in pulled)
+        length = size / sum(part.square().sum() for part in pulled)
         solution = solution + length * direction
-        residual = tuple(one - length * other for one, other in zip(residual, pulled, strict=True))
+        residual = tuple(part - length * change for part, change in zip(residual, pulled, strict=True))
         image = near.push(residual)
         size, before = image.square().sum(), size
         direction = image + size / before * direction

@@ -22,10 +22,10 @@ class SliceSpectrum(Spectrum):
     """The singular values of all slices of a weight, one slice for each tap; the basis is (g, taps, d, r)."""
 
     fitted: dict[int, Modes] = field(default_factory=dict, compare=False)
-    """Rank -> the components found at it, because finding them takes long and both error and split want them."""
+    """Rank -> the fitted components, because fitting takes long, and both the error and the split need them."""
 
     def cut(self, rank: int) -> SliceSpectrum:
-        """Return the spectrum with the components of this rank, where they were found, in place of the basis."""
+        """Return the spectrum with the components of this rank, where they were fitted, in place of the basis."""
         if rank not in self.fitted:
             return replace(self, fitted={})
         return replace(self, basis=self.values.new_empty(0), fitted={rank: self.fitted[rank]})
@@ -38,31 +38,31 @@ class SliceSpectrum(Spectrum):
 class Cp(Scheme):
     """``w_oik = sum over r of last_or * along_kr * ... * first_ri``, in each group, by alternating least squares.
 
-    The rank of a tensor has no spectrum. What the rank rule reads is that of a decomposition anybody can write down: the
-    singular value decomposition of each slice, one tap of the kernel at a time, whose components have a kernel of that one
-    tap. Keeping the largest R of them all is a canonical decomposition of rank R, its loss is the norm of the values cut,
-    and with all of them it is exact; so the full rank is taps · min(o, i), and an error read from the spectrum is a bound.
-    The iteration starts there, never gets worse, and stops before components of opposite sign grow without limit, which is
-    how a best approximation of a given rank can fail to exist (de Silva and Lim, SIAM J. Matrix Anal. Appl. 30, 2008).
+    The rank of a tensor has no spectrum. The rank rule reads the spectrum of a simple decomposition instead: the singular
+    value decomposition of each slice of one tap, whose components have a kernel of that one tap. The largest R components
+    of all slices are a canonical decomposition of rank R; its loss is the norm of the values cut, and with all components
+    it is exact. So the full rank is taps · min(o, i), and an error read from the spectrum is a bound. The iteration starts
+    from these components and never gets worse. It stops before components of opposite sign grow without limit, which happens
+    where no best approximation of a given rank exists (de Silva and Lim, SIAM J. Matrix Anal. Appl. 30, 2008).
 
-    Each kernel dimension with more than one tap is a factor, with its stride, padding and dilation; the others go along
-    with the first of them. Source: Lebedev et al., *Speeding-up Convolutional Neural Networks Using Fine-tuned
-    CP-Decomposition*, ICLR 2015.
+    Each kernel dimension with more than one tap is a factor, with its stride, padding and dilation; the first of these
+    factors also takes the other dimensions. Source: Lebedev et al., *Speeding-up Convolutional Neural Networks Using
+    Fine-tuned CP-Decomposition*, ICLR 2015.
     """
 
     name = "cp"
 
     def fits(self, operation: Operation) -> bool:
-        """Convolutions with more than one tap, unless they leave every channel to itself."""
+        """Return True for convolutions with more than one tap that are not depthwise."""
         return operation.mixes_taps_and_channels
 
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
-        """One rank: the smaller number of channels for each tap."""
+        """Return one rank: the taps times the smaller number of channels."""
         _, o, i, *kernel = grouped_shape(operation)
         return (math.prod(kernel) * min(o, i),)
 
     def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
-        """Down to the rank, along each dimension on its own, up to the output."""
+        """Return a map down to the rank, a convolution along each dimension, and a map up to the output."""
         middle = ranks[0] * operation.groups
         along = (operation.along(axes, middle, middle, groups=middle) for axes in _dimensions(operation))
         return (
@@ -72,7 +72,7 @@ class Cp(Scheme):
         )
 
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
-        """Return the singular values of all slices (o, i), the largest first, of all groups together."""
+        """Return the singular values of all slices (o, i) of all groups together, the largest first."""
         slices = _slices(operation, weight)
         _, taps, o, i = slices.shape
         gram = slices @ slices.mT if o <= i else slices.mT @ slices
@@ -83,8 +83,8 @@ class Cp(Scheme):
     def split(
         self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
     ) -> tuple[Tensor, ...]:
-        """Return the factors' weights, each with the same share of every component's norm."""
-        return _to_factors(operation, _balanced(self._components(operation, weight, ranks, spectra)))
+        """Return the factors' weights; each component has the same norm in all of them."""
+        return _to_factors(operation, _balance(self._components(operation, weight, ranks, spectra)))
 
     def join(self, operation: Operation, factors: Sequence[Tensor]) -> Tensor:
         """Add up the components."""
@@ -92,11 +92,11 @@ class Cp(Scheme):
         return from_groups(operation, w_goik.reshape(grouped_shape(operation)))
 
     def project(self, operation: Operation, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-        """Solve for it: no closed form is known."""
+        """Solve by iteration: no closed form is known."""
         return least_norm(lambda *given: self.join(operation, given), factors, gradients)
 
     def refit(self, operation: Operation, factors: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
-        """Fit the input or the output channels, whichever are more."""
+        """Fit the mode of the input channels or that of the output channels, whichever is longer."""
         return _to_factors(operation, refit(to_groups(operation, weight).flatten(3), _from_factors(operation, factors)))
 
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
@@ -110,14 +110,14 @@ class Cp(Scheme):
     def _components(
         self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
     ) -> Modes:
-        (rank,), (one,) = ranks, spectra
-        assert isinstance(one, SliceSpectrum)
-        if rank not in one.fitted:
-            start = _largest(operation, weight, one, rank)
-            exact = (rank,) == self.full_ranks(operation)
+        (rank,), (spectrum,) = ranks, spectra
+        assert isinstance(spectrum, SliceSpectrum)
+        if rank not in spectrum.fitted:
+            start = _largest(operation, weight, spectrum, rank)
+            is_exact = (rank,) == self.full_ranks(operation)
             w_goik = to_groups(operation, weight).flatten(3)
-            one.fitted[rank] = start if exact else fit(w_goik, start)
-        return one.fitted[rank]
+            spectrum.fitted[rank] = start if is_exact else fit(w_goik, start)
+        return spectrum.fitted[rank]
 
 
 def _dimensions(operation: Operation) -> list[tuple[int, ...]]:
@@ -133,7 +133,7 @@ def _slices(operation: Operation, weight: Tensor) -> Tensor:
 
 
 def _largest(operation: Operation, weight: Tensor, spectrum: SliceSpectrum, rank: int) -> Modes:
-    """Return the ``rank`` largest components of all slices: (g, o, r), (g, i, r), and (g, k, r) for each long dimension."""
+    """Return the largest components of all slices: (g, o, r), (g, i, r), and (g, k, r) for each dimension with taps."""
     slices = _slices(operation, weight)
     o, i = slices.shape[2:]
     basis = spectrum.basis
@@ -141,8 +141,8 @@ def _largest(operation: Operation, weight: Tensor, spectrum: SliceSpectrum, rank
     norms = (right if o <= i else left).norm(dim=2).flatten(1)
     chosen = norms.argsort(dim=1, descending=True, stable=True)[:, :rank]
 
-    def pick(each: Tensor) -> Tensor:
-        columns = each.transpose(1, 2).flatten(2)
+    def pick(vectors: Tensor) -> Tensor:
+        columns = vectors.transpose(1, 2).flatten(2)
         return columns.gather(2, chosen[:, None].expand(-1, columns.shape[1], -1))
 
     tap = chosen // min(o, i)
@@ -154,19 +154,19 @@ def _largest(operation: Operation, weight: Tensor, spectrum: SliceSpectrum, rank
     return pick(left), pick(right), *kernels
 
 
-def _balanced(modes: Modes) -> Modes:
-    """Give each mode the same norm in every component; one that is zero stays so in its first mode alone."""
+def _balance(modes: Modes) -> Modes:
+    """Give all modes of a component the same norm; a component that is zero is zero in its first mode only."""
     norms = torch.stack([mode.norm(dim=1) for mode in modes])
     size = norms.prod(dim=0)
     share = root_scale(size).square().pow(1 / len(modes))
     least = 1e3 * torch.finfo(size.dtype).eps * size.amax(-1, keepdim=True)
-    empty = size <= least
-    unit = []
+    is_zero = size <= least
+    units = []
     for mode, norm in zip(modes, norms, strict=True):
         direction = mode / norm.where(norm > 0, 1.0)[:, None]
-        unit.append(direction.where(norm[:, None] > 0, mode.shape[1] ** -0.5))
-    balanced = [one * share[:, None] for one in unit]
-    balanced[0] = torch.where(empty[:, None], unit[0] * size[:, None], balanced[0])
+        units.append(direction.where(norm[:, None] > 0, mode.shape[1] ** -0.5))
+    balanced = [unit * share[:, None] for unit in units]
+    balanced[0] = torch.where(is_zero[:, None], units[0] * size[:, None], balanced[0])
     return tuple(balanced)
 
 

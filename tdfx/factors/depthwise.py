@@ -13,10 +13,10 @@ from tdfx.factors.two_factors import TwoFactors
 
 
 class Depthwise(TwoFactors):
-    """``w_oik = sum over t of last_otk * first_oti``: each output channel is the sum of T pointwise maps with own kernels.
+    """``w_oik = sum over t of last_otk * first_oti``: each output channel is the sum of T pointwise maps with a kernel each.
 
-    The rank is T, the same for every output. The sum over the terms is the last factor's own: a convolution with one group
-    for each output, of T channels. The kernel, its stride, padding and dilation are there.
+    The rank is T, the same for every output channel. The last factor adds up the terms: it is a convolution with one group
+    of T channels for each output channel, and has the kernel, its stride, padding and dilation.
 
     Source: Guo, Li, Lin, Chen, Li, *Network Decoupling: From Regular to Depthwise Separable Convolutions*, BMVC 2018,
     arXiv:1808.05517.
@@ -25,23 +25,23 @@ class Depthwise(TwoFactors):
     name = "depthwise"
 
     def fits(self, operation: Operation) -> bool:
-        """Convolutions with more than one tap and more than one input channel in each group."""
+        """Return True for convolutions with more than one tap and more than one input channel in each group."""
         return not operation.is_pointwise and operation.in_channels > operation.groups
 
     def first_axes(self, operation: Operation) -> tuple[int, ...]:
-        """None."""
+        """Return no dimension."""
         return ()
 
     def channels_per_rank(self, operation: Operation) -> int:
-        """One for each output."""
+        """Return one for each output channel."""
         return operation.out_channels
 
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
-        """At most the taps, and at most the inputs."""
+        """Return one rank: the taps or the input channels of a group, whichever are fewer."""
         return (min(operation.in_channels // operation.groups, math.prod(operation.kernel)),)
 
     def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
-        """The pointwise maps to T channels for each output, then one group of these for each."""
+        """Return the pointwise maps to T channels for each output channel, and the convolution that adds them up."""
         out = operation.out_channels
         middle = ranks[0] * out
         return (
@@ -65,6 +65,8 @@ class Depthwise(TwoFactors):
 
     def to_matrices(self, operation: Operation, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the matrices (o, k, t) and (o, t, i) of the factors' weights: the inverse of ``to_factors``."""
-        first, last = (to_groups(step, one) for step, one in zip(self.chain(operation, (1,)), factors, strict=True))
+        first, last = (
+            to_groups(step, factor) for step, factor in zip(self.chain(operation, (1,)), factors, strict=True)
+        )
         left = last.flatten(0, 1).flatten(2).mT
         return left, first.reshape(operation.out_channels, -1, first.shape[2])

@@ -1,4 +1,4 @@
-"""Weights with their groups apart and outputs before inputs, whichever way torch lays them out."""
+"""Views of a weight by groups, outputs before inputs, whatever torch's own layout is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def to_groups(operation: Operation, weight: Tensor) -> Tensor:
 
 
 def from_groups(operation: Operation, w_goik: Tensor) -> Tensor:
-    """Return a weight in torch's layout: the inverse of ``to_groups``; only groups and direction are read."""
+    """Return a weight in torch's layout: the inverse of ``to_groups``, for any operation of the same direction."""
     w_gxyk = w_goik.transpose(1, 2) if operation.transposed else w_goik
     return w_gxyk.flatten(0, 1)
 

@@ -1,4 +1,4 @@
-"""What a convolution or a linear map does, apart from the values of its weight."""
+"""What a convolution or a linear map computes, apart from the values of its weight."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """The geometry of one linear or convolutional step; a site is one, and each of its factors is one.
+    """The geometry of one linear map or convolution, of a site or of one of its factors.
 
-    A linear map is the case without spatial dimensions: ``kernel`` and all that goes with it are empty.
+    A linear map has no spatial dimensions: ``kernel``, ``stride``, ``padding`` and ``dilation`` are empty.
     """
 
     in_channels: int
@@ -29,7 +29,7 @@ class Operation:
     groups: int = 1
     """Blocks of channels that do not see one another."""
     padding_mode: str = "zeros"
-    """What the padding holds: zeros, reflect, replicate or circular."""
+    """The values of the padding: zeros, reflect, replicate or circular."""
     transposed: bool = False
     """True for a transposed convolution: the map that carries a convolution's gradient back to its input."""
     output_padding: tuple[int, ...] = ()
@@ -37,7 +37,7 @@ class Operation:
 
     @classmethod
     def pointwise(cls, in_channels: int, out_channels: int, dims: int, groups: int = 1) -> Operation:
-        """Return the map that mixes channels at each position on its own, in ``dims`` spatial dimensions."""
+        """Return the map that mixes the channels of each position, in ``dims`` spatial dimensions."""
         ones = (1,) * dims
         return cls(
             in_channels=in_channels,
@@ -50,9 +50,9 @@ class Operation:
         )
 
     def along(self, axes: Sequence[int], in_channels: int, out_channels: int, groups: int | None = None) -> Operation:
-        """Return the part of the operation that works along some spatial dimensions, between other channels.
+        """Return the part of the operation along some spatial dimensions, between other numbers of channels.
 
-        Along the others it has one tap, stride 1 and no padding. With no dimension left it is a pointwise map,
+        Along the other dimensions it has one tap, stride 1 and no padding. Without any dimension it is a pointwise map,
         which is never transposed.
         """
         groups = self.groups if groups is None else groups
@@ -86,12 +86,12 @@ class Operation:
 
     @property
     def is_depthwise(self) -> bool:
-        """True if every group has one channel in and one out, so that no channels are mixed."""
+        """True if every group has one input and one output channel, so that no channels are mixed."""
         return self.in_channels == self.out_channels == self.groups > 1
 
     @property
     def mixes_taps_and_channels(self) -> bool:
-        """True for a kernel of more than one tap, unless every channel is left to itself."""
+        """True for a kernel of more than one tap that is not depthwise."""
         return not self.is_pointwise and not self.is_depthwise
 
     @property

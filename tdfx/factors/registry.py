@@ -19,10 +19,10 @@ AUTO = "auto"
 """The name that leaves the choice of scheme to tdfx, site by site."""
 
 _SCHEMES: dict[str, Scheme] = {
-    one.name: one for one in (Tucker2(), Svd(), Tucker1Out(), Tucker1In(), Spatial(), Depthwise(), Cp())
+    scheme.name: scheme for scheme in (Tucker2(), Svd(), Tucker1Out(), Tucker1In(), Spatial(), Depthwise(), Cp())
 }
 _MOST = 1000
-"""The largest value of an option, which is a number of rounds: more would only seem to hang."""
+"""The largest value of an option, which is a number of rounds: with more, tdfx would seem to hang."""
 _WHOLE = re.compile(r"[0-9]{1,9}")
 _ALIASES = {"channel": "tucker1_out"}
 """Other names by which the literature knows a scheme."""
@@ -40,7 +40,7 @@ def scheme_names() -> tuple[str, ...]:
 
 
 def get_scheme(name: str) -> Scheme:
-    """Return a scheme by its name, or by another name of it, with options after a colon.
+    """Return a scheme by its name or an alias, with options after a colon.
 
     >>> get_scheme("channel").name
     'tucker1_out'
@@ -48,7 +48,7 @@ def get_scheme(name: str) -> Scheme:
     'tucker2:refine=3'
 
     Raises:
-        PolicyError: No scheme has this name, or it has no such option.
+        PolicyError: No scheme has this name, or the scheme has no such option.
     """
     stem, colon, text = name.partition(":") if isinstance(name, str) else ("", "", "")
     if stem not in _SCHEMES and stem not in _ALIASES:
@@ -62,14 +62,16 @@ def get_scheme(name: str) -> Scheme:
 
 @lru_cache(maxsize=256)
 def _with_options(scheme: Scheme, text: str) -> Scheme:
-    known = ", ".join(f"{scheme.name}:{option}=3" for option in scheme.options) or f"no options; write {scheme.name!r}"
+    options = (
+        ", ".join(f"{scheme.name}:{option}=3" for option in scheme.options) or f"no options; write {scheme.name!r}"
+    )
     settings: dict[str, int] = {}
     for part in text.split(","):
         option, _, value = part.partition("=")
         if option not in scheme.options or not _WHOLE.fullmatch(value) or not 1 <= int(value) <= _MOST:
             raise PolicyError(
                 f"scheme={f'{scheme.name}:{text}'!r} has the option {part!r}, which is not known: an option is a name and a "
-                f"whole number from 1 to {_MOST}, and {scheme.name} takes {known}."
+                f"whole number from 1 to {_MOST}, and {scheme.name} takes {options}."
             )
         settings[option] = int(value)
     return type(scheme)(**settings)

@@ -1,4 +1,4 @@
-"""Every call of TensorLy: its interface has drifted often, and its choice of backend is global."""
+"""All calls of TensorLy: its interface has changed often, and its choice of backend is global."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ def iterate_tucker(w_oik: Tensor, left: Tensor, right: Tensor, iterations: int) 
         w_oik: Shape (o, i, k...).
         left: Shape (o, p), the basis to start from.
         right: Shape (i, q), likewise.
-        iterations: How often both are computed anew, each given the other; the error never grows.
+        iterations: How often each basis is computed again from the other; the error never grows.
     """
     taps = w_oik[0, 0].numel()
     if left.shape[1] > right.shape[1] * taps or right.shape[1] > left.shape[1] * taps:
-        return left, right  # one basis is larger than what the other lets through, and would be filled up at random
-    # Imported here because it takes longer than all of tdfx, and few want it.
+        return (
+            left,
+            right,
+        )  # one basis has more vectors than the other leaves dimensions; they would be filled at random
+    # Imported here because it takes longer than all of tdfx, and is rarely needed.
     import tensorly
     from tensorly.decomposition import partial_tucker
 
@@ -28,7 +31,7 @@ def iterate_tucker(w_oik: Tensor, left: Tensor, right: Tensor, iterations: int) 
             w_oik,
             rank=[left.shape[1], right.shape[1]],
             modes=[0, 1],
-            init=(core, [left, right]),  # a list of its own, because the iteration writes to it
+            init=(core, [left, right]),  # a new list, because the iteration writes to it
             n_iter_max=iterations,
             tol=0,
             random_state=0,  # never NumPy's global stream

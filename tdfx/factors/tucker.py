@@ -20,8 +20,8 @@ from tdfx.ranks.spectrum import Spectrum, spectrum
 class Tucker2(Scheme):
     """``w_oik = last_op · core_pqk · first_qi`` in each group, by truncated higher-order SVD; ranks are (output p, input q).
 
-    The kernel, its stride, padding and dilation stay with the core. The first factor has no bias, so that what the core
-    pads is what the dense convolution would have padded, in every padding mode.
+    The core has the kernel, its stride, padding and dilation. The first factor has no bias, so that padding its output is
+    the same as padding the input of the dense convolution, in every padding mode.
 
     Source: Kim et al., *Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile Applications*,
     ICLR 2016; De Lathauwer, De Moor, Vandewalle, *A Multilinear Singular Value Decomposition*, SIAM 2000. The error is at
@@ -36,17 +36,17 @@ class Tucker2(Scheme):
         self.name = f"tucker2:refine={refine}" if refine else "tucker2"
 
     def fits(self, operation: Operation) -> bool:
-        """Convolutions with more than one tap, unless they leave every channel to itself."""
+        """Return True for convolutions with more than one tap that are not depthwise."""
         return operation.mixes_taps_and_channels
 
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
-        """Return the most ranks of the output and of the input unfolding of each group."""
+        """Return the full ranks of the output and of the input unfolding of each group."""
         _, o, i, *kernel = grouped_shape(operation)
         taps = math.prod(kernel)
         return min(o, i * taps), min(i, o * taps)
 
     def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
-        """Down to the input rank, the kernel between the ranks, up to the output."""
+        """Return a map down to the input rank, the kernel between the ranks, and a map up to the output."""
         p, q = (rank * operation.groups for rank in ranks)
         return (
             operation.along((), operation.in_channels, q),
@@ -60,10 +60,14 @@ class Tucker2(Scheme):
         return ("tucker1_out", (p,)), ("tucker1_in", (q,))
 
     def partial_spectra(self, spectra: Sequence[Spectrum]) -> dict[str, tuple[Spectrum, ...]]:
-        """Return the same spectra, where they are those of the shorter side, in the orientation of each scheme."""
-        out, into = spectra
-        found = {"tucker1_out": (out,), "tucker1_in": (replace(into, rows=into.cols, cols=into.rows),)}
-        return {name: one for (name, one), whole in zip(found.items(), spectra, strict=True) if whole.rows < whole.cols}
+        """Return the same spectra in the orientation of each scheme, where they are those of the shorter side."""
+        outputs, inputs = spectra
+        partial: dict[str, tuple[Spectrum, ...]] = {}
+        if outputs.rows < outputs.cols:
+            partial["tucker1_out"] = (outputs,)
+        if inputs.rows < inputs.cols:
+            partial["tucker1_in"] = (replace(inputs, rows=inputs.cols, cols=inputs.rows),)
+        return partial
 
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return the spectra of the unfoldings (o, i·k) and (i, o·k), each from its channel side."""
@@ -76,9 +80,9 @@ class Tucker2(Scheme):
 
         Each outer factor takes the square root of its mode's spectrum from the core.
         """
-        return self._balanced(operation, *self._bases(to_groups(operation, weight), ranks, spectra))
+        return self._balance(operation, *self._bases(to_groups(operation, weight), ranks, spectra))
 
-    def _balanced(self, operation: Operation, core: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+    def _balance(self, operation: Operation, core: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
         scale_p = root_scale(core.flatten(2).norm(dim=2))
         scale_q = root_scale(core.transpose(1, 2).flatten(2).norm(dim=2))
         core = _outer_product(torch.diag_embed(1 / scale_p), core, torch.diag_embed(1 / scale_q))
@@ -97,7 +101,7 @@ class Tucker2(Scheme):
         core, left, right = _from_factors(operation, factors)
         by_core, by_left, by_right = _from_factors(operation, gradients)
         inverse_left, inverse_right = pseudo_inverse(left), pseudo_inverse(right)
-        # Each part is as large as the dense weight: no two are held beside their sum.
+        # Each part is as large as the dense weight, so that they are added one at a time.
         parts = _outer_product(inverse_left.mT, by_core, inverse_right)
         parts += _outside(left, inverse_left, by_left, torch.einsum("gpq...,giq->gpi...", core, right))
         in_part = _outside(right, inverse_right, by_right, torch.einsum("gpq...,gop->gqo...", core, left))
@@ -114,36 +118,37 @@ class Tucker2(Scheme):
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
         """Return the norm of what the projection on both bases loses, relative to the weight's.
 
-        The projection is orthogonal, so the squared norms of the core and of the loss add up to the weight's. Near full
-        rank that difference cancels, and the norm of the difference itself is taken.
+        The projection is orthogonal, so that the squared norms of the core and of the loss add up to the weight's. Near full
+        rank their difference cancels, and the norm of the lost part is computed directly.
         """
         return self._loss(to_groups(operation, weight), ranks, spectra)
 
     def errors(
         self, operation: Operation, weight: Tensor, grid: Sequence[Sequence[int]], spectra: Sequence[Spectrum]
     ) -> list[float]:
-        """Return the error at each of many ranks: all of them from the squares of the weight in both whole bases."""
+        """Return the error at each of several ranks, all of them from the squares of one core in the whole bases."""
         if self.refine:
             return super().errors(operation, weight, grid, spectra)
         w_goik = to_groups(operation, weight)
-        core, *_ = self._bases(w_goik, [one.basis.shape[-1] for one in spectra], spectra)
-        held_pq = core.square().flatten(3).sum((0, 3)).cumsum(0).cumsum(1)
+        core, *_ = self._bases(w_goik, [spectrum.basis.shape[-1] for spectrum in spectra], spectra)
+        kept_pq = core.square().flatten(3).sum((0, 3)).cumsum(0).cumsum(1)
         total = float(w_goik.square().sum())
-        lost = [total - float(held_pq[p - 1, q - 1]) for p, q in grid]
-        return [math.sqrt(max(0.0, one) / total) if total > 0 else 0.0 for one in lost]
+        lost = [total - float(kept_pq[p - 1, q - 1]) for p, q in grid]
+        return [math.sqrt(max(0.0, square) / total) if total > 0 else 0.0 for square in lost]
 
     def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
-        """Make both outer factors orthonormal (QR), give the rest of them to the core, and split that anew."""
+        """Make both outer factors orthonormal (QR), multiply the core by the rest of them, and split that."""
         core, left, right = _from_factors(operation, factors)
         (basis_left, rest_left), (basis_right, rest_right) = torch.linalg.qr(left), torch.linalg.qr(right)
         between = _outer_product(rest_left, core, rest_right.mT)
         taps, o, i = math.prod(operation.kernel), left.shape[1], right.shape[1]
         shapes = (o, i * taps), (i, o * taps)
-        spectra = tuple(replace(one, original=shape) for one, shape in zip(_spectra(between), shapes, strict=True))
+        pairs = zip(_spectra(between), shapes, strict=True)
+        spectra = tuple(replace(spectrum, original=shape) for spectrum, shape in pairs)
 
         def split(ranks: Sequence[int]) -> tuple[Tensor, ...]:
             small, new_left, new_right = self._bases(between, ranks, spectra)
-            return self._balanced(operation, small, basis_left @ new_left, basis_right @ new_right)
+            return self._balance(operation, small, basis_left @ new_left, basis_right @ new_right)
 
         return Lowering(spectra, split, lambda ranks: self._loss(between, ranks, spectra))
 
@@ -152,19 +157,19 @@ class Tucker2(Scheme):
         total = w_goik.norm()
         if total == 0:
             return 0.0
-        lost = 1.0 - float((core.norm() / total) ** 2)
-        if lost < 1e-6:
+        square = 1.0 - float((core.norm() / total) ** 2)
+        if square < 1e-6:
             return float((w_goik - _outer_product(left, core, right.mT)).norm() / total)
-        return math.sqrt(lost)
+        return math.sqrt(square)
 
     def _bases(
         self, w_goik: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the core (g, p, q, k...) and the two truncated orthonormal bases (g, o, p) and (g, i, q)."""
-        left, right = (one.leading(rank) for one, rank in zip(spectra, ranks, strict=True))
+        left, right = (spectrum.leading(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
         if self.refine:
-            each = zip(w_goik, left, right, strict=True)
-            left, right = map(torch.stack, zip(*(iterate_tucker(*one, self.refine) for one in each), strict=True))
+            groups = zip(w_goik, left, right, strict=True)
+            left, right = map(torch.stack, zip(*(iterate_tucker(*group, self.refine) for group in groups), strict=True))
         return _outer_product(left.mT, w_goik, right), left, right
 
 
@@ -185,7 +190,7 @@ def _to_factors(operation: Operation, core: Tensor, left: Tensor, right: Tensor)
 def _from_factors(operation: Operation, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the core (g, p, q, k...) and the two matrices (g, o, p) and (g, i, q) around it."""
     first, core, last = factors
-    left, first_gqi = (one.reshape(operation.groups, -1, one.shape[1]) for one in (last, first))
+    left, first_gqi = (factor.reshape(operation.groups, -1, factor.shape[1]) for factor in (last, first))
     return to_groups(operation, core), left, first_gqi.mT
 
 
@@ -193,15 +198,15 @@ def _outer_product(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
     """Multiply two modes of (g, a, b, k...) by (g, x, a) from the left and (g, b, y) from the right: (g, x, y, k...)."""
     groups, _, middle, *kernel = core.shape
     w_gxbk = (left @ core.flatten(2)).reshape(groups, left.shape[1], middle, -1)
-    # As one product for each group: one for each of x would have no more than the taps as its rows.
+    # One product for each group is faster than one for each x, which would have as few rows as there are taps.
     w_gxyk = torch.einsum("gxbk,gby->gxyk", w_gxbk, right)
     return w_gxyk.reshape(groups, left.shape[1], right.shape[2], *kernel)
 
 
 def _outside(basis: Tensor, inverse: Tensor, gradient: Tensor, rest: Tensor) -> Tensor:
-    """Return the part of a gradient outside a basis (g, o, p), as seen by the gradient (g, o, p) of that basis.
+    """Return the part of a dense gradient outside the range of a basis (g, o, p), from the basis's gradient (g, o, p).
 
-    ``inverse`` (g, p, o) is the basis's pseudo-inverse, ``rest`` (g, p, i, k...) what the basis is multiplied by.
+    ``inverse`` (g, p, o) is the basis's pseudo-inverse, and the basis is multiplied by ``rest`` (g, p, i, k...).
     """
     outside = gradient - basis @ (inverse @ gradient)
     return (outside @ pseudo_inverse(rest.flatten(2)).mT).reshape(*basis.shape[:2], *rest.shape[2:])

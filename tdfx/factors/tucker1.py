@@ -9,18 +9,18 @@ from tdfx.factors.two_factors import TwoFactors
 class Tucker1Out(TwoFactors):
     """``w_oik = last_op @ first_pik``: the whole kernel to fewer outputs, then up to all of them.
 
-    The same decomposition is called channel decomposition by others: Zhang et al., *Accelerating Very Deep Convolutional
+    The decomposition is also called channel decomposition: Zhang et al., *Accelerating Very Deep Convolutional
     Networks for Classification and Detection*, IEEE TPAMI 38 (2016); Elhoushi et al., arXiv:1909.05675.
     """
 
     name = "tucker1_out"
 
     def fits(self, operation: Operation) -> bool:
-        """Convolutions with more than one tap, unless they leave every channel to itself."""
+        """Return True for convolutions with more than one tap that are not depthwise."""
         return operation.mixes_taps_and_channels
 
     def first_axes(self, operation: Operation) -> tuple[int, ...]:
-        """All."""
+        """Return all dimensions."""
         return tuple(range(operation.dims))
 
 
@@ -30,9 +30,9 @@ class Tucker1In(TwoFactors):
     name = "tucker1_in"
 
     def fits(self, operation: Operation) -> bool:
-        """Convolutions with more than one tap, unless they leave every channel to itself."""
+        """Return True for convolutions with more than one tap that are not depthwise."""
         return operation.mixes_taps_and_channels
 
     def first_axes(self, operation: Operation) -> tuple[int, ...]:
-        """None."""
+        """Return no dimension."""
         return ()

@@ -1,4 +1,4 @@
-"""What the schemes share that write a weight as a product of two matrices, group by group."""
+"""The common part of the schemes that write a weight as a product of two matrices, group by group."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from tdfx.ranks.spectrum import Spectrum, spectrum
 class TwoFactors(Scheme):
     """``matrix = left @ right``, the best of each rank (Eckart and Young 1936): ``last`` from left, ``first`` from right.
 
-    The inputs stand in the columns of the matrix and the outputs in its rows, and each kernel dimension with either: a
-    scheme is the choice of the dimensions that go to the first factor, which takes their stride, padding and dilation too.
-    The first factor has no bias, and zeros, reflections and the like are the same whether the dimensions are padded
-    together or one after the other, so the chain is exact at borders.
+    The inputs are in the columns of the matrix, the outputs in its rows, and each kernel dimension in either. A scheme
+    chooses the kernel dimensions of the first factor, which has their stride, padding and dilation too. The chain is exact
+    at borders: the first factor has no bias, and no padding mode depends on whether dimensions are padded together or in
+    turn.
 
     Letters: g groups, m and n rows and columns in each, p their rank.
     """
 
     @abstractmethod
     def first_axes(self, operation: Operation) -> tuple[int, ...]:
-        """Return the kernel dimensions that the first factor takes; the others go to the last."""
+        """Return the kernel dimensions of the first factor; the last factor has the others."""
 
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
-        """One rank, the same in every group: at most the shorter side of the matrix."""
+        """Return one rank for all groups: the shorter side of the matrix."""
         rows, columns = self._axes(operation)
         shape = grouped_shape(operation)
         return (min(math.prod(shape[axis] for axis in side) for side in (rows, columns)),)
 
     def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
-        """The dimensions of the first factor, then those of the last."""
+        """Return a convolution along the dimensions of the first factor, and one along the others."""
         middle = ranks[0] * operation.groups
         first = self.first_axes(operation)
         last = tuple(axis for axis in range(operation.dims) if axis not in first)
@@ -49,13 +49,13 @@ class TwoFactors(Scheme):
         )
 
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
-        """Return the spectrum of the matrices of all groups, from their shorter side."""
+        """Return the spectrum of the matrices of all groups, decomposed by their shorter side."""
         return (spectrum(self.unfold(operation, weight)),)
 
     def split(
         self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
     ) -> tuple[Tensor, ...]:
-        """Return ``first`` and ``last``, each with the square root of the spectrum."""
+        """Return ``first`` and ``last``, each with the square roots of the singular values."""
         return self.to_factors(operation, *_halves(self.unfold(operation, weight), ranks[0], spectra[0]))
 
     def join(self, operation: Operation, factors: Sequence[Tensor]) -> Tensor:
@@ -64,7 +64,7 @@ class TwoFactors(Scheme):
         return self.fold(operation, left @ right)
 
     def project(self, operation: Operation, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-        """Add what lies in the range of ``left``, known from the gradient of ``right``, and what lies outside of it."""
+        """Add the part in the range of ``left``, from the gradient of ``right``, and the part outside of it."""
         left, right = self.to_matrices(operation, factors)
         by_left, by_right = self.to_matrices(operation, gradients)
         inverse = pseudo_inverse(left)
@@ -86,17 +86,17 @@ class TwoFactors(Scheme):
         return _tail(ranks[0], spectra[0])
 
     def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
-        """Make both matrices orthonormal (QR): what is left between them is as small as the rank, and is split anew."""
+        """Make both matrices orthonormal (QR), and split the small matrix that is left between them."""
         left, right = self.to_matrices(operation, factors)
         (basis_left, rest_left), (basis_right, rest_right) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
         between = rest_left @ rest_right.mT
-        one = replace(spectrum(between), original=(left.shape[1], right.shape[2]))
+        small = replace(spectrum(between), original=(left.shape[1], right.shape[2]))
 
         def split(ranks: Sequence[int]) -> tuple[Tensor, ...]:
-            new_left, new_right = _halves(between, ranks[0], one)
+            new_left, new_right = _halves(between, ranks[0], small)
             return self.to_factors(operation, basis_left @ new_left, new_right @ basis_right.mT)
 
-        return Lowering((one,), split, lambda ranks: _tail(ranks[0], one))
+        return Lowering((small,), split, lambda ranks: _tail(ranks[0], small))
 
     def unfold(self, operation: Operation, weight: Tensor) -> Tensor:
         """Return the matrices (g, m, n) of a dense weight."""
@@ -122,22 +122,24 @@ class TwoFactors(Scheme):
 
     def to_matrices(self, operation: Operation, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the matrices (g, m, p) and (g, p, n) of the factors' weights: the inverse of ``to_factors``."""
-        first, last = (to_groups(step, one) for step, one in zip(self.chain(operation, (1,)), factors, strict=True))
+        first, last = (
+            to_groups(step, factor) for step, factor in zip(self.chain(operation, (1,)), factors, strict=True)
+        )
         groups, rank = first.shape[:2]
         left = last.reshape(*last.shape[:3], -1).mT.reshape(groups, -1, rank)
         return left, first.flatten(2)
 
     def _axes(self, operation: Operation) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the dimensions of (g, o, i, k...) that stand in the rows and in the columns."""
+        """Return the dimensions of (g, o, i, k...) that are in the rows and in the columns."""
         first = self.first_axes(operation)
         last = (axis for axis in range(operation.dims) if axis not in first)
         return (1, *(3 + axis for axis in last)), (2, *(3 + axis for axis in first))
 
 
-def _halves(matrix: Tensor, rank: int, one: Spectrum) -> tuple[Tensor, Tensor]:
-    """Return (g, m, p) and (g, p, n), each with the square root of the spectrum, whose product is nearest to a matrix."""
-    basis = one.leading(rank)
-    if one.rows <= one.cols:
+def _halves(matrix: Tensor, rank: int, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """Return (g, m, p) and (g, p, n), whose product is nearest to a matrix; both have the roots of the singular values."""
+    basis = spectrum.leading(rank)
+    if spectrum.rows <= spectrum.cols:
         left, right = basis, basis.mT @ matrix
         scale = root_scale(right.norm(dim=2))
         return left * scale[:, None], right / scale[..., None]
@@ -146,6 +148,6 @@ def _halves(matrix: Tensor, rank: int, one: Spectrum) -> tuple[Tensor, Tensor]:
     return left / scale[:, None], right * scale[..., None]
 
 
-def _tail(rank: int, one: Spectrum) -> float:
-    total = one.values.norm()
-    return float(one.values[rank:].norm() / total) if total > 0 else 0.0
+def _tail(rank: int, spectrum: Spectrum) -> float:
+    total = spectrum.values.norm()
+    return float(spectrum.values[rank:].norm() / total) if total > 0 else 0.0

@@ -161,7 +161,7 @@ class TrainerAdapter:
             # The switch counts its own steps, and the trainer may have taken others before or after.
             self.switch.total_steps = None if steps_left is None else self.switch.steps + max(1, steps_left)
         self._trained = part.model, optimizers
-        self._capture = _Capture(part.outer)
+        self._capture = _Capture(part.wrapped_target)
 
     def step(
         self,
@@ -182,9 +182,9 @@ class TrainerAdapter:
         Raises:
             ModelError: Several processes train it, and it is not in DistributedDataParallel.
         """
-        if part.replica is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if part.ddp is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ModelError(
-                f"{dist.get_world_size()} processes train this {type(part.inside).__name__}, and it is not in "
+                f"{dist.get_world_size()} processes train this {type(part.target).__name__}, and it is not in "
                 f"DistributedDataParallel, so they could not switch together. Train with DDP, or in a loop of your own with "
                 f"tdfx.Switch."
             )
@@ -200,19 +200,19 @@ class TrainerAdapter:
                 averaged=list(averaged) or None,
             )
         if rewritten is not part:
-            part.put(rewritten)
+            part.replace_with(rewritten)
 
     def end(self, part: InPlaceModule, optimizers: Sequence[Optimizer], *, averaged: Sequence[Any] = ()) -> None:
         """End training: merge, if that was asked for."""
-        layers = [module for module in part.inside.modules() if isinstance(module, Factorized)]
+        layers = [module for module in part.target.modules() if isinstance(module, Factorized)]
         if not self.merge or not layers:
             # The trainer may have loaded its best checkpoint, with other parameters.
-            part.renew()
+            part.rebuild_reducer()
             return
         held = set().union(*map(groups_by_parameter, optimizers))
         # The optimizers do not hold the factors of a checkpoint that was loaded in the meantime.
         trained = all(id(weight) in held for layer in layers for weight in layer.weights)
-        part.put(merge(part, optimizer=optimizers if trained else None, averaged=list(averaged) or None))
+        part.replace_with(merge(part, optimizer=optimizers if trained else None, averaged=list(averaged) or None))
         self.merged = True
 
     def state_dict(self) -> dict[str, Any]:

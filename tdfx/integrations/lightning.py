@@ -73,7 +73,7 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module take the form of the checkpoint that will be loaded."""
-        self.prepare(self._part(pl_module).inside, lambda: _state_in_checkpoint(trainer, self.state_key))
+        self.prepare(self._part(pl_module).target, lambda: _state_in_checkpoint(trainer, self.state_key))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on from a checkpoint, or begin."""
@@ -107,7 +107,7 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks from the module."""
-        self.release(self._part(pl_module).inside)
+        self.release(self._part(pl_module).target)
 
     def _part(self, whole: nn.Module) -> InPlaceModule:
         """Return the module to rewrite, as a part of a ``LightningModule`` or of the wrapper around one."""
@@ -130,7 +130,7 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
 
     def _averages(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
         """Return the averages of the module to rewrite: in the ``LightningModule``, and of a callback's whole average."""
-        inside = self._part(pl_module).inside
+        inside = self._part(pl_module).target
         modules: Iterable[tuple[str, nn.Module]] = pl_module.named_modules()
         path = next(name for name, module in modules if module is inside)
         in_module = [

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch.nn.functional as F
-from torch import Tensor
 
+from tdfx.factors.functions import CONVOLUTIONS
 from tdfx.factors.operation import Operation
 
-_FORWARD_ORDER = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED_ORDER = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_SIGNATURES: dict[Any, tuple[int, tuple[str, ...]]] = {
-    F.linear: (0, ("input", "weight", "bias")),
-    **{function: (dims, _FORWARD_ORDER) for dims, function in _CONVOLUTIONS.items()},
-    **{function: (dims, _TRANSPOSED_ORDER) for dims, function in _TRANSPOSED.items()},
+_ARGUMENTS = {
+    False: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    True: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
 }
-"""Function -> its spatial dimensions and the order of its arguments."""
+"""Whether a convolution is transposed -> the order of its arguments."""
+_SIGNATURES: dict[Any, tuple[int, bool, tuple[str, ...]]] = {
+    F.linear: (0, False, ("input", "weight", "bias")),
+    **{function: (*key, _ARGUMENTS[key[1]]) for key, function in CONVOLUTIONS.items()},
+}
+"""Function -> its spatial dimensions, whether it is transposed, and the order of its arguments."""
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class FunctionCall:
     """One call of a function that computes a convolution or a linear map."""
 
     name: str
@@ -39,9 +39,10 @@ class Call:
     """The other arguments by name."""
 
     def operation(self, weight_shape: Sequence[int]) -> Operation | None:
-        """Return what the call computes with a weight of this shape; None where no scheme can stand for it.
+        """Return what the call computes with a weight of this shape.
 
-        None too where an argument is no constant, and where the shape does not go with the function.
+        None where no scheme can stand for the call, where an argument is not a constant, and where the shape does not
+        belong to the function.
         """
         if len(weight_shape) != self.dims + 2:
             return None
@@ -54,10 +55,10 @@ class Call:
             self.rest.get("dilation", 1),
             self.rest.get("output_padding", 0),
         )
-        spread = [_each_dimension(one, self.dims) for one in settings]
-        if not isinstance(groups, int) or None in spread:
+        each = [_each_dimension(setting, self.dims) for setting in settings]
+        if not isinstance(groups, int) or None in each:
             return None
-        stride, pad, dilation, output_padding = cast("list[tuple[int, ...]]", spread)
+        stride, pad, dilation, output_padding = cast("list[tuple[int, ...]]", each)
         return Operation(
             in_channels=channels if self.transposed else per_group * groups,
             out_channels=per_group * groups if self.transposed else channels,
@@ -71,40 +72,26 @@ class Call:
         )
 
 
-def parse_call(function: object, args: Sequence[Any], named: Mapping[str, Any]) -> Call | None:
-    """Return the parts of a call, or None if the function is not one that computes a convolution or a linear map.
+def parse_call(function: object, args: Sequence[Any], named: Mapping[str, Any]) -> FunctionCall | None:
+    """Return the parts of a call, or None if the function does not compute a convolution or a linear map.
 
     >>> parse_call(F.conv2d, ("x", "w", None, 2), {"padding": 1}).rest
     {'input': 'x', 'bias': None, 'stride': 2, 'padding': 1}
     """
-    known = _SIGNATURES.get(function) if _is_hashable(function) else None
-    if known is None:
+    signature = _SIGNATURES.get(function) if _is_hashable(function) else None
+    if signature is None:
         return None
-    dims, order = known
-    given = {**dict(zip(order, args, strict=False)), **named}
-    weight = given.pop("weight", None)
-    name = f"F.{function.__name__}"  # type: ignore[attr-defined]
-    return Call(name, dims, order is _TRANSPOSED_ORDER, weight, given)
-
-
-def apply(operation: Operation, weight: Tensor, input: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute an operation whose padding holds zeros."""
-    if operation.dims == 0:
-        return F.linear(input, weight, bias)
-    if operation.transposed:
-        extra = operation.output_padding or 0
-        settings = (operation.stride, operation.padding, extra, operation.groups, operation.dilation)
-        return _TRANSPOSED[operation.dims](input, weight, bias, *settings)
-    return _CONVOLUTIONS[operation.dims](
-        input, weight, bias, operation.stride, operation.padding, operation.dilation, operation.groups
-    )
+    dims, transposed, order = signature
+    rest = {**dict(zip(order, args, strict=False)), **named}
+    weight = rest.pop("weight", None)
+    return FunctionCall(f"F.{function.__name__}", dims, transposed, weight, rest)  # type: ignore[attr-defined]
 
 
 def _each_dimension(value: Any, dims: int) -> tuple[int, ...] | None:
-    """Spread a number over the dimensions; None for what is no number, as a node of a graph."""
+    """Return a number for each dimension; None for a value that is not made of numbers, such as a node of a graph."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * dims
     values = values * dims if len(values) == 1 else values
-    return values if len(values) == dims and all(isinstance(one, int) for one in values) else None
+    return values if len(values) == dims and all(isinstance(number, int) for number in values) else None
 
 
 def _is_hashable(function: object) -> bool:

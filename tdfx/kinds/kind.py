@@ -1,4 +1,4 @@
-"""What tdfx must know of a class of layers to factorize them."""
+"""What tdfx must know about a class of layers to factorize them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from tdfx.factors.operation import Operation
 
 
 class LayerKind(ABC):
-    """A class of layers that compute a convolution or a linear map of their one input.
+    """A class of layers that compute a convolution or a linear map of one input.
 
-    Calling such a layer must do no more than apply ``operation(layer)`` with its weight to the input and add its bias: to
-    the last dimension for a linear map, to dimension -1 - dims for a convolution. A new kind is one small class:
+    A call of such a layer must do no more than apply ``operation(layer)`` with its weight to the input and add its bias. The
+    channels are the last dimension for a linear map, and dimension -1 - dims for a convolution. A new kind is one small
+    class:
 
     Example:
         >>> import tdfx, torch
@@ -45,17 +46,17 @@ class LayerKind(ABC):
     """
 
     layer: ClassVar[type[nn.Module] | str]
-    """The class, or its dotted name (``"package.module.Class"``) for a class that need not be imported here."""
+    """The class, or its dotted name (``"package.module.Class"``) for a class that should not be imported here."""
     weight: ClassVar[str] = "weight"
     """The name of the parameter that holds the weight."""
     bias: ClassVar[str | None] = "bias"
-    """The name of the parameter that holds the bias, shape (out,), which may be None in a layer; None if there is none."""
+    """The name of the parameter that holds the bias, shape (out,); a layer may have None in it. None for layers without."""
     methods: ClassVar[tuple[str, ...]] = ("forward",)
-    """The methods that compute the output; a subclass that has its own is not of this kind."""
+    """The methods that compute the output; a subclass that overrides one of them is not of this kind."""
 
     @abstractmethod
     def operation(self, layer: nn.Module) -> Operation | None:
-        """Return what a layer computes, or None for a case that no scheme can stand for."""
+        """Return what a layer computes, or None if no scheme can stand for it."""
 
     def to_dense(self, weight: Tensor) -> Tensor:
         """Return a view of the parameter (or of its moments) in the shape ``operation(layer).weight_shape``."""
@@ -67,7 +68,7 @@ class LayerKind(ABC):
 
     @property
     def name(self) -> str:
-        """The word by which plans name the kind: the class's own name."""
+        """The name of the kind in plans: the class's own name."""
         return self.layer.rpartition(".")[2] if isinstance(self.layer, str) else self.layer.__name__
 
     @property
@@ -76,11 +77,11 @@ class LayerKind(ABC):
         return self.layer if isinstance(self.layer, str) else _dotted(self.layer)
 
     def base(self, layer: type) -> type | None:
-        """Return the class of this kind that a class is or derives from, None if it does not."""
-        return next((one for one in layer.__mro__ if one is self.layer or _dotted(one) == self.layer), None)
+        """Return the class of this kind that a class is or derives from; None if there is none."""
+        return next((kind for kind in layer.__mro__ if kind is self.layer or _dotted(kind) == self.layer), None)
 
     def is_intact(self, layer: nn.Module) -> bool:
-        """Return True if calling the layer does what its kind does, so that another module can stand in for it."""
+        """Return True if a call of the layer does what its kind does, so that another module can replace it."""
         base = self.base(type(layer))
         if any(name in layer.__dict__ for name in self.methods) or type(layer).__call__ is not nn.Module.__call__:
             return False

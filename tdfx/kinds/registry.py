@@ -1,4 +1,4 @@
-"""The layer kinds that are known, and what they say of a layer."""
+"""The registered layer kinds, and what they say about a layer."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ KindT = TypeVar("KindT", bound=type[LayerKind])
 
 
 def register_kind(kind: KindT) -> KindT:
-    """Make a layer kind known to tdfx; a decorator for a subclass of ``LayerKind``.
+    """Register a layer kind; a decorator for a subclass of ``LayerKind``.
 
-    Registering a kind for the same layer class again replaces the former one.
+    A kind that is registered later for the same layer class replaces the former one.
 
     Raises:
-        KindError: It is no subclass of LayerKind, names no layer class, or names one that tdfx knows by itself.
+        KindError: It is not a subclass of LayerKind, names no layer class, or names a class that has a built-in kind.
     """
     if not (isinstance(kind, type) and issubclass(kind, LayerKind)):
         raise KindError(f"{kind!r} is not a subclass of tdfx.LayerKind. Write a class that derives from it.")
@@ -38,55 +38,55 @@ def register_kind(kind: KindT) -> KindT:
         )
     if inspect.isabstract(kind):
         raise KindError(f"{kind.__name__} does not say what a layer computes: it has no operation(). Define it.")
-    if any(layer in {one.layer, one.dotted_name} for one in _BUILT_IN):
+    if any(layer in {built_in.layer, built_in.dotted_name} for built_in in _BUILT_IN):
         raise KindError(
-            f"{kind.__name__} is for {layer!r}, which tdfx knows by itself. To treat some of these layers otherwise, derive "
+            f"{kind.__name__} is for {layer!r}, which has a built-in kind. To treat some of these layers otherwise, derive "
             f"a class from it that has its own forward, and register a kind for that class."
         )
-    made = kind()
-    _kinds[made.layer] = made
+    instance = kind()
+    _kinds[instance.layer] = instance
     _kind_of_class.cache_clear()
     return kind
 
 
 def find_kind(layer: nn.Module) -> LayerKind | None:
-    """Return the kind of a layer, or None for a module of no known kind."""
-    kind: type = type(layer)
-    return _kind_of_class(kind)
+    """Return the kind of a layer, or None for a module of no registered kind."""
+    layer_class: type = type(layer)
+    return _kind_of_class(layer_class)
 
 
 @lru_cache(maxsize=4096)
 def _kind_of_class(layer: type) -> LayerKind | None:
     """Return the kind of the nearest base class that has one."""
-    known = [kind for kind in _kinds.values() if kind.base(layer) is not None]
-    return min(known, key=lambda kind: layer.__mro__.index(kind.base(layer)), default=None)
+    kinds = [kind for kind in _kinds.values() if kind.base(layer) is not None]
+    return min(kinds, key=lambda kind: layer.__mro__.index(kind.base(layer)), default=None)
 
 
 def kind_of(layer: nn.Module) -> LayerKind:
     """Return the kind of a layer.
 
     Raises:
-        KindError: It is of no known kind.
+        KindError: No kind is registered for it.
     """
     kind = find_kind(layer)
     if kind is None:
         raise KindError(
-            f"No layer kind is registered for {type(layer).__name__}, though one was when the model was rewritten. Import "
+            f"No layer kind is registered for {type(layer).__name__}, but one was when the model was rewritten. Import "
             f"the code that calls tdfx.register_kind for it."
         )
     return kind
 
 
 def is_candidate(module: nn.Module) -> bool:
-    """Return True for every convolution and linear layer, whether or not it can be rewritten."""
+    """Return True for every layer of a registered kind, whether or not it can be rewritten."""
     return find_kind(module) is not None
 
 
 def operation_of(layer: nn.Module) -> Operation | None:
-    """Return what a layer computes, or None for a case that no scheme can stand for.
+    """Return what a layer computes, or None if no scheme can stand for it.
 
     Raises:
-        KindError: What its kind says does not go with the shape of its weight.
+        KindError: The operation of its kind does not fit the shape of its weight.
     """
     kind = kind_of(layer)
     operation = kind.operation(layer)
@@ -102,5 +102,5 @@ def _check_shapes(kind: LayerKind, operation: Operation, weight: Tensor) -> None
         raise KindError(
             f"{type(kind).__name__} says that a {kind.name} computes {operation}, whose weight has the shape "
             f"{operation.weight_shape}; its to_dense gives {tuple(dense.shape)} for a parameter of shape "
-            f"{tuple(weight.shape)}, and from_dense gives {tuple(kind.from_dense(dense).shape)} back. Mend the kind."
+            f"{tuple(weight.shape)}, and from_dense gives {tuple(kind.from_dense(dense).shape)} back. Correct the kind."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -10,83 +10,75 @@ from torch import nn
 from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
 
-_CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
-_TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+class _Stock(LayerKind):
+    """A kind of torch.nn."""
+
+    layer: ClassVar[type[nn.Module]]
+    dims: ClassVar[int]
+    """Spatial dimensions; 0 for a linear map."""
+    transposed: ClassVar[bool] = False
+    """True for a transposed convolution."""
 
 
-class _Linear(LayerKind):
-    layer = nn.Linear
+class _Linear(_Stock):
+    layer, dims = nn.Linear, 0
 
     def operation(self, layer: nn.Module) -> Operation:
         assert isinstance(layer, nn.Linear)
         return Operation(in_channels=layer.in_features, out_channels=layer.out_features)
 
 
-class _Convolution(LayerKind):
+class _Convolution(_Stock):
     methods = ("forward", "_conv_forward")
 
     def operation(self, layer: nn.Module) -> Operation:
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        padding = layer.padding if isinstance(layer.padding, str) else tuple(layer.padding)
+        convolution = cast("nn.Conv2d", layer)  # all of them, transposed or not, hold the same settings
+        padding = convolution.padding
         return Operation(
-            in_channels=layer.in_channels,
-            out_channels=layer.out_channels,
-            kernel=tuple(layer.kernel_size),
-            stride=tuple(layer.stride),
-            padding=padding,
-            dilation=tuple(layer.dilation),
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
+            in_channels=convolution.in_channels,
+            out_channels=convolution.out_channels,
+            kernel=tuple(convolution.kernel_size),
+            stride=tuple(convolution.stride),
+            padding=padding if isinstance(padding, str) else tuple(padding),
+            dilation=tuple(convolution.dilation),
+            groups=convolution.groups,
+            padding_mode=convolution.padding_mode,
+            transposed=self.transposed,
+            output_padding=tuple(convolution.output_padding) if self.transposed else (),
         )
 
 
 class _Conv1d(_Convolution):
-    layer = nn.Conv1d
+    layer, dims = nn.Conv1d, 1
 
 
 class _Conv2d(_Convolution):
-    layer = nn.Conv2d
+    layer, dims = nn.Conv2d, 2
 
 
 class _Conv3d(_Convolution):
-    layer = nn.Conv3d
+    layer, dims = nn.Conv3d, 3
 
 
-class _Transposed(LayerKind):
+class _Transposed(_Convolution):
     methods = ("forward", "_output_padding")
-
-    def operation(self, layer: nn.Module) -> Operation:
-        assert isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-        return Operation(
-            in_channels=layer.in_channels,
-            out_channels=layer.out_channels,
-            kernel=tuple(layer.kernel_size),
-            stride=tuple(layer.stride),
-            padding=tuple(cast("tuple[int, ...]", layer.padding)),
-            dilation=tuple(layer.dilation),
-            groups=layer.groups,
-            transposed=True,
-            output_padding=tuple(layer.output_padding),
-        )
+    transposed = True
 
 
 class _ConvTranspose1d(_Transposed):
-    layer = nn.ConvTranspose1d
+    layer, dims = nn.ConvTranspose1d, 1
 
 
 class _ConvTranspose2d(_Transposed):
-    layer = nn.ConvTranspose2d
+    layer, dims = nn.ConvTranspose2d, 2
 
 
 class _ConvTranspose3d(_Transposed):
-    layer = nn.ConvTranspose3d
+    layer, dims = nn.ConvTranspose3d, 3
 
 
-STOCK: tuple[LayerKind, ...] = (
+STOCK: tuple[_Stock, ...] = (
     _Linear(),
     _Conv1d(),
     _Conv2d(),
@@ -96,6 +88,7 @@ STOCK: tuple[LayerKind, ...] = (
     _ConvTranspose3d(),
 )
 """The kinds of torch.nn."""
+_LAYERS: dict[tuple[int, bool], Any] = {(kind.dims, kind.transposed): kind.layer for kind in STOCK}
 
 
 def build_layer(operation: Operation, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
@@ -106,38 +99,17 @@ def build_layer(operation: Operation, weight: nn.Parameter, bias: nn.Parameter |
         weight: Shape ``operation.weight_shape``.
         bias: Shape (out,), or None.
     """
+    settings: dict[str, Any] = {}
+    if operation.dims:
+        names = ("stride", "padding", "dilation", "groups", "padding_mode")
+        settings = {"kernel_size": operation.kernel, **{name: getattr(operation, name) for name in names}}
+    if operation.transposed:
+        settings["output_padding"] = operation.output_padding or 0
+    channels = operation.in_channels, operation.out_channels
     # On the meta device the constructor neither allocates nor draws random numbers.
-    meta = torch.device("meta")
-    layer: nn.Module
-    if operation.dims == 0:
-        layer = nn.Linear(operation.in_channels, operation.out_channels, bias=bias is not None, device=meta)
-    elif operation.transposed:
-        layer = _TRANSPOSED[operation.dims](
-            operation.in_channels,
-            operation.out_channels,
-            operation.kernel,
-            stride=operation.stride,
-            padding=operation.padding,
-            output_padding=operation.output_padding or 0,
-            groups=operation.groups,
-            bias=bias is not None,
-            dilation=operation.dilation,
-            device=meta,
-        )
-    else:
-        convolution = cast("type[nn.Conv2d]", _CONVOLUTIONS[operation.dims])
-        layer = convolution(
-            operation.in_channels,
-            operation.out_channels,
-            cast("tuple[int, int]", operation.kernel),
-            stride=cast("tuple[int, int]", operation.stride),
-            padding=cast("tuple[int, int]", operation.padding),
-            dilation=cast("tuple[int, int]", operation.dilation),
-            groups=operation.groups,
-            bias=bias is not None,
-            padding_mode=cast("Literal['zeros']", operation.padding_mode),
-            device=meta,
-        )
+    layer: nn.Module = _LAYERS[operation.dims, operation.transposed](
+        *channels, bias=bias is not None, device=torch.device("meta"), **settings
+    )
     layer.register_parameter("weight", weight)
     layer.register_parameter("bias", bias)
     return layer

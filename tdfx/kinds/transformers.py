@@ -1,4 +1,4 @@
-"""The layer of Hugging Face's transformers that stores its weight the other way round."""
+"""The layer of Hugging Face's transformers that stores its weight transposed."""
 
 from __future__ import annotations
 
@@ -27,4 +27,4 @@ class _Conv1D(LayerKind):
 
 
 TRANSFORMERS: tuple[LayerKind, ...] = (_Conv1D(),)
-"""The kinds of transformers; nothing of it is imported."""
+"""The kinds of transformers, which is not imported for them."""

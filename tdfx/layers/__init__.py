@@ -1,1 +1,1 @@
-"""The modules that hold factors, and the tools that copy modules and place tensors."""
+"""The modules that hold factors, structural copies of modules, and sharded tensors."""

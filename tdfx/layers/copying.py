@@ -1,4 +1,14 @@
-"""Copying the structure of a model while sharing its tensors."""
+"""Structural copies: every module is a new object, every parameter and buffer is the same object as before.
+
+A rewrite must leave the user's model as it was, and must not copy its weights, for which the device may have no room.
+Neither of Python's copies does that: ``copy.deepcopy`` copies the weights, and ``copy.copy`` copies one module whose
+children are still the user's own. So each module gets a *twin*, a new object of the same class, and every attribute of the
+twin is *translated*: wherever it refers to a module of the original, it must refer to that module's twin. A list of layers,
+a bound method or a hook that was merely shared would go on calling the original's layers, and the copy would compute with
+them.
+
+README.md in this folder lists what makes this hard.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +17,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,11 +38,19 @@ HOOKS = (
 )
 """The attributes in which a module keeps the hooks of its calls."""
 
+STATE_DICT_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""The attributes in which a module keeps the hooks of saving and loading."""
+
 MODULE_STATE = frozenset(nn.Module().__dict__)
 """The attributes in which every module keeps its own state: parameters, buffers, children, hooks, mode."""
 
 COMPILED = "_compiled_call_impl"
-"""What ``module.compile()`` leaves: code for the module that it was called on, and for no copy of it."""
+"""The attribute that ``module.compile()`` sets: code that works for the module it was called on, and for no copy."""
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -40,63 +58,61 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
     """Copy every module of a model and no tensor: parameters and buffers are the same objects in both.
 
-    Class, attributes, hooks, names and their order, and the train or eval state of each submodule are kept. Containers
-    held as attributes are copied, and what they say of a submodule (a list of layers, a bound method) says it of the
-    copy; so does a function that closes over one. Code from ``compile()`` is left behind. TorchScript modules cannot be
-    taken apart and are shared.
+    The copy has the same classes, attributes, hooks and names in the same order, and each module is in the same train or
+    eval mode. Containers that are attributes are copied; references to a module in them, in bound methods and in closures
+    become references to its twin. Code from ``compile()`` is left out. TorchScript modules cannot be taken apart and are
+    shared.
 
     Args:
         model: Any module; it is left as it was.
-        replace: Submodule -> the module to stand in its place, at every path where it occurs.
+        replace: Submodule -> the module that takes its place, at every path where it occurs.
 
     Returns:
-        The copy, or what ``replace`` says of the root.
+        The copy; if ``replace`` names the root, the module that takes its place.
     """
     twins: dict[int, nn.Module] = {}
-    fresh: list[tuple[nn.Module, nn.Module]] = []
-    for old in _modules_outside(model, replace or {}):
-        if replace is not None and old in replace:
-            twins[id(old)] = replace[old]
-        elif isinstance(old, torch.jit.ScriptModule):
-            twins[id(old)] = old
+    empty_twins: list[tuple[nn.Module, nn.Module]] = []
+    for module in _modules_to_copy(model, replace or {}):
+        if replace is not None and module in replace:
+            twins[id(module)] = replace[module]
+        elif isinstance(module, torch.jit.ScriptModule):
+            twins[id(module)] = module
         else:
-            twins[id(old)] = object.__new__(type(old))
-            fresh.append((old, twins[id(old)]))
-    translator = _Translator(twins)
-    for old, new in fresh:
-        new.__dict__.update({key: translator(value) for key, value in old.__dict__.items() if key != COMPILED})
+            # Not by its class's constructor, which needs arguments and may draw random numbers or open files.
+            twins[id(module)] = object.__new__(type(module))
+            empty_twins.append((module, twins[id(module)]))
+    # All twins exist before the first is filled, because modules may refer to one another in circles.
+    translate = _Translator(twins)
+    for module, twin in empty_twins:
+        twin.__dict__.update({key: translate(value) for key, value in module.__dict__.items() if key != COMPILED})
     return twins[id(model)]
 
 
-def rebind(model: nn.Module, *former: nn.Module) -> None:
-    """Make what the modules of a model hold of ``body`` (bound methods, hooks, closures) hold the model itself."""
-    now = dict(model.named_modules(remove_duplicate=False))
+def rebind(model: nn.Module, former: nn.Module) -> None:
+    """Replace, in a model's attributes, references to modules of a former model by its own modules of the same path.
+
+    A model that takes the place of a former one was given its attributes: bound methods, hooks and closures that refer to
+    the former model's root or submodules. Afterwards they refer to the model itself. Parameters, buffers and children are
+    not touched.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
     twins = {
-        id(old): now[path]
-        for one in former
-        for path, old in one.named_modules(remove_duplicate=False)
-        if path in now and now[path] is not old
+        id(old): modules[path]
+        for path, old in former.named_modules(remove_duplicate=False)
+        if path in modules and modules[path] is not old
     }
-    translator = _Translator(twins)
-    held = [(one, dict(one.__dict__)) for one in model.modules()]  # alive until the handles of hooks are moved too
-    for one, attributes in held:
-        for key, value in attributes.items():
-            if key not in {"_parameters", "_buffers", "_modules"}:
-                one.__dict__[key] = translator(value)
+    _translate_attributes(model, twins, skip={"_parameters", "_buffers", "_modules"})
 
 
-def put_in_place(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
-    """Let the modules of a model hold others in the place of some of theirs, wherever they speak of them."""
-    translator = _Translator({id(old): new for old, new in others.items()})
-    held = [(one, dict(one.__dict__)) for one in model.modules()]
-    for one, attributes in held:
-        one.__dict__.update({key: translator(value) for key, value in attributes.items()})
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace modules inside a model, in place, also in the attributes that refer to them."""
+    _translate_attributes(model, {id(old): new for old, new in replacements.items()})
 
 
 def shell_of(module: ModuleT) -> ModuleT:
-    """Return a copy of one module with placeholders of no memory for its parameters, to build the real one from later.
+    """Return a structural copy of one module whose parameters are placeholders on the meta device, which need no memory.
 
-    The placeholders keep shape, dtype and ``requires_grad``, on the meta device.
+    The placeholders keep shape, dtype and ``requires_grad``; the layer can be built again from the copy.
     """
     shell = cast("ModuleT", structural_copy(module))
     for name, parameter in shell._parameters.items():
@@ -105,8 +121,14 @@ def shell_of(module: ModuleT) -> ModuleT:
     return shell
 
 
-def _modules_outside(model: nn.Module, replace: Mapping[nn.Module, nn.Module]) -> Iterator[nn.Module]:
-    """Yield each module once, without looking into those that will be replaced."""
+def copy_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Give one module the call hooks of another, in place of its own."""
+    for name in HOOKS:
+        target.__dict__[name] = copy.copy(source.__dict__[name])
+
+
+def _modules_to_copy(model: nn.Module, replace: Mapping[nn.Module, nn.Module]) -> Iterator[nn.Module]:
+    """Yield each module once; the children of modules that will be replaced are left out."""
     seen: set[int] = set()
     waiting = [model]
     while waiting:
@@ -119,16 +141,27 @@ def _modules_outside(model: nn.Module, replace: Mapping[nn.Module, nn.Module]) -
             waiting.extend(child for child in module._modules.values() if child is not None)
 
 
-class _Translator:
-    """Copies the value of an attribute so that every module of the original model in it becomes its twin.
+def _translate_attributes(model: nn.Module, twins: Mapping[int, nn.Module], skip: Collection[str] = ()) -> None:
+    """Translate the attributes of a model's modules in place, apart from those of given names."""
+    translate = _Translator(twins)
+    # This keeps the old values alive: the translator remembers them by id, and the handles of hooks refer to them weakly.
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    for module, values in attributes:
+        module.__dict__.update({key: translate(value) for key, value in values.items() if key not in skip})
 
-    Containers are copied, each once, so that two attributes that hold one list hold one list again. Objects of a user's
-    own classes, other than containers, are shared.
+
+class _Translator:
+    """Translates the value of an attribute: modules of the original become their twins, also deep inside the value.
+
+    Containers are copied, each once, so that two attributes which hold the same list still hold the same list. Objects of a
+    user's own classes are shared, unless they are containers.
     """
 
     def __init__(self, twins: Mapping[int, nn.Module]) -> None:
         self.twins = twins
-        self.done: dict[int, Any] = {}
+        """Module of the original, by id -> its twin."""
+        self.copies: dict[int, Any] = {}
+        """Container of the original, by id -> its copy."""
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
@@ -141,70 +174,72 @@ class _Translator:
             return self._handle(value)
         if not isinstance(value, (dict, list, tuple, set, frozenset, deque, functools.partial)):
             return value
-        if id(value) not in self.done:
-            self.done[id(value)] = self._container(value)
-        return self.done[id(value)]
+        if id(value) not in self.copies:
+            self.copies[id(value)] = self._container(value)
+        return self.copies[id(value)]
 
-    def _function(self, value: types.FunctionType) -> types.FunctionType:
-        """Bind a function that closes over a module, as a lambda made in a constructor does, to the twin."""
-        cells = value.__closure__ or ()
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        """Return a function that closes over the twin, where it closed over a module, as a lambda over ``self`` does."""
         try:
-            contents = [cell.cell_contents for cell in cells]
-        except ValueError:  # a name that was never given a value
-            return value
-        if not any(isinstance(one, nn.Module) and id(one) in self.twins for one in contents):
-            return value
-        closure = tuple(types.CellType(self(one)) for one in contents)
-        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
-        made.__kwdefaults__ = value.__kwdefaults__
-        made.__dict__.update(value.__dict__)
-        return made
-
-    def _handle(self, value: RemovableHandle) -> RemovableHandle:
-        """Let a handle that a module holds take the hook off the twin, and not off the original."""
-        made = copy.copy(value)
-        made.hooks_dict_ref, *extra = (
-            weakref.ref(self(hooks)) if (hooks := reference()) is not None else reference
-            for reference in (value.hooks_dict_ref, *value.extra_dict_ref)
+            contents = [cell.cell_contents for cell in function.__closure__ or ()]
+        except ValueError:  # an empty cell: the name was never assigned
+            return function
+        if not any(isinstance(content, nn.Module) and id(content) in self.twins for content in contents):
+            return function
+        closure = tuple(types.CellType(self(content)) for content in contents)
+        bound = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
         )
-        made.extra_dict_ref = tuple(extra)
-        return made
+        bound.__kwdefaults__ = function.__kwdefaults__
+        bound.__dict__.update(function.__dict__)
+        return bound
+
+    def _handle(self, handle: RemovableHandle) -> RemovableHandle:
+        """Return a handle whose ``remove()`` takes the hook off the twin, and not off the original."""
+        twin = copy.copy(handle)
+        twin.hooks_dict_ref, *extra = (
+            weakref.ref(self(hooks)) if (hooks := reference()) is not None else reference
+            for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref)
+        )
+        twin.extra_dict_ref = tuple(extra)
+        return twin
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, functools.partial):
-            named = {key: self(one) for key, one in value.keywords.items()}
+            named = {key: self(argument) for key, argument in value.keywords.items()}
             return type(value)(self(value.func), *map(self, value.args), **named)
         if isinstance(value, (tuple, frozenset)):
-            items = [self(one) for one in value]
+            items = [self(item) for item in value]
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return self._mutable(value)
 
     def _mutable(self, value: Any) -> Any:
-        """Copy first and fill afterwards, so that a container may hold itself; subclasses keep what else they hold."""
-        copied = self.done[id(value)] = _shallow_copy(value)
+        """Copy a mutable container and translate its items; a subclass keeps its own attributes."""
+        # Recorded before it is filled, because a container may hold itself.
+        copied = self.copies[id(value)] = _shallow_copy(value)
         if isinstance(value, dict):
-            # By the base class's methods, because a subclass may refuse to be changed.
+            # By the methods of dict, because a subclass may refuse changes in its own.
             base = OrderedDict if isinstance(value, OrderedDict) else dict
-            items = [(self(key), self(one)) for key, one in base.items(value)]
+            items = [(self(key), self(item)) for key, item in base.items(value)]
             base.clear(copied)
-            for key, one in items:
-                base.__setitem__(copied, key, one)
+            for key, item in items:
+                base.__setitem__(copied, key, item)
         elif isinstance(value, list):
-            list.__setitem__(copied, slice(None), [self(one) for one in value])
+            list.__setitem__(copied, slice(None), [self(item) for item in value])
         else:
-            contents = [self(one) for one in value]
+            contents = [self(item) for item in value]
             copied.clear()
             (copied.update if isinstance(value, set) else copied.extend)(contents)
         return copied
 
 
 def _shallow_copy(value: Any) -> Any:
-    """Copy a container with its class; a subclass of dict comes back empty, since it may refuse to be filled."""
+    """Copy a container; a dict comes back empty, since ``copy.copy`` would call methods by which a subclass may refuse."""
     if not isinstance(value, dict) or hasattr(type(value), "__copy__"):
         return copy.copy(value)
-    made = type(value).__new__(type(value))
+    copied = type(value).__new__(type(value))
     if hasattr(value, "__dict__"):
-        made.__dict__.update(value.__dict__)
-    return made
+        copied.__dict__.update(value.__dict__)
+    return copied

@@ -1,4 +1,4 @@
-"""The module that stands for one rewritten site."""
+"""The module that replaces one layer by a chain of smaller layers."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from tdfx.factors.scheme import Scheme
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import kind_of, operation_of
 from tdfx.kinds.stock import build_layer
-from tdfx.layers.copying import HOOKS, shell_of, structural_copy
+from tdfx.layers.copying import copy_hooks, shell_of, structural_copy
 from tdfx.layers.frozen import FROZEN_FACTORS, frozen_indices
-from tdfx.layers.placement import full, is_sharded, shard_like
-from tdfx.ranks.spectrum import working_dtype
+from tdfx.layers.placement import full_precise, is_sharded, shard_like
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a factorized layer was, so that it can be built again."""
+    """The record from which ``merge`` builds the original layer again."""
 
     layer: nn.Module
     """The original layer; its parameters are placeholders on the meta device."""
     scheme: str
     """The name of the scheme that split it."""
     ranks: tuple[int, ...]
-    """The ranks it was split at, in the scheme's order."""
+    """The ranks of the split, in the scheme's order."""
 
 
 class Factorized(nn.Module):
-    """A chain of small layers in place of one convolution or linear layer.
+    """A chain of small layers that replaces one convolution or linear layer.
 
-    The factors are stock layers under ``factors``; only the last has a bias, and it is the original's very parameter. What
-    the original said of itself (``in_channels``, ``stride`` and the like) can be read here as well, and ``weight`` is the
-    dense weight for which the factors stand, differentiable but computed at each reading.
+    The factors are stock layers. Only the last has a bias, which is the original layer's own parameter. The attributes of
+    the original (``in_channels``, ``stride`` and so on) can be read here too. ``weight`` is the dense weight that the
+    factors represent; it is differentiable, and computed each time it is read.
     """
 
     factors: nn.Sequential
+    """The layers of the chain, in the order of the data."""
     origin: Origin
+    """The layer that was replaced, and how its weight was split."""
 
     def __init__(self, factors: nn.Sequential, origin: Origin) -> None:
         super().__init__()
@@ -55,34 +56,34 @@ class Factorized(nn.Module):
         """Build the chain for a layer, which is left as it was.
 
         Args:
-            layer: A layer with a stock forward; its bias, hooks, mode, dtype and memory format are taken over.
-            scheme: How ``weights`` were split from the layer's weight.
-            ranks: In the scheme's order.
-            weights: The factors' weights in the order of the data, in any floating dtype.
+            layer: A layer with a stock forward. The chain has its bias, hooks, mode, dtype, device and memory format.
+            scheme: The scheme that split the layer's weight into ``weights``.
+            ranks: The ranks of the split, in the scheme's order.
+            weights: The weights of the factors in the order of the data, in any floating-point dtype.
         """
         operation = operation_of(layer)
-        assert operation is not None, f"no scheme stands for {layer}"
+        assert operation is not None, f"no scheme applies to {layer}"
         kind = kind_of(layer)
         bias = layer._parameters.get(kind.bias) if kind.bias else None
         weight = weight_of(layer)
         factors = _build_chain(scheme.chain(operation, ranks), weights, bias, weight, weight.requires_grad)
-        made = cls(factors, Origin(shell_of(layer), scheme.name, tuple(ranks)))
-        _copy_hooks(layer, made)
-        return made.train(layer.training)
+        factorized = cls(factors, Origin(shell_of(layer), scheme.name, tuple(ranks)))
+        copy_hooks(layer, factorized)
+        return factorized.train(layer.training)
 
     def forward(
         self, input: Tensor | None = None, output_size: Sequence[int] | None = None, **named: Tensor
-    ) -> Tensor:  # the names of stock layers
+    ) -> Tensor:  # the argument names of stock layers
         """Run the chain.
 
         Args:
-            input: What the original layer takes.
-            output_size: The spatial size to give back, for a transposed convolution alone, as torch's own take it: strides
-                leave several sizes open. Leading dimensions may stand before it.
-            named: The input, under the name that a user's own kind of layer has for it.
+            input: The input of the original layer.
+            output_size: The size of the output, for a transposed convolution only, as in torch: with strides, several sizes
+                are possible. Only the last, spatial dimensions are read.
+            named: The input by the name that a user's own kind of layer gives it, in place of ``input``.
 
         Raises:
-            TypeError: The layer was no transposed convolution.
+            TypeError: ``output_size`` is given and the layer was no transposed convolution.
         """
         (x,) = named.values() if input is None else (input,)
         if output_size is None:
@@ -92,7 +93,7 @@ class Factorized(nn.Module):
             raise TypeError(f"{self.kind.name} takes no output_size: only transposed convolutions do.")
         for factor in self.factors:
             if isinstance(factor, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-                x = factor(x, _size_of_factor(factor, tuple(x.shape[-dims:]), tuple(output_size)[-dims:]))
+                x = factor(x, _factor_output_size(factor, tuple(x.shape[-dims:]), tuple(output_size)[-dims:]))
             else:
                 x = factor(x)
         return x
@@ -104,92 +105,91 @@ class Factorized(nn.Module):
 
     @property
     def operation(self) -> Operation:
-        """What the original layer computes."""
+        """The operation that the original layer computes."""
         operation = operation_of(self.origin.layer)
         assert operation is not None
         return operation
 
     @property
     def weights(self) -> tuple[nn.Parameter, ...]:
-        """The factors' weights, in the order of the data."""
+        """The weights of the factors, in the order of the data."""
         return tuple(cast("nn.Parameter", factor.weight) for factor in self.factors)
 
     @property
     def kind(self) -> LayerKind:
-        """What the original layer was."""
+        """The kind of the original layer."""
         return kind_of(self.origin.layer)
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, shape as the original's: a value joined anew at each reading, so writing to it is lost."""
+        """The dense weight, of the original's shape; it is joined at each reading, so changes to it are lost."""
         return self.kind.from_dense(self.join(*self.weights))
 
     def join(self, *factors: Tensor) -> Tensor:
-        """Return the dense weight, as its operation has it, for which given factors would stand."""
+        """Return the dense weight that given factors represent, in the layout of ``operation``; differentiable."""
         return self.scheme.join(self.operation, factors)
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The original's bias, shape (out,), or None."""
+        """The bias of the original, shape (out,), or None."""
         return cast("nn.Parameter | None", self.factors[-1].bias)
 
     @torch.no_grad()
     def joined(self, *factors: Tensor) -> Tensor:
-        """Return the dense weight in the original's shape, dtype and layout, detached, with all its values.
+        """Return the dense weight in the original's shape, dtype and memory format, detached and not sharded.
 
-        The product is computed in float64, so that rounding to the layer's dtype happens once.
+        The product is computed in float64, so that it is rounded to the layer's dtype only once.
 
         Args:
-            factors: The values of ``weights``, where they were read already.
+            factors: The values of ``weights``; left out, they are read, by all processes together if they are sharded.
         """
-        given = factors or tuple(full(weight) for weight in self.weights)
-        joined = self.join(*(weight.to(working_dtype(weight)) for weight in given))
-        return like_parameter(self.kind.from_dense(joined), self.kernel_factor)
+        dense = self.join(*map(full_precise, factors or self.weights))
+        return like_parameter(self.kind.from_dense(dense), self.kernel_factor)
 
     @torch.no_grad()
     def merged(self, weight: Tensor | None = None) -> nn.Module:
-        """Return the original layer with the joined weight and the bias of today; this layer is left as it was.
+        """Return the original layer with the joined weight and the present bias; this layer is left as it was.
 
         Args:
-            weight: What ``joined`` gave, where that was called already; it becomes the layer's own, or the part of it
-                that this process is to hold where the factors are sharded.
+            weight: What ``joined`` returned; left out, it is called. The layer gets this tensor itself as its weight, or
+                this process's shard of it if the factors are sharded.
         """
         layer = structural_copy(self.origin.layer)
         dense = shard_like(self.joined() if weight is None else weight, self.kernel_factor)
         layer._parameters[self.kind.weight] = nn.Parameter(dense, requires_grad=self.trains)
         if self.kind.bias:
             layer._parameters[self.kind.bias] = self.bias
-        _copy_hooks(self, layer)
+        copy_hooks(self, layer)
         return layer.train(self.training)
 
     def at_ranks(self, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
-        """Return a copy with other factors and the bias of today; this layer is left as it was.
+        """Return a copy with factors of other ranks and the same bias; this layer is left as it was.
 
         Args:
-            ranks: In the scheme's order.
-            weights: The factors' weights in the order of the data, in any floating dtype.
+            ranks: The new ranks, in the scheme's order.
+            weights: The new weights of the factors in the order of the data, in any floating-point dtype.
         """
-        made = cast("Factorized", structural_copy(self))
+        layer = cast("Factorized", structural_copy(self))
         chain = self.scheme.chain(self.operation, ranks)
-        made.factors = _build_chain(chain, weights, self.bias, self.kernel_factor, self.trains)
-        made.__dict__.pop(FROZEN_FACTORS, None)  # of the new factors none is frozen for now
-        made.origin = replace(self.origin, ranks=tuple(ranks))
-        return made.train(self.training)
+        layer.factors = _build_chain(chain, weights, self.bias, self.kernel_factor, self.trains)
+        layer.__dict__.pop(FROZEN_FACTORS, None)  # the new factors are not frozen
+        layer.origin = replace(self.origin, ranks=tuple(ranks))
+        return layer.train(self.training)
 
     @property
     def kernel_factor(self) -> nn.Parameter:
-        """The factor that has the kernel: it shows the memory format, which on a pointwise one cannot be told."""
+        """The weight of the factor with the largest kernel; only this one shows the memory format of the layer."""
         return self.weights[self.kernel_index]
 
     @property
     def kernel_index(self) -> int:
-        """Where the factor that has the kernel stands among ``weights``."""
+        """The index of the factor with the largest kernel in ``weights``."""
         taps = [math.prod(weight.shape[2:]) for weight in self.weights]
         return taps.index(max(taps))
 
     @property
     def trains(self) -> bool:
-        """Whether the dense weight would train: whether the factor with the kernel does, or is only frozen for now."""
+        """Whether a merged weight requires gradients: as ``kernel_factor`` does, or will once a schedule unfreezes it."""
         return self.kernel_factor.requires_grad or self.kernel_index in frozen_indices(self)
 
     def extra_repr(self) -> str:
@@ -214,23 +214,20 @@ def _build_chain(
     chain: Sequence[Operation],
     weights: Sequence[Tensor],
     bias: nn.Parameter | None,
-    model: nn.Parameter,
+    template: nn.Parameter,
     requires_grad: bool,
 ) -> nn.Sequential:
-    """Build the factors; they are like ``model`` in dtype, device, layout and sharding."""
+    """Build the layers of a chain; their weights have the template's dtype, device, memory format and sharding."""
     biases = [None] * (len(chain) - 1) + [bias]
-    return nn.Sequential(
-        *(
-            build_layer(
-                step, nn.Parameter(shard_like(like_parameter(weight, model), model), requires_grad=requires_grad), own
-            )
-            for step, weight, own in zip(chain, weights, biases, strict=True)
-        )
-    )
+    layers = []
+    for step, weight, layer_bias in zip(chain, weights, biases, strict=True):
+        placed = shard_like(like_parameter(weight, template), template)
+        layers.append(build_layer(step, nn.Parameter(placed, requires_grad=requires_grad), layer_bias))
+    return nn.Sequential(*layers)
 
 
 def kernel_factor(weights: Sequence[nn.Parameter]) -> nn.Parameter:
-    """Return the weight that shows where and how others like it are to lie: the one with the kernel."""
+    """Return the weight with the largest kernel, the template for new weights: only it shows the memory format."""
     return max(weights, key=lambda weight: math.prod(weight.shape[2:]))
 
 
@@ -241,31 +238,25 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
-def _size_of_factor(factor: nn.Module, before: tuple[int, ...], wanted: tuple[int, ...]) -> list[int]:
-    """Return the size that a transposed factor gives back: the one asked for in the dimensions that it works on."""
-    taps, strides = cast("tuple[int, ...]", factor.kernel_size), cast("tuple[int, ...]", factor.stride)
-    works = [tap > 1 or stride > 1 for tap, stride in zip(taps, strides, strict=True)]
-    return [new if mine else old for mine, new, old in zip(works, wanted, before, strict=True)]
+def _factor_output_size(factor: nn.Module, input_size: tuple[int, ...], output_size: tuple[int, ...]) -> list[int]:
+    """Return the output size of one transposed factor: the chain's in the dimensions in which it has a kernel or stride."""
+    kernel, strides = cast("tuple[int, ...]", factor.kernel_size), cast("tuple[int, ...]", factor.stride)
+    resizes = [taps > 1 or stride > 1 for taps, stride in zip(kernel, strides, strict=True)]
+    return [new if changes else old for changes, new, old in zip(resizes, output_size, input_size, strict=True)]
 
 
-def like_parameter(weight: Tensor, model: Tensor) -> Tensor:
-    """Return a new tensor of the model's dtype and device, channels last where the model's weight is.
+def like_parameter(weight: Tensor, template: Tensor) -> Tensor:
+    """Return a new tensor with a weight's values and the template's dtype, device and memory format (channels last or not).
 
-    A weight on the meta device is but a shape: what comes of it has the model's device too, and no particular values.
+    For a weight on the meta device, which has a shape only, the values of the result are undefined.
     """
     if weight.is_meta:
-        made = torch.empty(weight.shape, device=model.device, dtype=model.dtype)
+        values = torch.empty(weight.shape, device=template.device, dtype=template.dtype)
     else:
-        made = weight.detach().to(device=model.device, dtype=model.dtype)
-    if is_sharded(model):  # FSDP2 shards contiguous parameters alone
-        return made.clone(memory_format=torch.contiguous_format)
+        values = weight.detach().to(device=template.device, dtype=template.dtype)
+    if is_sharded(template):  # FSDP2 shards only contiguous parameters
+        return values.clone(memory_format=torch.contiguous_format)
     for layout, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
-        if made.dim() == dims and model.is_contiguous(memory_format=layout) and not model.is_contiguous():
-            return made.clone(memory_format=layout)
-    return made.clone(memory_format=torch.contiguous_format)
-
-
-def _copy_hooks(old: nn.Module, new: nn.Module) -> None:
-    for name in HOOKS:
-        value = old.__dict__[name]
-        new.__dict__[name] = value.copy() if hasattr(value, "copy") else value
+        if values.dim() == dims and template.is_contiguous(memory_format=layout) and not template.is_contiguous():
+            return values.clone(memory_format=layout)
+    return values.clone(memory_format=torch.contiguous_format)

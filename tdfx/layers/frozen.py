@@ -1,8 +1,8 @@
-"""Which factors of a layer ``Freeze`` keeps from training for now.
+"""The record of the factors of a layer that ``Freeze`` has frozen for now.
 
-``Freeze`` puts this record on the layers that it schedules. A structural copy, which shares the factors, shares the record;
-a deep copy or a pickle takes it along. So merge, rewrite and checkpoints can tell a factor that is frozen for now
-from one that the user froze.
+``Freeze`` puts the record on the layers that it schedules, so that merge, rewrite and checkpoints can tell such a factor
+from one that the user froze. A structural copy, which shares the factors, shares the record; a deep copy or a pickle has
+its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import cast
 from torch import nn
 
 FROZEN_FACTORS = "rest"
-"""The attribute of a layer that holds its record; pickles of whole models from earlier versions have it too."""
+"""The attribute of a layer that holds its record; pickles of whole models from earlier versions use the same name."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -21,15 +21,15 @@ class FrozenFactors:
     """The record of one layer."""
 
     indices: frozenset[int] = frozenset()
-    """Indices of the factors that are frozen for now: the schedule set their ``requires_grad``, not the user."""
+    """Indices of the factors whose ``requires_grad`` was set to False by the schedule, not by the user."""
 
 
 def frozen_factors(layer: nn.Module) -> FrozenFactors:
-    """Return the record of a layer, which is put on it if it has none."""
+    """Return the record of a layer, after putting an empty one on a layer that has none."""
     return cast("FrozenFactors", layer.__dict__.setdefault(FROZEN_FACTORS, FrozenFactors()))
 
 
 def frozen_indices(layer: nn.Module) -> frozenset[int]:
-    """Return the indices of the factors of a layer that are frozen for now."""
+    """Return the indices of the factors of a layer that a schedule has frozen for now."""
     record = layer.__dict__.get(FROZEN_FACTORS)
     return frozenset() if record is None else cast("FrozenFactors", record).indices

@@ -1,4 +1,4 @@
-"""The module that stands for one rewritten parameter, where a model passes it to ``F.linear`` or ``F.conv*`` itself."""
+"""The module that replaces a parameter which the model's own code passes to ``F.linear`` or ``F.conv*``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from tdfx.factors.functions import apply_operation
 from tdfx.factors.operation import Operation
-from tdfx.kinds.functional import Call, apply, parse_call
+from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import operation_of
 from tdfx.layers.factorized import Factorized, Origin, weight_of
 
 
 class FactorizedParameter(Factorized):
-    """A chain of small weights in place of one parameter of a module, under the parameter's own name.
+    """A chain of small weights that replaces one parameter of a module, under the parameter's own name.
 
-    The module's code goes on as it was: where it passes the parameter to the function that it was found in, the chain is
-    computed instead, with the stride, padding and dilation of that very call. Anything else that it does with the
-    parameter gets the dense weight, joined anew each time.
+    The module's code stays as it is. Where it passes the parameter to the function that makes it a site, the chain is
+    computed instead, with the stride, padding and dilation of that call. Every other use of the parameter gets the dense
+    weight, which is joined at each use.
     """
 
     siblings: tuple[str, ...]
@@ -28,7 +29,7 @@ class FactorizedParameter(Factorized):
     shape: torch.Size
     """The shape of the dense weight."""
     layout: tuple[int, bool]
-    """Groups, and whether it is that of a transposed convolution: what a call must agree in to be computed by the chain."""
+    """Groups, and whether the convolution is transposed; a call is computed by the chain only if it agrees in both."""
 
     def __init__(self, factors: nn.Sequential, origin: Origin, siblings: Sequence[str] = ()) -> None:
         super().__init__(factors, origin)
@@ -41,32 +42,32 @@ class FactorizedParameter(Factorized):
     def forward(  # type: ignore[override]
         self, input: Tensor, bias: Tensor | None = None, **geometry: Any
     ) -> Tensor:
-        """Compute what the function would with the dense weight.
+        """Compute what the function computes with the dense weight.
 
         Args:
-            input: As the function takes it.
+            input: The function's input.
             bias: Shape (out,), or None.
             geometry: The function's other arguments: stride, padding, dilation, groups.
         """
-        call = Call("", len(self.shape) - 2, self.layout[1], self, {"input": input, "bias": bias, **geometry})
+        call = FunctionCall("", len(self.shape) - 2, self.layout[1], self, {"input": input, "bias": bias, **geometry})
         operation = call.operation(self.shape)
         assert operation is not None, f"{geometry} does not go with a weight of shape {tuple(self.shape)}"
         return self._run(operation, input, bias)
 
     def _run(self, operation: Operation, x: Tensor, bias: Tensor | None) -> Tensor:
         if (operation.groups, operation.transposed) != self.layout or not self.scheme.fits(operation):
-            return apply(operation, self.weight, x, bias)
+            return apply_operation(operation, x, self.weight, bias)
         chain = self.scheme.chain(operation, self.origin.ranks)
-        *first, last = zip(chain, self.weights, strict=True)
+        *first, (last, last_weight) = zip(chain, self.weights, strict=True)
         for step, weight in first:
-            x = apply(step, weight, x, None)
-        return apply(*last, x, bias)
+            x = apply_operation(step, x, weight)
+        return apply_operation(last, x, last_weight, bias)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Compute the chain where a function's weight is factorized, and join the weight for everything else."""
+        """Compute the chain if the function's weight is factorized; give all other functions the dense weight."""
         named = dict(kwargs or {})
         call = parse_call(func, args, named)
         if call is not None and isinstance(call.weight, FactorizedParameter):
@@ -92,7 +93,7 @@ def _on_dense(name: str) -> Callable[..., Any]:
     return operator
 
 
-# Python looks operators up on the class, so __getattr__ does not see them.
+# Python looks operators up on the class, where __getattr__ is not asked.
 for _name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
     for _operator in (f"__{_name}__", f"__r{_name}__"):
         setattr(FactorizedParameter, _operator, _on_dense(_operator))
@@ -105,9 +106,16 @@ def _dense(value: Any) -> Any:
 
 
 def restore_parameter(owner: nn.Module, name: str, parameter: nn.Parameter, siblings: Sequence[str]) -> None:
-    """Put a parameter back into the module that held it, in its place in the original order."""
+    """Replace a factorized parameter of a module by a parameter, in its place in the original order.
+
+    Args:
+        owner: The module, which is changed.
+        name: The name of the parameter in it.
+        parameter: The parameter to put there.
+        siblings: The names of the module's parameters in the original order; names that are not among them come last.
+    """
     del owner._modules[name]
-    found = {**owner._parameters, name: parameter}
-    order = [one for one in siblings if one in found]
-    added = [one for one in found if one not in order]
-    owner._parameters = {one: found[one] for one in [*order, *added]}
+    parameters = {**owner._parameters, name: parameter}
+    order = [sibling for sibling in siblings if sibling in parameters]
+    order += [other for other in parameters if other not in order]
+    owner._parameters = {key: parameters[key] for key in order}

@@ -1,1 +1,1 @@
-"""Carrying an optimizer along when weights turn into factors, and back."""
+"""Carries optimizers, gradients, averages and masters along when weights become factors, and back."""

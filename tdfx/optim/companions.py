@@ -1,4 +1,4 @@
-"""What goes along with a model when another one takes its place: optimizers, gradients, averages, masters."""
+"""Optimizers, gradients, averages and masters: all that follows a model through a rewrite or a merge."""
 
 from __future__ import annotations
 
@@ -11,90 +11,101 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tdfx.errors import TdfxWarning
-from tdfx.layers.placement import own_attributes
-from tdfx.optim.averages import Averaged, averaged_of, holders_of
+from tdfx.layers.placement import user_attributes
+from tdfx.optim.averages import Average, as_average, as_holders
 from tdfx.optim.gradients import carry_gradients
 from tdfx.optim.masters import Masters, as_masters
-from tdfx.optim.surgery import Exchange, as_optimizers, check_homes, prepare
-from tdfx.wrappers.unwrap import Wrapped
+from tdfx.optim.surgery import Exchange, as_optimizers, check_groups, prepare_surgery
+from tdfx.wrappers.unwrap import Unwrapped
 
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """A model and all that goes along with it when it becomes another."""
+    """A model with its optimizers, averages and masters, which all change when another model takes its place."""
 
-    wrapped: Wrapped
+    unwrapped: Unwrapped
     optimizers: tuple[Optimizer, ...]
-    averages: tuple[Averaged, ...]
+    averages: tuple[Average, ...]
     masters: Masters
 
     @classmethod
-    def of(cls, wrapped: Wrapped, optimizer: Any, averaged: Any, masters: Any) -> Companions:
-        """Take what was passed with a model, found to belong to it."""
-        optimizers, holders = as_optimizers(optimizer), holders_of(averaged)
-        found = as_masters(masters, wrapped.model, shards=wrapped.shards)
-        # Before anything is done for any of them, which the processes may have to do together.
-        wrapped.processes.check_same(
-            (len(optimizers), [type(one.module).__name__ for one in holders], len(found.pairs)),
+    def of(cls, unwrapped: Unwrapped, optimizer: Any, averaged: Any, masters: Any) -> Companions:
+        """Check that the arguments of ``rewrite`` or ``merge`` belong to the model, and return them together.
+
+        Raises:
+            ModelError: An average belongs to another model, or the processes pass different arguments.
+            OptimizerError: An optimizer cannot be carried over, or the masters do not go with the model.
+        """
+        optimizers, holders = as_optimizers(optimizer), as_holders(averaged)
+        checked_masters = as_masters(masters, unwrapped.model, shards=unwrapped.shards)
+        # Before the averages are unwrapped, which the processes may have to do together.
+        unwrapped.processes.check_same(
+            (len(optimizers), [type(holder.module).__name__ for holder in holders], len(checked_masters.pairs)),
             "The processes pass different optimizers, averages or masters to tdfx. Pass as many, of the same, on each.",
         )
-        return cls(wrapped, optimizers, tuple(averaged_of(one, wrapped.model) for one in holders), found)
+        averages = tuple(as_average(holder, unwrapped.model) for holder in holders)
+        return cls(unwrapped, optimizers, averages, checked_masters)
 
     def prepare(
-        self, made: nn.Module, found: list[Exchange], *, values: bool = True, warn: bool = False
+        self, rewritten: nn.Module, exchanges: list[Exchange], *, values: bool = True, warn: bool = False
     ) -> Callable[[], nn.Module]:
-        """Work out all that goes along to another model; of what was passed, nothing is changed.
+        """Work out all changes for a rewritten or merged model, without making any yet.
 
         Args:
-            made: What came of the model, or of its masters.
-            found: What leaves it, and what comes.
-            values: Whether what comes has values.
-            warn: Whether to warn of what is left behind.
+            rewritten: The model after the rewrite or merge; where there are masters, it holds these.
+            exchanges: The parameters that left the model and those that replace them.
+            values: Whether the new parameters have values.
+            warn: Whether to warn of hooks that are lost and of an optimizer that is missing.
 
         Returns:
-            What changes all that was passed and returns the other model, wrapped as the first was; it cannot fail.
+            A function that makes all changes and returns the model in the wrappers of the old one. It cannot fail.
         """
-        sides = self.masters.sides(found, self.optimizers)
+        sides = self.masters.both_sides(exchanges, self.optimizers)
         if warn:
             _warn_of_lost_attachments(sides.model)
-        if warn and not self.optimizers:
-            _warn_of_missing_optimizer(sides.model)
-        check_homes(self.optimizers, sides.optimizer)
-        processes = self.wrapped.processes
+            if not self.optimizers:
+                _warn_of_missing_optimizer(sides.model)
+        check_groups(self.optimizers, sides.optimizer)
+        processes = self.unwrapped.processes
         processes.raise_pending()
-        surgery = prepare(self.optimizers, sides.optimizer)
+        surgery = prepare_surgery(self.optimizers, sides.optimizer)
         processes.broadcast_tensors(surgery.tensors())
         if values:
             carry_gradients(sides.every)
-        self.masters.without_masters(made, sides)
-        followers = [one.follow(self.wrapped.model, made, sides.model, processes) for one in self.averages]
-        result = self.wrapped.wrap(made)
+        self.masters.remove_masters(rewritten, sides)
+        new_averages = [
+            average.convert(self.unwrapped.model, rewritten, sides.model, processes) for average in self.averages
+        ]
+        result = self.unwrapped.wrap(rewritten)
 
         def commit() -> nn.Module:
             surgery.commit()
             self.masters.commit()
-            for average, follower in zip(self.averages, followers, strict=True):
-                average.holder.module = follower
+            for average, module in zip(self.averages, new_averages, strict=True):
+                average.holder.module = module
             return result
 
         return commit
 
 
 def _warn_of_lost_attachments(exchanges: Sequence[Exchange]) -> None:
-    """Warn where a weight carries hooks or attributes of the user's, which no factor can take over."""
-    for one in exchanges:
-        names = ("_backward_hooks", "_post_accumulate_grad_hooks")
-        if any(own_attributes(weight) or any(getattr(weight, name, None) for name in names) for weight in one.old):
+    """Warn of every weight that has hooks or attributes of the user's, which cannot be moved to the factors."""
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    for exchange in exchanges:
+        if any(
+            user_attributes(weight) or any(getattr(weight, name, None) for name in hooks) for weight in exchange.old
+        ):
             warnings.warn(
-                f"The weight of site {one.site!r} has hooks or attributes of its own, which its factors do not get. Keep "
-                f"the site, exclude=({one.site!r},), or attach them anew.",
+                f"The weight of site {exchange.site!r} has hooks or attributes of its own, which its factors do not get. "
+                f"Keep the site, exclude=({exchange.site!r},), or attach them anew.",
                 TdfxWarning,
                 stacklevel=4,
             )
 
 
 def _warn_of_missing_optimizer(exchanges: Sequence[Exchange]) -> None:
-    trained = [one.site for one in exchanges if any(weight.grad is not None for weight in one.old)]
+    """Warn if no optimizer was passed although the weights that are replaced have gradients."""
+    trained = [exchange.site for exchange in exchanges if any(weight.grad is not None for weight in exchange.old)]
     if trained:
         warnings.warn(
             f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients, {trained[0]!r} "

@@ -1,4 +1,4 @@
-"""Carrying gradients that wait for a step, as in the middle of gradient accumulation."""
+"""Carries gradients that were computed but not applied yet, as in the middle of gradient accumulation."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from tdfx.layers.placement import full, shard_like
+from tdfx.layers.placement import full_precise, shard_like
 from tdfx.optim.surgery import Exchange
-from tdfx.ranks.spectrum import working_dtype
 
 
 @torch.no_grad()
 def carry_gradients(exchanges: Iterable[Exchange]) -> None:
-    """Give new parameters the gradients of those whose place they take; what leaves keeps its own.
+    """Give new parameters gradients computed from those of the parameters that they replace, which keep their own.
 
-    To factors this is the chain rule, so what is accumulated before and after adds up to what the factors would have had
-    from the start. To a dense weight it is the least gradient from which the factors' come.
+    To factors they are carried by the chain rule, so gradients accumulated before and after the rewrite add up to what the
+    factors would have accumulated from the start. To a dense weight, the gradient of least norm is taken that the chain rule
+    carries to the factors' gradients.
     """
     for exchange in exchanges:
         if any(parameter.grad is not None for parameter in exchange.old):
-            carried = exchange.carrier.first(tuple(map(_gradient, exchange.old)))
-            for parameter, gradient in zip(exchange.new, carried, strict=True):
+            gradients = exchange.carrier.first(tuple(map(_gradient, exchange.old)))
+            for parameter, gradient in zip(exchange.new, gradients, strict=True):
                 if parameter.requires_grad:
                     placed = shard_like(gradient.to(parameter.dtype), parameter)
                     parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(placed)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    """Return a gradient in the dtype in which it is carried, zeros where there is none beside others that are there."""
-    value = full(parameter if parameter.grad is None else parameter.grad)
-    wide = value.to(working_dtype(value))
-    return torch.zeros_like(wide) if parameter.grad is None else wide
+    """Return the gradient of a parameter in the working dtype; zeros if it has none while others of the site have one."""
+    if parameter.grad is None:
+        return torch.zeros_like(full_precise(parameter))
+    return full_precise(parameter.grad)

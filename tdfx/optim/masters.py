@@ -1,7 +1,8 @@
-"""Master weights: copies of a model's parameters in a wider type, which the optimizer trains and the model is given rounded.
+"""Master weights: copies of a model's parameters in a wider dtype, which the optimizer trains and the model gets rounded.
 
-The passes run on a copy of the model that holds the masters, so that it is their values that are split and joined. What
-comes of it gets the model's own parameters back, and rounded copies of what is new; the masters stay with the optimizer.
+The masters are decomposed and joined, not their rounded values. So the passes run on a copy of the model that holds the
+masters (``with_masters``), and the result gets the model's own parameters back, with rounded copies of the new masters
+(``remove_masters``). The masters stay with the optimizer.
 """
 
 from __future__ import annotations
@@ -17,148 +18,168 @@ from torch.optim import Optimizer
 from tdfx.errors import OptimizerError
 from tdfx.layers.copying import structural_copy
 from tdfx.layers.factorized import Factorized, kernel_factor, like_parameter
-from tdfx.optim.pairs import Pair, nowhere, unpacked
+from tdfx.optim.pairs import Pair, discard_pairs, read_pairs
 from tdfx.optim.surgery import Exchange
 
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """What is exchanged in the optimizers, and what in the model: the same where there are no masters."""
+    """The exchanges of a rewrite on both sides: masters in the optimizers, their parameters in the model.
+
+    Without masters, both sides have the same exchanges.
+    """
 
     optimizer: list[Exchange]
     model: list[Exchange]
 
     @property
     def every(self) -> list[Exchange]:
-        """Both, each once."""
-        return list({id(one): one for one in [*self.optimizer, *self.model]}.values())
+        """The exchanges of both sides, each once."""
+        return list({id(exchange): exchange for exchange in [*self.optimizer, *self.model]}.values())
 
 
 @dataclass(slots=True)
 class Masters:
-    """The masters that were passed, found to go with the model; without any, nothing here does anything."""
+    """The masters of a model, checked to belong to it. Without masters, every method leaves everything as it is."""
 
     pairs: list[Pair] = field(default_factory=list)
-    write: Callable[[list[Pair]], None] = nowhere
-    """Puts other pairs into the container that was passed."""
+    """Each parameter of the model with its master."""
+    write: Callable[[list[Pair]], None] = discard_pairs
+    """Writes other pairs into the container that was passed."""
     _stand_ins: dict[int, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
-    """What a lifted module holds, by identity -> the model's parameter and its master."""
-    _new: dict[int, list[Pair]] = field(default_factory=dict)
-    """Parameter that leaves the model, by identity -> the pairs that come in its place."""
+    """Parameter of a module that ``with_masters`` returned, by id -> the model's parameter and its master."""
+    _new_pairs: dict[int, list[Pair]] = field(default_factory=dict)
+    """Parameter that leaves the model, by id -> the pairs that replace its pair."""
 
     def __bool__(self) -> bool:
         return bool(self.pairs)
 
-    def named(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the masters that are not the parameters themselves, by the names of these in the model."""
-        names = {id(one): name for name, one in model.named_parameters()}
+    def by_name(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the masters by the names of their parameters, apart from parameters that are their own masters."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         return {names[id(parameter)]: master for parameter, master in self.pairs if parameter is not master}
 
-    def renewed(
-        self, model: nn.Module, made: nn.Module, loaded: Mapping[str, Tensor], dense_of: Mapping[str, str]
+    def write_loaded(
+        self, model: nn.Module, loaded_model: nn.Module, loaded: Mapping[str, Tensor], dense_of: Mapping[str, str]
     ) -> None:
-        """Put the masters of a model that was loaded into the container.
+        """Write the masters of a model that was loaded from a checkpoint into the container.
 
         Args:
-            model: Whose masters these are.
-            made: The one that takes its place.
-            loaded: The masters of that one by the names of their parameters.
-            dense_of: Name of a factor's parameter there -> that of the dense one.
+            model: The dense model that these masters belong to.
+            loaded_model: The model that was loaded in its place.
+            loaded: Name of a parameter of the loaded model -> its master.
+            dense_of: Name of a factor's parameter in the loaded model -> the name of the dense parameter.
         """
-        own = {id(parameter) for parameter, master in self.pairs if parameter is master}
-        names = {name for name, one in model.named_parameters() if id(one) in own}
-        found = made.named_parameters()
+        own_masters = {id(parameter) for parameter, master in self.pairs if parameter is master}
+        names = {name for name, parameter in model.named_parameters() if id(parameter) in own_masters}
         self.write(
-            [(one, loaded.get(name, one)) for name, one in found if name in loaded or dense_of.get(name, name) in names]
+            [
+                (parameter, loaded.get(name, parameter))
+                for name, parameter in loaded_model.named_parameters()
+                if name in loaded or dense_of.get(name, name) in names
+            ]
         )
 
     def with_masters(self, module: nn.Module) -> nn.Module:
-        """Return a copy of a module with the masters in the place of its parameters; without masters, itself."""
+        """Return a structural copy of a module that holds the masters in the place of its parameters."""
         if not self:
             return module
-        stands_for: dict[int, nn.Parameter] = {}
+        replacements: dict[int, nn.Parameter] = {}
         for parameter, master in self.pairs:
-            # Modules take parameters alone, and many loops keep masters as plain tensors.
-            own = master if isinstance(master, nn.Parameter) else nn.Parameter(master.detach(), master.requires_grad)
-            stands_for[id(parameter)] = own
-            self._stand_ins[id(own)] = (parameter, master)
-        lifted = structural_copy(module)
-        _exchange(lifted, stands_for)
-        return lifted
+            # A module accepts only parameters, and many training loops keep masters as plain tensors.
+            stand_in = (
+                master if isinstance(master, nn.Parameter) else nn.Parameter(master.detach(), master.requires_grad)
+            )
+            replacements[id(parameter)] = stand_in
+            self._stand_ins[id(stand_in)] = (parameter, master)
+        copy = structural_copy(module)
+        _replace_parameters(copy, replacements)
+        return copy
 
-    def detached(self, layer: Factorized) -> Factorized:
-        """Return a layer that keeps the masters when those of the model are lowered again."""
+    def keep_masters(self, layer: Factorized) -> Factorized:
+        """Return a copy of a layer that still holds the masters after ``remove_masters`` has changed the layer itself."""
         return cast("Factorized", structural_copy(layer)) if self else layer
 
-    def sides(self, exchanges: Sequence[Exchange], optimizers: Sequence[Optimizer]) -> Sides:
-        """Tell what is exchanged in the optimizers from what is exchanged in the model.
+    def both_sides(self, exchanges: Sequence[Exchange], optimizers: Sequence[Optimizer]) -> Sides:
+        """Return the exchanges in the optimizers and those in the model, given those in the copy that holds masters.
 
         Raises:
-            OptimizerError: A weight that is to be replaced has no master, and no optimizer trains it without one.
+            OptimizerError: A weight that is replaced has no master, and no optimizer trains it without one.
         """
         if not self:
             return Sides(list(exchanges), list(exchanges))
-        trained = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
+        trained = {
+            id(parameter)
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         _check_complete(exchanges, self._stand_ins, trained, bool(optimizers))
-        above = [self._of_optimizer(one) for one in exchanges]
-        return Sides(above, [self._of_model(one) for one in above])
+        optimizer_side = [self._optimizer_exchange(exchange) for exchange in exchanges]
+        return Sides(optimizer_side, [self._model_exchange(exchange) for exchange in optimizer_side])
 
-    def without_masters(self, made: nn.Module, sides: Sides) -> None:
-        """Give what came of a lifted module the model's own parameters, and those that are new."""
+    def remove_masters(self, rewritten: nn.Module, sides: Sides) -> None:
+        """Replace the masters in a rewritten module, in place, by the model's own parameters and the new rounded ones."""
         if not self:
             return
-        held = {key: parameter for key, (parameter, _) in self._stand_ins.items()}
-        held |= {
+        parameters = {key: parameter for key, (parameter, _) in self._stand_ins.items()}
+        parameters |= {
             id(master): parameter
-            for above, below in zip(sides.optimizer, sides.model, strict=True)
-            for master, parameter in zip(above.new, below.new, strict=True)
+            for in_optimizer, in_model in zip(sides.optimizer, sides.model, strict=True)
+            for master, parameter in zip(in_optimizer.new, in_model.new, strict=True)
         }
-        _exchange(made, held)
-        for layer in made.modules():
+        _replace_parameters(rewritten, parameters)
+        for layer in rewritten.modules():
             if isinstance(layer, Factorized):
-                _retype(layer)
+                _match_dtypes(layer)
 
     def commit(self) -> None:
-        """Put the pairs of the model that was returned into the container; nothing here can fail."""
+        """Write the pairs of the returned model into the container; nothing here can fail."""
         if not self:
             return
-        made: list[Pair] = []
+        pairs: list[Pair] = []
         for parameter, master in self.pairs:
-            made += self._new.get(id(parameter), [(parameter, master)])
-        self.write(made)
+            pairs += self._new_pairs.get(id(parameter), [(parameter, master)])
+        self.write(pairs)
 
-    def _of_optimizer(self, exchange: Exchange) -> Exchange:
-        """Return an exchange with the masters themselves for what stands for them in a module."""
+    def _optimizer_exchange(self, exchange: Exchange) -> Exchange:
+        """Return an exchange with the masters that the optimizer holds in the place of their stand-ins."""
 
-        def real(one: nn.Parameter) -> nn.Parameter:
-            return cast("nn.Parameter", self._stand_ins.get(id(one), (one, one))[1])
+        def master_of(parameter: nn.Parameter) -> nn.Parameter:
+            return cast("nn.Parameter", self._stand_ins.get(id(parameter), (parameter, parameter))[1])
 
-        bias = None if exchange.bias is None else real(exchange.bias)
-        return replace(exchange, old=tuple(map(real, exchange.old)), bias=bias)
+        bias = None if exchange.bias is None else master_of(exchange.bias)
+        return replace(exchange, old=tuple(map(master_of, exchange.old)), bias=bias)
 
-    def _of_model(self, exchange: Exchange) -> Exchange:
-        """Return the exchange of the model's parameters for rounded copies of the new masters."""
-        of = {id(master): parameter for parameter, master in self.pairs}
-        old = tuple(of.get(id(one), one) for one in exchange.old)
-        # A parameter that is its own master stays one, and so does what comes of it.
-        own = all(parameter is master for parameter, master in zip(old, exchange.old, strict=True))
-        new = exchange.new if own else tuple(_rounded(one, kernel_factor(old)) for one in exchange.new)
-        if all(id(one) in of for one in exchange.old):
-            self._new |= {id(one): [] for one in old}
-            self._new[id(old[0])] = list(zip(new, exchange.new, strict=True))
-        return exchange if own else replace(exchange, old=old, new=new)
+    def _model_exchange(self, exchange: Exchange) -> Exchange:
+        """Return the exchange of the model's parameters for rounded copies of new masters, and record the new pairs.
+
+        Args:
+            exchange: The exchange of the old masters for the new ones.
+        """
+        parameter_of = {id(master): parameter for parameter, master in self.pairs}
+        old = tuple(parameter_of.get(id(master), master) for master in exchange.old)
+        # Where a parameter is its own master, the new parameters are their own masters too.
+        own_masters = all(parameter is master for parameter, master in zip(old, exchange.old, strict=True))
+        template = kernel_factor(old)
+        new = exchange.new if own_masters else tuple(_rounded(master, template) for master in exchange.new)
+        if all(id(master) in parameter_of for master in exchange.old):
+            self._new_pairs |= {id(parameter): [] for parameter in old}
+            self._new_pairs[id(old[0])] = list(zip(new, exchange.new, strict=True))
+        return exchange if own_masters else replace(exchange, old=old, new=new)
 
 
 def as_masters(masters: Any, model: nn.Module, *, shards: bool = False) -> Masters:
-    """Return the masters that were passed, each found to go with a parameter of the model.
+    """Return the argument ``masters``, checked to belong to the model.
 
     Args:
         masters: As for ``tdfx.rewrite``.
-        model: The model out of its wrappers.
-        shards: True if each process holds a part of every parameter.
+        model: The model without its wrappers.
+        shards: True if each process holds only its shard of every parameter.
 
     Raises:
-        OptimizerError: They are given in another way, or one does not go with its parameter; or the model is sharded.
+        OptimizerError: It is not a container that ``tdfx.rewrite`` accepts, a master does not go with its parameter, or the
+            model is sharded.
     """
     if masters is None:
         return Masters()
@@ -168,46 +189,49 @@ def as_masters(masters: Any, model: nn.Module, *, shards: bool = False) -> Maste
             "float32 shards as the masters. Shard a float32 model with MixedPrecisionPolicy(param_dtype=torch.bfloat16), "
             "give the optimizer its parameters, and pass no masters."
         )
-    return Masters(*unpacked(masters, model))
+    return Masters(*read_pairs(masters, model))
 
 
 def _check_complete(
-    exchanges: Sequence[Exchange], stand_ins: dict[int, tuple[nn.Parameter, Tensor]], trained: set[int], asked: bool
+    exchanges: Sequence[Exchange],
+    stand_ins: dict[int, tuple[nn.Parameter, Tensor]],
+    trained: set[int],
+    has_optimizers: bool,
 ) -> None:
-    """Raise OptimizerError unless every weight that goes has a master, or is trained without one."""
-    for one in exchanges:
-        have = [id(weight) in stand_ins for weight in one.old]
-        if not all(have) and (any(have) or any(id(weight) not in trained for weight in one.old)):
+    """Raise OptimizerError unless every weight that is replaced has a trained master, or is trained without one."""
+    for exchange in exchanges:
+        has_master = [id(weight) in stand_ins for weight in exchange.old]
+        if not all(has_master) and (any(has_master) or any(id(weight) not in trained for weight in exchange.old)):
             raise OptimizerError(
-                f"masters= has no master of the weight of site {one.site!r}, and no optimizer that was passed trains the "
-                f"weight itself. Pass the masters of all the model's weights, or keep the site: "
-                f"Policy(exclude=({one.site!r},))."
+                f"masters= has no master of the weight of site {exchange.site!r}, and no optimizer that was passed trains "
+                f"the weight itself. Pass the masters of all the model's weights, or keep the site: "
+                f"Policy(exclude=({exchange.site!r},))."
             )
-        lost = [stand_ins[id(weight)][1] for weight in one.old if id(weight) in stand_ins]
-        if asked and any(id(master) not in trained for master in lost):
+        masters = [stand_ins[id(weight)][1] for weight in exchange.old if id(weight) in stand_ins]
+        if has_optimizers and any(id(master) not in trained for master in masters):
             raise OptimizerError(
-                f"The master of the weight of site {one.site!r} is in none of the optimizers given: they train other "
+                f"The master of the weight of site {exchange.site!r} is in none of the optimizers given: they train other "
                 f"copies, or the model's own parameters. Pass the masters that the optimizer holds."
             )
 
 
-def _exchange(module: nn.Module, others: dict[int, nn.Parameter]) -> None:
-    """Put other parameters in the place of those of a module, by identity."""
-    for one in module.modules():
-        if isinstance(one, torch.jit.ScriptModule):  # shared between the copies of a model, and never rewritten
+def _replace_parameters(model: nn.Module, replacements: Mapping[int, nn.Parameter]) -> None:
+    """Replace parameters of a model in place; ``replacements`` are by the id of the old one."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # shared between the copies of a model, and never rewritten
             continue
-        for name, parameter in one._parameters.items():
-            if parameter is not None and id(parameter) in others:
-                one._parameters[name] = others[id(parameter)]
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in replacements:
+                module._parameters[name] = replacements[id(parameter)]
 
 
-def _rounded(master: nn.Parameter, placement: nn.Parameter) -> nn.Parameter:
-    """Return a copy of a new master in the type and layout of the weight that it comes from."""
-    return nn.Parameter(like_parameter(master, placement), requires_grad=placement.requires_grad)
+def _rounded(master: nn.Parameter, template: nn.Parameter) -> nn.Parameter:
+    """Return a copy of a new master in the dtype and layout of the weight that it comes from."""
+    return nn.Parameter(like_parameter(master, template), requires_grad=template.requires_grad)
 
 
-def _retype(layer: Factorized) -> None:
-    """Let the placeholders of an original layer say the dtypes of the model, not those of its masters."""
+def _match_dtypes(layer: Factorized) -> None:
+    """Give the placeholders of an original layer the dtypes of the model, which may differ from those of its masters."""
     shell, kind = layer.origin.layer, layer.kind
     for name, placeholder in shell._parameters.items():
         like = layer.bias if name == kind.bias and layer.bias is not None else layer.weights[0]

@@ -1,4 +1,4 @@
-"""The containers in which training loops keep the masters of their parameters, read and checked."""
+"""Reads, checks and updates the containers in which training loops keep the masters of their parameters."""
 
 from __future__ import annotations
 
@@ -13,84 +13,85 @@ from tdfx.errors import OptimizerError
 Pair = tuple[nn.Parameter, Tensor]
 """A parameter of the model and its master."""
 
-Write = Callable[[list[Pair]], None]
-"""Puts other pairs into a container."""
+WritePairs = Callable[[list[Pair]], None]
+"""Replaces the content of a container by other pairs."""
 
 
-def nowhere(pairs: list[Pair]) -> None:
-    """Put the pairs of nobody nowhere."""
+def discard_pairs(pairs: list[Pair]) -> None:
+    """Drop the pairs: no masters were passed, so there is no container to update."""
 
 
-def unpacked(masters: Any, model: nn.Module) -> tuple[list[Pair], Write]:
-    """Return the pairs of a container, and the function that puts others into it.
+def read_pairs(masters: Any, model: nn.Module) -> tuple[list[Pair], WritePairs]:
+    """Return the pairs of a container, each checked, and the function that writes other pairs into it.
 
     Args:
         masters: A mapping, a list of pairs, or two lists side by side.
-        model: The model whose parameters they are for.
+        model: The model whose parameters have these masters.
 
     Raises:
         OptimizerError: It is something else, or does not go with the model.
     """
-    pairs, write = _read(masters)
-    names = {id(one): name for name, one in model.named_parameters()}
+    pairs, write = _open_container(masters)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for index, (parameter, master) in enumerate(pairs):
         if id(parameter) not in names:
             raise OptimizerError(
-                f"Entry {index} of masters= is for a {_said(parameter)} which is no parameter of this "
+                f"Entry {index} of masters= is for a {_described(parameter)} which is no parameter of this "
                 f"{type(model).__name__}. Pass pairs of a parameter of the model as it is now and its master, in this order."
             )
         _check_pair(names[id(parameter)], parameter, master)
-    for position, whose in ((0, "parameter"), (1, "master")):
+    for position, role in ((0, "parameter"), (1, "master")):
         seen: dict[int, str] = {}
         for pair in pairs:
             name = names[id(pair[0])]
             if id(pair[position]) in seen:
                 raise OptimizerError(
-                    f"masters= has one {whose} in two entries, for {seen[id(pair[position])]!r} and for {name!r}. Each "
-                    f"parameter has one master of its own; a parameter that several layers share is one."
+                    f"masters= has one {role} in two entries, for {seen[id(pair[position])]!r} and for {name!r}. Each "
+                    f"parameter has one master of its own; a parameter that several layers share counts once."
                 )
             seen[id(pair[position])] = name
     return pairs, write
 
 
-def _read(masters: Any) -> tuple[list[Pair], Write]:
-    """Return the pairs of a container, and the function that puts others into it."""
+def _open_container(masters: Any) -> tuple[list[Pair], WritePairs]:
+    """Return the pairs of a container, and the function that writes other pairs into it."""
     if isinstance(masters, MutableMapping):
 
-        def refill(pairs: list[Pair]) -> None:
+        def write_mapping(pairs: list[Pair]) -> None:
             masters.clear()
             masters.update(pairs)
 
-        return list(masters.items()), refill
-    if isinstance(masters, list | tuple) and len(masters) == 2 and all(isinstance(one, list) for one in masters):
-        models, others = masters
-        if len(models) != len(others):
+        return list(masters.items()), write_mapping
+    if isinstance(masters, list | tuple) and len(masters) == 2 and all(isinstance(part, list) for part in masters):
+        parameters, copies = masters
+        if len(parameters) != len(copies):
             raise OptimizerError(
-                f"masters= has lists of {len(models)} parameters and {len(others)} masters: each parameter stands beside "
-                f"its own master. One flat master of all parameters cannot be taken apart; keep one for each."
+                f"masters= has lists of {len(parameters)} parameters and {len(copies)} masters: each parameter stands "
+                f"beside its own master. One flat master of all parameters cannot be taken apart; keep one for each."
             )
 
-        def relist(pairs: list[Pair]) -> None:
-            models[:], others[:] = [one for one, _ in pairs], [one for _, one in pairs]
+        def write_lists(pairs: list[Pair]) -> None:
+            parameters[:] = [parameter for parameter, _ in pairs]
+            copies[:] = [master for _, master in pairs]
 
-        return list(zip(models, others, strict=True)), relist
-    if isinstance(masters, list) and all(isinstance(one, tuple) and len(one) == 2 for one in masters):
+        return list(zip(parameters, copies, strict=True)), write_lists
+    if isinstance(masters, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in masters):
 
-        def repair(pairs: list[Pair]) -> None:
+        def write_pairs(pairs: list[Pair]) -> None:
             masters[:] = pairs
 
-        return list(masters), repair
+        return list(masters), write_pairs
     raise OptimizerError(
-        f"masters= is a {type(masters).__name__}, and what is kept in it could not be brought up to date. Pass a dict from "
-        f"each parameter to its master, a list of such pairs, or two lists side by side, parameters first."
+        f"masters= is a {type(masters).__name__}, which tdfx cannot update in place. Pass a dict from each parameter to its "
+        f"master, a list of such pairs, or two lists side by side, parameters first."
     )
 
 
 def _check_pair(name: str, parameter: nn.Parameter, master: Any) -> None:
     if not isinstance(master, Tensor) or not (master.is_floating_point() and parameter.is_floating_point()):
         raise OptimizerError(
-            f"The master of {name!r}, a {_said(parameter)}, is a {_said(master)}: both must be tensors of real "
-            f"floating-point numbers. Pass only those of which the optimizer trains a wider copy."
+            f"The master of {name!r}, a {_described(parameter)}, is a {_described(master)}: both must be tensors of real "
+            f"floating-point numbers. Pass only parameters of which the optimizer trains a wider copy."
         )
     if master.shape != parameter.shape:
         raise OptimizerError(
@@ -104,10 +105,10 @@ def _check_pair(name: str, parameter: nn.Parameter, master: Any) -> None:
         )
     if master.device != parameter.device:
         raise OptimizerError(
-            f"The master of {name!r} is on {master.device}, and the parameter on {parameter.device}. Bring both to one "
+            f"The master of {name!r} is on {master.device}, and the parameter on {parameter.device}. Move both to one "
             f"device for this call."
         )
 
 
-def _said(value: Any) -> str:
+def _described(value: Any) -> str:
     return f"{value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,7 +1,7 @@
-"""What the entries of an optimizer's state mean, and what becomes of them when parameters change.
+"""What the entries of an optimizer's state mean, and how they are carried when parameters are exchanged.
 
-What torch's own optimizers keep is a table, ``_TABLE``: one row for each class, one role for each entry. The same row serves
-the foreach, fused and capturable ways of computing, which keep the same entries.
+``_FORMATS`` is the table of torch's own optimizers: one row for each class, one role for each entry. The foreach, fused and
+capturable variants of an optimizer keep the same entries.
 """
 
 from __future__ import annotations
@@ -29,56 +29,57 @@ from torch.optim import (
 )
 
 from tdfx.errors import OptimizerError, TdfxWarning, nearest
-from tdfx.layers.placement import full, is_sharded, shard_like
+from tdfx.layers.placement import full_precise, is_sharded, shard_like
 from tdfx.optim.carriers import Carrier
-from tdfx.ranks.spectrum import working_dtype
 
 Role = Literal["first", "second", "largest", "average", "iterate", "count"]
-"""What an entry of an optimizer's state is, so that it can be carried.
+"""The meaning of an entry of an optimizer's state, which decides how it is carried.
 
-``first``: a sum or mean of gradients. It goes to factors by the chain rule, exactly for the instant of the switch, and back
+``first``: a sum or mean of gradients. Carried to factors by the chain rule, exactly for the moment of the switch, and back
 by the projection on the tangent space.
-``second``: a sum or mean of squared gradients, or what is divided by one. A positive estimate.
-``largest``: the largest absolute gradient. The root of the estimate for its square.
-``average``: something positive without the gradient's scale, such as a step length. A weighted mean.
-``iterate``: an average of the parameter itself, given to the factors as the nearest move from where they are.
-``count``: the same for every entry of a parameter, such as a step count. Kept.
+``second``: a sum or mean of squared gradients, or a quantity that is divided by one. Carried by a positive estimate.
+``largest``: the largest absolute gradient. Carried as the root of the estimate for its square.
+``average``: a positive quantity that does not scale with the gradient, such as a step size. Carried as a weighted mean.
+``iterate``: an average of the parameter itself. Carried to factors by fitting one of them to it.
+``count``: a value that is the same for all entries of a parameter, such as a step count. Kept.
 """
 
 State = dict[str, Any]
 
 
-def _same(state: State) -> State:
+def _unchanged(state: State) -> State:
     return state
 
 
 @dataclass(frozen=True, slots=True)
-class Meaning:
-    """What the state of one class of optimizers means."""
+class StateFormat:
+    """The state that optimizers of one class keep of a parameter."""
 
     roles: Mapping[str, Role]
-    """Name of an entry -> what it is."""
-    unfold: Callable[[State], State] = _same
-    """From the state of one parameter, in the working dtype, to one with the roles' entries and no others."""
-    fold: Callable[[State], State] = _same
-    """The way back."""
+    """Name of an entry -> its role."""
+    unfold: Callable[[State], State] = _unchanged
+    """Turns a stored state, in the working dtype, into one that has the entries of ``roles`` and no others."""
+    fold: Callable[[State], State] = _unchanged
+    """The inverse of ``unfold``."""
+    folded: frozenset[str] = frozenset()
+    """Names of stored entries that ``unfold`` turns into others."""
 
 
 def register_optimizer(optimizer: type[Optimizer], **roles: Role) -> None:
-    """Say what the state of an optimizer of your own means, so that it is carried over a rewrite and a merge.
+    """Declare the state of an optimizer class of your own, so that ``rewrite`` and ``merge`` can carry it over.
 
-    It holds for subclasses too, unless they have an entry of their own. An optimizer that nobody spoke of starts afresh for
-    the rewritten weights, with a warning.
+    The declaration holds for subclasses too, unless they have one of their own. With an optimizer that is not declared, the
+    factors start with fresh state, and a warning says so.
 
     Args:
         optimizer: A subclass of torch.optim.Optimizer.
-        roles: For each entry that the optimizer keeps of a parameter, what it is: ``"first"`` for a sum or mean of
-            gradients, ``"second"`` for one of squared gradients, ``"largest"`` for the largest absolute gradient,
-            ``"average"`` for positive values without the gradient's scale, ``"iterate"`` for an average of the parameter,
-            ``"count"`` for what is the same for all its entries.
+        roles: For each entry that the optimizer keeps of a parameter, its meaning: ``"first"`` for a sum or mean of
+            gradients, ``"second"`` for a sum or mean of squared gradients, ``"largest"`` for the largest absolute gradient,
+            ``"average"`` for positive values that do not scale with the gradient, ``"iterate"`` for an average of the
+            parameter, ``"count"`` for a value that is the same for all entries of the parameter.
 
     Raises:
-        OptimizerError: It is no class of optimizers, or a role is not known.
+        OptimizerError: ``optimizer`` is not a class of optimizers, or a role is not known.
 
     Example:
         >>> import tdfx, torch
@@ -96,55 +97,45 @@ def register_optimizer(optimizer: type[Optimizer], **roles: Role) -> None:
                 f"{name}={role!r} is not known: an entry of the state is one of {', '.join(map(repr, get_args(Role)))}. "
                 f"Nearest: {nearest(str(role), get_args(Role))}."
             )
-    _TABLE[optimizer] = Meaning(roles)
-
-
-def second_moment(optimizers: Sequence[Optimizer], parameter: Tensor) -> Tensor | None:
-    """Return what an optimizer keeps of the squares of a parameter's gradient, of its shape; None where there is nothing."""
-    for optimizer in optimizers:
-        state: State = optimizer.state.get(parameter, {})
-        meaning = _meaning(optimizer, state)
-        if meaning is not None:
-            unfolded = meaning.unfold(_working(state))
-            known = (unfolded[key] for key, role in meaning.roles.items() if role == "second" and key in unfolded)
-            found = next(known, None)
-            if isinstance(found, Tensor) and found.shape == parameter.shape:
-                return found
-    return None
+    _FORMATS[optimizer] = StateFormat(roles)
 
 
 def new_states(
-    optimizer: Optimizer, old_ones: Sequence[nn.Parameter], new: Sequence[nn.Parameter], carrier: Carrier
+    optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter], carrier: Carrier
 ) -> list[State]:
-    """Return the state of each new parameter; nothing where there is none yet, or none that can be carried."""
-    old = [optimizer.state.get(parameter, {}) for parameter in old_ones]
-    meaning = _meaning(optimizer, old[0])
-    if meaning is None or any(one.keys() != old[0].keys() for one in old):
+    """Return the state of each new parameter.
+
+    Where the old parameters have no state yet, or one that cannot be carried, it is what a new optimizer would have: for
+    most classes there is none before the first step, and the list is empty.
+    """
+    old_states = [optimizer.state.get(parameter, {}) for parameter in old]
+    state_format = _format_of(optimizer, old_states[0])
+    if state_format is None or any(state.keys() != old_states[0].keys() for state in old_states):
         return _fresh_states(optimizer, new)
-    unfolded = [meaning.unfold(_working(one)) for one in old]
+    unfolded = [state_format.unfold(_in_working_dtype(state)) for state in old_states]
     states: list[State] = [{} for _ in new]
-    for key, role in meaning.roles.items():
+    for key, role in state_format.roles.items():
         if key in unfolded[0]:
-            values = [one[key] for one in unfolded]
+            values = [state[key] for state in unfolded]
             for state, value in zip(states, _carry(role, values, len(new), carrier), strict=True):
                 state[key] = value
     for state in states:
-        _keep_above(state, meaning.roles)
-    made = [meaning.fold(state) for state in states]
-    return [_stored(state, old[0], parameter) for state, parameter in zip(made, new, strict=True)]
+        _raise_to_first_moment(state, state_format.roles)
+    folded = [state_format.fold(state) for state in states]
+    return [_as_stored(state, old_states[0], parameter) for state, parameter in zip(folded, new, strict=True)]
 
 
-def _working(state: State) -> State:
-    """Return a state with all its values, its tensors of several dimensions in the dtype in which they are carried."""
-    return {key: _wide(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+def _in_working_dtype(state: State) -> State:
+    """Return a state with whole tensors in place of shards; those with dimensions are in the working dtype."""
+    return {key: _precise(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
-def _wide(value: Tensor) -> Tensor:
-    return full(value).to(working_dtype(value)) if value.dim() and value.is_floating_point() else value.detach()
+def _precise(value: Tensor) -> Tensor:
+    return full_precise(value) if value.dim() and value.is_floating_point() else value.detach()
 
 
 def _carry(role: Role, values: list[Any], count: int, carrier: Carrier) -> list[Any]:
-    """Return what an entry becomes for each of the new parameters."""
+    """Return an entry of the state for each of ``count`` new parameters, given its values for the old ones."""
     value = values[0]
     if role == "count" or value is None:
         return [value.clone() if isinstance(value, Tensor) else value for _ in range(count)]
@@ -154,18 +145,18 @@ def _carry(role: Role, values: list[Any], count: int, carrier: Carrier) -> list[
         case "second":
             return list(carrier.second(tuple(values)))
         case "largest":
-            return [one.sqrt() for one in carrier.second(tuple(value.square() for value in values))]
+            return [squared.sqrt() for squared in carrier.second(tuple(value.square() for value in values))]
         case "average":
             return list(carrier.average(tuple(values)))
         case "iterate":
             return list(carrier.iterate(tuple(values)))
 
 
-def _keep_above(state: State, roles: Mapping[str, Role]) -> None:
-    """Hold second moments at or above the square of the first, as E[g**2] >= E[g]**2 demands, and the largest likewise.
+def _raise_to_first_moment(state: State, roles: Mapping[str, Role]) -> None:
+    """Raise second moments to at least the square of the first, since E[g**2] >= E[g]**2, and the largest gradient alike.
 
-    The estimate takes the gradient's entries as uncorrelated. Where they agree, it is too small, and Adam's first steps
-    after the switch would be several times too long.
+    The estimate of second moments assumes that the gradient's entries are uncorrelated. Where they are correlated it is too
+    small, and Adam's first steps after the switch would be several times too long.
     """
     if "exp_avg" not in state:
         return
@@ -177,8 +168,8 @@ def _keep_above(state: State, roles: Mapping[str, Role]) -> None:
             state[key] = torch.maximum(state[key], least)
 
 
-def _stored(state: State, old: State, parameter: nn.Parameter) -> State:
-    """Return a state as the optimizer keeps it: in the old one's order and dtypes, laid out as the parameter is."""
+def _as_stored(state: State, old: State, parameter: nn.Parameter) -> State:
+    """Return a state as the optimizer stores it: in the old state's order and dtypes, with the parameter's layout."""
     return {key: _stored_entry(state[key], value, parameter) for key, value in old.items()}
 
 
@@ -192,105 +183,103 @@ def _stored_entry(value: Any, old: Any, parameter: nn.Parameter) -> Any:
 
 
 def _fresh_states(optimizer: Optimizer, new: Sequence[nn.Parameter]) -> list[State]:
-    """Return the state that the optimizer's constructor makes, for those that do not wait for the first step."""
+    """Return the states that the optimizer's constructor makes; most classes make none before the first step."""
     try:
-        twin = type(optimizer)(list(new), **optimizer.defaults)
-    except Exception:  # a class of somebody else's may want other arguments; then it starts with no state
+        fresh = type(optimizer)(list(new), **optimizer.defaults)
+    except Exception:  # a user's class may need other arguments; then the new parameters start with no state
         return []
-    return [dict(twin.state[parameter]) for parameter in new if parameter in twin.state]
+    return [dict(fresh.state[parameter]) for parameter in new if parameter in fresh.state]
 
 
-def _meaning(optimizer: Optimizer, state: State) -> Meaning | None:
-    """Return what a state means; None where there is none, or where an entry is not known."""
-    known = next((_TABLE[kind] for kind in type(optimizer).__mro__ if kind in _TABLE), None)
-    if known is None or not state or not set(state) <= set(known.roles) | _folded(known):
+def _format_of(optimizer: Optimizer, state: State) -> StateFormat | None:
+    """Return the format of a state; None if there is no state, or it has an entry that is not known."""
+    state_format = next((_FORMATS[base] for base in type(optimizer).__mro__ if base in _FORMATS), None)
+    if state_format is None or not state or not set(state) <= set(state_format.roles) | state_format.folded:
         return None
-    if _folded(known) and any(is_sharded(value) for value in state.values()):
-        return None  # the means over rows and columns are placed as torch pleases
-    return known
-
-
-def _folded(meaning: Meaning) -> frozenset[str]:
-    """Return the names under which an optimizer stores what is unfolded before it is carried."""
-    return _FACTORED if meaning.unfold is _unfold_factored else frozenset()
+    if state_format.folded and any(is_sharded(value) for value in state.values()):
+        return None  # torch does not say how it shards the means over rows and columns
+    return state_format
 
 
 def warn_of_lost_state(optimizer: Optimizer, leaving: Sequence[nn.Parameter]) -> None:
-    """Say it where the state of weights that leave is not understood, so that what comes for them starts afresh."""
-    states = [optimizer.state[one] for one in leaving if one in optimizer.state]
-    lost = [state for state in states if state and _meaning(optimizer, state) is None]
+    """Warn if parameters that leave have state that is not known, so that those that replace them start afresh."""
+    states = [optimizer.state[parameter] for parameter in leaving if parameter in optimizer.state]
+    lost = [state for state in states if state and _format_of(optimizer, state) is None]
     if lost:
         warnings.warn(
             f"tdfx does not know what the state of {type(optimizer).__name__} means ({', '.join(map(str, lost[0]))}), so "
             f"the {len(lost)} rewritten weights start with fresh state; all others keep theirs. The optimizers of "
-            f"torch.optim are carried over; say what yours keeps with tdfx.register_optimizer.",
+            f"torch.optim are carried over; declare the state of yours with tdfx.register_optimizer.",
             TdfxWarning,
             stacklevel=5,
         )
 
 
 def _unfold_rmsprop(state: State) -> State:
-    """Make the variance of a centered one, and sums of gradients of what are sums of normalised ones."""
-    made = dict(state)
-    if "grad_avg" in made:
-        made["square_avg"] = (made["square_avg"] - made["grad_avg"].square()).clamp_min(0)
-    if "momentum_buffer" in made:
-        made["momentum_buffer"] = made["momentum_buffer"] * made["square_avg"].sqrt()
-    return made
+    """Turn the variance of a centered RMSprop into a second moment, and normalized momentum into a sum of gradients.
+
+    ``square_avg`` minus the square of ``grad_avg`` is the variance by which RMSprop divides; it is what is carried.
+    """
+    unfolded = dict(state)
+    if "grad_avg" in state:
+        unfolded["square_avg"] = (state["square_avg"] - state["grad_avg"].square()).clamp_min(0)
+    if "momentum_buffer" in state:
+        unfolded["momentum_buffer"] = state["momentum_buffer"] * unfolded["square_avg"].sqrt()
+    return unfolded
 
 
 def _fold_rmsprop(state: State) -> State:
-    made = dict(state)
-    if "momentum_buffer" in made:
-        deviation = made["square_avg"].sqrt()
-        normalised = made["momentum_buffer"] / deviation
-        made["momentum_buffer"] = normalised.where(deviation > 0, deviation.new_zeros(()))
-    if "grad_avg" in made:
-        made["square_avg"] = made["square_avg"] + made["grad_avg"].square()
-    return made
+    folded = dict(state)
+    if "momentum_buffer" in state:
+        deviation = state["square_avg"].sqrt()
+        normalized = state["momentum_buffer"] / deviation
+        folded["momentum_buffer"] = normalized.where(deviation > 0, deviation.new_zeros(()))
+    if "grad_avg" in state:
+        folded["square_avg"] = state["square_avg"] + state["grad_avg"].square()
+    return folded
 
 
 _FACTORED = frozenset({"row_var", "col_var"})
 
 
 def _unfold_factored(state: State) -> State:
-    """Make the second moments of which Adafactor keeps the means over rows and columns (Shazeer and Stern 2018)."""
+    """Compute the second moments of Adafactor from their means over rows and columns (Shazeer and Stern 2018)."""
     if not state.keys() >= _FACTORED:
         return state
     row, col = state["row_var"], state["col_var"]
     mean = row.mean(-2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
-    rest = {key: value for key, value in state.items() if key not in _FACTORED}
-    return {**rest, "variance": row @ col / mean}
+    others = {key: value for key, value in state.items() if key not in _FACTORED}
+    return {**others, "variance": row @ col / mean}
 
 
 def _fold_factored(state: State) -> State:
     variance = state.get("variance")
     if variance is None or variance.dim() < 2:
         return state
-    rest = {key: value for key, value in state.items() if key != "variance"}
-    return {**rest, "row_var": variance.mean(-1, keepdim=True), "col_var": variance.mean(-2, keepdim=True)}
+    others = {key: value for key, value in state.items() if key != "variance"}
+    return {**others, "row_var": variance.mean(-1, keepdim=True), "col_var": variance.mean(-2, keepdim=True)}
 
 
 _MOMENTS: dict[str, Role] = {"step": "count", "exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "second"}
 
-_TABLE: dict[type[Optimizer], Meaning] = {
-    SGD: Meaning({"momentum_buffer": "first"}),
-    Adam: Meaning(_MOMENTS),
-    torch.optim.AdamW: Meaning(_MOMENTS),
-    NAdam: Meaning({**_MOMENTS, "mu_product": "count"}),
-    RAdam: Meaning(_MOMENTS),
-    Adamax: Meaning({"step": "count", "exp_avg": "first", "exp_inf": "largest"}),
-    Adagrad: Meaning({"step": "count", "sum": "second"}),
-    # A step is the gradient times the root of acc_delta / square_avg: carried alike, the two keep the ratio.
-    Adadelta: Meaning({"step": "count", "square_avg": "second", "acc_delta": "second"}),
-    RMSprop: Meaning(
+_FORMATS: dict[type[Optimizer], StateFormat] = {
+    SGD: StateFormat({"momentum_buffer": "first"}),
+    Adam: StateFormat(_MOMENTS),
+    torch.optim.AdamW: StateFormat(_MOMENTS),
+    NAdam: StateFormat({**_MOMENTS, "mu_product": "count"}),
+    RAdam: StateFormat(_MOMENTS),
+    Adamax: StateFormat({"step": "count", "exp_avg": "first", "exp_inf": "largest"}),
+    Adagrad: StateFormat({"step": "count", "sum": "second"}),
+    # A step is the gradient times the root of acc_delta / square_avg. Carried by one rule, both keep their ratio.
+    Adadelta: StateFormat({"step": "count", "square_avg": "second", "acc_delta": "second"}),
+    RMSprop: StateFormat(
         {"step": "count", "square_avg": "second", "grad_avg": "first", "momentum_buffer": "first"},
         _unfold_rmsprop,
         _fold_rmsprop,
     ),
-    Rprop: Meaning({"step": "count", "prev": "first", "step_size": "average"}),
-    ASGD: Meaning({"step": "count", "eta": "count", "mu": "count", "ax": "iterate"}),
-    Adafactor: Meaning({"step": "count", "variance": "second"}, _unfold_factored, _fold_factored),
+    Rprop: StateFormat({"step": "count", "prev": "first", "step_size": "average"}),
+    ASGD: StateFormat({"step": "count", "eta": "count", "mu": "count", "ax": "iterate"}),
+    Adafactor: StateFormat({"step": "count", "variance": "second"}, _unfold_factored, _fold_factored, _FACTORED),
 }
 if hasattr(torch.optim, "Muon"):
-    _TABLE[torch.optim.Muon] = Meaning({"momentum_buffer": "first"})
+    _FORMATS[torch.optim.Muon] = StateFormat({"momentum_buffer": "first"})

@@ -1,8 +1,8 @@
-"""Changing which parameters optimizers hold, all at once and only after everything was worked out."""
+"""Changes which parameters optimizers hold: first all changes are worked out, then all are made at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,43 +12,48 @@ from torch.optim import LBFGS, Optimizer
 from tdfx.errors import OptimizerError
 from tdfx.optim.carriers import Carrier
 from tdfx.optim.states import new_states, warn_of_lost_state
+from tdfx.wrappers.unwrap import is_instance_by_name
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Parameters that leave an optimizer together, and those that take their place."""
+    """The parameters of one site that are replaced together, and the parameters that replace them."""
 
     site: str
+    """The name of the site."""
     old: tuple[nn.Parameter, ...]
+    """The parameters that leave."""
     new: tuple[nn.Parameter, ...]
+    """The parameters that replace them."""
     carrier: Carrier
+    """Carries optimizer state and gradients from the old to the new ones."""
     rename: Callable[[str], list[str]]
-    """From the first old parameter's name to the new ones', for optimizers that were made with names."""
+    """Maps the name of the first old parameter to those of the new ones, for optimizers that were given names."""
     bias: nn.Parameter | None = None
-    """The bias that stays, under another name."""
+    """The bias of the site: it stays in the optimizer, under another name."""
     rename_bias: Callable[[str], str] = str
-    """From the bias's old name to its new one."""
+    """Maps the old name of the bias to the new one."""
 
 
 @dataclass(slots=True)
 class Surgery:
-    """Everything that will be changed in the optimizers, worked out before anything is."""
+    """All changes to optimizers for a rewrite or merge, worked out before the first is made."""
 
     lists: list[tuple[list[Any], list[Any]]] = field(default_factory=list)
-    """A list inside an optimizer, and what it will hold."""
+    """A list inside an optimizer, of parameters or of their names, and its new content."""
     states: list[tuple[Optimizer, Exchange, list[dict[str, Any]]]] = field(default_factory=list)
-    """An optimizer, an exchange in it, and the state of each new parameter; empty for fresh state."""
+    """An optimizer, an exchange in it, and the state of each new parameter; no states if they start afresh."""
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield what was worked out for the new parameters, apart from counts."""
+        """Yield the state tensors of the new parameters, apart from scalars such as step counts."""
         for _, _, states in self.states:
             for state in states:
                 yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())
 
     def commit(self) -> None:
         """Change the optimizers in place; nothing here can fail."""
-        for inside, content in self.lists:
-            inside[:] = content
+        for old, new in self.lists:
+            old[:] = new
         for optimizer, exchange, states in self.states:
             for parameter in exchange.old:
                 optimizer.state.pop(parameter, None)
@@ -56,89 +61,96 @@ class Surgery:
                 optimizer.state[parameter] = state
 
 
-_SHELLS = {"AcceleratedOptimizer", "LightningOptimizer"}
-"""What Accelerate and Lightning put around an optimizer; it keeps nothing of the parameters' state itself."""
+_WRAPPERS = ("AcceleratedOptimizer", "LightningOptimizer")
+"""The classes that Accelerate and Lightning put around an optimizer; they keep no state of parameters themselves."""
 
 
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
-    """Return the optimizers as a tuple, out of what trainers have put around them.
+    """Return the argument ``optimizer`` as a tuple of optimizers, without the wrappers of trainers.
 
     Raises:
-        OptimizerError: Something else was passed.
+        OptimizerError: It is not an optimizer, or one whose state cannot be carried over.
     """
     given = list(optimizer) if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
-    found: list[Optimizer] = []
-    for one in map(_inner, given):
-        if not isinstance(one, Optimizer):
-            raise OptimizerError(
-                f"optimizer={one!r} is a {type(one).__name__}, not a torch.optim.Optimizer: its parameters and state could "
-                f"not be moved. Pass the optimizer that trains the model, or a list of them."
-            )
-        if isinstance(one, LBFGS):
-            raise OptimizerError(
-                "LBFGS keeps one flat history for all parameters together, which cannot be carried over. Make a new one "
-                "from the returned model's parameters, and pass no optimizer."
-            )
-        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(one).__mro__):
-            raise OptimizerError(
-                "ZeroRedundancyOptimizer keeps each process's part of the state in an optimizer of its own, and shares the "
-                "parameters out once and for all. Use torch.distributed.fsdp.fully_shard, which spreads state too, or "
-                "pass no optimizer and make a new one from the returned model's parameters."
-            )
-        found.append(one)
-    return tuple(found)
+    optimizers = tuple(map(_unwrap_optimizer, given))
+    for unwrapped in optimizers:
+        _check_optimizer(unwrapped)
+    return optimizers
 
 
-def _inner(optimizer: Any) -> Any:
-    while any(kind.__name__ in _SHELLS for kind in type(optimizer).__mro__):
+def _unwrap_optimizer(optimizer: Any) -> Any:
+    while is_instance_by_name(optimizer, *_WRAPPERS):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def prepare(optimizers: Sequence[Optimizer], exchanges: Iterable[Exchange]) -> Surgery:
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise OptimizerError(
+            f"optimizer={optimizer!r} is a {type(optimizer).__name__}, not a torch.optim.Optimizer: its parameters and "
+            f"state could not be moved. Pass the optimizer that trains the model, or a list of them."
+        )
+    if isinstance(optimizer, LBFGS):
+        raise OptimizerError(
+            "LBFGS keeps one flat history for all parameters together, which cannot be carried over. Make a new one "
+            "from the returned model's parameters, and pass no optimizer."
+        )
+    if is_instance_by_name(optimizer, "ZeroRedundancyOptimizer"):
+        raise OptimizerError(
+            "ZeroRedundancyOptimizer keeps each process's part of the state in an optimizer of its own, and assigns the "
+            "parameters to processes once and for all. Use torch.distributed.fsdp.fully_shard, which shards the state too, "
+            "or pass no optimizer and make a new one from the returned model's parameters."
+        )
+
+
+def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> Surgery:
     """Work out the new groups and states of the optimizers, changing nothing.
 
-    New parameters stand where the first of the old ones stood, so groups keep their order and their settings.
+    The new parameters of an exchange stand where its first old parameter stood, so groups keep their order and settings.
 
     Raises:
-        OptimizerError: A parameter that is to be replaced is in none of the optimizers, or its parts are spread over
-            several groups.
+        OptimizerError: A parameter that is replaced is in none of the optimizers, in several, or its site's parameters are
+            in several groups.
     """
     surgery = Surgery()
-    pending = list(exchanges)
     if not optimizers:
         return surgery
-    check_homes(optimizers, pending)
-    home = _homes(optimizers)
+    check_groups(optimizers, exchanges)
+    groups = _groups_of(optimizers)
     for optimizer in optimizers:
-        mine = [exchange for exchange in pending if home[id(exchange.old[0])][0][0] is optimizer]
+        held = [exchange for exchange in exchanges if groups[id(exchange.old[0])][0][0] is optimizer]
         for group in optimizer.param_groups:
-            # A bias may lie in another optimizer than its weight, so each group is asked for every exchange's.
-            _plan_group(group, pending, surgery)
+            # Every exchange, because a bias may be in another optimizer than its weight.
+            _exchange_in_group(group, exchanges, surgery)
         surgery.states.extend(
             (optimizer, exchange, new_states(optimizer, exchange.old, exchange.new, exchange.carrier))
-            for exchange in mine
+            for exchange in held
         )
-        warn_of_lost_state(optimizer, [one.old[0] for one in mine])
+        warn_of_lost_state(optimizer, [exchange.old[0] for exchange in held])
     return surgery
 
 
-def _homes(optimizers: Sequence[Optimizer]) -> dict[int, list[tuple[Optimizer, int]]]:
-    """Return for each parameter the optimizers that hold it and the index of its group there."""
-    home: dict[int, list[tuple[Optimizer, int]]] = {}
+def _groups_of(optimizers: Sequence[Optimizer]) -> dict[int, list[tuple[Optimizer, int]]]:
+    """Return, for each parameter by id, the optimizers that hold it, each with the index of its group."""
+    groups: dict[int, list[tuple[Optimizer, int]]] = {}
     for optimizer in optimizers:
         for index, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
-                home.setdefault(id(parameter), []).append((optimizer, index))
-    return home
+                groups.setdefault(id(parameter), []).append((optimizer, index))
+    return groups
 
 
-def check_homes(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> None:
-    """Raise OptimizerError unless every parameter to be replaced has one place in the optimizers, where there are any."""
+def check_groups(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> None:
+    """Raise OptimizerError unless the old parameters of each exchange are in one group of one of the optimizers.
+
+    Without optimizers there is nothing to check.
+    """
     if not optimizers:
         return
-    home = _homes(optimizers)
-    missing = [one.site for one in exchanges if any(id(parameter) not in home for parameter in one.old)]
+    groups = _groups_of(optimizers)
+    missing = [
+        exchange.site for exchange in exchanges if any(id(parameter) not in groups for parameter in exchange.old)
+    ]
     if missing:
         raise OptimizerError(
             f"The weights of {len(missing)} sites are in none of the optimizers given, the first being {missing[0]!r}: the "
@@ -146,26 +158,26 @@ def check_homes(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) 
             f"as a list) that holds this model's parameters, or keep those sites: Policy(exclude=({missing[0]!r}, ...)). If "
             f"it holds wider copies of them, such as float32 beside half precision, pass these too: masters=."
         )
-    for one in exchanges:
-        shared = [parameter for parameter in one.old if len(home[id(parameter)]) > 1]
-        if shared:
+    for exchange in exchanges:
+        places = [(id(optimizer), index) for parameter in exchange.old for optimizer, index in groups[id(parameter)]]
+        holders = max(len(groups[id(parameter)]) for parameter in exchange.old)
+        if holders > 1:
             raise OptimizerError(
-                f"The weight of site {one.site!r} is held by {len(home[id(shared[0])])} of the optimizers given, so its "
-                f"state has no one place to go to. Give each parameter to one optimizer."
+                f"The weight of site {exchange.site!r} is held by {holders} of the optimizers given, so its state could not "
+                f"be moved to one of them. Give each parameter to one optimizer."
             )
-        places = {(id(optimizer), index) for parameter in one.old for optimizer, index in home[id(parameter)]}
-        if len(places) > 1:
+        if len(set(places)) > 1:
             raise OptimizerError(
-                f"The factors of site {one.site!r} are in {len(places)} parameter groups, so the merged weight has no one "
-                f"place to go to. Put them into one group first."
+                f"The factors of site {exchange.site!r} are in {len(set(places))} parameter groups, so it is not known to "
+                f"which of them the merged weight belongs. Put them into one group first."
             )
 
 
-def _plan_group(group: dict[str, Any], exchanges: Sequence[Exchange], surgery: Surgery) -> None:
-    """Note what a group's list of parameters, and of names where it has one, will hold."""
-    by_first = {id(one.old[0]): one for one in exchanges}
-    leaving = {id(parameter) for one in exchanges for parameter in one.old}
-    renamed = {id(one.bias): one.rename_bias for one in exchanges if one.bias is not None}
+def _exchange_in_group(group: dict[str, Any], exchanges: Sequence[Exchange], surgery: Surgery) -> None:
+    """Add the new parameters of a group, and their names if it has names, to the changes."""
+    by_first = {id(exchange.old[0]): exchange for exchange in exchanges}
+    leaving = {id(parameter) for exchange in exchanges for parameter in exchange.old}
+    renamed = {id(exchange.bias): exchange.rename_bias for exchange in exchanges if exchange.bias is not None}
     names = group.get("param_names")
     parameters: list[nn.Parameter] = []
     new_names: list[str] = []

@@ -1,4 +1,4 @@
-"""A plan as numbers, for TensorBoard and every other logger that takes a tag, a value and a step."""
+"""Log a plan as numbers, for TensorBoard and every other logger that takes a tag, a value and a step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tdfx.plans.plan import Plan, SitePlan
 
 
 class Writer(Protocol):
-    """What ``torch.utils.tensorboard.SummaryWriter`` and its like have."""
+    """What ``torch.utils.tensorboard.SummaryWriter`` and similar loggers have."""
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: Any = None) -> Any:
         """Log a value under a tag."""
 
 
-class Checked(Protocol):
-    """What ``Plan.check`` gives."""
+class StepTimes(Protocol):
+    """The times of a ``StepCheck``."""
 
     @property
     def seconds_before(self) -> float: ...  # noqa: D102
@@ -27,20 +27,20 @@ class Checked(Protocol):
     def seconds_predicted(self) -> float: ...  # noqa: D102
 
 
-def log_plan(writer: Writer, plan: Plan, step: int, *, check: Checked | None = None) -> None:
-    """Log what a plan does: ranks, the energy they keep, parameters, and times.
+def log_plan(writer: Writer, plan: Plan, step: int, *, check: StepTimes | None = None) -> None:
+    """Log the ranks of a plan, the energy they keep, parameters, and times.
 
     Tags begin with ``tdfx/`` for the whole model, and with ``tdfx_rank/``, ``tdfx_energy/`` and ``tdfx_ms/`` for its sites.
-    Times are in milliseconds. What was not measured is not logged.
+    Times are in milliseconds. Times that were not measured are not logged.
 
     Args:
         writer: Anything with ``add_scalar(tag, value, step)``.
-        plan: What ``tdfx.plan`` gave, or ``Switch.plan``.
-        step: Training steps taken by then.
-        check: What ``plan.check`` measured of the whole step, if it did.
+        plan: A plan of ``tdfx.plan``, or ``Switch.plan``.
+        step: Training steps taken so far.
+        check: The result of ``plan.check``, if the whole step was timed.
 
     Raises:
-        PolicyError: The writer has no ``add_scalar``. Then nothing was logged.
+        PolicyError: The writer has no ``add_scalar``. Nothing was logged then.
 
     Example:
         >>> import tdfx, tdfx.report, torch
@@ -52,7 +52,7 @@ def log_plan(writer: Writer, plan: Plan, step: int, *, check: Checked | None = N
         7 tdfx_rank/root 16
     """
     check_writer(writer)
-    for tag, value in (*_of_model(plan, check), *(pair for site in plan for pair in _of_site(site))):
+    for tag, value in (*_model_scalars(plan, check), *(pair for site in plan for pair in _site_scalars(site))):
         writer.add_scalar(tag, value, step)
 
 
@@ -65,39 +65,39 @@ def check_writer(writer: object) -> None:
         )
 
 
-def _of_model(plan: Plan, check: Checked | None) -> Iterator[tuple[str, float]]:
+def _model_scalars(plan: Plan, check: StepTimes | None) -> Iterator[tuple[str, float]]:
     yield "tdfx/sites_factorized", len(plan.factorized)
     yield "tdfx/parameters", plan.parameters_after
     yield "tdfx/parameters_share", plan.parameters_after / max(1, plan.parameters_before)
     yield "tdfx/total_error", plan.total_error
-    yield from _known("tdfx/flops_forward", plan.flops_after)
-    yield from _known("tdfx/step_ms_dense", plan.step_seconds, 1e3)
-    yield from _known("tdfx/step_ms_predicted", plan.step_seconds_after, 1e3)
+    yield from _measured("tdfx/flops_forward", plan.flops_after)
+    yield from _measured("tdfx/step_ms_dense", plan.step_seconds, 1e3)
+    yield from _measured("tdfx/step_ms_predicted", plan.step_seconds_after, 1e3)
     if check is not None:
         yield "tdfx/step_ms_dense_checked", 1e3 * check.seconds_before
         yield "tdfx/step_ms_checked", 1e3 * check.seconds_after
         yield "tdfx/step_ms_predicted_checked", 1e3 * check.seconds_predicted
 
 
-def _of_site(site: SitePlan) -> Iterator[tuple[str, float]]:
+def _site_scalars(site: SitePlan) -> Iterator[tuple[str, float]]:
     name = site.name or "root"
     ranks = site.ranks or ()
     for index, rank in enumerate(ranks):
         yield f"tdfx_rank/{name}" + (f"/{_MODES[index]}" if len(ranks) == len(_MODES) else ""), rank
     if site.factorized and site.error is not None:
-        # What a split by orthonormal bases loses is the energy that it does not keep.
+        # A split by orthonormal bases loses exactly the energy that it does not keep.
         yield f"tdfx_energy/{name}", max(0.0, 1.0 - site.error**2)
     if site.estimated:
         return
-    yield from _known(f"tdfx_ms/{name}/dense", site.seconds_before, 1e3)
+    yield from _measured(f"tdfx_ms/{name}/dense", site.seconds_before, 1e3)
     if site.factorized:
-        yield from _known(f"tdfx_ms/{name}/factorized", site.seconds_after, 1e3)
+        yield from _measured(f"tdfx_ms/{name}/factorized", site.seconds_after, 1e3)
 
 
 _MODES = ("out", "in")
-"""What two ranks of one site count: channels of the output, and of the input."""
+"""The modes of two ranks: channels of the output, and of the input."""
 
 
-def _known(tag: str, value: float | None, scale: float = 1.0) -> Iterator[tuple[str, float]]:
+def _measured(tag: str, value: float | None, scale: float = 1.0) -> Iterator[tuple[str, float]]:
     if value is not None:
         yield tag, scale * value

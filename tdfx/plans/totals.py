@@ -1,18 +1,16 @@
-"""What the sites of a plan come to together, in lines of text."""
+"""The totals of a plan, in lines of text."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from tdfx.plans.decisions import Decisions
+from tdfx.plans.site import SitePlan
 from tdfx.text import before_after, milliseconds, share, times_faster
 
-if TYPE_CHECKING:
-    from tdfx.plans.plan import Plan, SitePlan
 
-
-def totals(plan: Plan) -> list[str]:
+def totals(plan: Decisions) -> list[str]:
     """Return a line for each total that is known, over all sites of the plan."""
     lines = [_decisions(plan)]
     counts = {
@@ -22,13 +20,13 @@ def totals(plan: Plan) -> list[str]:
     if plan.memory_before != plan.memory_after:
         counts["bytes of the sites in training"] = plan.memory_before, plan.memory_after
     lines += [
-        f"{what} {before_after(*both)}" + _in_brackets(share(*both))
-        for what, both in counts.items()
-        if both[0] is not None
+        f"{name} {before_after(before, after)}" + _in_brackets(share(before, after))
+        for name, (before, after) in counts.items()
+        if before is not None
     ]
-    timed = [one for one in plan.sites if one.seconds_before is not None and one.seconds_after is not None]
+    timed = [site for site in plan.sites if site.seconds_before is not None and site.seconds_after is not None]
     if timed:
-        before, after = (sum(getattr(one, f"seconds_{when}") for one in timed) for when in ("before", "after"))
+        before, after = (sum(getattr(site, f"seconds_{when}") for site in timed) for when in ("before", "after"))
         lines.append(
             f"measured, {len(timed)} sites{_by_estimate(timed)}: {milliseconds(before, after)} ms a step"
             + _in_brackets(times_faster(before, after))
@@ -44,7 +42,7 @@ def totals(plan: Plan) -> list[str]:
     return lines
 
 
-def _decisions(plan: Plan) -> str:
+def _decisions(plan: Decisions) -> str:
     kept = Counter(str(site.reason) for site in plan.kept)
     reasons = ", ".join(f"{count} {reason}" for reason, count in kept.most_common())
     return f"{plan.model or 'model'}: {len(plan.factorized)} of {len(plan)} sites factorized" + (
@@ -53,7 +51,7 @@ def _decisions(plan: Plan) -> str:
 
 
 def _by_estimate(timed: Sequence[SitePlan]) -> str:
-    count = sum(one.estimated for one in timed)
+    count = sum(site.estimated for site in timed)
     return f", {count} of them by estimate" if count else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,20 +22,19 @@ from tdfx.ranks.rule import RankRule
 _BUDGETS = ("speedup", "seconds", "flops", "parameters", "memory")
 _KEYS = ("rank", "scheme", "include", "exclude", "overrides", "min_gain", "round_to", "cost", *_BUDGETS, "error")
 _COSTS: dict[str, type[Measured | Modelled]] = {"measured": Measured, "modelled": Modelled}
-_AUTOCASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_INHERITED = ("scheme", "min_gain", "round_to", "cost")
-"""What an override takes from the policy around it where it does not say it itself; a rank comes with joining it."""
+_AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST = 80
-Made = TypeVar("Made")
+"""Characters of a value that an error message shows."""
+T = TypeVar("T")
 
 
 def read_policy(source: str | Path | Mapping[str, Any]) -> Policy:
     """Read a policy from a TOML or JSON file, or from a mapping that holds the same.
 
     The keys are the settings of ``Policy``. ``rank`` is a rule as on the command line, such as ``"energy:0.9,at_least=8"``,
-    or several of them with ``|`` in between, or a table of ranks by site name, as for ``Fixed``. ``cost`` is ``"measured"``,
-    ``"modelled"``, or a table with one of these under ``use`` and its settings. ``overrides`` maps patterns to tables of
-    the same keys, or to ``"keep"``; what such a table leaves out is as in the policy around it.
+    or several rules with ``|`` in between, or a table of ranks by site name, as for ``Fixed``. ``cost`` is ``"measured"``,
+    ``"modelled"``, or a table with one of these under ``use`` and its settings. ``overrides`` maps patterns to ``"keep"`` or
+    to tables of the same keys, which inherit what they leave out, as overrides in Python do.
 
     Args:
         source: Path of a file whose name ends in ``.toml`` or ``.json``, or a mapping.
@@ -44,15 +43,15 @@ def read_policy(source: str | Path | Mapping[str, Any]) -> Policy:
         The policy, which prints as it would be written in Python.
 
     Raises:
-        PolicyError: The file cannot be read, or holds a key that is not known or a value out of range; the message names
-            file and key.
+        PolicyError: The file cannot be read, or holds an unknown key or a value out of range; the message names the file
+            and the key.
 
     Example:
         >>> read_policy({"rank": "ratio:0.5", "exclude": ["fc"], "cost": "modelled"}).rank
         Ratio(of=0.5)
     """
     name = "The policy" if isinstance(source, Mapping) else f"The policy {str(source)!r}"
-    table = source if isinstance(source, Mapping) else _loaded(Path(source))
+    table = source if isinstance(source, Mapping) else _load(Path(source))
     try:
         return _Reader(name).policy(table)
     except RecursionError as error:
@@ -61,7 +60,7 @@ def read_policy(source: str | Path | Mapping[str, Any]) -> Policy:
         ) from error
 
 
-def _loaded(path: Path) -> object:
+def _load(path: Path) -> object:
     if path.suffix.lower() not in {".toml", ".json"}:
         raise PolicyError(
             f"The policy {str(path)!r} is neither TOML nor JSON by its name. Name a file that ends in .toml or .json."
@@ -71,70 +70,67 @@ def _loaded(path: Path) -> object:
         return tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
     except OSError as error:
         raise PolicyError(
-            f"The policy {str(path)!r} could not be read: {error.strerror or error}. Name a file that is there."
+            f"The policy {str(path)!r} could not be read: {error.strerror or error}. Name a file that exists."
         ) from error
     except (ValueError, RecursionError) as error:  # both parsers' errors, and text that is not UTF-8
-        kind = path.suffix[1:].upper()
-        raise PolicyError(f"The policy {str(path)!r} is not {kind}: {error}. Correct the file there.") from error
+        language = path.suffix[1:].upper()
+        raise PolicyError(f"The policy {str(path)!r} is not {language}: {error}. Correct the file there.") from error
 
 
 class _Reader:
-    """Reads tables of one source, and says of what is wrong where it stands."""
+    """Reads the tables of one source; its errors name the source and the key at which a value is wrong."""
 
     def __init__(self, source: str) -> None:
         self.source = source
 
-    def policy(self, table: object, around: Policy | None = None, path: str = "") -> Policy:
-        """Return the policy that a table describes.
+    def policy(self, table: object, path: str = "") -> Policy:
+        """Return the policy that a table describes, with the settings that the table has and no others.
 
         Args:
-            table: What was read.
-            around: The policy of which it is an override.
+            table: The table as it was parsed.
             path: The keys under which the table stands.
         """
         if not isinstance(table, Mapping):
             raise self._error(
-                path, f'{_shown(table)} is not a table of settings. Write for example rank = "energy:0.9".'
+                path, f'{_shorten(table)} is not a table of settings. Write for example rank = "energy:0.9".'
             )
         self._check_keys(table, _KEYS, path)
-        given = {key: table[key] for key in table if key != "overrides"}
-        if "rank" in given:
-            given["rank"] = self._rank(given["rank"], _under(path, "rank"))
-        if "cost" in given:
-            given["cost"] = self._cost(given["cost"], _under(path, "cost"))
-        budgets = {key: given[key] for key in _BUDGETS if key in given}
-        for key, value in given.items():
-            # By itself, so that what is wrong with it is said of it; an error needs a budget.
-            alone = {**(budgets if key == "error" else {}), key: value}
-            self._made(lambda alone=alone: Policy(**alone), _under(path, key))  # type: ignore[misc]
-        if around is not None:
-            given = {**{name: getattr(around, name) for name in _INHERITED}, **given}
-        found = self._made(lambda: Policy(**given), path)
+        settings = {key: value for key, value in table.items() if key != "overrides"}
+        if "rank" in settings:
+            settings["rank"] = self._rank(settings["rank"], _join(path, "rank"))
+        if "cost" in settings:
+            settings["cost"] = self._cost(settings["cost"], _join(path, "cost"))
+        budgets = {key: settings[key] for key in _BUDGETS if key in settings}
+        for key, value in settings.items():
+            # Each setting is tried alone, so that an error names its key; ``error`` is valid beside a budget only.
+            trial = {**(budgets if key == "error" else {}), key: value}
+            self._make(lambda trial=trial: Policy(**trial), _join(path, key))  # type: ignore[misc]
+        policy = self._make(lambda: Policy(**settings), path)
         if "overrides" not in table:
-            return found
-        path = _under(path, "overrides")
-        overrides = self._overrides(table["overrides"], found, path)
-        return self._made(lambda: Policy(**given, overrides=overrides), path)
+            return policy
+        path = _join(path, "overrides")
+        overrides = self._overrides(table["overrides"], path)
+        return self._make(lambda: Policy(**settings, overrides=overrides), path)
 
-    def _overrides(self, tables: object, around: Policy, path: str) -> dict[str, Policy | None]:
+    def _overrides(self, tables: object, path: str) -> dict[str, Policy | None]:
         if not isinstance(tables, Mapping):
             raise self._error(
                 path,
-                f"{_shown(tables)} is not a table from patterns to policies. Write for example "
+                f"{_shorten(tables)} is not a table from patterns to policies. Write for example "
                 f'"layer4.*" = {{rank = "ratio:0.5"}}, or "fc" = "keep".',
             )
         return {
-            pattern: None if one in ("keep", None) else self.policy(one, around, _under(path, repr(pattern)))
-            for pattern, one in tables.items()
+            pattern: None if table in ("keep", None) else self.policy(table, _join(path, repr(pattern)))
+            for pattern, table in tables.items()
         }
 
     def _rank(self, value: object, path: str) -> RankRule:
         if isinstance(value, Mapping):
-            return self._made(lambda: Fixed(value), path)
+            return self._make(lambda: Fixed(value), path)
         if isinstance(value, str):
-            return self._made(lambda: parse_rule(value), path)
+            return self._make(lambda: parse_rule(value), path)
         raise self._error(
-            path, f'{_shown(value)} is not a rule. Write for example "energy:0.9", or a table of ranks by site.'
+            path, f'{_shorten(value)} is not a rule. Write for example "energy:0.9", or a table of ranks by site.'
         )
 
     def _cost(self, value: object, path: str) -> Cost:
@@ -143,50 +139,47 @@ class _Reader:
         if not isinstance(name, str) or name not in _COSTS:
             raise self._error(
                 path,
-                f"{_shown(name)} is no cost. Nearest: {nearest(str(name), _COSTS, 1)}. Write "
+                f"{_shorten(name)} is not a cost. Nearest: {nearest(str(name), _COSTS, 1)}. Write "
                 f'"measured" or "modelled", or a table such as {{use = "measured", budget = 30}}.',
             )
-        kind = _COSTS[name]
-        known = [one.name for one in fields(kind) if one.name != "modelled"]
-        self._check_keys(table, known, path)
+        cost = _COSTS[name]
+        self._check_keys(table, [setting.name for setting in fields(cost) if setting.name != "modelled"], path)
         if "autocast" in table:
-            table["autocast"] = self._dtype(table["autocast"], _under(path, "autocast"))
-        return self._made(lambda: kind(**table), path)
+            table["autocast"] = self._dtype(table["autocast"], _join(path, "autocast"))
+        return self._make(lambda: cost(**table), path)
 
     def _dtype(self, value: object, path: str) -> torch.dtype:
-        if not isinstance(value, str) or value not in _AUTOCASTS:
-            raise self._error(path, f"{_shown(value)} is not one of {', '.join(_AUTOCASTS)}. Leave it out for none.")
-        return _AUTOCASTS[value]
+        if not isinstance(value, str) or value not in _AUTOCAST_DTYPES:
+            raise self._error(
+                path, f"{_shorten(value)} is not one of {', '.join(_AUTOCAST_DTYPES)}. Leave it out for none."
+            )
+        return _AUTOCAST_DTYPES[value]
 
-    def _check_keys(self, table: Mapping[Any, object], known: Iterable[str], path: str) -> None:
-        known = tuple(known)
+    def _check_keys(self, table: Mapping[Any, object], keys: Sequence[str], path: str) -> None:
         for key in table:
-            if key not in known:
+            if key not in keys:
                 place = f" under {path}" if path else ""
                 raise PolicyError(
-                    f"{self.source} has the unknown key {_shown(key)}{place}. Nearest: {nearest(str(key), known, 1)}; "
-                    f"all of them: {', '.join(known)}."
+                    f"{self.source} has the unknown key {_shorten(key)}{place}. Nearest: {nearest(str(key), keys, 1)}; "
+                    f"all of them: {', '.join(keys)}."
                 )
 
-    def _made(self, make: Callable[[], Made], path: str) -> Made:
-        """Return what is made, or raise its error with the place where its values stand."""
+    def _make(self, make: Callable[[], T], path: str) -> T:
+        """Return what a function makes, or raise its error with the keys under which its values stand."""
         try:
             return make()
-        except (
-            PolicyError,
-            ValueError,
-        ) as error:  # the latter where a message would show a number that is far too long
+        except (PolicyError, ValueError) as error:  # ValueError: a message would show a number that is far too long
             raise self._error(path, str(error)) from error
 
     def _error(self, path: str, message: str) -> PolicyError:
         return PolicyError(f"{self.source}{f', key {path}' if path else ''}: {message}")
 
 
-def _under(path: str, key: str) -> str:
+def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _shown(value: object) -> str:
+def _shorten(value: object) -> str:
     """Return a value as text that is short enough for a message."""
     try:
         text = repr(value)

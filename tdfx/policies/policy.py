@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Literal, cast
+from typing import Any, Literal
 
 from tdfx.checks import is_number
 from tdfx.cost.measured import Measured
@@ -18,60 +19,66 @@ from tdfx.ranks.budget import DEFAULT_RULE, Budget, Measure
 from tdfx.ranks.multiple import AUTO as AUTO_MULTIPLE
 from tdfx.ranks.rule import RankRule
 
-
-@dataclass(frozen=True, slots=True)
-class _Lent:
-    """What a policy has that it was not given, so that it can be lent something else in its place."""
-
-    rank: RankRule
-    """The default rule; or as an override that of the policy around it."""
-    cost: Cost | None = None
-    """As a part of a budget, the cost of the policy around it."""
-    own_cost: Cost | None = None
-    """What it was given itself, in place of which that stands."""
+_DEFAULTS: dict[str, Any] = {
+    "rank": DEFAULT_RULE,
+    "scheme": AUTO,
+    "min_gain": 1.05,
+    "round_to": 8,
+    "cost": Measured(),
+}
+"""The settings that an override inherits, and what they are where nothing is given."""
+_EVERY_SITE: dict[str, Any] = {"include": ("*",), "exclude": (), "overrides": {}}
+"""The settings that an override does not inherit, where they leave out no site."""
+LEFT_OUT: Any = object()
+"""Stands for a setting that was not given, until the policy is checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Policy:
     """What to rewrite and how far; checked when it is made, so that a mistake never reaches a model.
 
-    Site names are the paths of the layers, such as ``layer1.0.conv2``; patterns are globs over them, case-sensitive.
+    Site names are the paths of the layers, such as ``layer1.0.conv2``; patterns are globs over them, case-sensitive. Two
+    policies are equal if they decide alike: an override may leave out what another one repeats.
 
     Example:
         >>> import tdfx
         >>> tdfx.Policy(rank=tdfx.Energy(share=0.8), exclude=("fc",)).wants("layer1.0.conv1")
         True
+        >>> policy = tdfx.Policy(scheme="svd", overrides={"fc": tdfx.Policy(rank=tdfx.Ratio(of=0.5))})
+        >>> policy.for_site("fc").scheme
+        'svd'
     """
 
-    rank: RankRule = field(default=cast("RankRule", None))
-    """The rule that reads a rank from each weight, or what keeps the budgets below. If left out: a step twice as fast at the
-    least error, or as near to that as is reasonable, with no rank below an eighth of the full one where much would be
+    rank: RankRule = LEFT_OUT
+    """The rule that reads a rank from each weight, or a budget for all sites. The default makes the step twice as fast at
+    the least error, or as near to that as is reasonable, with no rank below an eighth of the full one where much would be
     lost, nor below a quarter where a weight shows no signal yet."""
-    scheme: str = AUTO
+    scheme: str = LEFT_OUT
     """How weights are split: ``"auto"`` for tucker2 or svd, whichever fits each site, or a scheme's name, with its options
     after a colon as in ``"tucker2:refine=3"``."""
     include: tuple[str, ...] = ("*",)
     """Patterns of the sites that may be rewritten."""
     exclude: tuple[str, ...] = ()
     """Patterns of the sites that are kept, whatever ``include`` says."""
-    overrides: Mapping[str, Policy | None] = field(default_factory=dict)
-    """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts. One that gives no
-    rank takes this policy's, and another one in ``dataclasses.replace(policy, rank=...)``; where that is a budget its sites
-    are part of it, with their own scheme, ``round_to`` and ``min_gain``, and this policy's ``cost``."""
-    min_gain: float = 1.05
+    overrides: Mapping[str, Policy | None] = field(default_factory=dict, compare=False)
+    """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts. An override, and
+    overrides within it, inherit every ``rank``, ``scheme``, ``min_gain``, ``round_to`` and ``cost`` that they leave out, but
+    not ``include``, ``exclude`` and ``overrides``, which say what sites they concern. Where the rank is a budget, the sites
+    of an override that gives no rank are part of it, and use this policy's ``cost``."""
+    min_gain: float = LEFT_OUT
     """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every
     site whatever it costs, so that nothing is measured unless a budget of time asks for it."""
-    round_to: int | Literal["auto"] = 8
+    round_to: int | Literal["auto"] = LEFT_OUT
     """Ranks are rounded up to a multiple of this, at least 1, since hardware computes channels in blocks. Ranks at full
     rank and ranks given by ``Fixed`` are left alone. ``"auto"`` takes the multiple from each weight's dtype and device
     (CUDA: 16 bytes, from compute capability 8.0 on 128; CPU: a vector register), and a rank below it goes up to a power of
     two instead, so that no rank is doubled."""
-    cost: Cost = field(default_factory=Measured)
+    cost: Cost = LEFT_OUT
     """What says how long a site takes, dense and factorized: measured on this machine, or ``Modelled()``."""
     speedup: InitVar[float | None] = None
     """A budget in place of ``rank``, which is then ``Budget(...)``: how many times faster the training step shall be."""
     seconds: InitVar[float | None] = None
-    """What the training step may take, in seconds."""
+    """How long the training step may take, in seconds."""
     flops: InitVar[float | None] = None
     """Forward operations of the sites: a share, or a whole number of them."""
     parameters: InitVar[float | None] = None
@@ -79,9 +86,11 @@ class Policy:
     memory: InitVar[float | None] = None
     """Bytes that the sites add to a training step: a share, or a whole number of them."""
     error: InitVar[Measure | None] = None
-    """What a budget keeps small: the error of the ``"weights"``, of the ``"outputs"``, or by the loss's ``"curvature"``."""
-    _lent: _Lent | None = field(default=None, compare=False)
-    """Not to be given. A field nonetheless: ``dataclasses.replace``, copies and pickles then carry it."""
+    """What a budget keeps small, as in ``Budget``: the error of the ``"weights"``."""
+    _left_out: frozenset[str] = field(default=frozenset(), compare=False)
+    """Private: the settings that were not given. It is a field because ``dataclasses.replace`` passes on fields alone."""
+    _resolved: Mapping[str, Policy | None] = field(init=False)
+    """The overrides with every setting that they inherit."""
 
     def __post_init__(
         self,
@@ -93,10 +102,43 @@ class Policy:
         error: Measure | None,
     ) -> None:
         budgets = {"speedup": speedup, "seconds": seconds, "flops": flops, "parameters": parameters, "memory": memory}
-        rank = self._rule(budgets, error)
-        if self.rank is None and rank is DEFAULT_RULE:
-            object.__setattr__(self, "_lent", _Lent(DEFAULT_RULE))
-        object.__setattr__(self, "rank", rank)
+        object.__setattr__(self, "rank", self._rule(budgets, error))
+        left_out = frozenset(name for name in _DEFAULTS if self._is_left_out(name))
+        object.__setattr__(self, "_left_out", left_out)
+        for name in left_out:
+            object.__setattr__(self, name, _DEFAULTS[name])
+        self._check()
+        object.__setattr__(self, "include", _patterns("include", self.include))
+        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        object.__setattr__(self, "overrides", _overrides(self.overrides))
+        resolved = {pattern: policy and self._resolve(pattern, policy) for pattern, policy in self.overrides.items()}
+        object.__setattr__(self, "_resolved", resolved)
+
+    def _is_left_out(self, name: str) -> bool:
+        """Return True for a setting that was not given, nor changed since by ``dataclasses.replace``."""
+        value = getattr(self, name)
+        return value is LEFT_OUT or (name in self._left_out and bool(value == _DEFAULTS[name]))
+
+    def _rule(self, budgets: Mapping[str, float | None], error: Measure | None) -> RankRule:
+        """Return the rank rule that was given, None being no rule, or the budget that the short settings make."""
+        rank = LEFT_OUT if self.rank is None else self.rank
+        given: dict[str, Any] = {name: value for name, value in budgets.items() if value is not None}
+        if not given:
+            if error is not None:
+                raise PolicyError(
+                    f"error={error!r} says what a budget keeps small, and no budget is given beside it. Leave it out, or "
+                    f"pass a budget such as speedup=2."
+                )
+            return rank
+        if rank is not LEFT_OUT:
+            raise PolicyError(
+                f"rank={rank!r} and {', '.join(f'{name}={value!r}' for name, value in given.items())} both say which "
+                f"ranks to take. Leave out one of the two."
+            )
+        return Budget(**given, error="weights" if error is None else error)
+
+    def _check(self) -> None:
+        """Raise PolicyError for a setting that cannot be carried out."""
         if not isinstance(self.rank, RankRule):
             raise PolicyError(
                 f"rank={self.rank!r} is not a rank rule: it decides how much of each weight is kept. "
@@ -109,17 +151,6 @@ class Policy:
                 f"cost={self.cost!r} cannot say how long a site takes: it needs a method seconds(chain, flow). "
                 f"Pass an object, such as cost=tdfx.Modelled()."
             )
-        object.__setattr__(self, "include", _patterns("include", self.include))
-        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
-        own = {key: self._joined(one) for key, one in _overrides(self.overrides).items()}
-        object.__setattr__(self, "overrides", own)
-        for key, one in own.items():
-            if one is not None and isinstance(one.rank, Budget) and one.rank != self.rank:
-                raise PolicyError(
-                    f"An override has a budget, and a budget is for all sites together: the override for {key!r} has "
-                    f"{one.rank!r}, and the policy {self.rank!r}. Give a budget to the policy itself, and the sites of the "
-                    f"override another rule, or none."
-                )
         if not (is_number(self.min_gain) or self.min_gain == math.inf) or self.min_gain < 0:
             raise PolicyError(
                 f"min_gain={self.min_gain!r} is not a number of at least 0: it is how many times faster a site must "
@@ -132,56 +163,41 @@ class Policy:
                 f"of it. Pass {AUTO_MULTIPLE!r} for what suits each weight's dtype and device. Pass 1 for no rounding."
             )
 
-    def _rule(self, budgets: Mapping[str, float | None], error: Measure | None) -> RankRule:
-        """Return the rule in force: the one given, one that keeps the budgets given, or the default."""
-        given = {name: value for name, value in budgets.items() if value is not None}
-        if not given:
-            if error is not None:
-                raise PolicyError(
-                    f"error={error!r} says what a budget keeps small, and no budget is given beside it. Pass for example "
-                    f"Policy(speedup=2, error={error!r})."
-                )
-            return DEFAULT_RULE if self.rank is None else self.rank
-        if self.rank is not None:
+    def _resolve(self, pattern: str, override: Policy) -> Policy:
+        """Return an override with every setting that it inherits from this policy."""
+        inherited = {name: getattr(self, name) for name in override._left_out}
+        rank = inherited.get("rank", override.rank)
+        if isinstance(self.rank, Budget) and rank == self.rank:
+            inherited["cost"] = self.cost
+        elif isinstance(rank, Budget):
             raise PolicyError(
-                f"rank={self.rank!r} and {', '.join(f'{name}={value!r}' for name, value in given.items())} both say which "
-                f"ranks to take. Leave out one of the two."
+                f"An override has a budget, and a budget is for all sites together: the override for {pattern!r} has "
+                f"{rank!r}, and the policy {self.rank!r}. Give a budget to the policy itself, and the sites of the "
+                f"override another rule, or none."
             )
-        return Budget(**given, error="weights" if error is None else error)
-
-    def _joined(self, override: Policy | None) -> Policy | None:
-        """Give an override this policy's rank where it has none of its own; where that is a budget, its cost too."""
-        if override is None:
-            return None
-        lent, in_budget = override._lent, isinstance(self.rank, Budget)
-        if lent is None or override.rank != lent.rank:
-            return replace(override, cost=self.cost) if in_budget and override.rank == self.rank else override
-        own = lent.own_cost if lent.own_cost is not None and override.cost == lent.cost else override.cost
-        cost = self.cost if in_budget else own
-        return replace(override, rank=self.rank, cost=cost, _lent=_Lent(self.rank, cost, own))
+        return replace(override, **inherited, _left_out=frozenset())
 
     def __repr__(self) -> str:
-        """Return the call that makes it; an override is shown as it was given, without what it has from around it."""
-        return f"Policy({', '.join(f'{name}={text}' for name, text in self._settings())})"
+        """Return the call that makes the policy; its overrides show only what they were given."""
+        return self._call(PUBLIC)
 
-    def _settings(self) -> Iterator[tuple[str, str]]:
-        for one in fields(self):
-            if one.name == "overrides":
-                inside = (
-                    f"{key!r}: {own._as_given()}" if own else f"{key!r}: None" for key, own in self.overrides.items()
-                )
-                yield one.name, f"{{{', '.join(inside)}}}"
-            elif one.name != "_lent":
-                yield one.name, repr(getattr(self, one.name))
+    def _call(self, names: Iterable[str]) -> str:
+        return f"Policy({', '.join(f'{name}={self._text(name)}' for name in names)})"
 
-    def _as_given(self) -> str:
-        lent = self._lent if self._lent is not None and self.rank == self._lent.rank else None
-        settings = dict(self._settings())
-        if lent is not None:
-            del settings["rank"]
-            if lent.own_cost is not None and self.cost == lent.cost:
-                settings["cost"] = repr(lent.own_cost)
-        return f"Policy({', '.join(f'{name}={text}' for name, text in settings.items())})"
+    def _text(self, name: str) -> str:
+        if name != "overrides":
+            return repr(getattr(self, name))
+        overrides = (
+            f"{pattern!r}: {None if policy is None else policy._call(policy._given())}"
+            for pattern, policy in self.overrides.items()
+        )
+        return f"{{{', '.join(overrides)}}}"
+
+    def _given(self) -> Iterator[str]:
+        """Yield the settings that say anything in an override."""
+        for name in PUBLIC:
+            if name not in self._left_out and getattr(self, name) != _EVERY_SITE.get(name, LEFT_OUT):
+                yield name
 
     def __hash__(self) -> int:
         return hash((self.rank, self.scheme, self.include, self.exclude, self.min_gain, self.round_to))
@@ -191,14 +207,16 @@ class Policy:
         return _names_any(self.include, names) and not _names_any(self.exclude, names)
 
     def for_site(self, *names: str) -> Policy | None:
-        """Return the policy in force for a site, overrides looked up; None if the site is to be kept.
+        """Return the policy in force for a site, or None if the site is to be kept.
+
+        It has every setting that an override inherits, and is the same object at each call.
 
         Args:
             names: All names of the site; a layer that a model holds under two paths has two.
         """
         if not self.wants(*names):
             return None
-        for pattern, policy in self.overrides.items():
+        for pattern, policy in self._resolved.items():
             if _names_any((pattern,), names):
                 return policy.for_site(*names) if policy is not None else None
         return self
@@ -214,13 +232,31 @@ class Policy:
         }
 
 
+PUBLIC = tuple(setting.name for setting in fields(Policy) if not setting.name.startswith("_"))
+"""The settings of a policy, in the order in which it prints them."""
+
+
+def _public_signature() -> inspect.Signature:
+    """Return the signature of ``Policy.__init__`` without what is private, with the defaults that count."""
+    signature = inspect.signature(Policy.__init__)
+    public = [
+        parameter.replace(default=_DEFAULTS.get(name, parameter.default))
+        for name, parameter in signature.parameters.items()
+        if not name.startswith("_")
+    ]
+    return signature.replace(parameters=public)
+
+
+Policy.__init__.__signature__ = _public_signature()  # type: ignore[attr-defined]
+
+
 def _names_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern, name in itertools.product(patterns, names))
 
 
 def _patterns(name: str, given: object) -> tuple[str, ...]:
-    """Return patterns as a tuple; a bare string is the mistake that would be read letter by letter."""
-    if isinstance(given, str) or not isinstance(given, tuple | list) or any(not isinstance(one, str) for one in given):
+    """Return patterns as a tuple; refuse a bare string, which would be read letter by letter."""
+    if not isinstance(given, tuple | list) or any(not isinstance(pattern, str) for pattern in given):
         raise PolicyError(
             f"{name}={given!r} is not a tuple of patterns: each is a glob over site names. "
             f"Pass for example {name}=('layer1.*', 'fc')."
@@ -229,8 +265,9 @@ def _patterns(name: str, given: object) -> tuple[str, ...]:
 
 
 def _overrides(given: object) -> dict[str, Policy | None]:
+    """Return a private copy of the overrides: the policy is frozen, and the caller's mapping is not."""
     if not isinstance(given, Mapping) or any(
-        not isinstance(key, str) or not isinstance(value, Policy | None) for key, value in given.items()
+        not isinstance(pattern, str) or not isinstance(policy, Policy | None) for pattern, policy in given.items()
     ):
         raise PolicyError(
             f"overrides={given!r} does not map patterns to policies: each pattern gets a Policy, or None to keep its "

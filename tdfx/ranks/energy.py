@@ -15,7 +15,7 @@ from tdfx.ranks.spectrum import Spectrum
 class Energy(RankRule):
     """Keep the fewest singular values that hold a given share of the energy, in every mode of the weight.
 
-    A weight whose spectrum is that of noise is kept as it is: its ranks would say nothing of what it is about to learn.
+    A weight whose spectrum is that of noise is kept as it is: its ranks would say nothing about what it will learn.
     """
 
     share: float = 0.9
@@ -33,7 +33,7 @@ class Energy(RankRule):
         """Return, for each spectrum, the smallest rank whose energy reaches ``share``."""
         if not has_signal(spectra):
             return Choice((), kept=NO_SIGNAL, signal=False)
-        return Choice(tuple(self._rank(one) for one in spectra))
+        return Choice(tuple(self._rank(spectrum) for spectrum in spectra))
 
     def _rank(self, spectrum: Spectrum) -> int:
         if self.share == 1:

@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 _GRID = 256
 """Trial values of the noise variance: the free energy has several minima, and a bounded search alone may miss the best."""
 _ROUNDING = float(np.finfo(np.float64).eps)
-"""Times the longer side: the part of the largest squared singular value below which there is rounding only."""
+"""Squared singular values below this share of the largest, times the longer side, are rounding only."""
 
 
 def evbmf_rank(values: Tensor, rows: int, cols: int, residual: float | Tensor = 0.0) -> int:
@@ -29,31 +29,31 @@ def evbmf_rank(values: Tensor, rows: int, cols: int, residual: float | Tensor = 
     The result does not depend on the scale of the matrix, nor on which side is the longer.
 
     The smallest values may be left out. A component that is not kept enters the free energy by its square and by the
-    logarithm of its square, of which the second does not depend on the noise variance: so the sum of the squares that are
-    missing says as much as they would, as long as none of them would be kept.
+    logarithm of its square, and the logarithm does not depend on the noise variance. The sum of the missing squares is
+    therefore enough, as long as none of the missing components would be kept.
 
     Args:
         values: Singular values, shape (r,), any order, finite: all min(m, n) of them, or the largest r.
         rows: m, at least 1.
         cols: n, at least 1.
-        residual: The sum of the squares of the min(m, n) - r values that are not given, taken as spread evenly over them;
-            below zero, as rounding can leave it, counts as zero, and so does any where no value is missing.
+        residual: The sum of the squares of the min(m, n) - r missing values, which counts as spread evenly over them. A
+            negative sum, which rounding can cause, counts as zero; so does any sum where no value is missing.
 
     Returns:
         The rank, in [0, r]; 0 means that nothing stands above the noise.
     """
     short, long = sorted((rows, cols))
-    given = np.sort(values.detach().double().cpu().numpy().astype(np.float64) ** 2)[::-1][:short]
-    if given.size == 0 or given[0] <= 0:
+    squares = np.sort(values.detach().double().cpu().numpy().astype(np.float64) ** 2)[::-1][:short]
+    if squares.size == 0 or squares[0] <= 0:
         return 0
-    missing = short - given.size
-    squared = np.append(given, np.full(missing, float(residual) / max(missing, 1)))
-    # What a Gram matrix or float32 arithmetic leaves of a zero counts as that much noise; a true zero likewise.
+    missing = short - squares.size
+    squared = np.append(squares, np.full(missing, float(residual) / max(missing, 1)))
+    # A zero, exact or up to rounding, counts as the noise that rounding makes.
     x_h = np.maximum(squared / squared[0], long * _ROUNDING) / long
     alpha = short / long
-    bar = _threshold(alpha)
-    variance = _noise_variance(x_h, short, alpha, bar)
-    return int((x_h > variance * bar).sum())
+    threshold = _threshold(alpha)
+    variance = _noise_variance(x_h, short, alpha, threshold)
+    return int((x_h > variance * threshold).sum())
 
 
 @lru_cache(maxsize=1024)
@@ -67,30 +67,30 @@ def _threshold(alpha: float) -> float:
     return (1 + tau) * (1 + alpha / tau)
 
 
-def _noise_variance(x_h: Floats, short: int, alpha: float, bar: float) -> float:
+def _noise_variance(x_h: Floats, short: int, alpha: float, threshold: float) -> float:
     """Minimise the free energy over sigma**2 between the bounds of Corollary 3; x_h = s**2 / M, largest first."""
     most_kept = min(math.ceil(short / (1 + alpha)) - 1, x_h.size - 1)
     tail = x_h[max(most_kept, 0) :]
     upper = float(x_h.sum()) / short
-    lower = max(float(tail[0]) / bar, float(tail.mean()))
+    lower = max(float(tail[0]) / threshold, float(tail.mean()))
     if lower >= upper:
         return upper
     grid = np.geomspace(lower, upper, _GRID)
-    best = int(np.argmin(_free_energy(grid, x_h, alpha, bar)))
-    found = minimize_scalar(
-        lambda log_variance: float(_free_energy(np.exp(np.array([log_variance])), x_h, alpha, bar)[0]),
+    best = int(np.argmin(_free_energy(grid, x_h, alpha, threshold)))
+    minimum = minimize_scalar(
+        lambda log_variance: float(_free_energy(np.exp(np.array([log_variance])), x_h, alpha, threshold)[0]),
         bounds=(math.log(grid[max(best - 1, 0)]), math.log(grid[min(best + 1, _GRID - 1)])),
         method="bounded",
         options={"xatol": 1e-12},
     )
-    return math.exp(float(found.x))
+    return math.exp(float(minimum.x))
 
 
-def _free_energy(variance: Floats, x_h: Floats, alpha: float, bar: float) -> Floats:
+def _free_energy(variance: Floats, x_h: Floats, alpha: float, threshold: float) -> Floats:
     """Return the free energy, up to a constant, for each trial variance, shape (g,) (Theorem 3)."""
     x = x_h[None, :] / variance[:, None]
-    kept = x > bar
-    excess = np.where(kept, x, bar) - (1 + alpha)
+    kept = x > threshold
+    excess = np.where(kept, x, threshold) - (1 + alpha)
     tau = 0.5 * (excess + np.sqrt(np.maximum(excess**2 - 4 * alpha, 0)))
     gain = np.log1p(tau) + alpha * np.log1p(tau / alpha) - tau
     energy: Floats = (x - np.log(x) + np.where(kept, gain, 0.0)).sum(axis=1)

@@ -21,8 +21,8 @@ class Fixed(RankRule):
     """
 
     ranks: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
-    """Glob over site names -> one rank for every mode, or one rank for each mode (tucker2: output, input); at least 1.
-    The first pattern that matches a site is used. Ranks are taken as they are, never rounded."""
+    """Glob over site names -> one rank for every mode, or a tuple of one for each mode (tucker2: output, input); at least
+    1. The first pattern that matches a site is used. Ranks are never rounded."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.ranks, Mapping) or not self.ranks:
@@ -30,29 +30,29 @@ class Fixed(RankRule):
                 f"Fixed({self.ranks!r}) names no site: it takes a mapping from site patterns to ranks. "
                 f"For example Fixed({{'layer4.*': 64}})."
             )
+        private: dict[str, int | tuple[int, ...]] = {}
         for pattern, given in self.ranks.items():
-            each = given if isinstance(given, tuple | list) else (given,)
-            if not each or any(not isinstance(one, int) or isinstance(one, bool) or one < 1 for one in each):
+            ranks = tuple(given) if isinstance(given, tuple | list) else (given,)
+            if not ranks or any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 for rank in ranks):
                 raise PolicyError(
                     f"Fixed rank {given!r} for {pattern!r} is not a whole number of at least 1, nor a tuple of them. "
                     f"To keep a site as it is, name it in Policy(exclude=...) instead."
                 )
-        # A private copy: the rule is frozen, and the caller's dictionary is not.
-        object.__setattr__(
-            self, "ranks", {key: tuple(one) if isinstance(one, list) else one for key, one in self.ranks.items()}
-        )
+            private[pattern] = ranks if isinstance(given, list) else given
+        # The rule is frozen, and the caller's dictionary is not.
+        object.__setattr__(self, "ranks", private)
 
     def __hash__(self) -> int:
         return hash(tuple(self.ranks.items()))
 
     @property
     def reads_values(self) -> bool:
-        """False, unless a subclass chooses by itself."""
+        """False, unless a subclass has a ``choose`` of its own."""
         return type(self).choose is not Fixed.choose
 
     @property
     def exact(self) -> bool:
-        """True: ranks given by hand are meant as they are."""
+        """True: ranks given by hand are used as they are."""
         return True
 
     def patterns(self) -> tuple[str, ...]:
@@ -67,8 +67,8 @@ class Fixed(RankRule):
         """
         given = next((ranks for pattern, ranks in self.ranks.items() if fnmatchcase(site, pattern)), None)
         if given is None:
-            return Choice((), kept="no pattern of Fixed names it")
-        full = tuple(one.full_rank for one in spectra)
+            return Choice((), kept="no pattern of Fixed matches it")
+        full = tuple(spectrum.full_rank for spectrum in spectra)
         ranks = given if isinstance(given, tuple) else tuple(min(given, most) for most in full)
         if len(ranks) != len(full):
             raise PolicyError(

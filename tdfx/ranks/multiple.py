@@ -1,4 +1,4 @@
-"""The multiple of which a rank should be on a given device, and how to round to it."""
+"""The number that ranks should be a multiple of on a device, and how to round to it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 AUTO = "auto"
-"""The word in place of a number that leaves the multiple to the weight's dtype and device."""
+"""Given in place of a number: the multiple is taken from the weight's dtype and device."""
 
 _CPU_BYTES = {"AVX512": 64, "AVX2": 32}
 _OTHER_BYTES = 16
@@ -16,18 +16,18 @@ _OTHER_BYTES = 16
 def device_multiple(
     dtype: torch.dtype, device: torch.device, *, capability: str | tuple[int, int] | None = None
 ) -> int:
-    """Return the number of values of which a dimension should be a multiple, for products to run at full speed.
+    """Return the number that a dimension should be a multiple of, for products to run at full speed.
 
     CUDA: 16 bytes, and 128 bytes from compute capability 8.0 on (NVIDIA, *Matrix Multiplication Background User's Guide*:
     tensor cores are most efficient where every dimension is such a multiple). CPU: one vector register, of 64 bytes with
-    AVX512, 32 with AVX2, otherwise 16. Other devices: 16 bytes. Under autocast products run in fewer bytes than the weight
+    AVX512, 32 with AVX2, otherwise 16. Other devices: 16 bytes. Under autocast products use fewer bytes than the weight
     has; give the number itself where that matters.
 
     Args:
         dtype: The weight's.
-        device: Where it lies.
-        capability: What the device can do, in place of asking it: on CUDA the compute capability, on a CPU the name of its
-            vector instructions.
+        device: The weight's.
+        capability: The compute capability of a CUDA device, or the name of a CPU's vector instructions; the device is asked
+            if it is left out.
 
     >>> device_multiple(torch.float16, torch.device("cuda"), capability=(8, 0))
     64
@@ -36,18 +36,18 @@ def device_multiple(
     """
     size = _OTHER_BYTES
     if device.type == "cuda":
-        found = torch.cuda.get_device_capability(device) if capability is None else capability
-        size = 128 if tuple(found) >= (8, 0) else 16
+        compute = torch.cuda.get_device_capability(device) if capability is None else capability
+        size = 128 if tuple(compute) >= (8, 0) else 16
     elif device.type == "cpu":
-        found = torch.backends.cpu.get_cpu_capability() if capability is None else capability
-        size = _CPU_BYTES.get(str(found), _OTHER_BYTES)
+        instructions = torch.backends.cpu.get_cpu_capability() if capability is None else capability
+        size = _CPU_BYTES.get(str(instructions), _OTHER_BYTES)
     return size // dtype.itemsize
 
 
 def round_gently(ranks: Sequence[int], full: Sequence[int], multiple: int) -> tuple[int, ...]:
     """Round each rank up to a multiple, but to less than twice as much, and never above its full rank.
 
-    A rank below the multiple is rounded up to a power of two instead, which still fills whole parts of a block.
+    A rank below the multiple is rounded up to a power of two instead, which still divides a block evenly.
 
     >>> round_gently((5, 17, 40, 65, 30), (512, 512, 512, 512, 31), 64)
     (8, 32, 64, 128, 31)

@@ -1,4 +1,4 @@
-"""The rank rules by name, and the short strings by which the command line asks for one."""
+"""The rank rules by name, and the short strings that stand for rules on the command line and in files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from tdfx.ranks.energy import Energy
 from tdfx.ranks.ratio import Ratio
 from tdfx.ranks.rule import RankRule
 from tdfx.ranks.stable import StableRank
-from tdfx.ranks.target import Target
 from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 
@@ -24,11 +23,11 @@ _RULES: dict[str, tuple[Callable[..., RankRule], str | None]] = {
     "ratio": (Ratio, "of"),
     "stable": (StableRank, None),
     "threshold": (Threshold, "above"),
-    "params": (Target, "parameters"),
-    "flops": (Target, "flops"),
+    "params": (Budget, "parameters"),
+    "flops": (Budget, "flops"),
     "speedup": (Budget, "speedup"),
 }
-"""Name -> the rule, and the setting that the number after the colon fills, if it takes one."""
+"""Name -> the rule, and the setting that the number after the colon is for; None if it takes no number."""
 
 _NEEDS_NUMBER = {"threshold", "params", "flops", "speedup"}
 _METHODS = ("at_least", "at_most", "round_to")
@@ -41,8 +40,10 @@ def parse_rule(text: str) -> RankRule:
     Energy(share=0.8)
     >>> parse_rule("vbmf")
     VBMF(floor=0.25, weaken=1.0)
-    >>> parse_rule("params:0.5,at_least=8")
-    Target(parameters=0.5).at_least(8)
+    >>> parse_rule("energy:0.8,at_least=8")
+    Energy(share=0.8).at_least(8)
+    >>> parse_rule("params:0.5")
+    Budget(parameters=0.5)
     >>> parse_rule("speedup:2")
     Budget(speedup=2.0)
     >>> parse_rule("default:3")
@@ -50,18 +51,19 @@ def parse_rule(text: str) -> RankRule:
     >>> parse_rule("vbmf | ratio:0.5")
     VBMF(floor=0.25, weaken=1.0) | Ratio(of=0.5)
 
-    A bound with a point is a share of the full rank, one without is a number of ranks, as in the methods of the same names;
-    they are applied from left to right. With ``|`` in between, each rule decides where those before it keep the site.
+    A bound with a decimal point is a share of the full rank, and one without is a number of ranks, as in the methods of the
+    same names; bounds are applied from left to right. With ``|`` in between, each rule decides where those before it keep
+    the site.
 
     Raises:
-        PolicyError: The name is not known, or a number is missing, is none, or is not in range.
+        PolicyError: The name is unknown, or a number is missing, malformed or out of range.
     """
     rule, *others = map(_parse_one, text.split("|"))
     return reduce(or_, others, rule)
 
 
 def rule_names() -> tuple[str, ...]:
-    """Return the names of the rules that can be asked for by a string.
+    """Return the names that short strings may begin with.
 
     >>> rule_names()[:3]
     ('default', 'vbmf', 'energy')
@@ -73,7 +75,7 @@ def _parse_one(text: str) -> RankRule:
     first, *bounds = text.strip().split(",")
     rule = _parse_name(first.strip())
     for bound in bounds:
-        rule = _bounded(rule, bound.strip())
+        rule = _add_bound(rule, bound.strip())
     return rule
 
 
@@ -95,23 +97,23 @@ def _parse_name(text: str) -> RankRule:
         value = float(number)
     except ValueError:
         raise PolicyError(
-            f"{text!r} has no number after the colon: {number!r} is not one. Write for example {name}:0.5."
+            f"{text!r} has no number after the colon, but {number!r}. Write for example {name}:0.5."
         ) from None
     return rule(**{setting: value})
 
 
-def _bounded(rule: RankRule, text: str) -> RankRule:
+def _add_bound(rule: RankRule, text: str) -> RankRule:
     name, _, number = text.partition("=")
     if name not in _METHODS:
         raise PolicyError(
-            f"{text!r} is no bound on ranks: {name!r} is not one of {', '.join(_METHODS)}. "
+            f"{text!r} is not a bound on ranks: {name!r} is not one of {', '.join(_METHODS)}. "
             f"Write for example energy:0.9,at_least=8."
         )
     try:
         value = float(number) if "." in number else int(number)
     except ValueError:
         raise PolicyError(
-            f"{text!r} has no number after the equals sign: {number!r} is not one. Write {name}=8 for eight."
+            f"{text!r} has no number after the equals sign, but {number!r}. Write {name}=8 for eight."
         ) from None
     bounded: RankRule = getattr(rule, name)(value)
     return bounded

@@ -1,4 +1,4 @@
-"""Is there anything above the noise in a weight yet?"""
+"""Whether a weight shows anything above the noise yet."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ NO_SIGNAL = "its spectrum is still that of noise: train longer, or use Ratio"
 
 def has_signal(spectra: Sequence[Spectrum]) -> bool:
     """Return True if EVBMF finds at least one component above the noise in every unfolding."""
-    return all(signal_rank(one) > 0 for one in spectra)
+    return all(signal_rank(spectrum) > 0 for spectrum in spectra)
 
 
 def signal_rank(spectrum: Spectrum) -> int:
-    """Return the EVBMF rank; 1 where there is but one component, which no spectrum can tell from noise."""
+    """Return the EVBMF rank; 1 for a single component, which no spectrum can tell from noise."""
     if spectrum.full_rank == 1:
         return 1
     return evbmf_rank(spectrum.values, spectrum.rows, spectrum.cols, spectrum.residual)

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 _LARGE = 2048
-"""Sides above this are decomposed with all threads."""
+"""Longest side that is decomposed by one thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """One unfolding of a weight, seen through its singular value decomposition.
+    """The singular values and vectors of one unfolding of a weight.
 
     Shapes: m rows, n columns, d the length of the side that was decomposed (m or n), r = min(m, n), or less where only the
-    largest values were computed. Where a weight falls into g matrices of one size that are cut at one rank, as it does by
-    its groups, this is about all of them together.
+    largest values were computed. A weight with g groups has g matrices of one size, which are cut at the same rank; its
+    spectrum describes all of them together.
     """
 
     values: Tensor
-    """Singular values, shape (r,), descending, in the working dtype; of g matrices the root of the sum of squares of each
-    one's first, second and so on, so that what they lose together at a rank is the norm of the values cut."""
+    """Singular values, shape (r,), descending, in the working dtype. For g matrices the k-th value is the root of the summed
+    squares of their k-th values, so that the norm of the values cut is what all matrices lose together."""
     basis: Tensor
     """Orthonormal singular vectors of the decomposed side as columns, shape (d, r), or (g, d, r)."""
     rows: int
@@ -30,13 +30,13 @@ class Spectrum:
     cols: int
     """n, the columns of the unfolding, or of each matrix."""
     residual: float | Tensor = 0.0
-    """The sum of the squares of the values that are not given, where only the largest r < min(m, n) are; not negative."""
+    """The sum of the squares of the missing values, where only the largest r < min(m, n) are given; not negative."""
     original: tuple[int, int] | None = None
-    """Rows and columns of the same unfolding of the weight that was factorized, where this is what factors leave of it."""
+    """For a weight that is factorized already, the rows and columns of the same unfolding of the dense weight."""
 
     @property
     def full_rank(self) -> int:
-        """The most ranks that the unfolding can have, which shares and floors refer to: min(m, n), or the original's."""
+        """The full rank that shares and floors refer to: min(m, n), or that of the original."""
         return min(self.shape)
 
     @property
@@ -47,16 +47,16 @@ class Spectrum:
     def leading(self, rank: int) -> Tensor:
         """Return the first columns of the basis, shape (d, rank) or (g, d, rank).
 
-        They lie in memory in one way, whether the basis was cut before or not, so that products have the same bits.
+        They are contiguous, whether the basis was cut before or not, so that products have the same bits.
         """
         return self.basis[..., :rank].contiguous()
 
     def cut(self, rank: int) -> Spectrum:
-        """Return the spectrum with as much of its basis as a split at this rank needs."""
+        """Return the spectrum with the part of its basis that a split at this rank needs."""
         return replace(self, basis=self.leading(rank))
 
     def without_basis(self) -> Spectrum:
-        """Return the spectrum with its values alone, which is all that rank rules read."""
+        """Return the spectrum with its values alone, as rank rules need them."""
         return replace(self, basis=self.values.new_empty(0))
 
     def energy(self) -> Tensor:
@@ -73,20 +73,20 @@ class Spectrum:
 
 
 def pack(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """Return a spectrum without its basis as two tensors: the values, and the numbers beside them."""
+    """Return a spectrum without its basis as two tensors that can be sent: the values, and all other numbers."""
     original = (0, 0) if spectrum.original is None else spectrum.original
-    rest = (spectrum.rows, spectrum.cols, float(spectrum.residual), *original)
-    return spectrum.values, torch.tensor(rest, dtype=torch.float64)
+    numbers = (spectrum.rows, spectrum.cols, float(spectrum.residual), *original)
+    return spectrum.values, torch.tensor(numbers, dtype=torch.float64)
 
 
-def unpack(values: Tensor, rest: Tensor) -> Spectrum:
+def unpack(values: Tensor, numbers: Tensor) -> Spectrum:
     """Return the spectrum that ``pack`` was given, without its basis.
 
-    >>> one = unpack(*pack(spectrum(torch.eye(3)[:2])))
-    >>> one.values.tolist(), one.shape, one.original
+    >>> unpacked = unpack(*pack(spectrum(torch.eye(3)[:2])))
+    >>> unpacked.values.tolist(), unpacked.shape, unpacked.original
     ([1.0, 1.0], (2, 3), None)
     """
-    rows, cols, residual, *original = rest.tolist()
+    rows, cols, residual, *original = numbers.tolist()
     first, second = map(int, original)
     shape = (first, second) if first else None
     return Spectrum(values, values.new_empty(0), int(rows), int(cols), residual, shape)
@@ -98,10 +98,10 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 
 
 def spectrum(matrix: Tensor, *, rows_side: bool | None = None) -> Spectrum:
-    """Decompose a matrix, or g of one size together, by the eigenvectors of the Gram matrix.
+    """Decompose a matrix, or g matrices of one size together, by the eigenvectors of the Gram matrix.
 
-    This never forms the longer side's vectors, as a full SVD does. Values below about 1e-8 of the
-    largest are rounding noise, because the Gram matrix holds their squares; no rank rule looks that deep.
+    Unlike a full SVD this never forms the longer side's vectors. Values below about 1e-8 of the largest are rounding noise,
+    because the Gram matrix holds their squares; no rank rule depends on such small values.
 
     Args:
         matrix: Shape (m, n) or (g, m, n), real, finite.
@@ -112,21 +112,21 @@ def spectrum(matrix: Tensor, *, rows_side: bool | None = None) -> Spectrum:
         give equal vectors on every process.
     """
     rows, cols = matrix.shape[-2:]
-    left = rows <= cols if rows_side is None else rows_side
-    values, basis = singular_side(matrix @ matrix.mT if left else matrix.mT @ matrix, min(rows, cols))
-    together = values if matrix.dim() == 2 else values.square().sum(0).sqrt()
-    return Spectrum(together, basis, rows, cols)
+    by_rows = rows <= cols if rows_side is None else rows_side
+    values, basis = singular_side(matrix @ matrix.mT if by_rows else matrix.mT @ matrix, min(rows, cols))
+    combined = values if matrix.dim() == 2 else values.square().sum(0).sqrt()
+    return Spectrum(combined, basis, rows, cols)
 
 
 def singular_side(gram: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Return the largest singular values (..., keep) and vectors (..., d, keep) of the matrices of these Gram matrices.
+    """Return the largest singular values (..., keep) and vectors (..., d, keep) of matrices, from their Gram matrices.
 
     Args:
         gram: Shape (..., d, d), symmetric.
         keep: How many, at most d.
     """
     eigenvalues, vectors = symmetric_eigen(gram)
-    del gram  # each of these is as large as a square weight
+    del gram  # a Gram matrix and its eigenvectors are each as large as a square weight
     values = eigenvalues.flip(-1)[..., :keep].clamp_min(0).sqrt()
     basis = vectors.flip(-1)[..., :keep]
     del vectors
@@ -137,17 +137,17 @@ def singular_side(gram: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return the ascending eigenvalues (..., d) and eigenvectors (..., d, d), as columns, of symmetric matrices.
 
-    On a CPU whose cores are busy, as they are beside data-loading workers, LAPACK's threads wait for one another at every
-    step: measured, 2.8 s instead of 0.09 s for d = 512 on two cores. Two threads gain a third at best at such sizes, so one
-    thread does the work; the process's setting is put back before returning.
+    Where data-loading workers keep the cores of a CPU busy, LAPACK's threads wait for one another at every step: measured,
+    2.8 s instead of 0.09 s for d = 512 on two cores. Two threads gain a third at best at such sizes, so one thread does the
+    work; the process's setting is restored before returning.
     """
     threads = torch.get_num_threads()
-    alone = gram.device.type == "cpu" and gram.shape[-1] <= _LARGE
+    one_thread = gram.device.type == "cpu" and gram.shape[-1] <= _LARGE
     try:
-        if alone:
+        if one_thread:
             torch.set_num_threads(1)
         eigenvalues, vectors = torch.linalg.eigh(gram)
     finally:
-        if alone:
+        if one_thread:
             torch.set_num_threads(threads)
     return eigenvalues, vectors

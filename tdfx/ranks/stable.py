@@ -17,10 +17,10 @@ from tdfx.ranks.spectrum import Spectrum
 class StableRank(RankRule):
     """Keep the scaled stable rank of each mode: ``sum(s**2) / max(s**2)``, times its full rank over its initial stable rank.
 
-    The initial weight is no longer at hand when a rule is asked. For independent entries of variance v an m x n matrix has
-    ``sum(s**2) = m n v`` and ``max(s**2) = (sqrt(m) + sqrt(n))**2 v``, the edge of the Marchenko-Pastur law, so the factor
-    is ``(1 + sqrt(a))**2`` with a the shorter side over the longer: 4 for a square matrix, near 1 for a long one. That holds
-    for torch's own initial weights, normal and uniform. For others, such as orthogonal ones, give what you measured:
+    A rule never sees the initial weight. For independent entries of variance v an m x n matrix has ``sum(s**2) = m n v`` and
+    ``max(s**2) = (sqrt(m) + sqrt(n))**2 v``, the edge of the Marchenko-Pastur law, so that the factor is
+    ``(1 + sqrt(a))**2`` with a the shorter side over the longer: 4 for a square matrix, near 1 for a long one. This holds
+    for torch's own initial weights, normal and uniform. For others, such as orthogonal ones, measure the weight and pass it:
 
     >>> import torch
     >>> weight = torch.nn.init.orthogonal_(torch.empty(32, 64))
@@ -29,14 +29,14 @@ class StableRank(RankRule):
 
     A weight whose spectrum is that of noise is kept as it is: at its initialisation it would score its full rank.
 
-    Source: Wang et al., *Cuttlefish: Low-Rank Model Training without All the Tuning*, MLSys 2023, arXiv:2305.02538 (whose
-    code cuts stable ranks to whole numbers before it scales them; here they are scaled as they are); the largest singular
-    value: Geman, *A Limit Theorem for the Norm of Random Matrices*, Annals of Probability 8 (1980).
+    Source: Wang et al., *Cuttlefish: Low-Rank Model Training without All the Tuning*, MLSys 2023, arXiv:2305.02538, whose
+    code truncates stable ranks to whole numbers before it scales them, which is not done here; the largest singular value:
+    Geman, *A Limit Theorem for the Norm of Random Matrices*, Annals of Probability 8 (1980).
     """
 
     initial: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
-    """Glob over site names -> the stable rank of the initial weight, one for every mode or one for each (tucker2: output,
-    input), at least 1; the first pattern that matches a site is used. Other sites take the closed form."""
+    """Glob over site names -> the stable rank of the initial weight, one for every mode or a tuple of one for each mode
+    (tucker2: output, input), at least 1. The first pattern that matches a site is used; other sites use the closed form."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.initial, Mapping):
@@ -44,23 +44,23 @@ class StableRank(RankRule):
                 f"initial={self.initial!r} does not map site patterns to stable ranks. Pass for example "
                 f"initial={{'layer4.*': 40.0}}, or leave it out for weights whose entries were drawn independently."
             )
-        private = {}
+        private: dict[str, float | tuple[float, ...]] = {}
         for pattern, given in self.initial.items():
-            each = tuple(given) if isinstance(given, tuple | list) else (given,)
-            if not each or not all(_is_stable_rank(one) for one in each):
+            stable_ranks = tuple(given) if isinstance(given, tuple | list) else (given,)
+            if not stable_ranks or not all(map(_is_stable_rank, stable_ranks)):
                 raise PolicyError(
                     f"The initial stable rank {given!r} for {pattern!r} is not a number of at least 1, nor a tuple of them: "
                     f"it is sum(s**2) / max(s**2) of the weight before training."
                 )
-            private[pattern] = each if isinstance(given, list) else given
-        # A private copy: the rule is frozen, and the caller's dictionary is not.
+            private[pattern] = stable_ranks if isinstance(given, list) else given
+        # The rule is frozen, and the caller's dictionary is not.
         object.__setattr__(self, "initial", private)
 
     def __hash__(self) -> int:
         return hash(tuple(self.initial.items()))
 
     def patterns(self) -> tuple[str, ...]:
-        """Return the patterns that initial stable ranks were given for."""
+        """Return the patterns for which initial stable ranks were given."""
         return tuple(self.initial)
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
@@ -71,21 +71,23 @@ class StableRank(RankRule):
         """
         if not has_signal(spectra):
             return Choice((), kept=NO_SIGNAL, signal=False)
-        started = self._initial(site, spectra)
-        scaled = (one.full_rank * one.stable_rank() / start for one, start in zip(spectra, started, strict=True))
-        return Choice(tuple(min(math.ceil(rank), one.full_rank) for rank, one in zip(scaled, spectra, strict=True)))
+        scaled = [
+            math.ceil(spectrum.full_rank * spectrum.stable_rank() / initial)
+            for spectrum, initial in zip(spectra, self._initial(site, spectra), strict=True)
+        ]
+        return Choice(tuple(min(rank, spectrum.full_rank) for rank, spectrum in zip(scaled, spectra, strict=True)))
 
     def _initial(self, site: str, spectra: Sequence[Spectrum]) -> tuple[float, ...]:
         given = next((value for pattern, value in self.initial.items() if fnmatchcase(site, pattern)), None)
         if given is None:
-            return tuple(initial_stable_rank(*one.shape) for one in spectra)
-        each = given if isinstance(given, tuple) else (given,) * len(spectra)
-        if len(each) != len(spectra):
+            return tuple(initial_stable_rank(*spectrum.shape) for spectrum in spectra)
+        stable_ranks = given if isinstance(given, tuple) else (given,) * len(spectra)
+        if len(stable_ranks) != len(spectra):
             raise PolicyError(
-                f"StableRank has {len(each)} initial stable ranks {each} for site {site!r}, whose scheme takes "
-                f"{len(spectra)}. Give one number for all modes, or a tuple of {len(spectra)}."
+                f"StableRank has {len(stable_ranks)} initial stable ranks {stable_ranks} for site {site!r}, whose scheme "
+                f"takes {len(spectra)}. Give one number for all modes, or a tuple of {len(spectra)}."
             )
-        return each
+        return stable_ranks
 
 
 def initial_stable_rank(rows: int, cols: int) -> float:

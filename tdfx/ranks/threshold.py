@@ -16,14 +16,14 @@ from tdfx.ranks.spectrum import Spectrum
 class Threshold(RankRule):
     """Keep the singular values above a given value, in every mode of the weight.
 
-    A weight whose spectrum is that of noise is kept as it is, and so is one with a mode in which no value is above.
+    A weight whose spectrum is that of noise is kept as it is, and so is a weight with a mode in which no value is above.
 
     Source: the numerical rank, Golub and Van Loan, *Matrix Computations*, 4th edition, section 5.4.1.
     """
 
     above: float
-    """The value that a singular value must exceed, not negative, in the units of the weight; or, with ``relative``, a share
-    of the largest singular value, in (0, 1), no unit. Weights differ in scale, so a relative one is easier to give."""
+    """What a singular value must exceed: a value in the units of the weight, not negative; or, with ``relative``, a share of
+    the largest singular value, in (0, 1), no unit. Weights differ in scale, so that a share is easier to give."""
     relative: bool = False
     """True if ``above`` is a share of the largest singular value of each mode."""
 
@@ -43,11 +43,10 @@ class Threshold(RankRule):
         """Return, for each spectrum, how many singular values are above the threshold."""
         if not has_signal(spectra):
             return Choice((), kept=NO_SIGNAL, signal=False)
-        bars = [float(one.values.max()) * self.above if self.relative else self.above for one in spectra]
-        ranks = tuple(int((one.values > bar).sum()) for one, bar in zip(spectra, bars, strict=True))
+        largest = [float(spectrum.values.max()) for spectrum in spectra]
+        limits = [value * self.above if self.relative else self.above for value in largest]
+        ranks = tuple(int((spectrum.values > limit).sum()) for spectrum, limit in zip(spectra, limits, strict=True))
         if 0 in ranks:
-            largest = min(float(one.values.max()) for one in spectra)
-            return Choice(
-                (), kept=f"no singular value is above {self.above:g}: the largest is {largest:.3g}", signal=False
-            )
+            note = f"no singular value is above {self.above:g}: the largest is {min(largest):.3g}"
+            return Choice((), kept=note, signal=False)
         return Choice(ranks)

@@ -16,11 +16,12 @@ from tdfx.ranks.spectrum import Spectrum
 class VBMF(RankRule):
     """Keep the components that stand above the noise, as the analytic EVBMF solution estimates it.
 
-    The rule was made for weights that have been trained. In the first epochs it sees almost nothing but noise and says
-    1 to 5 of 64 to 256, which ruins a run. Two guards: rank 0 keeps the site as it is, and no rank falls below ``floor``.
+    The rule was made for trained weights. In the first epochs it sees almost nothing but noise and estimates ranks of 1 to
+    5 out of 64 to 256, which ruins a run. There are two guards: rank 0 keeps the site as it is, and no rank falls below
+    ``floor``.
 
-    MUSCO's weakening is a softer guard: ranks go only a part of the way down to the estimate, in several rewrites or one.
-    The floor is applied after it. With ``weaken`` of at most 1 - ``floor`` no rank can reach the floor.
+    MUSCO's weakening is a softer guard: ranks go only a part of the way down to the estimate. The floor is applied after
+    it. With ``weaken`` of at most 1 - ``floor`` no rank can reach the floor.
 
     Source: Nakajima, Sugiyama, Babacan, Tomioka, *Global Analytic Solution of Fully-observed Variational Bayesian Matrix
     Factorization*, JMLR 14 (2013); used for training by Elhoushi et al., arXiv:1909.05675; weakening: Gusak et al.,
@@ -28,11 +29,11 @@ class VBMF(RankRule):
     """
 
     floor: float = 0.25
-    """Least share of the full rank to keep in each mode, in [0, 1]; 0 trusts the estimate, for weights trained to the
-    end. Where the floor was applied the plan says so."""
+    """Least share of the full rank to keep in each mode, in [0, 1]; 0 trusts the estimate, for weights that are fully
+    trained. The plan notes where the floor was applied."""
     weaken: float = 1.0
-    """How far to go from the full rank down to the estimate, in (0, 1]: the rank is full - weaken * (full - estimate),
-    rounded up; 1 goes all the way."""
+    """Part of the way from the full rank down to the estimate, in (0, 1]: the rank is full - weaken * (full - estimate),
+    rounded up."""
 
     def __post_init__(self) -> None:
         check_share(
@@ -51,11 +52,12 @@ class VBMF(RankRule):
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
         """Return the EVBMF rank of each spectrum, weakened and floored; no ranks where any of them shows no signal."""
-        found = tuple(signal_rank(one) for one in spectra)
-        if min(found) == 0:
+        estimates = tuple(signal_rank(spectrum) for spectrum in spectra)
+        if min(estimates) == 0:
             return Choice((), kept=NO_SIGNAL, signal=False)
-        full = tuple(one.full_rank for one in spectra)
-        weakened = tuple(most - math.floor(self.weaken * (most - rank)) for rank, most in zip(found, full, strict=True))
+        full = tuple(spectrum.full_rank for spectrum in spectra)
+        pairs = list(zip(estimates, full, strict=True))
+        weakened = tuple(most - math.floor(self.weaken * (most - rank)) for rank, most in pairs)
         ranks = tuple(max(rank, math.ceil(self.floor * most)) for rank, most in zip(weakened, full, strict=True))
-        changes = (", weakened" if weakened != found else "") + (", floored" if ranks != weakened else "")
-        return Choice(ranks, note=f"VBMF says {'/'.join(map(str, found))}{changes}" if changes else "")
+        changes = (", weakened" if weakened != estimates else "") + (", floored" if ranks != weakened else "")
+        return Choice(ranks, note=f"VBMF says {'/'.join(map(str, estimates))}{changes}" if changes else "")

@@ -91,7 +91,7 @@ def render_page(view: ModelView) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _TableColumn:
+class _PageColumn:
     """One column of the table."""
 
     title: str
@@ -105,33 +105,33 @@ class _TableColumn:
 
 
 _COLUMNS = (
-    _TableColumn("layer", lambda site: f"{site.kind} {'×'.join(map(str, site.shape)) or '?'}"),
-    _TableColumn("scheme", lambda site: site.scheme or "kept"),
-    _TableColumn(
+    _PageColumn("layer", lambda site: f"{site.kind} {'×'.join(map(str, site.shape)) or '?'}"),
+    _PageColumn("scheme", lambda site: site.scheme or "kept"),
+    _PageColumn(
         "ranks", lambda site: "/".join(map(str, site.ranks or ())), lambda site: max(site.ranks) if site.ranks else None
     ),
-    _TableColumn("error", lambda site: f"{site.error:.1%}" if site.error is not None else "", lambda site: site.error),
-    _TableColumn(
+    _PageColumn("error", lambda site: f"{site.error:.1%}" if site.error is not None else "", lambda site: site.error),
+    _PageColumn(
         "parameters",
         lambda site: before_after(site.parameters_before, site.parameters_after),
         lambda site: site.parameters_before,
     ),
-    _TableColumn(
+    _PageColumn(
         "FLOPs", lambda site: before_after(site.flops_before, site.flops_after), lambda site: site.flops_before
     ),
-    _TableColumn(
+    _PageColumn(
         "ms",
         lambda site: milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated),
         lambda site: site.seconds_before,
     ),
-    _TableColumn("gain", lambda site: f"{site.gain:.2f}×" if site.gain is not None else "", lambda site: site.gain),
-    _TableColumn(
+    _PageColumn("gain", lambda site: f"{site.gain:.2f}×" if site.gain is not None else "", lambda site: site.gain),
+    _PageColumn(
         "why", lambda site: site.note if site.factorized else ": ".join(filter(None, (str(site.reason), site.note)))
     ),
 )
 
 
-def _row(site: SitePlan, columns: list[_TableColumn]) -> dict[str, Any]:
+def _row(site: SitePlan, columns: list[_PageColumn]) -> dict[str, Any]:
     cells = []
     for column in columns:
         text = column.text(site)

@@ -1,1 +1,1 @@
-"""What may stand around a model in training: ``torch.compile``, DistributedDataParallel, FSDP2, a trainer."""
+"""The wrappers of a model in training: ``torch.compile``, DistributedDataParallel, FSDP2, and a trainer that holds it."""

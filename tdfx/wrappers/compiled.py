@@ -1,7 +1,7 @@
-"""What torch.compile has made of a model and of its parts, and the same made again of another model.
+"""How a model and its submodules were compiled by ``torch.compile``, and how another model is compiled in the same way.
 
-A module can be compiled in two ways: wrapped, ``torch.compile(module)``, or in place, ``module.compile()``. Either leaves
-code for that very module behind, and the settings with it, by which other modules are compiled as it was.
+A module can be compiled in two ways: wrapped, ``torch.compile(module)``, or in place, ``module.compile()``. Both keep code
+that works for this one module only, and the settings, with which another module can be compiled.
 """
 
 from __future__ import annotations
@@ -17,85 +17,84 @@ import torch
 from torch import nn
 
 from tdfx.errors import TdfxWarning
-from tdfx.layers.copying import COMPILED, HOOKS, put_in_place, structural_copy
+from tdfx.layers.copying import COMPILED, copy_hooks, replace_modules, structural_copy
 
 Recompile = Callable[[Any], Any]
-"""Compiles a module, or the function by which one is called, with the settings of another."""
+"""Compiles a module, or a module's call function, with the settings that another module was compiled with."""
 
 
 @dataclass(frozen=True, slots=True)
-class Compiled:
-    """The parts of a model that are compiled by themselves, by their paths as if none was wrapped."""
+class CompiledParts:
+    """The compiled submodules of a model by their paths, in which ``_orig_mod`` is left out."""
 
     in_place: dict[str, Recompile]
+    """Path of a module that is compiled in place -> its settings. The model itself may be among them."""
     wrapped: dict[str, nn.Module]
-    """The wrappers around parts; the model itself is none."""
+    """Path of a submodule that is wrapped -> its outermost wrapper."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> Compiled:
-        """Look for all compiled parts of a model, itself included where it is compiled in place."""
+    def of(cls, model: nn.Module) -> CompiledParts:
+        """Find the compiled parts of a model that is not itself wrapped."""
         in_place: dict[str, Recompile] = {}
         wrapped: dict[str, nn.Module] = {}
-        for path, one in _named(model):
-            if is_wrapped(one):
-                wrapped.setdefault(path, one)
-            elif (again := compile_settings_of(one, path)) is not None:
-                in_place[path] = again
+        for path, module in _named_modules(model):
+            if is_wrapped(module):
+                wrapped.setdefault(path, module)
+            elif (recompile := compile_settings_of(module, path)) is not None:
+                in_place[path] = recompile
         return cls(in_place, wrapped)
 
-    def plain(self, model: nn.Module) -> nn.Module:
-        """Return a model whose parts are in no wrappers but compiled in place: itself where none are wrapped, or a copy."""
+    def unwrap_parts(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the model in which wrapped parts are compiled in place; the model itself if none is wrapped."""
         if not self.wrapped:
             return model
-        made = structural_copy(model)
-        put_in_place(made, {one: _inner(one) for one in made.modules() if is_wrapped(one)})
-        self.mark(made)
-        return made
+        copy = structural_copy(model)
+        replace_modules(copy, {module: _inner(module) for module in copy.modules() if is_wrapped(module)})
+        self.compile_in_place(copy)
+        return copy
 
-    def mark(self, copy: nn.Module) -> None:
-        """Compile in place what is compiled in the model of which this is a plain copy, so that it is seen there too."""
-        for path, again in (self.in_place | {path: _settings(one) for path, one in self.wrapped.items()}).items():
-            compile_in_place(copy.get_submodule(path), again)
+    def compile_in_place(self, copy: nn.Module) -> None:
+        """Compile every part in place in a copy without wrappers, so that the passes see that it is compiled."""
+        wrapped = {path: _settings(wrapper) for path, wrapper in self.wrapped.items()}
+        for path, recompile in (self.in_place | wrapped).items():
+            compile_in_place(copy.get_submodule(path), recompile)
 
-    def again(self, made: nn.Module) -> nn.Module:
-        """Compile the parts of another model as those of this one are, in place of what they are; and return it."""
-        modules = dict(made.named_modules(remove_duplicate=False))
-        for path, again in self.in_place.items():
+    def recompile(self, model: nn.Module) -> nn.Module:
+        """Compile the same parts of another model, in place or wrapped as they were, and return that model."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for path, recompile in self.in_place.items():
             if path in modules:
-                compile_in_place(modules[path], again)
-        done: dict[int, nn.Module] = {}
-        # Innermost first, so that what a wrapper holds is complete.
+                compile_in_place(modules[path], recompile)
+        new_wrappers: dict[int, nn.Module] = {}
+        # Innermost first, so that a wrapper takes a module whose own parts are wrapped already.
         for path in sorted(self.wrapped, key=len, reverse=True):
             if path in modules:
                 owner, _, name = path.rpartition(".")
-                inside = modules[path]
                 wrapper = self.wrapped[path]
-                if id(wrapper) not in done:
-                    done[id(wrapper)] = wrap_compiled(wrapper, inside)
-                modules[owner]._modules[name] = done[id(wrapper)]
-        return made
+                if id(wrapper) not in new_wrappers:
+                    new_wrappers[id(wrapper)] = wrap_compiled(wrapper, modules[path])
+                modules[owner]._modules[name] = new_wrappers[id(wrapper)]
+        return model
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Return True for what ``torch.compile`` makes of a module."""
+    """Return True for a module that ``torch.compile(module)`` returned."""
     return isinstance(module, torch._dynamo.OptimizedModule)
 
 
-def wrap_compiled(wrapper: nn.Module, made: nn.Module) -> nn.Module:
-    """Compile another module with the settings, and the hooks, of one that is wrapped."""
-    found = cast("nn.Module", _settings(wrapper)(made))
-    for name in HOOKS:
-        value = wrapper.__dict__[name]
-        found.__dict__[name] = value.copy() if hasattr(value, "copy") else value
-    return found
+def wrap_compiled(wrapper: nn.Module, module: nn.Module) -> nn.Module:
+    """Wrap a module by ``torch.compile`` with the settings and the hooks of another wrapper."""
+    compiled = cast("nn.Module", _settings(wrapper)(module))
+    copy_hooks(wrapper, compiled)
+    return compiled
 
 
 def compile_settings_of(module: nn.Module, path: str = "") -> Recompile | None:
-    """Return what compiles another module as this one was in place; None where it was not.
+    """Return the settings of a module that was compiled in place; None for other modules.
 
     Args:
-        module: It is not changed.
-        path: What a warning calls it.
+        module: The module; it is not changed.
+        path: The name of the module in a warning.
     """
     code = module.__dict__.get(COMPILED)
     if code is None:
@@ -103,7 +102,7 @@ def compile_settings_of(module: nn.Module, path: str = "") -> Recompile | None:
     if isinstance(code, MethodType) and code.__self__ is module:  # compile(disable=True)
         return lambda call: call
     for cell in code.__closure__ or () if isinstance(code, FunctionType) else ():
-        with suppress(ValueError):  # a name that was never given a value
+        with suppress(ValueError):  # an empty cell: the name was never assigned
             if isinstance(cell.cell_contents, torch._dynamo.eval_frame._TorchDynamoContext):
                 return cast("Recompile", cell.cell_contents)
     warnings.warn(
@@ -115,25 +114,25 @@ def compile_settings_of(module: nn.Module, path: str = "") -> Recompile | None:
     return None
 
 
-def compile_in_place(module: nn.Module, again: Recompile | None) -> None:
-    """Compile a module in place, as ``module.compile()`` does; nothing runs before it is called."""
-    if again is not None:
-        module.__dict__[COMPILED] = again(module._call_impl)
+def compile_in_place(module: nn.Module, recompile: Recompile | None) -> None:
+    """Compile a module in place, as ``module.compile()`` does; the compiler runs at the first call."""
+    if recompile is not None:
+        module.__dict__[COMPILED] = recompile(module._call_impl)
 
 
-def _named(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield modules by their paths as if none was wrapped; a wrapper has that of what it holds, and comes before it."""
+def _named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield modules with paths that leave out wrappers: first a wrapper, then, under the same path, the module in it."""
     yield path, module
     if is_wrapped(module):
-        yield from _named(cast("nn.Module", module._orig_mod), path)
+        yield from _named_modules(cast("nn.Module", module._orig_mod), path)
         return
     for name, child in module._modules.items():
         if child is not None:
-            yield from _named(child, f"{path}.{name}" if path else name)
+            yield from _named_modules(child, f"{path}.{name}" if path else name)
 
 
 def _inner(module: nn.Module) -> nn.Module:
-    """Return what is in a wrapper, or in several."""
+    """Return the module inside one or several nested wrappers."""
     while is_wrapped(module):
         module = cast("nn.Module", module._modules["_orig_mod"])
     return module

@@ -1,4 +1,4 @@
-"""A module inside of what a trainer holds, which becomes another one and yet stays the object that it is."""
+"""A module that a trainer holds: it is rewritten in place, so that it stays the same object."""
 
 from __future__ import annotations
 
@@ -13,84 +13,85 @@ from tdfx.wrappers.compiled import compile_in_place, compile_settings_of, is_wra
 
 
 class InPlaceModule(nn.Module):
-    """Stands for a module in the hands of a trainer, which would go on with the old one if it were given a new one.
+    """A reference to a module that a trainer holds and would go on using after a rewrite returned another one.
 
-    ``plan``, ``rewrite`` and ``merge`` take it as the module itself, agreed upon by the processes of the wrapper around the
-    whole, and return what comes of the module. With ``put`` the trainer's own module becomes that.
+    ``plan``, ``rewrite`` and ``merge`` accept it in the place of the module, coordinate the processes of the
+    DistributedDataParallel around the model, and return a new module. ``replace_with`` moves that into the trainer's module.
 
     Args:
-        whole: What the trainer runs: a model, in DistributedDataParallel or ``torch.compile`` or not.
+        trained: The model that the trainer runs, with or without DistributedDataParallel and ``torch.compile`` around it.
         path: The module's path in the model; empty for the model itself.
 
     Raises:
         ModelError: There is no such module.
     """
 
-    replica: DistributedDataParallel | None
-    """The wrapper around the whole."""
+    ddp: DistributedDataParallel | None
+    """The DistributedDataParallel around the model."""
     model: nn.Module
-    """The model out of its wrappers."""
-    inside: nn.Module
-    """The module that this stands for."""
-    outer: nn.Module
-    """The same, in the wrapper of ``torch.compile`` if it has one of its own."""
+    """The model without its wrappers."""
+    target: nn.Module
+    """The module that is rewritten, without a wrapper."""
+    wrapped_target: nn.Module
+    """The same module in its own ``torch.compile`` wrapper, if it has one."""
 
-    def __init__(self, whole: nn.Module, path: str = "") -> None:
+    def __init__(self, trained: nn.Module, path: str = "") -> None:
         super().__init__()
-        replica, model = None, whole
+        ddp, model = None, trained
         while is_wrapped(model) or isinstance(model, DistributedDataParallel):
-            replica = model if isinstance(model, DistributedDataParallel) else replica
+            ddp = model if isinstance(model, DistributedDataParallel) else ddp
             model = cast("nn.Module", model._orig_mod if is_wrapped(model) else model.module)
         try:
-            inside = model.get_submodule(path)
+            target = model.get_submodule(path)
         except AttributeError as error:
             names = ", ".join(repr(name) for name, _ in model.named_children())
             raise ModelError(
                 f"{type(model).__name__} has no module {path!r} to be rewritten. It has {names or 'none'}."
             ) from error
-        outer = inside
-        while is_wrapped(inside):
-            inside = cast("nn.Module", inside._orig_mod)
-        # Not as its children: it owns none of them.
-        self.__dict__.update(replica=replica, model=model, inside=inside, outer=outer)
+        wrapped_target = target
+        while is_wrapped(target):
+            target = cast("nn.Module", target._orig_mod)
+        # Set in __dict__, so that they do not become its submodules: it owns none of them.
+        self.__dict__.update(ddp=ddp, model=model, target=target, wrapped_target=wrapped_target)
 
-    def put(self, made: nn.Module) -> None:
-        """Let the trainer's module become another, and its wrapper work for the parameters that it has now.
+    def replace_with(self, rewritten: nn.Module) -> None:
+        """Move a rewritten module into the trainer's module, and set up DistributedDataParallel for its parameters.
 
-        All processes must do this at the same time, between an optimizer step and the next forward.
+        All processes must call this at the same time, between an optimizer step and the next forward.
 
         Args:
-            made: What ``rewrite`` with ``emit="modules"`` or ``merge`` has made of this; it is used up.
+            rewritten: What ``merge``, or ``rewrite`` with ``emit="modules"``, returned for this module. It must not be used
+                afterwards.
 
         Raises:
             ModelError: It is of another class.
         """
-        replace_in_place(self.inside, made)
-        self.renew()
+        replace_in_place(self.target, rewritten)
+        self.rebuild_reducer()
 
-    def renew(self) -> None:
-        """Let the wrapper around the whole work for the parameters that the model has now; all processes must do this."""
-        if self.replica is not None:
-            from tdfx.distributed.ddp import renew  # as in tdfx.wrappers
+    def rebuild_reducer(self) -> None:
+        """Set up DistributedDataParallel for the model's present parameters; all processes must call this."""
+        if self.ddp is not None:
+            from tdfx.distributed.ddp import rebuild_reducer  # imported late, as in tdfx.wrappers.unwrap
 
-            renew(self.replica)
+            rebuild_reducer(self.ddp)
 
 
-def replace_in_place(module: nn.Module, made: nn.Module) -> None:
-    """Let a module take over all that another of its class has, and stay the object that others hold.
+def replace_in_place(module: nn.Module, replacement: nn.Module) -> None:
+    """Give a module all attributes of another one of its class, while it stays the object that others hold.
 
     Raises:
-        ModelError: The other is of another class.
+        ModelError: The other module is of another class.
     """
-    if type(made) is not type(module):
+    if type(replacement) is not type(module):
         raise ModelError(
-            f"A {type(module).__name__} cannot become a {type(made).__name__} and stay the object that the trainer holds. "
-            f"Name the module that holds it, not the layer itself."
+            f"A {type(module).__name__} cannot become a {type(replacement).__name__} and stay the object that the trainer "
+            f"holds. Name the module that holds it, not the layer itself."
         )
-    again = compile_settings_of(module)
-    own: dict[str, Any] = made.__dict__
-    for key in module.__dict__.keys() - own.keys():
+    recompile = compile_settings_of(module)
+    attributes: dict[str, Any] = replacement.__dict__
+    for key in module.__dict__.keys() - attributes.keys():
         del module.__dict__[key]
-    module.__dict__.update({key: value for key, value in own.items() if key != COMPILED})
-    rebind(module, made)
-    compile_in_place(module, again)
+    module.__dict__.update({key: value for key, value in attributes.items() if key != COMPILED})
+    rebind(module, replacement)
+    compile_in_place(module, recompile)

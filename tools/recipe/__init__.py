@@ -1,1 +1,1 @@
-"""What ``tools/train.py`` and ``tools/paper_table.py`` are made of: one idea a file."""
+"""The parts of ``tools/train.py`` and ``tools/paper_table.py``: one idea a file."""

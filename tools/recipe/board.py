@@ -1,4 +1,4 @@
-"""A run's figures in TensorBoard, where it is installed."""
+"""A run's figures in TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from recipe.errors import RecipeError
 
 
 class Board:
-    """Writes numbers by epoch; nothing for the folder ""."""
+    """Writes the figures of each epoch to TensorBoard; does nothing if the folder is ""."""
 
     def __init__(self, folder: str) -> None:
-        """Open it.
+        """Open the folder.
 
         Raises:
             RecipeError: TensorBoard is not installed.
@@ -29,13 +29,13 @@ class Board:
             self._writer = SummaryWriter(folder)
 
     def write(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Write each number under its name."""
+        """Write each figure under its name."""
         if self._writer is not None:
             for name, value in values.items():
                 if name != "epoch":
                     self._writer.add_scalar(f"run/{name}", value, epoch)
 
     def close(self) -> None:
-        """Write all that waits."""
+        """Flush and close the files."""
         if self._writer is not None:
             self._writer.close()

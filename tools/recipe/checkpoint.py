@@ -1,43 +1,40 @@
-"""Saving a run after any step, and going on from there to the same bits."""
+"""Saving a run after any step, and resuming it with bit-identical results."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import tdfx
 from recipe.errors import RecipeError
-
-if TYPE_CHECKING:
-    from recipe.trainer import Run
+from recipe.run_state import RunState, unwrapped
 
 
-def save(run: Run, path: Path) -> None:
-    """Write all that the rest of a run depends on, whole or not at all; all processes must call it.
+def save(run: RunState, path: Path) -> None:
+    """Write everything that the rest of a run depends on, in one move; all processes must call this.
 
-    What is drawn at random for data depends on seed, epoch and step alone, so that only torch's own stream is kept.
+    The random numbers of the data depend on seed, epoch and step alone, so only torch's global stream is saved.
     """
-    mine = {"cpu": torch.get_rng_state()}
+    stream = {"cpu": torch.get_rng_state()}
     if run.device.type == "cuda":
-        mine["cuda"] = torch.cuda.get_rng_state(run.device)
-    streams: list[Any] = [mine]
-    if run.place.world > 1:
-        streams = [None] * run.place.world
-        dist.all_gather_object(streams, mine)
-    if run.place.first:
+        stream["cuda"] = torch.cuda.get_rng_state(run.device)
+    streams: list[Any] = [stream]
+    if run.process.world > 1:
+        streams = [None] * run.process.world
+        dist.all_gather_object(streams, stream)
+    if run.process.is_first:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tdfx.save(_inner(run.model), path, optimizer=run.optimizer, extra=_extra(run, streams))
-    if run.place.world > 1:
+        tdfx.save(unwrapped(run.model), path, optimizer=run.optimizer, extra=_extra(run, streams))
+    if run.process.world > 1:
         dist.barrier()
 
 
-def _extra(run: Run, streams: list[Any]) -> dict[str, Any]:
+def _extra(run: RunState, streams: list[Any]) -> dict[str, Any]:
+    """Return what a run saves beside its model and optimizer."""
     average = run.average
     return {
         "config": settings_of(run),
@@ -52,31 +49,25 @@ def _extra(run: Run, streams: list[Any]) -> dict[str, Any]:
     }
 
 
-def resume(run: Run, path: Path) -> None:
-    """Bring a run that was just made to where a saved one was; all processes must call it.
+def resume(run: RunState, path: Path) -> None:
+    """Load a saved run into a new one; all processes must call this.
 
     Raises:
-        RecipeError: There is no such file, or it is of a run with other settings.
+        RecipeError: There is no such file, or it belongs to a run with other settings.
         CheckpointError: The file is damaged.
     """
     if not path.is_file():
         raise RecipeError(
             f"--resume found no checkpoint {str(path)!r}. Set output.checkpoint to the file that was written, or leave "
-            f"--resume out to begin anew."
+            f"--resume out to start from the beginning."
         )
     saved = tdfx.read(path)
     extra = saved["extra"]
-    own = settings_of(run)
-    if extra["config"] != own:
-        odd = [key for key in own.keys() | extra["config"].keys() if own.get(key) != extra["config"].get(key)]
+    _check_settings(extra["config"], settings_of(run), path)
+    if len(extra["streams"]) != run.process.world:
         raise RecipeError(
-            f"The checkpoint {str(path)!r} is of a run with another {sorted(odd)[0]}: {extra['config'].get(sorted(odd)[0])} "
-            f"there and {own.get(sorted(odd)[0])} here. Resume with the settings of that run."
-        )
-    if len(extra["streams"]) != run.place.world:
-        raise RecipeError(
-            f"The checkpoint {str(path)!r} is of a run on {len(extra['streams'])} processes, and {run.place.world} go on: "
-            f"each would see other data. Start as many."
+            f"The checkpoint {str(path)!r} is of a run on {len(extra['streams'])} processes, and {run.process.world} were "
+            f"started: each would see other data. Start as many."
         )
     run.model = tdfx.load(saved, run.model, optimizer=run.optimizer)
     if run.average is not None:
@@ -89,17 +80,23 @@ def resume(run: Run, path: Path) -> None:
         setattr(run.progress, key, value)
     run.history[:] = extra["history"]
     run.phases.seconds.update(extra["phases"])
-    mine = extra["streams"][run.place.rank]
-    torch.set_rng_state(mine["cpu"])
-    if "cuda" in mine and run.device.type == "cuda":
-        torch.cuda.set_rng_state(mine["cuda"], run.device)
+    stream = extra["streams"][run.process.rank]
+    torch.set_rng_state(stream["cpu"])
+    if "cuda" in stream and run.device.type == "cuda":
+        torch.cuda.set_rng_state(stream["cuda"], run.device)
 
 
-def settings_of(run: Run) -> dict[str, Any]:
-    """Return what must be the same in a run that goes on: everything but what it leaves behind, and its name."""
-    values = asdict(run.config)
-    return {key: repr(one) for key, one in values.items() if key not in {"output", "name"}}
+def settings_of(run: RunState) -> dict[str, str]:
+    """Return the settings that must be the same in a resumed run: all but the outputs and the name."""
+    values = run.config.model_dump(exclude={"output", "name"})
+    return {key: repr(value) for key, value in values.items()}
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def _check_settings(saved: dict[str, str], given: dict[str, str], path: Path) -> None:
+    different = sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key))
+    if different:
+        key = different[0]
+        raise RecipeError(
+            f"The checkpoint {str(path)!r} is of a run with another {key}: {saved.get(key)} there and {given.get(key)} here."
+            f" Resume with the settings of that run."
+        )

@@ -2,52 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import BaseModel, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from recipe.errors import RecipeError
-from recipe.settings import Data, Model, Output, Switching, Training
+from recipe.settings import (
+    DataSettings,
+    ModelSettings,
+    OutputSettings,
+    SettingsTable,
+    SwitchingSettings,
+    TrainingSettings,
+)
 from tdfx.errors import nearest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """All that a run depends on beside the machine."""
+class RunConfig(SettingsTable):
+    """All settings of a run."""
 
     name: str
-    """What the run is called in tables."""
+    """Name of the run in tables."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
-    model: Model
-    data: Data
-    training: Training
-    switch: Switching = field(default_factory=Switching)
-    output: Output = field(default_factory=Output)
+    model: ModelSettings
+    data: DataSettings
+    training: TrainingSettings
+    switch: SwitchingSettings = SwitchingSettings()
+    output: OutputSettings = OutputSettings()
 
-    def __post_init__(self) -> None:
-        wish, epochs = self.switch, self.training.epochs
-        if wish.policy != "none" and wish.when == "epoch" and wish.epoch >= epochs:
-            raise RecipeError(
-                f"switch.epoch={wish.epoch} leaves none of the training.epochs={epochs} after the switch. Switch earlier, "
-                f"or set switch.policy='none' for a run as it is."
+    @model_validator(mode="after")
+    def _check_switch(self) -> Self:
+        switch, epochs = self.switch, self.training.epochs
+        if switch.policy != "none" and switch.when == "epoch" and switch.epoch >= epochs:
+            raise ValueError(
+                f"switch.epoch={switch.epoch} leaves none of the training.epochs={epochs} after the switch. Switch "
+                f"earlier, or set switch.policy='none' for a run without a rewrite."
             )
+        return self
 
 
-def read_config(file: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the settings of a file, with some replaced.
+def read_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the settings of a file, and replace some.
 
     Args:
-        file: A TOML file with a table for each part of ``Config``.
+        file: A TOML file with a table for each part of ``RunConfig``.
         overrides: ``key=value`` each, as ``training.epochs=3``; a value is TOML, or text without quotes.
 
     Raises:
-        RecipeError: There is no such file, it is no TOML, or a setting is unknown, missing, or out of range.
+        RecipeError: The file cannot be read, it is not TOML, or a setting is unknown, missing, or out of range.
     """
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -57,74 +64,79 @@ def read_config(file: Path, overrides: Sequence[str] = ()) -> Config:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"The config file {str(file)!r} is not TOML: {error}.") from error
-    for one in overrides:
-        _override(values, one)
-    config: Config = build(Config, values, "")
-    return config
+    for override in overrides:
+        _override(values, override)
+    return config_from(values)
 
 
-def with_values(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """Return settings with some replaced by their dotted names.
+def with_values(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return settings with some replaced, by their dotted names.
 
     Raises:
         RecipeError: A name is unknown, or a value out of range.
     """
-    values = dataclasses.asdict(config)
+    values = config.model_dump()
     for key, value in overrides.items():
         _put(values, key, value)
-    changed: Config = build(Config, values, "")
-    return changed
+    return config_from(values)
+
+
+def config_from(values: Mapping[str, Any]) -> RunConfig:
+    """Return the settings in nested tables of values.
+
+    Raises:
+        RecipeError: A setting is unknown, missing, of the wrong type, or out of range.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_message(details) for details in error.errors())) from error
 
 
 def _override(values: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError(
-            f"--set {text!r} does not say what to set to what. Write for example --set training.epochs=3."
+            f"--set {text!r} does not say which setting gets which value. Write for example --set training.epochs=3."
         )
     try:
-        read = tomllib.loads(f"value = {value}")["value"]
+        parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        read = value
-    _put(values, key.strip(), read)
+        parsed = value
+    _put(values, key.strip(), parsed)
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    *parts, last = key.split(".")
-    for part in parts:
-        values = values.setdefault(part, {})
+    *tables, last = key.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
         if not isinstance(values, dict):
-            raise RecipeError(f"{key!r} names a part of {part!r}, which is a single setting and has none.")
+            raise RecipeError(f"{key!r} names a part of {table!r}, which is a single setting without parts.")
     values[last] = value
 
 
-def build(kind: Any, values: Any, where: str) -> Any:
-    """Return a record made from what TOML gave, every value held to its declared type."""
-    if not isinstance(values, Mapping):
-        raise RecipeError(f"{where or 'The config'}={values!r} is not a table of settings. Write [{where}] above them.")
-    hints = typing.get_type_hints(kind)
-    if unknown := sorted(set(values) - set(hints)):
-        raise RecipeError(f"There is no setting {_named(where, unknown[0])!r}. Nearest: {nearest(unknown[0], hints)}.")
-    needed = (one for one in dataclasses.fields(kind) if one.default is one.default_factory is dataclasses.MISSING)
-    if missing := [one.name for one in needed if one.name not in values]:
-        raise RecipeError(f"The setting {_named(where, missing[0])!r} is missing, and has no default.")
-    return kind(**{key: _read(hints[key], value, _named(where, key)) for key, value in values.items()})
+def _message(details: ErrorDetails) -> str:
+    """Say in one sentence which setting is wrong, why, and what to do."""
+    path = [str(part) for part in details["loc"]]
+    key, value = ".".join(path), details["input"]
+    match details["type"]:
+        case "extra_forbidden":
+            return f"There is no setting {key!r}. Nearest: {nearest(path[-1], _names_in(path[:-1]))}."
+        case "missing":
+            return f"The setting {key!r} is missing, and has no default."
+        case "model_type":
+            return f"{key}={value!r} is not a table of settings. Write [{key}] above them."
+        case "value_error":
+            return str(details["ctx"]["error"])
+        case _:
+            return f"{key}={value!r} is not allowed: {details['msg'].replace('Input', 'it', 1)}."
 
 
-def _read(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, name)
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for choice in choices:
-        if typing.get_origin(choice) is tuple and isinstance(value, list | tuple):
-            return tuple(_read(typing.get_args(choice)[0], one, name) for one in value)
-        if choice is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(choice, type) and type(value) is choice:
-            return value
-    words = " or ".join(getattr(one, "__name__", str(one)) for one in choices)
-    raise RecipeError(f"{name}={value!r} is not of the type that it should have: {words}.")
-
-
-def _named(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
+def _names_in(path: Sequence[str]) -> list[str]:
+    """Return the names of the settings in a table."""
+    table: type[BaseModel] = RunConfig
+    for name in path:
+        annotation = table.model_fields[name].annotation
+        assert isinstance(annotation, type)
+        table = annotation
+    return list(table.model_fields)

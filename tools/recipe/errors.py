@@ -1,4 +1,4 @@
-"""What goes wrong before a run begins."""
+"""The error of the training recipe."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ import click
 
 
 class RecipeError(click.ClickException):
-    """A setting, a data set or a file that does not do; the command line shows the message and ends with 1."""
+    """A setting, a data set or a file cannot be used; the command line shows the message and exits with code 1."""

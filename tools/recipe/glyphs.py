@@ -1,4 +1,4 @@
-"""A set of real glyphs, made of the fonts that a machine has: 62 classes, and fonts held out that are never trained on."""
+"""A data set of glyphs from the fonts that a machine has: 62 classes, and held-out fonts that are never trained on."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ from recipe.errors import RecipeError
 
 CLASSES = string.ascii_uppercase + string.ascii_lowercase + string.digits
 SIDE = 32
-"""Pixels of a side."""
+"""Side of an image in pixels."""
 LEAST_FAMILIES, LEAST_DESIGNS = 6, 4
 _PACKAGES = "fonts-dejavu fonts-liberation fonts-freefont-ttf fonts-lato fonts-roboto-unhinted fonts-inconsolata"
-ALIKE = 0.93
-"""Families of which two faces are more alike than this, by the cosine of their pixels, count as one design."""
+SAME_DESIGN = 0.93
+"""Families with two faces of a higher cosine similarity of their pixels count as one design."""
 TURN, ZOOM, SHIFT, BEND = 0.2, 0.15, 0.12, 0.09
-"""Most that a glyph is turned (radians), scaled, moved and bent (parts of half its side)."""
+"""Largest rotation (radians), scaling, translation and bending of a glyph (in halves of the side)."""
 _VERSION = 1
 _NO_TEXT = ("symbol", "dingbat", "keyboard")
-"""What names of families hold whose letters are pictures."""
+"""Parts of the names of families whose letters are pictures."""
+
+Images = tuple[Tensor, Tensor]
+"""Images (n, 1, SIDE, SIDE) of bytes, and labels (n,)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Face:
-    """One font file, drawn."""
+    """The glyphs of one font file."""
 
     family: str
     style: str
@@ -42,7 +45,7 @@ class Face:
 
 
 def font_folders() -> list[Path]:
-    """Return where this system keeps its fonts."""
+    """Return the folders in which this system keeps its fonts."""
     home = Path.home()
     if sys.platform == "darwin":
         return [Path("/System/Library/Fonts"), Path("/Library/Fonts"), home / "Library/Fonts"]
@@ -51,123 +54,130 @@ def font_folders() -> list[Path]:
     return [Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), home / ".fonts", home / ".local/share/fonts"]
 
 
-def glyph_images(folders: Sequence[str], cache: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return images (n, 1, SIDE, SIDE) of bytes and labels (n,), to train on and held out; drawn once, then read.
+def glyph_images(folders: Sequence[str], cache: Path) -> tuple[Images, Images]:
+    """Return images to train on and held-out images; they are drawn once and then read from a cache.
 
     Args:
-        folders: Where to look for fonts; none for the system's own.
-        cache: Folder in which what was drawn is kept.
+        folders: Folders to search for fonts; none for the system's own.
+        cache: Folder of the cache.
 
     Raises:
         RecipeError: There are too few families of fonts.
     """
     files = sorted(
         path
-        for folder in ([Path(one).expanduser() for one in folders] or font_folders())
+        for folder in ([Path(folder).expanduser() for folder in folders] or font_folders())
         for path in folder.rglob("*")
         if path.suffix.lower() in {".ttf", ".otf"}
     )
-    known = "\n".join(f"{one.name} {one.stat().st_size}" for one in files)
-    kept = cache / f"glyphs-{_VERSION}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.pt"
-    if kept.is_file():
-        train, test = torch.load(kept, weights_only=True)
+    listing = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
+    cached = cache / f"glyphs-{_VERSION}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.pt"
+    if cached.is_file():
+        train, test = torch.load(cached, weights_only=True)
         return tuple(train), tuple(test)
-    sides = _stacked(*held_apart(drawn(files), [str(one) for one in folders]))
+    train_faces, test_faces = hold_out(draw_faces(files), folders)
+    parts = _labelled(train_faces), _labelled(test_faces)
     cache.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_name(f"{kept.name}.{os.getpid()}")
-    torch.save([list(one) for one in sides], partial)
-    partial.replace(kept)
-    return sides
+    partial = cached.with_name(f"{cached.name}.{os.getpid()}")
+    torch.save([list(part) for part in parts], partial)
+    partial.replace(cached)
+    return parts
 
 
-def drawn(files: Sequence[Path]) -> list[Face]:
-    """Return the faces that have all letters and digits, each font once however often it is installed."""
+def draw_faces(files: Sequence[Path]) -> list[Face]:
+    """Return the faces that have all letters and digits; a font that is installed several times counts once."""
     faces: dict[tuple[str, str], Face] = {}
     for file in files:
-        face = draw(file)
+        face = draw_face(file)
         if face is not None:
             faces.setdefault((face.family, face.style), face)
     return [faces[key] for key in sorted(faces)]
 
 
-def draw(file: Path) -> Face | None:
-    """Draw a font's letters and digits; None for one of symbols, or that lacks some or cannot be read."""
+def draw_face(file: Path) -> Face | None:
+    """Draw a font's letters and digits; return None if some are missing, if it has symbols, or if it cannot be read."""
     try:
         font = ImageFont.truetype(str(file), round(SIDE * 0.72), layout_engine=ImageFont.Layout.BASIC)
         family, style = font.getname()
-        glyphs = torch.stack([_glyph(font, one) for one in CLASSES])
-        missing = _glyph(font, "\U0010fffd")
+        glyphs = torch.stack([_draw_glyph(font, letter) for letter in CLASSES])
+        placeholder = _draw_glyph(font, "\U0010fffd")
     except (OSError, ValueError):
         return None
-    # Capital I and small l look the same in some fonts; what a font lacks looks the same for all.
-    distinct = len({bytes(one.flatten().tolist()) for one in glyphs})
-    lacks = any(torch.equal(one, missing) for one in glyphs)
-    if lacks or distinct < len(CLASSES) - 4 or any(word in (family or "").lower() for word in _NO_TEXT):
+    # Capital I and small l look the same in some fonts; missing letters all look like the placeholder.
+    distinct = len({bytes(glyph.flatten().tolist()) for glyph in glyphs})
+    incomplete = any(torch.equal(glyph, placeholder) for glyph in glyphs)
+    if incomplete or distinct < len(CLASSES) - 4 or any(word in (family or "").lower() for word in _NO_TEXT):
         return None
     return Face(family or file.stem, style or "", glyphs)
 
 
-def _glyph(font: ImageFont.FreeTypeFont, letter: str) -> Tensor:
-    """Return one glyph, its advance in the middle and its base line where all have it, so that o and O differ."""
-    picture = Image.new("L", (SIDE, SIDE))
-    at = ((SIDE - font.getlength(letter)) / 2, 0.72 * SIDE)
-    ImageDraw.Draw(picture).text(at, letter, fill=255, font=font, anchor="ls")
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(SIDE, SIDE)
+def _draw_glyph(font: ImageFont.FreeTypeFont, letter: str) -> Tensor:
+    """Draw a glyph, centered horizontally and on a common base line, so that o and O differ."""
+    image = Image.new("L", (SIDE, SIDE))
+    position = ((SIDE - font.getlength(letter)) / 2, 0.72 * SIDE)
+    ImageDraw.Draw(image).text(position, letter, fill=255, font=font, anchor="ls")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(SIDE, SIDE)
 
 
-def held_apart(faces: Sequence[Face], folders: Sequence[str] = ()) -> tuple[list[Face], list[Face]]:
-    """Return faces to train on and faces held out: a fourth of the designs, so that no family or copy of one is in both.
+def hold_out(faces: Sequence[Face], folders: Sequence[str] = ()) -> tuple[list[Face], list[Face]]:
+    """Split faces into those to train on and a fourth of the designs, which is held out; a design is never in both.
 
     Raises:
         RecipeError: There are too few families.
     """
-    families = sorted({one.family for one in faces})
+    families = sorted({face.family for face in faces})
     groups = list(designs(faces))
     if len(families) < LEAST_FAMILIES or len(groups) < LEAST_DESIGNS:
         where = f"in {', '.join(folders)}" if folders else "among the fonts of this machine"
-        named = ", ".join(families[:5]) or "none"
+        names = ", ".join(families[:5]) or "none"
         raise RecipeError(
-            f"There are {len(families)} families of fonts with all letters and digits {where} ({named}), of {len(groups)} "
+            f"There are {len(families)} families of fonts with all letters and digits {where} ({names}), of {len(groups)} "
             f"designs. {LEAST_FAMILIES} families of {LEAST_DESIGNS} designs are needed, so that some can be held out. "
             f"Install more, on Debian: apt-get install {_PACKAGES}"
         )
-    # The largest is always trained on: most free fonts are related to it, one way or another.
-    groups.sort(key=lambda group: (-sum(one.family in group for one in faces), min(group)))
+    # The largest group is always trained on, because most free fonts are related to it.
+    groups.sort(key=lambda group: (-sum(face.family in group for face in faces), min(group)))
     order = torch.randperm(len(groups) - 1, generator=torch.Generator().manual_seed(0)) + 1
-    out = {family for place in order[: len(groups) // 4].tolist() for family in groups[place]}
-    return [one for one in faces if one.family not in out], [one for one in faces if one.family in out]
+    held_out = {family for index in order[: len(groups) // 4].tolist() for family in groups[index]}
+    train, test = ([face for face in faces if (face.family in held_out) == side] for side in (False, True))
+    return train, test
 
 
 def designs(faces: Sequence[Face]) -> Iterator[set[str]]:
-    """Yield families that belong together: by name, as the widths of one are, or by looks, as free copies of one are."""
-    left = {family: [one for one in faces if one.family == family] for family in sorted({one.family for one in faces})}
-    while left:
-        group, waiting = set[str](), [next(iter(left))]
+    """Yield families that share a design: related names, as the widths of a font have, or similar pixels, as copies have."""
+    by_family: dict[str, list[Face]] = {family: [] for family in sorted({face.family for face in faces})}
+    for face in faces:
+        by_family[face.family].append(face)
+    while by_family:
+        group, waiting = set[str](), [next(iter(by_family))]
         while waiting:
-            mine = waiting.pop()
-            group.add(mine)
-            own = left.pop(mine)
-            waiting += [other for other in left if other not in waiting and _related(mine, own, other, left[other])]
+            family = waiting.pop()
+            group.add(family)
+            family_faces = by_family.pop(family)
+            waiting += [
+                other
+                for other, other_faces in by_family.items()
+                if other not in waiting and _are_related(family, family_faces, other, other_faces)
+            ]
         yield group
 
 
-def _related(name: str, own: Sequence[Face], other_name: str, other: Sequence[Face]) -> bool:
+def _are_related(name: str, faces: Sequence[Face], other_name: str, other_faces: Sequence[Face]) -> bool:
     if name.split()[0] == other_name.split()[0]:
         return True
-    mine, theirs = (F.normalize(torch.stack([one.glyphs.float().flatten() for one in side])) for side in (own, other))
-    return bool((mine @ theirs.T).max() > ALIKE)
+    pixels, other_pixels = (
+        F.normalize(torch.stack([face.glyphs.float().flatten() for face in side])) for side in (faces, other_faces)
+    )
+    return bool((pixels @ other_pixels.T).max() > SAME_DESIGN)
 
 
-def _stacked(train: Sequence[Face], test: Sequence[Face]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    def side(faces: Sequence[Face]) -> tuple[Tensor, Tensor]:
-        images = torch.cat([one.glyphs for one in faces]).unsqueeze(1)
-        return images, torch.arange(len(CLASSES)).repeat(len(faces))
-
-    return side(train), side(test)
+def _labelled(faces: Sequence[Face]) -> Images:
+    images = torch.cat([face.glyphs for face in faces]).unsqueeze(1)
+    return images, torch.arange(len(CLASSES)).repeat(len(faces))
 
 
-def distorted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn, scale, move and bend each image (n, 1, h, w), each by its own random amounts (Simard et al. 2003)."""
+def distort(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotate, scale, translate and bend each image (n, 1, h, w) by its own random amounts (Simard et al. 2003)."""
     count = len(images)
 
     def uniform(most: float) -> Tensor:
@@ -179,8 +189,9 @@ def distorted(images: Tensor, generator: torch.Generator) -> Tensor:
         (wide * angle.cos(), -high * angle.sin(), uniform(SHIFT)),
         (wide * angle.sin(), high * angle.cos(), uniform(SHIFT)),
     )
-    grid = F.affine_grid(torch.stack([torch.stack(one, 1) for one in rows], 1), list(images.shape), align_corners=False)
-    # A coarse field of random arrows, made smooth by interpolation.
-    arrows = (2 * torch.rand(count, 2, 5, 5, generator=generator) - 1) * BEND
-    bend = F.interpolate(arrows, size=images.shape[-2:], mode="bicubic", align_corners=True)
+    affine = torch.stack([torch.stack(row, 1) for row in rows], 1)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    # A coarse field of random displacements, made smooth by interpolation.
+    displacements = (2 * torch.rand(count, 2, 5, 5, generator=generator) - 1) * BEND
+    bend = F.interpolate(displacements, size=images.shape[-2:], mode="bicubic", align_corners=True)
     return F.grid_sample(images, grid + bend.permute(0, 2, 3, 1), align_corners=False)

@@ -1,40 +1,41 @@
-"""Where the time of a run goes."""
+"""The time of a run by phase."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from bench_common import Clock
 
 PHASES = ("data", "step", "watching", "planning", "rewriting", "merging", "evaluation", "saving")
 TRAINING = PHASES[:-2]
-"""What a run takes to train; scoring what is held out and saving are left out."""
+"""The phases that count as training: all but the scoring of held-out data and saving."""
 
 
 class Phases:
-    """Seconds by phase; what a device has yet to do when a phase ends counts to ``"step"``, which asked for it."""
+    """Seconds by phase. Work that a device has yet to do when a phase ends counts to ``"step"``, which requested it."""
 
-    def __init__(self, clock: Callable[[], float], device: torch.device) -> None:
+    def __init__(self, clock: Clock, device: torch.device) -> None:
         self.clock = clock
         self.device = device
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Count what is done inside to a phase."""
+        """Count the time of the block to a phase."""
         if name not in {"data", "step"}:
             self.settle()
         begin = self.clock()
         yield
         if name not in {"data", "step"}:
-            self._wait()
+            self._synchronize()
         self.seconds[name] += self.clock() - begin
 
     def settle(self) -> None:
-        """Wait for the device, and count that to the steps."""
+        """Wait for the device, and count that time to the steps."""
         begin = self.clock()
-        self._wait()
+        self._synchronize()
         self.seconds["step"] += self.clock() - begin
 
     def add(self, name: str, seconds: float) -> None:
@@ -43,9 +44,9 @@ class Phases:
 
     @property
     def training(self) -> float:
-        """Seconds of all but evaluation."""
+        """Seconds of training."""
         return sum(self.seconds[name] for name in TRAINING)
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type != "cpu":
             torch.get_device_module(self.device.type).synchronize(self.device)

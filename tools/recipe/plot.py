@@ -1,4 +1,4 @@
-"""Accuracy against time, as a picture."""
+"""Plots of accuracy against time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recipe.errors import RecipeError
-from recipe.record import Record
+from recipe.record import RunRecord
 
 
-def plot_runs(runs: Mapping[str, Sequence[Record]], file: Path, title: str = "") -> None:
-    """Draw held-out accuracy against the seconds of training, a line for each run and a color for each name.
+def plot_runs(runs: Mapping[str, Sequence[RunRecord]], file: Path, title: str = "") -> None:
+    """Plot held-out accuracy against the seconds of training, a line for each run and a color for each name.
 
     Raises:
         RecipeError: matplotlib is not installed.
@@ -23,14 +23,13 @@ def plot_runs(runs: Mapping[str, Sequence[Record]], file: Path, title: str = "")
         ) from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for color, (name, own) in enumerate(runs.items()):
-        for index, one in enumerate(own):
-            times = [row["seconds"] for row in one.epochs]
-            axes.plot(
-                times, [row["accuracy"] for row in one.epochs], color=f"C{color}", label=name if index == 0 else ""
-            )
+    for color, (name, records) in enumerate(runs.items()):
+        for index, record in enumerate(records):
+            seconds = [epoch["seconds"] for epoch in record.epochs]
+            accuracies = [epoch["accuracy"] for epoch in record.epochs]
+            axes.plot(seconds, accuracies, color=f"C{color}", label=name if index == 0 else "")
     axes.set_xlabel("training time, s")
-    axes.set_ylabel("accuracy on what is held out, %")
+    axes.set_ylabel("accuracy on held-out data, %")
     axes.set_title(title)
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)

@@ -1,28 +1,27 @@
-"""What is written down of a run."""
+"""The results of a run, as they are written to files."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import tdfx
 from recipe.phases import TRAINING
-from recipe.trainer import Run
+from recipe.trainer import TrainingRun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """One run and what it came to."""
+class RunRecord:
+    """One run and its results."""
 
     config: dict[str, Any]
     """Its settings, seed included."""
     processes: int
     device: str
     epochs: list[dict[str, float]]
-    """Of each epoch: training loss, held-out loss and accuracy in percent, and the seconds of training up to its end."""
+    """For each epoch: training loss, held-out loss and accuracy in percent, and the seconds of training up to its end."""
     accuracy: float
     """Of the merged model, in percent."""
     loss: float
@@ -34,17 +33,17 @@ class Record:
     parameters_after: int
     """From the switch to the merge."""
     flops: int | None = None
-    """Forward operations of the sites for one batch, before a switch; None where there was none."""
+    """Forward operations of the sites for one batch, before a switch; None if there was no switch."""
     flops_after: int | None = None
     sites: int = 0
     factorized: list[dict[str, Any]] = field(default_factory=list)
-    """Of each site that was rewritten: name, scheme, ranks, error."""
+    """For each factorized site: name, scheme, ranks, error."""
     events: list[str] = field(default_factory=list)
-    """What the switch decided."""
+    """The decisions of the switch."""
     merge_error: float | None = None
-    """Largest difference of outputs to the model before the merge, relative to the largest output."""
+    """Largest difference of outputs before and after the merge, relative to the largest output."""
     verified: bool | None = None
-    """Whether the merged graph is the original's, by ONNX; None where that was not asked."""
+    """Whether the merged graph is the original's, by ONNX; None if that was not checked."""
 
     @property
     def total(self) -> float:
@@ -52,33 +51,33 @@ class Record:
         return sum(self.seconds[name] for name in TRAINING)
 
 
-def record_of(run: Run, *, checks: bool = True) -> Record:
-    """Return what a run that has ended came to; all its processes must call it."""
-    found = run.final_score()
+def record_of(run: TrainingRun, *, checks: bool = True) -> RunRecord:
+    """Return the results of a run that has ended; all its processes must call this."""
+    score = run.final_score()
     plan = None if run.switch is None else run.switch.plan
-    verified = run.prove() if checks and run.config.output.verify and plan is not None and run.place.first else None
-    return Record(
-        config=json.loads(json.dumps(asdict(run.config))),  # as it is read back: lists for tuples
-        processes=run.place.world,
+    verify = checks and run.config.output.verify and plan is not None and run.process.is_first
+    return RunRecord(
+        config=run.config.model_dump(mode="json"),
+        processes=run.process.world,
         device=_device_name(run.device),
         epochs=run.history,
-        accuracy=found.accuracy,
-        loss=found.loss,
+        accuracy=score.accuracy,
+        loss=score.loss,
         seconds=dict(run.phases.seconds),
         parameters=run.parameters,
         parameters_after=run.parameters if plan is None else plan.parameters_after,
         flops=None if plan is None else plan.flops_before,
         flops_after=None if plan is None else plan.flops_after,
         sites=0 if plan is None else len(plan),
-        factorized=[] if plan is None else [_site(one) for one in plan.factorized],
-        events=[] if run.switch is None else [str(one) for one in run.switch.events],
+        factorized=[] if plan is None else [_site_dict(site) for site in plan.factorized],
+        events=[] if run.switch is None else [str(event) for event in run.switch.events],
         merge_error=run.merge_error,
-        verified=verified,
+        verified=run.verify() if verify else None,
     )
 
 
-def _site(one: tdfx.SitePlan) -> dict[str, Any]:
-    return {"name": one.name, "scheme": one.scheme, "ranks": list(one.ranks or ()), "error": one.error}
+def _site_dict(site: tdfx.SitePlan) -> dict[str, Any]:
+    return {"name": site.name, "scheme": site.scheme, "ranks": list(site.ranks or ()), "error": site.error}
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,20 +1,20 @@
-"""The rows of the paper's table: one network and data set under several policies, from several seeds, in turns."""
+"""The rows of the paper's table: each network and data set under several policies, with several seeds, in turns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
 import torch
-from bench_common import own_times
+from bench_common import Clock, separate_times
 
 import tdfx
-from recipe.config import Config, with_values
-from recipe.data import Place
-from recipe.record import Record, record_of
-from recipe.trainer import Clock, Run, Say
+from recipe.config import RunConfig, with_values
+from recipe.processes import Process
+from recipe.record import RunRecord, record_of
+from recipe.trainer import TrainingRun
 
 FULL = "full"
 POLICIES: dict[str, dict[str, Any]] = {
@@ -24,11 +24,11 @@ POLICIES: dict[str, dict[str, Any]] = {
     "VBMF as published": {"switch.policy": "vbmf:0", "switch.min_gain": 0.0, "switch.round_to": 1},
     "energy 0.9": {"switch.policy": "energy:0.9"},
 }
-"""Name -> settings of a row. As published means: every layer, at the ranks that VBMF says, whatever they are."""
+"""Name -> settings of a row. "As published" means every layer, at exactly the ranks that VBMF finds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class PaperRow:
     """One run of the table."""
 
     run: str
@@ -36,54 +36,54 @@ class Row:
     policy: str
     seed: int
     cold: bool
-    """True if no times of layers were known beforehand, so that they had to be measured."""
-    record: Record | None = None
+    """True if no layer times were known beforehand, so that they had to be measured."""
+    record: RunRecord | None = None
     refused: str = ""
-    """Why the policy could not be followed."""
+    """Why tdfx refused the policy; "" if it did not."""
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What no other row has."""
+        """What identifies the row."""
         return self.run, self.policy, self.seed
 
 
-def row_of(values: Mapping[str, Any]) -> Row:
-    """Return a row from what ``asdict`` gave."""
+def row_of(values: Mapping[str, Any]) -> PaperRow:
+    """Return a row from what ``asdict`` returned."""
     record = values["record"]
-    return Row(**{**values, "record": None if record is None else Record(**record)})
+    return PaperRow(**{**values, "record": None if record is None else RunRecord(**record)})
 
 
 def rows(
-    configs: Mapping[str, Config],
+    configs: Mapping[str, RunConfig],
     policies: Sequence[str],
     seeds: Sequence[int],
     *,
     clock: Clock,
     device: torch.device,
-    say: Say,
-    done: Sequence[Row] = (),
-) -> Iterator[Row]:
-    """Yield the rows that are not done yet: all policies in turns, so that what disturbs the machine disturbs all alike."""
-    known: dict[tuple[str, str], dict[str, float]] = {}
-    made = {one.key for one in done}
+    echo: Callable[[str], None],
+    done: Sequence[PaperRow] = (),
+) -> Iterator[PaperRow]:
+    """Yield the rows that are not done yet, the policies in turns, so that disturbances of the machine affect all alike."""
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    done_keys = {row.key for row in done}
     for seed, (name, config), policy in product(seeds, configs.items(), policies):
-        if (name, policy, seed) not in made:
-            times = known.setdefault((name, policy), {})
-            wish = with_values(config, {"seed": seed, **POLICIES[policy]})
-            say(f"{name}, {policy}, seed {seed}")
-            yield _row(name, policy, Run(wish, Place(), device, clock), times, say)
+        if (name, policy, seed) not in done_keys:
+            settings = with_values(config, {"seed": seed, **POLICIES[policy]})
+            echo(f"{name}, {policy}, seed {seed}")
+            run = TrainingRun(settings, Process(), device, clock)
+            yield _row(name, policy, run, times.setdefault((name, policy), {}), echo)
 
 
-def _row(name: str, policy: str, run: Run, times: dict[str, float], say: Say) -> Row:
-    own = {"run": name, "policy": policy, "seed": run.config.seed, "cold": not times}
-    with own_times(times):
+def _row(name: str, policy: str, run: TrainingRun, times: dict[str, float], echo: Callable[[str], None]) -> PaperRow:
+    identity = {"run": name, "policy": policy, "seed": run.config.seed, "cold": not times}
+    with separate_times(times):
         try:
-            run.train(say)
+            run.train(echo)
         except tdfx.PolicyError as error:
-            return Row(**own, refused=str(error))  # type: ignore[arg-type]
-    return Row(**own, record=record_of(run))  # type: ignore[arg-type]
+            return PaperRow(**identity, refused=str(error))  # type: ignore[arg-type]
+    return PaperRow(**identity, record=record_of(run))  # type: ignore[arg-type]
 
 
-def as_json(found: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return rows as JSON can hold them."""
-    return [asdict(one) for one in found]
+def as_json(finished: Sequence[PaperRow]) -> list[dict[str, Any]]:
+    """Return rows as values that JSON can hold."""
+    return [asdict(row) for row in finished]

@@ -1,4 +1,4 @@
-"""Learning rates as a function of the step alone, optimizers, and the average of the weights."""
+"""The learning rate as a function of the step, the optimizers, and the average of the weights."""
 
 from __future__ import annotations
 
@@ -11,61 +11,61 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from recipe.settings import Training
+from recipe.settings import TrainingSettings
 
 
-def rate_at(step: int, steps_per_epoch: int, wish: Training) -> float:
-    """Return the learning rate of a step, the first of which is 0.
+def rate_at(step: int, steps_per_epoch: int, settings: TrainingSettings) -> float:
+    """Return the learning rate of a step; the first step is 0.
 
-    >>> wish = Training(epochs=10, lr=1.0, warmup=2)
-    >>> [round(rate_at(step, 5, wish), 3) for step in (0, 9, 10, 30, 49)]
+    >>> settings = TrainingSettings(epochs=10, lr=1.0, warmup=2)
+    >>> [round(rate_at(step, 5, settings), 3) for step in (0, 9, 10, 30, 49)]
     [0.1, 1.0, 1.0, 0.5, 0.002]
     """
-    warm = wish.warmup * steps_per_epoch
-    total = wish.epochs * steps_per_epoch
-    if step + 1 < warm:
-        return wish.lr * (step + 1) / warm
-    if wish.schedule == "step":
-        passed: float = wish.gamma ** sum(step >= part * total for part in wish.milestones)
-        return wish.lr * passed
-    begin = math.floor(warm)
-    return wish.lr * (1 + math.cos(math.pi * max(0, step - begin) / max(1, total - begin))) / 2
+    warmup = settings.warmup * steps_per_epoch
+    total = settings.epochs * steps_per_epoch
+    if step + 1 < warmup:
+        return settings.lr * (step + 1) / warmup
+    if settings.schedule == "step":
+        factor: float = settings.gamma ** sum(step >= share * total for share in settings.milestones)
+        return settings.lr * factor
+    begin = math.floor(warmup)
+    return settings.lr * (1 + math.cos(math.pi * max(0, step - begin) / max(1, total - begin))) / 2
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give all groups a learning rate."""
+    """Set the learning rate of all groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], wish: Training) -> Optimizer:
-    """Return what trains the parameters."""
-    if wish.optimizer == "adamw":
-        return AdamW(parameters, lr=wish.lr, weight_decay=wish.weight_decay)
-    nesterov = wish.momentum > 0
-    return SGD(parameters, lr=wish.lr, momentum=wish.momentum, nesterov=nesterov, weight_decay=wish.weight_decay)
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> Optimizer:
+    """Return the optimizer of the settings."""
+    rate, decay, momentum = settings.lr, settings.weight_decay, settings.momentum
+    if settings.optimizer == "adamw":
+        return AdamW(parameters, lr=rate, weight_decay=decay)
+    return SGD(parameters, lr=rate, momentum=momentum, nesterov=momentum > 0, weight_decay=decay)
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
     """Return an exponential average of weights and buffers, or None for a decay of 0.
 
-    Early on it forgets faster, so that it is not for long one of random weights: after n updates its decay is
+    Early on it forgets faster, so that it is soon free of the random weights: after n updates its decay is
     (1 + n) / (10 + n) as long as that is less.
     """
     if decay == 0:
         return None
 
     @torch.no_grad()
-    def toward(averages: Sequence[Tensor], values: Sequence[Tensor], count: Any) -> None:
-        # The lists are of one dtype and device each. The count stays on its device, so that nothing waits for it.
-        kind = averages[0].dtype
-        if not kind.is_floating_point:
+    def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Any) -> None:
+        # Each list has one dtype and device. The count stays on its device, so that nothing waits for it.
+        dtype = averages[0].dtype
+        if not dtype.is_floating_point:
             for average, value in zip(averages, values, strict=True):
                 average.copy_(value)
             return
-        done = count.to(torch.promote_types(kind, torch.float32))
-        weight = (1 - ((1 + done) / (10 + done)).clamp(max=decay)).to(kind)
+        updates = count.to(torch.promote_types(dtype, torch.float32))
+        weight = (1 - ((1 + updates) / (10 + updates)).clamp(max=decay)).to(dtype)
         for average, value in zip(averages, values, strict=True):
             average.lerp_(value, weight)
 
-    return AveragedModel(model, multi_avg_fn=toward, use_buffers=True)
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

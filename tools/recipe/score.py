@@ -1,4 +1,4 @@
-"""Scoring a model on what is held out."""
+"""Scores of a model on held-out data."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from recipe.data import DataSet
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What came of it."""
+    """Accuracy and loss on held-out data."""
 
     accuracy: float
-    """Right answers in percent."""
+    """In percent."""
     loss: float
     """Mean cross entropy in nats."""
 
@@ -29,29 +29,27 @@ def loss_of(outputs: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
 
 @torch.no_grad()
 def score(model: nn.Module, data: DataSet, device: torch.device, layout: torch.memory_format) -> Score:
-    """Score a model in eval mode, all processes their part; each layer is left in the mode that it had."""
-    modes = [(one, one.training) for one in model.modules()]
-    if data.place.world > 1:
-        # Each process has seen other batches: the statistics of the first are the model's.
+    """Score a model in eval mode, each process its part of the data; every layer keeps its mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    if data.process.world > 1:
+        # The processes have seen different batches: the statistics of the first are the model's.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for x, y in data.held_out():
-        outputs, answers = model(moved(x, device, layout)), y.to(device)
-        right = (outputs.argmax(-1) == answers).sum()
-        sums += torch.stack([right, loss_of(outputs, answers) * answers.numel(), torch.tensor(answers.numel())]).to(
-            sums
-        )
-    for one, mode in modes:
-        one.training = mode
-    if data.place.world > 1:
+    for x, labels in data.held_out():
+        outputs, y = model(to_device(x, device, layout)), labels.to(device)
+        correct, count = (outputs.argmax(-1) == y).sum(), torch.tensor(y.numel())
+        sums += torch.stack([value.to(sums) for value in (correct, loss_of(outputs, y) * y.numel(), count)])
+    for module, mode in modes:
+        module.training = mode
+    if data.process.world > 1:
         dist.all_reduce(sums)
-    right, loss, count = sums.tolist()
-    return Score(100 * right / count, loss / count)
+    correct_count, loss, total = sums.tolist()
+    return Score(100 * correct_count / total, loss / total)
 
 
-def moved(x: Tensor, device: torch.device, layout: torch.memory_format) -> Tensor:
+def to_device(x: Tensor, device: torch.device, layout: torch.memory_format) -> Tensor:
     """Return inputs on a device; images in a memory layout."""
     if x.dim() == 4:
         return x.to(device, memory_format=layout, non_blocking=True)

@@ -1,187 +1,156 @@
-"""The parts of a run's settings, each checked when it is made."""
+"""The parts of a run's settings; pydantic checks types, ranges and names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
-from recipe.errors import RecipeError
-from tdfx.errors import PolicyError, nearest
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+from tdfx.errors import PolicyError
 from tdfx.policies.policy import Policy
 from tdfx.ranks.registry import parse_rule
 
+Strings = Annotated[tuple[str, ...], Strict(False)]
+"""Several texts; TOML gives them as a list."""
+Floats = Annotated[tuple[float, ...], Strict(False)]
+"""Several numbers; TOML gives them as a list."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+
+class SettingsTable(BaseModel):
+    """A table of settings whose values have exactly the declared types, and which has no other settings."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class ModelSettings(SettingsTable):
     """The network."""
 
     name: str
-    """One of ``recipe.models.OWN``, or a name of torchvision."""
-    width: int = 0
-    """Channels of the first layer, for the networks that come in widths; 0 for their usual one."""
-    layers: int = 0
+    """A name of ``recipe.models.BUILDERS`` or of torchvision."""
+    width: int = Field(default=0, ge=0)
+    """Channels of the first layer, for networks that exist in several widths; 0 for the usual width."""
+    layers: int = Field(default=0, ge=0)
     """Blocks of the transformer; 0 for 2."""
 
-    def __post_init__(self) -> None:
-        _least("model.width", self.width, 0)
-        _least("model.layers", self.layers, 0)
 
+class DataSettings(SettingsTable):
+    """The data set."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
-    """What is trained on, and what is held out."""
-
-    name: str
-    """``"digits"``, ``"glyphs"``, ``"text"``, ``"cifar10"`` or ``"imagefolder"``."""
-    batch: int = 64
+    name: Literal["digits", "glyphs", "text", "cifar10", "imagefolder"]
+    batch: int = Field(default=64, ge=1)
     """Samples of one step, over all processes."""
     augment: bool = True
-    """Whether images are changed at random in training."""
+    """Whether training images are changed at random."""
     root: str = ""
-    """Folder of the data; "" for the user's cache folder. ``imagefolder`` needs one that holds ``train`` and ``val``."""
+    """Folder of the data; "" for the user's cache folder. ``imagefolder`` needs one that contains ``train`` and ``val``."""
     download: bool = True
-    """Whether ``cifar10`` may be fetched where it is missing."""
-    side: int = 0
+    """Whether ``cifar10`` may be downloaded if it is missing."""
+    side: int = Field(default=0, ge=0)
     """Side of the images of ``imagefolder`` in pixels; 0 for 224."""
-    workers: int = 0
-    """Processes that read ``imagefolder``; 0 for none."""
-    steps: int = 100
-    """Steps that count as an epoch of ``text``, which is read at random places."""
-    length: int = 64
+    workers: int = Field(default=0, ge=0)
+    """Processes that read ``imagefolder``; 0 to read in the training process."""
+    steps: int = Field(default=100, ge=1)
+    """Steps in an epoch of ``text``, which is read at random positions."""
+    length: int = Field(default=64, ge=2)
     """Bytes of one piece of ``text``."""
-    fonts: tuple[str, ...] = ()
-    """Folders to look for fonts in, for ``glyphs``; none for those of the system."""
-
-    def __post_init__(self) -> None:
-        _one_of("data.name", self.name, ("digits", "glyphs", "text", "cifar10", "imagefolder"))
-        for name, least in (("batch", 1), ("side", 0), ("workers", 0), ("steps", 1), ("length", 2)):
-            _least(f"data.{name}", getattr(self, name), least)
+    fonts: Strings = ()
+    """Folders to search for fonts, for ``glyphs``; none for the folders of the system."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """How it is trained."""
+class TrainingSettings(SettingsTable):
+    """The optimizer, its schedule, and how steps are computed."""
 
-    epochs: int
-    optimizer: str = "sgd"
-    """``"sgd"`` with Nesterov's momentum, or ``"adamw"``."""
-    lr: float = 0.05
+    epochs: int = Field(ge=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """``"sgd"`` with Nesterov momentum, or ``"adamw"``."""
+    lr: float = Field(default=0.05, gt=0)
     """Largest learning rate."""
-    momentum: float = 0.9
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """For ``sgd``."""
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    """``"cosine"``, down to nothing, or ``"step"``, by ``gamma`` at each of ``milestones``."""
-    warmup: float = 0.0
-    """Epochs in which the rate rises to its largest, in [0, epochs)."""
-    milestones: tuple[float, ...] = ()
-    """Parts of the training, in (0, 1), rising, after which ``step`` lowers the rate."""
-    gamma: float = 0.1
-    """What ``step`` multiplies the rate by, in (0, 1)."""
-    label_smoothing: float = 0.0
-    """Part of each answer that is spread over all classes, in [0, 1)."""
-    clip: float = 0.0
-    """Largest norm of all gradients together; 0 for any."""
-    ema: float = 0.0
-    """Decay of an average of the weights, which is what is scored, in [0, 1); 0 for none."""
-    amp: str = "none"
-    """What autocast computes in: ``"none"``, ``"bf16"``, or ``"fp16"``, which scales the loss."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    schedule: Literal["cosine", "step"] = "cosine"
+    """``"cosine"`` lowers the rate to zero; ``"step"`` multiplies it by ``gamma`` at each of ``milestones``."""
+    warmup: float = Field(default=0.0, ge=0)
+    """Epochs in which the rate rises to its largest value, less than ``epochs``."""
+    milestones: Floats = ()
+    """Shares of the training, in (0, 1) and ascending, after which ``step`` lowers the rate."""
+    gamma: float = Field(default=0.1, gt=0, lt=1)
+    """Factor of ``step``."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each label that is spread over all classes."""
+    clip: float = Field(default=0.0, ge=0)
+    """Largest norm of all gradients together; 0 for no limit."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of an exponential average of the weights, which is then the model that is scored; 0 for none."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """What autocast computes in; ``"fp16"`` also scales the loss."""
     channels_last: bool = False
     compile: bool = False
     """Whether the model is compiled."""
 
-    def __post_init__(self) -> None:
-        _least("training.epochs", self.epochs, 1)
-        _one_of("training.optimizer", self.optimizer, ("sgd", "adamw"))
-        _one_of("training.schedule", self.schedule, ("cosine", "step"))
-        _one_of("training.amp", self.amp, ("none", "bf16", "fp16"))
-        _within("lr", self.lr, self.lr > 0, "above 0")
-        _within("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
-        _within("clip", self.clip, self.clip >= 0, "at least 0")
-        _within("warmup", self.warmup, 0 <= self.warmup < self.epochs, f"in [0, {self.epochs}), the epochs")
-        _within("gamma", self.gamma, 0 < self.gamma < 1, "in (0, 1)")
-        for name in ("momentum", "label_smoothing", "ema"):
-            _within(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
-        rising = list(self.milestones) == sorted(set(self.milestones)) and all(0 < one < 1 for one in self.milestones)
-        _within("milestones", list(self.milestones), rising, "parts of the training in (0, 1), rising")
-        if (self.schedule == "step") != bool(self.milestones):
-            raise RecipeError(
-                f"training.schedule={self.schedule!r} and training.milestones={list(self.milestones)} do not go together: "
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        if self.warmup >= self.epochs:
+            raise ValueError(f"training.warmup={self.warmup} is not in [0, {self.epochs}), the epochs.")
+        milestones = list(self.milestones)
+        if milestones != sorted(set(milestones)) or not all(0 < share < 1 for share in milestones):
+            raise ValueError(f"training.milestones={milestones} are not shares of the training in (0, 1), ascending.")
+        if (self.schedule == "step") != bool(milestones):
+            raise ValueError(
+                f"training.schedule={self.schedule!r} and training.milestones={milestones} do not go together: "
                 f"'step' needs milestones, such as [0.5, 0.75], and 'cosine' takes none."
             )
+        return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Switching:
+class SwitchingSettings(SettingsTable):
     """When the model is rewritten, and how."""
 
     policy: str = "default"
-    """``"none"`` for a run as it is, ``"default"`` for ``tdfx.Policy()``, or a rule as ``tdfx inspect`` takes it."""
-    when: str = "epoch"
-    """``"epoch"``, or ``"settled"`` for each layer when its rank has settled."""
-    epoch: int = 1
-    """Epochs before the switch; with ``"settled"``, after which no layer waits any longer, 0 for never."""
-    every: int = 100
+    """``"none"`` for no rewrite, ``"default"`` for ``tdfx.Policy()``, or a rule as for ``tdfx inspect``."""
+    when: Literal["epoch", "settled"] = "epoch"
+    """``"settled"`` switches each layer when its rank has settled."""
+    epoch: int = Field(default=1, ge=0)
+    """Epochs before the switch, at least 1; with ``"settled"``, epochs after which no layer waits longer, 0 for no limit."""
+    every: int = Field(default=100, ge=1)
     """Steps between two looks at the ranks."""
     min_gain: float = 1.05
     """As in ``tdfx.Policy``; 0 rewrites every layer."""
     round_to: int = 8
     """As in ``tdfx.Policy``."""
-    exclude: tuple[str, ...] = ()
+    exclude: Strings = ()
     """As in ``tdfx.Policy``."""
-    cost: str = "measured"
+    cost: Literal["measured", "modelled"] = "measured"
     """``"measured"`` on this machine, or ``"modelled"``, which is the same on every machine."""
-    measure: float = 15.0
-    """Most seconds on the wall that measuring may take, above 0; on a loaded machine little is measured in them."""
+    measure: float = Field(default=15.0, gt=0)
+    """Most wall-clock seconds to measure layers; on a loaded machine few layers are measured in that time."""
     weigh: bool = True
-    """Whether the switch minds how long the run is: what it is predicted to take longer for than it saves in the rest of the
-    run is left out, and measuring takes no more than is in proportion to it."""
-    rewarm: int = 0
+    """Whether the switch considers how long the run is: it leaves out sites that would cost more than they save in the
+    rest of the run, and limits the time for measuring."""
+    rewarm: int = Field(default=0, ge=0)
     """Steps in which the learning rate warms up again after a switch."""
 
-    def __post_init__(self) -> None:
-        _one_of("switch.when", self.when, ("epoch", "settled"))
-        _one_of("switch.cost", self.cost, ("measured", "modelled"))
-        _least("switch.epoch", self.epoch, 1 if self.when == "epoch" else 0)
-        _least("switch.every", self.every, 1)
-        _least("switch.rewarm", self.rewarm, 0)
-        if not self.measure > 0:
-            raise RecipeError(f"switch.measure={self.measure} is not above 0: it is the time that measuring may take.")
+    @model_validator(mode="after")
+    def _check_policy(self) -> Self:
+        if self.when == "epoch" and self.epoch < 1:
+            raise ValueError(f"switch.epoch={self.epoch} is below 1, the first epoch after which a run can switch.")
         try:
             Policy(min_gain=self.min_gain, round_to=self.round_to, exclude=self.exclude)
             if self.policy not in {"none", "default"}:
                 parse_rule(self.policy)
         except PolicyError as error:
-            raise RecipeError(f"[switch] says something that no policy can: {error}") from error
+            raise ValueError(f"[switch] has settings that no policy can have: {error}") from error
+        return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """What a run leaves behind."""
+class OutputSettings(SettingsTable):
+    """What a run writes and checks."""
 
     checkpoint: str = ""
-    """File to which the run is saved after each epoch, and from which ``--resume`` goes on; "" for none."""
-    every: int = 0
-    """Steps after which it is saved within an epoch too; 0 for never."""
+    """File to which the run is saved after each epoch, and from which ``--resume`` continues; "" for none."""
+    every: int = Field(default=0, ge=0)
+    """Steps after which it is also saved within an epoch; 0 for never."""
     tensorboard: str = ""
     """Folder for TensorBoard; "" for none."""
     verify: bool = True
-    """Whether the merged model is proved by ONNX at the end; its values are compared in any case."""
-
-    def __post_init__(self) -> None:
-        _least("output.every", self.every, 0)
-
-
-def _least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise RecipeError(f"{name}={value} is below {least}, the least that it can be.")
-
-
-def _within(name: str, value: object, right: bool, where: str) -> None:
-    if not right:
-        raise RecipeError(f"training.{name}={value} is not {where}.")
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise RecipeError(f"{name}={value!r} is not one of {', '.join(known)}. Nearest: {nearest(value, known, 1)}.")
+    """Whether ONNX exports are compared at the end; the outputs before and after the merge are compared in any case."""

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.errors import ModelError, TdfxWarning
 from tdfx.layers.placement import is_sharded
+from tdfx.wrappers.unwrap import is_instance_by_name
 
 
 class GradientWrappers:
@@ -33,13 +34,13 @@ class GradientWrappers:
                 f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module that you train."
             )
         modules = list(model.modules())
-        if any(_is_a(module, "FullyShardedDataParallel") for module in modules):
+        if any(is_instance_by_name(module, "FullyShardedDataParallel") for module in modules):
             raise ModelError(
                 "The model is wrapped in FullyShardedDataParallel, which keeps the weights as slices of one flat parameter "
                 "that trains as a whole. Shard it with torch.distributed.fsdp.fully_shard instead."
             )
         self._replicas = [module for module in modules if isinstance(module, DistributedDataParallel)]
-        self._shards: list[Any] = [module for module in modules if _is_a(module, "FSDPModule")]
+        self._shards: list[Any] = [module for module in modules if is_instance_by_name(module, "FSDPModule")]
         self._ranks: list[Any] = []
         self.reshard()
         if self._replicas:
@@ -76,12 +77,7 @@ class GradientWrappers:
         """Call a function that sets ``requires_grad``; set the wrappers up again if it returns that something changed."""
         self.reshard()
         if set_requires_grad() and self._replicas:
-            from tdfx.distributed.ddp import renew
+            from tdfx.distributed.ddp import rebuild_reducer
 
             for replica in self._replicas:
-                renew(replica)
-
-
-def _is_a(module: nn.Module, kind: str) -> bool:
-    # By name, because importing the class takes longer than importing all of tdfx.
-    return any(base.__name__ == kind for base in type(module).__mro__)
+                rebuild_reducer(replica)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tdfx.errors import OptimizerError, PlanError, PolicyError
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
-from tdfx.kinds.functional import Call
+from tdfx.kinds.functional import FunctionCall
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import find_kind, operation_of
 from tdfx.layers.placement import full, shard_like
@@ -157,5 +157,5 @@ def _pulled_site(model: nn.Module, decision: SitePlan) -> _PulledSite:
 
 def _operation_of_shape(decision: SitePlan) -> Operation | None:
     """Return what functions compute with a parameter, without stride, padding and dilation, which do not affect a split."""
-    call = Call(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
+    call = FunctionCall(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
     return call.operation(decision.shape)

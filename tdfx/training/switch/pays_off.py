@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from tdfx.cost.measured import Measured
 from tdfx.plans.plan import Plan
+from tdfx.policies.changes import map_costs
 from tdfx.policies.policy import Policy
 
 _MEASURING = 0.01
@@ -27,13 +28,9 @@ def cap_measuring_time(policy: Policy, left: int, step_seconds: float) -> Policy
     most = max(_MEASURING * left, _LEAST) * step_seconds
     if most <= 0:
         return policy
-    overrides = {
-        key: override and cap_measuring_time(override, left, step_seconds) for key, override in policy.overrides.items()
-    }
-    cost = policy.cost
-    if isinstance(cost, Measured) and cost.budget > most:
-        cost = replace(cost, budget=most)
-    return replace(policy, cost=cost, overrides=overrides)
+    return map_costs(
+        policy, lambda cost: replace(cost, budget=most) if isinstance(cost, Measured) and cost.budget > most else cost
+    )
 
 
 def pays_off(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from tdfx.errors import OptimizerError, PolicyError
 from tdfx.plans.plan import Plan
+from tdfx.policies.former import is_text_of
 from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget
 from tdfx.training.methods.rewarm import Rewarm
@@ -60,8 +61,9 @@ def attributes_of(
         raise PolicyError(
             f"This is not the state of a Switch of this version: {_short(state)}. Pass what Switch.state_dict returned."
         )
+    is_same = {"policy": is_text_of(str(state.get("policy")), policy), "when": state.get("when") == repr(when)}
     for key, setting in (("policy", _repr(policy)), ("when", repr(when))):
-        if state.get(key) != setting:
+        if not is_same[key]:
             raise PolicyError(
                 f"The state was saved with {key}={state.get(key)}, and this switch has {key}={setting}: it would decide "
                 f"differently. Make the Switch with the same {key}, or start without the state."

@@ -32,7 +32,7 @@ from tdfx.training.switch.resume import TIMES, attributes_of, join_plans, policy
 from tdfx.training.switch.settings import check_settings
 from tdfx.training.switch.watch import RankWatch, modelled_seconds, survey
 from tdfx.training.switch.when import Settled, When
-from tdfx.wrappers.unwrap import Wrapped, unwrap
+from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
 _PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {"model", "policy", "example_inputs", "optimizer"}
 """Arguments of ``rewrite`` that ``step`` passes on."""
@@ -212,7 +212,7 @@ class Switch:
                 why = self._look(self.when, wrapped, inputs, arguments.get("emit", "graph"))
             return model if why is None else self._switch(model, wrapped, why, optimizer, inputs, arguments)
 
-    def _look(self, when: Settled, wrapped: Wrapped, inputs: Inputs | None, emit: Emit) -> str | None:
+    def _look(self, when: Settled, wrapped: Unwrapped, inputs: Inputs | None, emit: Emit) -> str | None:
         """Look at the stable ranks; return why it is time to switch, or None if it is not."""
         began = self._clock()
         if self._watch is None:
@@ -238,7 +238,7 @@ class Switch:
     def _switch(
         self,
         model: nn.Module,
-        wrapped: Wrapped,
+        wrapped: Unwrapped,
         why: str,
         optimizer: Optimizer | Sequence[Optimizer] | None,
         inputs: Inputs | None,
@@ -257,7 +257,13 @@ class Switch:
                 [max(0, self.total_steps - self._step), step_seconds]
             )
             policy = cap_measuring_time(policy, left, step_seconds)
-        planned = plan_rewrite(model, policy, example_inputs=inputs, emit=emit)
+        planned = plan_rewrite(
+            model,
+            policy,
+            example_inputs=inputs,
+            emit=emit,
+            loop_seconds=step_seconds if step_seconds > 0 else None,
+        )
         plan = planned.plan
         planning = wrapped.processes.broadcast_object(self._clock() - began)
         self._spend("planning", began)
@@ -290,7 +296,7 @@ class Switch:
             # After the rewrite it would be too late to fail.
             check_rates(each)
         began = self._clock()
-        model = planned.carry_out(optimizer=optimizer, **passed)
+        model = planned.apply(optimizer=optimizer, **passed)
         self._spend("rewriting", began)
         if self.rewarm:
             for rewarm in self._rewarms:

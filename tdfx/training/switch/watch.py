@@ -26,7 +26,7 @@ from tdfx.passes.program import Program, Site
 from tdfx.plans.plan import Emit
 from tdfx.policies.policy import Policy
 from tdfx.training.switch.when import Settled
-from tdfx.wrappers.unwrap import Wrapped
+from tdfx.wrappers.unwrap import Unwrapped
 
 _SHARE = 0.01
 """Largest share of the training's time that looks may take."""
@@ -60,7 +60,7 @@ class Survey:
         return max(every, math.ceil(look / (_SHARE * self.step_flops)))
 
 
-def survey(wrapped: Wrapped, policy: Policy, inputs: Inputs | None, emit: Emit) -> Survey:
+def survey(wrapped: Unwrapped, policy: Policy, inputs: Inputs | None, emit: Emit) -> Survey:
     """Find the sites of a model; their weights are not read."""
     program = find_sites(wrapped.model, emit, wrapped.processes, shards=wrapped.shards)
     if inputs is not None:
