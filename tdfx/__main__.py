@@ -1,4 +1,4 @@
-"""``python -m tdfx``."""
+"""Run the command line as ``python -m tdfx``."""
 
 from tdfx.cli import main
 

@@ -21,7 +21,7 @@ from onnx_models import Net
 from torch import Tensor
 
 from tdfx.cost.timing import take_turns
-from tdfx.onnx_proof.exporter import export_module
+from tdfx.onnx_proof.torch_to_onnx import export_module
 
 atexit.register(shutil.rmtree, os.environ["TDFX_CACHE_DIR"], ignore_errors=True)
 # Small tensors gain nothing from threads, and tests would wait for each other's threads; doctests too.

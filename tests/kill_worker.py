@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import tdfx
-import tdfx.checkpoint.files
+import tdfx.checkpoint.atomic
 import tdfx.optim.companions
 import tdfx.passes.transform.rewrite
 
@@ -108,7 +108,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "inside the file": (zlib, "crc32"),
     "before the fsync": (os, "fsync"),
     "before the rename": (os, "replace"),
-    "after the rename": (tdfx.checkpoint.files, "_sync_folder"),
+    "after the rename": (tdfx.checkpoint.atomic, "_sync_folder"),
     "inside the rewrite": (tdfx.passes.transform.rewrite, "_emit"),
     "inside the optimizer": (tdfx.optim.companions, "prepare_surgery"),
 }

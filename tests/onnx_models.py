@@ -1,19 +1,16 @@
-"""Networks and ONNX graphs that the tests of the proof share."""
+"""Networks and ONNX graphs that the tests of the ONNX proof share."""
 
 from __future__ import annotations
 
 import copy
 import heapq
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    pass
 
 
 class Net(nn.Module):
@@ -38,7 +35,7 @@ class Net(nn.Module):
 
 
 def small(nodes: list[NodeProto], outputs: list[str], **constants: np.ndarray) -> ModelProto:
-    """Return a graph from input ``x`` and the given initializers, all outputs of unknown shape."""
+    """Return a graph of the given nodes and initializers, with input ``x`` and outputs of unknown shape."""
     graph = helper.make_graph(
         nodes,
         "g",
@@ -54,34 +51,36 @@ def node(op: str, inputs: str, outputs: str, **attributes: Any) -> NodeProto:
 
 
 def find(model: ModelProto, op: str) -> NodeProto:
-    found: NodeProto = next(one for one in model.graph.node if one.op_type == op)
-    return found
+    first: NodeProto = next(node for node in model.graph.node if node.op_type == op)
+    return first
 
 
 def disguise(model: ModelProto, seed: int) -> ModelProto:
-    """Return the same graph: nodes in another valid order, and new names for nodes and inner values."""
+    """Return the same graph with its nodes in another valid order, and with new names for nodes and inner values."""
     result = copy.deepcopy(model)
     generator = random.Random(seed)
-    outer = {one.name for some in (result.graph.input, result.graph.output, result.graph.initializer) for one in some}
-    inner = [name for one in result.graph.node for name in one.output if name not in outer]
+    outer = {
+        item.name for items in (result.graph.input, result.graph.output, result.graph.initializer) for item in items
+    }
+    inner = [output for node in result.graph.node for output in node.output if output not in outer]
     generator.shuffle(inner)
     names = {name: f"v{number}" for number, name in enumerate(inner)}
-    waiting = [(generator.random(), number, one) for number, one in enumerate(result.graph.node)]
-    made = set(outer) - {one.name for one in result.graph.output} | {""}
+    waiting = [(generator.random(), number, node) for number, node in enumerate(result.graph.node)]
+    computed = set(outer) - {port.name for port in result.graph.output} | {""}
     heapq.heapify(waiting)
     ordered: list[NodeProto] = []
     while waiting:
-        _, number, one = heapq.heappop(waiting)
-        if made.issuperset(one.input):
-            ordered.append(one)
-            made.update(one.output)
+        _, number, node = heapq.heappop(waiting)
+        if computed.issuperset(node.input):
+            ordered.append(node)
+            computed.update(node.output)
         else:
-            heapq.heappush(waiting, (generator.random() + len(ordered) + 1, number, one))
+            heapq.heappush(waiting, (generator.random() + len(ordered) + 1, number, node))
     ordered = copy.deepcopy(ordered)
-    for number, one in enumerate(ordered):
-        one.name = f"node_{number}"
-        one.input[:] = [names.get(name, name) for name in one.input]
-        one.output[:] = [names.get(name, name) for name in one.output]
+    for number, node in enumerate(ordered):
+        node.name = f"node_{number}"
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
     del result.graph.node[:], result.graph.value_info[:]
     result.graph.node.extend(ordered)
     return result

@@ -1,4 +1,4 @@
-"""Six small architectures, and differences to plant into their ONNX graphs."""
+"""Six small architectures, and changes that are planted into their ONNX graphs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock
 
 
 class Text(nn.Module):
-    """A transformer that reads tokens, with its attention spelled out."""
+    """A transformer that reads tokens, with its attention written out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,40 +64,40 @@ def inputs_of(name: str) -> Tensor:
     return torch.randn(2, 3, 32, 32)
 
 
-# --- differences to plant: each changes a graph in place, and returns the name of what it changed, or None ----------
+# --- Changes: each function changes a graph in place and returns the name of what it changed, or None if it cannot ----
 
 Plant = Callable[[ModelProto], str | None]
 
 
 def _nodes(model: ModelProto, *operators: str) -> list[NodeProto]:
-    return [one for one in model.graph.node if one.op_type in operators]
+    return [node for node in model.graph.node if node.op_type in operators]
 
 
 def _last(model: ModelProto, *operators: str) -> NodeProto | None:
-    found = _nodes(model, *operators)
-    return found[-1] if found else None
+    nodes = _nodes(model, *operators)
+    return nodes[-1] if nodes else None
 
 
 def swap_operands(model: ModelProto) -> str | None:
-    """Exchange what a node that cares for the order reads: a - b, a @ b, or mean and variance."""
+    """Exchange two arguments whose order matters: of a - b, or mean and variance."""
     places = {"Sub": (0, 1), "Div": (0, 1), "BatchNormalization": (3, 4), "LayerNormalization": (1, 2)}
     node = _last(model, "Sub") or _last(model, "BatchNormalization") or _last(model, "Div", "LayerNormalization")
     assert node is not None
-    one, other = places[node.op_type]
-    node.input[one], node.input[other] = node.input[other], node.input[one]
+    first, second = places[node.op_type]
+    node.input[first], node.input[second] = node.input[second], node.input[first]
     return str(node.name)
 
 
 def swap_operands_of_add(model: ModelProto) -> str | None:
-    node = next((one for one in _nodes(model, "Add", "Mul") if one.input[0] != one.input[1]), None)
+    node = next((node for node in _nodes(model, "Add", "Mul") if node.input[0] != node.input[1]), None)
     if node is None:
-        return None  # a DenseNet adds nothing
+        return None  # a DenseNet has no addition
     node.input[0], node.input[1] = node.input[1], node.input[0]
     return str(node.name)
 
 
 def read_twice(model: ModelProto) -> str | None:
-    """Let a node that adds two values add one to itself."""
+    """Make an addition add its first value to itself."""
     node = _last(model, "Add")
     if node is None:
         return None
@@ -108,15 +108,15 @@ def read_twice(model: ModelProto) -> str | None:
 def change_attribute(model: ModelProto) -> str | None:
     node = _last(model, "BatchNormalization", "LayerNormalization")
     assert node is not None
-    next(one for one in node.attribute if one.name == "epsilon").f *= 1.5
+    next(attribute for attribute in node.attribute if attribute.name == "epsilon").f *= 1.5
     return str(node.name)
 
 
 def perturb_weight(model: ModelProto) -> str | None:
-    """Move one value of the last bias by a hundredth of the largest."""
+    """Add a hundredth of the largest value to one value of the last bias."""
     gemm = _last(model, "Gemm")
     assert gemm is not None
-    tensor = next(one for one in model.graph.initializer if one.name == gemm.input[2])
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == gemm.input[2])
     values = numpy_helper.to_array(tensor).copy()
     values.flat[values.size // 2] += 0.01 * np.abs(values).max()
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
@@ -124,21 +124,25 @@ def perturb_weight(model: ModelProto) -> str | None:
 
 
 def drop_activation(model: ModelProto) -> str | None:
-    """Take out a ReLU, or what the model has in its place."""
+    """Remove a ReLU, or the activation that the model uses instead."""
     node = _last(model, "Relu", "HardSwish", "Gelu")
     assert node is not None
-    for one in model.graph.node:
-        one.input[:] = [node.input[0] if name == node.output[0] else name for name in one.input]
+    for reader in model.graph.node:
+        reader.input[:] = [node.input[0] if name == node.output[0] else name for name in reader.input]
     model.graph.node.remove(node)
     return str(node.name)
 
 
 def _change_ints(model: ModelProto, name: str, values: Callable[[list[int]], list[int]]) -> str | None:
     for node in reversed(_nodes(model, "Conv", "MaxPool", "AveragePool")):
-        found = [one for one in node.attribute if one.name == name and one.type == AttributeProto.INTS]
-        if found:
-            changed = values(list(found[0].ints))
-            found[0].ints[:] = changed
+        attributes = [
+            attribute
+            for attribute in node.attribute
+            if attribute.name == name and attribute.type == AttributeProto.INTS
+        ]
+        if attributes:
+            changed = values(list(attributes[0].ints))
+            attributes[0].ints[:] = changed
             return str(node.name)
     return None
 
@@ -163,7 +167,7 @@ def drop_bias(model: ModelProto) -> str | None:
 
 
 def add_node(model: ModelProto) -> str | None:
-    """Let a value pass through one more node before the last one."""
+    """Insert a node before the last one."""
     gemm = _last(model, "Gemm")
     assert gemm is not None
     node = helper.make_node("Relu", [gemm.input[0]], ["planted"], name="planted")
@@ -173,17 +177,17 @@ def add_node(model: ModelProto) -> str | None:
 
 
 def swap_concat(model: ModelProto) -> str | None:
-    constants = {name for one in _nodes(model, "Constant") for name in one.output}
-    found = [one for one in _nodes(model, "Concat") if len(one.input) > 1 and not constants.intersection(one.input)]
-    if not found:
+    constants = {name for node in _nodes(model, "Constant") for name in node.output}
+    nodes = [node for node in _nodes(model, "Concat") if len(node.input) > 1 and not constants.intersection(node.input)]
+    if not nodes:
         return None
-    node = found[-1]
+    node = nodes[-1]
     node.input[0], node.input[1] = node.input[1], node.input[0]
     return str(node.name)
 
 
 def other_permutation(model: ModelProto) -> str | None:
-    node = next((one for one in _nodes(model, "Transpose") if len(one.attribute[0].ints) > 2), None)
+    node = next((node for node in _nodes(model, "Transpose") if len(node.attribute[0].ints) > 2), None)
     if node is None:
         return None
     order = list(node.attribute[0].ints)
@@ -228,7 +232,7 @@ def other_output_dtype(model: ModelProto) -> str | None:
 
 
 def other_weight_dtype(model: ModelProto) -> str | None:
-    tensor = next(one for one in model.graph.initializer if one.data_type == TensorProto.FLOAT and one.dims)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT and tensor.dims)
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
     return str(tensor.name)
 
@@ -239,8 +243,8 @@ def other_opset(model: ModelProto) -> str | None:
 
 
 def reverse_initializers(model: ModelProto) -> str | None:
-    """Plant what is no difference."""
-    tensors = [copy.deepcopy(one) for one in model.graph.initializer]
+    """Reverse the order of stored tensors, which must make no difference."""
+    tensors = [copy.deepcopy(tensor) for tensor in model.graph.initializer]
     del model.graph.initializer[:]
     model.graph.initializer.extend(reversed(tensors))
     return None

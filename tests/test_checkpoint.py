@@ -1,4 +1,4 @@
-"""Saving and loading: the same bits come back, damage is seen, and a failure changes nothing."""
+"""Saving and loading: the same bits are restored, damage is noticed, and a failure changes nothing."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 import tdfx
-from tdfx.checkpoint import files, temporary
+from tdfx.checkpoint import atomic, sealed_file
 
 HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0)
 QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
 
 
 class Slotted(nn.Module):
-    """A parameter that is a function's weight, a grouped and a transposed convolution, and a mode of its own."""
+    """A parameter that is a function's weight, a grouped and a transposed convolution, and a difference between modes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,25 +75,25 @@ def batch() -> Tensor:
     return torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(5))
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
-    mine, its = one.state_dict(), other.state_dict()
-    return list(mine) == list(its) and all(
-        torch.equal(mine[key], its[key])
-        and mine[key].stride() == its[key].stride()
-        and mine[key].dtype == its[key].dtype
-        for key in mine
+def same(model: nn.Module, other: nn.Module) -> bool:
+    tensors, others = model.state_dict(), other.state_dict()
+    return list(tensors) == list(others) and all(
+        torch.equal(tensor, others[name])
+        and tensor.stride() == others[name].stride()
+        and tensor.dtype == others[name].dtype
+        for name, tensor in tensors.items()
     )
 
 
-def bits(model: nn.Module) -> list[Tensor]:
-    return [one.detach().clone() for one in [*model.parameters(), *model.buffers()]]
+def values_of(model: nn.Module) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in [*model.parameters(), *model.buffers()]]
 
 
 @pytest.mark.parametrize("emit", ["graph", "modules"])
 @pytest.mark.parametrize("when", ["before", "switched", "lowered", "merged", "partly"])
 @pytest.mark.parametrize("build", [convolutions, Slotted, Tied])
 @pytest.mark.parametrize("kind", [SGD, AdamW])
-def test_a_run_goes_on_with_the_same_bits(
+def test_a_restored_run_continues_with_the_same_numbers(
     tmp_path: Path, build: Callable[[], nn.Module], when: str, emit: tdfx.Emit, kind: type[torch.optim.Optimizer]
 ) -> None:
     model, x = build(), batch()
@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_the_same_bits(
     step(model, optimizer, x)
     if when == "partly":
         if not isinstance(model, nn.Sequential):
-            pytest.skip("it has no part to be switched alone")
+            pytest.skip("this model has no part to rewrite alone")
         model[2] = tdfx.rewrite(model[2], HALF, optimizer=optimizer, emit=emit)
     elif when != "before":
         model = tdfx.rewrite(model, HALF, optimizer=optimizer, emit=emit)
@@ -113,17 +113,19 @@ def test_a_run_goes_on_with_the_same_bits(
         model = tdfx.merge(model, optimizer=optimizer)
     tdfx.save(model, tmp_path / "run.tdfx", optimizer=optimizer)
     dense = build()
-    before = bits(dense)
+    before = values_of(dense)
     other = kind(dense.parameters(), lr=1.0)  # type: ignore[call-arg]
     again = tdfx.load(tmp_path / "run.tdfx", dense, optimizer=other)
-    assert all(torch.equal(*pair) for pair in zip(before, bits(dense), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, values_of(dense), strict=True))
     assert same(model, again)
-    assert [type(one).__name__ for one in model.modules()] == [type(one).__name__ for one in again.modules()]
+    assert [type(module).__name__ for module in model.modules()] == [
+        type(module).__name__ for module in again.modules()
+    ]
     for _ in range(2):
         step(model, optimizer, x)
         step(again, other, x)
     assert same(model, again)
-    assert not torch.equal(bits(again)[0], before[0])
+    assert not torch.equal(values_of(again)[0], before[0])
     if when not in {"before", "merged"}:
         assert list(tdfx.merge(again).state_dict()) == list(build().state_dict())
 
@@ -151,7 +153,7 @@ def test_loading_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     again = tdfx.load(tdfx.state(model), dense)
     assert calls == []
     assert same(model, again)
-    assert all(one.is_meta for one in dense.parameters())
+    assert all(parameter.is_meta for parameter in dense.parameters())
 
 
 def test_a_rewrite_without_values_takes_a_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +164,7 @@ def test_a_rewrite_without_values_takes_a_state_dict(monkeypatch: pytest.MonkeyP
     with torch.device("meta"):
         dense = convolutions()
     by_assignment = tdfx.rewrite(dense, plan, init="empty")
-    assert all(one.is_meta for one in by_assignment.parameters())
+    assert all(parameter.is_meta for parameter in by_assignment.parameters())
     by_assignment.load_state_dict(small.state_dict(), assign=True)
     by_copy = tdfx.rewrite(convolutions(), plan, init="empty")
     by_copy.load_state_dict(small.state_dict())
@@ -185,7 +187,7 @@ def test_a_rewrite_without_values_needs_a_plan_and_an_optimizer_without_state() 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtypes_layouts_flags_and_extra_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_dtypes_layouts_flags_and_extra_are_restored(tmp_path: Path, dtype: torch.dtype) -> None:
     model: nn.Module = convolutions().to(dtype).to(memory_format=torch.channels_last)
     model = tdfx.rewrite(model, HALF)
     next(model.parameters()).requires_grad_(False)
@@ -194,8 +196,10 @@ def test_dtypes_layouts_flags_and_extra_come_back(tmp_path: Path, dtype: torch.d
     saved = tdfx.read(tmp_path / "run.tdfx")
     again = tdfx.load(saved, convolutions)
     assert same(model, again)
-    assert [one.requires_grad for one in again.parameters()] == [one.requires_grad for one in model.parameters()]
-    assert any(one.dim() == 4 and not one.is_contiguous() for one in again.parameters())
+    assert [parameter.requires_grad for parameter in again.parameters()] == [
+        parameter.requires_grad for parameter in model.parameters()
+    ]
+    assert any(parameter.dim() == 4 and not parameter.is_contiguous() for parameter in again.parameters())
     assert torch.equal(saved["extra"].pop("rng"), extra.pop("rng"))  # type: ignore[arg-type]
     assert saved["extra"] == extra
 
@@ -209,7 +213,7 @@ def saved_run(tmp_path: Path) -> tuple[Path, nn.Module]:
     return tmp_path / "run.tdfx", model
 
 
-def test_every_damage_is_seen(tmp_path: Path) -> None:
+def test_every_damage_is_noticed(tmp_path: Path) -> None:
     path, _ = saved_run(tmp_path)
     whole = path.read_bytes()
     draw = random.Random(0)
@@ -228,7 +232,7 @@ def test_every_damage_is_seen(tmp_path: Path) -> None:
     assert tdfx.read(broken)["model"] == tdfx.read(path)["model"]
 
 
-def test_torch_reads_the_file_too(tmp_path: Path) -> None:
+def test_torch_can_read_the_file_too(tmp_path: Path) -> None:
     path, model = saved_run(tmp_path)
     assert list(torch.load(path, weights_only=True)["tensors"]) == list(model.state_dict())
 
@@ -240,7 +244,7 @@ def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
         tdfx.load(path, convolutions)
     with pytest.raises(tdfx.CheckpointError, match="could not be read"):
         tdfx.load(tmp_path / "missing", convolutions)
-    with pytest.raises(tdfx.CheckpointError, match=r"goes to model\.load_state_dict"):
+    with pytest.raises(tdfx.CheckpointError, match=r"with model\.load_state_dict"):
         tdfx.load(dict(convolutions().state_dict()), convolutions)
     with pytest.raises(tdfx.CheckpointError, match="has format 2, and this tdfx"):
         tdfx.load({**tdfx.state(convolutions()), "format": 2}, convolutions)
@@ -263,7 +267,7 @@ def untied() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "build", "message"),
     [
-        (lambda: tdfx.rewrite(convolutions(), HALF), Slotted, "whose rewrite does not go with this Slotted"),
+        (lambda: tdfx.rewrite(convolutions(), HALF), Slotted, "whose rewrite does not fit this Slotted"),
         (lambda: tdfx.rewrite(convolutions(), HALF), narrow, "of shape"),
         (convolutions, Slotted, "it lacks"),
         (convolutions, lambda: convolutions()[:5], "that this Sequential lacks"),
@@ -274,13 +278,13 @@ def untied() -> nn.Module:
 def test_another_model_is_refused(model: Callable[[], nn.Module], build: Callable[[], nn.Module], message: str) -> None:
     dense = build()
     optimizer = SGD(dense.parameters(), lr=0.1, momentum=0.9)
-    before, held = bits(dense), list(optimizer.param_groups[0]["params"])
+    before, held = values_of(dense), list(optimizer.param_groups[0]["params"])
     trained = model()
     record = tdfx.state(trained, optimizer=SGD(trained.parameters(), lr=0.1, momentum=0.9))
     with pytest.raises(tdfx.CheckpointError, match=message):
         tdfx.load(record, dense, optimizer=optimizer)
-    assert all(torch.equal(*pair) for pair in zip(before, bits(dense), strict=True))
-    assert all(one is other for one, other in zip(held, optimizer.param_groups[0]["params"], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, values_of(dense), strict=True))
+    assert all(parameter is other for parameter, other in zip(held, optimizer.param_groups[0]["params"], strict=True))
 
 
 def test_another_optimizer_is_refused_and_unchanged(tmp_path: Path) -> None:
@@ -296,17 +300,19 @@ def test_another_optimizer_is_refused_and_unchanged(tmp_path: Path) -> None:
     ]
     for optimizer, message in cases:
         both = optimizer if isinstance(optimizer, list) else [optimizer]
-        held = [list(group["params"]) for one in both for group in one.param_groups]
+        held = [list(group["params"]) for each in both for group in each.param_groups]
         with pytest.raises(tdfx.CheckpointError, match=message):
             tdfx.load(path, dense, optimizer=optimizer)
-        now = [list(group["params"]) for one in both for group in one.param_groups]
-        assert [[id(one) for one in group] for group in held] == [[id(one) for one in group] for group in now]
-        assert all(group["lr"] == 0.1 and not one.state for one in both for group in one.param_groups)
+        now = [list(group["params"]) for each in both for group in each.param_groups]
+        assert [[id(parameter) for parameter in group] for group in held] == [
+            [id(parameter) for parameter in group] for group in now
+        ]
+        assert all(group["lr"] == 0.1 and not each.state for each in both for group in each.param_groups)
     with pytest.raises(tdfx.CheckpointError, match="Build the model first"):
         tdfx.load(path, convolutions, optimizer=cases[0][0])
 
 
-def test_what_needs_code_is_refused_by_its_place(tmp_path: Path) -> None:
+def test_a_value_that_needs_code_is_refused_and_located(tmp_path: Path) -> None:
     path, model = saved_run(tmp_path)
     before = path.read_bytes()
     with pytest.raises(tdfx.CheckpointError, match=r"extra\['a'\]\[1\] is a builtins.function"):
@@ -316,77 +322,77 @@ def test_what_needs_code_is_refused_by_its_place(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_failed_write_leaves_the_former_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, model = saved_run(tmp_path)
     before = path.read_bytes()
 
     def full(_: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(files.os, "fsync", full)  # type: ignore[attr-defined]
+    monkeypatch.setattr(atomic.os, "fsync", full)  # type: ignore[attr-defined]
     with pytest.raises(tdfx.CheckpointError, match=r"could not be written: no space left"):
         tdfx.save(model, path)
     assert path.read_bytes() == before
-    assert [one.name for one in tmp_path.iterdir()] == ["run.tdfx"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.tdfx"]
     with pytest.raises(tdfx.CheckpointError, match="could not be written"):
         tdfx.save(model, tmp_path / "nowhere" / "run.tdfx")
 
 
-def left_behind(target: Path) -> Path:
-    """Begin a file as a process does that dies before it is whole."""
-    with temporary.begin(target) as file:
+def leftover(target: Path) -> Path:
+    """Leave a temporary file as a process does that is killed while it writes."""
+    with atomic.open_temporary(target) as file:
         file.write(b"half of it")
     return Path(file.name)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there are no such locks on this system")
-def test_a_save_clears_away_what_dead_processes_left_and_nothing_else(
+@pytest.mark.skipif(os.name == "nt", reason="this system has no such locks")
+def test_a_save_removes_the_leftovers_of_dead_processes_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, model = saved_run(tmp_path)
-    dead, elsewhere = left_behind(path), left_behind(tmp_path / "run.tdfx.2")
-    mine = tmp_path / ".run.tdfx.notes.tmp"
-    mine.touch()
+    dead, other_target = leftover(path), leftover(tmp_path / "run.tdfx.2")
+    unrelated = tmp_path / ".run.tdfx.notes.tmp"
+    unrelated.touch()
     with monkeypatch.context() as patch:
-        patch.setattr(temporary, "_kernel", lambda: "0123abcd")
-        lately, long_ago = left_behind(path), left_behind(path)
-    os.utime(long_ago, (0, 0))
-    with temporary.begin(path) as alive:
+        patch.setattr(atomic, "_machine", lambda: "0123abcd")
+        recent, old = leftover(path), leftover(path)
+    os.utime(old, (0, 0))
+    with atomic.open_temporary(path) as alive:
         tdfx.save(model, path)
         assert not dead.exists()
-        assert not long_ago.exists()
-        assert {one.name for one in tmp_path.iterdir()} == {
-            path.name, elsewhere.name, mine.name, lately.name, Path(alive.name).name
+        assert not old.exists()
+        assert {entry.name for entry in tmp_path.iterdir()} == {
+            path.name, other_target.name, unrelated.name, recent.name, Path(alive.name).name
         }  # fmt: skip
         os.replace(alive.name, tmp_path / "other")  # noqa: PTH105
     assert tdfx.read(path)["model"] == "Sequential"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there are no such locks on this system")
-def test_a_file_that_is_taken_for_dead_before_it_is_locked_is_begun_again(
+@pytest.mark.skipif(os.name == "nt", reason="this system has no such locks")
+def test_a_file_that_is_removed_before_it_is_locked_is_opened_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, times = temporary._lock, iter([True, False])
+    lock, removals = atomic._lock, iter([True, False])
 
-    def late(file: BufferedWriter) -> None:
-        if next(times):
-            temporary.clear(tmp_path / "run.tdfx")
-        right(file)
+    def lock_late(file: BufferedWriter) -> None:
+        if next(removals):
+            atomic.remove_leftovers(tmp_path / "run.tdfx")
+        lock(file)
 
-    monkeypatch.setattr(temporary, "_lock", late)
-    with temporary.begin(tmp_path / "run.tdfx") as file:
-        assert [one.name for one in tmp_path.iterdir()] == [Path(file.name).name]
-    assert list(times) == []
+    monkeypatch.setattr(atomic, "_lock", lock_late)
+    with atomic.open_temporary(tmp_path / "run.tdfx") as file:
+        assert [path.name for path in tmp_path.iterdir()] == [Path(file.name).name]
+    assert list(removals) == []
 
 
-def test_one_checksum_is_enough_and_torchs_setting_stays(tmp_path: Path) -> None:
+def test_torchs_checksum_is_off_and_its_setting_unchanged(tmp_path: Path) -> None:
     path, _ = saved_run(tmp_path)
-    with zipfile.ZipFile(io.BytesIO(path.read_bytes()[: -files._SEAL.size])) as inside:
-        assert {one.CRC for one in inside.infolist()} == {0}
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes()[: -sealed_file._SEAL.size])) as inside:
+        assert {entry.CRC for entry in inside.infolist()} == {0}
     assert torch.serialization.get_crc32_options()
 
 
-def test_a_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
+def test_a_file_has_ordinary_permissions_and_keeps_those_that_it_had(tmp_path: Path) -> None:
     path, model = saved_run(tmp_path)
     plain = tmp_path / "plain"
     plain.touch()

@@ -1,4 +1,4 @@
-"""The command line: what it shows, what it refuses, and the exit code for each."""
+"""The command line: its output, its errors, and the exit code of each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ready = Net()
 
 @pytest.fixture(autouse=True)
 def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Work in an empty folder with the file nets.py, which can also be imported."""
+    """Work in an empty folder with a file nets.py that can also be imported."""
     (tmp_path / "nets.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -58,7 +58,7 @@ def run(*arguments: str) -> Result:
 
 
 def shown(*arguments: str) -> str:
-    """Return what a command that succeeds prints."""
+    """Return the output of a command that succeeds."""
     result = run(*arguments)
     assert result.exit_code == OK, result.output
     assert result.stderr == ""
@@ -66,7 +66,7 @@ def shown(*arguments: str) -> str:
 
 
 def refused(*arguments: str) -> str:
-    """Return the one message of a command that is stopped."""
+    """Return the message of a command that fails."""
     result = run(*arguments)
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == STOPPED
@@ -82,7 +82,7 @@ def build() -> Any:
     return namespace["build"]()
 
 
-def test_version_in_a_process_of_its_own() -> None:
+def test_the_version_in_a_separate_process() -> None:
     paths = os.pathsep.join([str(Path(tdfx.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "tdfx", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
@@ -97,7 +97,9 @@ def test_help_names_every_command() -> None:
 def test_inspect_shows_the_sites_and_the_totals_of_a_torchvision_model() -> None:
     text = shown("inspect", "torchvision:resnet18", "--input", "1,3,64,64", "--policy", "ratio:0.25")
     lines = text.splitlines()
-    convolutions = [name for name, one in torchvision.models.resnet18().named_modules() if isinstance(one, nn.Conv2d)]
+    convolutions = [
+        name for name, module in torchvision.models.resnet18().named_modules() if isinstance(module, nn.Conv2d)
+    ]
     assert [line.split()[0] for line in lines[1 : len(convolutions) + 2]] == [*convolutions, "fc"]
     assert any(line.startswith("ResNet: ") and "of 21 sites factorized" in line for line in lines)
     assert any(line.startswith("parameters 11.7M → ") for line in lines)
@@ -124,7 +126,7 @@ def test_json_is_the_plan() -> None:
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
 def test_weights_are_loaded(key: str | None) -> None:
     state = build().state_dict()
-    state["2.weight"] = torch.ones_like(state["2.weight"])  # of rank 1, so that a quarter of the ranks loses nothing
+    state["2.weight"] = torch.ones_like(state["2.weight"])  # of rank 1, so a quarter of the ranks is exact
     torch.save({key: state, "epoch": 3} if key else state, "weights.pt")
     options = ("inspect", "nets:build", "--policy", "ratio", "--min-gain", "0", "--json", "plan.json")
     shown(*options, "--weights", "weights.pt")
@@ -137,13 +139,13 @@ def test_weights_are_loaded(key: str | None) -> None:
 
 
 class Bomb:
-    """A pickle that makes a file when it is read."""
+    """An object whose pickle creates a file when it is read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open, (str(Path("fired").absolute()), "w")
 
 
-def test_weights_that_are_code_are_refused_and_not_run() -> None:
+def test_weights_that_would_run_code_are_refused() -> None:
     torch.save({"0.weight": Bomb()}, "weights.pt")
     assert (
         "'weights.pt' could not be read: UnpicklingError: it holds more than tensors, and code in a file is not run"
@@ -237,12 +239,14 @@ def test_an_input_that_the_model_rejects_is_refused() -> None:
         (("--json", "no/such/folder.json"), "Cannot write 'no/such/folder.json'. Name a file in a folder that exists"),
     ],
 )
-def test_an_option_that_cannot_be_carried_out_is_refused(options: tuple[str, ...], message: str) -> None:
+def test_an_impossible_option_is_refused(options: tuple[str, ...], message: str) -> None:
     assert message in refused("inspect", "nets:build", *options)
 
 
-@pytest.mark.parametrize("arguments", [(), ("inspect", "nets:build", "--nothing"), ("verify", "one.onnx"), ("train",)])
-def test_a_command_line_that_is_wrong_shows_how_to_call_it(arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [(), ("inspect", "nets:build", "--nothing"), ("verify", "model.onnx"), ("train",)]
+)
+def test_a_wrong_command_line_shows_the_usage(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.exit_code == STOPPED
     assert "Usage: main" in result.output
@@ -271,7 +275,7 @@ def onnx_file(path: str, operator: str = "Relu", value: float = 1.0) -> str:
         ("Relu", 2.0, FAILED, "the numbers differ"),
     ],
 )
-def test_verify_says_by_its_exit_code_whether_two_files_match(
+def test_the_exit_code_of_verify_says_whether_two_files_match(
     operator: str, value: float, code: int, line: str
 ) -> None:
     result = run("verify", onnx_file("a.onnx"), onnx_file("b.onnx", operator, value), "--json", "report.json")
@@ -281,7 +285,7 @@ def test_verify_says_by_its_exit_code_whether_two_files_match(
     assert f'"ok": {str(code == OK).lower()}' in Path("report.json").read_text()
 
 
-def test_verify_is_stopped_by_files_that_it_cannot_read_or_write() -> None:
+def test_verify_refuses_files_that_it_cannot_read_or_write() -> None:
     Path("damaged.onnx").write_text("no graph")
     good = onnx_file("good.onnx")
     assert "'missing.onnx' is not a file" in refused("verify", "missing.onnx", good)
@@ -296,13 +300,13 @@ def test_the_cache_is_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.Monk
     shown("inspect", "nets:build", "--input", "2,3,12,12", "--policy", "ratio:0.25")
     number = int(shown("cache").split()[-2])
     assert number > 0
-    assert shown("cache", "--clear") == f"{number} times forgotten\n"
+    assert shown("cache", "--clear") == f"{number} times deleted\n"
     assert not file.exists()
-    file.write_text("this is no database")
+    file.write_text("this is not a database")
     result = run("cache")
     assert result.exit_code == STOPPED
-    assert "cannot be read: file is not a database. Forget it with tdfx cache --clear." in result.output
-    assert shown("cache", "--clear") == "0 times forgotten\n"
+    assert "cannot be read: file is not a database. Delete it with tdfx cache --clear." in result.output
+    assert shown("cache", "--clear") == "0 times deleted\n"
 
 
 def test_modelled_times_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +321,7 @@ def test_a_budget_is_a_policy(tmp_path: Path) -> None:
     result = run("inspect", "nets:build", "--modelled", "--policy", "speedup:1.01", "--min-gain", "0")
     assert result.exit_code == OK
     assert "not_needed" in result.stdout
-    assert result.stderr.startswith("Hint: the weights are those that the model was built with")
+    assert result.stderr.startswith("Hint: these are the model's initial weights.")
     result = run("inspect", "nets:build", "--modelled", "--policy", "speedup:100")
     assert result.exit_code == STOPPED
     assert (

@@ -1,4 +1,4 @@
-"""What the shell offers, as the shells ask for it."""
+"""Completions, as the shells ask for them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("network").mkdir()
 
 
-def offered(*words: str) -> list[str]:
-    """Return what bash is offered for the last of some words, taken apart as bash does it."""
+def completions(*words: str) -> list[str]:
+    """Return the completions of the last word for bash, which has split the words at colons and equals signs."""
     env = {"_TDFX_COMPLETE": "bash_complete", "COMP_WORDS": "\n".join(["tdfx", *words]), "COMP_CWORD": str(len(words))}
     result = CliRunner().invoke(main, [], prog_name="tdfx", env=env)
     assert result.exit_code == 0, result.output
@@ -47,37 +47,37 @@ def test_the_script_of_each_shell_is_printed(shell: str) -> None:
     assert f"_TDFX_COMPLETE={shell}_complete" in result.stdout
 
 
-def test_a_shell_that_is_not_known_is_refused() -> None:
+def test_an_unknown_shell_is_refused() -> None:
     result = CliRunner().invoke(main, ["completion", "tcsh"])
     assert result.exit_code == 2
     assert "'tcsh' is not one of 'bash', 'zsh', 'fish'" in result.stderr
 
 
-def test_commands_and_options_are_offered() -> None:
-    assert offered("ins") == ["inspect"]
-    assert offered("inspect", "--weig") == ["--weights"]
-    assert offered("inspect", "x", "--sort", "ga") == ["gain"]
-    assert offered("inspect", "x", "--sort", "=", "ga") == ["gain"]
-    assert offered("inspect", "x", "--filter", "no_") == ["no_signal", "no_gain", "no_scheme"]
-    assert offered("completion", "z") == ["zsh"]
+def test_commands_and_options_are_completed() -> None:
+    assert completions("ins") == ["inspect"]
+    assert completions("inspect", "--weig") == ["--weights"]
+    assert completions("inspect", "x", "--sort", "ga") == ["gain"]
+    assert completions("inspect", "x", "--sort", "=", "ga") == ["gain"]
+    assert completions("inspect", "x", "--filter", "no_") == ["no_signal", "no_gain", "no_scheme"]
+    assert completions("completion", "z") == ["zsh"]
 
 
-def test_models_are_offered_by_name_and_by_what_files_define_without_running_them() -> None:
-    assert offered("inspect", "torchv") == ["torchvision:"]
-    assert offered("inspect", "torchvision", ":", "resnet1") == ["resnet101", "resnet152", "resnet18"]
-    assert offered("inspect", "torchvision", ":") == torchvision.models.list_models()
-    assert offered("inspect", "net") == ["nets.py:", "network/"]
-    assert offered("inspect", "nets.py", ":") == ["Net", "build", "ready"]
-    assert offered("inspect", "nets.py", ":", "b") == ["build"]
-    assert offered("inspect", "missing.py", ":") == []
+def test_models_are_completed_by_name_and_by_the_names_in_files_without_running_them() -> None:
+    assert completions("inspect", "torchv") == ["torchvision:"]
+    assert completions("inspect", "torchvision", ":", "resnet1") == ["resnet101", "resnet152", "resnet18"]
+    assert completions("inspect", "torchvision", ":") == torchvision.models.list_models()
+    assert completions("inspect", "net") == ["nets.py:", "network/"]
+    assert completions("inspect", "nets.py", ":") == ["Net", "build", "ready"]
+    assert completions("inspect", "nets.py", ":", "b") == ["build"]
+    assert completions("inspect", "missing.py", ":") == []
     Path("nets.py").write_text("def (")
-    assert offered("inspect", "nets.py", ":") == []
+    assert completions("inspect", "nets.py", ":") == []
 
 
-def test_policies_are_offered_by_name_and_by_file() -> None:
-    assert offered("inspect", "x", "--policy", "ene") == ["energy"]
-    assert offered("inspect", "x", "--policy", "p") == ["params", "policy.toml"]
-    assert offered("inspect", "x", "--policy", "missing/") == []
+def test_policies_are_completed_by_name_and_by_file() -> None:
+    assert completions("inspect", "x", "--policy", "ene") == ["energy"]
+    assert completions("inspect", "x", "--policy", "p") == ["params", "policy.toml"]
+    assert completions("inspect", "x", "--policy", "missing/") == []
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")

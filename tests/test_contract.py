@@ -1,4 +1,4 @@
-"""Chains of factors, contracted to one node each: every scheme and kind of layer, and what must not pass for a chain."""
+"""Chains of factors are contracted to one node: for every scheme and kind of layer, and only where they are chains."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import tdfx
 from tdfx.errors import ExportError
-from tdfx.onnx_proof.chains import METADATA_KEY
-from tdfx.onnx_proof.compare import Comparison, compare_factorized
-from tdfx.onnx_proof.exporter import export_module, read_file
+from tdfx.onnx_proof.compare_graphs import Comparison, compare_factorized
+from tdfx.onnx_proof.factor_chains import METADATA_KEY
+from tdfx.onnx_proof.onnx_file import read_file
+from tdfx.onnx_proof.torch_to_onnx import export_module
 
 X = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -28,7 +29,7 @@ def factorize(model: nn.Module, scheme: str = "auto", rank: float = 0.5, x: Tens
 
 
 class Wide(nn.Module):
-    """One layer between two nodes that no rewrite touches."""
+    """A layer between two nodes that no rewrite changes."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -64,14 +65,14 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 class Every(nn.Module):
-    """All of them side by side, so that they are exported together."""
+    """All layers side by side, so that they are exported together."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleDict({name: build() for name, (build, _) in LAYERS.items()})
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [torch.tanh(one(torch.relu(x))) for one in self.layers.values()]
+        return [torch.tanh(layer(torch.relu(x))) for layer in self.layers.values()]
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +88,17 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     factorized = tdfx.rewrite(model, tdfx.Policy(overrides=schemes), example_inputs=(X,))
     folder = tmp_path_factory.mktemp("every")
     models = {"factorized": factorized, "original": model, "merged": tdfx.merge(factorized)}
-    for name, one in models.items():
-        export_module(one, (X,), folder / f"{name}.onnx")
+    for name, module in models.items():
+        export_module(module, (X,), folder / f"{name}.onnx")
     return folder / "factorized.onnx", folder / "original.onnx", folder / "merged.onnx"
 
 
-def test_every_scheme_is_contracted_to_what_it_stands_for(every: tuple[Path, Path, Path]) -> None:
+def test_every_scheme_is_contracted_to_the_layer_that_it_replaces(every: tuple[Path, Path, Path]) -> None:
     factorized, original, merged = every
     report = tdfx.verify(factorized, original, (X,))
     assert report.ok, report
     assert report.structure_matches
-    names = [one.partition(" ")[0] for one in report.contracted]
+    names = [line.partition(" ")[0] for line in report.contracted]
     assert names == [f"layers.{name}" for name in LAYERS]
     for line, (_, scheme) in zip(report.contracted, LAYERS.values(), strict=True):
         assert f"({scheme} " in line
@@ -115,8 +116,8 @@ def test_every_scheme_is_contracted_to_what_it_stands_for(every: tuple[Path, Pat
 
 
 @pytest.mark.parametrize("place", range(2))
-def test_no_layer_passes_for_another(every: tuple[Path, Path, Path], place: int, tmp_path: Path) -> None:
-    """Each convolution of the original in turn gets another stride or padding."""
+def test_a_layer_with_other_geometry_does_not_match(every: tuple[Path, Path, Path], place: int, tmp_path: Path) -> None:
+    """Change the stride or padding of each convolution of the original in turn."""
     factorized, original, _ = every
     name = ("strides", "pads")[place]
     clean = onnx.load(original)
@@ -124,8 +125,8 @@ def test_no_layer_passes_for_another(every: tuple[Path, Path, Path], place: int,
         if node.op_type not in {"Conv", "ConvTranspose"}:
             continue
         model = ModelProto.FromString(clean.SerializeToString())
-        found = next(one for one in model.graph.node[index].attribute if one.name == name)
-        found.ints[0] += 1
+        attribute = next(attribute for attribute in model.graph.node[index].attribute if attribute.name == name)
+        attribute.ints[0] += 1
         onnx.save(model, tmp_path / "changed.onnx")
         report = compare_factorized(read_file(factorized)[1], read_file(tmp_path / "changed.onnx")[1])
         assert report.comparison.structure is not None
@@ -133,7 +134,7 @@ def test_no_layer_passes_for_another(every: tuple[Path, Path, Path], place: int,
 
 
 class Functional(nn.Module):
-    """A weight that a function is given, a layer called twice, and one that is never called."""
+    """A weight that a function takes, a layer that is called twice, and a layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,12 +154,12 @@ def test_a_layer_called_twice_and_a_parameter_are_contracted(emit: str) -> None:
     factorized = tdfx.rewrite(model, policy, example_inputs=(X,), emit=emit)  # type: ignore[arg-type]
     report = tdfx.verify(factorized, model, (X,))
     assert report.ok, report
-    assert [one.partition(" (")[0] for one in report.contracted] == ["twice", "weight"]
+    assert [line.partition(" (")[0] for line in report.contracted] == ["twice", "weight"]
     assert report.contracted[0].endswith("13 and 1 nodes are one, at 2 places")
 
 
 class Heads(nn.Module):
-    """Computes something else in train mode, as GoogLeNet's auxiliary heads do."""
+    """A model that computes something else in train mode, as GoogLeNet with its auxiliary heads does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +170,7 @@ class Heads(nn.Module):
         return y + self.aside(y) if self.training else y
 
 
-def test_what_is_not_computed_in_eval_mode_is_said() -> None:
+def test_a_site_that_is_not_computed_in_eval_mode_is_listed_as_such() -> None:
     model = Heads()
     report = tdfx.verify(factorize(model), model, (X,))
     assert report.ok, report
@@ -190,7 +191,7 @@ def test_at_full_rank_the_numbers_must_agree() -> None:
     assert not report.ok
 
 
-def test_either_side_may_be_factorized_and_equal_chains_stay() -> None:
+def test_either_side_may_be_factorized_and_equal_chains_are_not_contracted() -> None:
     model = Wide(conv(padding=1))
     factorized, lower = factorize(model, "tucker2"), factorize(model, "tucker2", rank=0.25)
     assert tdfx.verify(model, factorized, (X,)).contracted
@@ -200,7 +201,7 @@ def test_either_side_may_be_factorized_and_equal_chains_stay() -> None:
     assert again.numbers_match
 
 
-# --- what is not the chain that was recorded ------------------------------------------------------------------------
+# --- graphs that do not compute the recorded chain ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -215,34 +216,34 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelProto, Path]:
 
 
 def convolutions(model: ModelProto) -> list[NodeProto]:
-    return [one for one in model.graph.node if one.op_type == "Conv"]
+    return [node for node in model.graph.node if node.op_type == "Conv"]
 
 
 def set_ints(node: NodeProto, name: str, values: list[int]) -> None:
-    next(one for one in node.attribute if one.name == name).ints[:] = values
+    next(attribute for attribute in node.attribute if attribute.name == name).ints[:] = values
 
 
 def between(model: ModelProto, op: str) -> None:
-    """Put a node between the first factor and the second."""
+    """Insert a node between the first factor and the second."""
     first, second, _ = convolutions(model)
-    made = helper.make_node(op, [first.output[0]], ["planted"], name="planted")
-    model.graph.node.insert(list(model.graph.node).index(second), made)
+    planted = helper.make_node(op, [first.output[0]], ["planted"], name="planted")
+    model.graph.node.insert(list(model.graph.node).index(second), planted)
     second.input[0] = "planted"
 
 
 def read_inside(model: ModelProto) -> None:
     last = model.graph.node[-1]
-    made = helper.make_node("Neg", [convolutions(model)[0].output[0]], ["planted"], name="planted")
-    model.graph.node.insert(len(model.graph.node) - 1, made)
+    planted = helper.make_node("Neg", [convolutions(model)[0].output[0]], ["planted"], name="planted")
+    model.graph.node.insert(len(model.graph.node) - 1, planted)
     result = helper.make_tensor_value_info("planted", onnx.TensorProto.FLOAT, None)
     assert last.op_type == "Tanh"
     model.graph.output.append(result)
 
 
-def take_weight_apart(model: ModelProto) -> None:
+def negate_weight(model: ModelProto) -> None:
     node = convolutions(model)[0]
-    made = helper.make_node("Neg", [node.input[1]], ["planted"], name="planted")
-    model.graph.node.insert(0, made)
+    planted = helper.make_node("Neg", [node.input[1]], ["planted"], name="planted")
+    model.graph.node.insert(0, planted)
     node.input[1] = "planted"
 
 
@@ -251,11 +252,11 @@ def read_past(model: ModelProto) -> None:
 
 
 def add_ones(model: ModelProto) -> None:
-    """Make a bias of what were zeros."""
-    for one in model.graph.node:
-        for attribute in one.attribute:
-            if attribute.name in {"value_float", "value"} and one.op_type == "Constant":
-                one.CopyFrom(helper.make_node("Constant", [], [*one.output], name=one.name, value_float=1.0))
+    """Replace the zeros of a missing bias by ones."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name in {"value_float", "value"} and node.op_type == "Constant":
+                node.CopyFrom(helper.make_node("Constant", [], [*node.output], name=node.name, value_float=1.0))
                 return
 
 
@@ -270,8 +271,8 @@ CHANGES: dict[str, tuple[Callable[[ModelProto], None], str]] = {
         lambda m: between(m, "Relu"),
         r"in the model, 'planted' \(Relu\) stands inside the site layer \(tuck",
     ),
-    "weight apart": (
-        take_weight_apart,
+    "negated weight": (
+        negate_weight,
         r"in the model, the weight 'layer\.factors\.0\.weight' of the site .* is read by",
     ),
     "read past": (read_past, r"in the model, the site layer \(tucker2 .*\) reads 'x' on the way"),
@@ -281,7 +282,7 @@ CHANGES: dict[str, tuple[Callable[[ModelProto], None], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_chain_that_does_something_else_is_seen(name: str, files: tuple[ModelProto, Path], tmp_path: Path) -> None:
+def test_a_changed_chain_is_seen(name: str, files: tuple[ModelProto, Path], tmp_path: Path) -> None:
     model = ModelProto.FromString(files[0].SerializeToString())
     change, text = CHANGES[name]
     change(model)
@@ -294,21 +295,21 @@ def test_a_chain_that_does_something_else_is_seen(name: str, files: tuple[ModelP
 
 
 @pytest.mark.parametrize(("name", "value"), [("alpha", 2.0), ("transB", 0), ("transA", 1)])
-def test_a_product_that_does_something_else_is_seen(name: str, value: float, tmp_path: Path) -> None:
+def test_a_changed_product_is_seen(name: str, value: float, tmp_path: Path) -> None:
     model = nn.Sequential(nn.ReLU(), nn.Linear(8, 8))
     export_module(model, (X[:, :, 0, 0],), tmp_path / "original.onnx")
     factorized = factorize(model, x=X[:, :, 0, 0], rank=1.0)
     export_module(factorized, (X[:, :, 0, 0],), tmp_path / "changed.onnx")
     assert compare_factorized(
-        *(read_file(tmp_path / f"{one}.onnx")[1] for one in ("changed", "original"))
+        *(read_file(tmp_path / f"{name}.onnx")[1] for name in ("changed", "original"))
     ).comparison == (Comparison(None, "walk"))
     proto = onnx.load(tmp_path / "changed.onnx")
-    gemm = next(one for one in proto.graph.node if one.op_type == "Gemm")
-    kept = [one for one in gemm.attribute if one.name != name]
+    gemm = next(node for node in proto.graph.node if node.op_type == "Gemm")
+    kept = [attribute for attribute in gemm.attribute if attribute.name != name]
     del gemm.attribute[:]
     gemm.attribute.extend([*kept, helper.make_attribute(name, value)])
     onnx.save(proto, tmp_path / "changed.onnx")
-    changed, original = (read_file(tmp_path / f"{one}.onnx")[1] for one in ("changed", "original"))
+    changed, original = (read_file(tmp_path / f"{name}.onnx")[1] for name in ("changed", "original"))
     structure = compare_factorized(changed, original).comparison.structure
     assert structure is not None
     assert structure.text.startswith("node '1' (Linear site) has ")

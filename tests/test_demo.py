@@ -1,4 +1,4 @@
-"""The demo on the real digits, at a width at which it takes no time."""
+"""The demo on the real digits, with a network narrow enough to be quick."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def digits() -> Digits:
 
 @pytest.fixture(scope="module")
 def by_default(_narrow: None) -> DemoResult:
-    """Return the demo with the policy it really has."""
+    """Run the demo with its own policy."""
     return run_demo(epochs=2)
 
 
 @pytest.fixture(scope="module")
 def forced(_narrow: None) -> tuple[DemoResult, list[tuple[str, int, int]]]:
-    """Return the demo with every site factorized, and the ticks that it gave."""
-    ticks: list[tuple[str, int, int]] = []
+    """Run the demo with every site factorized; return its result and the calls of ``on_epoch``."""
+    calls: list[tuple[str, int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "demo_policy", half_of_all_ranks)
-        return run_demo(epochs=2, tick=lambda *tick: ticks.append(tick)), ticks
+        return run_demo(epochs=2, on_epoch=lambda *call: calls.append(call)), calls
 
 
 def half_of_all_ranks() -> tdfx.Policy:
@@ -55,33 +55,33 @@ def half_of_all_ranks() -> tdfx.Policy:
 
 
 def check(result: DemoResult) -> None:
-    """Hold the figures to one another."""
+    """Check that the figures are consistent."""
     figures = json.loads(json.dumps(result.to_dict()))
     assert figures["full"]["seconds"] > 0
     assert figures["tdfx"]["seconds"] > figures["tdfx"]["switch_seconds"] > 0
     assert figures["speedup"] == pytest.approx(figures["full"]["seconds"] / figures["tdfx"]["seconds"])
     held_out = 599
     for run in ("full", "tdfx", "merged"):
-        right = figures[run]["accuracy"] / 100 * held_out
-        assert 0 <= right <= held_out
-        assert right == pytest.approx(round(right), abs=1e-3)
-    assert figures["full"]["accuracy"] > 50  # in percent, and far above the 10 of a guess
+        correct = figures[run]["accuracy"] / 100 * held_out
+        assert 0 <= correct <= held_out
+        assert correct == pytest.approx(round(correct), abs=1e-3)
+    assert figures["full"]["accuracy"] > 50  # in percent; guessing gives 10
     assert figures["merged"]["accuracy"] == figures["tdfx"]["accuracy"]
     assert figures["merged"]["error"] == result.merge_error <= result.numbers.tolerance
     assert figures["verified"] is True
     assert figures["sites"] == {"factorized": len(result.plan.factorized), "all": 7}
-    assert figures["parameters"]["before"] == sum(one.numel() for one in demo.build_model().parameters())
+    assert figures["parameters"]["before"] == sum(parameter.numel() for parameter in demo.build_model().parameters())
     assert figures["onnx"]["original"]["ok"]
     assert figures["onnx"]["factorized"]["numbers_match"]
     assert (figures["seed"], figures["epochs"], figures["switch_epoch"]) == (0, 2, 1)
 
 
-def test_the_demo_goes_as_far_as_its_budget_can_be_had(by_default: DemoResult) -> None:
+def test_the_demo_comes_as_close_to_its_budget_as_it_can(by_default: DemoResult) -> None:
     check(by_default)
-    # At this width nothing comes near to three times the speed.
+    # A network this narrow cannot become three times as fast.
     assert any("speedup=3.0, strict=False" in note and "cannot be kept" in note for note in by_default.plan.notes)
-    assert {str(one.reason) for one in by_default.plan.kept} <= {"not_needed", "no_gain", "too_small"}
-    assert all(one.gain is not None and one.gain >= tdfx.Policy().min_gain for one in by_default.plan.factorized)
+    assert {str(site.reason) for site in by_default.plan.kept} <= {"not_needed", "no_gain", "too_small"}
+    assert all(site.gain is not None and site.gain >= tdfx.Policy().min_gain for site in by_default.plan.factorized)
 
 
 def test_a_forced_policy_factorizes_every_site_and_is_proved(
@@ -91,12 +91,12 @@ def test_a_forced_policy_factorizes_every_site_and_is_proved(
     check(result)
     assert not result.plan.kept
     assert result.plan.parameters_after < result.plan.parameters_before
-    assert result.numbers.graphs_match  # the factorized model has other layers, and the proof contracts them
+    assert result.numbers.graphs_match  # after contracting the layers of the factorized model
     assert len(result.numbers.contracted) == len(result.plan.factorized)
     assert result.merge_error > 0
 
 
-def test_every_epoch_of_both_runs_is_told(forced: tuple[DemoResult, list[tuple[str, int, int]]]) -> None:
+def test_every_epoch_of_both_runs_is_reported(forced: tuple[DemoResult, list[tuple[str, int, int]]]) -> None:
     assert forced[1] == [
         ("full", 0, 2),
         ("full", 1, 2),
@@ -124,7 +124,7 @@ def test_the_command_gives_the_same_accuracies_for_the_same_seed(
     assert "ONNX: merged model: the same graph as the original" in result.stdout
 
 
-def test_a_failed_proof_is_an_exit_code_of_1(by_default: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_proof_gives_exit_code_1(by_default: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = {name: getattr(by_default, name) for name in DemoResult.__dataclass_fields__}
     failed["report"] = tdfx.verify(nn.ReLU(), nn.Sigmoid(), example_inputs=(torch.ones(2),))
     monkeypatch.setattr("tdfx.cli.demo.run_demo", lambda **_: DemoResult(**failed))
@@ -133,11 +133,11 @@ def test_a_failed_proof_is_an_exit_code_of_1(by_default: DemoResult, monkeypatch
     assert "ONNX: merged model: FAILED: NOT verified" in result.stdout
 
 
-def test_another_seed_is_another_run(digits: Digits) -> None:
+def test_another_seed_gives_another_run(digits: Digits) -> None:
     torch.manual_seed(0)
-    one = demo.build_model()
+    model = demo.build_model()
     torch.manual_seed(1)
-    assert demo.accuracy(one, digits) != demo.accuracy(demo.build_model(), digits)
+    assert demo.accuracy(model, digits) != demo.accuracy(demo.build_model(), digits)
 
 
 @pytest.mark.parametrize("epochs", [1, 0, -3])
@@ -152,18 +152,18 @@ def test_too_few_epochs_are_refused(epochs: int) -> None:
 def test_the_split_covers_every_image_once(digits: Digits) -> None:
     bunch = datasets.load_digits()
     assert (len(digits.train_x), len(digits.test_x)) == (1198, 599)
-    found = torch.cat([digits.train_x, digits.test_x]).flatten(1) * 16
+    images = torch.cat([digits.train_x, digits.test_x]).flatten(1) * 16
     labels = torch.cat([digits.train_y, digits.test_y])
-    pairs = sorted((*map(int, image), int(label)) for image, label in zip(found, labels, strict=True))
+    pairs = sorted((*map(int, image), int(label)) for image, label in zip(images, labels, strict=True))
     expected = sorted((*map(int, image), int(label)) for image, label in zip(bunch.data, bunch.target, strict=True))
     assert pairs == expected
     assert len(pairs) == 1797
     assert digits.train_x.shape[1:] == (1, 8, 8)
-    assert (float(found.min()), float(found.max())) == (0.0, 16.0)
+    assert (float(images.min()), float(images.max())) == (0.0, 16.0)
     assert torch.equal(load_digits().test_y, digits.test_y)
 
 
-def test_jitter_keeps_the_shape_and_treats_each_image_by_itself(digits: Digits) -> None:
+def test_jitter_keeps_the_shape_and_moves_each_image_differently(digits: Digits) -> None:
     same = digits.train_x[:1].repeat(4, 1, 1, 1)
     moved = jitter(same, torch.Generator().manual_seed(0))
     assert moved.shape == same.shape

@@ -1,4 +1,4 @@
-"""tdfx.export: what it writes runs and is what the model computes; and a failure leaves what was there."""
+"""tdfx.export: the file computes what the model does, and a failure leaves the previous file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import tdfx
+from tdfx.checkpoint import atomic
 from tdfx.errors import ExportError, InputError, ModelError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
-    """Two inputs, two outputs, and a mode that matters."""
+    """A model with two inputs and two outputs that differs between train and eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,11 +44,11 @@ def factorized() -> nn.Module:
 
 def run(path: Path, **inputs: Tensor) -> list[Any]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    outputs: list[Any] = session.run(None, {name: one.numpy() for name, one in inputs.items()})
+    outputs: list[Any] = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     return outputs
 
 
-def test_a_factorized_model_is_exported_with_open_axes(tmp_path: Path) -> None:
+def test_a_factorized_model_is_exported_with_dynamic_axes(tmp_path: Path) -> None:
     model = factorized().train()
     path = tmp_path / "net.onnx"
     names = ["logits", "features"]
@@ -63,8 +64,9 @@ def test_a_factorized_model_is_exported_with_open_axes(tmp_path: Path) -> None:
     image, scale = torch.randn(5, 3, 6, 8), torch.randn(5, 1)
     with torch.no_grad():
         expected = model.eval()(image, scale)
-    for one, other in zip(run(path, image=image, scale=scale), expected.values(), strict=True):
-        np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=report.tolerance * float(other.abs().max()))
+    for output, tensor in zip(run(path, image=image, scale=scale), expected.values(), strict=True):
+        atol = report.tolerance * float(tensor.abs().max())
+        np.testing.assert_allclose(output, tensor.numpy(), rtol=0, atol=atol)
 
 
 def test_the_file_can_be_compared_with_the_original(tmp_path: Path) -> None:
@@ -110,8 +112,26 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert onnx.load(tmp_path / "folder" / "net.onnx").graph.node[0].op_type == "Relu"
 
 
+def test_a_failed_export_of_large_weights_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tdfx.export.__globals__, "SINGLE_FILE_BYTES", 0)
+    with pytest.raises(ExportError, match="computes something else in ONNX Runtime"):
+        tdfx.export(Moody(), tmp_path / "net.onnx", example_inputs=X)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_keeps_permissions_and_removes_the_leftovers_of_dead_processes(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    path.touch(0o640)
+    with atomic.open_temporary(path) as file:
+        file.write(b"half of it")
+    assert len(list(tmp_path.iterdir())) == 2
+    tdfx.export(nn.ReLU(), path, example_inputs=X)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 class Moody(nn.Module):
-    """Computes something else after it was exported."""
+    """A model that computes something else when it is not being exported."""
 
     calls = 0
 
@@ -122,14 +142,14 @@ class Moody(nn.Module):
 
 
 class Fixed(nn.Module):
-    """Takes one size for a constant."""
+    """A model that fixes the size of its batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.ones(2, 1, 1, 1)
 
 
 class Picky(nn.Module):
-    """Refuses other sizes, but only where it is not exported."""
+    """A model that refuses other sizes, but not while it is exported."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_exporting() and x.shape[0] != 2:
@@ -138,14 +158,14 @@ class Picky(nn.Module):
 
 
 class Nameless(nn.Module):
-    """Does not say what its arguments are."""
+    """A model that does not name its arguments."""
 
     def forward(self, *args: Tensor) -> Tensor:
         return args[0] * 2
 
 
 class NotANumber(nn.Module):
-    """Gives NaN."""
+    """A model that outputs NaN."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sqrt(-x * x - 1)
@@ -162,7 +182,12 @@ REFUSED: dict[str, tuple[nn.Module, dict[str, Any], type[Exception], str]] = {
     "no input": (nn.ReLU(), {"dynamic_axes": {"inptu": {0: "n"}}}, InputError, r"'inptu', .*Nearest: 'input'\.$"),
     "no axis": (nn.ReLU(), {"dynamic_axes": {"input": {4: "n"}}}, InputError, r"axis 4 of 'input', .* the 4 axes of"),
     "bad name": (nn.ReLU(), {"dynamic_axes": {"input": {0: "a b"}}}, InputError, r"axis 0 of 'input' 'a b': give it a"),
-    "nameless": (Nameless(), {"dynamic_axes": {"x": {0: "n"}}}, InputError, r"Nameless\.forward, which does not say"),
+    "nameless": (
+        Nameless(),
+        {"dynamic_axes": {"x": {0: "n"}}},
+        InputError,
+        r"Nameless\.forward, which does not name its",
+    ),
     "names": (nn.ReLU(), {"output_names": "y"}, InputError, r"^output_names='y' is not a list of names"),
     "twice": (nn.ReLU(), {"output_names": ["y", "y"]}, InputError, r"has a name twice"),
     "tolerance": (nn.ReLU(), {"tolerance": -1.0}, InputError, r"^tolerance=-1\.0 is not a relative error"),
@@ -189,7 +214,7 @@ REFUSED: dict[str, tuple[nn.Module, dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_exported_leaves_the_file_as_it_was(name: str, tmp_path: Path) -> None:
+def test_a_failed_export_leaves_the_file_as_it_was(name: str, tmp_path: Path) -> None:
     model, options, kind, text = REFUSED[name]
     path = tmp_path / "net.onnx"
     path.write_bytes(b"what was there")
@@ -199,7 +224,7 @@ def test_what_cannot_be_exported_leaves_the_file_as_it_was(name: str, tmp_path: 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_something_else_than_a_module_is_refused(tmp_path: Path) -> None:
+def test_anything_but_a_module_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"^model is a dict, not a torch\.nn\.Module\. Pass the module to export"):
         tdfx.export({}, tmp_path / "net.onnx", example_inputs=X)  # type: ignore[arg-type]
 
@@ -210,7 +235,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_work(where: str, tm
         tdfx.export(nn.ReLU(), tmp_path / where, example_inputs=X)
 
 
-def test_a_full_disk_is_said_and_leaves_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_leaves_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(b"what was there")
 
@@ -226,8 +251,8 @@ def test_a_full_disk_is_said_and_leaves_the_file(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_compiled_model_is_exported_as_what_is_inside(tmp_path: Path) -> None:
+def test_a_compiled_model_is_exported_without_its_wrapper(tmp_path: Path) -> None:
     compiled = torch.compile(nn.Linear(8, 4))
     assert isinstance(compiled, nn.Module)
     tdfx.export(compiled, tmp_path / "net.onnx", example_inputs=torch.ones(1, 8))
-    assert {one.name for one in onnx.load(tmp_path / "net.onnx").graph.initializer} == {"weight", "bias"}
+    assert {tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer} == {"weight", "bias"}

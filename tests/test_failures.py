@@ -1,4 +1,4 @@
-"""A failure changes nothing: every error by its text, with the model and the optimizer compared before and after."""
+"""A failure changes nothing: each error is checked by its text, and model and optimizer are compared before and after."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
 
 
 def trained() -> tuple[nn.Sequential, torch.optim.Optimizer]:
-    """A small network one step into its training, so that there is momentum to lose."""
+    """Return a small network after one training step, so that its optimizer has state."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 16))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(torch.rand(2, 3, 6, 6)).square().mean().backward()
@@ -28,12 +28,15 @@ def trained() -> tuple[nn.Sequential, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def frozen_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[object, ...]:
-    tensors = [(name, id(one), one.detach().clone().numpy().tobytes()) for name, one in model.named_parameters()]
-    modules = [(name, id(one), one.training, sorted(one.__dict__)) for name, one in model.named_modules()]
-    groups = [[id(one) for one in group["params"]] for group in optimizer.param_groups]
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[object, ...]:
+    tensors = [
+        (name, id(parameter), parameter.detach().clone().numpy().tobytes())
+        for name, parameter in model.named_parameters()
+    ]
+    modules = [(name, id(module), module.training, sorted(module.__dict__)) for name, module in model.named_modules()]
+    groups = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
     states = copy.deepcopy(optimizer.state_dict()["state"])
-    return tensors, modules, groups, repr(states), [id(one) for one in optimizer.state]
+    return tensors, modules, groups, repr(states), [id(parameter) for parameter in optimizer.state]
 
 
 def other_plan(**changes: Any) -> tdfx.Plan:
@@ -127,38 +130,38 @@ CASES: dict[str, Case] = {
 def test_an_error_says_what_to_do_and_changes_nothing(name: str) -> None:
     kind, message, arguments = CASES[name]
     model, optimizer = trained()
-    before = frozen_state(model, optimizer)
+    before = snapshot(model, optimizer)
     with pytest.raises(kind, match=f"(?s){message}"):
         tdfx.rewrite(model, **{"optimizer": optimizer, **arguments})
-    assert frozen_state(model, optimizer) == before
+    assert snapshot(model, optimizer) == before
     assert tdfx.rewrite(model, QUARTER, optimizer=optimizer) is not model, "the same model and optimizer still work"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_weight_that_is_not_finite(value: float) -> None:
+def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
     model, optimizer = trained()
     with torch.no_grad():
         model.get_parameter("3.weight")[0, 0] = value
     plan = tdfx.plan(trained()[0], QUARTER)
-    before = frozen_state(model, optimizer)
+    before = snapshot(model, optimizer)
     for wish in (QUARTER, plan):
         with pytest.raises(
             tdfx.WeightError, match=r"weight of site '3' has 1 values that are NaN or infinite.*exclude=\('3',\)"
         ):
             tdfx.rewrite(model, wish, optimizer=optimizer)
-        assert frozen_state(model, optimizer) == before
+        assert snapshot(model, optimizer) == before
     kept = tdfx.rewrite(model, replace(QUARTER, exclude=("3",)), optimizer=optimizer)
     assert isinstance(kept.get_submodule("0"), tdfx.Factorized)
 
 
-def test_a_weight_on_the_meta_device() -> None:
+def test_a_weight_on_the_meta_device_is_refused() -> None:
     with pytest.raises(tdfx.WeightError, match="weight of site '' is on the meta device and has no values"):
         tdfx.rewrite(nn.Linear(4, 4, device="meta"), QUARTER)
     with pytest.raises(tdfx.WeightError, match=r"weight of site '' is on the meta device .* and VBMF\(.* reads them"):
         tdfx.plan(nn.Linear(4, 4, device="meta"), replace(QUARTER, rank=tdfx.VBMF()))
 
 
-def test_an_unknown_scheme() -> None:
+def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(tdfx.PolicyError, match=r"scheme='tucker' is not known.* Nearest: 'tucker2'"):
         tdfx.Policy(scheme="tucker")
 
@@ -171,39 +174,39 @@ def test_an_unknown_scheme() -> None:
         (lambda model: model.state_dict(), "model is a OrderedDict, not a torch.nn.Module"),
     ],
 )
-def test_a_wrapped_model_is_told_how_to_unwrap(wrap: Callable[[nn.Module], Any], message: str) -> None:
+def test_a_wrapped_model_is_refused_with_advice_to_unwrap_it(wrap: Callable[[nn.Module], Any], message: str) -> None:
     wrapped = wrap(trained()[0])
     for call in (tdfx.plan, tdfx.rewrite, tdfx.merge):
         with pytest.raises(tdfx.ModelError, match=f"(?s){message}"):
             call(wrapped)
 
 
-def test_a_capture_is_no_time_for_a_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rewrite_during_a_cuda_graph_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(tdfx.ModelError, match=r"CUDA graph is being captured.*capture graphs of the old model anew"):
         tdfx.rewrite(nn.Linear(4, 4), QUARTER)
 
 
-def test_merge_of_a_model_that_was_never_rewritten() -> None:
+def test_merging_a_model_that_was_never_rewritten_is_refused() -> None:
     model, optimizer = trained()
-    before = frozen_state(model, optimizer)
+    before = snapshot(model, optimizer)
     with pytest.raises(tdfx.MergeError, match="Sequential holds no factorized layer and no record of a rewrite"):
         tdfx.merge(model, optimizer=optimizer)
-    assert frozen_state(model, optimizer) == before
+    assert snapshot(model, optimizer) == before
 
 
-def test_merge_with_the_optimizer_of_another_model() -> None:
+def test_merging_with_the_optimizer_of_another_model_is_refused() -> None:
     model, optimizer = trained()
     low = tdfx.rewrite(model, QUARTER, optimizer=optimizer)
-    before = frozen_state(low, optimizer)
+    before = snapshot(low, optimizer)
     stranger = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(tdfx.OptimizerError, match="weights of 2 sites are in none of the optimizers"):
         tdfx.merge(low, optimizer=stranger)
-    assert frozen_state(low, optimizer) == before
+    assert snapshot(low, optimizer) == before
 
 
-def test_a_missing_optimizer_is_warned_of_only_where_training_has_begun() -> None:
+def test_a_missing_optimizer_gives_a_warning_once_training_has_begun() -> None:
     model, _ = trained()
     with pytest.warns(
         tdfx.TdfxWarning, match=re.escape("No optimizer= was given, but the weights of 2 rewritten sites")

@@ -1,4 +1,4 @@
-"""``tdfx inspect``: what it shows where, what it writes, what it reads, and what each mistake is told."""
+"""``tdfx inspect``: its output on terminals and in pipes, the files it writes and reads, and its errors."""
 
 from __future__ import annotations
 
@@ -120,33 +120,33 @@ def rows(text: str) -> list[str]:
     return [name for name in names if name in {"stem", "body", "head", "spare"}]
 
 
-# What is shown, and in which order.
+# Which sites are shown, and in which order.
 
 
-def test_the_order_is_that_of_the_model_unless_another_is_asked_for() -> None:
+def test_sites_are_in_the_order_of_the_model_by_default() -> None:
     assert rows(shown(*QUICK)) == ["stem", "body", "head", "spare"]
     assert rows(shown(*QUICK, "--sort", "name")) == ["body", "head", "spare", "stem"]
     assert rows(shown(*QUICK, "--sort", "parameters")) == ["body", "head", "stem", "spare"]
     assert rows(shown(*QUICK, *INPUT, "--sort", "flops")) == ["body", "stem", "head", "spare"]
 
 
-@pytest.mark.parametrize("key", [one for one in SORTS if one not in {"order", "name"}])
-def test_sites_are_sorted_by_what_is_known_of_them_the_largest_first(key: str) -> None:
+@pytest.mark.parametrize("key", [sort for sort in SORTS if sort not in {"order", "name"}])
+def test_sites_are_sorted_by_a_quantity_the_largest_first(key: str) -> None:
     options = QUICK if key == "error" else ("--policy", "ratio")
     shown(*options, *INPUT, "--sort", key, "--csv", "rows.csv")
     table = list(csv.DictReader(io.StringIO(Path("rows.csv").read_text())))
     columns = {"time": "seconds_before", "parameters": "parameters_before", "flops": "flops_before"}
     if key == "saved":
-        values = [float(one["seconds_before"]) - float(one["seconds_after"]) for one in table if one["seconds_before"]]
+        values = [float(row["seconds_before"]) - float(row["seconds_after"]) for row in table if row["seconds_before"]]
     else:
-        found = [one[columns.get(key, key)] for one in table]
-        assert "" not in found[: len(found) - found.count("")]
-        values = [float(one) for one in found if one]
+        cells = [row[columns.get(key, key)] for row in table]
+        assert "" not in cells[: len(cells) - cells.count("")]
+        values = [float(cell) for cell in cells if cell]
     assert len(values) >= 2
     assert values == sorted(values, reverse=True)
 
 
-def test_what_is_saved_is_told_without_times_too() -> None:
+def test_sites_are_sorted_by_savings_without_times_too() -> None:
     assert rows(shown(*QUICK, "--sort", "saved"))[0] == "body"
     assert rows(shown(*QUICK, *INPUT, "--sort", "saved"))[0] == "body"
 
@@ -154,25 +154,25 @@ def test_what_is_saved_is_told_without_times_too() -> None:
 @pytest.mark.parametrize(
     ("key", "options", "message"),
     [
-        ("time", QUICK, "--sort time has nothing to go by: no layer was timed. Give --input, without --modelled."),
-        ("flops", QUICK, "--sort flops has nothing to go by: operations depend on what flows through the layers."),
+        ("time", QUICK, "--sort time has no values to sort by: no layer was timed. Give --input, without --modelled."),
+        ("flops", QUICK, "--sort flops has no values to sort by: operations depend on the sizes of the inputs."),
         (
             "error",
             ("--exclude", "*"),
-            "--sort error has nothing to go by: nothing is factorized, or the weights have no",
+            "--sort error has no values to sort by: nothing is factorized, or the weights have no",
         ),
-        ("gain", ("--exclude", "*"), "--sort gain has nothing to go by: no gain was asked for."),
+        ("gain", ("--exclude", "*"), "--sort gain has no values to sort by: no gain was computed."),
     ],
 )
-def test_a_quantity_that_nothing_is_known_of_is_refused(key: str, options: tuple[str, ...], message: str) -> None:
+def test_sorting_by_an_unknown_quantity_is_refused(key: str, options: tuple[str, ...], message: str) -> None:
     assert message in refused(*options, "--sort", key)
 
 
-def test_a_sort_that_is_not_known_names_those_that_are() -> None:
+def test_a_wrong_sort_lists_the_right_ones() -> None:
     assert "'speed' is not one of 'order', 'name', 'time', 'saved'," in refused("--sort", "speed")
 
 
-def test_filters_narrow_down_what_is_shown_and_leave_the_totals() -> None:
+def test_filters_select_sites_and_leave_the_totals() -> None:
     options = ("--exclude", "stem", *INPUT, *QUICK)
     whole = shown(*options)
     assert rows(shown(*options, "--filter", "factorized")) == ["body", "head"]
@@ -194,12 +194,10 @@ def test_a_filter_that_matches_nothing_names_the_nearest() -> None:
     assert "Nearest: 'excluded'" in refused(*QUICK, "--filter", "exclude")
 
 
-def test_untrained_weights_are_hinted_at_where_a_rule_reads_them() -> None:
+def test_a_hint_appears_if_a_rule_reads_untrained_weights() -> None:
     result = run("--modelled")
     assert "show nothing above the noise yet" in result.stdout
-    assert result.stderr.startswith(
-        "Hint: the weights are those that the model was built with. Load trained ones with "
-    )
+    assert result.stderr.startswith("Hint: these are the model's initial weights. Load trained weights with --weights")
     torch.save(build().state_dict(), "w.pt")
     assert run("--modelled", "--weights", "w.pt").stderr == ""
     assert run("--modelled", "--policy", "ratio:0.25").stderr == ""
@@ -208,14 +206,14 @@ def test_untrained_weights_are_hinted_at_where_a_rule_reads_them() -> None:
 # Terminals, pipes, colours.
 
 
-def test_a_pipe_gets_everything_without_colour() -> None:
+def test_a_pipe_gets_the_whole_table_without_colour() -> None:
     text = shown(*NOTED, env={"COLUMNS": "40"})
     assert "\x1b" not in text
     assert "Conv2d 64×64×3×3" in text
     assert "raised from 16/16" in text
 
 
-def test_colour_can_be_forced_and_then_columns_count() -> None:
+def test_colour_can_be_forced_and_the_width_too() -> None:
     wide = shown(*NOTED, env={"FORCE_COLOR": "1"})
     assert "\x1b[" in wide
     assert "raised from 16/16" in wide
@@ -223,7 +221,7 @@ def test_colour_can_be_forced_and_then_columns_count() -> None:
     assert "Conv2d 64×64×3×3" not in narrow
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no pseudo-terminals here")
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
 @pytest.mark.parametrize("no_color", [False, True])
 def test_a_terminal_gets_a_table_of_its_width(no_color: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import pty
@@ -244,15 +242,15 @@ def test_a_terminal_gets_a_table_of_its_width(no_color: bool, monkeypatch: pytes
     assert "raised from" not in text
 
 
-# What is written.
+# Files that are written.
 
 
-def test_json_and_csv_take_the_place_of_the_table() -> None:
+def test_json_and_csv_can_be_printed_instead_of_the_table() -> None:
     options = (*QUICK, *INPUT)
     plan = Plan.from_json(shown(*options, "--json", "-"))
-    assert [one.name for one in plan] == ["stem", "body", "head", "spare"]
+    assert [site.name for site in plan] == ["stem", "body", "head", "spare"]
     table = list(csv.reader(io.StringIO(shown(*options, "--csv", "-", "--filter", "factorized", "--sort", "name"))))
-    assert table[0] == [one.name for one in fields(tdfx.SitePlan)]
+    assert table[0] == [field.name for field in fields(tdfx.SitePlan)]
     assert [line[0] for line in table[1:]] == ["body", "head", "stem"]
     body = dict(zip(table[0], table[1], strict=True))
     assert body["shape"] == "64x64x3x3"
@@ -264,7 +262,7 @@ def test_json_and_csv_take_the_place_of_the_table() -> None:
     assert len(Path("rows.csv").read_text().splitlines()) == 5
 
 
-def test_what_cannot_be_written_is_refused_before_the_work() -> None:
+def test_files_that_cannot_be_written_are_refused_before_the_work() -> None:
     long = "x" * 300
     assert "--json - and --csv - both write to the standard output. Name a file" in refused("--json", "-", "--csv", "-")
     assert "Cannot write 'no/rows.csv'. Name a file in a folder" in refused("--csv", "no/rows.csv", model="raises:now")
@@ -274,7 +272,7 @@ def test_what_cannot_be_written_is_refused_before_the_work() -> None:
 # Policies.
 
 
-def test_a_policy_comes_from_a_file_and_options_stand_in_place_of_what_it_says() -> None:
+def test_a_policy_comes_from_a_file_and_options_override_it() -> None:
     Path("p.toml").write_text('rank = "ratio:0.5"\nmin_gain = 0\nexclude = ["stem"]\noverrides = {head = "keep"}\n')
     text = shown("--policy", "p.toml", "--modelled", "--json", "plan.json")
     assert "Net: 1 of 4 sites factorized; kept: 2 excluded, 1 not_called" in text
@@ -288,14 +286,14 @@ def test_a_policy_comes_from_a_file_and_options_stand_in_place_of_what_it_says()
     assert "0 of 4" in shown("--policy", "p.toml", "--modelled", "--min-gain", "1e9")
 
 
-def test_by_arithmetic_is_for_overrides_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modelled_is_for_overrides_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDFX_CACHE_DIR", str(tmp_path / "cache"))
     Path("p.json").write_text(json.dumps({"rank": "ratio", "overrides": {"body": {"rank": "ratio:0.5"}}}))
     shown("--policy", "p.json", "--modelled", *INPUT)
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_policy_file_that_is_wrong_is_named() -> None:
+def test_an_error_names_the_policy_file() -> None:
     Path("p.toml").write_text('rnak = "ratio:0.5"\n')
     assert "The policy 'p.toml' has the unknown key 'rnak'. Nearest: 'rank'" in refused("--policy", "p.toml")
     assert "The policy 'no.json' could not be read: No such file" in refused("--policy", "no.json")
@@ -306,23 +304,21 @@ def test_a_policy_file_that_is_wrong_is_named() -> None:
 
 def wrapped(state: dict[str, Tensor], way: str) -> dict[str, Any]:
     ways: dict[str, Any] = {
-        "ddp": {f"module.{key}": one for key, one in state.items()},
-        "compiled": {f"_orig_mod.{key}": one for key, one in state.items()},
-        "ddp of compiled": {f"module._orig_mod.{key}": one for key, one in state.items()},
-        "compiled part": {key.replace("body.", "body._orig_mod."): one for key, one in state.items()},
-        "nested": {"epoch": 3, "model_state_dict": {f"module.{key}": one for key, one in state.items()}},
+        "ddp": {f"module.{key}": tensor for key, tensor in state.items()},
+        "compiled": {f"_orig_mod.{key}": tensor for key, tensor in state.items()},
+        "ddp of compiled": {f"module._orig_mod.{key}": tensor for key, tensor in state.items()},
+        "compiled part": {key.replace("body.", "body._orig_mod."): tensor for key, tensor in state.items()},
+        "nested": {"epoch": 3, "model_state_dict": {f"module.{key}": tensor for key, tensor in state.items()}},
         "nested twice": {"checkpoint": 1, "state_dict": {"model": state}},
     }
-    found: dict[str, Any] = ways[way]
-    return found
+    checkpoint: dict[str, Any] = ways[way]
+    return checkpoint
 
 
 @pytest.mark.parametrize("way", ["ddp", "compiled", "ddp of compiled", "compiled part", "nested", "nested twice"])
-def test_what_wrappers_and_checkpoints_add_is_seen_through(way: str) -> None:
+def test_names_from_wrappers_and_checkpoints_are_removed(way: str) -> None:
     state = build().state_dict()
-    state["body.weight"] = torch.ones_like(
-        state["body.weight"]
-    )  # of rank 1, so that a quarter of the ranks loses nothing
+    state["body.weight"] = torch.ones_like(state["body.weight"])  # of rank 1, so a quarter of the ranks is exact
     torch.save(wrapped(state, way), "w.pt")
     shown(*QUICK, "--weights", "w.pt", "--json", "plan.json")
     error = Plan.from_json(Path("plan.json").read_text())["body"].error
@@ -351,9 +347,9 @@ def test_safetensors_without_their_library_say_so(monkeypatch: pytest.MonkeyPatc
     assert "are read by the library safetensors, which is not installed. Install it: pip install safetensors" in message
 
 
-def test_weights_of_another_model_are_told_apart_by_the_first_difference() -> None:
+def test_weights_of_another_model_are_refused_with_the_first_differences() -> None:
     state = build().state_dict()
-    few = {key: one for key, one in state.items() if not key.startswith("head")}
+    few = {key: tensor for key, tensor in state.items() if not key.startswith("head")}
     few["haed.weight"] = state["head.weight"]
     few["body.weight"] = torch.ones(3)
     torch.save(few, "w.pt")
@@ -371,7 +367,7 @@ def test_weights_of_another_model_are_told_apart_by_the_first_difference() -> No
 # Devices.
 
 
-def test_a_model_without_values_is_planned_by_rules_that_read_none() -> None:
+def test_rules_that_read_no_values_plan_a_model_without_values() -> None:
     text = shown("--device", "meta", "--policy", "ratio", *INPUT, "--sort", "flops")
     assert rows(text)[0] == "body"
     assert "Net: 1 of 4 sites factorized" in text
@@ -379,29 +375,29 @@ def test_a_model_without_values_is_planned_by_rules_that_read_none() -> None:
     real = shown("--modelled", "--policy", "ratio", *INPUT, "--json", "plan.json")
     assert "error" in real
     meta = Plan.from_json(shown("--device", "meta", "--policy", "ratio", *INPUT, "--json", "-"))
-    for one, other in zip(meta, Plan.from_json(Path("plan.json").read_text()), strict=True):
-        assert (one.name, one.scheme, one.ranks, one.flops_after) == (
+    for site, other in zip(meta, Plan.from_json(Path("plan.json").read_text()), strict=True):
+        assert (site.name, site.scheme, site.ranks, site.flops_after) == (
             other.name,
             other.scheme,
             other.ranks,
             other.flops_after,
         )
-        assert one.error is None
+        assert site.error is None
 
 
-def test_a_huge_model_is_looked_at_without_its_weights() -> None:
+def test_a_huge_model_is_inspected_without_its_weights() -> None:
     result = CliRunner().invoke(main, ["inspect", "torchvision:vit_h_14", "--device", "meta", "--policy", "ratio"])
     assert result.exit_code == 0, result.output
     assert "parameters 632M → " in result.stdout
 
 
-def test_what_a_model_computes_to_be_built_is_computed_without_its_weights() -> None:
+def test_a_model_can_compute_while_it_is_built_on_the_meta_device() -> None:
     arguments = ["inspect", "torchvision:regnet_y_400mf", "--device", "meta", "--policy", "ratio:0.5"]
     result = CliRunner().invoke(main, [*arguments, "--input", "2,3,64,64", "--min-gain", "0"])
     assert result.exit_code == 0, result.output
     assert "sites factorized" in result.stdout
     built = build_on(torch.device("meta"), "nets.py:tied", build_model)
-    assert all(one.is_meta for one in (*built.parameters(), *built.buffers()))
+    assert all(tensor.is_meta for tensor in (*built.parameters(), *built.buffers()))
     assert built.get_parameter("head.weight") is built.get_parameter("spare.weight")
     assert not built.get_parameter("stem.weight").requires_grad
     assert not torch.nn.Linear(2, 2).weight.is_meta
@@ -424,9 +420,9 @@ def test_a_model_that_needs_values_to_be_built_says_so_on_the_meta_device() -> N
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "cpu:x"])
-def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+def test_a_missing_device_is_refused(device: str) -> None:
     message = refused("--device", device)
-    assert f"--device {device!r} cannot be used here: " in message
+    assert f"--device {device!r} cannot be used on this machine: " in message
     assert "Take cpu, a device that this machine has, or meta, which needs no memory." in message
 
 
@@ -454,10 +450,10 @@ def test_a_model_is_built_and_timed_on_cuda() -> None:
     assert "Net: " in shown("--device", "cuda", "--policy", "ratio", *INPUT)
 
 
-# What a model does not take.
+# Inputs that a model does not accept.
 
 
-def test_inputs_that_do_not_fit_are_told_with_what_the_model_said() -> None:
+def test_inputs_that_do_not_fit_are_refused_with_the_error_of_the_model() -> None:
     message = refused(*QUICK, "--input", "2,4,16,16")
     assert "Net does not accept the example inputs (float32 (2, 4, 16, 16) on cpu): RuntimeError: " in message
     assert "Pass example_inputs=(x,) (--input on the command line) with the shape, dtype and device" in message
@@ -470,21 +466,21 @@ def test_inputs_that_do_not_fit_are_told_with_what_the_model_said() -> None:
     assert run(*QUICK, *INPUT).exit_code == 0
 
 
-def test_a_defect_of_tdfx_is_one_message_too_and_a_traceback_with_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_of_tdfx_is_one_message_and_a_traceback_with_debug(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr("tdfx.plan", fails)
     message = refused()
     assert (
-        "Error: tdfx failed where it should not have: ZeroDivisionError: division by zero. Run it again as " in message
+        "Error: tdfx failed because of a defect in it: ZeroDivisionError: division by zero. Run it again as " in message
     )
     debug = CliRunner().invoke(main, ["--debug", "inspect", "nets.py:build"])
     assert isinstance(debug.exception, ZeroDivisionError)
     assert debug.exc_info is not None
 
 
-def test_an_interrupt_has_the_code_that_shells_give_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_has_the_usual_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Which graphs tdfx.verify must take for the same, and each kind of difference that it must see."""
+"""Which graphs tdfx.verify must accept as the same, and each kind of difference that it must report."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from tdfx.onnx_proof.compare import Comparison, compare_models
-from tdfx.onnx_proof.difference import Difference
+from tdfx.onnx_proof.compare_graphs import Comparison, compare_models
+from tdfx.onnx_proof.first_difference import Difference
 from tdfx.onnx_proof.graph import read_graph
 from tdfx.onnx_proof.isomorphism import isomorphic
 from tdfx.onnx_proof.verify import verify
-from tdfx.onnx_proof.walk import walk
+from tdfx.onnx_proof.walk_from_outputs import walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 from onnx_models import Net, disguise, find, node, small
 
-# --- what matches ---------------------------------------------------------------------------------------------------
+# --- graphs that match ---------------------------------------------------------------------------------------------------
 
 
 def test_a_fresh_instance_with_the_same_weights_is_the_same(x: Tensor) -> None:
@@ -50,7 +50,7 @@ def test_a_fresh_instance_with_the_same_weights_is_the_same(x: Tensor) -> None:
     assert json.loads(json.dumps(report.to_dict()))["ok"] is True
 
 
-def test_a_single_tensor_stands_for_a_tuple(x: Tensor) -> None:
+def test_a_single_tensor_is_accepted_in_place_of_a_tuple(x: Tensor) -> None:
     model = nn.ReLU()
     assert verify(model, model, x).ok
 
@@ -81,7 +81,7 @@ def test_dynamic_axes_get_a_size(tmp_path: Path) -> None:
 def test_order_and_inner_names_do_not_matter(proto: ModelProto, seed: int) -> None:
     other = disguise(proto, seed)
     onnx.checker.check_model(other)
-    assert [one.op_type for one in other.graph.node] != [one.op_type for one in proto.graph.node]
+    assert [node.op_type for node in other.graph.node] != [node.op_type for node in proto.graph.node]
     assert compare_models(other, proto) == Comparison(None, "walk")
 
 
@@ -97,13 +97,13 @@ def test_nodes_that_no_output_depends_on_are_settled_by_isomorphism() -> None:
 
 
 def deep(layers: int) -> ModelProto:
-    """Return many equal layers, which nothing but their depth tells apart."""
+    """Return many equal layers that only differ in their depth."""
     names = ["x", *(f"a{number}" for number in range(layers))]
-    return small([node("Relu", one, other) for one, other in itertools.pairwise(names)], [names[-1]])
+    return small([node("Relu", name, following) for name, following in itertools.pairwise(names)], [names[-1]])
 
 
 def test_the_search_takes_time_in_proportion_to_the_depth() -> None:
-    """In CPU time; rounds of refinement over all nodes, one for each layer, would take 16 times as long for 4 times."""
+    """Measured in CPU time; one round of refinement for each layer would take 16 times as long for 4 times the layers."""
 
     def seconds(layers: int) -> float:
         graphs = read_graph(disguise(deep(layers), 1)), read_graph(deep(layers))
@@ -170,10 +170,10 @@ def test_local_functions_are_inlined() -> None:
     model.functions.append(function)
     model.opset_import.append(domains[1])
     plain = small([node("Neg", "x", "t"), node("Relu", "t", "y")], ["y"])
-    assert [one.op for one in read_graph(model).nodes] == [one.op for one in read_graph(plain).nodes]
+    assert [node.op for node in read_graph(model).nodes] == [node.op for node in read_graph(plain).nodes]
 
 
-# --- what does not match --------------------------------------------------------------------------------------------
+# --- graphs that do not match --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -229,8 +229,8 @@ def test_swapped_operands_of_a_module_are_seen(x: Tensor) -> None:
 
 def test_a_reshape_target_is_seen(proto: ModelProto) -> None:
     other = copy.deepcopy(proto)
-    constants = [one for one in other.graph.node if one.op_type == "Constant"]
-    target = next(one for one in constants for a in one.attribute if list(a.ints) == [16])
+    constants = [node for node in other.graph.node if node.op_type == "Constant"]
+    target = next(node for node in constants for attribute in node.attribute if list(attribute.ints) == [16])
     target.attribute[0].ints[0] = 8
     assert compare_models(other, proto).difference == (
         f"node '{target.name}' (Constant) has value_ints [8], but '{target.name}' in the reference has [16]"
@@ -248,7 +248,8 @@ def test_a_stored_integer_is_seen() -> None:
 def test_a_large_constant_is_seen() -> None:
     table = np.arange(100)
     models = [
-        small([node("Gather", "x lifted_tensor_0", "y")], ["y"], lifted_tensor_0=one) for one in (table, table[::-1])
+        small([node("Gather", "x lifted_tensor_0", "y")], ["y"], lifted_tensor_0=values)
+        for values in (table, table[::-1])
     ]
     difference = compare_models(*models).difference
     assert difference is not None
@@ -257,7 +258,7 @@ def test_a_large_constant_is_seen() -> None:
     )
 
 
-def test_what_nothing_reads_counts_by_name_only() -> None:
+def test_tensors_that_no_node_reads_are_compared_only_by_name() -> None:
     models = [small([node("Relu", "x", "y")], ["y"], num_batches_tracked=np.array(steps)) for steps in (3, 5)]
     assert compare_models(*models).difference is None
     bare = small([node("Relu", "x", "y")], ["y"])
@@ -271,7 +272,7 @@ def test_what_nothing_reads_counts_by_name_only() -> None:
 
 def test_the_dtype_of_an_initializer_is_seen(proto: ModelProto) -> None:
     other = copy.deepcopy(proto)
-    bias = next(one for one in other.graph.initializer if one.name == "fc.bias")
+    bias = next(tensor for tensor in other.graph.initializer if tensor.name == "fc.bias")
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias).astype(np.float16), "fc.bias"))
     assert compare_models(other, proto).difference == (
         "initializer 'fc.bias' has dtype float16, but float in the reference"
@@ -280,11 +281,11 @@ def test_the_dtype_of_an_initializer_is_seen(proto: ModelProto) -> None:
 
 def test_a_renamed_initializer_is_seen(proto: ModelProto) -> None:
     other = copy.deepcopy(proto)
-    for one in (*other.graph.initializer, find(other, "Gemm")):
-        if isinstance(one, NodeProto):
-            one.input[2] = "fc.offset"
-        elif one.name == "fc.bias":
-            one.name = "fc.offset"
+    for item in (*other.graph.initializer, find(other, "Gemm")):
+        if isinstance(item, NodeProto):
+            item.input[2] = "fc.offset"
+        elif item.name == "fc.bias":
+            item.name = "fc.offset"
     assert str(compare_models(other, proto).difference).startswith(
         "initializer 'fc.offset' is not in the reference, which has 'fc."
     )
@@ -320,12 +321,12 @@ def test_inputs_are_compared(changed: onnx.ValueInfoProto, text: str | None) -> 
 
 
 def test_the_number_of_inputs_and_outputs_is_compared() -> None:
-    one = small([node("Relu", "x", "y")], ["y"])
-    two = small([node("Relu", "x", "y")], ["y", "y"])
-    assert compare_models(two, one).difference == "the model has 2 output(s), the reference 1"
-    more = copy.deepcopy(one)
+    single = small([node("Relu", "x", "y")], ["y"])
+    double = small([node("Relu", "x", "y")], ["y", "y"])
+    assert compare_models(double, single).difference == "the model has 2 output(s), the reference 1"
+    more = copy.deepcopy(single)
     more.graph.input.append(port("z", TensorProto.FLOAT, [1]))
-    assert compare_models(more, one).difference == "the model has 2 input(s), the reference 1"
+    assert compare_models(more, single).difference == "the model has 2 input(s), the reference 1"
 
 
 def test_opsets_are_compared() -> None:
@@ -364,12 +365,12 @@ def test_opsets_are_compared() -> None:
 )
 def test_node_differences_are_named(nodes: list[str], others: list[str], text: str) -> None:
     def build(lines: list[str]) -> ModelProto:
-        made = []
+        made_nodes = []
         for number, line in enumerate(lines):
             op, inputs, outputs, *attributes = line.split()
             extra = dict.fromkeys(attributes, "tanh")
-            made.append(helper.make_node(op, inputs.split(","), outputs.split(","), name=f"n{number}", **extra))
-        return small(made, [lines[-1].split()[2].split(",")[0] if "y" in lines[-1] else "a"])
+            made_nodes.append(helper.make_node(op, inputs.split(","), outputs.split(","), name=f"n{number}", **extra))
+        return small(made_nodes, [lines[-1].split()[2].split(",")[0] if "y" in lines[-1] else "a"])
 
     model, reference = build(nodes), build(others)
     assert text in str(compare_models(model, reference).difference)
@@ -385,8 +386,8 @@ def test_exchanged_outputs_are_seen() -> None:
     assert not isomorphic(read_graph(model), read_graph(reference))
 
 
-def test_the_same_computations_shared_in_another_way_do_not_match() -> None:
-    """Every node computes what its counterpart does, as often; only who reads which of two equal nodes differs."""
+def test_equal_nodes_that_are_read_by_others_do_not_match() -> None:
+    """Every node has a counterpart that computes the same; only which of two equal nodes is read differs."""
     head = [node("Relu", "x", "a"), node("Relu", "x", "b")]
     model = small([*head, node("Add", "a a", "c"), node("Add", "b b", "d"), node("Sub", "c d", "y")], ["y"])
     reference = small([*head, node("Add", "a b", "c"), node("Add", "a b", "d"), node("Sub", "c d", "y")], ["y"])
@@ -396,7 +397,7 @@ def test_the_same_computations_shared_in_another_way_do_not_match() -> None:
     assert not isomorphic(read_graph(model), read_graph(reference))
 
 
-def test_the_same_holds_where_no_output_depends_on_them() -> None:
+def test_equal_nodes_that_no_output_depends_on_do_not_match_if_read_by_others() -> None:
     head = [node("Relu", "x", "y"), node("Abs", "x", "a"), node("Abs", "x", "b")]
     model = small([*head, node("Add", "a a", "c"), node("Add", "b b", "d")], ["y"])
     reference = small([*head, node("Add", "a b", "c"), node("Add", "a b", "d")], ["y"])
@@ -406,11 +407,11 @@ def test_the_same_holds_where_no_output_depends_on_them() -> None:
 
 
 def rewire(model: ModelProto, generator: random.Random) -> ModelProto:
-    """Return a copy in which one argument of one node reads another value that exists there."""
+    """Return a copy in which one argument reads another value that is defined before it."""
     other = copy.deepcopy(model)
-    places = [(number, position) for number, one in enumerate(other.graph.node) for position in range(len(one.input))]
+    places = [(number, position) for number, node in enumerate(other.graph.node) for position in range(len(node.input))]
     number, position = generator.choice(places)
-    values = ["x", *(name for one in other.graph.node[:number] for name in one.output)]
+    values = ["x", *(name for node in other.graph.node[:number] for name in node.output)]
     other.graph.node[number].input[position] = generator.choice(values)
     return other
 
@@ -427,19 +428,19 @@ def random_graph(generator: random.Random, size: int = 8) -> ModelProto:
 
 
 def brute_force(model: ModelProto, reference: ModelProto) -> bool:
-    """Decide by trying every assignment of nodes, one after the other: no colours, no walk."""
+    """Decide by trying every assignment of nodes, without colours or a walk."""
     nodes, others = model.graph.node, reference.graph.node
 
     def extend(number: int, names: dict[str, str]) -> bool:
         if number == len(nodes):
-            return [names[one.name] for one in model.graph.output] == [one.name for one in reference.graph.output]
-        one = nodes[number]
-        wanted = (one.op_type, [names[name] for name in one.input])
+            return [names[port.name] for port in model.graph.output] == [port.name for port in reference.graph.output]
+        node = nodes[number]
+        expected = (node.op_type, [names[name] for name in node.input])
         free = [other for other in others if other.output[0] not in names.values()]
         return any(
-            extend(number + 1, {**names, one.output[0]: other.output[0]})
+            extend(number + 1, {**names, node.output[0]: other.output[0]})
             for other in free
-            if (other.op_type, list(other.input)) == wanted
+            if (other.op_type, list(other.input)) == expected
         )
 
     return len(nodes) == len(others) and extend(0, {"x": "x"})
@@ -453,8 +454,8 @@ def test_walk_isomorphism_and_brute_force_agree_on_random_graphs() -> None:
         model = disguise(
             reference if generator.random() < 0.3 else rewire(reference, generator), generator.randrange(99)
         )
-        for one in model.graph.output:
-            assert one.name == reference.graph.output[0].name
+        for port in model.graph.output:
+            assert port.name == reference.graph.output[0].name
         expected = brute_force(model, reference)
         graphs = read_graph(model), read_graph(reference)
         assert (compare_models(model, reference).difference is None) is expected

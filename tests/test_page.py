@@ -1,4 +1,4 @@
-"""The page of a plan in a real browser: it sorts, filters and shows spectra, by mouse and by keyboard, and asks nobody."""
+"""The page of a plan in a real browser: it sorts, filters and shows spectra by mouse and keyboard, and loads nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[tdfx.Plan, Path]:
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[tdfx.Plan, Path]:
     torch.manual_seed(0)
     model = Net()
     policy = tdfx.Policy(rank=tdfx.Ratio(of=0.25), cost=tdfx.Modelled(), exclude=("stem",), min_gain=0)
@@ -51,96 +51,96 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[tdfx.Plan, Path]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
-        one = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield one
-        one.close()
+        chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
-class Seen:
-    """A page in the browser, and all that it said or asked for."""
+class OpenPage:
+    """A page in the browser, with its messages and requests."""
 
     def __init__(self, browser: Any, path: Path, width: int = 1280) -> None:
         self.context = browser.new_context(viewport={"width": width, "height": 900})
         self.page = self.context.new_page()
         self.page.set_default_timeout(10_000)
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.messages: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
 
     def names(self) -> list[str]:
-        """Return the sites that are shown, in their order."""
-        found: list[str] = self.page.locator("tbody tr:visible .site").all_inner_texts()
-        return found
+        """Return the visible sites, in their order."""
+        names: list[str] = self.page.locator("tbody tr:visible .site").all_inner_texts()
+        return names
 
     def head(self, title: str) -> Any:
         return self.page.get_by_role("columnheader").get_by_role("button", name=title, exact=True)
 
     def sorting(self, title: str) -> str:
-        found: str = self.head(title).locator("..").get_attribute("aria-sort")
-        return found
+        order: str = self.head(title).locator("..").get_attribute("aria-sort")
+        return order
 
 
 @pytest.fixture
-def seen(browser: Any, made: tuple[tdfx.Plan, Path]) -> Iterator[Seen]:
-    one = Seen(browser, made[1])
-    yield one
-    assert one.said == []
-    assert one.asked == [made[1].as_uri()]
-    one.context.close()
+def opened(browser: Any, report: tuple[tdfx.Plan, Path]) -> Iterator[OpenPage]:
+    opened = OpenPage(browser, report[1])
+    yield opened
+    assert opened.messages == []
+    assert opened.requests == [report[1].as_uri()]
+    opened.context.close()
 
 
-def test_columns_sort_by_number_and_what_has_none_comes_last(seen: Seen, made: tuple[tdfx.Plan, Path]) -> None:
-    plan, _ = made
-    assert seen.names() == [one.name for one in plan]
-    by_size = [one.name for one in sorted(plan, key=lambda one: one.parameters_before)]
-    assert by_size != sorted(by_size, key=lambda name: str(plan[name].parameters_before))  # as text it is another order
-    seen.head("parameters").click()
-    assert seen.names() == by_size
-    assert seen.sorting("parameters") == "ascending"
-    seen.head("parameters").click()
-    assert seen.names() == by_size[::-1]
-    assert seen.sorting("parameters") == "descending"
-    seen.head("error").click()
-    assert (seen.sorting("error"), seen.sorting("parameters")) == ("ascending", "none")
-    errors = [plan[name].error for name in seen.names()]
-    known = sorted(one for one in errors if one is not None)
-    assert errors == [*known, None, None]
-    seen.head("error").click()
-    assert [plan[name].error for name in seen.names()] == [*known[::-1], None, None]
-    seen.head("site").click()
-    assert seen.names() == [EVIL, "deep", "layer.0", "layer.1", "layer.3", "stem"]
+def test_columns_sort_by_number_and_empty_cells_come_last(opened: OpenPage, report: tuple[tdfx.Plan, Path]) -> None:
+    plan, _ = report
+    assert opened.names() == [site.name for site in plan]
+    by_size = [site.name for site in sorted(plan, key=lambda site: site.parameters_before)]
+    assert by_size != sorted(by_size, key=lambda name: str(plan[name].parameters_before))  # the order as text differs
+    opened.head("parameters").click()
+    assert opened.names() == by_size
+    assert opened.sorting("parameters") == "ascending"
+    opened.head("parameters").click()
+    assert opened.names() == by_size[::-1]
+    assert opened.sorting("parameters") == "descending"
+    opened.head("error").click()
+    assert (opened.sorting("error"), opened.sorting("parameters")) == ("ascending", "none")
+    errors = [plan[name].error for name in opened.names()]
+    numbers = sorted(error for error in errors if error is not None)
+    assert errors == [*numbers, None, None]
+    opened.head("error").click()
+    assert [plan[name].error for name in opened.names()] == [*numbers[::-1], None, None]
+    opened.head("site").click()
+    assert opened.names() == [EVIL, "deep", "layer.0", "layer.1", "layer.3", "stem"]
 
 
-def test_the_filter_narrows_by_every_word(seen: Seen) -> None:
-    seen.page.get_by_label("Filter").fill("LAYER. tucker2")
-    assert seen.names() == ["layer.0", "layer.1"]
-    assert seen.page.get_by_role("status").inner_text() == "2 of 6 sites"
-    seen.head("parameters").click()
-    seen.head("parameters").click()
-    assert seen.names() == ["layer.1", "layer.0"]
-    seen.page.get_by_label("Filter").fill("no such site")
-    assert seen.names() == []
-    assert seen.page.get_by_text("No site matches.").is_visible()
-    seen.page.get_by_label("Filter").fill("")
-    assert len(seen.names()) == 6
+def test_the_filter_narrows_by_every_word(opened: OpenPage) -> None:
+    opened.page.get_by_label("Filter").fill("LAYER. tucker2")
+    assert opened.names() == ["layer.0", "layer.1"]
+    assert opened.page.get_by_role("status").inner_text() == "2 of 6 sites"
+    opened.head("parameters").click()
+    opened.head("parameters").click()
+    assert opened.names() == ["layer.1", "layer.0"]
+    opened.page.get_by_label("Filter").fill("no such site")
+    assert opened.names() == []
+    assert opened.page.get_by_text("No site matches.").is_visible()
+    opened.page.get_by_label("Filter").fill("")
+    assert len(opened.names()) == 6
 
 
-def test_a_click_shows_the_spectrum_with_its_rank(seen: Seen, made: tuple[tdfx.Plan, Path]) -> None:
-    plan, _ = made
-    dialog = seen.page.get_by_role("dialog")
+def test_a_click_shows_the_spectrum_with_its_rank(opened: OpenPage, report: tuple[tdfx.Plan, Path]) -> None:
+    plan, _ = report
+    dialog = opened.page.get_by_role("dialog")
     assert not dialog.is_visible()
-    seen.page.get_by_role("button", name="layer.1", exact=True).click()
+    opened.page.get_by_role("button", name="layer.1", exact=True).click()
     assert dialog.get_by_role("heading").inner_text() == "layer.1"
     charts = dialog.get_by_role("img")
     assert charts.count() == 2
     assert plan["layer.1"].ranks == (24, 16)
-    assert [one.rpartition("rank ")[2] for one in dialog.locator(".mark").all_text_contents()] == ["24", "16"]
+    assert [text.rpartition("rank ")[2] for text in dialog.locator(".mark").all_text_contents()] == ["24", "16"]
     assert "rank 24 of 96 keeps" in (charts.first.get_attribute("aria-label") or "")
-    # The line falls from left to right, and the rank stands a quarter of the way.
-    points = json.loads(seen.page.evaluate(_POINTS))
+    # The line falls from left to right, and the rank is at a quarter of its width.
+    points = json.loads(opened.page.evaluate(_POINTS))
     assert len(points) == 96
     assert all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(points))
     cut = float(dialog.locator(".rank").first.get_attribute("x1") or 0)
@@ -154,33 +154,33 @@ _POINTS = """JSON.stringify(document.querySelector("#curves .line").getAttribute
     .map((point) => point.split(" ").map(Number)))"""
 
 
-def test_a_site_that_is_kept_shows_a_spectrum_or_says_why_not(seen: Seen) -> None:
-    dialog = seen.page.get_by_role("dialog")
-    seen.page.get_by_role("button", name="stem", exact=True).click()
+def test_a_kept_site_shows_a_spectrum_or_says_why_not(opened: OpenPage) -> None:
+    dialog = opened.page.get_by_role("dialog")
+    opened.page.get_by_role("button", name="stem", exact=True).click()
     assert dialog.locator(".line").count() == 2
     assert dialog.locator(".rank").count() == 0
     assert "excluded" in dialog.inner_text()
-    seen.page.keyboard.press("Escape")
-    seen.page.get_by_role("button", name="deep", exact=True).click()
+    opened.page.keyboard.press("Escape")
+    opened.page.get_by_role("button", name="deep", exact=True).click()
     assert "there is no spectrum" in dialog.inner_text()
 
 
-def test_all_can_be_done_by_keyboard(seen: Seen) -> None:
-    keyboard, dialog = seen.page.keyboard, seen.page.get_by_role("dialog")
+def test_everything_works_by_keyboard(opened: OpenPage) -> None:
+    keyboard, dialog = opened.page.keyboard, opened.page.get_by_role("dialog")
     keyboard.press("Tab")
-    assert seen.page.evaluate("document.activeElement.textContent") == "Skip to the sites"
+    assert opened.page.evaluate("document.activeElement.textContent") == "Skip to the sites"
     keyboard.press("Enter")
     keyboard.press("Tab")
     keyboard.type("layer")
-    assert len(seen.names()) == 3
+    assert len(opened.names()) == 3
     for _ in range(2):
         keyboard.press("Tab")
-    assert seen.page.evaluate("document.activeElement.textContent") == "layer"
+    assert opened.page.evaluate("document.activeElement.textContent") == "layer"
     keyboard.press("Shift+Tab")
     keyboard.press("Enter")
     keyboard.press("Space")
-    assert seen.sorting("site") == "descending"
-    seen.page.get_by_role("button", name="layer.1", exact=True).focus()
+    assert opened.sorting("site") == "descending"
+    opened.page.get_by_role("button", name="layer.1", exact=True).focus()
     keyboard.press("Enter")
     assert dialog.get_by_role("heading").inner_text() == "layer.1"
     keyboard.press("ArrowRight")  # in the order of the table
@@ -191,50 +191,52 @@ def test_all_can_be_done_by_keyboard(seen: Seen) -> None:
     assert dialog.get_by_role("heading").inner_text() == "layer.3"
     keyboard.press("Escape")
     assert not dialog.is_visible()
-    assert seen.page.evaluate("document.activeElement.textContent") == "layer.1"
+    assert opened.page.evaluate("document.activeElement.textContent") == "layer.1"
 
 
-def test_the_graph_leads_to_spectra(seen: Seen) -> None:
-    site = seen.page.locator(".network a[data-site]").filter(has_text="tucker2").last
+def test_the_graph_links_to_spectra(opened: OpenPage) -> None:
+    site = opened.page.locator(".network a[data-site]").filter(has_text="tucker2").last
     site.focus()
-    seen.page.keyboard.press("Enter")
-    assert seen.page.get_by_role("dialog").get_by_role("heading").inner_text() == "layer.1"
-    assert seen.page.locator(".network .done").count() == 4
-    assert seen.page.locator(".network .kept").count() == 2
+    opened.page.keyboard.press("Enter")
+    assert opened.page.get_by_role("dialog").get_by_role("heading").inner_text() == "layer.1"
+    assert opened.page.locator(".network .done").count() == 4
+    assert opened.page.locator(".network .kept").count() == 2
 
 
-def test_names_with_html_are_text(seen: Seen) -> None:
-    assert EVIL in seen.names()
-    assert seen.page.locator("b").count() == 0
-    seen.page.get_by_role("button", name=EVIL, exact=True).click()
-    assert seen.page.get_by_role("dialog").get_by_role("heading").inner_text() == EVIL
-    assert seen.page.locator("b").count() == 0
+def test_names_with_html_are_text(opened: OpenPage) -> None:
+    assert EVIL in opened.names()
+    assert opened.page.locator("b").count() == 0
+    opened.page.get_by_role("button", name=EVIL, exact=True).click()
+    assert opened.page.get_by_role("dialog").get_by_role("heading").inner_text() == EVIL
+    assert opened.page.locator("b").count() == 0
 
 
 @pytest.mark.parametrize("width", [360, 390, 768, 1280])
-def test_nothing_is_wider_than_the_screen(browser: Any, made: tuple[tdfx.Plan, Path], width: int) -> None:
-    seen = Seen(browser, made[1], width)
-    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
-    seen.page.get_by_role("button", name="layer.1", exact=True).click()
-    box = seen.page.get_by_role("dialog").bounding_box()
+def test_nothing_is_wider_than_the_screen(browser: Any, report: tuple[tdfx.Plan, Path], width: int) -> None:
+    opened = OpenPage(browser, report[1], width)
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    opened.page.get_by_role("button", name="layer.1", exact=True).click()
+    box = opened.page.get_by_role("dialog").bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= width
     if width < 768:
-        assert seen.page.locator("tbody tr").first.bounding_box()["width"] <= width
-        # What a row says is still said under its title, and the buttons still sort.
+        assert opened.page.locator("tbody tr").first.bounding_box()["width"] <= width
+        # Each cell of a row shows its title, and the buttons still sort.
         assert (
-            seen.page.locator("td[data-title=ranks]").nth(1).evaluate("(e) => getComputedStyle(e, '::before').content")
+            opened.page.locator("td[data-title=ranks]")
+            .nth(1)
+            .evaluate("(e) => getComputedStyle(e, '::before').content")
         )
-        seen.page.keyboard.press("Escape")
-        seen.head("parameters").click()
-        assert seen.sorting("parameters") == "ascending"
-    seen.context.close()
+        opened.page.keyboard.press("Escape")
+        opened.head("parameters").click()
+        assert opened.sorting("parameters") == "ascending"
+    opened.context.close()
 
 
-def test_the_policy_of_the_page_holds(browser: Any, made: tuple[tdfx.Plan, Path]) -> None:
-    """What the page would not do is refused by the browser too: this is what the other tests rely on."""
-    seen = Seen(browser, made[1])
-    seen.page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/x.png'}))")
-    seen.page.evaluate("fetch('http://127.0.0.1:9/').catch(() => 0)")
-    assert any("Content Security Policy" in one for one in seen.said)
-    seen.context.close()
+def test_the_policy_of_the_page_holds(browser: Any, report: tuple[tdfx.Plan, Path]) -> None:
+    """The browser refuses to load anything, even if a script asks for it; the other tests rely on this."""
+    opened = OpenPage(browser, report[1])
+    opened.page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/x.png'}))")
+    opened.page.evaluate("fetch('http://127.0.0.1:9/').catch(() => 0)")
+    assert any("Content Security Policy" in message for message in opened.messages)
+    opened.context.close()

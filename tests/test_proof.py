@@ -1,4 +1,4 @@
-"""The proof on six architectures: yes to what is the same, no to each planted difference, and to the right question."""
+"""The proof on six architectures: it accepts equal models, and reports each planted change for what it is."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from planted import ARCHITECTURES, INTERFACIAL, STRUCTURAL, Plant, inputs_of, pe
 from torch import Tensor
 
 import tdfx
-from tdfx.onnx_proof.exporter import export_module
 from tdfx.onnx_proof.report import VerifyReport
+from tdfx.onnx_proof.torch_to_onnx import export_module
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Case:
     """After training."""
     merged: Path
     reference: Path
-    """A new instance of the class that has loaded the merged weights."""
+    """A new instance of the class with the merged weights."""
     proto: ModelProto
-    """What is in ``merged``."""
+    """The content of ``merged``."""
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -49,16 +49,17 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     states = {"factorized": factorized, "merged": merged, "reference": reference}
     paths = {name: folder / f"{name}.onnx" for name in states}
-    for name, one in states.items():
-        export_module(one, (x,), paths[name])
+    for name, state in states.items():
+        export_module(state, (x,), paths[name])
     return Case(x, **paths, proto=onnx.load(paths["merged"]))
 
 
 def build(name: str) -> torch.nn.Module:
     model = ARCHITECTURES[name]()
-    for one in model.modules():
-        if isinstance(one, torch.nn.BatchNorm2d):
-            one.momentum = 0.9  # or the signal dies in eval mode after so few steps, and any weights would do
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            # Running statistics must follow within a few steps; else outputs vanish in eval mode, and any weights match.
+            module.momentum = 0.9
     return model
 
 
@@ -87,7 +88,7 @@ def test_the_factorized_model_is_the_merged_one_after_contraction(case: Case) ->
 
 
 @pytest.mark.parametrize("plant", STRUCTURAL, ids=lambda plant: str(plant.__name__))
-def test_a_planted_difference_of_structure_is_named(case: Case, plant: Plant, tmp_path: Path) -> None:
+def test_a_planted_change_of_the_structure_is_named(case: Case, plant: Plant, tmp_path: Path) -> None:
     report, name = _planted(case, plant, tmp_path)
     assert not report.ok
     assert not report.structure_matches
@@ -97,7 +98,7 @@ def test_a_planted_difference_of_structure_is_named(case: Case, plant: Plant, tm
 
 
 @pytest.mark.parametrize("plant", INTERFACIAL, ids=lambda plant: str(plant.__name__))
-def test_a_planted_difference_of_interface_is_named(case: Case, plant: Plant, tmp_path: Path) -> None:
+def test_a_planted_change_of_the_interface_is_named(case: Case, plant: Plant, tmp_path: Path) -> None:
     report, name = _planted(case, plant, tmp_path)
     assert not report.ok
     assert report.structure_matches
@@ -106,7 +107,7 @@ def test_a_planted_difference_of_interface_is_named(case: Case, plant: Plant, tm
     assert report.place is not None
 
 
-def test_a_perturbed_weight_changes_the_numbers_alone(case: Case, tmp_path: Path) -> None:
+def test_a_perturbed_weight_changes_only_the_numbers(case: Case, tmp_path: Path) -> None:
     report, name = _planted(case, perturb_weight, tmp_path)
     assert not report.ok
     assert report.graphs_match

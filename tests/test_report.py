@@ -1,4 +1,4 @@
-"""Reports: spectra, the graph's drawing, the page's text, and pictures. What a browser makes of it is in test_page."""
+"""Reports: spectra, the drawing of the graph, the text of the page, and pictures. test_page opens a page in a browser."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ import tdfx
 import tdfx.report
 from tdfx.cli import main
 from tdfx.errors import InputError, ModelError, PlanError, ReportError, WeightError
-from tdfx.report.drawing import drawings_of
-from tdfx.report.layout import START, pieces_of
 from tdfx.report.network import MOST_BOXES, Box, Network
+from tdfx.report.network_layout import START, pieces_of
+from tdfx.report.network_svg import drawings_of
 from tdfx.report.picture import write_plot
 from tdfx.report.webpage import render_page
 
@@ -33,7 +33,7 @@ QUARTER = tdfx.Policy(rank=tdfx.Ratio(of=0.25), cost=tdfx.Modelled(), min_gain=0
 
 
 class Block(nn.Module):
-    """Two convolutions with a way around them."""
+    """Two convolutions with a shortcut."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Net(nn.Module):
 
 
 class Branches(nn.Module):
-    """A model that torch.fx cannot follow."""
+    """A model that torch.fx cannot trace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_curves_are_the_singular_values_of_the_unfoldings(net: Net, plan: tdfx.P
     for curve, axis, rank in zip((out, into), (0, 1), plan["blocks.0.conv1"].ranks or (), strict=True):
         expected = torch.linalg.svdvals(weight.movedim(axis, 0).flatten(1))
         relative = expected / expected[0]
-        # The Gram matrix holds squares, so values are exact to the root of rounding.
+        # The values are roots of those of the Gram matrix, so they are exact to the root of rounding.
         torch.testing.assert_close(torch.tensor(curve.values, dtype=torch.float64), relative, rtol=0, atol=1e-7)
         assert curve.rank == rank
         energy = float(expected[:rank].square().sum() / expected.square().sum())
@@ -103,13 +103,13 @@ def test_curves_are_the_singular_values_of_the_unfoldings(net: Net, plan: tdfx.P
     assert (out.mode, into.mode) == ("output channels", "input channels")
 
 
-def test_a_kept_site_has_a_curve_without_a_rank_and_one_that_no_scheme_fits_has_none(net: Net) -> None:
+def test_a_kept_site_has_a_curve_without_a_rank_and_a_site_without_a_scheme_has_none(net: Net) -> None:
     plan = tdfx.plan(net, tdfx.Policy(rank=tdfx.Ratio(of=0.25), exclude=("head",), min_gain=0))
     spectra = tdfx.report.look(net, plan).spectra
     (curve,) = spectra["head"]
     assert (curve.rank, curve.energy, len(curve.values)) == (None, None, 10)
     assert "deep" not in spectra
-    assert set(spectra) == {one.name for one in plan} - {"deep"}
+    assert set(spectra) == {site.name for site in plan} - {"deep"}
 
 
 def test_a_factorized_model_shows_the_spectra_of_its_factors(net: Net) -> None:
@@ -117,8 +117,8 @@ def test_a_factorized_model_shows_the_spectra_of_its_factors(net: Net) -> None:
     plan = tdfx.plan(small, QUARTER)
     curves = tdfx.report.look(small, plan).spectra["blocks.0.conv1"]
     assert plan["blocks.0.conv1"].reason is tdfx.Reason.FACTORIZED
-    assert [one.rank for one in curves] == [8, 8]
-    assert all(one.energy == pytest.approx(1, abs=1e-12) for one in curves)
+    assert [curve.rank for curve in curves] == [8, 8]
+    assert all(curve.energy == pytest.approx(1, abs=1e-12) for curve in curves)
 
 
 def test_a_weight_of_zeros_and_the_meta_device_have_reports(tmp_path: Path) -> None:
@@ -130,18 +130,18 @@ def test_a_weight_of_zeros_and_the_meta_device_have_reports(tmp_path: Path) -> N
     tdfx.report.plot(model, tdfx.plan(model, QUARTER), tmp_path / "zero.png")
     with torch.device("meta"):
         empty = Net()
-    seen = look(empty)
-    assert seen.spectra == {}
-    assert "No scheme fits" in render_page(seen)
-    write_plot(seen, tmp_path / "meta.png")
+    view = look(empty)
+    assert view.spectra == {}
+    assert "No scheme fits" in render_page(view)
+    write_plot(view, tmp_path / "meta.png")
 
 
-def test_looking_leaves_the_model_as_it_was(net: Net, plan: tdfx.Plan) -> None:
-    before = {name: one.clone() for name, one in net.state_dict().items()}
-    versions = [one._version for one in net.parameters()]
+def test_a_view_leaves_the_model_as_it_was(net: Net, plan: tdfx.Plan) -> None:
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    versions = [parameter._version for parameter in net.parameters()]
     tdfx.report.look(net, plan, example_inputs=torch.randn(2, 3, 12, 12))
-    assert versions == [one._version for one in net.parameters()]
-    assert all(torch.equal(before[name], one) for name, one in net.state_dict().items())
+    assert versions == [parameter._version for parameter in net.parameters()]
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
 def test_a_plan_of_another_model_is_refused(net: Net, plan: tdfx.Plan) -> None:
@@ -171,7 +171,7 @@ def edges_by_name(network: Network) -> set[tuple[str, str]]:
     return {(name(network.boxes[a]), name(network.boxes[b])) for a, b in network.edges}
 
 
-def test_the_graph_has_sites_and_what_flows_between_them(net: Net) -> None:
+def test_the_graph_has_sites_and_the_edges_between_them(net: Net) -> None:
     network = look(net).network
     assert edges_by_name(network) == {
         ("input x", "stem"),
@@ -187,27 +187,27 @@ def test_the_graph_has_sites_and_what_flows_between_them(net: Net) -> None:
         ("deep", "head"),
         ("head", "output"),
     }
-    # What follows a site alone is in its box; what only reads a shape is left out.
+    # Operations after a single site are in its box; operations that only read shapes are left out.
     steps = {box.sites[0]: box.steps for box in network.boxes.values() if box.sites}
     assert steps["blocks.0.conv1"] == ("conv1", "bn1", "relu")
     assert steps["deep"] == ("deep", "mean", "view")
 
 
-def test_pieces_end_where_all_that_follows_comes_from_one_box(net: Net) -> None:
+def test_a_piece_ends_where_everything_after_it_depends_on_one_box(net: Net) -> None:
     network = look(net).network
     pieces = pieces_of(network)
-    assert [one.title for one in pieces] == ["", "blocks.0", "blocks.1", ""]
+    assert [piece.title for piece in pieces] == ["", "blocks.0", "blocks.1", ""]
     drawn = [node for piece in pieces for layer in piece.layers for node in layer if node >= 0]
     assert sorted(drawn) == sorted(network.boxes)
-    # Every edge is drawn once: in its piece, or as one from the start of a piece.
+    # Every edge is drawn once: inside its piece, or from the start of a piece.
     ends = [(way[0], way[-1]) for piece in pieces for way in piece.edges]
     inside = {(a, b) for a, b in ends if a != START}
     assert inside <= set(network.edges)
     left = set(network.edges) - inside
     assert sorted(b for a, b in ends if a == START) == sorted(b for _, b in left)
     assert len({a for a, _ in left}) == len(pieces) - 1
-    # The way around a block bends at each layer that it passes, and no edge goes up.
-    (block,) = [one for one in pieces if one.title == "blocks.0"]
+    # A shortcut bends at each layer that it passes, and no edge goes up.
+    (block,) = [piece for piece in pieces if piece.title == "blocks.0"]
     place = {node: number for number, layer in enumerate(block.layers) for node in layer}
     assert all([place[node] for node in way] == list(range(place[way[0]], place[way[-1]] + 1)) for way in block.edges)
     assert max(map(len, block.edges)) == 4
@@ -218,30 +218,32 @@ def test_the_graph_of_a_large_model_stays_readable(name: str) -> None:
     with torch.device("meta"):
         options: dict[str, Any] = {"init_weights": False} if name == "googlenet" else {}
         model = torchvision.models.get_model(name, weights=None, **options)
-    seen = look(model)
-    assert seen.network.ordered
-    assert 10 < len(seen.network.boxes) <= MOST_BOXES
-    assert len(seen.network.edges) <= 3 * len(seen.network.boxes)
-    shown = [site for box in seen.network.boxes.values() for site in box.sites]
-    assert sorted(shown) == sorted(one.name for one in seen.plan if one.calls)
-    assert all(a < b for a, b in seen.network.edges)
-    widest = max(float(re.findall(r'width="(\d+)"', one.svg)[0]) for one in drawings_of(seen.network, seen.plan))
-    assert widest <= 800  # GoogLeNet: four branches, and the way to an auxiliary head beside them
+    view = look(model)
+    assert view.network.ordered
+    assert 10 < len(view.network.boxes) <= MOST_BOXES
+    assert len(view.network.edges) <= 3 * len(view.network.boxes)
+    shown = [site for box in view.network.boxes.values() for site in box.sites]
+    assert sorted(shown) == sorted(site.name for site in view.plan if site.calls)
+    assert all(a < b for a, b in view.network.edges)
+    widest = max(
+        float(re.findall(r'width="(\d+)"', drawing.svg)[0]) for drawing in drawings_of(view.network, view.plan)
+    )
+    assert widest <= 800  # GoogLeNet: four branches and an auxiliary head side by side
 
 
-def test_a_model_that_cannot_be_followed_shows_its_sites_and_says_so() -> None:
-    seen = look(Branches())
-    assert not seen.network.ordered
-    assert [one.title for one in pieces_of(seen.network)] == ["inner"]
-    assert "torch.fx cannot follow the model" in render_page(seen)
-    assert "torch.fx cannot follow the model" not in render_page(look(Net()))
+def test_a_model_that_cannot_be_traced_shows_its_sites_and_says_so() -> None:
+    view = look(Branches())
+    assert not view.network.ordered
+    assert [piece.title for piece in pieces_of(view.network)] == ["inner"]
+    assert "torch.fx cannot trace the model" in render_page(view)
+    assert "torch.fx cannot trace the model" not in render_page(look(Net()))
 
 
 # The page
 
 
 class Page(HTMLParser):
-    """What the text of a page holds."""
+    """The tags and texts of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -264,9 +266,9 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
-def test_the_page_lets_nothing_in_and_runs_its_own_script_alone(net: Net, plan: tdfx.Plan) -> None:
+def test_the_page_loads_nothing_and_runs_only_its_own_script(net: Net, plan: tdfx.Plan) -> None:
     page = Page(render_page(tdfx.report.look(net, plan)))
-    (policy,) = [one["content"] or "" for one in page.all("meta") if one.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [tag["content"] or "" for tag in page.all("meta") if tag.get("http-equiv") == "Content-Security-Policy"]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
     assert set(rules) == {"default-src", "base-uri", "form-action", "style-src", "script-src"}
@@ -275,7 +277,7 @@ def test_the_page_lets_nothing_in_and_runs_its_own_script_alone(net: Net, plan: 
         assert rules[rule] == f"'sha256-{digest}'"
     outside = {"src", "srcset", "action", "style", "onclick", "onload", "xlink:href"}
     assert [attrs for _, attrs in page.tags if outside & set(attrs)] == []
-    assert all((one["href"] or "").startswith("#") for one in page.all("a"))
+    assert all((link["href"] or "").startswith("#") for link in page.all("a"))
     assert page.all("link") == page.all("img") == page.all("iframe") == []
 
 
@@ -283,9 +285,9 @@ def test_names_may_hold_html(tmp_path: Path) -> None:
     evil = "</script><img src=x onerror=alert(1)>&'\""
     model = nn.Module()
     model.add_module(evil.replace(".", ""), nn.Linear(32, 32))
-    made = tdfx.plan(model, QUARTER)
-    made = replace(made, model=evil, policy=evil, notes=(evil,), sites=(replace(made.sites[0], note=evil),))
-    text = render_page(tdfx.report.look(model, made))
+    plan = tdfx.plan(model, QUARTER)
+    plan = replace(plan, model=evil, policy=evil, notes=(evil,), sites=(replace(plan.sites[0], note=evil),))
+    text = render_page(tdfx.report.look(model, plan))
     page = Page(text)
     assert page.all("img") == []
     assert len(page.all("script")) == 2
@@ -296,35 +298,35 @@ def test_names_may_hold_html(tmp_path: Path) -> None:
 
 def test_the_table_is_the_plan(net: Net, plan: tdfx.Plan) -> None:
     page = Page(render_page(tdfx.report.look(net, plan)))
-    sites = [one for one in page.all("button") if one.get("class") == "site"]
-    assert [int(one["data-site"] or "") for one in sites] == list(range(len(plan)))
-    heads = [one for one in page.all("th") if one.get("scope") == "col"]
+    sites = [button for button in page.all("button") if button.get("class") == "site"]
+    assert [int(button["data-site"] or "") for button in sites] == list(range(len(plan)))
+    heads = [head for head in page.all("th") if head.get("scope") == "col"]
     assert len(heads) == 9
-    assert {one["aria-sort"] for one in heads} == {"none"}
-    keys = [one["data-key"] for one in page.all("td") if one["data-title"] == "parameters"]
-    assert [float(one or "") for one in keys] == [one.parameters_before for one in plan]
+    assert {head["aria-sort"] for head in heads} == {"none"}
+    keys = [cell["data-key"] for cell in page.all("td") if cell["data-title"] == "parameters"]
+    assert [float(key or "") for key in keys] == [site.parameters_before for site in plan]
     curves = json.loads(page.texts["script"][0])
-    assert [len(one) for one in curves] == [2, 2, 2, 2, 2, 0, 1]
-    assert [one["rank"] for one in curves[1]] == list(plan["blocks.0.conv1"].ranks or ())
-    assert all(len(one["at"]) == len(one["values"]) for site in curves for one in site)
+    assert [len(each) for each in curves] == [2, 2, 2, 2, 2, 0, 1]
+    assert [curve["rank"] for curve in curves[1]] == list(plan["blocks.0.conv1"].ranks or ())
+    assert all(len(curve["at"]) == len(curve["values"]) for site in curves for curve in site)
 
 
-def test_every_part_of_the_graph_is_marked_by_what_the_plan_does(net: Net) -> None:
-    made = tdfx.plan(net, tdfx.Policy(rank=tdfx.Ratio(of=0.25), exclude=("head",), min_gain=0))
-    text = render_page(tdfx.report.look(net, made))
-    assert text.count('<g class="done">') == len(made.factorized) == 5
-    assert text.count('<g class="kept">') == len(made.kept) == 2
+def test_every_box_of_the_graph_shows_the_decision_of_the_plan(net: Net) -> None:
+    plan = tdfx.plan(net, tdfx.Policy(rank=tdfx.Ratio(of=0.25), exclude=("head",), min_gain=0))
+    text = render_page(tdfx.report.look(net, plan))
+    assert text.count('<g class="done">') == len(plan.factorized) == 5
+    assert text.count('<g class="kept">') == len(plan.kept) == 2
 
 
 def test_a_page_for_156_sites_is_under_a_megabyte() -> None:
     # The sizes of ResNet-152's spectra, on layers that are quick to decompose.
     blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(96, 96, 3), nn.Linear(96, 128)) for _ in range(78)))
-    seen = look(blocks)
-    assert len(seen.plan) == 156
-    assert len(render_page(seen).encode()) < 1_000_000
+    view = look(blocks)
+    assert len(view.plan) == 156
+    assert len(render_page(view).encode()) < 1_000_000
 
 
-def test_reports_appear_whole_or_not_at_all(net: Net, plan: tdfx.Plan, tmp_path: Path) -> None:
+def test_reports_appear_complete_or_not_at_all(net: Net, plan: tdfx.Plan, tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     target.write_text("before")
     target.chmod(0o640)
@@ -343,32 +345,32 @@ def test_reports_appear_whole_or_not_at_all(net: Net, plan: tdfx.Plan, tmp_path:
 def test_a_picture_has_a_panel_for_every_site(sites: int, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(sites)))
-    seen = look(model)
-    write_plot(seen, tmp_path / "picture.svg")
+    view = look(model)
+    write_plot(view, tmp_path / "picture.svg")
     text = (tmp_path / "picture.svg").read_text()
-    # A comment before each text says what it reads.
+    # matplotlib writes each text into a comment too.
     assert all(f"<!-- {number} · {number - 1} -->" in text for number in range(1, sites + 1))
     assert f"<!-- {sites + 1} · {sites} -->" not in text
-    width, height = (float(one) for one in re.findall(r'(?:width|height)="([\d.]+)pt"', text)[:2])
+    width, height = (float(size) for size in re.findall(r'(?:width|height)="([\d.]+)pt"', text)[:2])
     assert width <= 17 * 72
     assert height <= (4 + 1.45 * (sites / 3 + 1)) * 72
-    write_plot(seen, tmp_path / "again.svg")
+    write_plot(view, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_text() == text
 
 
 def test_a_pdf_has_pages_and_a_png_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("tdfx.report.picture.ROWS_OF_A_PAGE", 1)
-    seen = look(nn.Sequential(*(nn.Linear(16, 16) for _ in range(5))))
-    write_plot(seen, tmp_path / "picture.pdf")
+    monkeypatch.setattr("tdfx.report.picture.ROWS_PER_PAGE", 1)
+    view = look(nn.Sequential(*(nn.Linear(16, 16) for _ in range(5))))
+    write_plot(view, tmp_path / "picture.pdf")
     assert len(re.findall(rb"/Type /Page\b", (tmp_path / "picture.pdf").read_bytes())) == 2
-    write_plot(seen, tmp_path / "picture.png")
+    write_plot(view, tmp_path / "picture.png")
     head = (tmp_path / "picture.png").read_bytes()[:24]
     assert head.startswith(b"\x89PNG")
     assert int.from_bytes(head[16:20]) <= 8 * 2.1 * 130 + 1
 
 
-def test_a_name_with_dollars_is_no_mathematics_and_settings_of_the_user_stay(tmp_path: Path) -> None:
+def test_a_name_with_dollars_is_not_mathematics_and_the_settings_of_the_user_stay(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.rcParams["font.size"] = 31.0
     model = nn.Module()
@@ -408,7 +410,7 @@ def test_inspect_writes_both(tmp_path: Path) -> None:
 
 
 @needs("picture.py")
-def test_the_tool_that_makes_the_picture_of_the_readme_runs(tmp_path: Path) -> None:
+def test_the_tool_that_draws_the_picture_of_the_readme_runs(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
     result = CliRunner().invoke(tool("picture").main, [f"{tmp_path}/a.png", "--epochs", "0"])

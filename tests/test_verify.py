@@ -1,4 +1,4 @@
-"""Numbers, reports and refusals of tdfx.verify, and that it leaves the model alone."""
+"""Numbers, reports and errors of tdfx.verify, and that it leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from tdfx.errors import ExportError, InputError, ModelError
-from tdfx.onnx_proof.exporter import Settings, export_module
+from tdfx.onnx_proof.compare_outputs import measure
 from tdfx.onnx_proof.report import VerifyReport
-from tdfx.onnx_proof.running import measure
+from tdfx.onnx_proof.torch_to_onnx import Settings, export_module
 from tdfx.onnx_proof.verify import verify
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def test_nan_in_both_never_agrees() -> None:
     assert not verify(model, model, torch.ones(2, 3)).ok
 
 
-def test_other_output_shapes_are_no_numbers(x: Tensor) -> None:
+def test_outputs_of_other_shapes_are_not_compared(x: Tensor) -> None:
     report = verify(nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(3, 4, 3), (x,))
     assert not report.ok
     assert math.isnan(report.max_error)
@@ -91,7 +91,7 @@ def test_other_output_shapes_are_no_numbers(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "error"),
+    ("output", "other", "error"),
     [
         ([1.0, 2.5], [1.0, 2.0], 0.25),
         ([-np.inf, 1.0], [-np.inf, 1.0], 0.0),
@@ -102,14 +102,14 @@ def test_other_output_shapes_are_no_numbers(x: Tensor) -> None:
         ([], [], 0.0),
     ],
 )
-def test_the_error_of_one_output(one: list[float], other: list[float], error: float) -> None:
-    assert measure([np.array(one)], [np.array(other)], ["y"]).max_error == error
+def test_the_error_of_one_output(output: list[float], other: list[float], error: float) -> None:
+    assert measure([np.array(output)], [np.array(other)], ["y"]).max_error == error
 
 
 def test_the_largest_error_of_all_outputs_counts() -> None:
-    ones, others = [np.array([1.0]), np.array([3.0])], [np.array([1.0]), np.array([2.0])]
-    assert measure(ones, others, ["a", "b"]).max_error == 0.5
-    assert measure(ones[::-1], others[::-1], ["a", "b"]).max_error == 0.5
+    outputs, others = [np.array([1.0]), np.array([3.0])], [np.array([1.0]), np.array([2.0])]
+    assert measure(outputs, others, ["a", "b"]).max_error == 0.5
+    assert measure(outputs[::-1], others[::-1], ["a", "b"]).max_error == 0.5
 
 
 def test_shapes_that_differ_only_when_run_are_a_problem() -> None:
@@ -131,11 +131,11 @@ def test_conv3d_without_bias_runs() -> None:
     assert verify(conv, conv, torch.randn(1, 2, 3, 3, 3)).ok
 
 
-# --- the model is left alone ----------------------------------------------------------------------------------------
+# --- the model is left as it was ----------------------------------------------------------------------------------------
 
 
 class Stubborn(nn.Module):
-    """Cannot be exported: its path depends on the data."""
+    """A module that cannot be exported: its path depends on the data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Stubborn(nn.Module):
 
 
 class FrozenNorm(nn.BatchNorm2d):
-    """Stays in eval mode, as people freeze BatchNorm."""
+    """A BatchNorm that always stays in eval mode, as people freeze it."""
 
     def train(self, mode: bool = True) -> FrozenNorm:
         super().train(False)
@@ -160,26 +160,28 @@ def test_every_training_flag_is_as_before(x: Tensor, capfd: pytest.CaptureFixtur
     tail.training = False
     net.conv1.training = False
     net.bn.training = True
-    flags = [one.training for one in model.modules()]
+    flags = [module.training for module in model.modules()]
     before = copy.deepcopy(model.state_dict())
     assert len(set(flags)) == 2
     assert verify(model, model, (x,)).ok
-    assert [one.training for one in model.modules()] == flags
-    assert all(torch.equal(one, other) for one, other in zip(before.values(), model.state_dict().values(), strict=True))
+    assert [module.training for module in model.modules()] == flags
+    assert all(
+        torch.equal(value, other) for value, other in zip(before.values(), model.state_dict().values(), strict=True)
+    )
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_failed_export_says_why_and_leaves_the_model_alone(x: Tensor, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_export_says_why_and_leaves_the_model_as_it_was(x: Tensor, capfd: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(Stubborn(), nn.Dropout().eval())
-    flags = [one.training for one in model.modules()]
-    attributes = [sorted(vars(one)) for one in model.modules()]
+    flags = [module.training for module in model.modules()]
+    attributes = [sorted(vars(module)) for module in model.modules()]
     streams, filters = (sys.stdout, sys.stderr), list(warnings.filters)
     with pytest.raises(
         ExportError, match=r"^torch\.onnx cannot export Sequential: \w+: .*data-dependent.*one by one\.$"
     ):
         verify(model, model, (x,))
-    assert [one.training for one in model.modules()] == flags
-    assert [sorted(vars(one)) for one in model.modules()] == attributes
+    assert [module.training for module in model.modules()] == flags
+    assert [sorted(vars(module)) for module in model.modules()] == attributes
     assert (sys.stdout, sys.stderr) == streams
     assert warnings.filters == filters
     assert capfd.readouterr() == ("", "")
@@ -223,7 +225,7 @@ def test_random_numbers_go_on_as_before(x: Tensor) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# --- what cannot be done --------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,15 +271,15 @@ def test_inputs_are_taken_by_name() -> None:
         def forward(self, left: Tensor, right: Tensor) -> Tensor:
             return left - right
 
-    given = {"right": torch.ones(2), "left": torch.full((2,), 3.0)}
-    assert verify(Minus(), Minus(), given).ok
+    inputs = {"right": torch.ones(2), "left": torch.full((2,), 3.0)}
+    assert verify(Minus(), Minus(), inputs).ok
     with pytest.raises(
         InputError, match=r"^Minus does not accept the example inputs \(left: float32\[2\]\): TypeError"
     ):
         verify(Minus(), Minus(), {"left": torch.ones(2)})
 
 
-def test_a_file_says_which_names_it_takes(tmp_path: Path) -> None:
+def test_a_wrong_input_name_is_refused_with_the_names_that_a_file_takes(tmp_path: Path) -> None:
     onnx.save(small([node("Relu", "x", "y")], ["y"]), tmp_path / "a.onnx")
     assert verify(tmp_path / "a.onnx", tmp_path / "a.onnx", {"x": torch.ones(3, 4)}).ok
     with pytest.raises(InputError, match=r"^example_inputs has no 'x', only 'z'; the graph takes 'x'\.$"):
@@ -302,7 +304,7 @@ def test_a_file_whose_output_has_no_name_is_refused(tmp_path: Path) -> None:
         verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
 
 
-def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     content = small([node("Relu", "x", "y")], ["y"]).SerializeToString()
     (tmp_path / "a.onnx").write_bytes(content.replace(b"n_y", b"n\x81y"))
     with pytest.raises(ExportError, match=r"holds a damaged ONNX graph: ValueError: the name b'n.x81y' is not UTF-8\."):
@@ -317,7 +319,7 @@ def test_random_inputs_need_a_rank(tmp_path: Path) -> None:
         verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
 
 
-def test_something_else_than_a_model_is_refused() -> None:
+def test_anything_but_a_model_is_refused() -> None:
     with pytest.raises(
         ModelError, match=r"^reference is a dict: verify takes an nn\.Module or the path of an \.onnx file"
     ):
@@ -331,8 +333,8 @@ def bad_files() -> Iterator[tuple[str, bytes, str]]:
     yield "broken", broken, r"^node 'n_y' \(Relu\) reads 'nowhere', which no input, initializer or earlier node makes"
 
 
-@pytest.mark.parametrize(("content", "text"), [one[1:] for one in bad_files()], ids=[one[0] for one in bad_files()])
-def test_a_file_that_is_no_graph_is_refused(content: bytes, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "text"), [case[1:] for case in bad_files()], ids=[case[0] for case in bad_files()])
+def test_a_file_without_a_valid_graph_is_refused(content: bytes, text: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.onnx"
     path.write_bytes(content)
     with pytest.raises(ExportError, match=text):

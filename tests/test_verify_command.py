@@ -1,4 +1,4 @@
-"""``tdfx verify`` on the command line: files, models, inputs from a file, and one message for whatever cannot be done."""
+"""``tdfx verify`` on the command line: files, models, inputs from a file, and one message for each error."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["verify", *arguments])
 
 
-def answered(code: int, *arguments: str) -> str:
+def output_of(code: int, *arguments: str) -> str:
     result = run(*arguments)
     assert (result.exit_code, result.stderr) == (code, ""), result.output
     return result.stdout
@@ -72,15 +72,15 @@ def relu_file(path: str, op: str = "Relu") -> str:
     return path
 
 
-def test_the_same_code_is_the_same_model() -> None:
-    text = answered(OK, "duo:build", "duo.py:build", "--input", "2,4")
+def test_a_model_named_in_two_ways_is_the_same() -> None:
+    text = output_of(OK, "duo:build", "duo.py:build", "--input", "2,4")
     assert text.startswith(
         "verified\n  same structure (3 nodes)\n  same interface\n  same numbers (largest relative error 0"
     )
 
 
-def test_another_slope_is_named_with_its_place() -> None:
-    text = answered(FAILED, "duo:build", "duo:other", "--input", "2,4", "--json", "report.json")
+def test_a_changed_attribute_is_named_and_drawn() -> None:
+    text = output_of(FAILED, "duo:build", "duo:other", "--input", "2,4", "--json", "report.json")
     assert "the structures differ: node 'node_leaky_relu' (LeakyRelu) has alpha 0.1" in text
     assert "same interface" in text
     assert "the numbers differ" in text
@@ -92,7 +92,7 @@ def test_another_slope_is_named_with_its_place() -> None:
     assert report["place"].splitlines()[0].split("  ")[0] == "in the model"
 
 
-def test_weights_are_loaded_once_for_both_or_one_for_each() -> None:
+def test_one_weights_file_is_for_both_models_and_two_are_for_one_each() -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         torch.save(
@@ -100,34 +100,34 @@ def test_weights_are_loaded_once_for_both_or_one_for_each() -> None:
             f"{seed}.pt",
         )
     models = ("duo:build", "duo:build", "--input", "2,4")
-    assert answered(OK, *models, "--weights", "1.pt") == answered(OK, *models, "--weights", "2.pt")
-    assert "first stored tensor that differs is '0.weight': 32 of its 32" in answered(
+    assert output_of(OK, *models, "--weights", "1.pt") == output_of(OK, *models, "--weights", "2.pt")
+    assert "first stored tensor that differs is '0.weight': 32 of its 32" in output_of(
         FAILED, *models, "--weights", "1.pt", "--weights", "2.pt"
     )
 
 
-def test_given_inputs_are_run_by_name_and_in_order() -> None:
+def test_inputs_from_a_file_are_passed_by_name_or_in_order() -> None:
     left, right = np.ones((2, 3), np.float32), np.full((2, 3), 3, np.float32)
     np.savez("named.npz", right=right, left=left)
     np.savez("plain.npz", left, right)
     for name in ("named", "plain"):
-        assert "on given inputs" in answered(OK, "duo:Pair", "duo:Pair", "--inputs", f"{name}.npz")
+        assert "on given inputs" in output_of(OK, "duo:Pair", "duo:Pair", "--inputs", f"{name}.npz")
     onnx.save(small([node("Sqrt", "x", "y")], ["y"]), "root.onnx")
-    assert "holds NaN" in answered(FAILED, "root.onnx", "root.onnx")  # the random inputs are of either sign
+    assert "holds NaN" in output_of(FAILED, "root.onnx", "root.onnx")  # half of the random inputs are negative
     np.savez("positive.npz", x=np.ones((5, 4), np.float32))
-    assert "same numbers" in answered(OK, "root.onnx", "root.onnx", "--inputs", "positive.npz")
+    assert "same numbers" in output_of(OK, "root.onnx", "root.onnx", "--inputs", "positive.npz")
 
 
 def test_a_tolerance_can_be_given() -> None:
     models = ("duo:build", "duo:build", "--input", "2,4", "--tolerance")
-    assert "tolerance 0.0e+00" in answered(OK, *models, "0")
+    assert "tolerance 0.0e+00" in output_of(OK, *models, "0")
     assert "tolerance=-1.0 is not a relative error" in refused(*models, "-1")
 
 
 def test_a_file_and_a_model_are_compared() -> None:
     torch.manual_seed(0)
     relu_file("relu.onnx")
-    text = answered(FAILED, "relu.onnx", "duo:build", "--input", "2,4")
+    text = output_of(FAILED, "relu.onnx", "duo:build", "--input", "2,4")
     assert "the structures differ: " in text
 
 
@@ -140,7 +140,7 @@ REFUSED = {
     "folder": (("folder.onnx", "relu.onnx"), "'folder.onnx' is not a file"),
     "no name": (
         ("nothing", "relu.onnx"),
-        "'nothing' is no file, and it does not name a model. Write the path of an .onnx",
+        "'nothing' is not a file, and it does not name a model. Write the path of an .onnx",
     ),
     "no model": (("duo:built", "duo:build", "--input", "2,4"), "there is no 'built' in it. Nearest: 'build'"),
     "no torchvision": (("torchvision:resnet19", "relu.onnx"), "torchvision has no model 'resnet19'"),
@@ -174,13 +174,16 @@ REFUSED = {
         "The inputs 'missing.npz' could not be read: FileNotFo",
     ),
     "bad npz": (("relu.onnx", "relu.onnx", "--inputs", "text.onnx"), "The inputs 'text.onnx' could not be read: "),
-    "npy": (("relu.onnx", "relu.onnx", "--inputs", "one.npy"), "The inputs 'one.npy' could not be read: "),
+    "npy": (("relu.onnx", "relu.onnx", "--inputs", "single.npy"), "The inputs 'single.npy' could not be read: "),
     "pickled": (
         ("relu.onnx", "relu.onnx", "--inputs", "objects.npz"),
         "The inputs 'objects.npz' could not be read: ValueEr",
     ),
-    "words": (("relu.onnx", "relu.onnx", "--inputs", "words.npz"), "are no arrays of numbers: 'x' is of dtype <U1"),
-    "no arrays": (("relu.onnx", "relu.onnx", "--inputs", "none.npz"), "are no arrays of numbers: it holds no array"),
+    "words": (("relu.onnx", "relu.onnx", "--inputs", "words.npz"), "are not arrays of numbers: 'x' is of dtype <U1"),
+    "no arrays": (
+        ("relu.onnx", "relu.onnx", "--inputs", "none.npz"),
+        "are not arrays of numbers: the file holds no array",
+    ),
     "other names": (
         ("relu.onnx", "relu.onnx", "--inputs", "good.npz"),
         "example_inputs has no 'x', only 'z'; the graph take",
@@ -204,7 +207,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_done_is_one_message(name: str) -> None:
+def test_each_error_is_one_message(name: str) -> None:
     relu_file("relu.onnx")
     Path("text.onnx").write_text("this is no model, as every reader of it can tell\n")
     Path("empty.onnx").touch()
@@ -217,7 +220,7 @@ def test_what_cannot_be_done_is_one_message(name: str) -> None:
     np.savez("none.npz")
     np.savez("words.npz", x=np.array(["a"]))
     np.savez("objects.npz", x=np.array([None]))
-    np.save("one.npy", np.ones(3))
+    np.save("single.npy", np.ones(3))
     arguments, message = REFUSED[name]
     assert message in refused(*arguments)
 
@@ -229,7 +232,7 @@ def test_debug_shows_the_exception() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_damaged_files_never_end_in_a_traceback(seed: int) -> None:
-    """Thirty times, some bytes of a valid file are others; whatever is said of it, it is said on purpose."""
+    """Change some bytes of a valid file thirty times: verify returns a report or raises a TdfxError."""
     generator = random.Random(seed)
     clean = small(
         [node("Conv", "z w", "a", pads=[1, 1]), node("Relu", "a", "y")], ["y"], w=np.ones((2, 4, 3), np.float32)

@@ -1,4 +1,4 @@
-"""Making a model again from a checkpoint: the dense one is built, rewritten without values, and filled."""
+"""Restore a model from a checkpoint: build the dense model, rewrite it without values, and load the saved values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
-from tdfx.checkpoint.groups import Refill, filled_masters, refill
-from tdfx.checkpoint.record import Record, checked, dense_names, read, tied
+from tdfx.checkpoint.optimizer_state import load_masters, prepare_optimizers
+from tdfx.checkpoint.record import Record, check_record, dense_names, read, tied_names
 from tdfx.errors import CheckpointError, TdfxError, nearest
 from tdfx.layers.copying import rebind, structural_copy
 from tdfx.optim.masters import as_masters
@@ -35,205 +35,209 @@ def load(
     masters: Any = None,
     map_location: str | torch.device | None = None,
 ) -> nn.Module:
-    """Make a model again as it was when it was saved: factorized or not, with its values, and with its optimizer's state.
+    """Restore a model as it was when it was saved, factorized or not, with its values and its optimizer's state.
 
-    The dense model is rewritten without looking at its values, so nothing is decomposed and it may lie on the meta device.
-    What is passed in is left as it was, also by a failure; only the optimizer, when all has gone well, is changed.
+    The dense model is rewritten without looking at its values, so nothing is decomposed, and it may be on the meta device.
+    What is passed in stays unchanged, also after a failure; only the optimizer is changed, once everything has succeeded.
 
     Args:
-        path: A file that ``save`` wrote, or what ``read`` or ``state`` gave.
+        path: A file that ``save`` wrote, or what ``read`` or ``state`` returned.
         build_model: The dense model, as it was before any rewrite, or a function that returns it.
-        optimizer: An optimizer of the class that was saved, over the parameters of the dense model, in the same groups; or
-            a list of as many as were saved. Afterwards it holds those of the returned model, with the saved state and
+        optimizer: An optimizer of the saved class, over the parameters of the dense model, in the same groups; or a list of
+            as many as were saved. Afterwards it holds the parameters of the returned model, with the saved state and
             settings. ``build_model`` must then be the model itself. Make schedulers before, and load their state after.
-        masters: Where the optimizer trains wider copies of the dense model's parameters: those, as for ``rewrite``. It then
-            holds the returned model's, with the saved values.
-        map_location: The device for all tensors. If left out, each goes to where the dense model has it, or to the CPU
-            where that is the meta device. Dtypes and memory formats are those that were saved.
+        masters: If the optimizer trains wider copies of the dense model's parameters: those copies, as for ``rewrite``.
+            Afterwards it holds the returned model's masters, with the saved values.
+        map_location: The device for all tensors. If left out, each tensor goes to the device it has in the dense model, or
+            to the CPU if that is the meta device. Dtypes and memory formats are the saved ones.
 
     Returns:
-        A new model of fresh tensors, in the mode of the dense one.
+        A new model with new tensors, in the train or eval mode of the dense model.
 
     Raises:
-        CheckpointError: The file is damaged, was not made by tdfx or by a newer one, or is of another model or optimizer, or
-            of other masters.
-        OptimizerError: The masters do not go with the dense model.
+        CheckpointError: The file is damaged, was not made by tdfx or by a newer version, or belongs to another model or
+            optimizer, or to other masters.
+        OptimizerError: The masters do not match the dense model.
 
     Example:
         See ``tdfx.save``.
     """
-    record = checked(path) if isinstance(path, dict) else read(path)
+    record = check_record(path) if isinstance(path, dict) else read(path)
     optimizers = as_optimizers(optimizer)
     if optimizers and not isinstance(build_model, nn.Module):
         raise CheckpointError(
-            "With optimizer=, build_model must be the dense model whose parameters it holds, and it is a function "
-            "that builds another one. Build the model first: model = build(), then the optimizer over model.parameters()."
+            "With optimizer=, build_model must be the dense model whose parameters it holds, not a function that builds "
+            "another one. Build the model first: model = build(), then the optimizer over model.parameters()."
         )
     wrapped = unwrap(build_model if isinstance(build_model, nn.Module) else build_model())
-    above = as_masters(masters, wrapped.model, shards=wrapped.shards)
-    body = _own_parameters(wrapped.model)
-    made = _rewritten(body, record)
-    _check_keys(made, record)
-    target = None if map_location is None else torch.device(map_location)
+    dense = wrapped.model
+    dense_masters = as_masters(masters, dense, shards=wrapped.shards)
+    model = _rewrite_as_saved(_with_new_parameters(dense), record)
+    _check_tensors(model, record)
     with torch.no_grad():
-        _fill(made, record, target)
-    loaded = filled_masters(above, record, wrapped.model, made, wanted=bool(above or optimizers))
-    before = {**dict(wrapped.model.named_parameters()), **above.by_name(wrapped.model)}
-    after = {**dict(made.named_parameters()), **loaded}
-    dense_of = dense_names(made)
-    work: Refill = refill(optimizers, record, before, after, dense_of)
-    result = wrapped.wrap(made)
-    work.commit()
-    above.write_loaded(wrapped.model, made, loaded, dense_of)
+        _load_tensors(model, record, None if map_location is None else torch.device(map_location))
+    loaded_masters = load_masters(dense_masters, record, dense, model, needed=bool(dense_masters or optimizers))
+    trained_before = {**dict(dense.named_parameters()), **dense_masters.by_name(dense)}
+    trained_after = {**dict(model.named_parameters()), **loaded_masters}
+    dense_of = dense_names(model)
+    update = prepare_optimizers(optimizers, record, trained_before, trained_after, dense_of)
+    result = wrapped.wrap(model)
+    update.commit()
+    dense_masters.write_loaded(dense, model, loaded_masters, dense_of)
     return result
 
 
-def _own_parameters(model: nn.Module) -> nn.Module:
-    """Return a copy with parameters of its own over the same memory, all of which a rewrite may replace."""
-    body = structural_copy(model)
-    CompiledParts.of(model).compile_in_place(body)
+def _with_new_parameters(model: nn.Module) -> nn.Module:
+    """Return a copy whose parameters are new objects on the same memory, so that a rewrite may replace any of them."""
+    copied = structural_copy(model)
+    CompiledParts.of(model).compile_in_place(copied)
 
-    def own(one: Tensor) -> Tensor:
-        if type(one) is not nn.Parameter:
-            return copy.deepcopy(one)
-        learns = one.is_floating_point() or one.is_complex()
-        return _like_parameter(one, one.detach(), learns)
+    def new_parameter(name: str, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            return tensor
+        if type(tensor) is not nn.Parameter:
+            return copy.deepcopy(tensor)
+        return _like_parameter(tensor, tensor.detach(), tensor.is_floating_point() or tensor.is_complex())
 
-    _replace(body, lambda name, one: own(one) if isinstance(one, nn.Parameter) else one)
-    return body
-
-
-def _like_parameter(old: Tensor, values: Tensor, learns: bool) -> nn.Parameter:
-    made = nn.Parameter(values, requires_grad=learns)
-    made.__dict__.update(old.__dict__)
-    return made
+    _replace_tensors(copied, new_parameter)
+    return copied
 
 
-def _replace(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
-    """Replace every parameter and buffer, each once however often it is held."""
-    done: dict[int, tuple[Tensor, Tensor]] = {}
+def _like_parameter(old: Tensor, values: Tensor, requires_grad: bool) -> nn.Parameter:
+    """Return a parameter with other values and the attributes that were set on the old one."""
+    parameter = nn.Parameter(values, requires_grad=requires_grad)
+    parameter.__dict__.update(old.__dict__)
+    return parameter
+
+
+def _replace_tensors(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace every parameter and buffer by ``make(name, tensor)``, called once for a tensor that is held several times."""
+    replaced: dict[int, tuple[Tensor, Tensor]] = {}
     for path, owner in list(model.named_modules(remove_duplicate=True)):
-        for name, one in [*owner._parameters.items(), *owner._buffers.items()]:
-            if one is None:
+        for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+            if tensor is None:
                 continue
-            if id(one) not in done:
-                done[id(one)] = (one, make(f"{path}.{name}" if path else name, one))
-            if done[id(one)][1] is not one:
-                # As an assignment, because recurrent layers keep a list of their own.
-                setattr(owner, name, done[id(one)][1])
+            if id(tensor) not in replaced:
+                replaced[id(tensor)] = (tensor, make(f"{path}.{name}" if path else name, tensor))
+            new = replaced[id(tensor)][1]
+            if new is not tensor:
+                # By assignment, because recurrent layers keep a list of their own.
+                setattr(owner, name, new)
 
 
-def _rewritten(body: nn.Module, record: Record) -> nn.Module:
+def _rewrite_as_saved(model: nn.Module, record: Record) -> nn.Module:
+    """Rewrite the dense model as the saved model was rewritten, with empty factors."""
     try:
         for rewrite in record["rewrites"]:
-            part = _rewrite_part(body.get_submodule(rewrite["path"]), rewrite)
-            if not rewrite["path"]:
-                body = part
+            path = rewrite["path"]
+            rewritten = _rewrite_module(model.get_submodule(path), rewrite)
+            if not path:
+                model = rewritten
                 continue
-            owner, _, name = rewrite["path"].rpartition(".")
-            body.get_submodule(owner)._modules[name] = part
+            owner, _, name = path.rpartition(".")
+            model.get_submodule(owner)._modules[name] = rewritten
     except (TdfxError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"The checkpoint is of a {record['model']} whose rewrite does not go with this {type(body).__name__}: {error} "
+            f"The checkpoint is of a {record['model']} whose rewrite does not fit this {type(model).__name__}: {error} "
             f"Pass a build_model that returns the dense model as it was before the rewrite."
         ) from error
-    return body
+    return model
 
 
-def _rewrite_part(part: nn.Module, rewrite: dict[str, Any]) -> nn.Module:
-    found = find_sites(part, rewrite["emit"])
-    names = {one.slot.path: one.name for one in found.sites if one.slot is not None}
-    stem = f"{rewrite['path']}." if rewrite["path"] else ""
+def _rewrite_module(module: nn.Module, rewrite: dict[str, Any]) -> nn.Module:
+    """Repeat one saved rewrite on a module."""
+    program = find_sites(module, rewrite["emit"])
+    names = {site.slot.path: site.name for site in program.sites if site.slot is not None}
+    prefix = f"{rewrite['path']}." if rewrite["path"] else ""
     sites = []
-    for one in rewrite["sites"]:
-        path = "" if one["path"] == rewrite["path"] else one["path"].removeprefix(stem)
+    for saved in rewrite["sites"]:
+        path = "" if saved["path"] == rewrite["path"] else saved["path"].removeprefix(prefix)
         sites.append(
             SitePlan(
-                name=names.get(path, path) if one["slot"] else path,
-                kind=one["kind"],
-                shape=tuple(one["shape"]),
+                name=names.get(path, path) if saved["slot"] else path,
+                kind=saved["kind"],
+                shape=tuple(saved["shape"]),
                 calls=1,
-                groups=one["groups"],
-                transposed=one["transposed"],
-                parameter=path if one["slot"] else None,
-                scheme=one["scheme"],
-                ranks=tuple(one["ranks"]),
+                groups=saved["groups"],
+                transposed=saved["transposed"],
+                parameter=path if saved["slot"] else None,
+                scheme=saved["scheme"],
+                ranks=tuple(saved["ranks"]),
                 parameters_before=0,
                 parameters_after=0,
             )
         )
-    wish = Plan(sites=tuple(sites), emit=rewrite["emit"])
-    made = rewrite_by(use_plan(found, wish), init="empty").program.module
-    rebind(made, part)
-    if (rewrite["emit"] == "graph") != isinstance(made, FactorizedGraphModule):
-        raise CheckpointError(f"It was given back as {rewrite['emit']!r} then, and cannot be now.")
+    plan = Plan(sites=tuple(sites), emit=rewrite["emit"])
+    rewritten = rewrite_by(use_plan(program, plan), init="empty").program.module
+    rebind(rewritten, module)
+    if (rewrite["emit"] == "graph") != isinstance(rewritten, FactorizedGraphModule):
+        raise CheckpointError(f"It was saved with emit={rewrite['emit']!r}, which is not possible for this model.")
     if rewrite["plan"] is None:
-        made.__dict__.pop(PLAN_ATTRIBUTE, None)
+        rewritten.__dict__.pop(PLAN_ATTRIBUTE, None)
     else:
-        made.__dict__[PLAN_ATTRIBUTE] = Plan.from_json(rewrite["plan"])
-    return made
+        rewritten.__dict__[PLAN_ATTRIBUTE] = Plan.from_json(rewrite["plan"])
+    return rewritten
 
 
-def _check_keys(model: nn.Module, record: Record) -> None:
-    """Raise CheckpointError unless the model has the tensors of the checkpoint, of the same shapes."""
-    saved = record["tensors"]
-    own = model.state_dict()
+def _check_tensors(model: nn.Module, record: Record) -> None:
+    """Raise CheckpointError unless the model has the tensors of the checkpoint, in the same shapes."""
+    saved, tensors = record["tensors"], model.state_dict()
     advice = "Pass a build_model that returns the dense model of the run that was saved."
-    if missing := [name for name in own if name not in saved]:
+    if missing := [name for name in tensors if name not in saved]:
         raise CheckpointError(
             f"The checkpoint is of another model ({record['model']}): it lacks {len(missing)} tensors of this "
             f"{type(model).__name__}, {missing[0]!r} first. Nearest: {nearest(missing[0], saved)}. {advice}"
         )
-    if extra := [name for name in saved if name not in own]:
+    if extra := [name for name in saved if name not in tensors]:
         raise CheckpointError(
             f"The checkpoint is of another model ({record['model']}): it has {len(extra)} tensors that this "
-            f"{type(model).__name__} lacks, {extra[0]!r} first. Nearest: {nearest(extra[0], own)}. {advice}"
+            f"{type(model).__name__} lacks, {extra[0]!r} first. Nearest: {nearest(extra[0], tensors)}. {advice}"
         )
-    for name, one in own.items():
-        there = saved[name]
-        if not isinstance(one, Tensor) or isinstance(one, UninitializedParameter | UninitializedBuffer):
+    for name, tensor in tensors.items():
+        value = saved[name]
+        if not isinstance(tensor, Tensor) or isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             continue
-        if not isinstance(there, Tensor) or there.shape != one.shape:
-            shape = tuple(there.shape) if isinstance(there, Tensor) else type(there).__name__
+        if not isinstance(value, Tensor) or value.shape != tensor.shape:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise CheckpointError(
-                f"The checkpoint's {name!r} has shape {shape}, and the model's has {tuple(one.shape)}: it is of another "
+                f"The checkpoint's {name!r} has shape {shape}, and the model's has {tuple(tensor.shape)}: it is of another "
                 f"model. {advice}"
             )
-    if tied(model) != record["tied"]:
+    if tied_names(model) != record["tied"]:
         raise CheckpointError(
-            f"The checkpoint is of a model that shares the parameters {record['tied']}, and this one shares {tied(model)}. "
-            f"Share them in build_model as they were shared in the run."
+            f"The checkpoint is of a model that shares the parameters {record['tied']}, and this one shares "
+            f"{tied_names(model)}. Share them in build_model as they were shared in the run."
         )
 
 
-def _fill(model: nn.Module, record: Record, target: torch.device | None) -> None:
-    """Give the model tensors of its own, like those that were saved, and load them as torch does."""
+def _load_tensors(model: nn.Module, record: Record, device: torch.device | None) -> None:
+    """Give the model new tensors with the saved dtypes and memory formats, and load the saved values as torch does."""
     saved, frozen = record["tensors"], set(record["frozen"])
 
-    def fresh(name: str, one: Tensor) -> Tensor:
-        if isinstance(one, UninitializedParameter | UninitializedBuffer):
-            return copy.deepcopy(one)
+    def new_tensor(name: str, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            return copy.deepcopy(tensor)
         values = saved.get(name)
-        if not isinstance(values, Tensor) and one.is_meta:
+        if isinstance(values, Tensor):
+            new = torch.empty_like(values, device=device or (values.device if tensor.is_meta else tensor.device))
+        elif tensor.is_meta:
             raise CheckpointError(
-                f"{name!r} is not in the state_dict, so the checkpoint has no values for it, and build_model gave it on the "
-                f"meta device. Build the model on a real device."
+                f"{name!r} is not in the state_dict, so the checkpoint has no values for it, and build_model returned it on "
+                f"the meta device. Build the model on a real device."
             )
-        device = target or (one.device if not one.is_meta or not isinstance(values, Tensor) else values.device)
-        made = (
-            torch.empty_like(values, device=device) if isinstance(values, Tensor) else one.detach().clone().to(device)
-        )
-        if not isinstance(one, nn.Parameter):
-            return made
-        return _like_parameter(one, made, name not in frozen and (made.is_floating_point() or made.is_complex()))
+        else:
+            new = tensor.detach().clone().to(device or tensor.device)
+        if not isinstance(tensor, nn.Parameter):
+            return new
+        return _like_parameter(tensor, new, name not in frozen and (new.is_floating_point() or new.is_complex()))
 
-    _replace(model, fresh)
-    content = OrderedDict(saved)
-    content._metadata = record["metadata"]  # type: ignore[attr-defined]
+    _replace_tensors(model, new_tensor)
+    state_dict = OrderedDict(saved)
+    state_dict._metadata = record["metadata"]  # type: ignore[attr-defined]
     try:
-        model.load_state_dict(cast("Any", content), strict=True)
+        model.load_state_dict(cast("Any", state_dict), strict=True)
     except Exception as error:  # a model's own hooks may raise anything
         raise CheckpointError(
-            f"This {type(model).__name__} does not take the checkpoint's tensors: {error}. Pass a build_model that returns "
-            f"the dense model of the run that was saved."
+            f"This {type(model).__name__} does not accept the checkpoint's tensors: {error}. Pass a build_model that "
+            f"returns the dense model of the run that was saved."
         ) from error

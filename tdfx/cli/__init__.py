@@ -1,7 +1,7 @@
-"""The command line: ``tdfx inspect``, ``demo``, ``verify``, ``cache`` and ``completion``; one file a command.
+"""The command line: ``tdfx inspect``, ``demo``, ``verify``, ``cache`` and ``completion``; one file for each command.
 
 Exit codes: 0 for success (and for two graphs that match), 1 for a proof that failed, 2 for anything that stopped the
-command, with one message and no traceback unless ``--debug`` is given, and 130 where it was interrupted.
+command, with one message and no traceback unless ``--debug`` is given, and 130 after an interrupt.
 """
 
 from tdfx.cli.root import main

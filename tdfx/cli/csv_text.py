@@ -1,4 +1,4 @@
-"""Sites of a plan as CSV, one line each."""
+"""Write the sites of a plan as CSV."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tdfx.plans.plan import SitePlan
 
 
 def to_csv(sites: Sequence[SitePlan]) -> str:
-    """Return a line of titles, and one for each site with its numbers as they are, not rounded.
+    """Return a line of titles, and a line for each site with its numbers unrounded.
 
     >>> site = SitePlan(name="fc", kind="Linear", shape=(4, 8), calls=1, scheme="svd", ranks=(2,), parameters_before=32,
     ...                 parameters_after=24)
@@ -21,7 +21,7 @@ def to_csv(sites: Sequence[SitePlan]) -> str:
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([one.name for one in fields(SitePlan)])
+    table.writerow([field.name for field in fields(SitePlan)])
     table.writerows([_cell(value) for value in astuple(site)] for site in sites)
     return text.getvalue().rstrip("\n")
 

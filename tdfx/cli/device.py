@@ -1,4 +1,4 @@
-"""Where the model is built and its layers are timed."""
+"""Build a model on a device, also on the meta device."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from tdfx.errors import ModelReferenceError, TdfxError, first_line
 
 
 def parse_device(text: str) -> torch.device:
-    """Return a device that is there: cpu, cuda, cuda:1 and so on, or meta, on which tensors have shapes and no values.
+    """Return an available device: cpu, cuda, cuda:1 and so on, or meta, whose tensors have shapes but no values.
 
     Raises:
-        TdfxError: There is no such device, or not here.
+        TdfxError: There is no such device, or this machine does not have it.
     """
     try:
         device = torch.device(text)
         if device.type != "meta":
             torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own differ by device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises other classes for each device
         raise TdfxError(
-            f"--device {text!r} cannot be used here: {first_line(error)}. Take cpu, a device that this machine has, or "
-            f"meta, which needs no memory."
+            f"--device {text!r} cannot be used on this machine: {first_line(error)}. Take cpu, a device that this machine "
+            f"has, or meta, which needs no memory."
         ) from error
     return device
 
 
 def build_on(device: torch.device, reference: str, build: Callable[[str], nn.Module]) -> nn.Module:
-    """Build a model on a device; on the meta device its values are never made.
+    """Build a model on a device; on the meta device no weights are stored.
 
     Raises:
-        ModelReferenceError: It cannot be built, or does not fit there.
+        ModelReferenceError: The model cannot be built, or does not fit on the device.
     """
     if device.type == "cpu":
         return build(reference)
@@ -50,13 +50,13 @@ def build_on(device: torch.device, reference: str, build: Callable[[str], nn.Mod
 
 
 def _build_empty(reference: str, build: Callable[[str], nn.Module]) -> nn.Module:
-    """Build a model whose parameters go to the meta device as soon as each is made, before it is filled.
+    """Build a model and move each parameter to the meta device as soon as it is registered, before it is initialized.
 
-    What a model computes to be built, such as RegNet its widths, is computed; under ``torch.device("meta")`` it could not
-    be.
+    Other tensors keep their values, so a model can compute with them while it is built, as RegNet computes its widths. Under
+    ``torch.device("meta")`` it could not.
     """
-    # The annotation knows only hooks that return nothing; one that returns a parameter puts it in place, as documented.
-    hook = register_module_parameter_registration_hook(_emptied)  # type: ignore[arg-type]
+    # The type of a hook allows no return value, but torch documents that a returned parameter is registered.
+    hook = register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
     try:
         return build(reference).to("meta")
     except ModelReferenceError as error:
@@ -68,8 +68,8 @@ def _build_empty(reference: str, build: Callable[[str], nn.Module]) -> nn.Module
         hook.remove()
 
 
-def _emptied(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    """Return a parameter without values; None for one without a shape yet, which is left as it is."""
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    """Return a parameter without values, or None to register an uninitialized parameter as it is."""
     if isinstance(parameter, UninitializedParameter) or parameter.is_meta:
         return None
     return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)

@@ -14,16 +14,16 @@ from tdfx.errors import TdfxError
 from tdfx.plans.table import render_plain
 
 STDOUT = Path("-")
-"""The file name that stands for the standard output, where a file is asked for."""
+"""The file name that means the standard output."""
 
 
 def show(view: Callable[[int | None], Group]) -> None:
-    """Print a view, in colour and as wide as the terminal where there is one; in a pipe nothing of it is cut.
+    """Print a view: on a terminal in colour and as wide as it is, in a pipe in plain text of any width.
 
-    ``FORCE_COLOR`` asks for colour in a pipe too, cut to ``COLUMNS`` if that is set, and ``NO_COLOR`` for none anywhere.
+    ``FORCE_COLOR`` asks for colour in a pipe too, cut to ``COLUMNS`` if that is set; ``NO_COLOR`` turns colour off.
 
     Args:
-        view: Given the columns that there is room for, or None for any number, returns what to print.
+        view: Takes the number of columns, or None for any number, and returns what to print.
     """
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -35,7 +35,7 @@ def show(view: Callable[[int | None], Group]) -> None:
 
 
 def check_writable(path: Path | None) -> None:
-    """Raise TdfxError before the work, not after it, if its result cannot be written."""
+    """Raise TdfxError, before any work is done, if a result cannot be written to a file."""
     if path is None or path == STDOUT:
         return
     try:
@@ -47,7 +47,7 @@ def check_writable(path: Path | None) -> None:
 
 
 def write(path: Path | None, text: str) -> None:
-    """Write text to a file, where one was named, or to the standard output."""
+    """Write text to a file, or to the standard output; do nothing if no path was given."""
     if path == STDOUT:
         click.echo(text)
     elif path is not None:

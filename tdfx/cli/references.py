@@ -18,14 +18,14 @@ _FORMS = "Write torchvision:resnet50, package.module:factory, or path/to/file.py
 
 
 def build_model(reference: str) -> nn.Module:
-    """Import what a reference names and build the model, untrained.
+    """Build the model that a reference names, untrained.
 
     Args:
         reference: ``torchvision:NAME`` for a model of torchvision, else a module or a file, a colon, and the name of a
             function or class that is called without arguments, or of a module object.
 
     Raises:
-        ModelReferenceError: There is no such thing, or it does not give an nn.Module.
+        ModelReferenceError: There is no such name, or it does not give an nn.Module.
     """
     source, colon, name = reference.rpartition(":")
     if not colon or not source or not name:
@@ -41,17 +41,17 @@ def build_model(reference: str) -> nn.Module:
 def _from_torchvision(name: str) -> nn.Module:
     from torchvision import models
 
-    known = models.list_models()
-    if name not in known:
+    names = models.list_models()
+    if name not in names:
         raise ModelReferenceError(
-            f"torchvision has no model {name!r} among its {len(known)}. Nearest: {nearest(name, known)}."
+            f"torchvision has no model {name!r} among its {len(names)}. Nearest: {nearest(name, names)}."
         )
     # Detection and segmentation models would otherwise download the weights of a backbone.
     takes_backbone = "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters
     backbone = {"weights_backbone": None} if takes_backbone else {}
     try:
         model: nn.Module = models.get_model(name, weights=None, **backbone)
-    except Exception as error:  # as for any other factory
+    except Exception as error:  # a factory can raise anything
         raise ModelReferenceError(
             f"torchvision's {name!r} could not be built: {type(error).__name__}: {error}."
         ) from error
@@ -60,10 +60,10 @@ def _from_torchvision(name: str) -> nn.Module:
 
 def _from_file(path: Path) -> ModuleType:
     try:
-        there = path.is_file()
+        exists = path.is_file()
     except OSError:  # a name that is too long
-        there = False
-    if not there:
+        exists = False
+    if not exists:
         raise ModelReferenceError(f"There is no file {str(path)!r} to take a model from. {_FORMS}")
     name = f"_tdfx_reference_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -73,7 +73,7 @@ def _from_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a user's file can raise anything when it is run, and stop the program
+    except (Exception, SystemExit) as error:  # a user's file can raise anything, and can exit
         del sys.modules[name]
         raise ModelReferenceError(
             f"The file {str(path)!r} could not be run: {type(error).__name__}: {error}. It is imported as a module, so it "
@@ -85,7 +85,7 @@ def _from_file(path: Path) -> ModuleType:
 def _from_package(source: str) -> ModuleType:
     try:
         return importlib.import_module(source)
-    except (Exception, SystemExit) as error:  # importing runs a user's code
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise ModelReferenceError(
             f"The module {source!r} could not be imported: {type(error).__name__}: {error}. Is it installed, or on "
             f"PYTHONPATH? {_FORMS}"
@@ -94,25 +94,25 @@ def _from_package(source: str) -> ModuleType:
 
 def _attribute(reference: str, module: ModuleType, name: str) -> Any:
     if not hasattr(module, name):
-        public = [one for one in vars(module) if not one.startswith("_")]
+        public = [defined for defined in vars(module) if not defined.startswith("_")]
         hint = f"Nearest: {nearest(name, public)}." if public else "It defines nothing."
         raise ModelReferenceError(f"{reference!r}: there is no {name!r} in it. {hint}")
     return getattr(module, name)
 
 
-def _call(reference: str, found: Any) -> nn.Module:
-    if isinstance(found, nn.Module):
-        return found
-    if not callable(found):
+def _call(reference: str, factory: Any) -> nn.Module:
+    if isinstance(factory, nn.Module):
+        return factory
+    if not callable(factory):
         raise ModelReferenceError(
-            f"{reference!r} is a {type(found).__name__}, not a function that builds a model. {_FORMS}"
+            f"{reference!r} is a {type(factory).__name__}, not a function that builds a model. {_FORMS}"
         )
     try:
-        model = found()
+        model = factory()
     except (Exception, SystemExit) as error:  # a user's factory can raise anything
         raise ModelReferenceError(
             f"{reference!r} could not be called without arguments: {type(error).__name__}: {error}. Write a small function "
-            f"that takes none and returns the model."
+            f"without arguments that returns the model."
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelReferenceError(

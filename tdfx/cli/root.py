@@ -1,4 +1,4 @@
-"""The program itself: its commands, and what becomes of an error."""
+"""The program: its commands, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from typing import Any
 import click
 
 import tdfx
-from tdfx.cli import cache, completion, demo, inspect, verify
-from tdfx.cli.codes import INTERRUPTED, STOPPED
+from tdfx.cli.cache import cache
+from tdfx.cli.completion import completion
+from tdfx.cli.demo import demo
+from tdfx.cli.exit_codes import INTERRUPTED, STOPPED
+from tdfx.cli.inspect import inspect
+from tdfx.cli.verify import verify
 from tdfx.errors import TdfxError, first_line
 
 _CODES = """\b
 Exit codes:
-  0  done; for verify: both are the same
-  1  a proof failed: verify found a difference, or demo did
-  2  the command could not be carried out; the message says why, --debug where
+  0  success; for verify: both are the same
+  1  the proof of verify or demo failed
+  2  the command could not be carried out; the message says why, and --debug shows where
 """
 
 
 class _Commands(click.Group):
-    """Turns errors into one message: those that tdfx raises on purpose, and those that it should not have raised."""
+    """A group of commands that prints any error as one message, also a defect of tdfx."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -34,14 +38,14 @@ class _Commands(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"Error: {error if isinstance(error, TdfxError) else _defect(error)}", err=True)
+            click.echo(f"Error: {error if isinstance(error, TdfxError) else _describe_defect(error)}", err=True)
             ctx.exit(STOPPED)
 
 
-def _defect(error: Exception) -> str:
+def _describe_defect(error: Exception) -> str:
     return (
-        f"tdfx failed where it should not have: {type(error).__name__}: {first_line(error)}. Run it again as "
-        f"tdfx --debug ... to see where, and please report it with what that prints."
+        f"tdfx failed because of a defect in it: {type(error).__name__}: {first_line(error)}. Run it again as "
+        f"tdfx --debug ... to see where, and please report it with that output."
     )
 
 
@@ -49,8 +53,8 @@ def _defect(error: Exception) -> str:
 @click.version_option(tdfx.__version__, prog_name="tdfx")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Train PyTorch models faster by factorizing their layers mid-training."""
+    """Train PyTorch models faster by factorizing their layers during training."""
 
 
-for command in (inspect.inspect, demo.demo, verify.verify, cache.cache, completion.completion):
+for command in (inspect, demo, verify, cache, completion):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""Weights from a file, for a model that was built without."""
+"""Load weights from a file into an untrained model."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from torch import Tensor, nn
 from tdfx.errors import ModelReferenceError, first_line, nearest
 
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "net")
-"""Keys under which checkpoints keep the weights beside other things."""
+"""Keys under which checkpoints store the weights besides other things."""
 _COMPILED = "_orig_mod"
-"""What torch.compile puts into the names, wherever a compiled module stands."""
+"""What torch.compile adds to names, at the place of each compiled module."""
 _PARALLEL = "module."
-"""What DistributedDataParallel puts before all of them."""
+"""What DistributedDataParallel adds before all names."""
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state_dict, written by torch.save or as safetensors; code in a file is never run.
 
-    One that lies in a checkpoint beside other things is found there, and what DDP and torch.compile add to names is left
-    out, unless the model's own names have it.
+    A state_dict inside a checkpoint is looked up under the usual keys. What DDP and torch.compile add to names is removed,
+    unless the model's own names contain it.
 
     Raises:
-        ModelReferenceError: The file cannot be read, or its weights are not those of the model.
+        ModelReferenceError: The file cannot be read, or its weights do not fit the model.
     """
-    found = _unwrapped(_safetensors(path) if path.suffix == ".safetensors" else _pickled(path))
-    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found) or not found:
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    content = _find_state_dict(content)
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content) or not content:
         raise ModelReferenceError(
-            f"The weights {str(path)!r} do not fit {type(model).__name__}: the file holds a {type(found).__name__}, not a "
+            f"The weights {str(path)!r} do not fit {type(model).__name__}: the file holds a {type(content).__name__}, not a "
             f"mapping from names to tensors. Save them with torch.save(model.state_dict(), path)."
         )
-    state = _renamed(found, set(model.state_dict()))
+    state = _without_wrapper_names(content, set(model.state_dict()))
     _check(model, state, path)
     try:
         model.load_state_dict(state)
@@ -45,11 +46,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-def _pickled(path: Path) -> Any:
+def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes for a file that is missing, damaged or not weights
-        # Where code would have to run, torch's own text says how to let it run.
+        # torch's own text would advise to run the code.
         is_code = isinstance(error, pickle.UnpicklingError)
         why = "it holds more than tensors, and code in a file is not run" if is_code else first_line(error)
         raise ModelReferenceError(
@@ -58,7 +59,7 @@ def _pickled(path: Path) -> Any:
         ) from error
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
@@ -67,51 +68,51 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
             f"install safetensors."
         ) from error
     try:
-        found: dict[str, Tensor] = load_file(path)
-    except Exception as error:  # its errors are a class of its own, and those of files
+        tensors: dict[str, Tensor] = load_file(path)
+    except Exception as error:  # safetensors' own class of errors, and those of files
         raise ModelReferenceError(
             f"The weights {str(path)!r} could not be read: {type(error).__name__}: {first_line(error)}. Save them with "
             f"safetensors.torch.save_file(model.state_dict(), path)."
         ) from error
-    return found
+    return tensors
 
 
-def _unwrapped(found: Any) -> Any:
-    """Return what lies under a key of a checkpoint, as deep as that goes."""
+def _find_state_dict(content: Any) -> Any:
+    """Return the innermost mapping under the keys that checkpoints use."""
     for key in _NESTED:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            return _unwrapped(found[key])
-    return found
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            return _find_state_dict(content[key])
+    return content
 
 
-def _renamed(state: Mapping[str, Any], wanted: set[str]) -> dict[str, Any]:
-    """Leave out what wrappers added to names, as far as the model does not have it itself."""
+def _without_wrapper_names(state: Mapping[str, Any], own_names: set[str]) -> dict[str, Any]:
+    """Remove what wrappers added to names, unless the model's own names have it."""
     names = {key: key for key in state}
-    if not any(_COMPILED in key.split(".") for key in wanted):
+    if not any(_COMPILED in name.split(".") for name in own_names):
         names = {key: ".".join(part for part in key.split(".") if part != _COMPILED) for key in names}
-    while not wanted & set(names.values()) and all(name.startswith(_PARALLEL) for name in names.values()):
+    while not own_names & set(names.values()) and all(name.startswith(_PARALLEL) for name in names.values()):
         names = {key: name.removeprefix(_PARALLEL) for key, name in names.items()}
     return {name: state[key] for key, name in names.items()}
 
 
 def _check(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelReferenceError where names or shapes differ, with the first of each kind."""
-    own = model.state_dict()
-    missing = [name for name in own if name not in state]
-    foreign = [name for name in state if name not in own]
-    other = [name for name, one in own.items() if name in state and _shape(state[name]) != tuple(one.shape)]
+    """Raise ModelReferenceError if names or shapes differ, with the first difference of each kind."""
+    tensors = model.state_dict()
+    missing = [name for name in tensors if name not in state]
+    foreign = [name for name in state if name not in tensors]
+    other = [name for name, tensor in tensors.items() if name in state and _shape(state[name]) != tuple(tensor.shape)]
     faults = []
     if missing:
-        faults.append(f"{len(missing)} of {len(own)} entries are missing, first {missing[0]!r}")
+        faults.append(f"{len(missing)} of {len(tensors)} entries are missing, first {missing[0]!r}")
     if foreign:
         faults.append(
-            f"{len(foreign)} are not the model's, first {foreign[0]!r} (nearest: {nearest(foreign[0], own, 1)})"
+            f"{len(foreign)} are not the model's, first {foreign[0]!r} (nearest: {nearest(foreign[0], tensors, 1)})"
         )
     if other:
         first = other[0]
         faults.append(
             f"{len(other)} have another shape, first {first!r}, which is {_shape(state[first])} in the file and "
-            f"{tuple(own[first].shape)} in the model"
+            f"{tuple(tensors[first].shape)} in the model"
         )
     if faults:
         raise ModelReferenceError(

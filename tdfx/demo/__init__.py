@@ -1,1 +1,1 @@
-"""The ``tdfx demo`` command: one training of handwritten digits, dense and factorized."""
+"""The ``tdfx demo`` command: one training on handwritten digits, dense and factorized."""

@@ -1,8 +1,8 @@
-"""The whole method on real data: train, rewrite mid-training, train on, merge back, prove.
+"""The whole method on real data: train, rewrite the model during training, train on, merge it back, verify it.
 
 The data are the 1,797 handwritten digits that scikit-learn ships (Alpaydin and Kaynak, *Optical Recognition of Handwritten
-Digits*, UCI 1998): scans of 8×8 pixels, a third of them held out. The same network is trained twice with the same seed,
-data order, augmentation, optimizer and schedule, once as it is and once with tdfx.
+Digits*, UCI 1998): scans of 8×8 pixels, of which a third is held out. The same network is trained twice with the same seed,
+data order, augmentation, optimizer and schedule, once without and once with tdfx.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ BATCH = 64
 LEARNING_RATE = 0.05
 DEFAULT_EPOCHS = 24
 SPEEDUP = 3.0
-"""How many times faster a step shall be, or as near to that as can be had."""
+"""How many times faster a training step should become, or as close to it as possible."""
 SWITCH_AT = 0.125
-"""Part of the epochs after which the model is rewritten."""
+"""Share of the epochs after which the model is rewritten."""
 TRAINING_SHARE = 2 / 3
-"""Part of the images to train on; the rest is held out."""
+"""Share of the images to train on; the others are held out."""
 TURN, ZOOM, SHIFT = 0.25, 0.15, 0.2
-"""Most that an image is turned (radians), scaled (part of its size) and moved (part of half its size) in training."""
+"""Largest random rotation (radians), scaling (share of its size) and shift (share of half its size) of an image."""
 
-Ticker = Callable[[str, int, int], None]
-"""Called before the first and after each epoch with the name of the run, the epochs done and the epochs in all."""
+EpochCallback = Callable[[str, int, int], None]
+"""Called before the first epoch and after each, with the name of the run, the finished epochs and all epochs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +53,17 @@ class Digits:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one training run gave."""
+    """The result of one training run."""
 
     seconds: float
-    """Training time, with plan, switch and merge where there are any, without evaluation."""
+    """Time of training, plan, rewrite and merge, without evaluation."""
     accuracy: float
-    """Right answers among the held-out images, in percent."""
+    """Correct answers among the held-out images, in percent."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """Everything that the demo's table shows."""
+    """The content of the demo's table."""
 
     seed: int
     epochs: int
@@ -74,27 +74,27 @@ class DemoResult:
     merged_accuracy: float
     """Accuracy of the merged model, in percent."""
     switch_seconds: float
-    """Time of plan and rewrite; counted in ``tdfx.seconds``."""
+    """Time of plan and rewrite; included in ``tdfx.seconds``."""
     merge_error: float
     """Largest difference between merged and factorized outputs on the held-out images, relative to the largest output."""
     plan: Plan
     report: VerifyReport
     """The merged model against a new instance of the original class with its weights."""
     numbers: VerifyReport
-    """The merged model against the factorized one: other graphs, and numbers that must agree."""
+    """The merged model against the factorized one: the graphs differ, and the numbers must agree."""
 
     @property
     def verified(self) -> bool:
-        """True if the merged graph is the original's and its numbers are the factorized model's."""
+        """True if the merged model has the original's graph and the factorized model's numbers."""
         return self.report.ok and self.numbers.numbers_match
 
     @property
     def speedup(self) -> float:
-        """How many times faster the run with tdfx was, in total."""
+        """How many times faster the whole run with tdfx was."""
         return self.full.seconds / self.tdfx.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures for JSON: seconds, and accuracies in percent."""
+        """Return the figures for JSON; times are in seconds and accuracies in percent."""
         return {
             "seed": self.seed,
             "epochs": self.epochs,
@@ -113,7 +113,7 @@ class DemoResult:
 
 
 def load_digits() -> Digits:
-    """Return the digits, shuffled with a fixed seed and cut in two.
+    """Return the digits, shuffled with a fixed seed, for training and testing.
 
     Raises:
         TdfxError: scikit-learn is not installed.
@@ -145,13 +145,13 @@ def build_model(width: int = 128, *, colors: int = 1, classes: int = 10) -> nn.M
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
-def run_demo(*, seed: int = 0, epochs: int = DEFAULT_EPOCHS, tick: Ticker | None = None) -> DemoResult:
-    """Train the network twice and return both runs, the plan and the proof.
+def run_demo(*, seed: int = 0, epochs: int = DEFAULT_EPOCHS, on_epoch: EpochCallback | None = None) -> DemoResult:
+    """Train the network twice and return the results of both runs, the plan and the proof.
 
     Args:
         seed: Seed of the weights and of the order of the images, for both runs.
         epochs: Passes over the training images, at least 2.
-        tick: Called as the epochs pass; see ``Ticker``.
+        on_epoch: Called after each epoch; see ``EpochCallback``.
 
     Raises:
         PolicyError: Fewer than 2 epochs.
@@ -164,10 +164,10 @@ def run_demo(*, seed: int = 0, epochs: int = DEFAULT_EPOCHS, tick: Ticker | None
         )
     digits = load_digits()
     _warm_up(digits)
-    trainer = _Trainer(digits, seed, epochs, tick or (lambda name, done, total: None))
+    trainer = _Trainer(digits, seed, epochs, on_epoch or (lambda name, done, total: None))
     full_model, full_seconds = trainer.full()
     switch_epoch = max(1, round(SWITCH_AT * epochs))
-    factorized, merged, made, switch_seconds, tdfx_seconds = trainer.with_tdfx(switch_epoch)
+    factorized, merged, used_plan, switch_seconds, tdfx_seconds = trainer.with_tdfx(switch_epoch)
     reference = build_model()
     reference.load_state_dict(merged.state_dict(), strict=True)
     return DemoResult(
@@ -178,18 +178,18 @@ def run_demo(*, seed: int = 0, epochs: int = DEFAULT_EPOCHS, tick: Ticker | None
         tdfx=Run(tdfx_seconds, accuracy(factorized, digits)),
         merged_accuracy=accuracy(merged, digits),
         switch_seconds=switch_seconds,
-        merge_error=_difference(merged, factorized, digits.test_x),
-        plan=made,
+        merge_error=_relative_difference(merged, factorized, digits.test_x),
+        plan=used_plan,
         report=verify(merged, reference, example_inputs=(digits.test_x[:BATCH],)),
         numbers=verify(merged, factorized, example_inputs=(digits.test_x[:BATCH],)),
     )
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn, scale and move each image (n, 1, h, w) a little, each by its own random amounts."""
+    """Rotate, scale and shift each image (n, 1, h, w) by its own small random amounts."""
 
-    def uniform(most: float) -> Tensor:
-        return (2 * torch.rand(len(images), generator=generator) - 1) * most
+    def uniform(largest: float) -> Tensor:
+        return (2 * torch.rand(len(images), generator=generator) - 1) * largest
 
     angle, scale = uniform(TURN), 1 + uniform(ZOOM)
     cosine, sine = scale * angle.cos(), scale * angle.sin()
@@ -201,23 +201,23 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """Return the right answers among the held-out images, in percent; the model is left in eval mode."""
-    right = model.eval()(digits.test_x).argmax(1) == digits.test_y
-    return 100 * float(right.float().mean())
+    """Return the share of correct answers among the held-out images, in percent; the model is left in eval mode."""
+    correct = model.eval()(digits.test_x).argmax(1) == digits.test_y
+    return 100 * float(correct.float().mean())
 
 
 class _Trainer:
-    """One recipe for both runs: SGD with momentum under a one-cycle schedule, each image jittered anew."""
+    """The recipe of both runs: SGD with momentum and a one-cycle schedule, on images that are jittered anew each time."""
 
-    def __init__(self, digits: Digits, seed: int, epochs: int, tick: Ticker) -> None:
+    def __init__(self, digits: Digits, seed: int, epochs: int, on_epoch: EpochCallback) -> None:
         self.digits = digits
         self.seed = seed
         self.epochs = epochs
-        self.tick = tick
+        self.on_epoch = on_epoch
         self.batches = len(digits.train_x) // BATCH
 
     def start(self) -> nn.Module:
-        """Make the model, its optimizer and the random order anew from the seed."""
+        """Build a new model, its optimizer and the random order from the seed."""
         torch.manual_seed(self.seed)
         model = build_model()
         self.order = torch.Generator().manual_seed(self.seed)
@@ -228,58 +228,59 @@ class _Trainer:
         return model
 
     def train(self, model: nn.Module, name: str, epochs: range) -> None:
-        """Train for some of the epochs."""
+        """Train for a range of epochs."""
         model.train()
-        self.tick(name, epochs.start, self.epochs)
+        self.on_epoch(name, epochs.start, self.epochs)
         for epoch in epochs:
             order = torch.randperm(len(self.digits.train_x), generator=self.order)
-            for chosen in torch.split(order, BATCH)[: self.batches]:
-                images = jitter(self.digits.train_x[chosen], self.order)
-                loss = F.cross_entropy(model(images), self.digits.train_y[chosen])
+            for indices in torch.split(order, BATCH)[: self.batches]:
+                images = jitter(self.digits.train_x[indices], self.order)
+                loss = F.cross_entropy(model(images), self.digits.train_y[indices])
                 self.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
                 self.schedule.step()
-            self.tick(name, epoch + 1, self.epochs)
+            self.on_epoch(name, epoch + 1, self.epochs)
 
     def full(self) -> tuple[nn.Module, float]:
-        """Train as it is."""
-        begin = time.perf_counter()
+        """Train without tdfx."""
+        start = time.perf_counter()
         model = self.start()
         self.train(model, "full", range(self.epochs))
-        return model, time.perf_counter() - begin
+        return model, time.perf_counter() - start
 
     def with_tdfx(self, switch_epoch: int) -> tuple[nn.Module, nn.Module, Plan, float, float]:
         """Train, rewrite, train on with the same optimizer, merge."""
-        begin = time.perf_counter()
+        start = time.perf_counter()
         model = self.start()
         self.train(model, "tdfx", range(switch_epoch))
-        before = time.perf_counter()
-        made = plan(model, demo_policy(), example_inputs=(self.digits.train_x[:BATCH],))
-        model = rewrite(model, made, optimizer=self.optimizer)
-        switch = time.perf_counter() - before
+        switch_start = time.perf_counter()
+        used_plan = plan(model, demo_policy(), example_inputs=(self.digits.train_x[:BATCH],))
+        model = rewrite(model, used_plan, optimizer=self.optimizer)
+        switch_seconds = time.perf_counter() - switch_start
         self.train(model, "tdfx", range(switch_epoch, self.epochs))
         merged = merge(model)
-        return model, merged, made, switch, time.perf_counter() - begin
+        return model, merged, used_plan, switch_seconds, time.perf_counter() - start
 
 
 def demo_policy() -> Policy:
-    """Return the default policy, but for more speed."""
+    """Return the default policy with a higher speedup."""
     return Policy(rank=replace(DEFAULT_RULE, speedup=SPEEDUP))
 
 
 def _warm_up(digits: Digits) -> None:
-    """Let the first run not pay for what torch sets up once in a process."""
-    warm = _Trainer(
+    """Train briefly, so that the first run does not include what torch sets up once per process."""
+    trainer = _Trainer(
         Digits(digits.train_x[: 2 * BATCH], digits.train_y[: 2 * BATCH], digits.test_x, digits.test_y),
         seed=0,
         epochs=1,
-        tick=lambda name, done, total: None,
+        on_epoch=lambda name, done, total: None,
     )
-    warm.full()
+    trainer.full()
 
 
 @torch.no_grad()
-def _difference(one: nn.Module, other: nn.Module, images: Tensor) -> float:
-    expected = cast("Tensor", other.eval()(images))
-    return float((one.eval()(images) - expected).abs().max() / expected.abs().max())
+def _relative_difference(model: nn.Module, reference: nn.Module, images: Tensor) -> float:
+    """Return the largest difference between outputs relative to the reference's largest output."""
+    expected = cast("Tensor", reference.eval()(images))
+    return float((model.eval()(images) - expected).abs().max() / expected.abs().max())

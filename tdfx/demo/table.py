@@ -12,14 +12,19 @@ from tdfx.text import short_number
 
 
 def demo_view(result: DemoResult, width: int | None = None) -> Group:
-    """Return the plan, the two runs side by side and the proof, for a rich console of a width, or of any."""
+    """Return the plan, both runs side by side, and the proof.
+
+    Args:
+        result: What ``run_demo`` returned.
+        width: Number of columns; None for any number.
+    """
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     for name in ("full", "tdfx", "merged"):
         table.add_column(name, justify="right")
     table.add_row("training time", f"{result.full.seconds:.1f} s", f"{result.tdfx.seconds:.1f} s", "")
     accuracies = (result.full.accuracy, result.tdfx.accuracy, result.merged_accuracy)
-    table.add_row("accuracy on held-out images", *(f"{one:.2f} %" for one in accuracies))
+    table.add_row("accuracy on held-out images", *(f"{accuracy:.2f} %" for accuracy in accuracies))
     before, after = result.plan.parameters_before, result.plan.parameters_after
     table.add_row("parameters", short_number(before), short_number(after), short_number(before))
     return Group(plan_view(result.plan, width), Text(), table, Text(), *(Text(line) for line in _lines(result)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdfx.checkpoint.files import read_sealed, write
+from tdfx.checkpoint.sealed_file import read_sealed, write_sealed
 from tdfx.errors import CheckpointError
 from tdfx.integrations.adapter import TrainerAdapter, steps_per_epoch
 from tdfx.optim.surgery import as_optimizers
@@ -125,7 +125,7 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the state of the callback into the Trainer's checkpoint."""
         if state.is_world_process_zero:
-            write(self.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
+            write_sealed(self.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,7 +1,7 @@
-"""ONNX model -> ``Graph``: what a comparison looks at, and nothing else.
+"""Read an ONNX model into a ``Graph``, which holds only what is compared.
 
-Left out on purpose: node names as identity (they are kept for messages), documentation strings, metadata such as stack
-traces, shapes of intermediate values, and the values of floating-point initializers, which running the graph settles.
+It leaves out documentation, metadata such as stack traces, shapes of intermediate values, and the values of floating-point
+initializers, which are compared by running the graph. It keeps the names of nodes for messages only.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, inliner
 
 from tdfx.errors import ExportError
-from tdfx.onnx_proof.chains import Chain, chains_in
-from tdfx.onnx_proof.values import Attribute, attributes_of, dtype_name, tensor_text
+from tdfx.onnx_proof.factor_chains import Chain, chains_in
+from tdfx.onnx_proof.value_text import Attribute, attributes_of, dtype_name, tensor_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,8 +24,8 @@ Source = tuple[str, str | int, int]
 """Where a value comes from: ("input", position, 0), ("initializer", name, 0), ("constant", value, 0) or
 ("node", index, output slot)."""
 
-_MADE_BY_EXPORTER = re.compile(r"(^|[._])(lifted_tensor_\d+|_tensor_constant\d+)$")
-"""Tensors written out in a ``forward``: torch.export and torch.fx number them, so the value identifies them."""
+_NUMBERED = re.compile(r"(^|[._])(lifted_tensor_\d+|_tensor_constant\d+)$")
+"""Names of tensors that a ``forward`` creates: torch.export and torch.fx number them, so their values identify them."""
 
 _FLOATS = {
     TensorProto.DataType.Value(name)
@@ -41,7 +41,7 @@ class Port:
     name: str
     dtype: str
     shape: tuple[int | str, ...] | None
-    """Sizes, with ``?0``, ``?1`` ... for dynamic axes, numbered by first appearance; None if the rank is not given."""
+    """Sizes, with ``?0``, ``?1`` ... for dynamic axes, numbered by first appearance; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ class Initializer:
     dtype: str
     shape: tuple[int, ...]
     value: str | None
-    """The value as text; None for floating-point parameters and for what nothing reads."""
+    """The value as text; None for floating-point parameters and for tensors that no node reads."""
     anonymous: bool
-    """True if the exporter made up the name."""
+    """True if the exporter invented the name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +63,15 @@ class Node:
 
     name: str
     op: str
-    """Operator, with its domain in front unless it is ONNX's own."""
+    """Operator, after its domain unless that is ONNX's own."""
     attributes: tuple[Attribute, ...]
     inputs: tuple[str, ...]
-    """Value names by argument position, "" for one left out; then the values that subgraphs capture."""
+    """Value names by argument position, "" for an argument left out; then the values that subgraphs capture."""
     outputs: tuple[str, ...]
 
     @property
     def label(self) -> tuple[object, ...]:
-        """What must agree besides the wiring: operator, attributes, and which inputs and outputs are in use."""
+        """What must be equal besides the wiring: operator, attributes, and which inputs and outputs are used."""
         return (self.op, self.attributes, tuple(map(bool, self.inputs)), tuple(map(bool, self.outputs)))
 
     def __str__(self) -> str:
@@ -88,12 +88,12 @@ class Graph:
     initializers: dict[str, Initializer]
     nodes: tuple[Node, ...]
     sources: dict[str, Source]
-    """Where each value comes from, by value name."""
+    """Value name -> where the value comes from."""
     chains: tuple[Chain, ...] = ()
-    """The sites that a rewrite has factorized, as recorded in the file."""
+    """The factorized sites that the file lists."""
 
-    def maker(self, name: str) -> int | None:
-        """Return the index of the node that makes a value; None for inputs, stored tensors and ``""``."""
+    def producer(self, name: str) -> int | None:
+        """Return the index of the node that computes a value; None for inputs, stored tensors and ``""``."""
         kind, key, _ = self.sources[name] if name else ("none", "", 0)
         return int(key) if kind == "node" else None
 
@@ -110,8 +110,7 @@ def read_graph(model: ModelProto) -> Graph:
     """Return the graph of ``model``, with model-local functions inlined.
 
     Raises:
-        ExportError: if a node reads a value that nothing before it makes.
-
+        ExportError: A node reads a value that no earlier node makes.
     """
     chains = chains_in(model)
     if model.functions:
@@ -119,10 +118,10 @@ def read_graph(model: ModelProto) -> Graph:
     nodes = tuple(_read_node(node, index) for index, node in enumerate(model.graph.node))
     initializers = _read_initializers(model.graph.initializer, {name for node in nodes for name in node.inputs})
     symbols: dict[str, str] = {}
-    inputs = tuple(_read_port(one, symbols) for one in model.graph.input if one.name not in initializers)
-    outputs = tuple(_read_port(one, symbols) for one in model.graph.output)
+    inputs = tuple(_read_port(value, symbols) for value in model.graph.input if value.name not in initializers)
+    outputs = tuple(_read_port(value, symbols) for value in model.graph.output)
     return Graph(
-        opsets={_domain(one.domain): one.version for one in model.opset_import},
+        opsets={_domain(opset.domain): opset.version for opset in model.opset_import},
         inputs=inputs,
         outputs=outputs,
         initializers=initializers,
@@ -133,8 +132,8 @@ def read_graph(model: ModelProto) -> Graph:
 
 
 def compared_by_value(tensor: TensorProto) -> bool:
-    """Return True if this initializer's value is part of the structure: sizes, axes, indices, written constants."""
-    return tensor.data_type not in _FLOATS or _MADE_BY_EXPORTER.search(tensor.name) is not None
+    """Return True if an initializer's value is part of the structure: sizes, axes, indices, constants in ``forward``."""
+    return tensor.data_type not in _FLOATS or _NUMBERED.search(tensor.name) is not None
 
 
 def _domain(name: str) -> str:
@@ -154,7 +153,7 @@ def _read_node(node: NodeProto, index: int) -> Node:
 
 
 def _without_tail(names: Iterable[str]) -> tuple[str, ...]:
-    """Drop empty names at the end: an optional argument may be left out in either way."""
+    """Drop empty names at the end: an optional argument may be left out or given an empty name."""
     kept = list(names)
     while kept and not kept[-1]:
         kept.pop()
@@ -168,7 +167,7 @@ def _read_initializers(tensors: Iterable[TensorProto], read: set[str]) -> dict[s
             dtype=dtype_name(tensor.data_type),
             shape=tuple(tensor.dims),
             value=tensor_text(tensor) if tensor.name in read and compared_by_value(tensor) else None,
-            anonymous=_MADE_BY_EXPORTER.search(tensor.name) is not None,
+            anonymous=_NUMBERED.search(tensor.name) is not None,
         )
         for tensor in tensors
     }
@@ -192,28 +191,27 @@ def _read_size(size: onnx.TensorShapeProto.Dimension, symbols: dict[str, str]) -
 def sources_of(
     inputs: Iterable[Port], initializers: dict[str, Initializer], nodes: Iterable[Node], outputs: Iterable[Port]
 ) -> dict[str, Source]:
-    """Return where each value comes from.
+    """Return where each value comes from, by name.
 
     Raises:
-        ExportError: if a node reads a value that nothing before it makes.
-
+        ExportError: A node reads a value that no earlier node makes.
     """
     sources: dict[str, Source] = {port.name: ("input", position, 0) for position, port in enumerate(inputs)}
-    for one in initializers.values():
-        sources[one.name] = ("constant", one.value or "", 0) if one.anonymous else ("initializer", one.name, 0)
+    for name, tensor in initializers.items():
+        sources[name] = ("constant", tensor.value or "", 0) if tensor.anonymous else ("initializer", name, 0)
     for index, node in enumerate(nodes):
-        _check_known(node.inputs, sources, f"node {node}")
+        _check_sources(node.inputs, sources, f"node {node}")
         sources.update({name: ("node", index, slot) for slot, name in enumerate(node.outputs) if name})
     names = [port.name for port in outputs]
-    _check_known(names, sources, "the graph's list of outputs")
+    _check_sources(names, sources, "the graph's list of outputs")
     if "" in names:
         raise ExportError(
-            f"output {names.index('')} of the graph has no name, so nothing can make it. Export it again."
+            f"output {names.index('')} of the graph has no name, so no node can make it. Export the model again."
         )
     return sources
 
 
-def _check_known(names: Iterable[str], sources: dict[str, Source], where: str) -> None:
+def _check_sources(names: Iterable[str], sources: dict[str, Source], where: str) -> None:
     unknown = [name for name in names if name and name not in sources]
     if unknown:
         raise ExportError(

@@ -1,8 +1,8 @@
-"""Match what a walk leaves open: colour refinement, then a search for an isomorphism with networkx.
+"""Match the nodes that a walk leaves open: refine colours, then search for an isomorphism with networkx.
 
-Argument order must count, and networkx compares labels of vertices only, so each argument is a vertex of its own:
-value -> argument 1 -> node -> value. A search on bare labels does not end on real models; refined colours (Weisfeiler
-and Leman, 1968) leave little to search, and what has a colour of its own needs none.
+Argument order must count, and networkx compares only labels of vertices, so each argument is a vertex of its own:
+value -> argument 1 -> node -> value. A search by labels alone would take too long on real models. Refined colours
+(Weisfeiler and Leman, 1968) leave little to search, and a vertex whose colour is unique needs no search.
 """
 
 from __future__ import annotations
@@ -24,46 +24,50 @@ Colours = dict[Vertex, int]
 
 
 def isomorphic(model: Graph, reference: Graph, pins: Mapping[str, str] | None = None) -> bool:
-    """Return True if the two graphs match, with the values in ``pins`` (model -> reference) matched as given.
+    """Return True if the two graphs match.
 
-    Nodes whose outputs are all pinned are taken as settled: only the rest is searched.
+    Args:
+        model: One graph.
+        reference: The other.
+        pins: Value of the model -> value of the reference that it must be matched with. Nodes whose outputs are all pinned
+            are settled, and only the rest is searched.
     """
     pins = pins or {}
     numbers = {name: number for number, name in enumerate(pins)}
-    other_numbers = {pins[name]: number for name, number in numbers.items()}
-    one, other = to_digraph(model, numbers), to_digraph(reference, other_numbers)
-    if not refine(one, other):
+    reference_numbers = {pins[name]: number for name, number in numbers.items()}
+    graph, other = to_digraph(model, numbers), to_digraph(reference, reference_numbers)
+    if not refine(graph, other):
         return False
-    mapping = _mapping(one, other)
-    return mapping is not None and all(other.has_edge(mapping[tail], mapping[head]) for tail, head in one.edges)
+    mapping = _match(graph, other)
+    return mapping is not None and all(other.has_edge(mapping[tail], mapping[head]) for tail, head in graph.edges)
 
 
-def _mapping(one: nx.DiGraph, other: nx.DiGraph) -> dict[Vertex, Vertex] | None:
-    """Return partners for all vertices of two refined graphs, or None if there are none.
+def _match(graph: nx.DiGraph, other: nx.DiGraph) -> dict[Vertex, Vertex] | None:
+    """Return a partner for every vertex of two refined graphs, or None if they do not match.
 
-    A vertex whose colour is unique has one possible partner. Those of a shared colour all have the same edges to it, or the
-    colour would have split, so the search among them need not look at it.
+    A vertex whose colour is unique has one possible partner. Vertices of one colour all have the same edges to it, or the
+    colour would have split, so the search among them can ignore it.
     """
-    counts = Counter(colour for _, colour in one.nodes(data="colour"))
-    theirs = {colour: vertex for vertex, colour in other.nodes(data="colour")}
-    mapping = {vertex: theirs[colour] for vertex, colour in one.nodes(data="colour") if counts[colour] == 1}
-    if len(mapping) == len(one):
+    counts = Counter(colour for _, colour in graph.nodes(data="colour"))
+    by_colour = {colour: vertex for vertex, colour in other.nodes(data="colour")}
+    mapping = {vertex: by_colour[colour] for vertex, colour in graph.nodes(data="colour") if counts[colour] == 1}
+    if len(mapping) == len(graph):
         return mapping
     matched = set(mapping.values())
-    rest = one.subgraph(vertex for vertex in one if vertex not in mapping)
-    others = other.subgraph(vertex for vertex in other if vertex not in matched)
-    found = nx.vf2pp_isomorphism(rest, others, node_label="colour")
-    return None if found is None else {**mapping, **found}
+    rest = graph.subgraph(vertex for vertex in graph if vertex not in mapping)
+    other_rest = other.subgraph(vertex for vertex in other if vertex not in matched)
+    partners = nx.vf2pp_isomorphism(rest, other_rest, node_label="colour")
+    return None if partners is None else {**mapping, **partners}
 
 
 def to_digraph(graph: Graph, pinned: Mapping[str, int]) -> nx.DiGraph:
-    """Return ``graph`` as a networkx graph whose vertices carry a ``label``, without the nodes that are settled."""
+    """Return ``graph`` as a networkx graph whose vertices have a ``label``, without the nodes that are settled."""
     result = nx.DiGraph()
     for name in graph.sources:
         if name not in pinned:
             result.add_node(("value", name, 0), label=_value_label(graph, name, pinned))
     for index, node in enumerate(graph.nodes):
-        if not _settled(node, pinned):
+        if not _is_settled(node, pinned):
             _add_node(result, graph, index, pinned)
     for position, port in enumerate(graph.outputs):
         if port.name not in pinned:
@@ -72,9 +76,9 @@ def to_digraph(graph: Graph, pinned: Mapping[str, int]) -> nx.DiGraph:
     return result
 
 
-def _settled(node: Node, pinned: Mapping[str, int]) -> bool:
-    made = [name for name in node.outputs if name]
-    return bool(made) and all(name in pinned for name in made)
+def _is_settled(node: Node, pinned: Mapping[str, int]) -> bool:
+    outputs = [name for name in node.outputs if name]
+    return bool(outputs) and all(name in pinned for name in outputs)
 
 
 def _value_label(graph: Graph, name: str, pinned: Mapping[str, int]) -> Hashable:
@@ -98,47 +102,47 @@ def _add_node(result: nx.DiGraph, graph: Graph, index: int, pinned: Mapping[str,
         result.add_edge(vertex, ("value", name, 0))
 
 
-def refine(one: nx.DiGraph, other: nx.DiGraph) -> bool:
-    """Give both graphs an attribute ``colour`` that no longer splits; return False if colours prove them different.
+def refine(graph: nx.DiGraph, other: nx.DiGraph) -> bool:
+    """Give the vertices of both graphs a stable ``colour``; return False if the colours prove that they differ.
 
-    One sweep along the edges and one against them carry most of what there is to know from end to end. Rounds over all
-    vertices, of which a deep model would take as many as it has layers, then find the little that is left.
+    One sweep along the edges and one against them carry most information from end to end. Rounds over all vertices, of
+    which a deep model would need as many as it has layers, then refine what is left.
     """
-    graphs = (one, other)
-    colours = [dict(graph.nodes(data="label")) for graph in graphs]
+    graphs = (graph, other)
+    colours = [dict(side.nodes(data="label")) for side in graphs]
     for forward in (True, False):
         palette: dict[Hashable, int] = {}
-        colours = [_sweep(graph, some, palette, forward) for graph, some in zip(graphs, colours, strict=True)]
+        colours = [_sweep(side, before, palette, forward) for side, before in zip(graphs, colours, strict=True)]
     classes = 0
     while Counter(colours[0].values()) == Counter(colours[1].values()):
         if len(set(colours[0].values())) == classes:
-            for graph, some in zip(graphs, colours, strict=True):
-                nx.set_node_attributes(graph, some, "colour")
+            for side, final in zip(graphs, colours, strict=True):
+                nx.set_node_attributes(side, final, "colour")
             return True
         classes = len(set(colours[0].values()))
         palette = {}
-        colours = [_next(graph, some, palette) for graph, some in zip(graphs, colours, strict=True)]
+        colours = [_refine_once(side, before, palette) for side, before in zip(graphs, colours, strict=True)]
     return False
 
 
 def _sweep(
     graph: nx.DiGraph, colours: Mapping[Vertex, Hashable], palette: dict[Hashable, int], forward: bool
 ) -> Colours:
-    """Return colours that say a vertex's old one and the new ones of all that leads to it, or that it leads to."""
+    """Return new colours: a vertex's old colour, with the new ones of its predecessors, or successors."""
     order = list(nx.topological_sort(graph))
-    around = graph.predecessors if forward else graph.successors
+    neighbours = graph.predecessors if forward else graph.successors
     result: Colours = {}
     for vertex in order if forward else reversed(order):
-        near = tuple(sorted(result[one] for one in around(vertex)))
+        near = tuple(sorted(result[neighbour] for neighbour in neighbours(vertex)))
         result[vertex] = palette.setdefault((colours[vertex], near), len(palette))
     return result
 
 
-def _next(graph: nx.DiGraph, colours: Colours, palette: dict[Hashable, int]) -> Colours:
-    """Return one round of refinement: a vertex's new colour says its old one and those around it."""
+def _refine_once(graph: nx.DiGraph, colours: Colours, palette: dict[Hashable, int]) -> Colours:
+    """Return new colours: a vertex's old colour, with the old ones of all its neighbours."""
     result: Colours = {}
     for vertex, colour in colours.items():
-        before = tuple(sorted(colours[near] for near in graph.predecessors(vertex)))
-        after = tuple(sorted(colours[near] for near in graph.successors(vertex)))
+        before = tuple(sorted(colours[neighbour] for neighbour in graph.predecessors(vertex)))
+        after = tuple(sorted(colours[neighbour] for neighbour in graph.successors(vertex)))
         result[vertex] = palette.setdefault((colour, before, after), len(palette))
     return result

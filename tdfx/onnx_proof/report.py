@@ -1,4 +1,4 @@
-"""What a comparison of two models found: three questions, three answers."""
+"""The results of ``verify`` and ``export``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-_SHOWN = 8
-"""Contracted chains that are printed; the others are counted. ``to_dict`` has all."""
+_MAX_CHAINS = 8
+"""Contracted chains that are printed; the others are counted. ``to_dict`` lists all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What ``verify`` found: same structure, same interface, same numbers? True if the model passes for the reference."""
+    """The result of ``verify``: whether structure, interface and numbers are the same; true in a condition if ``ok``."""
 
     structure: str | None
     """The first difference in stored tensors and nodes, in topological order; None if they match."""
     interface: str | None
     """The first difference in the names, dtypes, shapes and dynamic axes of inputs and outputs; None if they match."""
     place: str | None = None
-    """A drawing of where the first difference is, on either side; None if there is none, or nothing to show."""
+    """A drawing of both sides at the first difference; None if there is no difference, or no node to show."""
     max_error: float
     """Largest ``max|a - b| / max|b|`` over the outputs, on the CPU; nan if they cannot be compared."""
     tolerance: float
@@ -28,23 +28,23 @@ class VerifyReport:
     problem: str | None
     """Why the outputs cannot be compared; None if they can."""
     weight: str | None = None
-    """The first stored tensor whose values differ, where the outputs do; None if all agree or were not compared."""
+    """If the outputs differ, the first stored tensor whose values differ; None if all agree or were not compared."""
     inputs: Literal["given", "random"] = "given"
-    """What the graphs were run on."""
+    """Whether the graphs ran on the example inputs or on random ones."""
     nodes: int
     """Number of nodes in the model's graph, with functions inlined and before chains are contracted."""
     contracted: tuple[str, ...] = ()
-    """The chains of factors that were taken as one node each, on one side or both: site, scheme, ranks and nodes."""
+    """The chains of factors that were contracted to one node: site, scheme, ranks and number of nodes."""
     approximate: int = 0
-    """How many of them are below full rank: above 0, the numbers may differ by more than rounding."""
+    """How many of them are below full rank; if any are, the numbers may differ by more than rounding."""
     settled_by: Literal["stored", "walk", "isomorphism"]
-    """The stage that decided on the structure."""
+    """The stage that decided about the structure."""
     seconds: float
-    """Time for comparing the graphs and running them, in s; the export is not in it."""
+    """Time for comparing the graphs and running them, in s, without the export."""
 
     @property
     def structure_matches(self) -> bool:
-        """True if the two graphs are the same; read from ``structure``, so it cannot disagree."""
+        """True if the two graphs are the same."""
         return self.structure is None
 
     @property
@@ -69,7 +69,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """True if the graphs match, and the numbers do or are those of an approximation."""
+        """True if the graphs match, and the numbers too, unless a chain below full rank explains their difference."""
         numbers = self.numbers_match or (self.approximate > 0 and math.isfinite(self.max_error))
         return self.graphs_match and numbers
 
@@ -93,9 +93,9 @@ class VerifyReport:
             head = f"the structures differ{after}: {self.structure}"
         else:
             head = f"same structure ({self.nodes} nodes){after}"
-        more = len(self.contracted) - _SHOWN
-        shown = [f"  {one}" for one in self.contracted[:_SHOWN]]
-        return [head, *shown, *([f"  and {more} more"] if more > 0 else [])]
+        more = len(self.contracted) - _MAX_CHAINS
+        lines = [f"  {line}" for line in self.contracted[:_MAX_CHAINS]]
+        return [head, *lines, *([f"  and {more} more"] if more > 0 else [])]
 
     def _numbers_lines(self) -> list[str]:
         if self.problem is not None:
@@ -110,7 +110,7 @@ class VerifyReport:
         return [f"the numbers differ ({error})", *([f"  {self.weight}"] if self.weight is not None else [])]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report for JSON; an error that is no finite number becomes None."""
+        """Return the report for JSON; an error that is not a finite number becomes None."""
         return {
             "ok": self.ok,
             "structure_matches": self.structure_matches,
@@ -134,10 +134,10 @@ class VerifyReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
-    """What ``export`` has written, and how it was proved."""
+    """The result of ``export``: what was written, and how well it agrees with the model."""
 
     files: tuple[Path, ...]
-    """The ONNX file, and, for large models, the one with the weights."""
+    """The ONNX file, and for large models the file of its weights."""
     size: int
     """Bytes of all of them."""
     nodes: int
@@ -145,11 +145,11 @@ class ExportReport:
     inputs: tuple[str, ...]
     """Name, dtype and shape of each input; dynamic axes are numbered ``?0``, ``?1`` and so on, equal ones alike."""
     outputs: tuple[str, ...]
-    """The same of each output."""
+    """Name, dtype and shape of each output."""
     chains: int
-    """How many sites are chains of factors."""
+    """Number of sites that are chains of factors."""
     max_error: float
-    """Largest ``max|a - b| / max|b|`` between ONNX Runtime and the model, over outputs and sizes; no unit."""
+    """Largest ``max|a - b| / max|b|`` between ONNX Runtime and the model, over all outputs and runs; no unit."""
     tolerance: float
     """The largest ``max_error`` that counts as rounding."""
 

@@ -1,4 +1,4 @@
-"""Proof by ONNX that two models are the same: one structure, one interface, one set of numbers."""
+"""Prove by ONNX that two models are the same: one structure, one interface, the same numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tdfx.onnx_proof.report import VerifyReport
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tdfx.onnx_proof.arguments import Axes, Given
+    from tdfx.onnx_proof.module_inputs import Axes, ExampleInputs
 
 Model = nn.Module | str | Path
 """A module, or the path of an ONNX file."""
@@ -31,31 +31,31 @@ def verify(
     tolerance: float | None = None,
     dynamic_axes: Axes | None = None,
 ) -> VerifyReport:
-    """Answer by ONNX whether two models have the same structure, the same interface, and compute the same numbers.
+    """Report by ONNX whether two models have the same structure and interface, and compute the same numbers.
 
     Modules are exported in eval mode, and left as they were. The structure is the same if there is an isomorphism that
     keeps operators, attributes, argument order, constants, and the names, dtypes and shapes of weights. The interface is
     the names, dtypes, shapes and dynamic axes of inputs and outputs. The values of weights are compared by running both
     graphs in ONNX Runtime on the same inputs.
 
-    A model that ``rewrite`` returned may stand on one side, or a file that ``export`` made of it. Its chains of factors are
-    then contracted to one node each, by what the rewrite recorded, and so are the layers that they stand for; the report
-    lists them. Such a node says how its data is strided, padded and grouped, as read from the graph of either side.
-    Outputs are matched by position there. Below full rank the numbers need not agree: the report says by how much they do.
+    Either side may be a model that ``rewrite`` returned, or a file that ``export`` made of it. Its chains of factors are
+    then contracted to one node each, by the names that the rewrite recorded, and so are the dense layers that they replace;
+    the report lists them. A contracted node states stride, padding and groups as read from the graph of its own side.
+    Outputs are then matched by position. Below full rank the numbers need not agree: the report gives the error.
 
     Args:
         model: a module, or the path of an ONNX file.
-        reference: what it should be equal to, likewise.
-        example_inputs: inputs of both models: a tensor, a tuple of positional arguments, or a mapping by argument name. Two
-            files can do without: then the inputs are random, the same each time, with 2 for dynamic axes.
+        reference: what the model should be equal to, likewise.
+        example_inputs: inputs of both models: a tensor, a tuple of positional arguments, or a mapping by argument name. For
+            two files they may be left out: the inputs are then random, the same each time, with 2 for dynamic axes.
         tolerance: largest relative error to accept, at least 0. By default ``16 * eps * sqrt(depth)``, with the eps of
             the coarsest floating-point type in the model's graph and the number of nodes on its longest path.
         dynamic_axes: for modules, axes to export as dynamic: argument -> axis -> name, as ``{"x": {0: "batch"}}``.
 
     Raises:
-        InputError: if a module comes without ``example_inputs``, or they do not fit.
-        ModelError: if ``model`` or ``reference`` is neither a module nor a path.
-        ExportError: if a module cannot be exported, or a file cannot be read.
+        InputError: A module comes without ``example_inputs``, or they do not fit.
+        ModelError: ``model`` or ``reference`` is neither a module nor a path.
+        ExportError: A module cannot be exported, or a file cannot be read.
 
     >>> import torch
     >>> layer = torch.nn.Linear(3, 2)
@@ -65,14 +65,15 @@ def verify(
 
     """
     _check_models(model, reference)
-    given = _check_inputs(example_inputs, needed=isinstance(model, nn.Module) or isinstance(reference, nn.Module))
+    inputs = _check_inputs(example_inputs, needed=isinstance(model, nn.Module) or isinstance(reference, nn.Module))
     check_tolerance(tolerance)
     with tempfile.TemporaryDirectory(prefix="tdfx-verify-") as folder:
-        path = _to_file(model, given, dynamic_axes, Path(folder, "model.onnx"))
-        # One module on both sides need not be exported twice.
-        same = path if reference is model else None
-        other_path = same or _to_file(reference, given, dynamic_axes, Path(folder, "reference.onnx"))
-        return _compare((path, other_path), given, tolerance)
+        path = _to_file(model, inputs, dynamic_axes, Path(folder, "model.onnx"))
+        if reference is model:  # no need to export it twice
+            reference_path = path
+        else:
+            reference_path = _to_file(reference, inputs, dynamic_axes, Path(folder, "reference.onnx"))
+        return _compare((path, reference_path), inputs, tolerance)
 
 
 def check_tolerance(tolerance: float | None) -> None:
@@ -82,64 +83,65 @@ def check_tolerance(tolerance: float | None) -> None:
 
 
 def _check_models(model: object, reference: object) -> None:
-    for role, one in (("model", model), ("reference", reference)):
-        if not isinstance(one, (nn.Module, str, Path)):
+    for role, value in (("model", model), ("reference", reference)):
+        if not isinstance(value, (nn.Module, str, Path)):
             raise ModelError(
-                f"{role} is a {type(one).__name__}: verify takes an nn.Module or the path of an .onnx file."
+                f"{role} is a {type(value).__name__}: verify takes an nn.Module or the path of an .onnx file."
             )
 
 
-def _check_inputs(given: object, needed: bool) -> Given | None:
-    from tdfx.onnx_proof.arguments import check_given
+def _check_inputs(inputs: object, needed: bool) -> ExampleInputs | None:
+    from tdfx.onnx_proof.module_inputs import as_example_inputs
 
-    if given is None:
-        if needed:
-            raise InputError(
-                "example_inputs is missing: a module is exported by running it on example inputs. "
-                "Pass example_inputs=(x,), with tensors of the shape and dtype that the model takes; on the command line, "
-                "--input with a shape."
-            )
-        return None
-    return check_given(given)
+    if inputs is not None:
+        return as_example_inputs(inputs)
+    if needed:
+        raise InputError(
+            "example_inputs is missing: a module is exported by running it on example inputs. "
+            "Pass example_inputs=(x,), with tensors of the shape and dtype that the model takes; on the command line, "
+            "--input with a shape."
+        )
+    return None
 
 
-def _to_file(model: Model, inputs: Given | None, axes: Axes | None, path: Path) -> Path:
+def _to_file(model: Model, inputs: ExampleInputs | None, axes: Axes | None, path: Path) -> Path:
     """Return the ONNX file of ``model``: its own, or ``path`` after an export."""
     if not isinstance(model, nn.Module):
         return Path(model)
-    from tdfx.onnx_proof.exporter import Settings, export_module
+    from tdfx.onnx_proof.torch_to_onnx import Settings, export_module
 
     assert inputs is not None
     export_module(model, inputs, path, Settings(dynamic_axes=axes))
     return path
 
 
-def _compare(paths: tuple[Path, Path], inputs: Given | None, tolerance: float | None) -> VerifyReport:
-    from tdfx.onnx_proof.compare import compare_factorized
-    from tdfx.onnx_proof.exporter import read_file
-    from tdfx.onnx_proof.place import picture
-    from tdfx.onnx_proof.running import compare_numbers, default_tolerance
-    from tdfx.onnx_proof.weights import weight_difference
+def _compare(paths: tuple[Path, Path], inputs: ExampleInputs | None, tolerance: float | None) -> VerifyReport:
+    from tdfx.onnx_proof.compare_graphs import compare_factorized
+    from tdfx.onnx_proof.compare_outputs import compare_numbers, default_tolerance
+    from tdfx.onnx_proof.compare_weights import weight_difference
+    from tdfx.onnx_proof.draw_difference import draw_difference
+    from tdfx.onnx_proof.onnx_file import read_file
 
     start = time.perf_counter()
-    (proto, graph), (other_proto, other) = (read_file(path) for path in paths)
-    proof = compare_factorized(graph, other)
-    found = proof.comparison
-    numbers = compare_numbers(paths, (graph, other), inputs)
+    (proto, graph), (reference_proto, reference_graph) = (read_file(path) for path in paths)
+    result = compare_factorized(graph, reference_graph)
+    comparison = result.comparison
+    numbers = compare_numbers(paths, (graph, reference_graph), inputs)
     accepted = default_tolerance(graph) if tolerance is None else tolerance
-    apart = numbers.problem is None and not numbers.max_error <= accepted
+    differ = numbers.problem is None and not numbers.max_error <= accepted
+    explain = differ and not result.chains
     return VerifyReport(
-        structure=None if found.structure is None else found.structure.text,
-        interface=None if found.interface is None else found.interface.text,
-        place=None if found.first is None else picture(found.first, *proof.graphs),
+        structure=None if comparison.structure is None else comparison.structure.text,
+        interface=None if comparison.interface is None else comparison.interface.text,
+        place=None if comparison.first is None else draw_difference(comparison.first, *result.graphs),
         max_error=numbers.max_error,
         tolerance=accepted,
         problem=numbers.problem,
-        weight=weight_difference((proto, other_proto), paths, graph) if apart and not proof.chains else None,
+        weight=weight_difference((proto, reference_proto), paths, graph) if explain else None,
         inputs="random" if inputs is None else "given",
         nodes=len(graph.nodes),
-        contracted=proof.described,
-        approximate=sum(not one.exact for one in proof.chains),
-        settled_by=found.settled_by,
+        contracted=result.contracted,
+        approximate=sum(not chain.exact for chain in result.chains),
+        settled_by=comparison.settled_by,
         seconds=time.perf_counter() - start,
     )

@@ -1,4 +1,4 @@
-"""What reports show of a model beside its plan: the spectra of its weights, and its graph."""
+"""What reports show of a model besides its plan: the spectra of its weights, and its graph."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from tdfx.wrappers.unwrap import unwrap
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelView:
-    """A model as a plan sees it."""
+    """A model together with its plan, ready to be drawn."""
 
     plan: Plan
     spectra: Mapping[str, tuple[SpectrumCurve, ...]]
-    """Site -> one curve for each of its ranks; without those that no scheme fits, or that lie on the meta device."""
+    """Site -> a curve for each of its ranks; without sites that no scheme fits or that lie on the meta device."""
     network: Network
-    """The model's operations and what flows between them."""
+    """The model's operations, and the edges between them."""
 
 
 def look(model: nn.Module, plan: Plan, *, example_inputs: Inputs | None = None) -> ModelView:
     """Read the spectra of a model's weights and its graph, once for several reports; the model is left as it was.
 
     Args:
-        model: What the plan was made for.
-        plan: What ``tdfx.plan`` gave.
-        example_inputs: As for ``tdfx.plan``; needed where sites are seen in a run alone.
+        model: The model that the plan was made for.
+        plan: What ``tdfx.plan`` returned.
+        example_inputs: As for ``tdfx.plan``; needed if only a run shows all sites.
 
     Raises:
-        ModelError: The model is sharded, so that no process holds its weights.
+        ModelError: The model is sharded, so no process holds its weights.
         PlanError: The plan was made for another model.
         InputError: The model does not accept the example inputs.
         WeightError: A weight holds NaN or infinity.
@@ -46,7 +46,7 @@ def look(model: nn.Module, plan: Plan, *, example_inputs: Inputs | None = None) 
     if wrapped.shards:
         raise ModelError(
             "The model is sharded by fully_shard, and a report reads whole weights on one process. Make the report from an "
-            "unsharded copy, loaded from a checkpoint say, or write plan.to_json() alone."
+            "unsharded copy, for example one loaded from a checkpoint, or write only plan.to_json()."
         )
     program = find_sites(wrapped.model)
     if example_inputs is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from tdfx.progress import progress
 from tdfx.ranks.spectrum import Spectrum
 
 _MODES = {2: ("output channels", "input channels")}
-"""What the ranks of a scheme that has two of them count."""
+"""Number of a scheme's ranks -> what each of them counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,59 +26,60 @@ class SpectrumCurve:
     """The singular values of one unfolding of a site's weight."""
 
     mode: str
-    """What its rank counts, where a scheme has several; "" where it has one."""
+    """What its rank counts, for a scheme with several ranks; "" for one rank."""
     values: tuple[float, ...]
     """Descending, relative to the largest, so in [0, 1]; all zero for a zero weight."""
     rank: int | None
-    """How many of them the plan keeps, or the factors have now; None where the site is kept dense."""
+    """How many of them the plan keeps, or the factors have now; None for a site that is kept dense."""
     energy: float | None
     """Share of the sum of squares that these hold, in [0, 1]; None without a rank."""
 
 
 def curves_of(sites: Sequence[Site], plan: Plan) -> dict[str, tuple[SpectrumCurve, ...]]:
-    """Return the curves of every site that a scheme fits and whose weight has values, by the site's name.
+    """Return site name -> its curves, for every site that a scheme fits and whose weight has values.
 
     Args:
-        sites: Those of the model that the plan was made for.
-        plan: Names schemes and ranks.
+        sites: The sites of the model that the plan was made for.
+        plan: The schemes and ranks.
 
     Raises:
         PlanError: The plan was made for another model.
         WeightError: A weight holds NaN or infinity.
     """
-    known = {site.name: site for site in sites}
-    _check_same_model(known, plan)
-    found = {}
+    sites_by_name = {site.name: site for site in sites}
+    _check_same_model(sites_by_name, plan)
+    curves = {}
     with progress("reading spectra", len(plan)) as advance:
         for decision in plan:
-            site = known.get(decision.name)
-            curves = () if site is None else _curves(site, decision)
-            if curves:
-                found[decision.name] = curves
+            site = sites_by_name.get(decision.name)
+            curves[decision.name] = () if site is None else _site_curves(site, decision)
             advance(1)
-    return found
+    return {name: site_curves for name, site_curves in curves.items() if site_curves}
 
 
-def _check_same_model(known: dict[str, Site], plan: Plan) -> None:
-    for one in plan:
-        site = known.get(one.name)
-        if site is None and one.factorized:
+def _check_same_model(sites_by_name: Mapping[str, Site], plan: Plan) -> None:
+    for decision in plan:
+        site = sites_by_name.get(decision.name)
+        if site is None and decision.factorized:
             raise PlanError(
-                f"The plan factorizes {one.name!r}, and the model has no such site: it was made for another model, or with "
-                f"example inputs that show more. Pass the model that was given to tdfx.plan, and the same example_inputs."
+                f"The plan factorizes {decision.name!r}, and the model has no such site: the plan was made for another "
+                f"model, or with example inputs that show more. Pass the model that was given to tdfx.plan, and the same "
+                f"example_inputs."
             )
         operation = None if site is None else site.operation
-        if operation is not None and one.shape and operation.weight_shape != one.shape:
+        if operation is not None and decision.shape and operation.weight_shape != decision.shape:
             raise PlanError(
-                f"The weight of {one.name!r} has shape {operation.weight_shape}, and {one.shape} in the plan: it was made "
-                f"for another model. Pass the model that was given to tdfx.plan."
+                f"The weight of {decision.name!r} has shape {operation.weight_shape}, and {decision.shape} in the plan: it "
+                f"was made for another model. Pass the model that was given to tdfx.plan."
             )
 
 
 @torch.no_grad()
-def _curves(site: Site, decision: SitePlan) -> tuple[SpectrumCurve, ...]:
+def _site_curves(site: Site, decision: SitePlan) -> tuple[SpectrumCurve, ...]:
     operation = site.operation
-    if operation is None or not site.weights or not has_values(site) or any(one.is_complex() for one in site.weights):
+    if operation is None or not site.weights or not has_values(site):
+        return ()
+    if any(weight.is_complex() for weight in site.weights):
         return ()
     if isinstance(site.layer, Factorized):
         check_weight(site)
@@ -93,7 +95,7 @@ def _curves(site: Site, decision: SitePlan) -> tuple[SpectrumCurve, ...]:
 def _with_ranks(spectra: Sequence[Spectrum], ranks: Sequence[int] | None) -> tuple[SpectrumCurve, ...]:
     modes = _MODES.get(len(spectra), ("",) * len(spectra))
     chosen = (None,) * len(spectra) if ranks is None else ranks
-    return tuple(_curve(mode, one, rank) for mode, one, rank in zip(modes, spectra, chosen, strict=True))
+    return tuple(itertools.starmap(_curve, zip(modes, spectra, chosen, strict=True)))
 
 
 def _curve(mode: str, spectrum: Spectrum, rank: int | None) -> SpectrumCurve:

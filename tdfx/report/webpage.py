@@ -1,4 +1,4 @@
-"""A plan as one page of HTML that needs nothing else: no network, no other file, no server."""
+"""Write a plan as one HTML page that needs no network, no other file and no server."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ import tdfx
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Plan, SitePlan
 from tdfx.plans.totals import totals
-from tdfx.report.drawing import drawings_of
-from tdfx.report.files import write_whole
+from tdfx.report.files import write_report
 from tdfx.report.model_view import ModelView, look
+from tdfx.report.network_svg import drawings_of
 from tdfx.report.spectra import SpectrumCurve
-from tdfx.report.totals import Total, totals_of
+from tdfx.report.totals import BeforeAfter, totals_of
 from tdfx.text import before_after, milliseconds
 
 _POINTS = 96
-"""Points of a curve that the page draws."""
+"""Number of points in the drawing of a spectrum."""
 
 
 def page(model: nn.Module, plan: Plan, path: str | os.PathLike[str], *, example_inputs: Inputs | None = None) -> None:
-    """Write a report of a plan as one self-contained HTML file, which appears whole or not at all.
+    """Write a report of a plan as one self-contained HTML file, which appears complete or not at all.
 
-    It has the totals, a table of the sites that sorts and filters, the spectrum of each, and the network's graph. It
-    loads nothing from anywhere, and says so to the browser in its content security policy.
+    It has the totals, a table of the sites that can be sorted and filtered, the spectrum of each site, and the network's
+    graph. It loads nothing from elsewhere, and its content security policy tells the browser so.
 
     Args:
-        model: What the plan was made for; it is left as it was.
-        plan: What ``tdfx.plan`` gave.
-        path: The file, best with the suffix .html.
-        example_inputs: As for ``tdfx.plan``; needed where sites are seen in a run alone.
+        model: The model that the plan was made for; it is left as it was.
+        plan: What ``tdfx.plan`` returned.
+        path: The file, usually with the suffix .html.
+        example_inputs: As for ``tdfx.plan``; needed if only a run shows all sites.
 
     Raises:
         ReportError: The file cannot be written.
@@ -50,55 +50,54 @@ def page(model: nn.Module, plan: Plan, path: str | os.PathLike[str], *, example_
     write_page(look(model, plan, example_inputs=example_inputs), path)
 
 
-def write_page(seen: ModelView, path: str | os.PathLike[str]) -> None:
-    """Write the page of a model that was looked at already.
+def write_page(view: ModelView, path: str | os.PathLike[str]) -> None:
+    """Write the page of a model view that was made already.
 
     Raises:
         ReportError: The file cannot be written.
     """
-    write_whole(path, render_page(seen).encode())
+    write_report(path, render_page(view).encode())
 
 
-def render_page(seen: ModelView) -> str:
+def render_page(view: ModelView) -> str:
     """Return the text of the page."""
     folder = files("tdfx.report") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    made = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tdfx.report"),
-        # A name may hold anything, HTML too.
-        autoescape=True,
+        autoescape=True,  # names of layers may contain HTML
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    columns = [one for one in _COLUMNS if any(one.text(site) for site in seen.plan)]
-    text = made.get_template("page.html.jinja").render(
-        plan=seen.plan,
+    columns = [column for column in _COLUMNS if any(column.text(site) for site in view.plan)]
+    text = environment.get_template("page.html.jinja").render(
+        plan=view.plan,
         columns=columns,
-        rows=[_row(site, columns) for site in seen.plan],
-        totals=totals_of(seen.plan),
-        bar=_bar,
-        lines=totals(seen.plan),
-        drawings=drawings_of(seen.network, seen.plan),
-        network=seen.network,
-        spectra=[[_curve_data(one) for one in seen.spectra.get(site.name, ())] for site in seen.plan],
+        rows=[_row(site, columns) for site in view.plan],
+        totals=totals_of(view.plan),
+        bar=_bar_percent,
+        lines=totals(view.plan),
+        drawings=drawings_of(view.network, view.plan),
+        network=view.network,
+        spectra=[[_curve_data(curve) for curve in view.spectra.get(site.name, ())] for site in view.plan],
         versions=f"tdfx {tdfx.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         style=style,
         script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=_policy_hash(style),
+        script_hash=_policy_hash(script),
     )
     return str(text)
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
+class _PageColumn:
     """One column of the table."""
 
     title: str
     text: Callable[[SitePlan], str]
     key: Callable[[SitePlan], float | None] | None = None
-    """By which it is sorted; by its text if left out. None sorts last."""
+    """What it is sorted by, by default its text; a site whose key is None comes last."""
 
     @property
     def numeric(self) -> bool:
@@ -106,33 +105,37 @@ class _Column:
 
 
 _COLUMNS = (
-    _Column("layer", lambda one: f"{one.kind} {'×'.join(map(str, one.shape)) or '?'}"),
-    _Column("scheme", lambda one: one.scheme or "kept"),
-    _Column(
-        "ranks", lambda one: "/".join(map(str, one.ranks or ())), lambda one: max(one.ranks) if one.ranks else None
+    _PageColumn("layer", lambda site: f"{site.kind} {'×'.join(map(str, site.shape)) or '?'}"),
+    _PageColumn("scheme", lambda site: site.scheme or "kept"),
+    _PageColumn(
+        "ranks", lambda site: "/".join(map(str, site.ranks or ())), lambda site: max(site.ranks) if site.ranks else None
     ),
-    _Column("error", lambda one: f"{one.error:.1%}" if one.error is not None else "", lambda one: one.error),
-    _Column(
+    _PageColumn("error", lambda site: f"{site.error:.1%}" if site.error is not None else "", lambda site: site.error),
+    _PageColumn(
         "parameters",
-        lambda one: before_after(one.parameters_before, one.parameters_after),
-        lambda one: one.parameters_before,
+        lambda site: before_after(site.parameters_before, site.parameters_after),
+        lambda site: site.parameters_before,
     ),
-    _Column("FLOPs", lambda one: before_after(one.flops_before, one.flops_after), lambda one: one.flops_before),
-    _Column(
+    _PageColumn(
+        "FLOPs", lambda site: before_after(site.flops_before, site.flops_after), lambda site: site.flops_before
+    ),
+    _PageColumn(
         "ms",
-        lambda one: milliseconds(one.seconds_before, one.seconds_after, estimated=one.estimated),
-        lambda one: one.seconds_before,
+        lambda site: milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated),
+        lambda site: site.seconds_before,
     ),
-    _Column("gain", lambda one: f"{one.gain:.2f}×" if one.gain is not None else "", lambda one: one.gain),
-    _Column("why", lambda one: one.note if one.factorized else ": ".join(filter(None, (str(one.reason), one.note)))),
+    _PageColumn("gain", lambda site: f"{site.gain:.2f}×" if site.gain is not None else "", lambda site: site.gain),
+    _PageColumn(
+        "why", lambda site: site.note if site.factorized else ": ".join(filter(None, (str(site.reason), site.note)))
+    ),
 )
 
 
-def _row(site: SitePlan, columns: list[_Column]) -> dict[str, Any]:
-    cells = [
-        {"title": one.title, "text": one.text(site), "key": _number(one.key(site)) if one.key else one.text(site)}
-        for one in columns
-    ]
+def _row(site: SitePlan, columns: list[_PageColumn]) -> dict[str, Any]:
+    cells = []
+    for column in columns:
+        text = column.text(site)
+        cells.append({"title": column.title, "text": text, "key": _number(column.key(site)) if column.key else text})
     return {"name": site.name or "(root)", "factorized": site.factorized, "cells": cells}
 
 
@@ -140,33 +143,33 @@ def _number(value: float | None) -> str:
     return "" if value is None else repr(float(value))
 
 
-def _bar(total: Total, value: float) -> str:
-    """Return how long a bar is, in percent of the longer one."""
+def _bar_percent(total: BeforeAfter, value: float) -> str:
+    """Return the length of a bar in percent of the longer one."""
     return f"{100 * value / max(total.before, total.after, 1e-300):.1f}"
 
 
 def _curve_data(curve: SpectrumCurve) -> dict[str, Any]:
-    """Return what the page draws of a curve: as many points as it can show, the rank among them."""
+    """Return the points of a curve that the page draws, with the chosen rank."""
     count = len(curve.values)
-    wanted = {round(index * (count - 1) / max(1, _POINTS - 1)) for index in range(_POINTS)}
-    # The first values fall fastest, and the eye rests on those around the rank.
-    wanted |= set(range(min(8, count))) | ({curve.rank - 1, curve.rank} if curve.rank else set())
-    places = sorted(one for one in wanted if 0 <= one < count)
+    points = {round(index * (count - 1) / max(1, _POINTS - 1)) for index in range(_POINTS)}
+    # Also the first values, which fall fastest, and those next to the rank.
+    points |= set(range(8)) | ({curve.rank - 1, curve.rank} if curve.rank else set())
+    places = sorted(point for point in points if 0 <= point < count)
     return {
         "mode": curve.mode,
         "full": count,
         "rank": curve.rank,
         "energy": None if curve.energy is None else round(curve.energy, 5),
         "at": [place + 1 for place in places],
-        "values": [_three(curve.values[place]) for place in places],
+        "values": [_three_digits(curve.values[place]) for place in places],
     }
 
 
-def _three(value: float) -> float:
-    """Return a value in [0, 1] with three figures, which is more than a screen shows."""
+def _three_digits(value: float) -> float:
+    """Round a value in [0, 1] to three digits, which is more than a screen shows."""
     return round(value, 2 - math.floor(math.log10(value))) if value > 1e-8 else 0.0
 
 
-def _hash(text: str) -> str:
-    """Return what a content security policy calls a text by."""
+def _policy_hash(text: str) -> str:
+    """Return the hash by which a content security policy allows a style or a script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

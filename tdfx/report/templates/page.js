@@ -11,17 +11,17 @@
   let shown = 0;
   let opener = null;
 
-  /* Sorting: numbers by value, words as a person counts; what has no value comes last both ways. */
+  /* Sorting: numbers by value, texts with the numbers in them by value; rows without a value always come last. */
   const compare = new Intl.Collator("en", { numeric: true }).compare;
 
   function sort(column, descending) {
     const numeric = "numeric" in heads[column].firstElementChild.dataset;
     const key = (row) => row.cells[column].dataset.key;
-    const by = (a, b) => (numeric ? Number(a) - Number(b) : compare(a, b)) * (descending ? -1 : 1);
+    const order = (a, b) => (numeric ? Number(a) - Number(b) : compare(a, b)) * (descending ? -1 : 1);
     rows.sort((a, b) => {
-      const [one, other] = [key(a), key(b)];
-      if (one === "" || other === "") return (one === "") - (other === "");
-      return by(one, other);
+      const [first, second] = [key(a), key(b)];
+      if (first === "" || second === "") return (first === "") - (second === "");
+      return order(first, second);
     });
     body.append(...rows);
     heads.forEach((head, index) => {
@@ -33,7 +33,7 @@
     head.firstElementChild.addEventListener("click", () => sort(column, head.getAttribute("aria-sort") === "ascending"));
   });
 
-  /* Filtering: every word must be somewhere in the row. */
+  /* Filtering: every word must occur in the row. */
   function narrow() {
     const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
     let count = 0;
@@ -50,16 +50,16 @@
 
   /* Drawing */
   function make(name, attributes, text) {
-    const one = document.createElementNS(SVG, name);
-    for (const [key, value] of Object.entries(attributes)) one.setAttribute(key, value);
-    if (text !== undefined) one.textContent = text;
-    return one;
+    const element = document.createElementNS(SVG, name);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    if (text !== undefined) element.textContent = text;
+    return element;
   }
 
   const percent = (share) => `${(100 * share).toFixed(share > 0.9995 && share < 1 ? 3 : 1)} %`;
 
   function draw(curve) {
-    /* As wide as there is room, so that letters keep their size on a phone. */
+    /* As wide as the dialog, so that letters keep their size on a phone. */
     const width = Math.max(240, Math.min(680, document.getElementById("curves").clientWidth));
     const [height, left, right, top, bottom] = [220, 40, 12, 18, 28];
     const floor = 1e-4;
@@ -75,7 +75,7 @@
       svg.append(make("text", { x: left - 6, y: at + 4, "text-anchor": "end" }, decade ? (decade > 2 ? `10⁻${"⁰¹²³⁴"[decade]}` : String(10 ** -decade)) : "1"));
     }
     const points = curve.at.map((place, index) => [x(place), y(curve.values[index])]);
-    const path = (some) => some.map(([px, py], index) => `${index ? "L" : "M"}${px.toFixed(1)} ${py.toFixed(1)}`).join("");
+    const path = (corners) => corners.map(([px, py], index) => `${index ? "L" : "M"}${px.toFixed(1)} ${py.toFixed(1)}`).join("");
     if (curve.rank) {
       const cut = x(curve.rank + 0.5);
       const kept = points.filter((_, index) => curve.at[index] <= curve.rank);

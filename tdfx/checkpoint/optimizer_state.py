@@ -1,0 +1,177 @@
+"""Load the saved state of optimizers into optimizers that were made for the dense model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from tdfx.checkpoint.record import Record, dense_names
+from tdfx.errors import CheckpointError
+from tdfx.optim.masters import Masters
+
+
+@dataclass(slots=True)
+class OptimizerUpdate:
+    """All changes to the optimizers, prepared before the first one is made."""
+
+    groups: list[tuple[dict[str, Any], list[Tensor], dict[str, Any]]] = field(default_factory=list)
+    """A parameter group, its new parameters, and its new settings."""
+    states: list[tuple[Optimizer, dict[Tensor, dict[str, Any]]]] = field(default_factory=list)
+    """An optimizer and its new state."""
+
+    def commit(self) -> None:
+        """Change the optimizers in place; nothing here can fail."""
+        for group, parameters, settings in self.groups:
+            group["params"][:] = parameters
+            group.update(settings)
+        for optimizer, states in self.states:
+            optimizer.state.clear()
+            optimizer.state.update(states)
+
+
+def load_masters(
+    masters: Masters, record: Record, dense: nn.Module, loaded: nn.Module, *, needed: bool
+) -> dict[str, nn.Parameter]:
+    """Return the masters of the loaded model with their saved values; the masters passed in are left as they are.
+
+    Args:
+        masters: The masters of the dense model's parameters.
+        record: The checkpoint.
+        dense: The model that was passed in.
+        loaded: The model that was loaded.
+        needed: False where only the model is loaded: then saved masters are ignored.
+
+    Returns:
+        Name of a parameter of the loaded model -> its master.
+
+    Raises:
+        CheckpointError: Other parameters had masters when the checkpoint was saved.
+    """
+    saved: dict[str, Tensor] = record.get("masters", {}) if needed else {}
+    dense_of = dense_names(loaded)
+    passed_names = set(masters.by_name(dense))
+    saved_names = {dense_of.get(name, name) for name in saved}
+    if passed_names != saved_names:
+        name = min(passed_names ^ saved_names)
+        where = "in the checkpoint" if name in saved_names else "among those passed"
+        raise CheckpointError(
+            f"The checkpoint holds masters of {len(saved_names)} of the dense model's parameters, and {len(passed_names)} "
+            f"were passed: {name!r} has a master only {where}. Pass masters= for the same parameters as to tdfx.save."
+        )
+    parameters = dict(loaded.named_parameters())
+    return {
+        name: nn.Parameter(
+            torch.empty_like(value, device=parameters[name].device).copy_(value), parameters[name].requires_grad
+        )
+        for name, value in saved.items()
+    }
+
+
+def prepare_optimizers(
+    optimizers: Sequence[Optimizer],
+    record: Record,
+    dense: Mapping[str, Tensor],
+    loaded: Mapping[str, Tensor],
+    dense_of: Mapping[str, str],
+) -> OptimizerUpdate:
+    """Work out what the optimizers will hold, without changing them.
+
+    Args:
+        optimizers: The optimizers of the dense model; if there are none, the saved ones are ignored.
+        record: The checkpoint.
+        dense: Name -> what the optimizers train of the dense model: its parameters, or their masters.
+        loaded: The same for the loaded model.
+        dense_of: Name of a factor's parameter in the loaded model -> name of the dense parameter.
+
+    Raises:
+        CheckpointError: The optimizers differ from the saved ones in number, class or groups.
+    """
+    update = OptimizerUpdate()
+    if not optimizers:
+        return update
+    if len(record["optimizers"]) != len(optimizers):
+        raise CheckpointError(
+            f"The checkpoint holds the state of {len(record['optimizers'])} optimizers, and {len(optimizers)} were passed. "
+            f"Pass as many as were passed to tdfx.save, in the same order, or none."
+        )
+    for index, (optimizer, saved) in enumerate(zip(optimizers, record["optimizers"], strict=True)):
+        name = type(optimizer).__name__
+        if saved["class"] != name:
+            raise CheckpointError(
+                f"The checkpoint holds the state of {saved['class']}, and optimizer {index} is {name}, which would misread "
+                f"it. Pass an optimizer of the saved class, or none to start with fresh state."
+            )
+        if len(saved["groups"]) != len(optimizer.param_groups):
+            raise CheckpointError(
+                f"The checkpoint's {name} has {len(saved['groups'])} parameter groups, and the one passed has "
+                f"{len(optimizer.param_groups)}. Make it with the same groups, in the same order."
+            )
+        states: dict[Tensor, dict[str, Any]] = {}
+        for number, (group, saved_group) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
+            parameters = _match_group(group, saved_group, dense, loaded, dense_of, f"Group {number} of {name}")
+            update.groups.append((group, parameters, tree_map(_clone, saved_group["settings"])))
+            for parameter, state in zip(parameters, saved_group["state"], strict=True):
+                if state:
+                    states[parameter] = _state_like(state, parameter, saved_group["settings"])
+        update.states.append((optimizer, states))
+    return update
+
+
+def _match_group(
+    group: dict[str, Any],
+    saved_group: dict[str, Any],
+    dense: Mapping[str, Tensor],
+    loaded: Mapping[str, Tensor],
+    dense_of: Mapping[str, str],
+    where: str,
+) -> list[Tensor]:
+    """Return the parameters that replace those of a group, in the order in which they were saved."""
+    dense_by_id = {id(tensor): name for name, tensor in dense.items()}
+    present = {dense_by_id[id(parameter)] for parameter in group["params"] if id(parameter) in dense_by_id}
+    # Parameters of something else, such as a loss, have no name and keep their order among themselves.
+    foreign = [parameter for parameter in group["params"] if id(parameter) not in dense_by_id]
+    saved_names = [name for name in saved_group["names"] if name is not None]
+    expected = {dense_of.get(name, name) for name in saved_names}
+    unknown = [name for name in saved_names if name not in loaded]
+    if present != expected or unknown:
+        different = sorted([*(present ^ expected), *unknown])
+        raise CheckpointError(
+            f"{where} does not hold the parameters that it held when it was saved: {len(different)} differ, "
+            f"{different[0]!r} first. Make the optimizer over the parameters of the dense model that is passed, in the "
+            f"same groups."
+        )
+    saved_shapes = zip(saved_group["names"], saved_group["shapes"], strict=True)
+    foreign_shapes = [tuple(shape) for name, shape in saved_shapes if name is None]
+    if Counter(foreign_shapes) != Counter(tuple(parameter.shape) for parameter in foreign):
+        raise CheckpointError(
+            f"{where} held {len(foreign_shapes)} parameters that are not the model's when it was saved, and now holds "
+            f"{len(foreign)}, or they have other shapes. Make the optimizer over the same parameters."
+        )
+    remaining = iter(foreign)
+    return [next(remaining) if name is None else loaded[name] for name in saved_group["names"]]
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _state_like(state: dict[str, Any], parameter: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a parameter's state on its device; a step count stays on the CPU where torch keeps it there."""
+    step_on_device = bool(settings.get("capturable") or settings.get("fused"))
+
+    def move(key: str, value: Any) -> Any:
+        device = torch.device("cpu") if key == "step" and not step_on_device else parameter.device
+
+        def copy(leaf: Any) -> Any:
+            return torch.empty_like(leaf, device=device).copy_(leaf) if isinstance(leaf, Tensor) else leaf
+
+        return tree_map(copy, value)
+
+    return {key: move(key, value) for key, value in state.items()}

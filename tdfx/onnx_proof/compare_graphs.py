@@ -1,0 +1,142 @@
+"""Compare two ONNX graphs: stored tensors, then a walk from the outputs, then an isomorphism search for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from tdfx.onnx_proof.compare_interface import input_difference, output_difference, stored_difference
+from tdfx.onnx_proof.contract_chains import (
+    ContractedGraph,
+    ContractionError,
+    contract,
+    describe_contractions,
+    differing_chains,
+)
+from tdfx.onnx_proof.first_difference import Difference, first_difference
+from tdfx.onnx_proof.graph import Graph, read_graph
+from tdfx.onnx_proof.isomorphism import isomorphic
+from tdfx.onnx_proof.walk_from_outputs import Walk, walk
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from tdfx.onnx_proof.factor_chains import Chain
+
+Stage = Literal["stored", "walk", "isomorphism"]
+"""The stages of a comparison, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Whether two graphs match, and where they first differ."""
+
+    structure: Difference | None
+    """The first difference in opsets, stored tensors and nodes; None if they match."""
+    settled_by: Stage
+    """The stage that decided about the structure."""
+    inputs: Difference | None = None
+    """The first difference in the inputs; None if they match."""
+    outputs: Difference | None = None
+    """The first difference in the outputs; None if they match."""
+
+    @property
+    def interface(self) -> Difference | None:
+        """The first difference in inputs and outputs."""
+        return self.inputs or self.outputs
+
+    @property
+    def first(self) -> Difference | None:
+        """The first difference, the structure's before the interface's; None if the graphs match."""
+        return self.structure or self.interface
+
+    @property
+    def difference(self) -> str | None:
+        """The first difference as text."""
+        return None if self.first is None else self.first.text
+
+
+@dataclass(frozen=True, slots=True)
+class FactorizedComparison:
+    """A comparison of two graphs after chains of factors were contracted."""
+
+    comparison: Comparison
+    graphs: tuple[Graph, Graph]
+    """The graphs that were compared; indices of nodes in differences refer to them."""
+    chains: tuple[Chain, ...] = ()
+    """The chains that were contracted."""
+    contracted: tuple[str, ...] = ()
+    """The same as text, a line for each."""
+
+
+def compare_models(model: ModelProto, reference: ModelProto) -> Comparison:
+    """Compare two ONNX models whose tensors are in memory.
+
+    Raises:
+        ExportError: One of them is not a valid graph.
+    """
+    return compare_graphs(read_graph(model), read_graph(reference))
+
+
+def compare_graphs(model: Graph, reference: Graph, output_names: bool = True) -> Comparison:
+    """Compare two graphs: inputs, stored tensors, nodes, outputs.
+
+    Args:
+        model: One graph.
+        reference: The other.
+        output_names: False to ignore the names of outputs, where the exporter made them up by numbering.
+    """
+    structure, settled_by = _compare_structure(model, reference)
+    return Comparison(
+        structure,
+        settled_by,
+        inputs=input_difference(model, reference),
+        outputs=output_difference(model, reference, output_names),
+    )
+
+
+def compare_factorized(model: Graph, reference: Graph) -> FactorizedComparison:
+    """Compare two graphs after contracting the chains of factors that only one of them has."""
+    chains = differing_chains(model.chains, reference.chains)
+    if not chains:
+        return FactorizedComparison(compare_graphs(model, reference), (model, reference))
+    contracted: list[ContractedGraph] = []
+    for role, graph in (("the model", model), ("the reference", reference)):
+        try:
+            contracted.append(contract(graph, chains))
+        except ContractionError as error:
+            nodes = (error.node, None) if graph is model else (None, error.node)
+            comparison = Comparison(
+                Difference(f"in {role}, {error}", *nodes), "walk", inputs=input_difference(model, reference)
+            )
+            return FactorizedComparison(comparison, (model, reference), tuple(chains))
+    first, second = contracted
+    return FactorizedComparison(
+        compare_graphs(first.graph, second.graph, output_names=False),
+        (first.graph, second.graph),
+        tuple(chains),
+        describe_contractions(chains, first.sizes, second.sizes),
+    )
+
+
+def _compare_structure(model: Graph, reference: Graph) -> tuple[Difference | None, Stage]:
+    difference = stored_difference(model, reference)
+    if difference is not None:
+        return difference, "stored"
+    if len(model.outputs) != len(reference.outputs):
+        return first_difference(model, reference), "walk"
+    state = walk(model, reference)
+    if state.conflict is not None:
+        return first_difference(model, reference) or state.conflict, "walk"
+    if state.complete():
+        return None, "walk"
+    if isomorphic(model, reference, state.values):
+        return None, "isomorphism"
+    return first_difference(model, reference) or _unmatched_nodes(state), "isomorphism"
+
+
+def _unmatched_nodes(state: Walk) -> Difference:
+    """Name the nodes that the walk left open, for two graphs whose nodes compute the same but do not match."""
+    rest = [index for index in range(len(state.model.nodes)) if index not in state.nodes]
+    names = f"the {len(rest)} node(s) that no output depends on, from {state.model.nodes[rest[0]]} on"
+    return Difference(f"{names}, are wired differently", rest[0])

@@ -1,0 +1,288 @@
+"""Contract each chain of factors to one node, and the layer that it replaces too, so that the two can be compared.
+
+A chain begins and ends at the tensors that the rewrite recorded by name; it is never guessed from the order of nodes.
+Everything in between is contracted: the factors, the padding that a layer does by a node of its own, and the zeros that the
+exporter writes for a missing bias.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tdfx.onnx_proof.chain_geometry import CONVOLUTIONS, PRODUCTS, geometry_of, operator_of, transposes_weight
+from tdfx.onnx_proof.graph import Graph, Initializer, Node, sources_of
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Mapping, Sequence
+
+    from tdfx.onnx_proof.factor_chains import Chain
+
+_LAYOUT = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+"""Operators that pass a weight on in another layout."""
+
+_PASS_THROUGH = {"Identity", "Pad", "Squeeze", "Unsqueeze"}
+"""Operators that the data may go through between factors."""
+
+_HELPERS = {*_LAYOUT, "CastLike", "Constant", "Expand", "Shape"}
+"""Operators that provide a chain's weights, and the zeros for a missing bias."""
+
+_ZERO = re.compile(r"(^|of )-?0(\.0)?$")
+
+SUFFIX = " site"
+"""The end of a contracted node's operator name."""
+
+
+class ContractionError(Exception):
+    """A graph that does not compute a site as recorded: what stands there instead, and at which node."""
+
+    def __init__(self, text: str, node: int | None = None) -> None:
+        super().__init__(text)
+        self.node = node
+
+
+@dataclass(frozen=True, slots=True)
+class ContractedGraph:
+    """A graph with some sites contracted."""
+
+    graph: Graph
+    sizes: dict[str, tuple[int, ...]]
+    """Site -> the number of nodes that became one, for each place where the site is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _SiteTensors:
+    """The names of one site's tensors in a graph, factorized or dense."""
+
+    chain: Chain
+    weights: tuple[str, ...]
+    bias: str | None
+
+
+def differing_chains(chains: Iterable[Chain], others: Iterable[Chain]) -> tuple[Chain, ...]:
+    """Return the chains that only one of two graphs has, or that they have at other ranks, one for each site."""
+    by_site, others_by_site = ({chain.site: chain for chain in side} for side in (chains, others))
+    sites = {**others_by_site, **by_site}
+    return tuple(chain for site, chain in sites.items() if by_site.get(site) != others_by_site.get(site))
+
+
+def contract(graph: Graph, chains: Iterable[Chain]) -> ContractedGraph:
+    """Return ``graph`` with one node for each place where a site of ``chains`` is computed, factorized or dense.
+
+    Raises:
+        ContractionError: The graph does not compute a site as it was recorded.
+    """
+    factorized = {chain.site: chain for chain in graph.chains}
+    contraction = _Contraction(graph)
+    for chain in chains:
+        if chain.site in factorized:
+            chain = factorized[chain.site]
+            contraction.contract_site(_SiteTensors(chain, chain.factors, chain.factor_bias))
+        else:
+            contraction.contract_site(_SiteTensors(chain, (chain.weight,), chain.bias))
+    return contraction.result()
+
+
+class _Contraction:
+    """The nodes to remove from a graph, and the nodes that replace them."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.readers: dict[str, list[int]] = defaultdict(list)
+        for index, node in enumerate(graph.nodes):
+            for name in filter(None, node.inputs):
+                self.readers[name].append(index)
+        self.outputs = {port.name for port in graph.outputs}
+        self.removed: set[int] = set()
+        self.contracted: dict[int, Node] = {}
+        """Index of the last node that was contracted -> the node in its place."""
+        self.initializers = dict(graph.initializers)
+        self.sizes: dict[str, tuple[int, ...]] = {}
+
+    def contract_site(self, site: _SiteTensors) -> None:
+        """Contract one site wherever it is computed; a site that only training computes is nowhere in the graph."""
+        products = [self._products(site, name) for name in site.weights]
+        sizes = []
+        for last in sorted(products[-1]):
+            path = self._path(site, self._with_bias(site, last), products)
+            region = self._region(site, path)
+            self._replace(site, path, region, products)
+            sizes.append(len(region))
+        self.sizes[site.chain.site] = tuple(sizes)
+        self._rename(site)
+
+    def _products(self, site: _SiteTensors, name: str) -> dict[int, bool]:
+        """Return the nodes that multiply by a weight, in whatever layout, and whether they transpose it."""
+        products: dict[int, bool] = {}
+        waiting = [(name, False)]
+        while waiting:
+            value, transposed = waiting.pop()
+            for index in self.readers[value]:
+                node = self.graph.nodes[index]
+                if node.op in CONVOLUTIONS | PRODUCTS:
+                    products[index] = transposed ^ transposes_weight(node)
+                elif node.op in _LAYOUT:
+                    waiting += [(output, transposed ^ (node.op == "Transpose")) for output in node.outputs if output]
+                elif node.op != "Shape":
+                    raise ContractionError(f"the weight {name!r} of the site {site.chain} is read by {node}", index)
+        return products
+
+    def _with_bias(self, site: _SiteTensors, last: int) -> int:
+        """Return the node that adds the bias, if that is another node than the last one to multiply."""
+        if site.bias is None or site.bias in self.graph.nodes[last].inputs:
+            return last
+        additions = [
+            index
+            for index in self.readers[self.graph.nodes[last].outputs[0]]
+            if self.graph.nodes[index].op == "Add" and site.bias in self.graph.nodes[index].inputs
+        ]
+        if len(additions) != 1:
+            raise ContractionError(f"the bias {site.bias!r} of the site {site.chain} is not added to its result", last)
+        return additions[0]
+
+    def _path(self, site: _SiteTensors, last: int, products: Sequence[Container[int]]) -> list[int]:
+        """Return the nodes that the data goes through, from the first: one product for each weight, in their order."""
+        path, remaining = [last], len(products)
+        while True:
+            index = path[-1]
+            node = self.graph.nodes[index]
+            if node.op in CONVOLUTIONS | PRODUCTS and index in products[remaining - 1]:
+                self._check_addend(site, index)
+                remaining -= 1
+            elif node.op not in _PASS_THROUGH and not (node.op == "Add" and index == last):
+                raise ContractionError(f"{node} stands inside the site {site.chain}", index)
+            producer = self.graph.producer(self._data_input(site, node))
+            if remaining == 0:
+                if site.chain.pads and producer is not None and self.graph.nodes[producer].op == "Pad":
+                    path.append(producer)
+                return path[::-1]
+            if producer is None:
+                raise ContractionError(f"the site {site.chain} reads {node.inputs[0]!r} on the way", index)
+            path.append(producer)
+
+    def _data_input(self, site: _SiteTensors, node: Node) -> str:
+        """Return the value that a node on the path takes from the node before it."""
+        return node.inputs[1] if node.op == "Add" and node.inputs[0] == site.bias else node.inputs[0]
+
+    def _check_addend(self, site: _SiteTensors, index: int) -> None:
+        """Raise ContractionError unless a product adds only a stored tensor, or the exporter's zeros."""
+        for name in filter(None, self.graph.nodes[index].inputs[2:]):
+            value, producer = name, self.graph.producer(name)
+            while producer is not None and self.graph.nodes[producer].op in {"CastLike", "Expand"}:
+                value = self.graph.nodes[producer].inputs[0]
+                producer = self.graph.producer(value)
+            texts = (
+                [attribute.text for attribute in self.graph.nodes[producer].attributes] if producer is not None else []
+            )
+            is_zero = len(texts) == 1 and _ZERO.search(texts[0]) is not None
+            if not is_zero and value not in self.graph.initializers:
+                raise ContractionError(f"the site {site.chain} adds {value!r}, which is not its bias", index)
+
+    def _region(self, site: _SiteTensors, path: Sequence[int]) -> set[int]:
+        """Return the nodes of a path, and the nodes that provide its weights and zeros."""
+        data = self.graph.nodes[path[0]].inputs[0]
+        region: set[int] = set()
+        waiting = [path[-1]]
+        while waiting:
+            index = waiting.pop()
+            node = self.graph.nodes[index]
+            if index not in path and node.op not in _HELPERS:
+                raise ContractionError(f"{node} has a part in the site {site.chain}", index)
+            region.add(index)
+            producers = (self.graph.producer(name) for name in node.inputs if name and name != data)
+            waiting.extend(producer for producer in producers if producer is not None and producer not in region)
+        return self._without_shared(site, region, path)
+
+    def _without_shared(self, site: _SiteTensors, region: set[int], path: Sequence[int]) -> set[int]:
+        """Return a region without nodes that others read too: the exporter stores equal constants once."""
+        unshared = set(region)
+        for index in sorted(region - {path[-1]}, reverse=True):
+            outputs = [name for name in self.graph.nodes[index].outputs if name]
+            if any(name in self.outputs or not unshared.issuperset(self.readers[name]) for name in outputs):
+                if index in path:
+                    text = f"a value inside the site {site.chain}, {outputs[0]!r}, is read elsewhere too"
+                    raise ContractionError(text, index)
+                unshared.discard(index)
+        return unshared
+
+    def _replace(
+        self, site: _SiteTensors, path: Sequence[int], region: set[int], products: Sequence[Mapping[int, bool]]
+    ) -> None:
+        """Replace a region by one node."""
+        nodes = [self.graph.nodes[index] for index in path]
+        own_tensors = {*site.weights, site.bias}
+        read = (name for node in nodes for name in node.inputs if name in self.graph.initializers)
+        extra = dict.fromkeys(name for name in read if name not in own_tensors)
+        transposed = {nodes_of[index] for index in path for nodes_of in products if index in nodes_of}
+        self.removed |= region
+        self.contracted[path[-1]] = Node(
+            name=site.chain.site or "the model itself",
+            op=operator_of(nodes) + SUFFIX,
+            attributes=geometry_of(nodes, self.graph, sorted(transposed) if site.chain.oriented else []),
+            inputs=tuple(filter(None, (nodes[0].inputs[0], site.chain.weight, site.chain.bias, *extra))),
+            outputs=nodes[-1].outputs[:1],
+        )
+
+    def _rename(self, site: _SiteTensors) -> None:
+        """Replace the site's stored tensors by the dense weight and bias."""
+        first = self.graph.initializers.get(site.weights[0])
+        bias = self.graph.initializers.get(site.bias or "")
+        for name in (*site.weights, site.bias):
+            self.initializers.pop(name or "", None)
+        if first is not None:
+            shape = site.chain.shape if len(site.weights) > 1 else first.shape
+            self.initializers[site.chain.weight] = Initializer(site.chain.weight, first.dtype, shape, None, False)
+        if bias is not None and site.chain.bias is not None:
+            self.initializers[site.chain.bias] = replace(bias, name=site.chain.bias)
+
+    def result(self) -> ContractedGraph:
+        """Return the contracted graph, without nodes and tensors that only removed nodes read."""
+        removed = self.removed | self._dead()
+        nodes = tuple(
+            self.contracted.get(index, node)
+            for index, node in enumerate(self.graph.nodes)
+            if index in self.contracted or index not in removed
+        )
+        # Whether tensors that nothing reads are exported depends on whether the model is a graph already.
+        read = {name for node in nodes for name in node.inputs} | self.outputs
+        initializers = {name: tensor for name, tensor in self.initializers.items() if name in read}
+        sources = sources_of(self.graph.inputs, initializers, nodes, self.graph.outputs)
+        graph = replace(self.graph, nodes=nodes, initializers=initializers, sources=sources, chains=())
+        return ContractedGraph(graph, self.sizes)
+
+    def _dead(self) -> set[int]:
+        """Return the nodes whose last readers were removed."""
+        dead: set[int] = set()
+        read = {name for node in self.contracted.values() for name in node.inputs} | self.outputs
+        waiting = self._producers(self.removed)
+        while waiting:
+            index = waiting.pop()
+            gone = self.removed | dead
+            outputs = [name for name in self.graph.nodes[index].outputs if name]
+            if index not in gone and all(name not in read and gone.issuperset(self.readers[name]) for name in outputs):
+                dead.add(index)
+                waiting.extend(self._producers([index]))
+        return dead
+
+    def _producers(self, indices: Iterable[int]) -> list[int]:
+        """Return the nodes that make the inputs of some nodes."""
+        producers = (self.graph.producer(name) for index in indices for name in self.graph.nodes[index].inputs)
+        return [producer for producer in producers if producer is not None]
+
+
+def describe_contractions(
+    chains: Sequence[Chain], sizes: dict[str, tuple[int, ...]], reference_sizes: dict[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    """Return a line for each contracted chain: what it was, and how many nodes became one on either side."""
+    lines = []
+    for chain in chains:
+        counts = [sorted(set(side[chain.site])) for side in (sizes, reference_sizes)]
+        calls = len(sizes[chain.site])
+        if not any(counts):
+            lines.append(f"{chain}: not computed in eval mode")
+            continue
+        nodes = " and ".join("/".join(map(str, side)) or "no" for side in counts)
+        lines.append(f"{chain}: {nodes} nodes are one{f', at {calls} places' if calls > 1 else ''}")
+    return tuple(lines)

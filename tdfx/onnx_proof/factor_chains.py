@@ -1,0 +1,117 @@
+"""The factorized sites of a model, as metadata that is stored in its ONNX file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from onnx import ModelProto
+from torch import nn
+
+from tdfx.errors import ExportError
+from tdfx.layers.factorized import Factorized, weight_of
+from tdfx.layers.parameter import FactorizedParameter
+
+METADATA_KEY = "tdfx.chains"
+"""The metadata entry of an ONNX file that lists its chains of factors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """One factorized site: the names of its tensors in the file, and of the dense tensors that they replace."""
+
+    site: str
+    """Path of the site in the model."""
+    scheme: str
+    ranks: tuple[int, ...]
+    factors: tuple[str, ...]
+    """Names of the factors' weights, from the first that the data meets to the last."""
+    weight: str
+    """Name of the dense weight in the original model."""
+    shape: tuple[int, ...]
+    """Shape of the dense weight."""
+    factor_bias: str | None
+    """Name of the bias in the factorized model; None if the site has no bias of its own."""
+    bias: str | None
+    """Name of the bias in the original model."""
+    pads: bool
+    """True if the layer pads by a separate operation before its convolution."""
+    oriented: bool
+    """True if the dense weight is laid out as the factors' weights are."""
+    exact: bool
+    """True at full rank, where the chain can represent any weight."""
+
+    def __str__(self) -> str:
+        return f"{self.site or 'the model itself'} ({self.scheme} {', '.join(map(str, self.ranks))})"
+
+
+def chains_of(module: nn.Module) -> tuple[Chain, ...]:
+    """Return the chains of a model's factorized sites, in the order of its modules; none for other models."""
+    return tuple(_chain(path, layer) for path, layer in module.named_modules() if isinstance(layer, Factorized))
+
+
+def _chain(path: str, layer: Factorized) -> Chain:
+    prefix = f"{path}." if path else ""
+    last = len(layer.factors) - 1
+    is_parameter = isinstance(layer, FactorizedParameter)  # it stands under the parameter's own name
+    kind, operation = layer.kind, layer.operation
+    has_bias = layer.bias is not None and kind.bias is not None
+    full_ranks = layer.scheme.full_ranks(operation)
+    return Chain(
+        site=path,
+        scheme=layer.origin.scheme,
+        ranks=layer.origin.ranks,
+        factors=tuple(f"{prefix}factors.{index}.weight" for index in range(last + 1)),
+        weight=path if is_parameter else f"{prefix}{kind.weight}",
+        shape=tuple(weight_of(layer.origin.layer).shape),
+        factor_bias=f"{prefix}factors.{last}.bias" if has_bias else None,
+        bias=f"{prefix}{kind.bias}" if has_bias else None,
+        pads=operation.padding_mode != "zeros" or isinstance(operation.padding, str),
+        oriented=is_parameter or operation.dims > 0 or isinstance(layer.origin.layer, nn.Linear),
+        exact=all(rank >= full for rank, full in zip(layer.origin.ranks, full_ranks, strict=True)),
+    )
+
+
+def to_metadata(chains: tuple[Chain, ...]) -> str:
+    """Return the text of the metadata entry."""
+    return json.dumps([asdict(chain) for chain in chains])
+
+
+def chains_in(model: ModelProto) -> tuple[Chain, ...]:
+    """Return the chains that a file lists; none if it has no such entry.
+
+    Raises:
+        ExportError: The entry is damaged.
+    """
+    texts = [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]
+    try:
+        return tuple(_parse(record) for text in texts for record in json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ExportError(
+            f"The ONNX file's metadata {METADATA_KEY!r} is damaged: {type(error).__name__}: {error}. Export the model "
+            f"again with tdfx.export, or delete that entry to have the file treated like any other."
+        ) from error
+
+
+_LISTS = {"ranks": int, "factors": str, "shape": int}
+_SCALARS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("site", "scheme", "weight"), (str,)),
+    **dict.fromkeys(("factor_bias", "bias"), (str, type(None))),
+    **dict.fromkeys(("pads", "oriented", "exact"), (bool,)),
+}
+
+
+def _parse(record: Mapping[str, Any]) -> Chain:
+    """Return a chain after checking every field, since the file may come from anywhere."""
+    if {*record} != {*_LISTS, *_SCALARS}:
+        raise ValueError(f"a record has the entries {sorted(record)}, not {sorted({*_LISTS, *_SCALARS})}")
+    lists = {name: tuple(record[name]) for name in _LISTS}
+    wrong = [name for name, kind in _LISTS.items() if not all(type(value) is kind for value in lists[name])]
+    wrong += [name for name, kinds in _SCALARS.items() if not isinstance(record[name], kinds)]
+    if not lists["factors"]:
+        wrong.append("factors")
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {record[wrong[0]]!r}")
+    return Chain(**{**record, **lists})

@@ -1,0 +1,173 @@
+"""Export a module to ONNX with torch's exporter, and run it as the export does: in eval mode, left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir
+import torch
+from onnxscript import opset18
+from onnxscript.function_libs.torch_lib.ops.core import aten_conv3d
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.onnx import ONNXProgram
+
+from tdfx.errors import ExportError, InputError, first_line
+from tdfx.onnx_proof.factor_chains import METADATA_KEY, chains_of, to_metadata
+from tdfx.onnx_proof.module_inputs import (
+    Axes,
+    ExampleInputs,
+    Outputs,
+    call_arguments,
+    describe_inputs,
+    dynamic_shapes,
+)
+from tdfx.wrappers.compiled import is_wrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to export a module."""
+
+    dynamic_axes: Axes | None = None
+    output_names: tuple[str, ...] | None = None
+    optimize: bool = False
+    """False keeps the graph as the model is written. The exporter's optimizer folds weights into constants, so that equal
+    models with unequal weights no longer have equal graphs."""
+
+
+def export_module(module: nn.Module, inputs: ExampleInputs, path: Path, settings: Settings | None = None) -> None:
+    """Write ``module``, in eval mode, to ``path``, with its weights in a file beside it.
+
+    Raises:
+        InputError: The module does not accept the inputs, or has no such axes.
+        ExportError: The exporter cannot export it.
+    """
+    onnx_ir.save(build_program(module, inputs, settings).model, path, external_data=f"{path.name}.data")
+
+
+def build_program(module: nn.Module, inputs: ExampleInputs, settings: Settings | None = None) -> ONNXProgram:
+    """Return ``module``, in eval mode, as an ONNX model that shares its weights; errors as for ``export_module``."""
+    module, settings = without_wrappers(module), settings or Settings()
+    arguments, named = call_arguments(module, inputs)
+    shapes = dynamic_shapes(module, inputs, settings.dynamic_axes)
+    try:
+        with eval_mode(module), _quiet():
+            program = torch.onnx.export(
+                module,
+                arguments,
+                kwargs=named,
+                dynamo=True,
+                optimize=settings.optimize,
+                verbose=False,
+                dynamic_shapes=shapes,
+                output_names=settings.output_names,
+                custom_translation_table={torch.ops.aten.conv3d.default: _conv3d},
+            )
+    except Exception as error:
+        run_module(module, inputs)  # raises InputError if the inputs are the cause
+        cause = _innermost_cause(error)
+        raise ExportError(
+            f"torch.onnx cannot export {type(module).__name__}: {type(cause).__name__}: {first_line(cause)}. "
+            f"Make the model exportable, or verify its exportable parts one by one."
+        ) from error
+    assert program is not None
+    chains = chains_of(module)
+    if chains:
+        program.model.metadata_props[METADATA_KEY] = to_metadata(chains)
+    return program
+
+
+def run_module(module: nn.Module, inputs: ExampleInputs) -> Outputs:
+    """Return the tensors that ``module`` outputs in eval mode, in the order of an export.
+
+    Raises:
+        InputError: The module does not accept the inputs.
+    """
+    module = without_wrappers(module)
+    arguments, named = call_arguments(module, inputs)
+    try:
+        with eval_mode(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            outputs = module(*arguments, **named)
+    except Exception as error:  # whatever the model raises, these inputs cause it
+        raise InputError(
+            f"{type(module).__name__} does not accept the example inputs {describe_inputs(inputs)}: "
+            f"{type(error).__name__}: {first_line(error)}. Pass example_inputs (--input on the command line) with the "
+            f"shapes, dtypes and device that its forward takes."
+        ) from error
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def without_wrappers(module: nn.Module) -> nn.Module:
+    """Return the module inside ``torch.compile`` and DistributedDataParallel, which cannot be exported."""
+    while is_wrapped(module) or isinstance(module, DistributedDataParallel):
+        inner = module._orig_mod if is_wrapped(module) else module.module
+        assert isinstance(inner, nn.Module)
+        module = inner
+    return module
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put ``module`` into eval mode, and each submodule back into its own mode afterwards."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for submodule, training in modes:  # through train(), for modules that do more than set a flag
+            if submodule.training != training:
+                submodule.train(training)
+        for submodule, training in modes:  # train() also changes the children, so set all flags once more
+            submodule.training = training
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the exporter's messages about its own internals; exceptions pass.
+
+    During the export this holds for the whole process, and so for other threads too.
+    """
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _innermost_cause(error: BaseException) -> BaseException:
+    """Return the error that started a chain of errors: the exporter's own message only advises on debugging."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _conv3d(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = (1, 1, 1),
+    padding: Any = (0, 0, 0),
+    dilation: Any = (1, 1, 1),
+    groups: int = 1,
+) -> Any:
+    """Translate conv3d, with a bias of zeros if there is none.
+
+    onnxscript (0.7.2) makes that bias with shape [channels, 2], which ONNX Runtime refuses.
+    """
+    op: Any = opset18
+    if bias is None:
+        bias = op.Expand(op.CastLike(0.0, input), op.Shape(weight, start=0, end=1))
+    translate: Callable[..., Any] = aten_conv3d
+    return translate(input, weight, bias, stride, padding, dilation, groups)
