@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Protocol
 
 from tdfx.errors import PolicyError
@@ -52,7 +53,7 @@ def log_plan(writer: Writer, plan: Plan, step: int, *, check: StepTimes | None =
         7 tdfx_rank/root 16
     """
     check_writer(writer)
-    for tag, value in (*_model_scalars(plan, check), *(pair for site in plan for pair in _site_scalars(site))):
+    for tag, value in chain(_model_scalars(plan, check), *map(_site_scalars, plan)):
         writer.add_scalar(tag, value, step)
 
 
@@ -82,20 +83,16 @@ def _model_scalars(plan: Plan, check: StepTimes | None) -> Iterator[tuple[str, f
 def _site_scalars(site: SitePlan) -> Iterator[tuple[str, float]]:
     name = site.name or "root"
     ranks = site.ranks or ()
-    for index, rank in enumerate(ranks):
-        yield f"tdfx_rank/{name}" + (f"/{_MODES[index]}" if len(ranks) == len(_MODES) else ""), rank
+    # Two ranks are those of the channels of the output and of the input.
+    for mode, rank in zip(("/out", "/in") if len(ranks) == 2 else ("",) * len(ranks), ranks, strict=True):
+        yield f"tdfx_rank/{name}{mode}", rank
     if site.factorized and site.error is not None:
         # A split by orthonormal bases loses exactly the energy that it does not keep.
         yield f"tdfx_energy/{name}", max(0.0, 1.0 - site.error**2)
-    if site.estimated:
-        return
-    yield from _measured(f"tdfx_ms/{name}/dense", site.seconds_before, 1e3)
-    if site.factorized:
+    if not site.estimated:
+        yield from _measured(f"tdfx_ms/{name}/dense", site.seconds_before, 1e3)
+    if site.factorized and not site.estimated:
         yield from _measured(f"tdfx_ms/{name}/factorized", site.seconds_after, 1e3)
-
-
-_MODES = ("out", "in")
-"""The modes of two ranks: channels of the output, and of the input."""
 
 
 def _measured(tag: str, value: float | None, scale: float = 1.0) -> Iterator[tuple[str, float]]:
