@@ -19,7 +19,7 @@ class Flow:
     size: tuple[int, ...] = ()
     """Spatial size of the input, in positions; () for a linear map."""
     operation: Operation | None = None
-    """What this call computes, where its stride or padding differs from that of the site's other calls."""
+    """What this call computes, where its stride or padding differs from the site's other calls."""
     setting: Setting = field(default=Setting(), repr=False)
     """Device, dtype and the like, in which the call is computed."""
 
@@ -45,11 +45,8 @@ def count_chain(chain: Sequence[Operation], flow: Flow) -> Iterator[StepCount]:
         written = flow.samples * operation.out_channels * math.prod(after)
         # A transposed convolution applies its kernel to each value that it reads, others for each value that they write.
         flops_per_value = 2 * math.prod(operation.weight_shape[1:])
-        yield StepCount(
-            flops=(read if operation.transposed else written) * flops_per_value,
-            values=read + written + operation.parameters,
-            written=written,
-        )
+        work = (read if operation.transposed else written) * flops_per_value
+        yield StepCount(flops=work, values=read + written + operation.parameters, written=written)
         size = after
 
 
@@ -65,8 +62,6 @@ def flops(chain: Sequence[Operation], flow: Flow) -> int:
 
 def intermediate_values(chain: Sequence[Operation], flow: Flow) -> int:
     """Return how many activations between the operations a training step keeps until the backward pass.
-
-    The input of the first operation and the output of the last are the same for every chain in a site's place.
 
     >>> half = [Operation.pointwise(64, 32, 2), Operation.pointwise(32, 64, 2)]
     >>> intermediate_values(half, Flow(8, (10, 10))), intermediate_values(half[:1], Flow(8, (10, 10)))

@@ -26,13 +26,8 @@ def processor() -> str:
 
 
 def describe_machine(device: str) -> str:
-    """Return everything that decides how long a computation of given shapes takes here, as one line of text.
-
-    Args:
-        device: As torch writes it. The line names the model of a GPU, not its number.
-    """
-    kind = torch.device(device).type
-    hardware = processor()
+    """Return everything that decides how long a computation of given shapes takes on a device, as one line of text."""
+    kind, hardware = torch.device(device).type, processor()
     if kind == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)} cudnn {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
     settings = (

@@ -14,9 +14,8 @@ _COPIES = 4
 def training_bytes(chain: Sequence[Operation], flows: Sequence[Flow]) -> int:
     """Return the bytes that a chain adds to a training step.
 
-    These are the weights with their gradients and two moments, in the weight's dtype, and for each call the activations
-    between the operations, in the dtype of the products. The input of the first operation and the output of the last are
-    the same for every chain in a site's place, and are not counted.
+    These are the weights, gradients and two moments, in the weight's dtype, and for each call the activations between the
+    operations, in the dtype of the products. Input and output are the same for every chain in a site's place: not counted.
 
     >>> dense, half = Operation.pointwise(64, 64, 2), [Operation.pointwise(64, 16, 2), Operation.pointwise(16, 64, 2)]
     >>> training_bytes([dense], [Flow(8, (10, 10))]), training_bytes(half, [Flow(8, (10, 10))])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,24 +11,12 @@ from tdfx.policies.policy import Policy
 
 
 def map_costs(policy: Policy, change: Callable[[Cost], Cost]) -> Policy:
-    """Return a policy with its cost changed, and every cost that an override gives itself.
-
-    Args:
-        policy: It stays as it is.
-        change: Takes a cost and returns the one to use in its place.
-    """
-    return replace(policy, cost=change(policy.cost), overrides=_map_given(policy.overrides, "cost", change))
+    """Return a policy with its cost changed by a function, and every cost that an override gives itself."""
+    return replace(_map_given(policy, change), cost=change(policy.cost))
 
 
-def _map_given(
-    overrides: Mapping[str, Policy | None], name: str, change: Callable[[Any], Any]
-) -> dict[str, Policy | None]:
-    """Return overrides with one setting changed in those that give it themselves."""
-    changed: dict[str, Policy | None] = {}
-    for pattern, override in overrides.items():
-        if override is None:
-            changed[pattern] = None
-            continue
-        settings = {} if name in override._left_out else {name: change(getattr(override, name))}
-        changed[pattern] = replace(override, overrides=_map_given(override.overrides, name, change), **settings)
-    return changed
+def _map_given(policy: Policy, change: Callable[[Cost], Cost]) -> Policy:
+    """Return a policy with all costs changed that it and its overrides do not leave out."""
+    cost: dict[str, Any] = {} if "cost" in policy._left_out else {"cost": change(policy.cost)}
+    overrides = {pattern: override and _map_given(override, change) for pattern, override in policy.overrides.items()}
+    return replace(policy, overrides=overrides, **cost)
