@@ -1,4 +1,4 @@
-"""Count the parameters, floating-point operations and activations of a chain of operations."""
+"""Count the parameters, floating-point operations, activations and training memory of a chain of operations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from tdfx.cost.setting import Setting
 from tdfx.factors.operation import Operation
+
+_COPIES = 4
+"""Numbers kept for each weight value: the value, its gradient, and two moments, as Adam keeps them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +76,18 @@ def intermediate_values(chain: Sequence[Operation], flow: Flow) -> int:
 def parameters(chain: Sequence[Operation]) -> int:
     """Return the weight values of a chain, biases not counted."""
     return sum(operation.parameters for operation in chain)
+
+
+def training_bytes(chain: Sequence[Operation], flows: Sequence[Flow]) -> int:
+    """Return the bytes that a chain adds to a training step.
+
+    These are the weights, gradients and two moments, in the weight's dtype, and for each call the activations between the
+    operations, in the dtype of the products. Input and output are the same for every chain in a site's place: not counted.
+
+    >>> dense, half = Operation.pointwise(64, 64, 2), [Operation.pointwise(64, 16, 2), Operation.pointwise(16, 64, 2)]
+    >>> training_bytes([dense], [Flow(8, (10, 10))]), training_bytes(half, [Flow(8, (10, 10))])
+    (65536, 83968)
+    """
+    width = flows[0].setting.dtype.itemsize if flows else 4
+    activations = sum(intermediate_values(chain, flow) * flow.setting.computes_in.itemsize for flow in flows)
+    return _COPIES * width * parameters(chain) + activations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -252,3 +252,15 @@ def _overrides(given: object) -> dict[str, Policy | None]:
             f"sites. Pass for example overrides={{'layer4.*': tdfx.Policy(rank=tdfx.Ratio(of=0.5)), 'fc': None}}."
         )
     return dict(given)
+
+
+def map_costs(policy: Policy, change: Callable[[Cost], Cost]) -> Policy:
+    """Return a policy with its cost changed by a function, and every cost that an override gives itself."""
+    return replace(_map_given(policy, change), cost=change(policy.cost))
+
+
+def _map_given(policy: Policy, change: Callable[[Cost], Cost]) -> Policy:
+    """Return a policy with all costs changed that it and its overrides do not leave out."""
+    cost: dict[str, Any] = {} if "cost" in policy._left_out else {"cost": change(policy.cost)}
+    overrides = {pattern: override and _map_given(override, change) for pattern, override in policy.overrides.items()}
+    return replace(policy, overrides=overrides, **cost)
