@@ -45,13 +45,7 @@ _LAYERS: dict[str, tuple[tuple[Operation, Flow], ...]] = {
 
 
 def rates(device: str = "cpu", dtype: torch.dtype = torch.float32, *, cache: bool = True) -> Rates:
-    """Return the rates at which the modelled training steps of three small layers take the measured times.
-
-    Args:
-        device: As torch writes it.
-        dtype: In which the layers compute.
-        cache: Whether rates of an earlier process are read from disk, and new ones written.
-    """
+    """Return the rates at which modelled steps of small layers take the measured times; ``cache`` keeps them on disk."""
     names = [f"rates {dtype} {rate.name}" for rate in fields(Rates)]
     return Rates(*_measure_once(device, names, lambda: _fit(device, dtype), cache))
 

@@ -64,14 +64,9 @@ class Plan(Decisions):
         try:
             return read_record(Plan, data)
         except FieldError as error:
-            message = f"{_owner(error, data)} {error}. Pass the text that Plan.to_json gave, unchanged."
-            raise PlanError(message) from error
+            site = data["sites"][error.record[1]] if error.record else None
+            owner = f"Site {site.get('name')!r}" if isinstance(site, dict) else "The plan"
+            raise PlanError(f"{owner} {error}. Pass the text that Plan.to_json gave, unchanged.") from error
 
     def __str__(self) -> str:
         return render_plain(plan_view(self))
-
-
-def _owner(error: FieldError, data: Any) -> str:
-    """Return what has the wrong field: a site, by its name, or the plan."""
-    site = data["sites"][error.record[1]] if error.record else None
-    return f"Site {site.get('name')!r}" if isinstance(site, dict) else "The plan"

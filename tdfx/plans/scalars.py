@@ -29,10 +29,9 @@ class StepTimes(Protocol):
 
 
 def log_plan(writer: Writer, plan: Plan, step: int, *, check: StepTimes | None = None) -> None:
-    """Log the ranks of a plan, the energy they keep, parameters, and times.
+    """Log the ranks of a plan, the energy they keep, parameters, and times in milliseconds, if measured.
 
     Tags begin with ``tdfx/`` for the whole model, and with ``tdfx_rank/``, ``tdfx_energy/`` and ``tdfx_ms/`` for its sites.
-    Times are in milliseconds. Times that were not measured are not logged.
 
     Args:
         writer: Anything with ``add_scalar(tag, value, step)``.
@@ -60,10 +59,8 @@ def log_plan(writer: Writer, plan: Plan, step: int, *, check: StepTimes | None =
 def check_writer(writer: object) -> None:
     """Raise PolicyError unless an object takes scalars."""
     if not callable(getattr(writer, "add_scalar", None)):
-        raise PolicyError(
-            f"writer={writer!r} has no add_scalar(tag, value, step). Pass torch.utils.tensorboard.SummaryWriter(), or any "
-            f"object with that method."
-        )
+        text = f"writer={writer!r} has no add_scalar(tag, value, step). Pass torch.utils.tensorboard.SummaryWriter(), or any"
+        raise PolicyError(f"{text} object with that method.")
 
 
 def _model_scalars(plan: Plan, check: StepTimes | None) -> Iterator[tuple[str, float]]:

@@ -37,10 +37,6 @@ def _shape(site: SitePlan) -> str:
     return "×".join(map(str, site.shape)) or "?"
 
 
-def _milliseconds(site: SitePlan) -> str:
-    return milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated)
-
-
 _NAME = _TableColumn("site", lambda site: site.name or "(root)")
 _LAYER = _TableColumn("layer", lambda site: f"{site.kind} {_shape(site)}")
 _SHAPE = _TableColumn("shape", _shape)
@@ -51,23 +47,16 @@ _PARAMETERS = _TableColumn("params", lambda site: before_after(site.parameters_b
 _PARAMETERS_LEFT = _TableColumn("params", lambda site: share(site.parameters_before, site.parameters_after), right=True)
 _FLOPS = _TableColumn("FLOPs", lambda site: before_after(site.flops_before, site.flops_after), right=True)
 _FLOPS_LEFT = _TableColumn("FLOPs", lambda site: share(site.flops_before, site.flops_after), right=True)
-_MILLISECONDS = _TableColumn("ms", _milliseconds, right=True)
+_MILLISECONDS = _TableColumn(
+    "ms", lambda site: milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated), right=True
+)
 _GAIN = _TableColumn("gain", lambda site: f"{site.gain:.2f}x" if site.gain is not None else "", right=True)
 _NOTE = _TableColumn("note", lambda site: site.note)
 
 _WIDE = (_NAME, _LAYER, _SCHEME, _RANKS, _ERROR, _PARAMETERS, _FLOPS, _MILLISECONDS, _GAIN)
-_CUTS: tuple[tuple[_TableColumn, _TableColumn | None], ...] = (
-    (_FLOPS, _FLOPS_LEFT),
-    (_PARAMETERS, _PARAMETERS_LEFT),
-    (_LAYER, _SHAPE),
-    (_FLOPS_LEFT, None),
-    (_SHAPE, None),
-    (_MILLISECONDS, None),
-    (_ERROR, None),
-    (_RANKS, None),
-    (_PARAMETERS_LEFT, None),
-)
-"""Columns to shorten or to leave out where the line is too short, the least important first."""
+_SHORTER = {_FLOPS: _FLOPS_LEFT, _PARAMETERS: _PARAMETERS_LEFT, _LAYER: _SHAPE}
+_CUTS = (*_SHORTER, _FLOPS_LEFT, _SHAPE, _MILLISECONDS, _ERROR, _RANKS, _PARAMETERS_LEFT)
+"""Columns to replace by shorter ones, or else to leave out, where the line is too short, the least important first."""
 
 
 def render_plain(view: Group) -> str:
@@ -118,7 +107,10 @@ def _cell(column: _TableColumn, site: SitePlan) -> Text:
 
 def _fit(rows: Sequence[SitePlan], width: int | None) -> tuple[list[_TableColumn], int, int]:
     """Return the columns that fit, and the widths of the names and of the notes."""
-    widths = {column: _width(column, rows) for column in (*_WIDE, *(new for _, new in _CUTS if new), _NOTE)}
+    widths = {
+        column: max(map(cell_len, (column.title, *map(column.text, rows))))
+        for column in (*_WIDE, *_SHORTER.values(), _NOTE)
+    }
     columns = [column for column in _WIDE if column is _NAME or _has_text(column, rows)]
     has_notes = _has_text(_NOTE, rows)
     if width is None:
@@ -130,7 +122,8 @@ def _fit(rows: Sequence[SitePlan], width: int | None) -> tuple[list[_TableColumn
 
     short = max(_LEAST_NAME, width * 3 // 10)
     least = min(_least_width([_NAME.text(site) for site in rows], short, max(short, width // 2)), widths[_NAME])
-    for cut, shorter in _CUTS:
+    for cut in _CUTS:
+        shorter = _SHORTER.get(cut)
         # A column is shortened to make room for whole names, but left out only to make room for folded ones.
         if cut in columns and room() < (widths[_NAME] if shorter is not None else least):
             place = columns.index(cut)
@@ -144,10 +137,6 @@ def _fit(rows: Sequence[SitePlan], width: int | None) -> tuple[list[_TableColumn
 
 def _has_text(column: _TableColumn, rows: Sequence[SitePlan]) -> bool:
     return any(map(column.text, rows))
-
-
-def _width(column: _TableColumn, rows: Sequence[SitePlan]) -> int:
-    return max(cell_len(column.title), *(cell_len(column.text(site)) for site in rows))
 
 
 def _least_width(names: Sequence[str], least: int, most: int) -> int:

@@ -38,12 +38,8 @@ def read_policy(source: str | Path | Mapping[str, Any]) -> Policy:
     Args:
         source: Path of a file whose name ends in ``.toml`` or ``.json``, or a mapping.
 
-    Returns:
-        The policy, which prints as it would be written in Python.
-
     Raises:
-        PolicyError: The file cannot be read, or holds an unknown key or a value out of range; the message names the file
-            and the key.
+        PolicyError: The file cannot be read, or holds an unknown key or a value out of range; the message says where.
 
     Example:
         >>> read_policy({"rank": "ratio:0.5", "exclude": ["fc"], "cost": "modelled"}).rank

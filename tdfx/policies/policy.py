@@ -76,17 +76,12 @@ class Policy:
     cost: Cost = LEFT_OUT
     """What says how long a site takes, dense and factorized: measured on this machine, or ``Modelled()``."""
     speedup: InitVar[float | None] = None
-    """A budget in place of ``rank``, which is then ``Budget(...)``: how many times faster the training step shall be."""
     seconds: InitVar[float | None] = None
-    """How long the training step may take, in seconds."""
     flops: InitVar[float | None] = None
-    """Forward operations of the sites: a share, or a whole number of them."""
     parameters: InitVar[float | None] = None
-    """Parameters of the model: a share, or a whole number of them."""
     memory: InitVar[float | None] = None
-    """Bytes that the sites add to a training step: a share, or a whole number of them."""
     error: InitVar[Measure | None] = None
-    """What a budget keeps small, as in ``Budget``: the error of the ``"weights"``."""
+    """These six settings stand for ``rank=Budget(...)`` with the same settings."""
     _left_out: frozenset[str] = field(default=frozenset(), compare=False)
     """Private: the settings that were not given. It is a field because ``dataclasses.replace`` passes on fields alone."""
     _resolved: Mapping[str, Policy | None] = field(init=False)
@@ -122,9 +117,7 @@ class Policy:
                 f"out, or pass a budget such as speedup=2."
             )
         if given and rank is not LEFT_OUT:
-            raise PolicyError(
-                f"rank={rank!r} and {', '.join(limits)} both say which ranks to take. Leave out one of the two."
-            )
+            raise PolicyError(f"rank={rank!r} and {', '.join(limits)} both say which ranks to take. Leave one out.")
         return Budget(**given) if given else rank
 
     def _check(self) -> None:
@@ -195,10 +188,8 @@ class Policy:
     def for_site(self, *names: str) -> Policy | None:
         """Return the policy in force for a site, or None if the site is to be kept.
 
-        It has every setting that an override inherits, and is the same object at each call.
-
-        Args:
-            names: All names of the site; a layer that a model holds under two paths has two.
+        It has every setting that an override inherits, and is the same object at each call. Pass all names of the site: a
+        layer that a model holds under two paths has two.
         """
         if not self.wants(*names):
             return None
@@ -235,10 +226,7 @@ def _names_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
 def _patterns(name: str, given: object) -> tuple[str, ...]:
     """Return patterns as a tuple; refuse a bare string, which would be read letter by letter."""
     if not isinstance(given, tuple | list) or any(not isinstance(pattern, str) for pattern in given):
-        raise PolicyError(
-            f"{name}={given!r} is not a tuple of patterns: each is a glob over site names. "
-            f"Pass for example {name}=('layer1.*', 'fc')."
-        )
+        raise PolicyError(f"{name}={given!r} is not a tuple of patterns: pass for example {name}=('layer1.*', 'fc').")
     return tuple(given)
 
 

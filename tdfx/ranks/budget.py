@@ -65,22 +65,18 @@ class Budget(RankRule):
 
     def __post_init__(self) -> None:
         if not self.limits:
-            raise PolicyError(
-                "Budget() has no budget: it needs a limit. Pass for example Budget(speedup=2) or Budget(parameters=0.5)."
-            )
+            raise PolicyError("Budget() has no budget: pass for example Budget(speedup=2) or Budget(parameters=0.5).")
         for name, value in self.limits.items():
             least, meaning = _TIMES.get(name, (0.0, ""))
             if meaning and not (is_number(value) and least < value):
                 raise PolicyError(f"{name}={value!r} is not a number above {least:g}: it is {meaning}")
-            if not meaning and not (is_number(value) and _is_share_or_amount(value)):
+            if not meaning and not (is_number(value) and value > 0 and (value <= 1 or value == int(value))):
                 raise PolicyError(
                     f"{name}={value!r} is neither a share in (0, 1] nor a whole number of at least 1: it is what may be "
                     f"left. For half of what the model has pass {name}=0.5."
                 )
         if self.error not in get_args(Measure):
-            raise PolicyError(
-                f"error={self.error!r} is not known: the error of the 'weights' is kept small. Leave it out."
-            )
+            raise PolicyError(f"error={self.error!r} is not known: only 'weights' has a meaning. Leave it out.")
         if self.error != "weights":
             text = (
                 f"error={self.error!r} was measured to be no better than the error of the weights and is treated as "
@@ -89,10 +85,8 @@ class Budget(RankRule):
             warnings.warn(text, TdfxWarning, stacklevel=3)
             object.__setattr__(self, "error", "weights")
         if not isinstance(self.strict, bool):
-            raise PolicyError(
-                f"strict={self.strict!r} is neither True nor False: it says whether a budget that cannot be kept is "
-                f"refused. Pass strict=False to go most of the way to what is possible."
-            )
+            text = f"strict={self.strict!r} is neither True nor False: it says if an impossible budget is refused. Pass"
+            raise PolicyError(f"{text} strict=False to go most of the way to what is possible.")
         for name in ("floor", "noise_floor"):
             advice = f"For a quarter pass {name}=0.25; for no floor pass {name}=0."
             check_share(
@@ -125,10 +119,6 @@ class Budget(RankRule):
             f"{self!r} cannot choose ranks for site {site!r} alone: it weighs all sites at once, and cannot be combined "
             f"with another rule. Use it as the policy's own rank, or give that site another rule."
         )
-
-
-def _is_share_or_amount(value: float) -> bool:
-    return value >= 1 if isinstance(value, int) else 0 < value <= 1 or (value > 1 and value == int(value))
 
 
 def Target(*, parameters: float | None = None, flops: float | None = None) -> Budget:  # noqa: N802

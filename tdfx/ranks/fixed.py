@@ -24,6 +24,7 @@ class Fixed(RankRule):
     ranks: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
     """Glob over site names -> one rank for every mode, or a tuple of one for each mode (tucker2: output, input); at least
     1. The first pattern that matches a site is used. Ranks are never rounded."""
+    exact = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.ranks, Mapping) or not self.ranks:
@@ -49,11 +50,6 @@ class Fixed(RankRule):
     def reads_values(self) -> bool:
         """False, unless a subclass has a ``choose`` of its own."""
         return type(self).choose is not Fixed.choose
-
-    @property
-    def exact(self) -> bool:
-        """True: ranks given by hand are used as they are."""
-        return True
 
     def patterns(self) -> tuple[str, ...]:
         """Return the patterns that ranks were given for."""

@@ -58,31 +58,18 @@ class RankRule(ABC):
 
     @abstractmethod
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
-        """Return the ranks of one site.
-
-        Args:
-            site: The site's name, for rules that name sites.
-            spectra: One spectrum for each rank that the scheme asks for.
-        """
+        """Return the ranks of the site of a name, from one spectrum for each rank that the scheme asks for."""
 
     def patterns(self) -> tuple[str, ...]:
         """Return the site patterns that the rule mentions, so that a pattern without a match can be reported."""
         return ()
 
     def at_least(self, least: int | float) -> AtLeast:
-        """Return this rule with a floor under its ranks.
-
-        Args:
-            least: A whole number of ranks, cut to the full rank; or, as a float in (0, 1], a share of the full rank.
-        """
+        """Return this rule with a floor: a whole number of ranks, or as a float in (0, 1] a share of the full rank."""
         return AtLeast(rule=self, value=least)
 
     def at_most(self, most: int | float) -> AtMost:
-        """Return this rule with a ceiling over its ranks, which rounding does not exceed either.
-
-        Args:
-            most: A whole number of ranks; or, as a float in (0, 1], a share of the full rank.
-        """
+        """Return this rule with a ceiling, given as in ``at_least``, which rounding does not exceed either."""
         return AtMost(rule=self, value=most)
 
     def round_to(self, multiple: int) -> RoundTo:
@@ -155,17 +142,14 @@ class AtLeast(_Bound):
 
     def _change(self, choice: Choice, full: tuple[int, ...]) -> Choice:
         least = [math.ceil(self.value * rank) if self.is_share else min(int(self.value), rank) for rank in full]
-        ranks = tuple(map(max, choice.ranks, least))
+        ranks = tuple(max(pair) for pair in zip(choice.ranks, least, strict=True))
         # A ceiling that was set before must not undo this floor.
         limits = tuple(map(max, choice.limits, least))
         return replace(choice, ranks=ranks, limits=limits, note=_note(choice, "raised", ranks))
 
 
 class AtMost(_Bound):
-    """A ceiling over the ranks that a rule chooses, at which rounding stops; what ``rule.at_most(...)`` returns.
-
-    A share leaves at least one rank.
-    """
+    """A ceiling over the ranks that a rule chooses, at least 1; rounding stops at it. ``rule.at_most(...)`` returns it."""
 
     __slots__ = ()
     _method = "at_most"
@@ -173,7 +157,7 @@ class AtMost(_Bound):
 
     def _change(self, choice: Choice, full: tuple[int, ...]) -> Choice:
         most = [max(math.floor(self.value * rank), 1) if self.is_share else int(self.value) for rank in full]
-        ranks = tuple(map(min, choice.ranks, most))
+        ranks = tuple(min(pair) for pair in zip(choice.ranks, most, strict=True))
         limits = tuple(map(min, choice.limits or full, most))
         return replace(choice, ranks=ranks, limits=limits, note=_note(choice, "lowered", ranks))
 
@@ -187,10 +171,8 @@ class RoundTo(_Modifier):
 
     def __post_init__(self) -> None:
         if not is_count(self.value):
-            raise PolicyError(
-                f"round_to({self.value!r}) is not a whole number of at least 1: ranks are rounded up to a multiple of it. "
-                f"Pass 1 for no rounding."
-            )
+            text = f"round_to({self.value!r}) is not a whole number of at least 1: ranks become multiples of it."
+            raise PolicyError(f"{text} Pass 1 for no rounding.")
 
     def _change(self, choice: Choice, full: tuple[int, ...]) -> Choice:
         return replace(choice, ranks=round_ranks(choice.ranks, choice.limits or full, int(self.value)), exact=True)

@@ -70,8 +70,7 @@ class Spectrum:
 
 def pack(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     """Return a spectrum without its basis as two tensors that can be sent: the values, and all other numbers."""
-    original = (0, 0) if spectrum.original is None else spectrum.original
-    numbers = (spectrum.rows, spectrum.cols, float(spectrum.residual), *original)
+    numbers = (spectrum.rows, spectrum.cols, float(spectrum.residual), *(spectrum.original or (0, 0)))
     return spectrum.values, torch.tensor(numbers, dtype=torch.float64)
 
 
@@ -113,12 +112,7 @@ def spectrum(matrix: Tensor, *, rows_side: bool | None = None) -> Spectrum:
 
 
 def singular_side(gram: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Return the largest singular values (..., keep) and vectors (..., d, keep) of matrices, from their Gram matrices.
-
-    Args:
-        gram: Shape (..., d, d), symmetric.
-        keep: How many, at most d.
-    """
+    """Return the largest singular values (..., keep) and vectors (..., d, keep) from Gram matrices (..., d, d)."""
     eigenvalues, vectors = symmetric_eigen(gram)
     del gram  # a Gram matrix and its eigenvectors are each as large as a square weight
     values = eigenvalues.flip(-1)[..., :keep].clamp_min(0).sqrt()
