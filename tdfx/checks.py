@@ -54,11 +54,9 @@ class FieldError(ValueError):
 
 
 def read_record(kind: type[T], data: object) -> T:
-    """Build a dataclass from what a JSON or TOML file holds; nothing is converted but lists to tuples and texts to enums.
+    """Build a dataclass from what a JSON or TOML parser returned.
 
-    Args:
-        kind: A dataclass; its fields may be dataclasses too, or tuples of them.
-        data: What the file's parser returned.
+    Fields may be dataclasses too, or tuples of them. Nothing is converted but lists to tuples and texts to enums.
 
     Raises:
         FieldError: A field is unknown, missing or not of its declared type. What a ``__post_init__`` raises is passed on.

@@ -30,15 +30,10 @@ def describe_machine(device: str) -> str:
     kind, hardware = torch.device(device).type, processor()
     if kind == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)} cudnn {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
-    settings = (
-        torch.get_num_threads(),
-        torch.backends.mkldnn.enabled,
-        *_precisions(),
-        torch.backends.cudnn.benchmark,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    version = f"{torch.__version__} cuda {torch.version.cuda}"
-    return " | ".join(map(str, (_VERSION, kind, hardware, torch.backends.cpu.get_cpu_capability(), *settings, version)))
+    vectors, version = torch.backends.cpu.get_cpu_capability(), f"{torch.__version__} cuda {torch.version.cuda}"
+    settings = (torch.get_num_threads(), torch.backends.mkldnn.enabled, *_precisions(), torch.backends.cudnn.benchmark)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return " | ".join(map(str, (_VERSION, kind, hardware, vectors, *settings, deterministic, version)))
 
 
 def _precisions() -> list[str]:

@@ -66,7 +66,6 @@ def take_turns(
         rounds: Trusted samples to take of each, at least 1.
         most_seconds: About how long all of it may take; a round that would exceed it is not begun, apart from the first.
         warmups: Calls of each before the first sample, at least 1; a short function is called once more.
-        clock: Returns the time in seconds.
     """
     wait = _waiter(device)
     began = clock()

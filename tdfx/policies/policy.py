@@ -112,10 +112,8 @@ class Policy:
         given = {name: value for name, value in settings.items() if value is not None}
         limits = [f"{name}={value!r}" for name, value in given.items() if name != "error"]
         if given and not limits:
-            raise PolicyError(
-                f"error={given['error']!r} says what a budget keeps small, and no budget is given beside it. Leave it "
-                f"out, or pass a budget such as speedup=2."
-            )
+            text = f"error={given['error']!r} says what a budget keeps small, and no budget is given beside it."
+            raise PolicyError(f"{text} Leave it out, or pass a budget such as speedup=2.")
         if given and rank is not LEFT_OUT:
             raise PolicyError(f"rank={rank!r} and {', '.join(limits)} both say which ranks to take. Leave one out.")
         return Budget(**given) if given else rank
@@ -154,8 +152,7 @@ class Policy:
         elif isinstance(rank, Budget):
             raise PolicyError(
                 f"An override has a budget, and a budget is for all sites together: the override for {pattern!r} has "
-                f"{rank!r}, and the policy {self.rank!r}. Give a budget to the policy itself, and the sites of the "
-                f"override another rule, or none."
+                f"{rank!r}, and the policy {self.rank!r}. Give the budget to the policy, and the override another rule."
             )
         return replace(override, **inherited, _left_out=frozenset())
 

@@ -101,8 +101,7 @@ class Budget(RankRule):
     @property
     def limits(self) -> dict[str, float]:
         """The limits that are given, by name."""
-        values = {name: getattr(self, name) for name in (*_TIMES, *_SIZES)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name in (*_TIMES, *_SIZES) if (value := getattr(self, name)) is not None}
 
     @property
     def is_of_time(self) -> bool:

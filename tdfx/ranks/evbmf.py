@@ -24,12 +24,11 @@ _ROUNDING = float(np.finfo(np.float64).eps)
 
 
 def evbmf_rank(values: Tensor, rows: int, cols: int, residual: float | Tensor = 0.0) -> int:
-    """Return the number of components that EVBMF keeps, with the noise variance estimated from the same values.
+    """Return how many of r components EVBMF keeps, estimating the noise variance; 0 if nothing stands above the noise.
 
-    The result does not depend on the scale of the matrix, nor on which side is the longer.
-
-    The smallest values may be left out, as long as none of them would be kept: such a component enters the free energy by
-    its square, and by a logarithm that does not depend on the noise variance, so that the sum of the squares is enough.
+    The result depends neither on the scale of the matrix nor on which side is the longer. The smallest values may be left
+    out, as long as none of them would be kept: such a component enters the free energy by its square, and by a logarithm
+    that does not depend on the noise variance, so that the sum of the squares is enough.
 
     Args:
         values: Singular values, shape (r,), any order, finite: all min(m, n) of them, or the largest r.
@@ -37,9 +36,6 @@ def evbmf_rank(values: Tensor, rows: int, cols: int, residual: float | Tensor = 
         cols: n, at least 1.
         residual: The sum of the squares of the min(m, n) - r missing values, spread evenly over them; a negative sum, which
             rounding can cause, counts as zero, and so does any sum where no value is missing.
-
-    Returns:
-        The rank, in [0, r]; 0 means that nothing stands above the noise.
     """
     short, long = sorted((rows, cols))
     squares = np.sort(values.detach().double().cpu().numpy().astype(np.float64) ** 2)[::-1][:short]

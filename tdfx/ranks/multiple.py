@@ -23,8 +23,8 @@ def device_multiple(
     products use fewer bytes than the weight has; give the number itself where that matters.
 
     Args:
-        dtype: The weight's.
-        device: The weight's.
+        dtype: That of the weight.
+        device: Where the weight lies.
         capability: The CUDA compute capability, or the name of the CPU's vector instructions; None asks the device.
 
     >>> device_multiple(torch.float16, torch.device("cuda"), capability=(8, 0))
