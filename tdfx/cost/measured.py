@@ -63,7 +63,7 @@ class Measured:
         if not (numbers and isinstance(self.cache, bool) and self.budget > 0 and is_whole and self.update_bytes >= 0):
             raise PolicyError(
                 f"{self!r} has a number out of range: budget is a time above 0, in seconds, rounds a whole number of at "
-                f"least 1, update_bytes a number of bytes, not negative, cache True or False. Leave a field out for its default."
+                f"least 1, update_bytes a number that is not negative, cache True or False. Leave fields out for defaults."
             )
 
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
