@@ -35,9 +35,8 @@ from tdfx.onnx_proof.export_model import export
 from tdfx.onnx_proof.report import ExportReport, VerifyReport
 from tdfx.onnx_proof.verify import verify
 from tdfx.optim.states import register_optimizer
-from tdfx.plans.decisions import Emit
+from tdfx.plans.decisions import Emit, Reason, SitePlan
 from tdfx.plans.plan import Plan
-from tdfx.plans.site import Reason, SitePlan
 from tdfx.policies.file import read_policy
 from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget, Target

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeGuard, TypeVar, get_args, get_type_hints
 
 from tdfx.errors import PolicyError, nearest
 
@@ -26,6 +26,11 @@ def is_number(value: object) -> bool:
         return False
 
 
+def is_count(value: object) -> TypeGuard[int]:
+    """Return True for a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def check_share(name: str, value: float, meaning: str, example: str, *, zero_allowed: bool = False) -> None:
     """Raise PolicyError unless ``value`` is a share in (0, 1], or in [0, 1] where zero is allowed."""
     if not is_number(value) or value > 1 or value < 0 or (value == 0 and not zero_allowed):
@@ -35,10 +40,8 @@ def check_share(name: str, value: float, meaning: str, example: str, *, zero_all
 
 def check_whole(name: str, value: object, meaning: str, example: str) -> None:
     """Raise PolicyError unless ``value`` is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PolicyError(
-            f"{name}={value!r} is not a whole number of at least 1: it is {meaning}. Pass for example {example}."
-        )
+    if not is_count(value):
+        raise PolicyError(f"{name}={value!r} is not a whole number of at least 1: it is {meaning}. Pass {example}.")
 
 
 class FieldError(ValueError):
@@ -51,11 +54,9 @@ class FieldError(ValueError):
 
 
 def read_record(kind: type[T], data: object) -> T:
-    """Build a dataclass from what a JSON or TOML file holds; nothing is converted but lists to tuples and texts to enums.
+    """Build a dataclass from what a JSON or TOML parser returned.
 
-    Args:
-        kind: A dataclass; its fields may be dataclasses too, or tuples of them.
-        data: What the file's parser returned.
+    Fields may be dataclasses too, or tuples of them. Nothing is converted but lists to tuples and texts to enums.
 
     Raises:
         FieldError: A field is unknown, missing or not of its declared type. What a ``__post_init__`` raises is passed on.

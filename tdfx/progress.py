@@ -19,12 +19,7 @@ _shown: list[str] = []
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts what is done; if it takes long, a bar appears on stderr where that is a terminal.
-
-    Args:
-        what: What is counted, in words.
-        total: The final count.
-    """
+    """Yield a function that counts what is done, up to a total; if it takes long, a bar appears on stderr on terminals."""
     if _shown or not on_a_terminal():
         yield lambda count: None
         return

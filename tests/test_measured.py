@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import tdfx
 from tdfx import Measured, Modelled, PolicyError
 from tdfx.cost import measured
-from tdfx.cost.count import Flow, intermediate_values, parameters
-from tdfx.cost.memory import training_bytes
+from tdfx.cost.count import Flow, intermediate_values, parameters, training_bytes
 from tdfx.cost.rates import rates, stream_rate
 from tdfx.cost.setting import Setting
 from tdfx.cost.timing import Timing

@@ -16,8 +16,8 @@ import pytest
 
 import tdfx
 from tdfx import Budget, Energy, Measured, Modelled, Policy, PolicyError, Ratio
-from tdfx.policies.changes import map_costs
 from tdfx.policies.former import is_text_of
+from tdfx.policies.policy import map_costs
 from tdfx.ranks.budget import DEFAULT_RULE
 
 RULES = (Ratio(of=0.5), Energy(share=0.8), Budget(parameters=0.5), Budget(speedup=2), DEFAULT_RULE)

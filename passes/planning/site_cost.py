@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tdfx.cost.count import Flow, flops
-from tdfx.cost.memory import training_bytes
+from tdfx.cost.count import Flow, flops, training_bytes
 from tdfx.factors.operation import Operation
 from tdfx.factors.scheme import Scheme
 from tdfx.layers.factorized import Factorized

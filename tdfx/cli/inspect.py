@@ -18,7 +18,7 @@ from tdfx.cli.rows import SORTS, select
 from tdfx.cli.weights import load_weights
 from tdfx.errors import ModelReferenceError, TdfxError
 from tdfx.plans.table import plan_view
-from tdfx.policies.changes import map_costs
+from tdfx.policies.policy import map_costs
 from tdfx.progress import waiting
 from tdfx.ranks.registry import parse_rule
 from tdfx.report.model_view import look

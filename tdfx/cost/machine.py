@@ -26,24 +26,14 @@ def processor() -> str:
 
 
 def describe_machine(device: str) -> str:
-    """Return everything that decides how long a computation of given shapes takes here, as one line of text.
-
-    Args:
-        device: As torch writes it. The line names the model of a GPU, not its number.
-    """
-    kind = torch.device(device).type
-    hardware = processor()
+    """Return everything that decides how long a computation of given shapes takes on a device, as one line of text."""
+    kind, hardware = torch.device(device).type, processor()
     if kind == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)} cudnn {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
-    settings = (
-        torch.get_num_threads(),
-        torch.backends.mkldnn.enabled,
-        *_precisions(),
-        torch.backends.cudnn.benchmark,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    version = f"{torch.__version__} cuda {torch.version.cuda}"
-    return " | ".join(map(str, (_VERSION, kind, hardware, torch.backends.cpu.get_cpu_capability(), *settings, version)))
+    vectors, version = torch.backends.cpu.get_cpu_capability(), f"{torch.__version__} cuda {torch.version.cuda}"
+    settings = (torch.get_num_threads(), torch.backends.mkldnn.enabled, *_precisions(), torch.backends.cudnn.benchmark)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return " | ".join(map(str, (_VERSION, kind, hardware, vectors, *settings, deterministic, version)))
 
 
 def _precisions() -> list[str]:

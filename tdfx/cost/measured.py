@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tdfx.checks import is_number
+from tdfx.checks import is_count, is_number
 from tdfx.cost.count import Flow, parameters
 from tdfx.cost.machine import describe_machine
 from tdfx.cost.modelled import Case, Modelled
@@ -37,12 +37,10 @@ _provisional: set[str] = set()
 class Measured:
     """Time forward and backward of each site, dense and factorized, with the shapes, dtype, layout and threads it will have.
 
-    Chains that compete for one place are timed in turns; the median of the undisturbed samples counts, and equal work is
-    timed once. Times are kept on disk by hardware, versions and shape (``tdfx cache`` shows and deletes them). The
-    optimizer's share is added: the memory traffic of its update of the weights.
-
-    Without example inputs the shapes are unknown, and ``Modelled`` estimates all times; it also estimates what is left when
-    ``budget`` is spent. Measured times are never compared with estimated ones.
+    Chains that compete for one place are timed in turns; the median of the undisturbed samples counts. Times are kept on
+    disk by hardware, versions and shape (``tdfx cache`` shows and deletes them). The memory traffic of the optimizer's
+    update is added. ``modelled`` estimates all times without example inputs, and what is left when ``budget`` is spent;
+    measured times are never compared with estimated ones.
     """
 
     budget: float = 15.0
@@ -50,24 +48,22 @@ class Measured:
     rounds: int = 3
     """Undisturbed samples of each computation, at least 1."""
     autocast: torch.dtype | None = None
-    """The dtype in which the training loop's autocast computes, where the plan is made outside of it; None for the autocast
-    that is in force."""
+    """The dtype in which the training loop's autocast computes; None for the autocast in force where the plan is made."""
     cache: bool = True
     """Whether times are read from disk and written to it."""
     update_bytes: int = 28
-    """Bytes that the optimizer reads and writes for each weight value in one step, not negative: 28 for Adam and 20 for SGD
-    with momentum in float32."""
+    """Bytes that the optimizer reads and writes for each weight value in one step, not negative: in float32 28 for Adam, 20
+    for SGD with momentum."""
     modelled: Modelled = field(default_factory=Modelled, repr=False)
     """The cost that estimates what was not measured."""
 
     def __post_init__(self) -> None:
-        is_whole = type(self.rounds) is int and self.rounds >= 1
+        is_whole = is_count(self.rounds)
         numbers = all(is_number(value) or value == math.inf for value in (self.budget, self.update_bytes))
         if not (numbers and isinstance(self.cache, bool) and self.budget > 0 and is_whole and self.update_bytes >= 0):
             raise PolicyError(
-                f"{self!r} has a number out of range: budget is a positive time in seconds, rounds a whole number of at "
-                f"least 1, update_bytes a number of bytes that is not negative, cache True or False. Leave a "
-                f"field out to take its default."
+                f"{self!r} has a number out of range: budget is a time above 0, in seconds, rounds a whole number of at "
+                f"least 1, update_bytes a number that is not negative, cache True or False. Leave fields out for defaults."
             )
 
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
@@ -84,10 +80,11 @@ class Measured:
         """
         groups = [list(dict.fromkeys(group)) for group in groups]
         cases = [case for group in groups for case in group]
-        keys: dict[Case, str] = {
-            (chain, flow): self._key(chain, flow) for chain, flow in cases if flow is not None and _can_run(flow)
-        }
-        self._read_cache(keys.values())
+        flows = [(case, flow) for case in cases if (flow := case[1]) is not None and flow.setting.device_type != "meta"]
+        keys = {case: self._key(case[0], flow) for case, flow in flows}
+        unknown = [key for key in dict.fromkeys(keys.values()) if key not in _known]
+        if self.cache and unknown:
+            _known.update(Store(cache_folder()).get(unknown))
         work = self._unknown(groups, keys)
         # Each group may take its share of the time that is left, so that the last groups are measured too.
         weights = [sum(self.modelled.seconds(*case) for case in missing) for _, missing in work]
@@ -95,8 +92,7 @@ class Measured:
         ends = time.perf_counter() + self.budget - spent
         with progress("timing layers", sum(len(missing) for _, missing in work)) as advance:
             for index, (first, missing) in enumerate(work):
-                left = ends - time.perf_counter()
-                if left > 0:
+                if (left := ends - time.perf_counter()) > 0:
                     share = left * weights[index] / sum(weights[index:])
                     times = self._time_beside(first, missing, keys, share)
                     _known.update(times)
@@ -104,29 +100,26 @@ class Measured:
                 advance(len(missing))
         if self.cache and measured - _provisional:
             Store(cache_folder()).put({key: _known[key] for key in measured - _provisional})
-        return {case: _known[key] + self._update_seconds(*case) for case, key in keys.items() if key in _known}
+        return {
+            case: _known[keys[case]] + self.update_seconds(parameters(case[0]), flow.setting.device)
+            for case, flow in flows
+            if keys[case] in _known
+        }
 
     def _unknown(self, groups: Iterable[Sequence[Case]], keys: Mapping[Case, str]) -> list[tuple[Case, list[Case]]]:
         """Return the first case of each group and its cases of unknown time, each key once."""
         seen = set(_known)
         work = []
         for group in groups:
-            missing = list({keys[case]: case for case in group if case in keys and keys[case] not in seen}.values())
+            missing = {keys[case]: case for case in group if case in keys and keys[case] not in seen}
             if missing:
-                work.append((group[0], missing))
-                seen |= {keys[case] for case in missing}
+                work.append((group[0], list(missing.values())))
+                seen.update(missing)
         return work
 
     def update_seconds(self, values: int, device: str) -> float:
         """Return how long an optimizer takes to update so many weight values; only the memory traffic counts."""
-        if not self.update_bytes:
-            return 0.0
-        return self.update_bytes * values / stream_rate(device, cache=self.cache)
-
-    def _update_seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
-        if flow is None or not _can_run(flow):
-            return 0.0
-        return self.update_seconds(parameters(chain), flow.setting.device)
+        return self.update_bytes * values / stream_rate(device, cache=self.cache) if self.update_bytes else 0.0
 
     def _key(self, chain: tuple[Operation, ...], flow: Flow) -> str:
         return f"{describe_machine(flow.setting.device)} {(chain, flow.samples, flow.size, self._setting(flow))!r}"
@@ -134,19 +127,10 @@ class Measured:
     def _setting(self, flow: Flow) -> Setting:
         return flow.setting if self.autocast is None else replace(flow.setting, autocast=self.autocast)
 
-    def _read_cache(self, keys: Iterable[str]) -> None:
-        unknown = [key for key in dict.fromkeys(keys) if key not in _known]
-        if self.cache and unknown:
-            _known.update(Store(cache_folder()).get(unknown))
-
     def _time_beside(
         self, first: Case, missing: Sequence[Case], keys: Mapping[Case, str], most_seconds: float
     ) -> dict[str, float]:
-        """Time the missing cases of a group, beside its first case.
-
-        If the first case has a known but old time, it is timed again, and the new times are scaled by the ratio: the
-        machine may be slower now than it was then.
-        """
+        """Time the missing cases of a group; if its first case has an old time, scale by the ratio to its time now."""
         is_old = time.perf_counter() - _measured_at.get(keys[first], -math.inf) > _FRESH
         again = [first] if keys[first] in _known and is_old else []
         timings = self._time([*again, *missing], most_seconds)
@@ -159,15 +143,14 @@ class Measured:
         """Time cases in turns; a case that cannot be run alone, for lack of memory or of a kernel, is left out."""
         works: dict[Case, Workload] = {}
         for case in cases:
+            chain, flow = case
+            assert flow is not None
             with contextlib.suppress(RuntimeError):
-                chain, flow = case
-                assert flow is not None
-                flow = replace(flow, setting=self._setting(flow))
-                works[case] = Workload(chain, flow, shares=tuple(works.values()))
+                works[case] = Workload(chain, replace(flow, setting=self._setting(flow)), tuple(works.values()))
         if not works:
             return {}
-        device = next(iter(works.values())).setting.device
         runs = [work.run for work in works.values()]
+        device = works[next(iter(works))].setting.device
         try:
             timings = take_turns(runs, device=device, rounds=self.rounds, most_seconds=most_seconds)
         except RuntimeError:
@@ -176,7 +159,3 @@ class Measured:
             # One of the cases cannot compute its gradients; the others are timed without it.
             return {key: timing for case in cases for key, timing in self._time([case], 0.0).items()}
         return {case: timing.divided(works[case].steps) for case, timing in zip(works, timings, strict=True)}
-
-
-def _can_run(flow: Flow) -> bool:
-    return flow.setting.device_type != "meta"

@@ -10,13 +10,12 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 
 from tdfx.checks import is_number
-from tdfx.cost.count import Flow, StepCount, count_chain
+from tdfx.cost.count import Flow, count_chain
 from tdfx.cost.rates import rates
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
 
-_NOMINAL_SAMPLES = 32
-_NOMINAL_SIZE = 32
+_NOMINAL_SAMPLES = _NOMINAL_SIZE = 32
 
 
 class Cost(Protocol):
@@ -31,7 +30,7 @@ Case = tuple[tuple[Operation, ...], Flow | None]
 
 
 @runtime_checkable
-class MeasuringCost(Protocol):
+class MeasuringCost(Cost, Protocol):
     """A cost that measures, and is therefore asked about many chains at once."""
 
     @property
@@ -42,29 +41,21 @@ class MeasuringCost(Protocol):
     def autocast(self) -> torch.dtype | None:
         """The dtype in which the training loop's autocast computes; None for what is in force."""
 
-    def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
-        """Return the time of forward and backward through a chain, in seconds."""
-
     def update_seconds(self, values: int, device: str) -> float:
         """Return how long an optimizer takes to update so many weight values."""
 
     def measure(self, groups: Iterable[Sequence[Case]], *, spent: float = 0.0) -> dict[Case, float]:
-        """Return the times of cases in seconds.
-
-        Args:
-            groups: Cases that stand for the same site are one group, and are timed in turns.
-            spent: Seconds that measuring for the same plan has taken already.
-        """
+        """Return the times in seconds of groups of cases, each for one site, if measuring took ``spent`` seconds already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Modelled:
     """Each operation takes the sum of its arithmetic, its memory traffic and a start-up time.
 
-    Only ratios between chains are used, so that the ratios of the three numbers matter, not their absolute size. The
-    defaults are those of one core of a server CPU in float32. A roofline, which takes the larger of the first two instead of
-    their sum, overestimates the gain of small layers: measured on such a core, a 3×3 convolution of 64 channels, at 8×8
-    positions and batch 32, is 2.7 times faster at a quarter of its ranks; this sum predicts 2.7, the roofline 7.8.
+    Only ratios between chains are used. The defaults are those of one core of a server CPU in float32. A roofline, which
+    takes the larger of the first two instead of their sum, overestimates the gain of small layers: measured on such a core,
+    a 3×3 convolution of 64 channels, at 8×8 positions and batch 32, is 2.7 times faster at a quarter of its ranks; this sum
+    predicts 2.7, the roofline 7.8.
     """
 
     flops_per_second: float = 1.5e11
@@ -87,7 +78,7 @@ class Modelled:
     def __post_init__(self) -> None:
         settings = (self.flops_per_second, self.bytes_per_second, self.seconds_per_call)
         numbers = all(is_number(value) or value == math.inf for value in settings)
-        if not (numbers and self.flops_per_second > 0 and self.bytes_per_second > 0 and self.seconds_per_call >= 0):
+        if not numbers or min(settings) < 0 or 0 in settings[:2]:
             raise PolicyError(
                 f"{self!r} has a rate that is not positive or a negative time: the first two are amounts per second, "
                 f"the third is in seconds. Leave a field out to take its default."
@@ -99,13 +90,11 @@ class Modelled:
         Backward counts as twice the forward: one product for the input's gradient, one for the weight's. Without a flow, a
         nominal batch of 32 and 32 positions in each spatial dimension are assumed.
         """
-        counts = count_chain(chain, flow or _nominal_flow(chain))
-        return sum(3 * self._forward_seconds(operation, count) for operation, count in zip(chain, counts, strict=True))
-
-    def _forward_seconds(self, operation: Operation, count: StepCount) -> float:
-        arithmetic = count.flops * _group_slowdown(operation) / self.flops_per_second
-        traffic = 4 * count.values * _memory_slowdown(operation) / self.bytes_per_second
-        return arithmetic + traffic + self.seconds_per_call
+        forward = 0.0
+        for operation, count in zip(chain, count_chain(chain, flow or _nominal_flow(chain)), strict=True):
+            forward += count.flops * _group_slowdown(operation) / self.flops_per_second
+            forward += 4 * count.values * _memory_slowdown(operation) / self.bytes_per_second + self.seconds_per_call
+        return 3 * forward
 
 
 def _group_slowdown(operation: Operation) -> float:
@@ -123,10 +112,7 @@ def _group_slowdown(operation: Operation) -> float:
 
 
 def _memory_slowdown(operation: Operation) -> float:
-    """Return how many times longer memory traffic takes in pointwise maps of groups of few channels.
-
-    From the same measurement, in between its two memory formats: with channels last, each group is read in short pieces.
-    """
+    """Return how many times longer memory traffic takes in pointwise maps of groups of few channels, measured likewise."""
     if operation.groups == 1 or not operation.is_pointwise:
         return 1.0
     return min(8.0, max(1.0, 16 * operation.groups / min(operation.in_channels, operation.out_channels)))

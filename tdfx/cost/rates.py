@@ -27,55 +27,31 @@ class Rates:
     """The numbers of ``Modelled``, measured."""
 
     flops_per_second: float
-    """Floating-point operations per second."""
     bytes_per_second: float
-    """Bytes per second read and written, values counted as 4 bytes."""
     seconds_per_call: float
-    """Time that an operation takes before it computes anything, in seconds."""
 
 
 def _pointwise(channels: int) -> Operation:
     return Operation.pointwise(channels, channels, 2)
 
 
-def _kernel(channels: int) -> Operation:
-    return replace(_pointwise(channels), kernel=(3, 3), padding=(1, 1))
-
-
+_KERNEL = replace(_pointwise(256), kernel=(3, 3), padding=(1, 1))
+_SMALL = (_pointwise(8), Flow(1, (2, 2)))
 _LAYERS: dict[str, tuple[tuple[Operation, Flow], ...]] = {
-    "cpu": (
-        (_kernel(256), Flow(8, (16, 16))),
-        (_pointwise(16), Flow(32, (32, 32))),
-        (_pointwise(8), Flow(1, (2, 2))),
-    ),
-    "cuda": (
-        (_kernel(256), Flow(64, (32, 32))),
-        (_pointwise(64), Flow(64, (64, 64))),
-        (_pointwise(8), Flow(1, (2, 2))),
-    ),
+    "cpu": ((_KERNEL, Flow(8, (16, 16))), (_pointwise(16), Flow(32, (32, 32))), _SMALL),
+    "cuda": ((_KERNEL, Flow(64, (32, 32))), (_pointwise(64), Flow(64, (64, 64))), _SMALL),
 }
 """Three layers: arithmetic decides the time of the first, memory that of the second, and start-up that of the third."""
 
 
 def rates(device: str = "cpu", dtype: torch.dtype = torch.float32, *, cache: bool = True) -> Rates:
-    """Return the rates at which the modelled training steps of three small layers take the measured times.
-
-    Args:
-        device: As torch writes it.
-        dtype: In which the layers compute.
-        cache: Whether rates of an earlier process are read from disk, and new ones written.
-    """
+    """Return the rates at which modelled steps of small layers take the measured times; ``cache`` keeps them on disk."""
     names = [f"rates {dtype} {rate.name}" for rate in fields(Rates)]
     return Rates(*_measure_once(device, names, lambda: _fit(device, dtype), cache))
 
 
 def stream_rate(device: str = "cpu", *, cache: bool = True) -> float:
-    """Return how many bytes per second are read and written when tensors larger than the caches are added.
-
-    Args:
-        device: As torch writes it.
-        cache: As for ``rates``.
-    """
+    """Return how many bytes per second are read and written when tensors larger than the caches are added."""
     (rate,) = _measure_once(device, ["stream"], lambda: [_stream(device)], cache)
     return rate
 

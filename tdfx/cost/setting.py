@@ -13,7 +13,7 @@ class Setting:
     """Where and how one call of a site computes."""
 
     device: str = "cpu"
-    """The kind of device, such as ``"cuda"``: the devices of all processes are of one kind."""
+    """The kind of device, such as ``"cuda"``, for all processes."""
     dtype: torch.dtype = torch.float32
     """The weight's dtype."""
     autocast: torch.dtype | None = None

@@ -23,8 +23,7 @@ _SCHEMA = "CREATE TABLE IF NOT EXISTS times (key BLOB PRIMARY KEY, seconds REAL 
 
 def cache_folder() -> Path:
     """Return the folder of tdfx's cache: ``$TDFX_CACHE_DIR``, or one in the user's folder for caches."""
-    folder = os.environ.get("TDFX_CACHE_DIR")
-    if folder:
+    if folder := os.environ.get("TDFX_CACHE_DIR"):
         return Path(folder)
     try:
         return user_cache_path("tdfx", appauthor=False)
@@ -52,9 +51,8 @@ class Store:
         times: dict[str, float] = {}
         with contextlib.suppress(sqlite3.Error, OSError), self._open() as connection:
             for key in keys:
-                row = connection.execute("SELECT seconds FROM times WHERE key = ?", (_digest(key),)).fetchone()
-                if row is not None:
-                    times[key] = float(row[0])
+                rows = connection.execute("SELECT seconds FROM times WHERE key = ?", (_digest(key),))
+                times.update((key, float(seconds)) for (seconds,) in rows)
         return times
 
     def put(self, times: Mapping[str, float]) -> None:
@@ -65,10 +63,8 @@ class Store:
             with self._open(create=True) as connection:
                 rows = [(_digest(key), seconds, now) for key, seconds in times.items()]
                 connection.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?)", rows)
-                connection.execute(
-                    "DELETE FROM times WHERE key IN (SELECT key FROM times ORDER BY at DESC LIMIT -1 OFFSET ?)",
-                    (_MOST_ROWS,),
-                )
+                oldest = "SELECT key FROM times ORDER BY at DESC LIMIT -1 OFFSET ?"
+                connection.execute(f"DELETE FROM times WHERE key IN ({oldest})", (_MOST_ROWS,))
 
     def clear(self) -> int:
         """Delete all times, and return how many there were.
@@ -94,14 +90,10 @@ class Store:
         """Open the file for one transaction, which is rolled back if it fails."""
         if not (create or self.file.exists()):
             raise FileNotFoundError(self.file)
-        connection = sqlite3.connect(self.file, timeout=_WAIT)
-        try:
-            with connection:
-                if create:
-                    connection.execute(_SCHEMA)
-                yield connection
-        finally:
-            connection.close()
+        with contextlib.closing(sqlite3.connect(self.file, timeout=_WAIT)) as connection, connection:
+            if create:
+                connection.execute(_SCHEMA)
+            yield connection
 
 
 def _digest(key: str) -> bytes:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -57,28 +58,30 @@ def take_turns(
 ) -> list[Timing]:
     """Time some functions in turns (A B C A B C ...), each sample between two waits for the device.
 
-    Rounds continue until every function has ``rounds`` samples that are no outliers, at most twice as many rounds. A round
-    that would exceed ``most_seconds`` is not begun, apart from the first.
+    Rounds continue until every function has ``rounds`` trusted samples, at most twice as many rounds.
 
     Args:
         runs: The functions to time; each must do the same work at every call.
         device: The device that they work on.
         rounds: Trusted samples to take of each, at least 1.
-        most_seconds: About how long all of it may take.
-        warmups: Calls of each before the first sample; at least one is made, and one more of a short function, to see how
-            often to repeat it.
-        clock: Returns the time in seconds.
+        most_seconds: About how long all of it may take; a round that would exceed it is not begun, apart from the first.
+        warmups: Calls of each before the first sample, at least 1; a short function is called once more.
     """
     wait = _waiter(device)
     began = clock()
+
+    def sample(run: Callable[[], object], repeat: int) -> float:
+        wait()
+        start = clock()
+        for _ in range(repeat):
+            run()
+        wait()
+        return (clock() - start) / repeat
+
     repeats = []
     for run in runs:
         for call in range(max(1, warmups) + 1):
-            wait()
-            start = clock()
-            run()
-            wait()
-            took = clock() - start
+            took = sample(run, 1)
             # The first call is cold, and does not show how often a short function should be repeated.
             if call + 1 >= warmups and took > _LONG:
                 break
@@ -87,16 +90,10 @@ def take_turns(
     for _ in range(2 * rounds):
         round_began = clock()
         for run, repeat, times in zip(runs, repeats, samples, strict=True):
-            wait()
-            start = clock()
-            for _ in range(repeat):
-                run()
-            wait()
-            times.append((clock() - start) / repeat)
+            times.append(sample(run, repeat))
         now = clock()
-        if now - began + (now - round_began) > most_seconds:
-            break
-        if all(len(Timing(tuple(times)).trusted) >= rounds for times in samples):
+        is_late = now - began + (now - round_began) > most_seconds
+        if is_late or all(len(Timing(tuple(times)).trusted) >= rounds for times in samples):
             break
     return [Timing(tuple(times)) for times in samples]
 
@@ -104,7 +101,4 @@ def take_turns(
 def _waiter(device: torch.device | str) -> Callable[[], None]:
     """Return a function that waits until a device has finished all its work."""
     kind = torch.device(device).type
-    if kind == "cpu":
-        return lambda: None
-    module = torch.get_device_module(kind)
-    return lambda: module.synchronize(device)
+    return (lambda: None) if kind == "cpu" else partial(torch.get_device_module(kind).synchronize, device)

@@ -15,8 +15,7 @@ from tdfx.factors.operation import Operation
 
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 _COLD = 2**26
-"""Bytes of activations between a forward and its backward, more than the caches hold: in a model, too, activations have left
-the caches before the backward reads them."""
+"""Bytes of activations between a forward and its backward: as in a model, they have left the caches before they are read."""
 _MOST_COPIES = 4
 """Inputs at most: a chain so small that it would need more costs little but its start-up."""
 
@@ -29,14 +28,10 @@ class Workload:
 
     def __init__(self, chain: Sequence[Operation], flow: Flow, shares: Sequence[Workload] = ()) -> None:
         """Draw the values, but share inputs and output gradient with an earlier workload of the same shapes."""
-        setting = flow.setting
         self.chain = tuple(chain)
-        self.setting = setting
-        self.weights = [self._random(operation.weight_shape, setting.dtype, setting.device) for operation in chain]
-        for weight in self.weights:
-            weight.requires_grad_()
-        first = chain[0]
-        shape = (flow.samples, first.in_channels, *flow.size) if first.dims else (flow.samples, first.in_channels)
+        self.setting = setting = flow.setting
+        self.weights = [self._random(operation.weight_shape, setting.dtype).requires_grad_() for operation in chain]
+        shape = (flow.samples, chain[0].in_channels, *(flow.size if chain[0].dims else ()))
         inputs = [work.inputs for work in shares if work.inputs[0].shape == shape and work.setting == setting]
         self.inputs: list[Tensor] = inputs[0] if inputs else self._inputs(shape, flow)
         with torch.no_grad():
@@ -62,12 +57,12 @@ class Workload:
         return [x, *self.weights] if self.setting.wants_input_gradient else self.weights
 
     def _inputs(self, shape: Sequence[int], flow: Flow) -> list[Tensor]:
-        setting = self.setting
+        dtype = self.setting.computes_in
         values = math.prod(shape) + sum(step.written for step in count_chain(self.chain, flow))
-        copies = min(_MOST_COPIES, max(1, _COLD // (values * setting.computes_in.itemsize)))
-        first = self._random(shape, setting.computes_in, setting.device)
+        copies = min(_MOST_COPIES, max(1, _COLD // (values * dtype.itemsize)))
+        first = self._random(shape, dtype)
         inputs = [first, *(first.clone() for _ in range(copies - 1))]
-        return [x.requires_grad_(setting.wants_input_gradient) for x in inputs]
+        return [x.requires_grad_(self.setting.wants_input_gradient) for x in inputs]
 
     def _forward(self, x: Tensor) -> Tensor:
         with computing_in(self.setting.autocast, self.setting.device_type):
@@ -75,8 +70,9 @@ class Workload:
                 x = apply_operation(operation, x, weight)
         return x
 
-    def _random(self, shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
+    def _random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         # A separate generator leaves the random numbers of the user's run alone.
+        device = self.setting.device
         generator = torch.Generator(device).manual_seed(0)
         values = torch.randn(tuple(shape), generator=generator, device=device).to(dtype)
         layout = _CHANNELS_LAST.get(len(shape) - 2) if self.setting.channels_last else None

@@ -9,9 +9,8 @@ from typing import Any
 
 from tdfx.checks import FieldError, read_record
 from tdfx.errors import PlanError
-from tdfx.plans.decisions import Decisions, Emit, part_of_step
-from tdfx.plans.site import Reason, SitePlan
-from tdfx.plans.table import render_plan
+from tdfx.plans.decisions import Decisions, Emit, Reason, SitePlan, part_of_step
+from tdfx.plans.table import plan_view, render_plain
 
 __all__ = ["Emit", "Plan", "Reason", "SitePlan", "part_of_step"]
 
@@ -36,7 +35,7 @@ class Plan(Decisions):
         Raises:
             PlanError: The plan has no measured times.
         """
-        # Imported by name because it builds on this file; only callers that have a model reach it.
+        # Imported by name, because it builds on this file.
         training = importlib.import_module("tdfx.training.step_check")
         return training.check_step(self, model, example_inputs=example_inputs, **settings)
 
@@ -49,15 +48,13 @@ class Plan(Decisions):
         """Read a plan back.
 
         Raises:
-            PlanError: The text is not JSON, is of a newer format, or has a field that is unknown, missing or of another
-                type.
+            PlanError: The text is not JSON, is of another format, or has a field that is unknown, missing or mistyped.
         """
         try:
             data = json.loads(text)
         except (ValueError, TypeError, RecursionError) as error:
-            raise PlanError(
-                f"This is not a plan: it is not JSON ({error}). Pass the text that Plan.to_json gave."
-            ) from error
+            message = f"This is not a plan: it is not JSON ({error}). Pass the text that Plan.to_json gave."
+            raise PlanError(message) from error
         version = data.pop("format", None) if isinstance(data, dict) else None
         if type(version) is not int or version != _FORMAT:
             raise PlanError(
@@ -67,17 +64,9 @@ class Plan(Decisions):
         try:
             return read_record(Plan, data)
         except FieldError as error:
-            raise PlanError(
-                f"{_owner(error, data)} {error}. Pass the text that Plan.to_json gave, unchanged."
-            ) from error
+            site = data["sites"][error.record[1]] if error.record else None
+            owner = f"Site {site.get('name')!r}" if isinstance(site, dict) else "The plan"
+            raise PlanError(f"{owner} {error}. Pass the text that Plan.to_json gave, unchanged.") from error
 
     def __str__(self) -> str:
-        return render_plan(self)
-
-
-def _owner(error: FieldError, data: Any) -> str:
-    """Return what has the wrong field: a site, by its name, or the plan."""
-    if not error.record:
-        return "The plan"
-    site = data["sites"][error.record[1]]
-    return f"Site {site.get('name')!r}" if isinstance(site, dict) else "The plan"
+        return render_plain(plan_view(self))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Protocol
 
 from tdfx.errors import PolicyError
@@ -28,10 +29,9 @@ class StepTimes(Protocol):
 
 
 def log_plan(writer: Writer, plan: Plan, step: int, *, check: StepTimes | None = None) -> None:
-    """Log the ranks of a plan, the energy they keep, parameters, and times.
+    """Log the ranks of a plan, the energy they keep, parameters, and times in milliseconds, if measured.
 
     Tags begin with ``tdfx/`` for the whole model, and with ``tdfx_rank/``, ``tdfx_energy/`` and ``tdfx_ms/`` for its sites.
-    Times are in milliseconds. Times that were not measured are not logged.
 
     Args:
         writer: Anything with ``add_scalar(tag, value, step)``.
@@ -52,17 +52,15 @@ def log_plan(writer: Writer, plan: Plan, step: int, *, check: StepTimes | None =
         7 tdfx_rank/root 16
     """
     check_writer(writer)
-    for tag, value in (*_model_scalars(plan, check), *(pair for site in plan for pair in _site_scalars(site))):
+    for tag, value in chain(_model_scalars(plan, check), *map(_site_scalars, plan)):
         writer.add_scalar(tag, value, step)
 
 
 def check_writer(writer: object) -> None:
     """Raise PolicyError unless an object takes scalars."""
     if not callable(getattr(writer, "add_scalar", None)):
-        raise PolicyError(
-            f"writer={writer!r} has no add_scalar(tag, value, step). Pass torch.utils.tensorboard.SummaryWriter(), or any "
-            f"object with that method."
-        )
+        text = f"writer={writer!r} has no add_scalar(tag, value, step). Pass torch.utils.tensorboard.SummaryWriter(), or any"
+        raise PolicyError(f"{text} object with that method.")
 
 
 def _model_scalars(plan: Plan, check: StepTimes | None) -> Iterator[tuple[str, float]]:
@@ -82,20 +80,16 @@ def _model_scalars(plan: Plan, check: StepTimes | None) -> Iterator[tuple[str, f
 def _site_scalars(site: SitePlan) -> Iterator[tuple[str, float]]:
     name = site.name or "root"
     ranks = site.ranks or ()
-    for index, rank in enumerate(ranks):
-        yield f"tdfx_rank/{name}" + (f"/{_MODES[index]}" if len(ranks) == len(_MODES) else ""), rank
+    # Two ranks are those of the channels of the output and of the input.
+    for mode, rank in zip(("/out", "/in") if len(ranks) == 2 else ("",) * len(ranks), ranks, strict=True):
+        yield f"tdfx_rank/{name}{mode}", rank
     if site.factorized and site.error is not None:
         # A split by orthonormal bases loses exactly the energy that it does not keep.
         yield f"tdfx_energy/{name}", max(0.0, 1.0 - site.error**2)
-    if site.estimated:
-        return
-    yield from _measured(f"tdfx_ms/{name}/dense", site.seconds_before, 1e3)
-    if site.factorized:
+    if not site.estimated:
+        yield from _measured(f"tdfx_ms/{name}/dense", site.seconds_before, 1e3)
+    if site.factorized and not site.estimated:
         yield from _measured(f"tdfx_ms/{name}/factorized", site.seconds_after, 1e3)
-
-
-_MODES = ("out", "in")
-"""The modes of two ranks: channels of the output, and of the input."""
 
 
 def _measured(tag: str, value: float | None, scale: float = 1.0) -> Iterator[tuple[str, float]]:

@@ -1,8 +1,9 @@
-"""Print a plan as a table that fits the width of the terminal."""
+"""Print a plan as a table that fits the width of the terminal, with its totals below."""
 
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,17 +13,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tdfx.plans.decisions import Decisions
-from tdfx.plans.site import SitePlan
-from tdfx.plans.totals import totals
-from tdfx.text import before_after, milliseconds, share
+from tdfx.plans.decisions import Decisions, SitePlan
+from tdfx.text import before_after, milliseconds, share, times_faster
 
 _UNBOUNDED = 100_000
 """Characters in a line of plain text, which is never shortened."""
 _GAP = 2
 _LEAST_NAME = 16
-"""Names are folded to this width, or three tenths of the line, before columns are left out; they stay wider where folded
-names would be equal."""
+"""Names are folded to this width, or three tenths of the line, before columns go; to more where they would be equal."""
 _LEAST_NOTE = 16
 
 
@@ -35,60 +33,37 @@ class _TableColumn:
     right: bool = False
 
 
-def _kind_and_shape(site: SitePlan) -> str:
-    return f"{site.kind} {_shape(site)}"
-
-
 def _shape(site: SitePlan) -> str:
     return "×".join(map(str, site.shape)) or "?"
 
 
-def _milliseconds(site: SitePlan) -> str:
-    return milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated)
-
-
 _NAME = _TableColumn("site", lambda site: site.name or "(root)")
-_LAYER = _TableColumn("layer", _kind_and_shape)
+_LAYER = _TableColumn("layer", lambda site: f"{site.kind} {_shape(site)}")
 _SHAPE = _TableColumn("shape", _shape)
 _SCHEME = _TableColumn("scheme", lambda site: site.scheme or str(site.reason))
 _RANKS = _TableColumn("ranks", lambda site: "/".join(map(str, site.ranks or ())), right=True)
 _ERROR = _TableColumn("error", lambda site: f"{site.error:.1%}" if site.error is not None else "", right=True)
-_PARAMETERS = _TableColumn(
-    "params", lambda site: before_after(site.parameters_before, site.parameters_after), right=True
-)
+_PARAMETERS = _TableColumn("params", lambda site: before_after(site.parameters_before, site.parameters_after), True)
 _PARAMETERS_LEFT = _TableColumn("params", lambda site: share(site.parameters_before, site.parameters_after), right=True)
 _FLOPS = _TableColumn("FLOPs", lambda site: before_after(site.flops_before, site.flops_after), right=True)
 _FLOPS_LEFT = _TableColumn("FLOPs", lambda site: share(site.flops_before, site.flops_after), right=True)
-_MILLISECONDS = _TableColumn("ms", _milliseconds, right=True)
+_MILLISECONDS = _TableColumn(
+    "ms", lambda site: milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated), right=True
+)
 _GAIN = _TableColumn("gain", lambda site: f"{site.gain:.2f}x" if site.gain is not None else "", right=True)
 _NOTE = _TableColumn("note", lambda site: site.note)
 
 _WIDE = (_NAME, _LAYER, _SCHEME, _RANKS, _ERROR, _PARAMETERS, _FLOPS, _MILLISECONDS, _GAIN)
-_CUTS: tuple[tuple[_TableColumn, _TableColumn | None], ...] = (
-    (_FLOPS, _FLOPS_LEFT),
-    (_PARAMETERS, _PARAMETERS_LEFT),
-    (_LAYER, _SHAPE),
-    (_FLOPS_LEFT, None),
-    (_SHAPE, None),
-    (_MILLISECONDS, None),
-    (_ERROR, None),
-    (_RANKS, None),
-    (_PARAMETERS_LEFT, None),
-)
-"""Columns to shorten or to leave out where the line is too short, the least important first."""
-
-
-def render_plan(plan: Decisions) -> str:
-    """Return the plan's table as plain text."""
-    return render_plain(plan_view(plan))
+_SHORTER = {_FLOPS: _FLOPS_LEFT, _PARAMETERS: _PARAMETERS_LEFT, _LAYER: _SHAPE}
+_CUTS = (*_SHORTER, _FLOPS_LEFT, _SHAPE, _MILLISECONDS, _ERROR, _RANKS, _PARAMETERS_LEFT)
+"""Columns to replace by shorter ones, or else to leave out, where the line is too short, the least important first."""
 
 
 def render_plain(view: Group) -> str:
     """Return a view as plain text of any width, without blanks at the ends of lines."""
-    console = Console(file=io.StringIO(), width=_UNBOUNDED, color_system=None, legacy_windows=False)
-    console.print(view)
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    text = io.StringIO()
+    Console(file=text, width=_UNBOUNDED, color_system=None, legacy_windows=False).print(view)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def plan_view(plan: Decisions, width: int | None = None, sites: Sequence[SitePlan] | None = None) -> Group:
@@ -96,8 +71,7 @@ def plan_view(plan: Decisions, width: int | None = None, sites: Sequence[SitePla
 
     Args:
         plan: The plan to show.
-        width: Characters in a line; unlimited if left out. In a narrow line, columns are shortened and then left out, and
-            long names are folded in the middle.
+        width: Characters in a line, or None for no limit; to fit, columns are shortened and left out, and names folded.
         sites: The rows, where only some sites of the plan are shown; the totals are always those of the plan.
     """
     rows = plan.sites if sites is None else sites
@@ -133,7 +107,10 @@ def _cell(column: _TableColumn, site: SitePlan) -> Text:
 
 def _fit(rows: Sequence[SitePlan], width: int | None) -> tuple[list[_TableColumn], int, int]:
     """Return the columns that fit, and the widths of the names and of the notes."""
-    widths = {column: _width(column, rows) for column in (*_WIDE, *(new for _, new in _CUTS if new), _NOTE)}
+    widths = {
+        column: max(map(cell_len, (column.title, *map(column.text, rows))))
+        for column in (*_WIDE, *_SHORTER.values(), _NOTE)
+    }
     columns = [column for column in _WIDE if column is _NAME or _has_text(column, rows)]
     has_notes = _has_text(_NOTE, rows)
     if width is None:
@@ -145,11 +122,10 @@ def _fit(rows: Sequence[SitePlan], width: int | None) -> tuple[list[_TableColumn
 
     short = max(_LEAST_NAME, width * 3 // 10)
     least = min(_least_width([_NAME.text(site) for site in rows], short, max(short, width // 2)), widths[_NAME])
-    for cut, shorter in _CUTS:
+    for cut in _CUTS:
+        shorter = _SHORTER.get(cut)
         # A column is shortened to make room for whole names, but left out only to make room for folded ones.
-        if room() >= (widths[_NAME] if shorter is not None else least):
-            continue
-        if cut in columns:
+        if cut in columns and room() < (widths[_NAME] if shorter is not None else least):
             place = columns.index(cut)
             columns[place : place + 1] = [shorter] if shorter is not None and _has_text(shorter, rows) else []
     name_width = min(widths[_NAME], max(room(), 2))
@@ -160,11 +136,7 @@ def _fit(rows: Sequence[SitePlan], width: int | None) -> tuple[list[_TableColumn
 
 
 def _has_text(column: _TableColumn, rows: Sequence[SitePlan]) -> bool:
-    return any(column.text(site) for site in rows)
-
-
-def _width(column: _TableColumn, rows: Sequence[SitePlan]) -> int:
-    return max(cell_len(column.title), *(cell_len(column.text(site)) for site in rows))
+    return any(map(column.text, rows))
 
 
 def _least_width(names: Sequence[str], least: int, most: int) -> int:
@@ -206,3 +178,38 @@ def _with_gaps(letters: Iterable[str | None]) -> str:
     """Return text with an ellipsis for each run of removed letters."""
     runs = groupby(letters, lambda letter: letter is None)
     return "".join("…" if is_gap else "".join(map(str, run)) for is_gap, run in runs)
+
+
+def totals(plan: Decisions) -> list[str]:
+    """Return a line for each total that is known, over all sites of the plan."""
+    kept = Counter(str(site.reason) for site in plan.kept)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in kept.most_common())
+    lines = [f"{plan.model or 'model'}: {len(plan.factorized)} of {len(plan)} sites factorized"]
+    lines[0] += f"; kept: {reasons}" if reasons else ""
+    counts = {
+        "parameters": (plan.parameters_before, plan.parameters_after),
+        "FLOPs of the sites, forward": (plan.flops_before, plan.flops_after),
+    }
+    if plan.memory_before != plan.memory_after:
+        counts["bytes of the sites in training"] = plan.memory_before, plan.memory_after
+    for name, (now, then) in counts.items():
+        if now is not None:
+            lines.append(f"{name} {before_after(now, then)}{_in_brackets(share(now, then))}")
+    timed = [site for site in plan.sites if site.seconds_before is not None and site.seconds_after is not None]
+    if timed:
+        before, after = (sum(getattr(site, f"seconds_{when}") for site in timed) for when in ("before", "after"))
+        count = sum(site.estimated for site in timed)
+        sites = f"{len(timed)} sites" + (f", {count} of them by estimate" if count else "")
+        faster = _in_brackets(times_faster(before, after))
+        lines.append(f"measured, {sites}: {milliseconds(before, after)} ms a step{faster}")
+    if plan.step_seconds is not None:
+        faster = _in_brackets(times_faster(plan.step_seconds, plan.step_seconds_after))
+        step = milliseconds(plan.step_seconds, plan.step_seconds_after)
+        lines.append(f"training step {step} ms{faster}, as predicted")
+    if plan.factorized and plan.total_error > 0:
+        lines.append(f"total error {plan.total_error:.3g} (the squares of the sites' errors, summed)")
+    return lines
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""

@@ -14,13 +14,12 @@ import torch
 from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import Cost, Modelled
 from tdfx.errors import PolicyError, nearest
-from tdfx.policies.policy import Policy
+from tdfx.policies.policy import BUDGETS, PUBLIC, Policy
 from tdfx.ranks.fixed import Fixed
 from tdfx.ranks.registry import parse_rule
 from tdfx.ranks.rule import RankRule
 
-_BUDGETS = ("speedup", "seconds", "flops", "parameters", "memory")
-_KEYS = ("rank", "scheme", "include", "exclude", "overrides", "min_gain", "round_to", "cost", *_BUDGETS, "error")
+_KEYS = (*PUBLIC, *BUDGETS, "error")
 _COSTS: dict[str, type[Measured | Modelled]] = {"measured": Measured, "modelled": Modelled}
 _AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST = 80
@@ -39,12 +38,8 @@ def read_policy(source: str | Path | Mapping[str, Any]) -> Policy:
     Args:
         source: Path of a file whose name ends in ``.toml`` or ``.json``, or a mapping.
 
-    Returns:
-        The policy, which prints as it would be written in Python.
-
     Raises:
-        PolicyError: The file cannot be read, or holds an unknown key or a value out of range; the message names the file
-            and the key.
+        PolicyError: The file cannot be read, or holds an unknown key or a value out of range; the message says where.
 
     Example:
         >>> read_policy({"rank": "ratio:0.5", "exclude": ["fc"], "cost": "modelled"}).rank
@@ -55,26 +50,21 @@ def read_policy(source: str | Path | Mapping[str, Any]) -> Policy:
     try:
         return _Reader(name).policy(table)
     except RecursionError as error:
-        raise PolicyError(
-            f"{name} has overrides within overrides without end. Name the sites in fewer tables."
-        ) from error
+        message = f"{name} has overrides within overrides without end. Name the sites in fewer tables."
+        raise PolicyError(message) from error
 
 
 def _load(path: Path) -> object:
-    if path.suffix.lower() not in {".toml", ".json"}:
-        raise PolicyError(
-            f"The policy {str(path)!r} is neither TOML nor JSON by its name. Name a file that ends in .toml or .json."
-        )
+    name, language = f"The policy {str(path)!r}", path.suffix[1:].upper()
+    if language not in {"TOML", "JSON"}:
+        raise PolicyError(f"{name} is neither TOML nor JSON by its name. Name a file that ends in .toml or .json.")
     try:
         text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        return tomllib.loads(text) if language == "TOML" else json.loads(text)
     except OSError as error:
-        raise PolicyError(
-            f"The policy {str(path)!r} could not be read: {error.strerror or error}. Name a file that exists."
-        ) from error
+        raise PolicyError(f"{name} could not be read: {error.strerror or error}. Name a file that exists.") from error
     except (ValueError, RecursionError) as error:  # both parsers' errors, and text that is not UTF-8
-        language = path.suffix[1:].upper()
-        raise PolicyError(f"The policy {str(path)!r} is not {language}: {error}. Correct the file there.") from error
+        raise PolicyError(f"{name} is not {language}: {error}. Correct the file there.") from error
 
 
 class _Reader:
@@ -84,23 +74,17 @@ class _Reader:
         self.source = source
 
     def policy(self, table: object, path: str = "") -> Policy:
-        """Return the policy that a table describes, with the settings that the table has and no others.
-
-        Args:
-            table: The table as it was parsed.
-            path: The keys under which the table stands.
-        """
+        """Return the policy that a parsed table describes; ``path`` is the keys under which the table stands."""
         if not isinstance(table, Mapping):
-            raise self._error(
-                path, f'{_shorten(table)} is not a table of settings. Write for example rank = "energy:0.9".'
-            )
+            text = f'{_shorten(table)} is not a table of settings. Write for example rank = "energy:0.9".'
+            raise self._error(path, text)
         self._check_keys(table, _KEYS, path)
         settings = {key: value for key, value in table.items() if key != "overrides"}
         if "rank" in settings:
             settings["rank"] = self._rank(settings["rank"], _join(path, "rank"))
         if "cost" in settings:
             settings["cost"] = self._cost(settings["cost"], _join(path, "cost"))
-        budgets = {key: settings[key] for key in _BUDGETS if key in settings}
+        budgets = {key: settings[key] for key in BUDGETS if key in settings}
         for key, value in settings.items():
             # Each setting is tried alone, so that an error names its key; ``error`` is valid beside a budget only.
             trial = {**(budgets if key == "error" else {}), key: value}
@@ -114,11 +98,9 @@ class _Reader:
 
     def _overrides(self, tables: object, path: str) -> dict[str, Policy | None]:
         if not isinstance(tables, Mapping):
-            raise self._error(
-                path,
-                f"{_shorten(tables)} is not a table from patterns to policies. Write for example "
-                f'"layer4.*" = {{rank = "ratio:0.5"}}, or "fc" = "keep".',
-            )
+            example = '"layer4.*" = {rank = "ratio:0.5"}, or "fc" = "keep"'
+            text = f"{_shorten(tables)} is not a table from patterns to policies. Write for example {example}."
+            raise self._error(path, text)
         return {
             pattern: None if table in ("keep", None) else self.policy(table, _join(path, repr(pattern)))
             for pattern, table in tables.items()
@@ -129,19 +111,16 @@ class _Reader:
             return self._make(lambda: Fixed(value), path)
         if isinstance(value, str):
             return self._make(lambda: parse_rule(value), path)
-        raise self._error(
-            path, f'{_shorten(value)} is not a rule. Write for example "energy:0.9", or a table of ranks by site.'
-        )
+        text = f'{_shorten(value)} is not a rule. Write for example "energy:0.9", or a table of ranks by site.'
+        raise self._error(path, text)
 
     def _cost(self, value: object, path: str) -> Cost:
         table: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"use": value}
         name = table.pop("use", "measured")
         if not isinstance(name, str) or name not in _COSTS:
-            raise self._error(
-                path,
-                f"{_shorten(name)} is not a cost. Nearest: {nearest(str(name), _COSTS, 1)}. Write "
-                f'"measured" or "modelled", or a table such as {{use = "measured", budget = 30}}.',
-            )
+            text = f"{_shorten(name)} is not a cost. Nearest: {nearest(str(name), _COSTS, 1)}."
+            example = '"measured" or "modelled", or a table such as {use = "measured", budget = 30}'
+            raise self._error(path, f"{text} Write {example}.")
         cost = _COSTS[name]
         self._check_keys(table, [setting.name for setting in fields(cost) if setting.name != "modelled"], path)
         if "autocast" in table:
@@ -150,19 +129,17 @@ class _Reader:
 
     def _dtype(self, value: object, path: str) -> torch.dtype:
         if not isinstance(value, str) or value not in _AUTOCAST_DTYPES:
-            raise self._error(
-                path, f"{_shorten(value)} is not one of {', '.join(_AUTOCAST_DTYPES)}. Leave it out for none."
-            )
+            text = f"{_shorten(value)} is not one of {', '.join(_AUTOCAST_DTYPES)}. Leave it out for none."
+            raise self._error(path, text)
         return _AUTOCAST_DTYPES[value]
 
     def _check_keys(self, table: Mapping[Any, object], keys: Sequence[str], path: str) -> None:
-        for key in table:
-            if key not in keys:
-                place = f" under {path}" if path else ""
-                raise PolicyError(
-                    f"{self.source} has the unknown key {_shorten(key)}{place}. Nearest: {nearest(str(key), keys, 1)}; "
-                    f"all of them: {', '.join(keys)}."
-                )
+        for key in (key for key in table if key not in keys):
+            place = f" under {path}" if path else ""
+            raise PolicyError(
+                f"{self.source} has the unknown key {_shorten(key)}{place}. Nearest: {nearest(str(key), keys, 1)}; "
+                f"all of them: {', '.join(keys)}."
+            )
 
     def _make(self, make: Callable[[], T], path: str) -> T:
         """Return what a function makes, or raise its error with the keys under which its values stand."""

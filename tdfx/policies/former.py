@@ -37,11 +37,8 @@ def _normalize(text: str) -> str:
 def _former_text(policy: Policy, override: Policy | None = None, *, from_file: bool) -> str:
     """Return the former text of a policy with all settings in force; ``override`` is what it was given as, if it is one."""
     settings = {name: repr(getattr(policy, name)) for name in PUBLIC}
-    inner = []
-    for pattern, given in policy.overrides.items():
-        in_force = policy._resolved[pattern]
-        text = None if given is None or in_force is None else _former_text(in_force, given, from_file=from_file)
-        inner.append(f"{pattern!r}: {text}")
+    pairs = zip(policy._resolved.items(), policy.overrides.values(), strict=True)
+    inner = (f"{name!r}: {now and _former_text(now, given, from_file=from_file)}" for (name, now), given in pairs)
     settings["overrides"] = f"{{{', '.join(inner)}}}"
     if override is not None and "rank" in override._left_out:
         del settings["rank"]

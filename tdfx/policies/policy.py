@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
-from tdfx.checks import is_number
+from tdfx.checks import is_count, is_number
 from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import Cost
 from tdfx.errors import PolicyError
@@ -27,6 +28,8 @@ _DEFAULTS: dict[str, Any] = {
     "cost": Measured(),
 }
 """The settings that an override inherits, and what they are where nothing is given."""
+BUDGETS = ("speedup", "seconds", "flops", "parameters", "memory")
+"""The settings that stand for a budget in place of a rank rule."""
 _EVERY_SITE: dict[str, Any] = {"include": ("*",), "exclude": (), "overrides": {}}
 """The settings that an override does not inherit, where they leave out no site."""
 LEFT_OUT: Any = object()
@@ -50,92 +53,70 @@ class Policy:
     """
 
     rank: RankRule = LEFT_OUT
-    """The rule that reads a rank from each weight, or a budget for all sites. The default makes the step twice as fast at
-    the least error, or as near to that as is reasonable, with no rank below an eighth of the full one where much would be
-    lost, nor below a quarter where a weight shows no signal yet."""
+    """The rule that reads a rank from each weight, or a budget for all sites. The default makes the step twice as fast, or
+    nearly so, at the least error; no rank falls below an eighth where much would be lost, or a quarter without a signal."""
     scheme: str = LEFT_OUT
-    """How weights are split: ``"auto"`` for tucker2 or svd, whichever fits each site, or a scheme's name, with its options
-    after a colon as in ``"tucker2:refine=3"``."""
+    """How weights are split: ``"auto"`` for tucker2 or svd, as fits each site, or a scheme's name, with its options after a
+    colon as in ``"tucker2:refine=3"``."""
     include: tuple[str, ...] = ("*",)
     """Patterns of the sites that may be rewritten."""
     exclude: tuple[str, ...] = ()
     """Patterns of the sites that are kept, whatever ``include`` says."""
     overrides: Mapping[str, Policy | None] = field(default_factory=dict, compare=False)
-    """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts. An override, and
-    overrides within it, inherit every ``rank``, ``scheme``, ``min_gain``, ``round_to`` and ``cost`` that they leave out, but
-    not ``include``, ``exclude`` and ``overrides``, which say what sites they concern. Where the rank is a budget, the sites
-    of an override that gives no rank are part of it, and use this policy's ``cost``."""
+    """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts. Overrides inherit
+    every ``rank``, ``scheme``, ``min_gain``, ``round_to`` and ``cost`` that they leave out. Where the rank is a budget, the
+    sites of an override that gives no rank are part of it, and use this policy's ``cost``."""
     min_gain: float = LEFT_OUT
-    """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every
-    site whatever it costs, so that nothing is measured unless a budget of time asks for it."""
+    """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every site and
+    measures nothing unless a budget of time asks for it."""
     round_to: int | Literal["auto"] = LEFT_OUT
-    """Ranks are rounded up to a multiple of this, at least 1, since hardware computes channels in blocks. Ranks at full
-    rank and ranks given by ``Fixed`` are left alone. ``"auto"`` takes the multiple from each weight's dtype and device
-    (CUDA: 16 bytes, from compute capability 8.0 on 128; CPU: a vector register), and a rank below it goes up to a power of
-    two instead, so that no rank is doubled."""
+    """Ranks are rounded up to a multiple of this, at least 1, since hardware computes channels in blocks; full ranks and
+    those given by ``Fixed`` are left alone. ``"auto"`` takes the multiple from each weight's dtype and device (CUDA: 16 or
+    128 bytes; CPU: a vector register); a rank below it goes up to a power of two instead, so that no rank is doubled."""
     cost: Cost = LEFT_OUT
     """What says how long a site takes, dense and factorized: measured on this machine, or ``Modelled()``."""
     speedup: InitVar[float | None] = None
-    """A budget in place of ``rank``, which is then ``Budget(...)``: how many times faster the training step shall be."""
     seconds: InitVar[float | None] = None
-    """How long the training step may take, in seconds."""
     flops: InitVar[float | None] = None
-    """Forward operations of the sites: a share, or a whole number of them."""
     parameters: InitVar[float | None] = None
-    """Parameters of the model: a share, or a whole number of them."""
     memory: InitVar[float | None] = None
-    """Bytes that the sites add to a training step: a share, or a whole number of them."""
     error: InitVar[Measure | None] = None
-    """What a budget keeps small, as in ``Budget``: the error of the ``"weights"``."""
+    """These six settings stand for ``rank=Budget(...)`` with the same settings."""
     _left_out: frozenset[str] = field(default=frozenset(), compare=False)
     """Private: the settings that were not given. It is a field because ``dataclasses.replace`` passes on fields alone."""
     _resolved: Mapping[str, Policy | None] = field(init=False)
     """The overrides with every setting that they inherit."""
 
-    def __post_init__(
-        self,
-        speedup: float | None,
-        seconds: float | None,
-        flops: float | None,
-        parameters: float | None,
-        memory: float | None,
-        error: Measure | None,
-    ) -> None:
-        budgets = {"speedup": speedup, "seconds": seconds, "flops": flops, "parameters": parameters, "memory": memory}
-        object.__setattr__(self, "rank", self._rule(budgets, error))
+    def __post_init__(self, *budget: Any) -> None:
+        set_field = partial(object.__setattr__, self)
+        set_field("rank", self._rule(dict(zip((*BUDGETS, "error"), budget, strict=True))))
         left_out = frozenset(name for name in _DEFAULTS if self._is_left_out(name))
-        object.__setattr__(self, "_left_out", left_out)
+        set_field("_left_out", left_out)
         for name in left_out:
-            object.__setattr__(self, name, _DEFAULTS[name])
+            set_field(name, _DEFAULTS[name])
         self._check()
-        object.__setattr__(self, "include", _patterns("include", self.include))
-        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
-        object.__setattr__(self, "overrides", _overrides(self.overrides))
+        set_field("include", _patterns("include", self.include))
+        set_field("exclude", _patterns("exclude", self.exclude))
+        set_field("overrides", _overrides(self.overrides))
         resolved = {pattern: policy and self._resolve(pattern, policy) for pattern, policy in self.overrides.items()}
-        object.__setattr__(self, "_resolved", resolved)
+        set_field("_resolved", resolved)
 
     def _is_left_out(self, name: str) -> bool:
         """Return True for a setting that was not given, nor changed since by ``dataclasses.replace``."""
         value = getattr(self, name)
         return value is LEFT_OUT or (name in self._left_out and bool(value == _DEFAULTS[name]))
 
-    def _rule(self, budgets: Mapping[str, float | None], error: Measure | None) -> RankRule:
+    def _rule(self, settings: Mapping[str, Any]) -> RankRule:
         """Return the rank rule that was given, None being no rule, or the budget that the short settings make."""
         rank = LEFT_OUT if self.rank is None else self.rank
-        given: dict[str, Any] = {name: value for name, value in budgets.items() if value is not None}
-        if not given:
-            if error is not None:
-                raise PolicyError(
-                    f"error={error!r} says what a budget keeps small, and no budget is given beside it. Leave it out, or "
-                    f"pass a budget such as speedup=2."
-                )
-            return rank
-        if rank is not LEFT_OUT:
-            raise PolicyError(
-                f"rank={rank!r} and {', '.join(f'{name}={value!r}' for name, value in given.items())} both say which "
-                f"ranks to take. Leave out one of the two."
-            )
-        return Budget(**given, error="weights" if error is None else error)
+        given = {name: value for name, value in settings.items() if value is not None}
+        limits = [f"{name}={value!r}" for name, value in given.items() if name != "error"]
+        if given and not limits:
+            text = f"error={given['error']!r} says what a budget keeps small, and no budget is given beside it."
+            raise PolicyError(f"{text} Leave it out, or pass a budget such as speedup=2.")
+        if given and rank is not LEFT_OUT:
+            raise PolicyError(f"rank={rank!r} and {', '.join(limits)} both say which ranks to take. Leave one out.")
+        return Budget(**given) if given else rank
 
     def _check(self) -> None:
         """Raise PolicyError for a setting that cannot be carried out."""
@@ -156,8 +137,7 @@ class Policy:
                 f"min_gain={self.min_gain!r} is not a number of at least 0: it is how many times faster a site must "
                 f"get to be rewritten. Pass 1.05 for five percent, or 0 to rewrite every site whatever it costs."
             )
-        is_whole = isinstance(self.round_to, int) and not isinstance(self.round_to, bool)
-        if self.round_to != AUTO_MULTIPLE and not (is_whole and int(self.round_to) >= 1):
+        if self.round_to != AUTO_MULTIPLE and not is_count(self.round_to):
             raise PolicyError(
                 f"round_to={self.round_to!r} is not a whole number of at least 1: ranks are rounded up to a multiple "
                 f"of it. Pass {AUTO_MULTIPLE!r} for what suits each weight's dtype and device. Pass 1 for no rounding."
@@ -172,8 +152,7 @@ class Policy:
         elif isinstance(rank, Budget):
             raise PolicyError(
                 f"An override has a budget, and a budget is for all sites together: the override for {pattern!r} has "
-                f"{rank!r}, and the policy {self.rank!r}. Give a budget to the policy itself, and the sites of the "
-                f"override another rule, or none."
+                f"{rank!r}, and the policy {self.rank!r}. Give the budget to the policy, and the override another rule."
             )
         return replace(override, **inherited, _left_out=frozenset())
 
@@ -182,16 +161,13 @@ class Policy:
         return self._call(PUBLIC)
 
     def _call(self, names: Iterable[str]) -> str:
-        return f"Policy({', '.join(f'{name}={self._text(name)}' for name in names)})"
-
-    def _text(self, name: str) -> str:
-        if name != "overrides":
-            return repr(getattr(self, name))
-        overrides = (
-            f"{pattern!r}: {None if policy is None else policy._call(policy._given())}"
-            for pattern, policy in self.overrides.items()
+        inner = (
+            f"{pattern!r}: {policy and policy._call(policy._given())}" for pattern, policy in self.overrides.items()
         )
-        return f"{{{', '.join(overrides)}}}"
+        settings = {name: repr(getattr(self, name)) for name in names}
+        if "overrides" in settings:
+            settings["overrides"] = f"{{{', '.join(inner)}}}"
+        return f"Policy({', '.join(f'{name}={text}' for name, text in settings.items())})"
 
     def _given(self) -> Iterator[str]:
         """Yield the settings that say anything in an override."""
@@ -209,27 +185,19 @@ class Policy:
     def for_site(self, *names: str) -> Policy | None:
         """Return the policy in force for a site, or None if the site is to be kept.
 
-        It has every setting that an override inherits, and is the same object at each call.
-
-        Args:
-            names: All names of the site; a layer that a model holds under two paths has two.
+        It has every setting that an override inherits, and is the same object at each call. Pass all names of the site: a
+        layer that a model holds under two paths has two.
         """
         if not self.wants(*names):
             return None
-        for pattern, policy in self._resolved.items():
-            if _names_any((pattern,), names):
-                return policy.for_site(*names) if policy is not None else None
-        return self
+        policy = next((policy for pattern, policy in self._resolved.items() if _names_any((pattern,), names)), self)
+        return self if policy is self else policy and policy.for_site(*names)
 
     def patterns(self) -> dict[str, tuple[str, ...]]:
         """Return every pattern that the policy mentions, by the setting it stands in; the default include is left out."""
         include = () if self.include == ("*",) else self.include
-        return {
-            "include": include,
-            "exclude": self.exclude,
-            "overrides": tuple(self.overrides),
-            "rank": self.rank.patterns(),
-        }
+        overrides, rank = tuple(self.overrides), self.rank.patterns()
+        return {"include": include, "exclude": self.exclude, "overrides": overrides, "rank": rank}
 
 
 PUBLIC = tuple(setting.name for setting in fields(Policy) if not setting.name.startswith("_"))
@@ -239,12 +207,10 @@ PUBLIC = tuple(setting.name for setting in fields(Policy) if not setting.name.st
 def _public_signature() -> inspect.Signature:
     """Return the signature of ``Policy.__init__`` without what is private, with the defaults that count."""
     signature = inspect.signature(Policy.__init__)
-    public = [
-        parameter.replace(default=_DEFAULTS.get(name, parameter.default))
-        for name, parameter in signature.parameters.items()
-        if not name.startswith("_")
-    ]
-    return signature.replace(parameters=public)
+    public = [each for name, each in signature.parameters.items() if not name.startswith("_")]
+    return signature.replace(
+        parameters=[each.replace(default=_DEFAULTS.get(each.name, each.default)) for each in public]
+    )
 
 
 Policy.__init__.__signature__ = _public_signature()  # type: ignore[attr-defined]
@@ -257,20 +223,29 @@ def _names_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
 def _patterns(name: str, given: object) -> tuple[str, ...]:
     """Return patterns as a tuple; refuse a bare string, which would be read letter by letter."""
     if not isinstance(given, tuple | list) or any(not isinstance(pattern, str) for pattern in given):
-        raise PolicyError(
-            f"{name}={given!r} is not a tuple of patterns: each is a glob over site names. "
-            f"Pass for example {name}=('layer1.*', 'fc')."
-        )
+        raise PolicyError(f"{name}={given!r} is not a tuple of patterns: pass for example {name}=('layer1.*', 'fc').")
     return tuple(given)
 
 
 def _overrides(given: object) -> dict[str, Policy | None]:
     """Return a private copy of the overrides: the policy is frozen, and the caller's mapping is not."""
-    if not isinstance(given, Mapping) or any(
-        not isinstance(pattern, str) or not isinstance(policy, Policy | None) for pattern, policy in given.items()
+    if not isinstance(given, Mapping) or not all(
+        isinstance(pattern, str) and isinstance(policy, Policy | None) for pattern, policy in given.items()
     ):
         raise PolicyError(
             f"overrides={given!r} does not map patterns to policies: each pattern gets a Policy, or None to keep its "
             f"sites. Pass for example overrides={{'layer4.*': tdfx.Policy(rank=tdfx.Ratio(of=0.5)), 'fc': None}}."
         )
     return dict(given)
+
+
+def map_costs(policy: Policy, change: Callable[[Cost], Cost]) -> Policy:
+    """Return a policy with its cost changed by a function, and every cost that an override gives itself."""
+    return replace(_map_given(policy, change), cost=change(policy.cost))
+
+
+def _map_given(policy: Policy, change: Callable[[Cost], Cost]) -> Policy:
+    """Return a policy with all costs changed that it and its overrides do not leave out."""
+    cost: dict[str, Any] = {} if "cost" in policy._left_out else {"cost": change(policy.cost)}
+    overrides = {pattern: override and _map_given(override, change) for pattern, override in policy.overrides.items()}
+    return replace(policy, overrides=overrides, **cost)

@@ -40,8 +40,8 @@ class Budget(RankRule):
     """
 
     speedup: float | None = None
-    """How many times faster the model's training step shall be, above 1. With a cost that measures and example inputs this
-    is the whole step, with everything that is not rewritten; otherwise the modelled time of all sites."""
+    """How many times faster the training step shall be, above 1: the whole step, where the cost measures and example inputs
+    are given; otherwise the modelled time of all sites."""
     seconds: float | None = None
     """How long the training step may take, in seconds, positive; needs a cost that measures and example inputs."""
     flops: float | None = None
@@ -52,11 +52,10 @@ class Budget(RankRule):
     """Bytes that the sites add to a training step (weights, gradients, two moments, activations between factors): a share,
     or a whole number of them; needs example inputs."""
     error: Measure = "weights"
-    """What is kept small: the sum of the sites' squared errors, each relative to its weight's norm. ``"outputs"`` and
-    ``"curvature"`` are accepted, with a warning, and mean the same."""
+    """What is kept small: the sum of the sites' squared errors, relative to the norms of their weights; the other two values
+    are accepted, with a warning, and mean the same."""
     strict: bool = True
-    """What happens to a budget that cannot be kept: True refuses it and says what is possible, False goes nine tenths of
-    the way to what is possible."""
+    """True refuses a budget that cannot be kept and says what is possible, False goes nine tenths of the way to that."""
     floor: float = 0.0
     """Least share of the full rank to keep in each mode, in [0, 1], where a weight would lose more than a tenth of its
     squared norm below it."""
@@ -66,45 +65,32 @@ class Budget(RankRule):
 
     def __post_init__(self) -> None:
         if not self.limits:
-            raise PolicyError(
-                "Budget() has no budget: it needs at least one limit. Pass for example Budget(speedup=2) or "
-                "Budget(parameters=0.5)."
-            )
-        for name, (least, meaning) in _TIMES.items():
-            value = getattr(self, name)
-            if value is not None and not (is_number(value) and least < value):
+            raise PolicyError("Budget() has no budget: pass for example Budget(speedup=2) or Budget(parameters=0.5).")
+        for name, value in self.limits.items():
+            least, meaning = _TIMES.get(name, (0.0, ""))
+            if meaning and not (is_number(value) and least < value):
                 raise PolicyError(f"{name}={value!r} is not a number above {least:g}: it is {meaning}")
-        for name in _SIZES:
-            value = getattr(self, name)
-            if value is not None and not (is_number(value) and _is_share_or_amount(value)):
+            if not meaning and not (is_number(value) and value > 0 and (value <= 1 or value == int(value))):
                 raise PolicyError(
                     f"{name}={value!r} is neither a share in (0, 1] nor a whole number of at least 1: it is what may be "
                     f"left. For half of what the model has pass {name}=0.5."
                 )
         if self.error not in get_args(Measure):
-            raise PolicyError(
-                f"error={self.error!r} is not known: what is kept small is the error of the 'weights'. Leave error out."
-            )
+            raise PolicyError(f"error={self.error!r} is not known: only 'weights' has a meaning. Leave it out.")
         if self.error != "weights":
-            warnings.warn(
+            text = (
                 f"error={self.error!r} was measured to be no better than the error of the weights and is treated as "
-                f"error='weights'. Leave error out.",
-                TdfxWarning,
-                stacklevel=3,
+                f"error='weights'. Leave error out."
             )
+            warnings.warn(text, TdfxWarning, stacklevel=3)
             object.__setattr__(self, "error", "weights")
         if not isinstance(self.strict, bool):
-            raise PolicyError(
-                f"strict={self.strict!r} is neither True nor False: it says whether a budget that cannot be kept is "
-                f"refused. Pass strict=False to go most of the way to what is possible."
-            )
+            text = f"strict={self.strict!r} is neither True nor False: it says if an impossible budget is refused. Pass"
+            raise PolicyError(f"{text} strict=False to go most of the way to what is possible.")
         for name in ("floor", "noise_floor"):
+            advice = f"For a quarter pass {name}=0.25; for no floor pass {name}=0."
             check_share(
-                name,
-                getattr(self, name),
-                "the least part of each full rank to keep",
-                f"For a quarter pass {name}=0.25; for no floor pass {name}=0.",
-                zero_allowed=True,
+                name, getattr(self, name), "the least part of each full rank to keep", advice, zero_allowed=True
             )
 
     def __repr__(self) -> str:
@@ -115,8 +101,7 @@ class Budget(RankRule):
     @property
     def limits(self) -> dict[str, float]:
         """The limits that are given, by name."""
-        values = {name: getattr(self, name) for name in (*_TIMES, *_SIZES)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name in (*_TIMES, *_SIZES) if (value := getattr(self, name)) is not None}
 
     @property
     def is_of_time(self) -> bool:
@@ -133,10 +118,6 @@ class Budget(RankRule):
             f"{self!r} cannot choose ranks for site {site!r} alone: it weighs all sites at once, and cannot be combined "
             f"with another rule. Use it as the policy's own rank, or give that site another rule."
         )
-
-
-def _is_share_or_amount(value: float) -> bool:
-    return value >= 1 if isinstance(value, int) else 0 < value <= 1 or (value > 1 and value == int(value))
 
 
 def Target(*, parameters: float | None = None, flops: float | None = None) -> Budget:  # noqa: N802
@@ -158,12 +139,11 @@ def Target(*, parameters: float | None = None, flops: float | None = None) -> Bu
     ((name, share),) = shares.items()
     check_share(name, share, f"the part of the {name} that may remain", f"For half pass {name}=0.5.")
     budget = Budget(**{name: float(share)})  # type: ignore[arg-type]
-    warnings.warn(
+    text = (
         f"Target({name}={share!r}) now returns {budget!r}, which finds the ranks of least error within that size; Target "
-        f"gave all sites one common ratio. Pass tdfx.{budget!r} instead.",
-        TdfxWarning,
-        stacklevel=2,
+        f"gave all sites one common ratio. Pass tdfx.{budget!r} instead."
     )
+    warnings.warn(text, TdfxWarning, stacklevel=2)
     return budget
 
 

@@ -22,12 +22,8 @@ class Energy(RankRule):
     """Share of ``sum(s**2)`` to keep, in (0, 1]; no unit."""
 
     def __post_init__(self) -> None:
-        check_share(
-            "share",
-            self.share,
-            "the part of the squared singular values to keep",
-            "For 95 percent pass share=0.95.",
-        )
+        meaning = "the part of the squared singular values to keep"
+        check_share("share", self.share, meaning, "For 95 percent pass share=0.95.")
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
         """Return, for each spectrum, the smallest rank whose energy reaches ``share``."""
@@ -36,7 +32,5 @@ class Energy(RankRule):
         return Choice(tuple(self._rank(spectrum) for spectrum in spectra))
 
     def _rank(self, spectrum: Spectrum) -> int:
-        if self.share == 1:
-            return spectrum.full_rank
-        below = int((spectrum.energy() < self.share).sum())
+        below = int((spectrum.energy() < self.share).sum()) if self.share < 1 else spectrum.full_rank
         return min(below + 1, spectrum.full_rank)

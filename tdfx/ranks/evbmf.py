@@ -24,23 +24,18 @@ _ROUNDING = float(np.finfo(np.float64).eps)
 
 
 def evbmf_rank(values: Tensor, rows: int, cols: int, residual: float | Tensor = 0.0) -> int:
-    """Return the number of components that EVBMF keeps, with the noise variance estimated from the same values.
+    """Return how many of r components EVBMF keeps, estimating the noise variance; 0 if nothing stands above the noise.
 
-    The result does not depend on the scale of the matrix, nor on which side is the longer.
-
-    The smallest values may be left out. A component that is not kept enters the free energy by its square and by the
-    logarithm of its square, and the logarithm does not depend on the noise variance. The sum of the missing squares is
-    therefore enough, as long as none of the missing components would be kept.
+    The result depends neither on the scale of the matrix nor on which side is the longer. The smallest values may be left
+    out, as long as none of them would be kept: such a component enters the free energy by its square, and by a logarithm
+    that does not depend on the noise variance, so that the sum of the squares is enough.
 
     Args:
         values: Singular values, shape (r,), any order, finite: all min(m, n) of them, or the largest r.
         rows: m, at least 1.
         cols: n, at least 1.
-        residual: The sum of the squares of the min(m, n) - r missing values, which counts as spread evenly over them. A
-            negative sum, which rounding can cause, counts as zero; so does any sum where no value is missing.
-
-    Returns:
-        The rank, in [0, r]; 0 means that nothing stands above the noise.
+        residual: The sum of the squares of the min(m, n) - r missing values, spread evenly over them; a negative sum, which
+            rounding can cause, counts as zero, and so does any sum where no value is missing.
     """
     short, long = sorted((rows, cols))
     squares = np.sort(values.detach().double().cpu().numpy().astype(np.float64) ** 2)[::-1][:short]
@@ -52,8 +47,7 @@ def evbmf_rank(values: Tensor, rows: int, cols: int, residual: float | Tensor = 
     x_h = np.maximum(squared / squared[0], long * _ROUNDING) / long
     alpha = short / long
     threshold = _threshold(alpha)
-    variance = _noise_variance(x_h, short, alpha, threshold)
-    return int((x_h > variance * threshold).sum())
+    return int((x_h > _noise_variance(x_h, short, alpha, threshold) * threshold).sum())
 
 
 @lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from tdfx.checks import is_count
 from tdfx.errors import PolicyError
 from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.spectrum import Spectrum
@@ -23,6 +24,7 @@ class Fixed(RankRule):
     ranks: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
     """Glob over site names -> one rank for every mode, or a tuple of one for each mode (tucker2: output, input); at least
     1. The first pattern that matches a site is used. Ranks are never rounded."""
+    exact = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.ranks, Mapping) or not self.ranks:
@@ -30,17 +32,16 @@ class Fixed(RankRule):
                 f"Fixed({self.ranks!r}) names no site: it takes a mapping from site patterns to ranks. "
                 f"For example Fixed({{'layer4.*': 64}})."
             )
-        private: dict[str, int | tuple[int, ...]] = {}
-        for pattern, given in self.ranks.items():
-            ranks = tuple(given) if isinstance(given, tuple | list) else (given,)
-            if not ranks or any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 for rank in ranks):
+        # The rule is frozen, and the caller's dictionary is not.
+        ranks = {pattern: tuple(given) if isinstance(given, list) else given for pattern, given in self.ranks.items()}
+        for pattern, given in ranks.items():
+            each = given if isinstance(given, tuple) else (given,)
+            if not each or not all(map(is_count, each)):
                 raise PolicyError(
                     f"Fixed rank {given!r} for {pattern!r} is not a whole number of at least 1, nor a tuple of them. "
                     f"To keep a site as it is, name it in Policy(exclude=...) instead."
                 )
-            private[pattern] = ranks if isinstance(given, list) else given
-        # The rule is frozen, and the caller's dictionary is not.
-        object.__setattr__(self, "ranks", private)
+        object.__setattr__(self, "ranks", ranks)
 
     def __hash__(self) -> int:
         return hash(tuple(self.ranks.items()))
@@ -49,11 +50,6 @@ class Fixed(RankRule):
     def reads_values(self) -> bool:
         """False, unless a subclass has a ``choose`` of its own."""
         return type(self).choose is not Fixed.choose
-
-    @property
-    def exact(self) -> bool:
-        """True: ranks given by hand are used as they are."""
-        return True
 
     def patterns(self) -> tuple[str, ...]:
         """Return the patterns that ranks were given for."""

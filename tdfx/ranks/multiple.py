@@ -18,16 +18,14 @@ def device_multiple(
 ) -> int:
     """Return the number that a dimension should be a multiple of, for products to run at full speed.
 
-    CUDA: 16 bytes, and 128 bytes from compute capability 8.0 on (NVIDIA, *Matrix Multiplication Background User's Guide*:
-    tensor cores are most efficient where every dimension is such a multiple). CPU: one vector register, of 64 bytes with
-    AVX512, 32 with AVX2, otherwise 16. Other devices: 16 bytes. Under autocast products use fewer bytes than the weight
-    has; give the number itself where that matters.
+    CUDA: 16 bytes, and 128 bytes from compute capability 8.0 on (NVIDIA, *Matrix Multiplication Background User's Guide*).
+    CPU: one vector register, of 64 bytes with AVX512, 32 with AVX2, otherwise 16. Other devices: 16 bytes. Under autocast
+    products use fewer bytes than the weight has; give the number itself where that matters.
 
     Args:
-        dtype: The weight's.
-        device: The weight's.
-        capability: The compute capability of a CUDA device, or the name of a CPU's vector instructions; the device is asked
-            if it is left out.
+        dtype: That of the weight.
+        device: Where the weight lies.
+        capability: The CUDA compute capability, or the name of the CPU's vector instructions; None asks the device.
 
     >>> device_multiple(torch.float16, torch.device("cuda"), capability=(8, 0))
     64

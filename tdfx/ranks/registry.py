@@ -58,8 +58,7 @@ def parse_rule(text: str) -> RankRule:
     Raises:
         PolicyError: The name is unknown, or a number is missing, malformed or out of range.
     """
-    rule, *others = map(_parse_one, text.split("|"))
-    return reduce(or_, others, rule)
+    return reduce(or_, map(_parse_one, text.split("|")))
 
 
 def rule_names() -> tuple[str, ...]:
@@ -72,22 +71,19 @@ def rule_names() -> tuple[str, ...]:
 
 
 def _parse_one(text: str) -> RankRule:
-    first, *bounds = text.strip().split(",")
-    rule = _parse_name(first.strip())
-    for bound in bounds:
-        rule = _add_bound(rule, bound.strip())
-    return rule
+    first, *bounds = map(str.strip, text.split(","))
+    return reduce(_add_bound, bounds, _parse_name(first))
 
 
 def _parse_name(text: str) -> RankRule:
     name, colon, number = text.partition(":")
-    if name.lower() not in _RULES:
+    if (key := name.lower()) not in _RULES:
         raise PolicyError(
             f"{text!r} names no rank rule: {name!r} is not one of {', '.join(_RULES)}. "
-            f"Nearest: {nearest(name.lower(), _RULES, 1)}. Write a name, or a name and a number, such as energy:0.9."
+            f"Nearest: {nearest(key, _RULES, 1)}. Write a name, or a name and a number, such as energy:0.9."
         )
-    rule, setting = _RULES[name.lower()]
-    if not colon and name.lower() in _NEEDS_NUMBER:
+    rule, setting = _RULES[key]
+    if not colon and key in _NEEDS_NUMBER:
         raise PolicyError(f"{text!r} needs a number. Write for example {name}:{2 if name == 'speedup' else 0.5}.")
     if not colon:
         return rule()
@@ -96,9 +92,8 @@ def _parse_name(text: str) -> RankRule:
     try:
         value = float(number)
     except ValueError:
-        raise PolicyError(
-            f"{text!r} has no number after the colon, but {number!r}. Write for example {name}:0.5."
-        ) from None
+        message = f"{text!r} has no number after the colon, but {number!r}. Write for example {name}:0.5."
+        raise PolicyError(message) from None
     return rule(**{setting: value})
 
 
@@ -112,8 +107,7 @@ def _add_bound(rule: RankRule, text: str) -> RankRule:
     try:
         value = float(number) if "." in number else int(number)
     except ValueError:
-        raise PolicyError(
-            f"{text!r} has no number after the equals sign, but {number!r}. Write {name}=8 for eight."
-        ) from None
+        message = f"{text!r} has no number after the equals sign, but {number!r}. Write {name}=8 for eight."
+        raise PolicyError(message) from None
     bounded: RankRule = getattr(rule, name)(value)
     return bounded

@@ -6,7 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import ClassVar
 
+from tdfx.checks import is_count
 from tdfx.errors import PolicyError
 from tdfx.ranks.spectrum import Spectrum
 
@@ -55,65 +58,58 @@ class RankRule(ABC):
 
     @abstractmethod
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
-        """Return the ranks of one site.
-
-        Args:
-            site: The site's name, for rules that name sites.
-            spectra: One spectrum for each rank that the scheme asks for.
-        """
+        """Return the ranks of the site of a name, from one spectrum for each rank that the scheme asks for."""
 
     def patterns(self) -> tuple[str, ...]:
         """Return the site patterns that the rule mentions, so that a pattern without a match can be reported."""
         return ()
 
     def at_least(self, least: int | float) -> AtLeast:
-        """Return this rule with a floor under its ranks.
-
-        Args:
-            least: A whole number of ranks, cut to the full rank; or, as a float in (0, 1], a share of the full rank.
-        """
-        return AtLeast(rule=self, least=least)
+        """Return this rule with a floor: a whole number of ranks, or as a float in (0, 1] a share of the full rank."""
+        return AtLeast(rule=self, value=least)
 
     def at_most(self, most: int | float) -> AtMost:
-        """Return this rule with a ceiling over its ranks, which rounding does not exceed either.
-
-        Args:
-            most: A whole number of ranks; or, as a float in (0, 1], a share of the full rank.
-        """
-        return AtMost(rule=self, most=most)
+        """Return this rule with a ceiling, given as in ``at_least``, which rounding does not exceed either."""
+        return AtMost(rule=self, value=most)
 
     def round_to(self, multiple: int) -> RoundTo:
         """Return this rule with its ranks rounded up to a multiple of its own in place of the policy's."""
-        return RoundTo(rule=self, multiple=multiple)
+        return RoundTo(rule=self, value=multiple)
 
     def __or__(self, other: RankRule) -> Fallback:
         """Return a rule by which ``other`` decides where this one keeps the site."""
         return Fallback(rules=(self, other)) if isinstance(other, RankRule) else NotImplemented
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class _Modifier(RankRule):
     """A rule that changes the ranks of another one, and keeps the sites that the other one keeps."""
 
     rule: RankRule
     """The rule that chooses first."""
+    value: int | float
+    """What the method was given that made this rule."""
+    _method: ClassVar[str]
+
+    @abstractmethod
+    def __post_init__(self) -> None: ...
+
+    def __repr__(self) -> str:
+        inner = f"({self.rule!r})" if isinstance(self.rule, Fallback) else repr(self.rule)
+        return f"{inner}.{self._method}({self.value!r})"
 
     @property
     def exact(self) -> bool:
-        """As the rule inside."""
         return self.rule.exact
 
     @property
     def reads_values(self) -> bool:
-        """As the rule inside."""
         return self.rule.reads_values
 
     def patterns(self) -> tuple[str, ...]:
-        """Return the patterns of the rule inside."""
         return self.rule.patterns()
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
-        """Return the changed choice of the rule inside, or its reason to keep the site."""
         choice = self.rule.choose(site, spectra)
         return choice if choice.kept else self._change(choice, tuple(spectrum.full_rank for spectrum in spectra))
 
@@ -123,80 +119,63 @@ class _Modifier(RankRule):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class AtLeast(_Modifier):
-    """A floor under the ranks that a rule chooses; what ``rule.at_least(...)`` returns."""
+class _Bound(_Modifier):
+    """A bound on ranks: a whole number of at least 1, or as a float a share of the full rank in (0, 1]."""
 
-    least: int | float
-    """A whole number of ranks, at least 1, cut to the full rank; or, as a float, a share of the full rank in (0, 1]."""
     is_share: bool = field(init=False)
-    """True if ``least`` is a share; a field because 1 (one rank) and 1.0 (every rank) are equal in Python."""
+    """True for a share; a field because 1 (one rank) and 1.0 (every rank) are equal in Python."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "is_share", _is_share("at_least", self.least))
+        object.__setattr__(self, "is_share", isinstance(self.value, float) and 0 < self.value <= 1)
+        if not self.is_share and not is_count(self.value):
+            raise PolicyError(
+                f"{self._method}({self.value!r}) is neither a whole number of ranks of at least 1 nor a share of the full "
+                f"rank in (0, 1]. Pass for example {self._method}(8) for eight ranks, or {self._method}(0.25) for a quarter."
+            )
 
-    def __repr__(self) -> str:
-        return f"{_parenthesize(self.rule)}.at_least({self.least!r})"
+
+class AtLeast(_Bound):
+    """A floor under the ranks that a rule chooses, cut to the full rank; what ``rule.at_least(...)`` returns."""
+
+    __slots__ = ()
+    _method = "at_least"
 
     def _change(self, choice: Choice, full: tuple[int, ...]) -> Choice:
-        least = [math.ceil(self.least * rank) if self.is_share else min(int(self.least), rank) for rank in full]
+        least = [math.ceil(self.value * rank) if self.is_share else min(int(self.value), rank) for rank in full]
         ranks = tuple(max(pair) for pair in zip(choice.ranks, least, strict=True))
         # A ceiling that was set before must not undo this floor.
-        limits = tuple(max(pair) for pair in zip(choice.limits, least, strict=True)) if choice.limits else ()
+        limits = tuple(map(max, choice.limits, least))
         return replace(choice, ranks=ranks, limits=limits, note=_note(choice, "raised", ranks))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class AtMost(_Modifier):
-    """A ceiling over the ranks that a rule chooses; what ``rule.at_most(...)`` returns."""
+class AtMost(_Bound):
+    """A ceiling over the ranks that a rule chooses, at least 1; rounding stops at it. ``rule.at_most(...)`` returns it."""
 
-    most: int | float
-    """A whole number of ranks, at least 1; or, as a float, a share of the full rank in (0, 1], which leaves at least one
-    rank. Rounding stops at it, as it does at the full rank."""
-    is_share: bool = field(init=False)
-    """True if ``most`` is a share."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "is_share", _is_share("at_most", self.most))
-
-    def __repr__(self) -> str:
-        return f"{_parenthesize(self.rule)}.at_most({self.most!r})"
-
-    @property
-    def exact(self) -> bool:
-        """True: the policy's rounding does not go above the ceiling."""
-        return True
+    __slots__ = ()
+    _method = "at_most"
+    exact = True
 
     def _change(self, choice: Choice, full: tuple[int, ...]) -> Choice:
-        most = [max(math.floor(self.most * rank), 1) if self.is_share else int(self.most) for rank in full]
+        most = [max(math.floor(self.value * rank), 1) if self.is_share else int(self.value) for rank in full]
         ranks = tuple(min(pair) for pair in zip(choice.ranks, most, strict=True))
-        limits = tuple(min(pair) for pair in zip(choice.limits or full, most, strict=True))
+        limits = tuple(map(min, choice.limits or full, most))
         return replace(choice, ranks=ranks, limits=limits, note=_note(choice, "lowered", ranks))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RoundTo(_Modifier):
-    """A rounding that belongs to a rule, in place of the policy's; what ``rule.round_to(...)`` returns."""
+    """A rounding up to multiples in place of the policy's, at most to the full rank; what ``rule.round_to(...)`` returns."""
 
-    multiple: int
-    """Ranks are rounded up to a multiple of this, at least 1, but not above the full rank; 1 leaves them alone."""
+    __slots__ = ()
+    _method = "round_to"
+    exact = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.multiple, int) or isinstance(self.multiple, bool) or self.multiple < 1:
-            raise PolicyError(
-                f"round_to({self.multiple!r}) is not a whole number of at least 1: ranks are rounded up to a multiple of "
-                f"it. Pass 1 for no rounding."
-            )
-
-    def __repr__(self) -> str:
-        return f"{_parenthesize(self.rule)}.round_to({self.multiple!r})"
-
-    @property
-    def exact(self) -> bool:
-        """True: the policy's rounding does not come after this one."""
-        return True
+        if not is_count(self.value):
+            text = f"round_to({self.value!r}) is not a whole number of at least 1: ranks become multiples of it."
+            raise PolicyError(f"{text} Pass 1 for no rounding.")
 
     def _change(self, choice: Choice, full: tuple[int, ...]) -> Choice:
-        return replace(choice, ranks=round_ranks(choice.ranks, choice.limits or full, self.multiple), exact=True)
+        return replace(choice, ranks=round_ranks(choice.ranks, choice.limits or full, int(self.value)), exact=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -208,7 +187,7 @@ class Fallback(RankRule):
 
     def __post_init__(self) -> None:
         rules = (rule.rules if isinstance(rule, Fallback) else (rule,) for rule in self.rules)
-        object.__setattr__(self, "rules", tuple(rule for some in rules for rule in some))
+        object.__setattr__(self, "rules", tuple(chain.from_iterable(rules)))
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, self.rules))
@@ -225,7 +204,7 @@ class Fallback(RankRule):
 
     def patterns(self) -> tuple[str, ...]:
         """Return the patterns of all rules, in their order."""
-        return tuple(pattern for rule in self.rules for pattern in rule.patterns())
+        return tuple(chain.from_iterable(rule.patterns() for rule in self.rules))
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
         """Return the first choice that has ranks; without one, the first for lack of a signal, or the last."""
@@ -247,32 +226,10 @@ def round_ranks(ranks: Sequence[int], full: Sequence[int], multiple: int) -> tup
     return tuple(min(-(-rank // multiple) * multiple, most) for rank, most in zip(ranks, full, strict=True))
 
 
-def _is_share(name: str, value: int | float) -> bool:
-    """Return True for a share of the full rank, False for a number of ranks.
-
-    Raises:
-        PolicyError: The value is neither.
-    """
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    is_share = isinstance(value, float) and 0 < value <= 1
-    if not is_count and not is_share:
-        raise PolicyError(
-            f"{name}({value!r}) is neither a whole number of ranks of at least 1 nor a share of the full rank in (0, 1]. "
-            f"Pass for example {name}(8) for eight ranks, or {name}(0.25) for a quarter of each full rank."
-        )
-    return is_share
-
-
-def _parenthesize(rule: RankRule) -> str:
-    """Return a rule as it stands before the dot of a method."""
-    return f"({rule!r})" if isinstance(rule, Fallback) else repr(rule)
-
-
 def _note(choice: Choice, verb: str, ranks: tuple[int, ...]) -> str:
     """Return the note of a choice, extended if its ranks have changed."""
-    if ranks == choice.ranks:
-        return choice.note
-    return _join(choice.note, f"{verb} from {'/'.join(map(str, choice.ranks))}")
+    change = "" if ranks == choice.ranks else f"{verb} from {'/'.join(map(str, choice.ranks))}"
+    return _join(choice.note, change)
 
 
 def _join(*notes: str) -> str:

@@ -15,9 +15,8 @@ _LARGE = 2048
 class Spectrum:
     """The singular values and vectors of one unfolding of a weight.
 
-    Shapes: m rows, n columns, d the length of the side that was decomposed (m or n), r = min(m, n), or less where only the
-    largest values were computed. A weight with g groups has g matrices of one size, which are cut at the same rank; its
-    spectrum describes all of them together.
+    Shapes: m rows, n columns, d the side that was decomposed (m or n), r = min(m, n), or less where only the largest values
+    were computed. A weight with g groups has g matrices of one size, which are cut at the same rank.
     """
 
     values: Tensor
@@ -45,10 +44,7 @@ class Spectrum:
         return (self.rows, self.cols) if self.original is None else self.original
 
     def leading(self, rank: int) -> Tensor:
-        """Return the first columns of the basis, shape (d, rank) or (g, d, rank).
-
-        They are contiguous, whether the basis was cut before or not, so that products have the same bits.
-        """
+        """Return the first columns of the basis, shape (d, rank) or (g, d, rank); contiguous, for products of equal bits."""
         return self.basis[..., :rank].contiguous()
 
     def cut(self, rank: int) -> Spectrum:
@@ -74,8 +70,7 @@ class Spectrum:
 
 def pack(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     """Return a spectrum without its basis as two tensors that can be sent: the values, and all other numbers."""
-    original = (0, 0) if spectrum.original is None else spectrum.original
-    numbers = (spectrum.rows, spectrum.cols, float(spectrum.residual), *original)
+    numbers = (spectrum.rows, spectrum.cols, float(spectrum.residual), *(spectrum.original or (0, 0)))
     return spectrum.values, torch.tensor(numbers, dtype=torch.float64)
 
 
@@ -87,8 +82,7 @@ def unpack(values: Tensor, numbers: Tensor) -> Spectrum:
     ([1.0, 1.0], (2, 3), None)
     """
     rows, cols, residual, *original = numbers.tolist()
-    first, second = map(int, original)
-    shape = (first, second) if first else None
+    shape = (int(original[0]), int(original[1])) if original[0] else None
     return Spectrum(values, values.new_empty(0), int(rows), int(cols), residual, shape)
 
 
@@ -101,15 +95,14 @@ def spectrum(matrix: Tensor, *, rows_side: bool | None = None) -> Spectrum:
     """Decompose a matrix, or g matrices of one size together, by the eigenvectors of the Gram matrix.
 
     Unlike a full SVD this never forms the longer side's vectors. Values below about 1e-8 of the largest are rounding noise,
-    because the Gram matrix holds their squares; no rank rule depends on such small values.
+    because the Gram matrix holds their squares.
 
     Args:
         matrix: Shape (m, n) or (g, m, n), real, finite.
         rows_side: Decompose the row space (True), the column space (False), or the shorter side (None).
 
     Returns:
-        The spectrum, in the matrix's dtype and on its device. The sign of each vector is fixed, so that equal weights
-        give equal vectors on every process.
+        The spectrum, in the matrix's dtype and on its device; the sign of each vector is fixed.
     """
     rows, cols = matrix.shape[-2:]
     by_rows = rows <= cols if rows_side is None else rows_side
@@ -119,12 +112,7 @@ def spectrum(matrix: Tensor, *, rows_side: bool | None = None) -> Spectrum:
 
 
 def singular_side(gram: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Return the largest singular values (..., keep) and vectors (..., d, keep) of matrices, from their Gram matrices.
-
-    Args:
-        gram: Shape (..., d, d), symmetric.
-        keep: How many, at most d.
-    """
+    """Return the largest singular values (..., keep) and vectors (..., d, keep) from Gram matrices (..., d, d)."""
     eigenvalues, vectors = symmetric_eigen(gram)
     del gram  # a Gram matrix and its eigenvectors are each as large as a square weight
     values = eigenvalues.flip(-1)[..., :keep].clamp_min(0).sqrt()
@@ -137,9 +125,8 @@ def singular_side(gram: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return the ascending eigenvalues (..., d) and eigenvectors (..., d, d), as columns, of symmetric matrices.
 
-    Where data-loading workers keep the cores of a CPU busy, LAPACK's threads wait for one another at every step: measured,
-    2.8 s instead of 0.09 s for d = 512 on two cores. Two threads gain a third at best at such sizes, so one thread does the
-    work; the process's setting is restored before returning.
+    On busy CPU cores LAPACK's threads wait for one another at every step: measured, 2.8 s instead of 0.09 s for d = 512 on
+    two cores. Two threads gain a third at best at such sizes, so one thread does the work.
     """
     threads = torch.get_num_threads()
     one_thread = gram.device.type == "cpu" and gram.shape[-1] <= _LARGE

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from tdfx.checks import is_number
 from tdfx.errors import PolicyError
 from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.signal import NO_SIGNAL, has_signal
@@ -17,10 +18,9 @@ from tdfx.ranks.spectrum import Spectrum
 class StableRank(RankRule):
     """Keep the scaled stable rank of each mode: ``sum(s**2) / max(s**2)``, times its full rank over its initial stable rank.
 
-    A rule never sees the initial weight. For independent entries of variance v an m x n matrix has ``sum(s**2) = m n v`` and
-    ``max(s**2) = (sqrt(m) + sqrt(n))**2 v``, the edge of the Marchenko-Pastur law, so that the factor is
-    ``(1 + sqrt(a))**2`` with a the shorter side over the longer: 4 for a square matrix, near 1 for a long one. This holds
-    for torch's own initial weights, normal and uniform. For others, such as orthogonal ones, measure the weight and pass it:
+    For independent entries of variance v an m x n matrix has ``sum(s**2) = m n v`` and, at the edge of the Marchenko-Pastur
+    law, ``max(s**2) = (sqrt(m) + sqrt(n))**2 v``. The factor is therefore ``(1 + sqrt(a))**2`` with a the shorter side over
+    the longer: 4 for a square matrix. This holds for torch's own initial weights; for others, such as orthogonal ones:
 
     >>> import torch
     >>> weight = torch.nn.init.orthogonal_(torch.empty(32, 64))
@@ -44,17 +44,18 @@ class StableRank(RankRule):
                 f"initial={self.initial!r} does not map site patterns to stable ranks. Pass for example "
                 f"initial={{'layer4.*': 40.0}}, or leave it out for weights whose entries were drawn independently."
             )
-        private: dict[str, float | tuple[float, ...]] = {}
-        for pattern, given in self.initial.items():
-            stable_ranks = tuple(given) if isinstance(given, tuple | list) else (given,)
-            if not stable_ranks or not all(map(_is_stable_rank, stable_ranks)):
+        # The rule is frozen, and the caller's dictionary is not.
+        initial = {
+            pattern: tuple(given) if isinstance(given, list) else given for pattern, given in self.initial.items()
+        }
+        for pattern, given in initial.items():
+            stable_ranks = given if isinstance(given, tuple) else (given,)
+            if not stable_ranks or not all(is_number(stable_rank) and stable_rank >= 1 for stable_rank in stable_ranks):
                 raise PolicyError(
                     f"The initial stable rank {given!r} for {pattern!r} is not a number of at least 1, nor a tuple of them: "
                     f"it is sum(s**2) / max(s**2) of the weight before training."
                 )
-            private[pattern] = stable_ranks if isinstance(given, list) else given
-        # The rule is frozen, and the caller's dictionary is not.
-        object.__setattr__(self, "initial", private)
+        object.__setattr__(self, "initial", initial)
 
     def __hash__(self) -> int:
         return hash(tuple(self.initial.items()))
@@ -97,7 +98,3 @@ def initial_stable_rank(rows: int, cols: int) -> float:
     (16.0, 36.0)
     """
     return rows * cols / (math.sqrt(rows) + math.sqrt(cols)) ** 2
-
-
-def _is_stable_rank(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < math.inf

@@ -23,7 +23,7 @@ class Threshold(RankRule):
 
     above: float
     """What a singular value must exceed: a value in the units of the weight, not negative; or, with ``relative``, a share of
-    the largest singular value, in (0, 1), no unit. Weights differ in scale, so that a share is easier to give."""
+    the largest singular value, in (0, 1)."""
     relative: bool = False
     """True if ``above`` is a share of the largest singular value of each mode."""
 
@@ -46,7 +46,5 @@ class Threshold(RankRule):
         largest = [float(spectrum.values.max()) for spectrum in spectra]
         limits = [value * self.above if self.relative else self.above for value in largest]
         ranks = tuple(int((spectrum.values > limit).sum()) for spectrum, limit in zip(spectra, limits, strict=True))
-        if 0 in ranks:
-            note = f"no singular value is above {self.above:g}: the largest is {min(largest):.3g}"
-            return Choice((), kept=note, signal=False)
-        return Choice(ranks)
+        note = f"no singular value is above {self.above:g}: the largest is {min(largest):.3g}"
+        return Choice((), kept=note, signal=False) if 0 in ranks else Choice(ranks)

@@ -16,12 +16,9 @@ from tdfx.ranks.spectrum import Spectrum
 class VBMF(RankRule):
     """Keep the components that stand above the noise, as the analytic EVBMF solution estimates it.
 
-    The rule was made for trained weights. In the first epochs it sees almost nothing but noise and estimates ranks of 1 to
-    5 out of 64 to 256, which ruins a run. There are two guards: rank 0 keeps the site as it is, and no rank falls below
-    ``floor``.
-
-    MUSCO's weakening is a softer guard: ranks go only a part of the way down to the estimate. The floor is applied after
-    it. With ``weaken`` of at most 1 - ``floor`` no rank can reach the floor.
+    The rule was made for trained weights. In the first epochs it sees little but noise and estimates ranks of 1 to 5 out of
+    64 to 256, which ruins a run. Therefore rank 0 keeps the site as it is, and no rank falls below ``floor``. MUSCO's
+    weakening, applied before the floor, is a softer guard: with ``weaken`` of at most 1 - ``floor`` no rank reaches it.
 
     Source: Nakajima, Sugiyama, Babacan, Tomioka, *Global Analytic Solution of Fully-observed Variational Bayesian Matrix
     Factorization*, JMLR 14 (2013); used for training by Elhoushi et al., arXiv:1909.05675; weakening: Gusak et al.,
@@ -29,26 +26,16 @@ class VBMF(RankRule):
     """
 
     floor: float = 0.25
-    """Least share of the full rank to keep in each mode, in [0, 1]; 0 trusts the estimate, for weights that are fully
-    trained. The plan notes where the floor was applied."""
+    """Least share of the full rank to keep in each mode, in [0, 1]; 0 trusts the estimate, for fully trained weights."""
     weaken: float = 1.0
     """Part of the way from the full rank down to the estimate, in (0, 1]: the rank is full - weaken * (full - estimate),
     rounded up."""
 
     def __post_init__(self) -> None:
-        check_share(
-            "floor",
-            self.floor,
-            "the least part of each full rank to keep",
-            "For an eighth pass floor=0.125; to trust the estimate alone pass floor=0.",
-            zero_allowed=True,
-        )
-        check_share(
-            "weaken",
-            self.weaken,
-            "the part of the way from the full rank to the estimate",
-            "For half the way pass weaken=0.5; for the estimate itself pass weaken=1.",
-        )
+        advice = "For an eighth pass floor=0.125; to trust the estimate alone pass floor=0."
+        check_share("floor", self.floor, "the least part of each full rank to keep", advice, zero_allowed=True)
+        advice = "For half the way pass weaken=0.5; for the estimate itself pass weaken=1."
+        check_share("weaken", self.weaken, "the part of the way from the full rank to the estimate", advice)
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
         """Return the EVBMF rank of each spectrum, weakened and floored; no ranks where any of them shows no signal."""

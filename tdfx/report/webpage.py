@@ -19,7 +19,7 @@ from torch import nn
 import tdfx
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Plan, SitePlan
-from tdfx.plans.totals import totals
+from tdfx.plans.table import totals
 from tdfx.report.files import write_report
 from tdfx.report.model_view import ModelView, look
 from tdfx.report.network_svg import drawings_of

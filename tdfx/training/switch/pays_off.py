@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from tdfx.cost.measured import Measured
 from tdfx.plans.plan import Plan
-from tdfx.policies.changes import map_costs
-from tdfx.policies.policy import Policy
+from tdfx.policies.policy import Policy, map_costs
 
 _MEASURING = 0.01
 """Share of the time left in a training that measuring for it may take."""
