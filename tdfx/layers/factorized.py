@@ -63,17 +63,13 @@ class Factorized(nn.Module):
         """
         operation = operation_of(layer)
         assert operation is not None, f"no scheme applies to {layer}"
-        kind = kind_of(layer)
-        bias = layer._parameters.get(kind.bias) if kind.bias else None
-        weight = weight_of(layer)
-        factors = _build_chain(scheme.chain(operation, ranks), weights, bias, weight, weight.requires_grad)
+        bias = layer._parameters.get(kind_of(layer).bias or "")
+        factors = _build_chain(scheme.chain(operation, ranks), weights, bias, weight_of(layer))
         factorized = cls(factors, Origin(shell_of(layer), scheme.name, tuple(ranks)))
         copy_hooks(layer, factorized)
         return factorized.train(layer.training)
 
-    def forward(
-        self, input: Tensor | None = None, output_size: Sequence[int] | None = None, **named: Tensor
-    ) -> Tensor:  # the argument names of stock layers
+    def forward(self, input: Tensor | None = None, output_size: Sequence[int] | None = None, **named: Tensor) -> Tensor:
         """Run the chain.
 
         Args:
@@ -88,12 +84,14 @@ class Factorized(nn.Module):
         (x,) = named.values() if input is None else (input,)
         if output_size is None:
             return cast("Tensor", self.factors(x))
-        dims = self.operation.dims
         if not self.operation.transposed:
             raise TypeError(f"{self.kind.name} takes no output_size: only transposed convolutions do.")
+        dims = self.operation.dims
         for factor in self.factors:
             if isinstance(factor, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-                x = factor(x, _factor_output_size(factor, tuple(x.shape[-dims:]), tuple(output_size)[-dims:]))
+                # The chain's size in the dimensions in which the factor has a kernel or a stride.
+                sizes = zip(factor.kernel_size, factor.stride, x.shape[-dims:], tuple(output_size)[-dims:], strict=True)
+                x = factor(x, [new if taps > 1 or stride > 1 else old for taps, stride, old, new in sizes])
             else:
                 x = factor(x)
         return x
@@ -171,7 +169,9 @@ class Factorized(nn.Module):
         """
         layer = cast("Factorized", structural_copy(self))
         chain = self.scheme.chain(self.operation, ranks)
-        layer.factors = _build_chain(chain, weights, self.bias, self.kernel_factor, self.trains)
+        layer.factors = _build_chain(chain, weights, self.bias, self.kernel_factor)
+        for weight in layer.weights:
+            weight.requires_grad_(self.trains)
         layer.__dict__.pop(FROZEN_FACTORS, None)  # the new factors are not frozen
         layer.origin = replace(self.origin, ranks=tuple(ranks))
         return layer.train(self.training)
@@ -179,13 +179,12 @@ class Factorized(nn.Module):
     @property
     def kernel_factor(self) -> nn.Parameter:
         """The weight of the factor with the largest kernel; only this one shows the memory format of the layer."""
-        return self.weights[self.kernel_index]
+        return kernel_factor(self.weights)
 
     @property
     def kernel_index(self) -> int:
         """The index of the factor with the largest kernel in ``weights``."""
-        taps = [math.prod(weight.shape[2:]) for weight in self.weights]
-        return taps.index(max(taps))
+        return max(range(len(self.factors)), key=lambda index: math.prod(self.weights[index].shape[2:]))
 
     @property
     def trains(self) -> bool:
@@ -211,19 +210,11 @@ class Factorized(nn.Module):
 
 
 def _build_chain(
-    chain: Sequence[Operation],
-    weights: Sequence[Tensor],
-    bias: nn.Parameter | None,
-    template: nn.Parameter,
-    requires_grad: bool,
+    chain: Sequence[Operation], weights: Sequence[Tensor], bias: nn.Parameter | None, template: nn.Parameter
 ) -> nn.Sequential:
-    """Build the layers of a chain; their weights have the template's dtype, device, memory format and sharding."""
+    parameters = [new_parameter(weight, template) for weight in weights]
     biases = [None] * (len(chain) - 1) + [bias]
-    layers = []
-    for step, weight, layer_bias in zip(chain, weights, biases, strict=True):
-        placed = shard_like(like_parameter(weight, template), template)
-        layers.append(build_layer(step, nn.Parameter(placed, requires_grad=requires_grad), layer_bias))
-    return nn.Sequential(*layers)
+    return nn.Sequential(*map(build_layer, chain, parameters, biases))
 
 
 def kernel_factor(weights: Sequence[nn.Parameter]) -> nn.Parameter:
@@ -238,11 +229,9 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
-def _factor_output_size(factor: nn.Module, input_size: tuple[int, ...], output_size: tuple[int, ...]) -> list[int]:
-    """Return the output size of one transposed factor: the chain's in the dimensions in which it has a kernel or stride."""
-    kernel, strides = cast("tuple[int, ...]", factor.kernel_size), cast("tuple[int, ...]", factor.stride)
-    resizes = [taps > 1 or stride > 1 for taps, stride in zip(kernel, strides, strict=True)]
-    return [new if changes else old for changes, new, old in zip(resizes, output_size, input_size, strict=True)]
+def new_parameter(weight: Tensor, template: nn.Parameter) -> nn.Parameter:
+    """Return a parameter with a weight's values, and with the template's dtype, layout, sharding and ``requires_grad``."""
+    return nn.Parameter(shard_like(like_parameter(weight, template), template), requires_grad=template.requires_grad)
 
 
 def like_parameter(weight: Tensor, template: Tensor) -> Tensor:

@@ -17,10 +17,6 @@ WritePairs = Callable[[list[Pair]], None]
 """Replaces the content of a container by other pairs."""
 
 
-def discard_pairs(pairs: list[Pair]) -> None:
-    """Drop the pairs: no masters were passed, so there is no container to update."""
-
-
 def read_pairs(masters: Any, model: nn.Module) -> tuple[list[Pair], WritePairs]:
     """Return the pairs of a container, each checked, and the function that writes other pairs into it.
 
@@ -54,7 +50,6 @@ def read_pairs(masters: Any, model: nn.Module) -> tuple[list[Pair], WritePairs]:
 
 
 def _open_container(masters: Any) -> tuple[list[Pair], WritePairs]:
-    """Return the pairs of a container, and the function that writes other pairs into it."""
     if isinstance(masters, MutableMapping):
 
         def write_mapping(pairs: list[Pair]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +26,8 @@ class Exchange:
     """The parameters that leave."""
     new: tuple[nn.Parameter, ...]
     """The parameters that replace them."""
-    carrier: Carrier
-    """Carries optimizer state and gradients from the old to the new ones."""
+    carriers: tuple[Carrier, ...]
+    """Carry optimizer state and gradients from the old to the new ones, in turn."""
     rename: Callable[[str], list[str]]
     """Maps the name of the first old parameter to those of the new ones, for optimizers that were given names."""
     bias: nn.Parameter | None = None
@@ -71,20 +72,14 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
     Raises:
         OptimizerError: It is not an optimizer, or one whose state cannot be carried over.
     """
-    given = list(optimizer) if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
-    optimizers = tuple(map(_unwrap_optimizer, given))
-    for unwrapped in optimizers:
-        _check_optimizer(unwrapped)
-    return optimizers
+    if isinstance(optimizer, list | tuple):
+        return tuple(map(_as_optimizer, optimizer))
+    return () if optimizer is None else (_as_optimizer(optimizer),)
 
 
-def _unwrap_optimizer(optimizer: Any) -> Any:
+def _as_optimizer(optimizer: Any) -> Optimizer:
     while is_instance_by_name(optimizer, *_WRAPPERS):
         optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         raise OptimizerError(
             f"optimizer={optimizer!r} is a {type(optimizer).__name__}, not a torch.optim.Optimizer: its parameters and "
@@ -101,6 +96,7 @@ def _check_optimizer(optimizer: Any) -> None:
             "parameters to processes once and for all. Use torch.distributed.fsdp.fully_shard, which shards the state too, "
             "or pass no optimizer and make a new one from the returned model's parameters."
         )
+    return optimizer
 
 
 def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> Surgery:
@@ -109,12 +105,9 @@ def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchang
     The new parameters of an exchange stand where its first old parameter stood, so groups keep their order and settings.
 
     Raises:
-        OptimizerError: A parameter that is replaced is in none of the optimizers, in several, or its site's parameters are
-            in several groups.
+        OptimizerError: ``check_groups`` finds an error.
     """
     surgery = Surgery()
-    if not optimizers:
-        return surgery
     check_groups(optimizers, exchanges)
     groups = _groups_of(optimizers)
     for optimizer in optimizers:
@@ -122,35 +115,29 @@ def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchang
         for group in optimizer.param_groups:
             # Every exchange, because a bias may be in another optimizer than its weight.
             _exchange_in_group(group, exchanges, surgery)
-        surgery.states.extend(
-            (optimizer, exchange, new_states(optimizer, exchange.old, exchange.new, exchange.carrier))
-            for exchange in held
-        )
+        for exchange in held:
+            states = new_states(optimizer, exchange.old, exchange.new, exchange.carriers)
+            surgery.states.append((optimizer, exchange, states))
         warn_of_lost_state(optimizer, [exchange.old[0] for exchange in held])
     return surgery
 
 
 def _groups_of(optimizers: Sequence[Optimizer]) -> dict[int, list[tuple[Optimizer, int]]]:
     """Return, for each parameter by id, the optimizers that hold it, each with the index of its group."""
-    groups: dict[int, list[tuple[Optimizer, int]]] = {}
+    groups: dict[int, list[tuple[Optimizer, int]]] = defaultdict(list)
     for optimizer in optimizers:
         for index, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
-                groups.setdefault(id(parameter), []).append((optimizer, index))
+                groups[id(parameter)].append((optimizer, index))
     return groups
 
 
 def check_groups(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> None:
-    """Raise OptimizerError unless the old parameters of each exchange are in one group of one of the optimizers.
-
-    Without optimizers there is nothing to check.
-    """
+    """Raise OptimizerError unless the old parameters of each exchange are in one group of one optimizer, if there is any."""
     if not optimizers:
         return
     groups = _groups_of(optimizers)
-    missing = [
-        exchange.site for exchange in exchanges if any(id(parameter) not in groups for parameter in exchange.old)
-    ]
+    missing = [exchange.site for exchange in exchanges if not {*map(id, exchange.old)} <= groups.keys()]
     if missing:
         raise OptimizerError(
             f"The weights of {len(missing)} sites are in none of the optimizers given, the first being {missing[0]!r}: the "
