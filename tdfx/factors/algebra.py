@@ -54,13 +54,9 @@ class Linearized:
         The vector-Jacobian product is linear in its vector; the vector-Jacobian product of that linear map is the
         Jacobian-vector product.
         """
-        pushed: Tensor = torch.func.vjp(self.pull, _constant(0.0, self.value))[1](tuple(moves))[0]
+        zeros = self.value.new_zeros(()).expand_as(self.value)  # takes no memory
+        pushed: Tensor = torch.func.vjp(self.pull, zeros)[1](tuple(moves))[0]
         return pushed
-
-
-def _constant(number: float, like: Tensor) -> Tensor:
-    """Return a tensor of equal values in the shape of another tensor; it takes no memory."""
-    return like.new_full((), number).expand_as(like)
 
 
 def linearize(join: Callable[..., Tensor], factors: Sequence[Tensor]) -> Linearized:

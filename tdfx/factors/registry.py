@@ -62,16 +62,15 @@ def get_scheme(name: str) -> Scheme:
 
 @lru_cache(maxsize=256)
 def _with_options(scheme: Scheme, text: str) -> Scheme:
-    options = (
-        ", ".join(f"{scheme.name}:{option}=3" for option in scheme.options) or f"no options; write {scheme.name!r}"
-    )
+    examples = ", ".join(f"{scheme.name}:{option}=3" for option in scheme.options)
     settings: dict[str, int] = {}
     for part in text.split(","):
         option, _, value = part.partition("=")
         if option not in scheme.options or not _WHOLE.fullmatch(value) or not 1 <= int(value) <= _MOST:
             raise PolicyError(
                 f"scheme={f'{scheme.name}:{text}'!r} has the option {part!r}, which is not known: an option is a name and a "
-                f"whole number from 1 to {_MOST}, and {scheme.name} takes {options}."
+                f"whole number from 1 to {_MOST}, and {scheme.name} takes "
+                f"{examples or f'no options; write {scheme.name!r}'}."
             )
         settings[option] = int(value)
     return type(scheme)(**settings)

@@ -12,6 +12,9 @@ from torch import Tensor
 from tdfx.factors.operation import Operation
 from tdfx.ranks.spectrum import Spectrum
 
+Factors = tuple[Tensor, ...]
+"""The weights of the factors in the order of the data."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
@@ -19,7 +22,7 @@ class Lowering:
 
     spectra: tuple[Spectrum, ...]
     """The spectra of the joined weight, up to the ranks of the factors."""
-    split: Callable[[Sequence[int]], tuple[Tensor, ...]]
+    split: Callable[[Sequence[int]], Factors]
     """Takes ranks, none above the present ones, and returns the new factors."""
     error: Callable[[Sequence[int]], float]
     """Takes ranks, and returns the norm of what the split loses, relative to that of the joined weight."""
@@ -40,9 +43,9 @@ class Scheme(ABC):
     options: ClassVar[tuple[str, ...]] = ()
     """Settings that may follow the name, as in ``tucker2:refine=3``: whole numbers of at least 1, passed by keyword."""
 
-    @abstractmethod
     def fits(self, operation: Operation) -> bool:
-        """Return True if the scheme can stand for this operation exactly."""
+        """Return True if the scheme can stand for this operation exactly; here, if it has taps and mixes channels."""
+        return operation.mixes_taps_and_channels
 
     @abstractmethod
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
@@ -72,9 +75,7 @@ class Scheme(ABC):
         """Return one spectrum for each rank, for a weight in the working dtype."""
 
     @abstractmethod
-    def split(
-        self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
-    ) -> tuple[Tensor, ...]:
+    def split(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> Factors:
         """Return the factors' weights in the order of ``chain``; ``spectra`` must be those of this weight."""
 
     @abstractmethod
@@ -107,9 +108,9 @@ class Scheme(ABC):
         weight = self.join(operation, factors)
         spectra = self.spectra(operation, weight)
         return Lowering(
-            spectra=spectra,
-            split=lambda ranks: self.split(operation, weight, ranks, spectra),
-            error=lambda ranks: self.error(operation, weight, ranks, spectra),
+            spectra,
+            lambda ranks: self.split(operation, weight, ranks, spectra),
+            lambda ranks: self.error(operation, weight, ranks, spectra),
         )
 
     @abstractmethod

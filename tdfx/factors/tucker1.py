@@ -15,10 +15,6 @@ class Tucker1Out(TwoFactors):
 
     name = "tucker1_out"
 
-    def fits(self, operation: Operation) -> bool:
-        """Return True for convolutions with more than one tap that are not depthwise."""
-        return operation.mixes_taps_and_channels
-
     def first_axes(self, operation: Operation) -> tuple[int, ...]:
         """Return all dimensions."""
         return tuple(range(operation.dims))
@@ -28,11 +24,3 @@ class Tucker1In(TwoFactors):
     """``w_oik = last_oqk @ first_qi``: down to fewer inputs, then the whole kernel."""
 
     name = "tucker1_in"
-
-    def fits(self, operation: Operation) -> bool:
-        """Return True for convolutions with more than one tap that are not depthwise."""
-        return operation.mixes_taps_and_channels
-
-    def first_axes(self, operation: Operation) -> tuple[int, ...]:
-        """Return no dimension."""
-        return ()
