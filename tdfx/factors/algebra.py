@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -49,14 +50,9 @@ class Linearized:
     """The vector-Jacobian product: from a cotangent of the value to one tensor for each argument."""
 
     def push(self, moves: Sequence[Tensor]) -> Tensor:
-        """Return the Jacobian-vector product: the change of the value that small changes of the arguments cause.
-
-        The vector-Jacobian product is linear in its vector; the vector-Jacobian product of that linear map is the
-        Jacobian-vector product.
-        """
+        """Return the Jacobian-vector product: the vector-Jacobian product of ``pull``, which is linear."""
         zeros = self.value.new_zeros(()).expand_as(self.value)  # takes no memory
-        pushed: Tensor = torch.func.vjp(self.pull, zeros)[1](tuple(moves))[0]
-        return pushed
+        return cast("Tensor", torch.func.vjp(self.pull, zeros)[1](tuple(moves))[0])
 
 
 def linearize(join: Callable[..., Tensor], factors: Sequence[Tensor]) -> Linearized:

@@ -51,15 +51,3 @@ class Depthwise(TwoFactors):
     def fold(self, operation: Operation, matrix: Tensor) -> Tensor:
         """Return the dense weight of matrices (o, k, i): the inverse of ``unfold``."""
         return from_groups(operation, matrix.mT.reshape(grouped_shape(operation)))
-
-    def to_factors(self, operation: Operation, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
-        """Return the factors' weights for matrices (o, k, t) and (o, t, i)."""
-        first, last = self.chain(operation, (right.shape[1],))
-        w_last = left.mT.reshape(grouped_shape(last))
-        return from_groups(first, right.reshape(grouped_shape(first))), from_groups(last, w_last)
-
-    def to_matrices(self, operation: Operation, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the matrices (o, k, t) and (o, t, i) of the factors' weights: the inverse of ``to_factors``."""
-        first, last = map(to_groups, self.chain(operation, (1,)), factors)
-        left = last.flatten(0, 1).flatten(2).mT
-        return left, first.reshape(operation.out_channels, -1, first.shape[2])

@@ -106,11 +106,7 @@ class Tucker2(Scheme):
         return _to_factors(operation, core, left, right)
 
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
-        """Return the norm of what the projection on both bases loses, relative to the weight's.
-
-        The projection is orthogonal, so that the squared norms of the core and of the loss add up to the weight's. Near full
-        rank their difference cancels, and the norm of the lost part is computed directly.
-        """
+        """Return the norm of what the projection on both bases loses, relative to the weight's."""
         return self._loss(to_groups(operation, weight), ranks, spectra)
 
     def errors(
@@ -146,8 +142,9 @@ class Tucker2(Scheme):
         total = w_goik.norm()
         if total == 0:
             return 0.0
+        # The projection is orthogonal, so the squared norms of the core and of the loss add up to the weight's.
         square = 1.0 - float((core.norm() / total) ** 2)
-        if square < 1e-6:
+        if square < 1e-6:  # the difference cancels
             return float((w_goik - _outer_product(left, core, right.mT)).norm() / total)
         return math.sqrt(square)
 

@@ -115,9 +115,9 @@ class TwoFactors(Scheme):
     def to_matrices(self, operation: Operation, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the matrices (g, m, p) and (g, p, n) of the factors' weights: the inverse of ``to_factors``."""
         first, last = map(to_groups, self.chain(operation, (1,)), factors)
-        groups, rank = first.shape[:2]
-        left = last.reshape(*last.shape[:3], -1).mT.reshape(groups, -1, rank)
-        return left, first.flatten(2)
+        groups, out, rank = last.shape[:3]
+        left = last.reshape(groups, out, rank, -1).mT.reshape(groups, -1, rank)
+        return left, first.reshape(groups, rank, -1)
 
     def _axes(self, operation: Operation) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the dimensions of (g, o, i, k...) that are in the rows and in the columns."""

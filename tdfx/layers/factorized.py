@@ -161,15 +161,9 @@ class Factorized(nn.Module):
         return layer.train(self.training)
 
     def at_ranks(self, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
-        """Return a copy with factors of other ranks and the same bias; this layer is left as it was.
-
-        Args:
-            ranks: The new ranks, in the scheme's order.
-            weights: The new weights of the factors in the order of the data, in any floating-point dtype.
-        """
+        """Return a copy with factors of other ranks and the same bias; the arguments are those of ``of``."""
         layer = cast("Factorized", structural_copy(self))
-        chain = self.scheme.chain(self.operation, ranks)
-        layer.factors = _build_chain(chain, weights, self.bias, self.kernel_factor)
+        layer.factors = _build_chain(self.scheme.chain(self.operation, ranks), weights, self.bias, self.kernel_factor)
         for weight in layer.weights:
             weight.requires_grad_(self.trains)
         layer.__dict__.pop(FROZEN_FACTORS, None)  # the new factors are not frozen
@@ -239,10 +233,8 @@ def like_parameter(weight: Tensor, template: Tensor) -> Tensor:
 
     For a weight on the meta device, which has a shape only, the values of the result are undefined.
     """
-    if weight.is_meta:
-        values = torch.empty(weight.shape, device=template.device, dtype=template.dtype)
-    else:
-        values = weight.detach().to(device=template.device, dtype=template.dtype)
+    like: Any = {"device": template.device, "dtype": template.dtype}
+    values = torch.empty_like(weight, **like) if weight.is_meta else weight.detach().to(**like)
     if is_sharded(template):  # FSDP2 shards only contiguous parameters
         return values.clone(memory_format=torch.contiguous_format)
     for layout, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):

@@ -24,10 +24,7 @@ from tdfx.optim.surgery import Exchange
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The exchanges of a rewrite on both sides: masters in the optimizers, their parameters in the model.
-
-    Without masters, both sides have the same exchanges.
-    """
+    """The exchanges of a rewrite: of masters in the optimizers and of their parameters in the model, or the same in both."""
 
     optimizer: list[Exchange]
     model: list[Exchange]

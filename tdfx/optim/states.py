@@ -96,12 +96,12 @@ def new_states(
     if state_format is None or any(state.keys() != old_states[0].keys() for state in old_states):
         return _fresh_states(optimizer, new)
     unfolded = [state_format.unfold(tree_map(_in_working_dtype, state)) for state in old_states]
-    states: list[State] = [{} for _ in new]
-    for key, role in state_format.roles.items():
-        if key in unfolded[0]:
-            values = [state[key] for state in unfolded]
-            for state, value in zip(states, _carry(role, values, len(new), carriers), strict=True):
-                state[key] = value
+    carried = {
+        key: _carry(role, [state[key] for state in unfolded], len(new), carriers)
+        for key, role in state_format.roles.items()
+        if key in unfolded[0]
+    }
+    states: list[State] = [dict(zip(carried, values, strict=True)) for values in zip(*carried.values(), strict=True)]
     for state in states:
         _raise_to_first_moment(state, state_format.roles)
     # As the optimizer stores it: in the old state's order and dtypes, with the parameter's layout.
@@ -171,7 +171,7 @@ def _format_of(optimizer: Optimizer, state: State) -> StateFormat | None:
 
 def warn_of_lost_state(optimizer: Optimizer, leaving: Sequence[nn.Parameter]) -> None:
     """Warn if parameters that leave have state that is not known, so that those that replace them start afresh."""
-    states = [optimizer.state[parameter] for parameter in leaving if parameter in optimizer.state]
+    states = [optimizer.state.get(parameter) for parameter in leaving]
     lost = [state for state in states if state and _format_of(optimizer, state) is None]
     if lost:
         warnings.warn(
@@ -184,12 +184,9 @@ def warn_of_lost_state(optimizer: Optimizer, leaving: Sequence[nn.Parameter]) ->
 
 
 def _unfold_rmsprop(state: State) -> State:
-    """Turn the variance of a centered RMSprop into a second moment, and normalized momentum into a sum of gradients.
-
-    ``square_avg`` minus the square of ``grad_avg`` is the variance by which RMSprop divides; it is what is carried.
-    """
+    """Turn normalized momentum into a sum of gradients, and the second moment of a centered RMSprop into a variance."""
     unfolded = dict(state)
-    if "grad_avg" in state:
+    if "grad_avg" in state:  # the variance is what RMSprop divides by
         unfolded["square_avg"] = (state["square_avg"] - state["grad_avg"].square()).clamp_min(0)
     if "momentum_buffer" in state:
         unfolded["momentum_buffer"] = state["momentum_buffer"] * unfolded["square_avg"].sqrt()

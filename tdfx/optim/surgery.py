@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,11 +22,8 @@ class Exchange:
     """The parameters of one site that are replaced together, and the parameters that replace them."""
 
     site: str
-    """The name of the site."""
     old: tuple[nn.Parameter, ...]
-    """The parameters that leave."""
     new: tuple[nn.Parameter, ...]
-    """The parameters that replace them."""
     carriers: tuple[Carrier, ...]
     """Carry optimizer state and gradients from the old to the new ones, in turn."""
     rename: Callable[[str], list[str]]
@@ -100,18 +98,14 @@ def _as_optimizer(optimizer: Any) -> Optimizer:
 
 
 def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> Surgery:
-    """Work out the new groups and states of the optimizers, changing nothing.
+    """Work out the new groups and states of optimizers that passed ``check_groups``, changing nothing.
 
     The new parameters of an exchange stand where its first old parameter stood, so groups keep their order and settings.
-
-    Raises:
-        OptimizerError: ``check_groups`` finds an error.
     """
     surgery = Surgery()
-    check_groups(optimizers, exchanges)
-    groups = _groups_of(optimizers)
     for optimizer in optimizers:
-        held = [exchange for exchange in exchanges if groups[id(exchange.old[0])][0][0] is optimizer]
+        parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = [exchange for exchange in exchanges if id(exchange.old[0]) in parameters]
         for group in optimizer.param_groups:
             # Every exchange, because a bias may be in another optimizer than its weight.
             _exchange_in_group(group, exchanges, surgery)
@@ -122,22 +116,15 @@ def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchang
     return surgery
 
 
-def _groups_of(optimizers: Sequence[Optimizer]) -> dict[int, list[tuple[Optimizer, int]]]:
-    """Return, for each parameter by id, the optimizers that hold it, each with the index of its group."""
-    groups: dict[int, list[tuple[Optimizer, int]]] = defaultdict(list)
-    for optimizer in optimizers:
-        for index, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                groups[id(parameter)].append((optimizer, index))
-    return groups
-
-
 def check_groups(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> None:
     """Raise OptimizerError unless the old parameters of each exchange are in one group of one optimizer, if there is any."""
     if not optimizers:
         return
-    groups = _groups_of(optimizers)
-    missing = [exchange.site for exchange in exchanges if not {*map(id, exchange.old)} <= groups.keys()]
+    places = defaultdict(list)  # parameter by id -> the groups that hold it, by id
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for parameter in group["params"]:
+            places[id(parameter)].append(id(group))
+    missing = [exchange.site for exchange in exchanges if not {*map(id, exchange.old)} <= places.keys()]
     if missing:
         raise OptimizerError(
             f"The weights of {len(missing)} sites are in none of the optimizers given, the first being {missing[0]!r}: the "
@@ -146,16 +133,16 @@ def check_groups(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange])
             f"it holds wider copies of them, such as float32 beside half precision, pass these too: masters=."
         )
     for exchange in exchanges:
-        places = [(id(optimizer), index) for parameter in exchange.old for optimizer, index in groups[id(parameter)]]
-        holders = max(len(groups[id(parameter)]) for parameter in exchange.old)
+        groups = {group for parameter in exchange.old for group in places[id(parameter)]}
+        holders = max(len(places[id(parameter)]) for parameter in exchange.old)
         if holders > 1:
             raise OptimizerError(
                 f"The weight of site {exchange.site!r} is held by {holders} of the optimizers given, so its state could not "
                 f"be moved to one of them. Give each parameter to one optimizer."
             )
-        if len(set(places)) > 1:
+        if len(groups) > 1:
             raise OptimizerError(
-                f"The factors of site {exchange.site!r} are in {len(set(places))} parameter groups, so it is not known to "
+                f"The factors of site {exchange.site!r} are in {len(groups)} parameter groups, so it is not known to "
                 f"which of them the merged weight belongs. Put them into one group first."
             )
 
@@ -166,16 +153,12 @@ def _exchange_in_group(group: dict[str, Any], exchanges: Sequence[Exchange], sur
     leaving = {id(parameter) for exchange in exchanges for parameter in exchange.old}
     renamed = {id(exchange.bias): exchange.rename_bias for exchange in exchanges if exchange.bias is not None}
     names = group.get("param_names")
-    parameters: list[nn.Parameter] = []
-    new_names: list[str] = []
-    for position, parameter in enumerate(group["params"]):
-        exchange = by_first.get(id(parameter))
-        if exchange is not None:
-            parameters.extend(exchange.new)
-            new_names.extend(exchange.rename(names[position]) if names else [])
+    named: list[tuple[nn.Parameter, str]] = []
+    for parameter, name in zip(group["params"], names or repeat(""), strict=False):
+        if exchange := by_first.get(id(parameter)):
+            named += zip(exchange.new, exchange.rename(name), strict=True)
         elif id(parameter) not in leaving:
-            parameters.append(parameter)
-            new_names.extend([renamed.get(id(parameter), str)(names[position])] if names else [])
-    surgery.lists.append((group["params"], parameters))
+            named.append((parameter, renamed.get(id(parameter), str)(name)))
+    surgery.lists.append((group["params"], [parameter for parameter, _ in named]))
     if names:
-        surgery.lists.append((names, new_names))
+        surgery.lists.append((names, [name for _, name in named]))
