@@ -60,9 +60,7 @@ def linearize(join: Callable[..., Tensor], factors: Sequence[Tensor]) -> Lineari
     return Linearized(*torch.func.vjp(join, *factors)[:2])
 
 
-def least_norm(
-    join: Callable[..., Tensor], factors: Sequence[Tensor], gradients: Sequence[Tensor], *, tolerance: float = 1e-12
-) -> Tensor:
+def least_norm(join: Callable[..., Tensor], factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """Return the tensor of least norm whose vector-Jacobian product with ``join`` at the factors is nearest ``gradients``.
 
     This uses conjugate gradients on the normal equations. They never form the Jacobian, and each step adds a tensor in the
@@ -73,13 +71,12 @@ def least_norm(
         join: A map of the factors to a tensor, made of differentiable operations.
         factors: Where to take the derivative.
         gradients: One for each factor.
-        tolerance: Stop when the image of the residual is this many times smaller than at the start.
     """
     near = linearize(join, factors)
     residual = tuple(gradients)
     solution, image = torch.zeros_like(near.value), near.push(residual)
     direction, size = image, image.square().sum()
-    least = tolerance**2 * size
+    least = 1e-24 * size
     for _ in range(max(_LEAST_STEPS, min(_STEPS, _WORK // max(1, near.value.numel())))):
         if not size > least:
             break

@@ -85,11 +85,6 @@ class Operation:
         return self.in_channels == self.out_channels == self.groups > 1
 
     @property
-    def mixes_taps_and_channels(self) -> bool:
-        """True for a kernel of more than one tap that is not depthwise."""
-        return not self.is_pointwise and not self.is_depthwise
-
-    @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight in torch's own layout: (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
         channels = self.out_channels, self.in_channels

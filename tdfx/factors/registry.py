@@ -12,8 +12,7 @@ from tdfx.factors.operation import Operation
 from tdfx.factors.scheme import Scheme
 from tdfx.factors.spatial import Spatial
 from tdfx.factors.svd import Svd
-from tdfx.factors.tucker import Tucker2
-from tdfx.factors.tucker1 import Tucker1In, Tucker1Out
+from tdfx.factors.tucker import Tucker1In, Tucker1Out, Tucker2
 
 AUTO = "auto"
 """The name that leaves the choice of scheme to tdfx, site by site."""

@@ -45,8 +45,8 @@ class Scheme(ABC):
     """Settings that may follow the name, as in ``tucker2:refine=3``: whole numbers of at least 1, passed by keyword."""
 
     def fits(self, operation: Operation) -> bool:
-        """Return True if the scheme can stand for this operation exactly; here, if it has taps and mixes channels."""
-        return operation.mixes_taps_and_channels
+        """Return True if the scheme can stand for this operation exactly: here, if it mixes both taps and channels."""
+        return not operation.is_pointwise and not operation.is_depthwise
 
     @abstractmethod
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Tucker decomposition over the channel modes: a pointwise convolution, a small full kernel, a pointwise convolution."""
+"""Tucker decomposition over both channel modes or one: a full kernel, and a pointwise convolution on each side or one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tdfx.factors.algebra import pseudo_inverse, root_scale
 from tdfx.factors.operation import Operation, from_groups, grouped_shape, to_groups
 from tdfx.factors.scheme import Factors, Lowering, Scheme
 from tdfx.factors.tensorly_calls import iterate_tucker
+from tdfx.factors.two_factors import TwoFactors
 from tdfx.ranks.spectrum import Spectrum, spectrum
 
 
@@ -157,6 +158,26 @@ class Tucker2(Scheme):
             groups = zip(w_goik, left, right, strict=True)
             left, right = map(torch.stack, zip(*(iterate_tucker(*group, self.refine) for group in groups), strict=True))
         return _outer_product(left.mT, w_goik, right), left, right
+
+
+class Tucker1Out(TwoFactors):
+    """``w_oik = last_op @ first_pik``: the whole kernel to fewer outputs, then up to all of them.
+
+    The decomposition is also called channel decomposition: Zhang et al., *Accelerating Very Deep Convolutional
+    Networks for Classification and Detection*, IEEE TPAMI 38 (2016); Elhoushi et al., arXiv:1909.05675.
+    """
+
+    name = "tucker1_out"
+
+    def first_axes(self, operation: Operation) -> tuple[int, ...]:
+        """Return all dimensions."""
+        return tuple(range(operation.dims))
+
+
+class Tucker1In(TwoFactors):
+    """``w_oik = last_oqk @ first_qi``: down to fewer inputs, then the whole kernel."""
+
+    name = "tucker1_in"
 
 
 def _spectra(w_goik: Tensor) -> tuple[Spectrum, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from tdfx.errors import TdfxWarning
@@ -116,13 +116,9 @@ def _carry_gradients(exchanges: Iterable[Exchange]) -> None:
     """
     for exchange in exchanges:
         if any(parameter.grad is not None for parameter in exchange.old):
-            gradients = carry(exchange.carriers, "first", tuple(map(_gradient, exchange.old)))
+            old = (torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in exchange.old)
+            gradients = carry(exchange.carriers, "first", tuple(map(full_precise, old)))
             for parameter, gradient in zip(exchange.new, gradients, strict=True):
                 if parameter.requires_grad:
                     placed = shard_like(gradient.to(parameter.dtype), parameter)
                     parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(placed)
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """Return the gradient of a parameter in the working dtype; zeros if it has none while others of the site have one."""
-    return torch.zeros_like(full_precise(parameter)) if parameter.grad is None else full_precise(parameter.grad)
