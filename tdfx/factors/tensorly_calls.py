@@ -9,11 +9,7 @@ from torch import Tensor
 def iterate_tucker(w_oik: Tensor, left: Tensor, right: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Return better orthonormal bases (o, p) and (i, q) of a weight's first two modes, by higher-order orthogonal iteration.
 
-    Args:
-        w_oik: Shape (o, i, k...).
-        left: Shape (o, p), the basis to start from.
-        right: Shape (i, q), likewise.
-        iterations: How often each basis is computed again from the other; the error never grows.
+    Each iteration computes each basis again from the other, starting from the given ones; the error never grows.
     """
     taps = w_oik[0, 0].numel()
     ranks = left.shape[1], right.shape[1]

@@ -88,8 +88,7 @@ def rebind(model: nn.Module, former: nn.Module) -> None:
     """Replace, in a model's attributes, references to modules of a former model by its own modules of the same path.
 
     A model that takes the place of a former one was given its attributes: bound methods, hooks and closures that refer to
-    the former model's root or submodules. Afterwards they refer to the model itself. Parameters, buffers and children are
-    not touched.
+    the former model's modules. Parameters, buffers and children are not touched.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     twins = {

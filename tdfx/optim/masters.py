@@ -54,11 +54,11 @@ class Masters:
     def write_loaded(
         self, model: nn.Module, loaded_model: nn.Module, loaded: Mapping[str, Tensor], dense_of: Mapping[str, str]
     ) -> None:
-        """Write the masters of a model that was loaded from a checkpoint into the container.
+        """Write the masters of a model that was loaded from a checkpoint in the place of a dense model into the container.
 
         Args:
             model: The dense model that these masters belong to.
-            loaded_model: The model that was loaded in its place.
+            loaded_model: The model that was loaded.
             loaded: Name of a parameter of the loaded model -> its master.
             dense_of: Name of a factor's parameter in the loaded model -> the name of the dense parameter.
         """
@@ -165,12 +165,7 @@ class Masters:
 
 
 def as_masters(masters: Any, model: nn.Module, *, shards: bool = False) -> Masters:
-    """Return the argument ``masters``, checked to belong to the model.
-
-    Args:
-        masters: As for ``tdfx.rewrite``.
-        model: The model without its wrappers.
-        shards: True if each process holds only its shard of every parameter.
+    """Return the argument ``masters``, checked to belong to the model without its wrappers; ``shards`` if it is sharded.
 
     Raises:
         OptimizerError: It is not a container that ``tdfx.rewrite`` accepts, a master does not go with its parameter, or the

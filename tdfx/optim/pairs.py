@@ -22,12 +22,8 @@ WritePairs = Callable[[list[Pair]], None]
 def read_pairs(masters: Any, model: nn.Module) -> tuple[list[Pair], WritePairs]:
     """Return the pairs of a container, each checked, and the function that writes other pairs into it.
 
-    Args:
-        masters: A mapping, a list of pairs, or two lists side by side.
-        model: The model whose parameters have these masters.
-
     Raises:
-        OptimizerError: It is something else, or does not go with the model.
+        OptimizerError: It is no mapping, list of pairs, or two lists side by side, or it does not go with the model.
     """
     pairs, write = _open_container(masters)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
