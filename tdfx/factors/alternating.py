@@ -25,7 +25,7 @@ _ENOUGH = 1e-4
 _PULL = 1e-6
 """Weight of the proximal term, relative to the mean diagonal of the normal equations, which may be singular."""
 _LARGEST = 10.0
-"""The summed squared norms of all components may be this many times the tensor's; for orthogonal ones they are equal."""
+"""The summed squared norms of all components may be this many times the tensor's; orthogonal ones have one."""
 
 
 def fit(w_goik: Tensor, start: Modes) -> Modes:

@@ -33,8 +33,8 @@ class Scheme(ABC):
 
     Every method takes the dense operation first; all but ``join`` take tensors in the working dtype. Dense weights and
     factors have the shape that their operation's ``weight_shape`` says. ``join`` must consist of differentiable torch
-    operations: its derivative carries the optimizer's state. A new scheme is one file: subclass this, and add an instance
-    to ``tdfx.factors.registry``.
+    operations: its derivative carries the optimizer's state. A new scheme is one file: subclass this, and add an
+    instance to ``tdfx.factors.registry``.
 
     Letters in shapes: g groups, o output and i input channels in each, p and q their ranks, k... the kernel.
     """

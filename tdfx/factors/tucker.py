@@ -1,4 +1,4 @@
-"""Tucker decomposition over both channel modes or one: a full kernel, and a pointwise convolution on each side or one."""
+"""Tucker decomposition over one or both channel modes: a full kernel, and pointwise convolutions before or after it."""
 
 from __future__ import annotations
 

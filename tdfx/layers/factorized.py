@@ -224,7 +224,7 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
 
 
 def new_parameter(weight: Tensor, template: nn.Parameter) -> nn.Parameter:
-    """Return a parameter with a weight's values, and with the template's dtype, layout, sharding and ``requires_grad``."""
+    """Return a parameter with a weight's values, and the template's dtype, layout, sharding and ``requires_grad``."""
     return nn.Parameter(shard_like(like_parameter(weight, template), template), requires_grad=template.requires_grad)
 
 

@@ -89,9 +89,9 @@ def as_average(holder: Any, model: nn.Module) -> Average:
     )
     if odd := min((name for name, _ in expected.items() ^ shapes.items()), default=None):
         raise ModelError(
-            f"The averaged copy in {type(holder).__name__} is not one of this model: {odd!r} is {shapes.get(odd)} there and "
-            f"{expected.get(odd)} in the model. Pass the average that goes with the model as it is now; it must have been "
-            f"rewritten along with it."
+            f"The averaged copy in {type(holder).__name__} is not one of this model: {odd!r} is {shapes.get(odd)} "
+            f"there and {expected.get(odd)} in the model. Pass the average that goes with the model as it is now; it must "
+            f"have been rewritten along with it."
         )
     return Average(holder, unwrapped)
 

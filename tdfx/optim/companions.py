@@ -90,8 +90,8 @@ def _warn_of_losses(exchanges: Sequence[Exchange], has_optimizers: bool) -> None
     """Warn of weights with hooks or attributes of the user's, and of trained weights without an optimizer."""
     hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
     texts = [
-        f"The weight of site {exchange.site!r} has hooks or attributes of its own, which its factors do not get. Keep the "
-        f"site, exclude=({exchange.site!r},), or attach them anew."
+        f"The weight of site {exchange.site!r} has hooks or attributes of its own, which its factors do not get. Keep "
+        f"the site, exclude=({exchange.site!r},), or attach them anew."
         for exchange in exchanges
         if any(user_attributes(weight) or any(getattr(weight, name, None) for name in hooks) for weight in exchange.old)
     ]
@@ -110,9 +110,9 @@ def _warn_of_losses(exchanges: Sequence[Exchange], has_optimizers: bool) -> None
 def _carry_gradients(exchanges: Iterable[Exchange]) -> None:
     """Give new parameters gradients computed from those of the parameters that they replace, which keep their own.
 
-    To factors they are carried by the chain rule, so gradients accumulated before and after the rewrite add up to what the
-    factors would have accumulated from the start. To a dense weight, the gradient of least norm is taken that the chain rule
-    carries to the factors' gradients.
+    To factors they are carried by the chain rule, so gradients accumulated before and after the rewrite add up to what
+    the factors would have accumulated from the start. To a dense weight, the gradient of least norm is taken that the
+    chain rule carries to the factors' gradients.
     """
     for exchange in exchanges:
         if any(parameter.grad is not None for parameter in exchange.old):

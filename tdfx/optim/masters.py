@@ -24,7 +24,7 @@ from tdfx.optim.surgery import Exchange
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The exchanges of a rewrite: of masters in the optimizers and of their parameters in the model, or the same in both."""
+    """The exchanges of masters in the optimizers, and of their parameters in the model; the same without masters."""
 
     optimizer: list[Exchange]
     model: list[Exchange]
@@ -54,7 +54,7 @@ class Masters:
     def write_loaded(
         self, model: nn.Module, loaded_model: nn.Module, loaded: Mapping[str, Tensor], dense_of: Mapping[str, str]
     ) -> None:
-        """Write the masters of a model that was loaded from a checkpoint in the place of a dense model into the container.
+        """Write the masters of a model that was loaded, in the place of a dense one, into the container.
 
         Args:
             model: The dense model that these masters belong to.
@@ -116,8 +116,8 @@ class Masters:
                 )
             if trained and not masters <= trained:
                 raise OptimizerError(
-                    f"The master of the weight of site {exchange.site!r} is in none of the optimizers given: they train "
-                    f"other copies, or the model's own parameters. Pass the masters that the optimizer holds."
+                    f"The master of the weight of site {exchange.site!r} is in none of the optimizers given: they "
+                    f"train other copies, or the model's own parameters. Pass the masters that the optimizer holds."
                 )
 
     def remove_masters(self, rewritten: nn.Module, sides: Sides) -> None:
@@ -165,7 +165,7 @@ class Masters:
 
 
 def as_masters(masters: Any, model: nn.Module, *, shards: bool = False) -> Masters:
-    """Return the argument ``masters``, checked to belong to the model without its wrappers; ``shards`` if it is sharded.
+    """Return the argument ``masters``, checked to belong to the model without its wrappers, which may be sharded.
 
     Raises:
         OptimizerError: It is not a container that ``tdfx.rewrite`` accepts, a master does not go with its parameter, or the

@@ -79,13 +79,13 @@ def _open_container(masters: Any) -> tuple[list[Pair], WritePairs]:
 def _check_pair(name: str, parameter: nn.Parameter, master: Any) -> None:
     if not isinstance(master, Tensor) or not (master.is_floating_point() and parameter.is_floating_point()):
         problem = (
-            f", a {_described(parameter)}, is a {_described(master)}: both must be tensors of real floating-point numbers. "
-            f"Pass only parameters of which the optimizer trains a wider copy."
+            f", a {_described(parameter)}, is a {_described(master)}: both must be tensors of real floating-point "
+            f"numbers. Pass only parameters of which the optimizer trains a wider copy."
         )
     elif master.shape != parameter.shape:
         problem = (
-            f" has shape {tuple(master.shape)}, and the parameter has {tuple(parameter.shape)}. Pass the masters of the "
-            f"model as it is now; they must have been rewritten along with it."
+            f" has shape {tuple(master.shape)}, and the parameter has {tuple(parameter.shape)}. Pass the masters of "
+            f"the model as it is now; they must have been rewritten along with it."
         )
     elif torch.finfo(master.dtype).eps > torch.finfo(parameter.dtype).eps:
         problem = f" is {master.dtype}, coarser than the parameter's {parameter.dtype}. Put the parameter first."

@@ -130,7 +130,7 @@ def _carry(role: Role, values: list[Any], count: int, carriers: Sequence[Carrier
 def _raise_to_first_moment(state: State, roles: Mapping[str, Role]) -> None:
     """Raise second moments to at least the square of the first, since E[g**2] >= E[g]**2, and the largest gradient alike.
 
-    Where the gradient's entries are correlated, the estimate is too small, and Adam's first steps would be far too long.
+    Where the gradient's entries are correlated, the estimate is too small, and Adam's first steps would be too long.
     """
     if "exp_avg" not in state:
         return

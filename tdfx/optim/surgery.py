@@ -117,7 +117,7 @@ def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchang
 
 
 def check_groups(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> None:
-    """Raise OptimizerError unless the old parameters of each exchange are in one group of one optimizer, if there is any."""
+    """Raise OptimizerError unless each exchange's old parameters are in one group of one optimizer, if there is any."""
     if not optimizers:
         return
     places = defaultdict(list)  # parameter by id -> the groups that hold it, by id
