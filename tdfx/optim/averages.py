@@ -90,8 +90,8 @@ def as_average(holder: Any, model: nn.Module) -> Average:
     if odd := min((name for name, _ in expected.items() ^ shapes.items()), default=None):
         raise ModelError(
             f"The averaged copy in {type(holder).__name__} is not one of this model: {odd!r} is {shapes.get(odd)} "
-            f"there and {expected.get(odd)} in the model. Pass the average that goes with the model as it is now; it must "
-            f"have been rewritten along with it."
+            f"there and {expected.get(odd)} in the model. Pass the average that goes with the model as it is now; it "
+            f"must have been rewritten along with it."
         )
     return Average(holder, unwrapped)
 
