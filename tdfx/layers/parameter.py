@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partialmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,14 +81,17 @@ class FactorizedParameter(Factorized):
         return getattr(self.weight, name)
 
 
-def _on_dense(layer: FactorizedParameter, name: str, *args: Any) -> Any:
-    return getattr(layer.weight, name)(*args)
+def _on_dense(name: str) -> Callable[..., Any]:
+    def operator(self: FactorizedParameter, *args: Any) -> Any:
+        return getattr(self.weight, name)(*args)
+
+    return operator
 
 
 # Python looks operators up on the class, where __getattr__ is not asked.
 _BINARY = ("add", "sub", "mul", "truediv", "pow", "matmul")
 for _name in ("neg", "getitem", "len", *_BINARY, *(f"r{_operator}" for _operator in _BINARY)):
-    setattr(FactorizedParameter, f"__{_name}__", partialmethod(_on_dense, f"__{_name}__"))
+    setattr(FactorizedParameter, f"__{_name}__", _on_dense(f"__{_name}__"))
 
 
 def _dense(value: Any) -> Any:
