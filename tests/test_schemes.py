@@ -21,8 +21,7 @@ from tdfx.errors import PolicyError
 from tdfx.factors import alternating
 from tdfx.factors.algebra import least_norm
 from tdfx.factors.cp import Cp, _from_factors
-from tdfx.factors.layout import from_groups, to_groups
-from tdfx.factors.operation import Operation
+from tdfx.factors.operation import Operation, from_groups, to_groups
 from tdfx.factors.registry import get_scheme, scheme_names
 from tdfx.factors.scheme import Scheme
 from tdfx.factors.two_factors import TwoFactors

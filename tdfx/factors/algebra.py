@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -49,18 +50,9 @@ class Linearized:
     """The vector-Jacobian product: from a cotangent of the value to one tensor for each argument."""
 
     def push(self, moves: Sequence[Tensor]) -> Tensor:
-        """Return the Jacobian-vector product: the change of the value that small changes of the arguments cause.
-
-        The vector-Jacobian product is linear in its vector; the vector-Jacobian product of that linear map is the
-        Jacobian-vector product.
-        """
-        pushed: Tensor = torch.func.vjp(self.pull, _constant(0.0, self.value))[1](tuple(moves))[0]
-        return pushed
-
-
-def _constant(number: float, like: Tensor) -> Tensor:
-    """Return a tensor of equal values in the shape of another tensor; it takes no memory."""
-    return like.new_full((), number).expand_as(like)
+        """Return the Jacobian-vector product: the vector-Jacobian product of ``pull``, which is linear."""
+        zeros = self.value.new_zeros(()).expand_as(self.value)  # takes no memory
+        return cast("Tensor", torch.func.vjp(self.pull, zeros)[1](tuple(moves))[0])
 
 
 def linearize(join: Callable[..., Tensor], factors: Sequence[Tensor]) -> Linearized:
@@ -68,9 +60,7 @@ def linearize(join: Callable[..., Tensor], factors: Sequence[Tensor]) -> Lineari
     return Linearized(*torch.func.vjp(join, *factors)[:2])
 
 
-def least_norm(
-    join: Callable[..., Tensor], factors: Sequence[Tensor], gradients: Sequence[Tensor], *, tolerance: float = 1e-12
-) -> Tensor:
+def least_norm(join: Callable[..., Tensor], factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """Return the tensor of least norm whose vector-Jacobian product with ``join`` at the factors is nearest ``gradients``.
 
     This uses conjugate gradients on the normal equations. They never form the Jacobian, and each step adds a tensor in the
@@ -81,13 +71,12 @@ def least_norm(
         join: A map of the factors to a tensor, made of differentiable operations.
         factors: Where to take the derivative.
         gradients: One for each factor.
-        tolerance: Stop when the image of the residual is this many times smaller than at the start.
     """
     near = linearize(join, factors)
     residual = tuple(gradients)
     solution, image = torch.zeros_like(near.value), near.push(residual)
     direction, size = image, image.square().sum()
-    least = tolerance**2 * size
+    least = 1e-24 * size
     for _ in range(max(_LEAST_STEPS, min(_STEPS, _WORK // max(1, near.value.numel())))):
         if not size > least:
             break

@@ -6,8 +6,8 @@ R / k times as many as the weight: 100 times at usual ranks. Here only the produ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ _ENOUGH = 1e-4
 _PULL = 1e-6
 """Weight of the proximal term, relative to the mean diagonal of the normal equations, which may be singular."""
 _LARGEST = 10.0
-"""The summed squared norms of all components may be this many times the tensor's; those of orthogonal components are equal
-to it."""
+"""The summed squared norms of all components may be this many times the tensor's; orthogonal ones have one."""
 
 
 def fit(w_goik: Tensor, start: Modes) -> Modes:
@@ -48,9 +47,8 @@ def fit(w_goik: Tensor, start: Modes) -> Modes:
         error = _squared_error(w_goik, improved)
         if not error < best or _norms(improved).square().sum() > _LARGEST * size:
             break
-        done = best - error <= _ENOUGH * best
-        modes, best = improved, error
-        if done:
+        modes, best, previous = improved, error, best
+        if previous - error <= _ENOUGH * previous:
             break
     return modes
 
@@ -97,33 +95,25 @@ def _step(product: Tensor, old: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 def _contract_channel(w_gabk: Tensor, other: Tensor, taps: Tensor) -> Tensor:
     """Return the tensor (g, a, b, k) times the components' vectors in b and k, shape (g, a, R)."""
-    per_tap = w_gabk.transpose(2, 3) @ other[:, None]
-    return (per_tap * taps[:, None]).sum(2)
+    return (w_gabk.transpose(2, 3) @ other[:, None] * taps[:, None]).sum(2)
 
 
 def _contract_channels(w_goik: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return the tensor times the components' vectors in both channels, shape (g, k, R)."""
-    per_tap = w_goik.transpose(2, 3) @ right[:, None]
-    return (per_tap * left[:, :, None]).sum(1)
+    return (w_goik.transpose(2, 3) @ right[:, None] * left[:, :, None]).sum(1)
 
 
 def _contract_kernels(w_gkr: Tensor, kernels: Sequence[Tensor], index: int) -> Tensor:
     """Return (g, k, R), all kernel dimensions in one, times the components' vectors in all of them but one."""
-    groups, _, rank = w_gkr.shape
-    sizes = [kernel.shape[1] for kernel in kernels]
-    before, after = math.prod(sizes[:index]), math.prod(sizes[index + 1 :])
-    left = _khatri_rao(kernels[:index]) if index else w_gkr.new_ones(groups, 1, rank)
-    right = _khatri_rao(kernels[index + 1 :]) if after > 1 else w_gkr.new_ones(groups, 1, rank)
-    split = w_gkr.reshape(groups, before, sizes[index], after, rank)
-    return (split * left[:, :, None, None] * right[:, None, None]).sum((1, 3))
+    one = w_gkr.new_ones(w_gkr.shape[0], 1, w_gkr.shape[2])
+    left, right = _khatri_rao([one, *kernels[:index]]), _khatri_rao([one, *kernels[index + 1 :]])
+    w_gabcr = w_gkr.reshape(w_gkr.shape[0], left.shape[1], -1, right.shape[1], w_gkr.shape[2])
+    return (w_gabcr * left[:, :, None, None] * right[:, None, None]).sum((1, 3))
 
 
 def _khatri_rao(kernels: Sequence[Tensor]) -> Tensor:
     """Return the products of the components' vectors in all kernel dimensions, shape (g, k, R)."""
-    first, *rest = kernels
-    for kernel in rest:
-        first = (first[:, :, None] * kernel[:, None]).flatten(1, 2)
-    return first
+    return reduce(lambda first, kernel: (first[:, :, None] * kernel[:, None]).flatten(1, 2), kernels)
 
 
 def _norms(modes: Modes) -> Tensor:
@@ -134,11 +124,8 @@ def _norms(modes: Modes) -> Tensor:
 def _balance_channels(modes: Modes) -> list[Tensor]:
     """Return the modes with kernels of norm 1 and channels of equal norm, so that the proximal term acts on all alike."""
     share = _norms(modes).sqrt()
-    units = []
-    for mode in modes:
-        norm = mode.norm(dim=1, keepdim=True)
-        units.append(mode / norm.where(norm > 0, 1.0))
-    left, right, *kernels = units
+    norms = [mode.norm(dim=1, keepdim=True) for mode in modes]
+    left, right, *kernels = (mode / norm.where(norm > 0, 1.0) for mode, norm in zip(modes, norms, strict=True))
     return [left * share[:, None], right * share[:, None], *kernels]
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from tdfx.factors.algebra import least_norm, root_scale
 from tdfx.factors.alternating import Modes, fit, refit, total
-from tdfx.factors.layout import from_groups, grouped_shape, to_groups
-from tdfx.factors.operation import Operation
-from tdfx.factors.scheme import Scheme
+from tdfx.factors.operation import Operation, from_groups, grouped_shape, to_groups
+from tdfx.factors.scheme import Factors, Scheme
 from tdfx.ranks.spectrum import Spectrum, singular_side
 
 
@@ -28,7 +27,7 @@ class SliceSpectrum(Spectrum):
         """Return the spectrum with the components of this rank, where they were fitted, in place of the basis."""
         if rank not in self.fitted:
             return replace(self, fitted={})
-        return replace(self, basis=self.values.new_empty(0), fitted={rank: self.fitted[rank]})
+        return replace(self.without_basis(), fitted={rank: self.fitted[rank]})
 
     def without_basis(self) -> SliceSpectrum:
         """Return the spectrum with its values alone."""
@@ -52,10 +51,6 @@ class Cp(Scheme):
 
     name = "cp"
 
-    def fits(self, operation: Operation) -> bool:
-        """Return True for convolutions with more than one tap that are not depthwise."""
-        return operation.mixes_taps_and_channels
-
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
         """Return one rank: the taps times the smaller number of channels."""
         _, o, i, *kernel = grouped_shape(operation)
@@ -64,10 +59,9 @@ class Cp(Scheme):
     def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
         """Return a map down to the rank, a convolution along each dimension, and a map up to the output."""
         middle = ranks[0] * operation.groups
-        along = (operation.along(axes, middle, middle, groups=middle) for axes in _dimensions(operation))
         return (
             operation.along((), operation.in_channels, middle),
-            *along,
+            *(operation.along(axes, middle, middle, groups=middle) for axes in _dimensions(operation)),
             operation.along((), middle, operation.out_channels),
         )
 
@@ -80,9 +74,7 @@ class Cp(Scheme):
         ordered = values.flatten(1).sort(dim=1, descending=True).values
         return (SliceSpectrum(ordered.square().sum(0).sqrt(), basis, taps * o, taps * i),)
 
-    def split(
-        self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
-    ) -> tuple[Tensor, ...]:
+    def split(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> Factors:
         """Return the factors' weights; each component has the same norm in all of them."""
         return _to_factors(operation, _balance(self._components(operation, weight, ranks, spectra)))
 
@@ -122,9 +114,8 @@ class Cp(Scheme):
 
 def _dimensions(operation: Operation) -> list[tuple[int, ...]]:
     """Return the kernel dimensions of each depthwise factor."""
-    long = [axis for axis, taps in enumerate(operation.kernel) if taps > 1]
-    short = [axis for axis, taps in enumerate(operation.kernel) if taps == 1]
-    return [tuple(sorted([long[0], *short])), *((axis,) for axis in long[1:])]
+    others = [axis for axis, taps in enumerate(operation.kernel) if taps > 1][1:]
+    return [tuple(axis for axis in range(operation.dims) if axis not in others), *((axis,) for axis in others)]
 
 
 def _slices(operation: Operation, weight: Tensor) -> Tensor:
@@ -145,47 +136,37 @@ def _largest(operation: Operation, weight: Tensor, spectrum: SliceSpectrum, rank
         columns = vectors.transpose(1, 2).flatten(2)
         return columns.gather(2, chosen[:, None].expand(-1, columns.shape[1], -1))
 
-    tap = chosen // min(o, i)
-    long = [size for size in operation.kernel if size > 1]
-    kernels = []
-    for index, size in enumerate(long):
-        place = tap // math.prod(long[index + 1 :]) % size
-        kernels.append(torch.nn.functional.one_hot(place, size).mT.to(weight.dtype))
+    taps = torch.unravel_index(chosen // min(o, i), operation.kernel)
+    kernels = [
+        torch.nn.functional.one_hot(tap, size).mT.to(weight.dtype)
+        for tap, size in zip(taps, operation.kernel, strict=True)
+        if size > 1
+    ]
     return pick(left), pick(right), *kernels
 
 
 def _balance(modes: Modes) -> Modes:
     """Give all modes of a component the same norm; a component that is zero is zero in its first mode only."""
-    norms = torch.stack([mode.norm(dim=1) for mode in modes])
+    norms = torch.stack([mode.norm(dim=1, keepdim=True) for mode in modes])
     size = norms.prod(dim=0)
-    share = root_scale(size).square().pow(1 / len(modes))
-    least = 1e3 * torch.finfo(size.dtype).eps * size.amax(-1, keepdim=True)
-    is_zero = size <= least
-    units = []
-    for mode, norm in zip(modes, norms, strict=True):
-        direction = mode / norm.where(norm > 0, 1.0)[:, None]
-        units.append(direction.where(norm[:, None] > 0, mode.shape[1] ** -0.5))
-    balanced = [unit * share[:, None] for unit in units]
-    balanced[0] = torch.where(is_zero[:, None], units[0] * size[:, None], balanced[0])
-    return tuple(balanced)
+    share = root_scale(size.squeeze(1)).square().pow(1 / len(modes))[:, None]
+    is_zero = size <= 1e3 * torch.finfo(size.dtype).eps * size.amax(-1, keepdim=True)
+    units = [
+        (mode / norm.where(norm > 0, 1.0)).where(norm > 0, mode.shape[1] ** -0.5)
+        for mode, norm in zip(modes, norms, strict=True)
+    ]
+    first, *others = (unit * share for unit in units)
+    return first.where(~is_zero, units[0] * size), *others
 
 
 def _to_factors(operation: Operation, modes: Modes) -> tuple[Tensor, ...]:
-    left, right, *kernels = modes
-    rank = left.shape[2]
-    first, *along, last = Cp().chain(operation, (rank,))
-    return (
-        right.mT.reshape(first.weight_shape),
-        *(kernel.mT.reshape(step.weight_shape) for kernel, step in zip(kernels, along, strict=True)),
-        left.reshape(last.weight_shape),
-    )
+    left, *others = modes
+    *chain, last = Cp().chain(operation, left.shape[2:])
+    factors = [mode.mT.reshape(step.weight_shape) for mode, step in zip(others, chain, strict=True)]
+    return *factors, left.reshape(last.weight_shape)
 
 
 def _from_factors(operation: Operation, factors: Sequence[Tensor]) -> Modes:
     first, *along, last = factors
     groups, rank = operation.groups, last.shape[1]
-    return (
-        last.reshape(groups, -1, rank),
-        first.reshape(groups, rank, -1).mT,
-        *(kernel.reshape(groups, rank, -1).mT for kernel in along),
-    )
+    return last.reshape(groups, -1, rank), *(factor.reshape(groups, rank, -1).mT for factor in (first, *along))

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tdfx.factors.layout import from_groups, grouped_shape, to_groups
-from tdfx.factors.operation import Operation
+from tdfx.factors.operation import Operation, from_groups, grouped_shape, to_groups
 from tdfx.factors.two_factors import TwoFactors
 
 
@@ -27,10 +26,6 @@ class Depthwise(TwoFactors):
     def fits(self, operation: Operation) -> bool:
         """Return True for convolutions with more than one tap and more than one input channel in each group."""
         return not operation.is_pointwise and operation.in_channels > operation.groups
-
-    def first_axes(self, operation: Operation) -> tuple[int, ...]:
-        """Return no dimension."""
-        return ()
 
     def channels_per_rank(self, operation: Operation) -> int:
         """Return one for each output channel."""
@@ -56,17 +51,3 @@ class Depthwise(TwoFactors):
     def fold(self, operation: Operation, matrix: Tensor) -> Tensor:
         """Return the dense weight of matrices (o, k, i): the inverse of ``unfold``."""
         return from_groups(operation, matrix.mT.reshape(grouped_shape(operation)))
-
-    def to_factors(self, operation: Operation, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
-        """Return the factors' weights for matrices (o, k, t) and (o, t, i)."""
-        first, last = self.chain(operation, (right.shape[1],))
-        w_last = left.mT.reshape(grouped_shape(last))
-        return from_groups(first, right.reshape(grouped_shape(first))), from_groups(last, w_last)
-
-    def to_matrices(self, operation: Operation, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the matrices (o, k, t) and (o, t, i) of the factors' weights: the inverse of ``to_factors``."""
-        first, last = (
-            to_groups(step, factor) for step, factor in zip(self.chain(operation, (1,)), factors, strict=True)
-        )
-        left = last.flatten(0, 1).flatten(2).mT
-        return left, first.reshape(operation.out_channels, -1, first.shape[2])

@@ -35,26 +35,16 @@ def apply_operation(operation: Operation, x: Tensor, weight: Tensor, bias: Tenso
     padding = operation.padding
     if operation.padding_mode != "zeros":
         x, padding = F.pad(x, _both_ends(operation), mode=operation.padding_mode), (0,) * operation.dims
-    settings = {"output_padding": operation.output_padding or 0} if operation.transposed else {}
-    return function(
-        x,
-        weight,
-        bias,
-        stride=operation.stride,
-        padding=padding,
-        dilation=operation.dilation,
-        groups=operation.groups,
-        **settings,
-    )
+    settings = {name: getattr(operation, name) for name in ("stride", "dilation", "groups")}
+    if operation.transposed:
+        settings["output_padding"] = operation.output_padding or 0
+    return function(x, weight, bias, padding=padding, **settings)
 
 
 def _both_ends(operation: Operation) -> list[int]:
     """Return the positions to add at both ends of each dimension, last dimension first, as torch pads."""
-    ends: list[int] = []
-    for axis in reversed(range(operation.dims)):
-        if operation.padding == "same":
-            total = operation.dilation[axis] * (operation.kernel[axis] - 1)
-            ends += [total // 2, total - total // 2]
-        else:
-            ends += [0, 0] if isinstance(operation.padding, str) else [operation.padding[axis]] * 2
-    return ends
+    if operation.padding == "same":
+        totals = [dilation * (taps - 1) for dilation, taps in zip(operation.dilation, operation.kernel, strict=True)]
+    else:
+        totals = [0] * operation.dims if isinstance(operation.padding, str) else [2 * pad for pad in operation.padding]
+    return [end for total in reversed(totals) for end in (total // 2, total - total // 2)]

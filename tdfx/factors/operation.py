@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
@@ -39,15 +41,8 @@ class Operation:
     def pointwise(cls, in_channels: int, out_channels: int, dims: int, groups: int = 1) -> Operation:
         """Return the map that mixes the channels of each position, in ``dims`` spatial dimensions."""
         ones = (1,) * dims
-        return cls(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            kernel=ones,
-            stride=ones,
-            padding=(0,) * dims,
-            dilation=ones,
-            groups=groups,
-        )
+        matrix = cls(in_channels=in_channels, out_channels=out_channels, groups=groups)
+        return replace(matrix, kernel=ones, stride=ones, padding=(0,) * dims, dilation=ones)
 
     def along(self, axes: Sequence[int], in_channels: int, out_channels: int, groups: int | None = None) -> Operation:
         """Return the part of the operation along some spatial dimensions, between other numbers of channels.
@@ -90,16 +85,10 @@ class Operation:
         return self.in_channels == self.out_channels == self.groups > 1
 
     @property
-    def mixes_taps_and_channels(self) -> bool:
-        """True for a kernel of more than one tap that is not depthwise."""
-        return not self.is_pointwise and not self.is_depthwise
-
-    @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight in torch's own layout: (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
-        first, second = self.out_channels, self.in_channels
-        if self.transposed:
-            first, second = second, first
+        channels = self.out_channels, self.in_channels
+        first, second = reversed(channels) if self.transposed else channels
         return (first, second // self.groups, *self.kernel)
 
     @property
@@ -111,18 +100,28 @@ class Operation:
         """Return the spatial size of the output for a spatial size of the input."""
         if self.padding == "same":
             return in_size
-        padding = (0,) * self.dims if isinstance(self.padding, str) else self.padding
-        if self.transposed:
-            extra = self.output_padding or (0,) * self.dims
-            return tuple(
-                (size - 1) * stride - 2 * pad + dilation * (taps - 1) + more + 1
-                for size, pad, dilation, taps, stride, more in zip(
-                    in_size, padding, self.dilation, self.kernel, self.stride, extra, strict=True
-                )
-            )
+        zeros = (0,) * self.dims
+        padding = zeros if isinstance(self.padding, str) else self.padding
+        reaches = [dilation * (taps - 1) + 1 for dilation, taps in zip(self.dilation, self.kernel, strict=True)]
+        settings = zip(in_size, self.stride, padding, reaches, self.output_padding or zeros, strict=True)
         return tuple(
-            (size + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
-            for size, pad, dilation, taps, stride in zip(
-                in_size, padding, self.dilation, self.kernel, self.stride, strict=True
-            )
+            (size - 1) * stride + reach - 2 * pad + more if self.transposed else (size + 2 * pad - reach) // stride + 1
+            for size, stride, pad, reach, more in settings
         )
+
+
+def to_groups(operation: Operation, weight: Tensor) -> Tensor:
+    """Return a view (g, o, i, k...) of a weight: g groups, and o output and i input channels in each."""
+    w_gxyk = weight.reshape(operation.groups, -1, *weight.shape[1:])
+    return w_gxyk.transpose(1, 2) if operation.transposed else w_gxyk
+
+
+def from_groups(operation: Operation, w_goik: Tensor) -> Tensor:
+    """Return a weight in torch's layout: the inverse of ``to_groups``, for any operation of the same direction."""
+    return (w_goik.transpose(1, 2) if operation.transposed else w_goik).flatten(0, 1)
+
+
+def grouped_shape(operation: Operation) -> tuple[int, ...]:
+    """Return (g, o, i, k...) for an operation."""
+    groups = operation.groups
+    return groups, operation.out_channels // groups, operation.in_channels // groups, *operation.kernel

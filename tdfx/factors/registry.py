@@ -12,8 +12,7 @@ from tdfx.factors.operation import Operation
 from tdfx.factors.scheme import Scheme
 from tdfx.factors.spatial import Spatial
 from tdfx.factors.svd import Svd
-from tdfx.factors.tucker import Tucker2
-from tdfx.factors.tucker1 import Tucker1In, Tucker1Out
+from tdfx.factors.tucker import Tucker1In, Tucker1Out, Tucker2
 
 AUTO = "auto"
 """The name that leaves the choice of scheme to tdfx, site by site."""
@@ -62,16 +61,15 @@ def get_scheme(name: str) -> Scheme:
 
 @lru_cache(maxsize=256)
 def _with_options(scheme: Scheme, text: str) -> Scheme:
-    options = (
-        ", ".join(f"{scheme.name}:{option}=3" for option in scheme.options) or f"no options; write {scheme.name!r}"
-    )
+    examples = ", ".join(f"{scheme.name}:{option}=3" for option in scheme.options)
     settings: dict[str, int] = {}
     for part in text.split(","):
         option, _, value = part.partition("=")
         if option not in scheme.options or not _WHOLE.fullmatch(value) or not 1 <= int(value) <= _MOST:
             raise PolicyError(
                 f"scheme={f'{scheme.name}:{text}'!r} has the option {part!r}, which is not known: an option is a name and a "
-                f"whole number from 1 to {_MOST}, and {scheme.name} takes {options}."
+                f"whole number from 1 to {_MOST}, and {scheme.name} takes "
+                f"{examples or f'no options; write {scheme.name!r}'}."
             )
         settings[option] = int(value)
     return type(scheme)(**settings)

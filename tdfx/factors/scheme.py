@@ -12,6 +12,9 @@ from torch import Tensor
 from tdfx.factors.operation import Operation
 from tdfx.ranks.spectrum import Spectrum
 
+Factors = tuple[Tensor, ...]
+"""The weights of the factors in the order of the data."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
@@ -19,7 +22,7 @@ class Lowering:
 
     spectra: tuple[Spectrum, ...]
     """The spectra of the joined weight, up to the ranks of the factors."""
-    split: Callable[[Sequence[int]], tuple[Tensor, ...]]
+    split: Callable[[Sequence[int]], Factors]
     """Takes ranks, none above the present ones, and returns the new factors."""
     error: Callable[[Sequence[int]], float]
     """Takes ranks, and returns the norm of what the split loses, relative to that of the joined weight."""
@@ -28,9 +31,10 @@ class Lowering:
 class Scheme(ABC):
     """A chain of operations that stands for one operation, and the maps between its weight and theirs.
 
-    Every method takes the dense operation first. Dense weights and factors have the shape that their operation's
-    ``weight_shape`` says. ``join`` must consist of differentiable torch operations: its derivative carries the optimizer's
-    state. A new scheme is one file: subclass this, and add an instance to ``tdfx.factors.registry``.
+    Every method takes the dense operation first; all but ``join`` take tensors in the working dtype. Dense weights and
+    factors have the shape that their operation's ``weight_shape`` says. ``join`` must consist of differentiable torch
+    operations: its derivative carries the optimizer's state. A new scheme is one file: subclass this, and add an
+    instance to ``tdfx.factors.registry``.
 
     Letters in shapes: g groups, o output and i input channels in each, p and q their ranks, k... the kernel.
     """
@@ -40,9 +44,9 @@ class Scheme(ABC):
     options: ClassVar[tuple[str, ...]] = ()
     """Settings that may follow the name, as in ``tucker2:refine=3``: whole numbers of at least 1, passed by keyword."""
 
-    @abstractmethod
     def fits(self, operation: Operation) -> bool:
-        """Return True if the scheme can stand for this operation exactly."""
+        """Return True if the scheme can stand for this operation exactly: here, if it mixes both taps and channels."""
+        return not operation.is_pointwise and not operation.is_depthwise
 
     @abstractmethod
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
@@ -69,12 +73,10 @@ class Scheme(ABC):
 
     @abstractmethod
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
-        """Return one spectrum for each rank, for a weight in the working dtype."""
+        """Return one spectrum for each rank."""
 
     @abstractmethod
-    def split(
-        self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
-    ) -> tuple[Tensor, ...]:
+    def split(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> Factors:
         """Return the factors' weights in the order of ``chain``; ``spectra`` must be those of this weight."""
 
     @abstractmethod
@@ -86,8 +88,7 @@ class Scheme(ABC):
         """Return the gradient of the dense weight of least norm that gives the factors these gradients.
 
         The gradients of the factors are the vector-Jacobian product of ``join`` with that of the dense weight. They
-        determine its projection on the tangent space of the weights that the factors can reach. The arguments are in the
-        working dtype.
+        determine its projection on the tangent space of the weights that the factors can reach.
         """
 
     @abstractmethod
@@ -95,11 +96,11 @@ class Scheme(ABC):
         """Return the factors with one of them fitted to a dense weight by least squares, and the others as they are.
 
         A weight that is similar to the joined weight, such as its average over time, gets factors in the same bases, so that
-        averaging can go on. At full rank nothing is lost. The arguments are in the working dtype.
+        averaging can go on. At full rank nothing is lost.
         """
 
     def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
-        """Return how factors can be split again; the arguments are in the working dtype.
+        """Return how factors can be split again.
 
         This method works for all schemes, and joins the factors. A scheme whose outer factors can be made orthonormal
         overrides it and needs no dense weight. Shares and floors of rank rules refer to the full ranks of the operation.
@@ -107,9 +108,9 @@ class Scheme(ABC):
         weight = self.join(operation, factors)
         spectra = self.spectra(operation, weight)
         return Lowering(
-            spectra=spectra,
-            split=lambda ranks: self.split(operation, weight, ranks, spectra),
-            error=lambda ranks: self.error(operation, weight, ranks, spectra),
+            spectra,
+            lambda ranks: self.split(operation, weight, ranks, spectra),
+            lambda ranks: self.error(operation, weight, ranks, spectra),
         )
 
     @abstractmethod

@@ -9,18 +9,12 @@ from torch import Tensor
 def iterate_tucker(w_oik: Tensor, left: Tensor, right: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Return better orthonormal bases (o, p) and (i, q) of a weight's first two modes, by higher-order orthogonal iteration.
 
-    Args:
-        w_oik: Shape (o, i, k...).
-        left: Shape (o, p), the basis to start from.
-        right: Shape (i, q), likewise.
-        iterations: How often each basis is computed again from the other; the error never grows.
+    Each iteration computes each basis again from the other, starting from the given ones; the error never grows.
     """
     taps = w_oik[0, 0].numel()
-    if left.shape[1] > right.shape[1] * taps or right.shape[1] > left.shape[1] * taps:
-        return (
-            left,
-            right,
-        )  # one basis has more vectors than the other leaves dimensions; they would be filled at random
+    ranks = left.shape[1], right.shape[1]
+    if max(ranks) > min(ranks) * taps:  # TensorLy would fill the larger basis at random
+        return left, right
     # Imported here because it takes longer than all of tdfx, and is rarely needed.
     import tensorly
     from tensorly.decomposition import partial_tucker
@@ -29,7 +23,7 @@ def iterate_tucker(w_oik: Tensor, left: Tensor, right: Tensor, iterations: int) 
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         (_, bases), _ = partial_tucker(
             w_oik,
-            rank=[left.shape[1], right.shape[1]],
+            rank=[*ranks],
             modes=[0, 1],
             init=(core, [left, right]),  # a new list, because the iteration writes to it
             n_iter_max=iterations,

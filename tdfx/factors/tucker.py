@@ -1,4 +1,4 @@
-"""Tucker decomposition over the channel modes: a pointwise convolution, a small full kernel, a pointwise convolution."""
+"""Tucker decomposition over one or both channel modes: a full kernel, and pointwise convolutions before or after it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tdfx.factors.algebra import pseudo_inverse, root_scale
-from tdfx.factors.layout import from_groups, grouped_shape, to_groups
-from tdfx.factors.operation import Operation
-from tdfx.factors.scheme import Lowering, Scheme
+from tdfx.factors.operation import Operation, from_groups, grouped_shape, to_groups
+from tdfx.factors.scheme import Factors, Lowering, Scheme
 from tdfx.factors.tensorly_calls import iterate_tucker
+from tdfx.factors.two_factors import TwoFactors
 from tdfx.ranks.spectrum import Spectrum, spectrum
 
 
@@ -34,10 +34,6 @@ class Tucker2(Scheme):
         self.refine = refine
         """Rounds of higher-order orthogonal iteration after the truncated HOSVD; each can only lower the error."""
         self.name = f"tucker2:refine={refine}" if refine else "tucker2"
-
-    def fits(self, operation: Operation) -> bool:
-        """Return True for convolutions with more than one tap that are not depthwise."""
-        return operation.mixes_taps_and_channels
 
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
         """Return the full ranks of the output and of the input unfolding of each group."""
@@ -62,20 +58,15 @@ class Tucker2(Scheme):
     def partial_spectra(self, spectra: Sequence[Spectrum]) -> dict[str, tuple[Spectrum, ...]]:
         """Return the same spectra in the orientation of each scheme, where they are those of the shorter side."""
         outputs, inputs = spectra
-        partial: dict[str, tuple[Spectrum, ...]] = {}
-        if outputs.rows < outputs.cols:
-            partial["tucker1_out"] = (outputs,)
-        if inputs.rows < inputs.cols:
-            partial["tucker1_in"] = (replace(inputs, rows=inputs.cols, cols=inputs.rows),)
-        return partial
+        turned = replace(inputs, rows=inputs.cols, cols=inputs.rows)
+        partial = ("tucker1_out", outputs, outputs), ("tucker1_in", inputs, turned)
+        return {name: (spectrum,) for name, side, spectrum in partial if side.rows < side.cols}
 
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return the spectra of the unfoldings (o, i·k) and (i, o·k), each from its channel side."""
         return _spectra(to_groups(operation, weight))
 
-    def split(
-        self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
-    ) -> tuple[Tensor, ...]:
+    def split(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> Factors:
         """Return ``first`` (q, i, 1...), ``core`` (p, q, k...) and ``last`` (o, p, 1...), for one group.
 
         Each outer factor takes the square root of its mode's spectrum from the core.
@@ -116,11 +107,7 @@ class Tucker2(Scheme):
         return _to_factors(operation, core, left, right)
 
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
-        """Return the norm of what the projection on both bases loses, relative to the weight's.
-
-        The projection is orthogonal, so that the squared norms of the core and of the loss add up to the weight's. Near full
-        rank their difference cancels, and the norm of the lost part is computed directly.
-        """
+        """Return the norm of what the projection on both bases loses, relative to the weight's."""
         return self._loss(to_groups(operation, weight), ranks, spectra)
 
     def errors(
@@ -142,9 +129,8 @@ class Tucker2(Scheme):
         (basis_left, rest_left), (basis_right, rest_right) = torch.linalg.qr(left), torch.linalg.qr(right)
         between = _outer_product(rest_left, core, rest_right.mT)
         taps, o, i = math.prod(operation.kernel), left.shape[1], right.shape[1]
-        shapes = (o, i * taps), (i, o * taps)
-        pairs = zip(_spectra(between), shapes, strict=True)
-        spectra = tuple(replace(spectrum, original=shape) for spectrum, shape in pairs)
+        outputs, inputs = _spectra(between)
+        spectra = replace(outputs, original=(o, i * taps)), replace(inputs, original=(i, o * taps))
 
         def split(ranks: Sequence[int]) -> tuple[Tensor, ...]:
             small, new_left, new_right = self._bases(between, ranks, spectra)
@@ -157,8 +143,9 @@ class Tucker2(Scheme):
         total = w_goik.norm()
         if total == 0:
             return 0.0
+        # The projection is orthogonal, so the squared norms of the core and of the loss add up to the weight's.
         square = 1.0 - float((core.norm() / total) ** 2)
-        if square < 1e-6:
+        if square < 1e-6:  # the difference cancels
             return float((w_goik - _outer_product(left, core, right.mT)).norm() / total)
         return math.sqrt(square)
 
@@ -173,11 +160,28 @@ class Tucker2(Scheme):
         return _outer_product(left.mT, w_goik, right), left, right
 
 
+class Tucker1Out(TwoFactors):
+    """``w_oik = last_op @ first_pik``: the whole kernel to fewer outputs, then up to all of them.
+
+    The decomposition is also called channel decomposition: Zhang et al., *Accelerating Very Deep Convolutional
+    Networks for Classification and Detection*, IEEE TPAMI 38 (2016); Elhoushi et al., arXiv:1909.05675.
+    """
+
+    name = "tucker1_out"
+
+    def first_axes(self, operation: Operation) -> tuple[int, ...]:
+        """Return all dimensions."""
+        return tuple(range(operation.dims))
+
+
+class Tucker1In(TwoFactors):
+    """``w_oik = last_oqk @ first_qi``: down to fewer inputs, then the whole kernel."""
+
+    name = "tucker1_in"
+
+
 def _spectra(w_goik: Tensor) -> tuple[Spectrum, ...]:
-    return (
-        spectrum(w_goik.flatten(2), rows_side=True),
-        spectrum(w_goik.transpose(1, 2).flatten(2), rows_side=True),
-    )
+    return tuple(spectrum(w_gab.flatten(2), rows_side=True) for w_gab in (w_goik, w_goik.transpose(1, 2)))
 
 
 def _to_factors(operation: Operation, core: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:

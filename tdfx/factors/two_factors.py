@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor
 
 from tdfx.factors.algebra import pseudo_inverse, root_scale
-from tdfx.factors.layout import from_groups, grouped_shape, to_groups
-from tdfx.factors.operation import Operation
-from tdfx.factors.scheme import Lowering, Scheme
+from tdfx.factors.operation import Operation, from_groups, grouped_shape, to_groups
+from tdfx.factors.scheme import Factors, Lowering, Scheme
 from tdfx.ranks.spectrum import Spectrum, spectrum
 
 
@@ -28,33 +26,29 @@ class TwoFactors(Scheme):
     Letters: g groups, m and n rows and columns in each, p their rank.
     """
 
-    @abstractmethod
     def first_axes(self, operation: Operation) -> tuple[int, ...]:
-        """Return the kernel dimensions of the first factor; the last factor has the others."""
+        """Return the kernel dimensions of the first factor, here none; the last factor has the others."""
+        return ()
 
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
         """Return one rank for all groups: the shorter side of the matrix."""
-        rows, columns = self._axes(operation)
         shape = grouped_shape(operation)
-        return (min(math.prod(shape[axis] for axis in side) for side in (rows, columns)),)
+        return (min(math.prod(shape[axis] for axis in side) for side in self._axes(operation)),)
 
     def chain(self, operation: Operation, ranks: Sequence[int]) -> tuple[Operation, ...]:
         """Return a convolution along the dimensions of the first factor, and one along the others."""
         middle = ranks[0] * operation.groups
-        first = self.first_axes(operation)
-        last = tuple(axis for axis in range(operation.dims) if axis not in first)
+        (_, *last), (_, *first) = self._axes(operation)
         return (
-            operation.along(first, operation.in_channels, middle),
-            operation.along(last, middle, operation.out_channels),
+            operation.along([axis - 3 for axis in first], operation.in_channels, middle),
+            operation.along([axis - 3 for axis in last], middle, operation.out_channels),
         )
 
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return the spectrum of the matrices of all groups, decomposed by their shorter side."""
         return (spectrum(self.unfold(operation, weight)),)
 
-    def split(
-        self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
-    ) -> tuple[Tensor, ...]:
+    def split(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> Factors:
         """Return ``first`` and ``last``, each with the square roots of the singular values."""
         return self.to_factors(operation, *_halves(self.unfold(operation, weight), ranks[0], spectra[0]))
 
@@ -69,9 +63,7 @@ class TwoFactors(Scheme):
         by_left, by_right = self.to_matrices(operation, gradients)
         inverse = pseudo_inverse(left)
         outside = by_left - left @ (inverse @ by_left)
-        dense = inverse.mT @ by_right
-        dense += outside @ pseudo_inverse(right).mT
-        return self.fold(operation, dense)
+        return self.fold(operation, (inverse.mT @ by_right).add_(outside @ pseudo_inverse(right).mT))
 
     def refit(self, operation: Operation, factors: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
         """Fit the matrix that has more values."""
@@ -122,12 +114,10 @@ class TwoFactors(Scheme):
 
     def to_matrices(self, operation: Operation, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the matrices (g, m, p) and (g, p, n) of the factors' weights: the inverse of ``to_factors``."""
-        first, last = (
-            to_groups(step, factor) for step, factor in zip(self.chain(operation, (1,)), factors, strict=True)
-        )
-        groups, rank = first.shape[:2]
-        left = last.reshape(*last.shape[:3], -1).mT.reshape(groups, -1, rank)
-        return left, first.flatten(2)
+        first, last = map(to_groups, self.chain(operation, (1,)), factors)
+        groups, out, rank = last.shape[:3]
+        left = last.reshape(groups, out, rank, -1).mT.reshape(groups, -1, rank)
+        return left, first.reshape(groups, rank, -1)
 
     def _axes(self, operation: Operation) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the dimensions of (g, o, i, k...) that are in the rows and in the columns."""
@@ -140,12 +130,12 @@ def _halves(matrix: Tensor, rank: int, spectrum: Spectrum) -> tuple[Tensor, Tens
     """Return (g, m, p) and (g, p, n), whose product is nearest to a matrix; both have the roots of the singular values."""
     basis = spectrum.leading(rank)
     if spectrum.rows <= spectrum.cols:
-        left, right = basis, basis.mT @ matrix
+        right = basis.mT @ matrix
         scale = root_scale(right.norm(dim=2))
-        return left * scale[:, None], right / scale[..., None]
-    left, right = matrix @ basis, basis.mT
+        return basis * scale[:, None], right / scale[..., None]
+    left = matrix @ basis
     scale = root_scale(left.norm(dim=1))
-    return left / scale[:, None], right * scale[..., None]
+    return left / scale[:, None], basis.mT * scale[..., None]
 
 
 def _tail(rank: int, spectrum: Spectrum) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -47,15 +47,13 @@ class FunctionCall:
         if len(weight_shape) != self.dims + 2:
             return None
         channels, per_group, *kernel = weight_shape
-        groups = self.rest.get("groups", 1)
-        padding = self.rest.get("padding", 0)
-        settings = (
-            self.rest.get("stride", 1),
-            0 if isinstance(padding, str) else padding,
-            self.rest.get("dilation", 1),
-            self.rest.get("output_padding", 0),
-        )
-        each = [_each_dimension(setting, self.dims) for setting in settings]
+        settings = {"groups": 1, "stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, **self.rest}
+        groups, padding = settings["groups"], settings["padding"]
+        if isinstance(padding, str):
+            settings["padding"] = 0
+        each = [
+            _each_dimension(settings[name], self.dims) for name in ("stride", "padding", "dilation", "output_padding")
+        ]
         if not isinstance(groups, int) or None in each:
             return None
         stride, pad, dilation, output_padding = cast("list[tuple[int, ...]]", each)
@@ -78,7 +76,7 @@ def parse_call(function: object, args: Sequence[Any], named: Mapping[str, Any]) 
     >>> parse_call(F.conv2d, ("x", "w", None, 2), {"padding": 1}).rest
     {'input': 'x', 'bias': None, 'stride': 2, 'padding': 1}
     """
-    signature = _SIGNATURES.get(function) if _is_hashable(function) else None
+    signature = _SIGNATURES.get(function) if isinstance(function, Hashable) else None
     if signature is None:
         return None
     dims, transposed, order = signature
@@ -92,7 +90,3 @@ def _each_dimension(value: Any, dims: int) -> tuple[int, ...] | None:
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * dims
     values = values * dims if len(values) == 1 else values
     return values if len(values) == dims and all(isinstance(number, int) for number in values) else None
-
-
-def _is_hashable(function: object) -> bool:
-    return getattr(type(function), "__hash__", None) is not None

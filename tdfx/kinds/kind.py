@@ -69,7 +69,7 @@ class LayerKind(ABC):
     @property
     def name(self) -> str:
         """The name of the kind in plans: the class's own name."""
-        return self.layer.rpartition(".")[2] if isinstance(self.layer, str) else self.layer.__name__
+        return self.dotted_name.rpartition(".")[2]
 
     @property
     def dotted_name(self) -> str:

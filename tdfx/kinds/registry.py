@@ -6,16 +6,14 @@ import inspect
 from functools import lru_cache
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from tdfx.errors import KindError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
-from tdfx.kinds.stock import STOCK
-from tdfx.kinds.transformers import TRANSFORMERS
+from tdfx.kinds.stock import BUILT_IN
 
-_BUILT_IN = (*STOCK, *TRANSFORMERS)
-_kinds: dict[type[nn.Module] | str, LayerKind] = {kind.layer: kind for kind in _BUILT_IN}
+_kinds: dict[type[nn.Module] | str, LayerKind] = {kind.layer: kind for kind in BUILT_IN}
 
 KindT = TypeVar("KindT", bound=type[LayerKind])
 
@@ -38,13 +36,12 @@ def register_kind(kind: KindT) -> KindT:
         )
     if inspect.isabstract(kind):
         raise KindError(f"{kind.__name__} does not say what a layer computes: it has no operation(). Define it.")
-    if any(layer in {built_in.layer, built_in.dotted_name} for built_in in _BUILT_IN):
+    if any(layer in {built_in.layer, built_in.dotted_name} for built_in in BUILT_IN):
         raise KindError(
             f"{kind.__name__} is for {layer!r}, which has a built-in kind. To treat some of these layers otherwise, derive "
             f"a class from it that has its own forward, and register a kind for that class."
         )
-    instance = kind()
-    _kinds[instance.layer] = instance
+    _kinds[kind.layer] = kind()
     _kind_of_class.cache_clear()
     return kind
 
@@ -91,12 +88,8 @@ def operation_of(layer: nn.Module) -> Operation | None:
     kind = kind_of(layer)
     operation = kind.operation(layer)
     weight = layer._parameters.get(kind.weight)
-    if operation is not None and weight is not None:
-        _check_shapes(kind, operation, weight)
-    return operation
-
-
-def _check_shapes(kind: LayerKind, operation: Operation, weight: Tensor) -> None:
+    if operation is None or weight is None:
+        return operation
     dense = kind.to_dense(weight)
     if tuple(dense.shape) != operation.weight_shape or kind.from_dense(dense).shape != weight.shape:
         raise KindError(
@@ -104,3 +97,4 @@ def _check_shapes(kind: LayerKind, operation: Operation, weight: Tensor) -> None
             f"{operation.weight_shape}; its to_dense gives {tuple(dense.shape)} for a parameter of shape "
             f"{tuple(weight.shape)}, and from_dense gives {tuple(kind.from_dense(dense).shape)} back. Correct the kind."
         )
+    return operation

@@ -1,36 +1,30 @@
-"""The layers of torch.nn, and how to build one from an operation."""
+"""The built-in kinds, and how to build a layer of torch.nn from an operation."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
 
 
-class _Stock(LayerKind):
-    """A kind of torch.nn."""
-
-    layer: ClassVar[type[nn.Module]]
-    dims: ClassVar[int]
-    """Spatial dimensions; 0 for a linear map."""
-    transposed: ClassVar[bool] = False
-    """True for a transposed convolution."""
-
-
-class _Linear(_Stock):
-    layer, dims = nn.Linear, 0
+class _Linear(LayerKind):
+    layer = nn.Linear
 
     def operation(self, layer: nn.Module) -> Operation:
         assert isinstance(layer, nn.Linear)
         return Operation(in_channels=layer.in_features, out_channels=layer.out_features)
 
 
-class _Convolution(_Stock):
+class _Convolution(LayerKind):
     methods = ("forward", "_conv_forward")
+    transposed = False
+
+    def __init__(self, layer: type[nn.Module]) -> None:
+        self.layer = layer  # type: ignore[misc]  # one kind for each number of dimensions
 
     def operation(self, layer: nn.Module) -> Operation:
         convolution = cast("nn.Conv2d", layer)  # all of them, transposed or not, hold the same settings
@@ -49,46 +43,34 @@ class _Convolution(_Stock):
         )
 
 
-class _Conv1d(_Convolution):
-    layer, dims = nn.Conv1d, 1
-
-
-class _Conv2d(_Convolution):
-    layer, dims = nn.Conv2d, 2
-
-
-class _Conv3d(_Convolution):
-    layer, dims = nn.Conv3d, 3
-
-
 class _Transposed(_Convolution):
     methods = ("forward", "_output_padding")
     transposed = True
 
 
-class _ConvTranspose1d(_Transposed):
-    layer, dims = nn.ConvTranspose1d, 1
+class _Conv1D(LayerKind):
+    """The linear map of GPT-2 in Hugging Face's transformers, whose weight is (in, out)."""
+
+    layer = "transformers.pytorch_utils.Conv1D"
+
+    def operation(self, layer: nn.Module) -> Operation:
+        in_channels, out_channels = cast("Tensor", layer.weight).shape
+        return Operation(in_channels=in_channels, out_channels=out_channels)
+
+    def to_dense(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+    from_dense = to_dense
 
 
-class _ConvTranspose2d(_Transposed):
-    layer, dims = nn.ConvTranspose2d, 2
-
-
-class _ConvTranspose3d(_Transposed):
-    layer, dims = nn.ConvTranspose3d, 3
-
-
-STOCK: tuple[_Stock, ...] = (
+_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BUILT_IN: tuple[LayerKind, ...] = (
     _Linear(),
-    _Conv1d(),
-    _Conv2d(),
-    _Conv3d(),
-    _ConvTranspose1d(),
-    _ConvTranspose2d(),
-    _ConvTranspose3d(),
+    *map(_Convolution, _CONVOLUTIONS),
+    *map(_Transposed, _TRANSPOSED),
+    _Conv1D(),
 )
-"""The kinds of torch.nn."""
-_LAYERS: dict[tuple[int, bool], Any] = {(kind.dims, kind.transposed): kind.layer for kind in STOCK}
 
 
 def build_layer(operation: Operation, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
@@ -99,17 +81,17 @@ def build_layer(operation: Operation, weight: nn.Parameter, bias: nn.Parameter |
         weight: Shape ``operation.weight_shape``.
         bias: Shape (out,), or None.
     """
+    layer_class: type[nn.Module] = nn.Linear
     settings: dict[str, Any] = {}
     if operation.dims:
+        layer_class = (_TRANSPOSED if operation.transposed else _CONVOLUTIONS)[operation.dims - 1]
         names = ("stride", "padding", "dilation", "groups", "padding_mode")
         settings = {"kernel_size": operation.kernel, **{name: getattr(operation, name) for name in names}}
     if operation.transposed:
         settings["output_padding"] = operation.output_padding or 0
     channels = operation.in_channels, operation.out_channels
     # On the meta device the constructor neither allocates nor draws random numbers.
-    layer: nn.Module = _LAYERS[operation.dims, operation.transposed](
-        *channels, bias=bias is not None, device=torch.device("meta"), **settings
-    )
+    layer = layer_class(*channels, bias=bias is not None, device=torch.device("meta"), **settings)
     layer.register_parameter("weight", weight)
     layer.register_parameter("bias", bias)
     return layer

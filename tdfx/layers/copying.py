@@ -70,21 +70,17 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
     Returns:
         The copy; if ``replace`` names the root, the module that takes its place.
     """
-    twins: dict[int, nn.Module] = {}
-    empty_twins: list[tuple[nn.Module, nn.Module]] = []
-    for module in _modules_to_copy(model, replace or {}):
-        if replace is not None and module in replace:
-            twins[id(module)] = replace[module]
-        elif isinstance(module, torch.jit.ScriptModule):
-            twins[id(module)] = module
-        else:
-            # Not by its class's constructor, which needs arguments and may draw random numbers or open files.
-            twins[id(module)] = object.__new__(type(module))
-            empty_twins.append((module, twins[id(module)]))
+    replace = replace or {}
+    modules = list(_modules_to_copy(model, replace))
+    copied = [module for module in modules if module not in replace and not isinstance(module, torch.jit.ScriptModule)]
+    twins = {id(module): replace.get(module, module) for module in modules}
+    # Not by the class's constructor, which needs arguments and may draw random numbers or open files.
+    twins |= {id(module): object.__new__(type(module)) for module in copied}
     # All twins exist before the first is filled, because modules may refer to one another in circles.
     translate = _Translator(twins)
-    for module, twin in empty_twins:
-        twin.__dict__.update({key: translate(value) for key, value in module.__dict__.items() if key != COMPILED})
+    for module in copied:
+        attributes = {key: translate(value) for key, value in module.__dict__.items() if key != COMPILED}
+        twins[id(module)].__dict__.update(attributes)
     return twins[id(model)]
 
 
@@ -92,8 +88,7 @@ def rebind(model: nn.Module, former: nn.Module) -> None:
     """Replace, in a model's attributes, references to modules of a former model by its own modules of the same path.
 
     A model that takes the place of a former one was given its attributes: bound methods, hooks and closures that refer to
-    the former model's root or submodules. Afterwards they refer to the model itself. Parameters, buffers and children are
-    not touched.
+    the former model's modules. Parameters, buffers and children are not touched.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     twins = {
@@ -130,15 +125,13 @@ def copy_hooks(source: nn.Module, target: nn.Module) -> None:
 def _modules_to_copy(model: nn.Module, replace: Mapping[nn.Module, nn.Module]) -> Iterator[nn.Module]:
     """Yield each module once; the children of modules that will be replaced are left out."""
     seen: set[int] = set()
-    waiting = [model]
+    waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield module
-        if module not in replace:
-            waiting.extend(child for child in module._modules.values() if child is not None)
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting.extend(() if module in replace else module._modules.values())
 
 
 def _translate_attributes(model: nn.Module, twins: Mapping[int, nn.Module], skip: Collection[str] = ()) -> None:

@@ -63,17 +63,13 @@ class Factorized(nn.Module):
         """
         operation = operation_of(layer)
         assert operation is not None, f"no scheme applies to {layer}"
-        kind = kind_of(layer)
-        bias = layer._parameters.get(kind.bias) if kind.bias else None
-        weight = weight_of(layer)
-        factors = _build_chain(scheme.chain(operation, ranks), weights, bias, weight, weight.requires_grad)
+        bias = layer._parameters.get(kind_of(layer).bias or "")
+        factors = _build_chain(scheme.chain(operation, ranks), weights, bias, weight_of(layer))
         factorized = cls(factors, Origin(shell_of(layer), scheme.name, tuple(ranks)))
         copy_hooks(layer, factorized)
         return factorized.train(layer.training)
 
-    def forward(
-        self, input: Tensor | None = None, output_size: Sequence[int] | None = None, **named: Tensor
-    ) -> Tensor:  # the argument names of stock layers
+    def forward(self, input: Tensor | None = None, output_size: Sequence[int] | None = None, **named: Tensor) -> Tensor:
         """Run the chain.
 
         Args:
@@ -88,12 +84,14 @@ class Factorized(nn.Module):
         (x,) = named.values() if input is None else (input,)
         if output_size is None:
             return cast("Tensor", self.factors(x))
-        dims = self.operation.dims
         if not self.operation.transposed:
             raise TypeError(f"{self.kind.name} takes no output_size: only transposed convolutions do.")
+        dims = self.operation.dims
         for factor in self.factors:
             if isinstance(factor, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-                x = factor(x, _factor_output_size(factor, tuple(x.shape[-dims:]), tuple(output_size)[-dims:]))
+                # The chain's size in the dimensions in which the factor has a kernel or a stride.
+                sizes = zip(factor.kernel_size, factor.stride, x.shape[-dims:], tuple(output_size)[-dims:], strict=True)
+                x = factor(x, [new if taps > 1 or stride > 1 else old for taps, stride, old, new in sizes])
             else:
                 x = factor(x)
         return x
@@ -163,15 +161,11 @@ class Factorized(nn.Module):
         return layer.train(self.training)
 
     def at_ranks(self, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
-        """Return a copy with factors of other ranks and the same bias; this layer is left as it was.
-
-        Args:
-            ranks: The new ranks, in the scheme's order.
-            weights: The new weights of the factors in the order of the data, in any floating-point dtype.
-        """
+        """Return a copy with factors of other ranks and the same bias; the arguments are those of ``of``."""
         layer = cast("Factorized", structural_copy(self))
-        chain = self.scheme.chain(self.operation, ranks)
-        layer.factors = _build_chain(chain, weights, self.bias, self.kernel_factor, self.trains)
+        layer.factors = _build_chain(self.scheme.chain(self.operation, ranks), weights, self.bias, self.kernel_factor)
+        for weight in layer.weights:
+            weight.requires_grad_(self.trains)
         layer.__dict__.pop(FROZEN_FACTORS, None)  # the new factors are not frozen
         layer.origin = replace(self.origin, ranks=tuple(ranks))
         return layer.train(self.training)
@@ -179,13 +173,12 @@ class Factorized(nn.Module):
     @property
     def kernel_factor(self) -> nn.Parameter:
         """The weight of the factor with the largest kernel; only this one shows the memory format of the layer."""
-        return self.weights[self.kernel_index]
+        return kernel_factor(self.weights)
 
     @property
     def kernel_index(self) -> int:
         """The index of the factor with the largest kernel in ``weights``."""
-        taps = [math.prod(weight.shape[2:]) for weight in self.weights]
-        return taps.index(max(taps))
+        return max(range(len(self.factors)), key=lambda index: math.prod(self.weights[index].shape[2:]))
 
     @property
     def trains(self) -> bool:
@@ -211,19 +204,11 @@ class Factorized(nn.Module):
 
 
 def _build_chain(
-    chain: Sequence[Operation],
-    weights: Sequence[Tensor],
-    bias: nn.Parameter | None,
-    template: nn.Parameter,
-    requires_grad: bool,
+    chain: Sequence[Operation], weights: Sequence[Tensor], bias: nn.Parameter | None, template: nn.Parameter
 ) -> nn.Sequential:
-    """Build the layers of a chain; their weights have the template's dtype, device, memory format and sharding."""
+    parameters = [new_parameter(weight, template) for weight in weights]
     biases = [None] * (len(chain) - 1) + [bias]
-    layers = []
-    for step, weight, layer_bias in zip(chain, weights, biases, strict=True):
-        placed = shard_like(like_parameter(weight, template), template)
-        layers.append(build_layer(step, nn.Parameter(placed, requires_grad=requires_grad), layer_bias))
-    return nn.Sequential(*layers)
+    return nn.Sequential(*map(build_layer, chain, parameters, biases))
 
 
 def kernel_factor(weights: Sequence[nn.Parameter]) -> nn.Parameter:
@@ -238,11 +223,9 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
-def _factor_output_size(factor: nn.Module, input_size: tuple[int, ...], output_size: tuple[int, ...]) -> list[int]:
-    """Return the output size of one transposed factor: the chain's in the dimensions in which it has a kernel or stride."""
-    kernel, strides = cast("tuple[int, ...]", factor.kernel_size), cast("tuple[int, ...]", factor.stride)
-    resizes = [taps > 1 or stride > 1 for taps, stride in zip(kernel, strides, strict=True)]
-    return [new if changes else old for changes, new, old in zip(resizes, output_size, input_size, strict=True)]
+def new_parameter(weight: Tensor, template: nn.Parameter) -> nn.Parameter:
+    """Return a parameter with a weight's values, and the template's dtype, layout, sharding and ``requires_grad``."""
+    return nn.Parameter(shard_like(like_parameter(weight, template), template), requires_grad=template.requires_grad)
 
 
 def like_parameter(weight: Tensor, template: Tensor) -> Tensor:
@@ -250,10 +233,8 @@ def like_parameter(weight: Tensor, template: Tensor) -> Tensor:
 
     For a weight on the meta device, which has a shape only, the values of the result are undefined.
     """
-    if weight.is_meta:
-        values = torch.empty(weight.shape, device=template.device, dtype=template.dtype)
-    else:
-        values = weight.detach().to(device=template.device, dtype=template.dtype)
+    like: Any = {"device": template.device, "dtype": template.dtype}
+    values = torch.empty_like(weight, **like) if weight.is_meta else weight.detach().to(**like)
     if is_sharded(template):  # FSDP2 shards only contiguous parameters
         return values.clone(memory_format=torch.contiguous_format)
     for layout, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):

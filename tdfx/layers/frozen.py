@@ -31,5 +31,4 @@ def frozen_factors(layer: nn.Module) -> FrozenFactors:
 
 def frozen_indices(layer: nn.Module) -> frozenset[int]:
     """Return the indices of the factors of a layer that a schedule has frozen for now."""
-    record = layer.__dict__.get(FROZEN_FACTORS)
-    return frozenset() if record is None else cast("FrozenFactors", record).indices
+    return cast("FrozenFactors", layer.__dict__.get(FROZEN_FACTORS, FrozenFactors())).indices

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_map
 from tdfx.factors.functions import apply_operation
 from tdfx.factors.operation import Operation
 from tdfx.kinds.functional import FunctionCall, parse_call
-from tdfx.kinds.registry import operation_of
 from tdfx.layers.factorized import Factorized, Origin, weight_of
 
 
@@ -35,13 +34,9 @@ class FactorizedParameter(Factorized):
         super().__init__(factors, origin)
         self.siblings = tuple(siblings)
         self.shape = weight_of(origin.layer).shape
-        operation = operation_of(origin.layer)
-        assert operation is not None
-        self.layout = (operation.groups, operation.transposed)
+        self.layout = (self.operation.groups, self.operation.transposed)
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor, bias: Tensor | None = None, **geometry: Any
-    ) -> Tensor:
+    def forward(self, input: Tensor, bias: Tensor | None = None, **geometry: Any) -> Tensor:  # type: ignore[override]
         """Compute what the function computes with the dense weight.
 
         Args:
@@ -94,11 +89,9 @@ def _on_dense(name: str) -> Callable[..., Any]:
 
 
 # Python looks operators up on the class, where __getattr__ is not asked.
-for _name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
-    for _operator in (f"__{_name}__", f"__r{_name}__"):
-        setattr(FactorizedParameter, _operator, _on_dense(_operator))
-for _operator in ("__neg__", "__getitem__", "__len__"):
-    setattr(FactorizedParameter, _operator, _on_dense(_operator))
+_BINARY = ("add", "sub", "mul", "truediv", "pow", "matmul")
+for _name in ("neg", "getitem", "len", *_BINARY, *(f"r{_operator}" for _operator in _BINARY)):
+    setattr(FactorizedParameter, f"__{_name}__", _on_dense(f"__{_name}__"))
 
 
 def _dense(value: Any) -> Any:
@@ -116,6 +109,5 @@ def restore_parameter(owner: nn.Module, name: str, parameter: nn.Parameter, sibl
     """
     del owner._modules[name]
     parameters = {**owner._parameters, name: parameter}
-    order = [sibling for sibling in siblings if sibling in parameters]
-    order += [other for other in parameters if other not in order]
-    owner._parameters = {key: parameters[key] for key in order}
+    order = dict.fromkeys([*siblings, *parameters])
+    owner._parameters = {key: parameters[key] for key in order if key in parameters}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,7 @@ def full(tensor: Tensor) -> Tensor:
     device = sharded.device_mesh.device_type
     if sharded.device.type not in {device, "meta"}:  # offloaded: only the mesh's own device can communicate
         sharded = _from_local(sharded.to_local().to(device), sharded.shape, sharded.placements, sharded.device_mesh)
-    gathered: Tensor = sharded.full_tensor()
-    return gathered
+    return cast("Tensor", sharded.full_tensor())
 
 
 def full_precise(tensor: Tensor) -> Tensor:
@@ -59,15 +58,15 @@ def shard_like(tensor: Tensor, template: Tensor) -> Tensor:
         return tensor
     sharded: Any = template
     mesh = sharded.device_mesh
-    placements = [
-        _even_placement(placement, tensor.shape, size)
-        for placement, size in zip(sharded.placements, mesh.shape, strict=True)
-    ]
-    local = tensor
-    for size, placement, index in zip(mesh.shape, placements, mesh.get_coordinate(), strict=True):
+    local, placements = tensor, []
+    for placement, size, index in zip(sharded.placements, mesh.shape, mesh.get_coordinate(), strict=True):
         if placement.is_shard():
-            chunks = local.chunk(size, placement.dim)
-            local = chunks[index] if index < len(chunks) else local.narrow(placement.dim, 0, 0)
+            dim = placement.dim
+            if dim > 0 and (dim >= tensor.dim() or tensor.shape[dim] % size):
+                placement = type(placement)(dim := 0)
+            chunks = local.chunk(size, dim)
+            local = chunks[index] if index < len(chunks) else local.narrow(dim, 0, 0)
+        placements.append(placement)
     shard = _from_local(local.contiguous().clone(), tensor.shape, placements, mesh)
     device = sharded.to_local().device
     if shard.to_local().device != device:
@@ -91,14 +90,6 @@ def user_attributes(parameter: nn.Parameter) -> set[str]:
     {'rate'}
     """
     return {name for name in parameter.__dict__ if not name.startswith(_TORCH_PREFIXES)}
-
-
-def _even_placement(placement: Any, shape: Sequence[int], size: int) -> Any:
-    """Return a placement over ``size`` processes; along the first dimension where it would cut another one unevenly."""
-    if not placement.is_shard() or placement.dim == 0:
-        return placement
-    even = placement.dim < len(shape) and shape[placement.dim] % size == 0
-    return placement if even else type(placement)(0)
 
 
 def _from_local(local: Tensor, shape: torch.Size, placements: Sequence[Any], mesh: Any) -> Any:

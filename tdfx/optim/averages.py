@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from tdfx.distributed.processes import Processes
 from tdfx.errors import ModelError
-from tdfx.layers.factorized import kernel_factor, like_parameter
-from tdfx.layers.placement import full_precise, shard_like
+from tdfx.layers.factorized import kernel_factor, new_parameter
+from tdfx.layers.placement import full_precise
+from tdfx.optim.carriers import carry
 from tdfx.optim.surgery import Exchange
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
@@ -50,12 +51,11 @@ class Average:
         averages: dict[int, Any] = {key: averaged[name] for key, name in names.items()}
         for exchange in exchanges:
             old = [cast("nn.Parameter", averaged[names[id(parameter)]]) for parameter in exchange.old]
-            values = exchange.carrier.iterate(tuple(map(full_precise, old)))
+            values = carry(exchange.carriers, "iterate", tuple(map(full_precise, old)))
             processes.broadcast_tensors(values)
             template = kernel_factor(old)
             for parameter, value in zip(exchange.new, values, strict=True):
-                placed = shard_like(like_parameter(value, template), template)
-                averages[id(parameter)] = nn.Parameter(placed, requires_grad=template.requires_grad)
+                averages[id(parameter)] = new_parameter(value, template)
         # deepcopy takes the tensors from its memo, so the average shares none with the model, and none is copied.
         converted = copy.deepcopy(rewritten, averages)
         return self.unwrapped.wrap(converted.train(self.unwrapped.model.training))
@@ -84,13 +84,13 @@ def as_average(holder: Any, model: nn.Module) -> Average:
         ModelError: It is an average of another model.
     """
     unwrapped = unwrap(holder.module)
-    expected = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(unwrapped.model).items()}
-    if expected != shapes:
-        odd = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+    expected, shapes = (
+        {name: tuple(tensor.shape) for name, tensor in _tensors(module).items()} for module in (model, unwrapped.model)
+    )
+    if odd := min((name for name, _ in expected.items() ^ shapes.items()), default=None):
         raise ModelError(
-            f"The averaged copy in {type(holder).__name__} is not one of this model: {odd[0]!r} is {shapes.get(odd[0])} "
-            f"there and {expected.get(odd[0])} in the model. Pass the average that goes with the model as it is now; it "
+            f"The averaged copy in {type(holder).__name__} is not one of this model: {odd!r} is {shapes.get(odd)} "
+            f"there and {expected.get(odd)} in the model. Pass the average that goes with the model as it is now; it "
             f"must have been rewritten along with it."
         )
     return Average(holder, unwrapped)
@@ -98,7 +98,4 @@ def as_average(holder: Any, model: nn.Module) -> Average:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a model by name; shared ones by each of their names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])

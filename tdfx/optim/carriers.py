@@ -14,14 +14,13 @@ moments, exact where all of these are equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tdfx.factors.algebra import linearize
+from tdfx.factors.algebra import Linearized, linearize
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.placement import full, full_precise
 
@@ -29,25 +28,9 @@ Moments = tuple[Tensor, ...]
 """One tensor of optimizer state for each of the parameters that are exchanged together."""
 
 
-class Carrier(Protocol):
-    """Carries the state of some parameters to the parameters that replace them; one method for each role of an entry."""
-
-    def first(self, moments: Moments) -> Moments:
-        """Carry sums of gradients."""
-
-    def second(self, moments: Moments) -> Moments:
-        """Carry sums of squared gradients."""
-
-    def average(self, values: Moments) -> Moments:
-        """Carry positive values that do not scale with the gradient, such as step sizes."""
-
-    def iterate(self, values: Moments) -> Moments:
-        """Carry averages of the parameters themselves."""
-
-
 @dataclass(frozen=True, slots=True)
 class ToFactors:
-    """From a weight to the factors of the layer that replaces it."""
+    """From a weight to the factors of the layer that replaces it; one method for each role of an entry of the state."""
 
     layer: Factorized
 
@@ -61,8 +44,7 @@ class ToFactors:
 
     def average(self, values: Moments) -> Moments:
         """Return means weighted by the squared factors."""
-        weights = self._pull_back(torch.ones_like(values[0]), Tensor.square)
-        return tuple(_divide(total, weight) for total, weight in zip(self.second(values), weights, strict=True))
+        return tuple(map(_divide, self.second(values), self.second((torch.ones_like(values[0]),))))
 
     def iterate(self, values: Moments) -> Moments:
         """Return the factors, one of them fitted to the dense average."""
@@ -80,58 +62,44 @@ class ToFactors:
 
 @dataclass(frozen=True, slots=True)
 class ToDense:
-    """From the factors of a layer to the dense weight."""
+    """From the factors of a layer to the dense weight; one method for each role of an entry of the state."""
 
     layer: Factorized
 
     def first(self, moments: Moments) -> Moments:
         """Return the dense moment of least norm that is carried to the factors' moments."""
-        dense = self.layer.scheme.project(self.layer.operation, self._weights(), moments)
-        return (self.layer.kind.from_dense(dense),)
+        layer = self.layer
+        weights = tuple(map(full_precise, layer.weights))
+        return (layer.kind.from_dense(layer.scheme.project(layer.operation, weights, moments)),)
 
     def second(self, moments: Moments) -> Moments:
         """Return the factors' moments pushed forward at the squared factors, relative to what moments of 1 would give."""
-        linear = linearize(self.layer.join, [weight.square() for weight in self._weights()])
-        ones = linear.push(linear.pull(torch.ones_like(linear.value)))
-        return (self.layer.kind.from_dense(_divide(linear.push(moments), ones)),)
+        linear, weights = self._at_squares()
+        return (self.layer.kind.from_dense(_divide(linear.push(moments), linear.push(weights))),)
 
     def average(self, values: Moments) -> Moments:
         """Return means weighted by the squared factors."""
-        linear = linearize(self.layer.join, [weight.square() for weight in self._weights()])
-        weights = linear.pull(torch.ones_like(linear.value))
-        totals = linear.push(tuple(weight * value for weight, value in zip(weights, values, strict=True)))
-        return (self.layer.kind.from_dense(_divide(totals, linear.push(weights))),)
+        weights = self._at_squares()[1]
+        return self.second(tuple(map(torch.mul, weights, values)))
 
     def iterate(self, values: Moments) -> Moments:
         """Return the join of the factors' averages."""
         return (self.layer.kind.from_dense(self.layer.join(*values)),)
 
-    def _weights(self) -> Moments:
-        return tuple(map(full_precise, self.layer.weights))
+    def _at_squares(self) -> tuple[Linearized, Moments]:
+        """Return ``join`` linearized at the squared factors, and what it carries to the factors from moments of 1."""
+        linear = linearize(self.layer.join, [full_precise(weight).square() for weight in self.layer.weights])
+        return linear, linear.pull(torch.ones_like(linear.value))
 
 
-@dataclass(frozen=True, slots=True)
-class ToLowerRank:
-    """From factors to factors of lower ranks, by way of the dense weight."""
+Carrier = ToFactors | ToDense
 
-    to_dense: ToDense
-    to_factors: ToFactors
 
-    def first(self, moments: Moments) -> Moments:
-        """Return the first moments of the new factors."""
-        return self.to_factors.first(self.to_dense.first(moments))
-
-    def second(self, moments: Moments) -> Moments:
-        """Return the second moments of the new factors."""
-        return self.to_factors.second(self.to_dense.second(moments))
-
-    def average(self, values: Moments) -> Moments:
-        """Return means of the dense means."""
-        return self.to_factors.average(self.to_dense.average(values))
-
-    def iterate(self, values: Moments) -> Moments:
-        """Return the new factors, one of them fitted to the join of the old factors' averages."""
-        return self.to_factors.iterate(self.to_dense.iterate(values))
+def carry(carriers: Sequence[Carrier], role: str, values: Moments) -> Moments:
+    """Carry an entry of the state by each carrier in turn; the role is the name of its method."""
+    for carrier in carriers:
+        values = getattr(carrier, role)(values)
+    return values
 
 
 def _divide(total: Tensor, weights: Tensor) -> Tensor:

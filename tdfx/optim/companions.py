@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from tdfx.errors import TdfxWarning
-from tdfx.layers.placement import user_attributes
+from tdfx.layers.placement import full_precise, shard_like, user_attributes
 from tdfx.optim.averages import Average, as_average, as_holders
-from tdfx.optim.gradients import carry_gradients
+from tdfx.optim.carriers import carry
 from tdfx.optim.masters import Masters, as_masters
 from tdfx.optim.surgery import Exchange, as_optimizers, check_groups, prepare_surgery
 from tdfx.wrappers.unwrap import Unwrapped
@@ -62,20 +63,17 @@ class Companions:
         """
         sides = self.masters.both_sides(exchanges, self.optimizers)
         if warn:
-            _warn_of_lost_attachments(sides.model)
-            if not self.optimizers:
-                _warn_of_missing_optimizer(sides.model)
+            _warn_of_losses(sides.model, has_optimizers=bool(self.optimizers))
         check_groups(self.optimizers, sides.optimizer)
         processes = self.unwrapped.processes
         processes.raise_pending()
         surgery = prepare_surgery(self.optimizers, sides.optimizer)
         processes.broadcast_tensors(surgery.tensors())
         if values:
-            carry_gradients(sides.every)
+            _carry_gradients({id(exchange): exchange for exchange in sides.optimizer + sides.model}.values())
         self.masters.remove_masters(rewritten, sides)
-        new_averages = [
-            average.convert(self.unwrapped.model, rewritten, sides.model, processes) for average in self.averages
-        ]
+        model = self.unwrapped.model
+        new_averages = [average.convert(model, rewritten, sides.model, processes) for average in self.averages]
         result = self.unwrapped.wrap(rewritten)
 
         def commit() -> nn.Module:
@@ -88,29 +86,39 @@ class Companions:
         return commit
 
 
-def _warn_of_lost_attachments(exchanges: Sequence[Exchange]) -> None:
-    """Warn of every weight that has hooks or attributes of the user's, which cannot be moved to the factors."""
+def _warn_of_losses(exchanges: Sequence[Exchange], has_optimizers: bool) -> None:
+    """Warn of weights with hooks or attributes of the user's, and of trained weights without an optimizer."""
     hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    for exchange in exchanges:
-        if any(
-            user_attributes(weight) or any(getattr(weight, name, None) for name in hooks) for weight in exchange.old
-        ):
-            warnings.warn(
-                f"The weight of site {exchange.site!r} has hooks or attributes of its own, which its factors do not get. "
-                f"Keep the site, exclude=({exchange.site!r},), or attach them anew.",
-                TdfxWarning,
-                stacklevel=4,
-            )
-
-
-def _warn_of_missing_optimizer(exchanges: Sequence[Exchange]) -> None:
-    """Warn if no optimizer was passed although the weights that are replaced have gradients."""
+    texts = [
+        f"The weight of site {exchange.site!r} has hooks or attributes of its own, which its factors do not get. Keep "
+        f"the site, exclude=({exchange.site!r},), or attach them anew."
+        for exchange in exchanges
+        if any(user_attributes(weight) or any(getattr(weight, name, None) for name in hooks) for weight in exchange.old)
+    ]
     trained = [exchange.site for exchange in exchanges if any(weight.grad is not None for weight in exchange.old)]
-    if trained:
-        warnings.warn(
+    if trained and not has_optimizers:
+        texts.append(
             f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients, {trained[0]!r} "
             f"first: the optimizer that trains them would go on with the old weights and never see the factors. Pass "
-            f"optimizer=..., or make a new optimizer from the returned model's parameters.",
-            TdfxWarning,
-            stacklevel=4,
+            f"optimizer=..., or make a new optimizer from the returned model's parameters."
         )
+    for text in texts:
+        warnings.warn(text, TdfxWarning, stacklevel=4)
+
+
+@torch.no_grad()
+def _carry_gradients(exchanges: Iterable[Exchange]) -> None:
+    """Give new parameters gradients computed from those of the parameters that they replace, which keep their own.
+
+    To factors they are carried by the chain rule, so gradients accumulated before and after the rewrite add up to what
+    the factors would have accumulated from the start. To a dense weight, the gradient of least norm is taken that the
+    chain rule carries to the factors' gradients.
+    """
+    for exchange in exchanges:
+        if any(parameter.grad is not None for parameter in exchange.old):
+            old = (torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in exchange.old)
+            gradients = carry(exchange.carriers, "first", tuple(map(full_precise, old)))
+            for parameter, gradient in zip(exchange.new, gradients, strict=True):
+                if parameter.requires_grad:
+                    placed = shard_like(gradient.to(parameter.dtype), parameter)
+                    parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(placed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
-from tdfx.optim.carriers import ToDense, ToFactors, ToLowerRank
+from tdfx.optim.carriers import ToDense, ToFactors
 from tdfx.optim.surgery import Exchange
 from tdfx.passes.transform.merge import Join
 from tdfx.passes.transform.rewrite import Swap
@@ -12,9 +12,16 @@ from tdfx.passes.transform.rewrite import Swap
 
 def split_exchange(swap: Swap) -> Exchange:
     """Return the exchange of a weight for its factors, or of factors for factors of lower ranks."""
-    if isinstance(swap.layer, Factorized):
-        return _lower_exchange(swap, swap.layer)
     layer = swap.factorized
+    count = len(layer.weights)
+    if isinstance(swap.layer, Factorized):  # the bias stays with the last factor, under its name
+        return Exchange(
+            site=swap.site,
+            old=swap.old,
+            new=layer.weights,
+            carriers=(ToDense(swap.layer), ToFactors(layer)),
+            rename=lambda name: _factor_names(f"{_dense_name(name, '')}.", count),
+        )
     attribute = swap.slot.name if swap.slot is not None else layer.kind.weight
     stem = f"{attribute}." if swap.slot is not None else ""
     bias = layer.kind.bias or ""
@@ -22,10 +29,10 @@ def split_exchange(swap: Swap) -> Exchange:
         site=swap.site,
         old=swap.old,
         new=layer.weights,
-        carrier=ToFactors(layer),
-        rename=lambda name: _factor_names(name.removesuffix(attribute) + stem, len(layer.weights)),
+        carriers=(ToFactors(layer),),
+        rename=lambda name: _factor_names(name.removesuffix(attribute) + stem, count),
         bias=layer.bias,
-        rename_bias=lambda name: f"{name.removesuffix(bias)}factors.{len(layer.weights) - 1}.bias",
+        rename_bias=lambda name: f"{name.removesuffix(bias)}factors.{count - 1}.bias",
     )
 
 
@@ -37,39 +44,19 @@ def join_exchange(join: Join) -> Exchange:
         site=join.name,
         old=join.factorized.weights,
         new=(join.weight,),
-        carrier=ToDense(join.factorized),
+        carriers=(ToDense(join.factorized),),
         rename=lambda name: [_dense_name(name, weight)],
         bias=join.factorized.bias,
         rename_bias=lambda name: _dense_name(name, kind.bias or ""),
     )
 
 
-def _lower_exchange(swap: Swap, old: Factorized) -> Exchange:
-    """Return the exchange of factors for factors of lower ranks; the bias stays with the last factor, under its name."""
-    return Exchange(
-        site=swap.site,
-        old=swap.old,
-        new=swap.factorized.weights,
-        carrier=ToLowerRank(ToDense(old), ToFactors(swap.factorized)),
-        rename=lambda name: _factor_names(f"{_dense_name(name, '')}.", len(swap.factorized.weights)),
-    )
-
-
 def _factor_names(stem: str, count: int) -> list[str]:
-    """Return the names of the factors of a weight.
-
-    >>> _factor_names("conv.", 2)
-    ['conv.factors.0.weight', 'conv.factors.1.weight']
-    """
     return [f"{stem}factors.{index}.weight" for index in range(count)]
 
 
 def _dense_name(name: str, attribute: str) -> str:
-    """Return the name in the dense model of a factor's weight or bias.
-
-    Args:
-        name: The name in the factorized model.
-        attribute: The name in the dense layer; empty for a parameter that was factorized itself.
+    """Return the dense model's name for a factor's weight or bias; ``attribute`` is "" for a factorized parameter.
 
     >>> _dense_name("conv.factors.0.weight", "weight"), _dense_name("net.kernel.factors.0.weight", "")
     ('conv.weight', 'net.kernel')

@@ -7,7 +7,7 @@ masters (``with_masters``), and the result gets the model's own parameters back,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -17,25 +17,17 @@ from torch.optim import Optimizer
 
 from tdfx.errors import OptimizerError
 from tdfx.layers.copying import structural_copy
-from tdfx.layers.factorized import Factorized, kernel_factor, like_parameter
-from tdfx.optim.pairs import Pair, discard_pairs, read_pairs
+from tdfx.layers.factorized import Factorized, kernel_factor, new_parameter
+from tdfx.optim.pairs import Pair, WritePairs, read_pairs
 from tdfx.optim.surgery import Exchange
 
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The exchanges of a rewrite on both sides: masters in the optimizers, their parameters in the model.
-
-    Without masters, both sides have the same exchanges.
-    """
+    """The exchanges of masters in the optimizers, and of their parameters in the model; the same without masters."""
 
     optimizer: list[Exchange]
     model: list[Exchange]
-
-    @property
-    def every(self) -> list[Exchange]:
-        """The exchanges of both sides, each once."""
-        return list({id(exchange): exchange for exchange in [*self.optimizer, *self.model]}.values())
 
 
 @dataclass(slots=True)
@@ -44,7 +36,7 @@ class Masters:
 
     pairs: list[Pair] = field(default_factory=list)
     """Each parameter of the model with its master."""
-    write: Callable[[list[Pair]], None] = discard_pairs
+    write: WritePairs = lambda pairs: None
     """Writes other pairs into the container that was passed."""
     _stand_ins: dict[int, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     """Parameter of a module that ``with_masters`` returned, by id -> the model's parameter and its master."""
@@ -62,23 +54,22 @@ class Masters:
     def write_loaded(
         self, model: nn.Module, loaded_model: nn.Module, loaded: Mapping[str, Tensor], dense_of: Mapping[str, str]
     ) -> None:
-        """Write the masters of a model that was loaded from a checkpoint into the container.
+        """Write the masters of a model that was loaded, in the place of a dense one, into the container.
 
         Args:
             model: The dense model that these masters belong to.
-            loaded_model: The model that was loaded in its place.
+            loaded_model: The model that was loaded.
             loaded: Name of a parameter of the loaded model -> its master.
             dense_of: Name of a factor's parameter in the loaded model -> the name of the dense parameter.
         """
         own_masters = {id(parameter) for parameter, master in self.pairs if parameter is master}
         names = {name for name, parameter in model.named_parameters() if id(parameter) in own_masters}
-        self.write(
-            [
-                (parameter, loaded.get(name, parameter))
-                for name, parameter in loaded_model.named_parameters()
-                if name in loaded or dense_of.get(name, name) in names
-            ]
-        )
+        pairs = [
+            (parameter, loaded.get(name, parameter))
+            for name, parameter in loaded_model.named_parameters()
+            if name in loaded or dense_of.get(name, name) in names
+        ]
+        self.write(pairs)
 
     def with_masters(self, module: nn.Module) -> nn.Module:
         """Return a structural copy of a module that holds the masters in the place of its parameters."""
@@ -87,9 +78,8 @@ class Masters:
         replacements: dict[int, nn.Parameter] = {}
         for parameter, master in self.pairs:
             # A module accepts only parameters, and many training loops keep masters as plain tensors.
-            stand_in = (
-                master if isinstance(master, nn.Parameter) else nn.Parameter(master.detach(), master.requires_grad)
-            )
+            if not isinstance(stand_in := master, nn.Parameter):
+                stand_in = nn.Parameter(master.detach(), master.requires_grad)
             replacements[id(parameter)] = stand_in
             self._stand_ins[id(stand_in)] = (parameter, master)
         copy = structural_copy(module)
@@ -108,15 +98,27 @@ class Masters:
         """
         if not self:
             return Sides(list(exchanges), list(exchanges))
-        trained = {
-            id(parameter)
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        _check_complete(exchanges, self._stand_ins, trained, bool(optimizers))
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._check_complete(exchanges, {id(parameter) for group in groups for parameter in group["params"]})
         optimizer_side = [self._optimizer_exchange(exchange) for exchange in exchanges]
         return Sides(optimizer_side, [self._model_exchange(exchange) for exchange in optimizer_side])
+
+    def _check_complete(self, exchanges: Sequence[Exchange], trained: set[int]) -> None:
+        """Raise OptimizerError unless every weight that is replaced has a trained master, or is trained without one."""
+        for exchange in exchanges:
+            weights = {*map(id, exchange.old)}
+            masters = {id(self._stand_ins[weight][1]) for weight in weights & self._stand_ins.keys()}
+            if not weights <= self._stand_ins.keys() and (masters or not weights <= trained):
+                raise OptimizerError(
+                    f"masters= has no master of the weight of site {exchange.site!r}, and no optimizer that was passed "
+                    f"trains the weight itself. Pass the masters of all the model's weights, or keep the site: "
+                    f"Policy(exclude=({exchange.site!r},))."
+                )
+            if trained and not masters <= trained:
+                raise OptimizerError(
+                    f"The master of the weight of site {exchange.site!r} is in none of the optimizers given: they "
+                    f"train other copies, or the model's own parameters. Pass the masters that the optimizer holds."
+                )
 
     def remove_masters(self, rewritten: nn.Module, sides: Sides) -> None:
         """Replace the masters in a rewritten module, in place, by the model's own parameters and the new rounded ones."""
@@ -137,10 +139,7 @@ class Masters:
         """Write the pairs of the returned model into the container; nothing here can fail."""
         if not self:
             return
-        pairs: list[Pair] = []
-        for parameter, master in self.pairs:
-            pairs += self._new_pairs.get(id(parameter), [(parameter, master)])
-        self.write(pairs)
+        self.write([new for pair in self.pairs for new in self._new_pairs.get(id(pair[0]), [pair])])
 
     def _optimizer_exchange(self, exchange: Exchange) -> Exchange:
         """Return an exchange with the masters that the optimizer holds in the place of their stand-ins."""
@@ -152,17 +151,13 @@ class Masters:
         return replace(exchange, old=tuple(map(master_of, exchange.old)), bias=bias)
 
     def _model_exchange(self, exchange: Exchange) -> Exchange:
-        """Return the exchange of the model's parameters for rounded copies of new masters, and record the new pairs.
-
-        Args:
-            exchange: The exchange of the old masters for the new ones.
-        """
+        """From the exchange of masters, return that of their rounded parameters, and record the new pairs."""
         parameter_of = {id(master): parameter for parameter, master in self.pairs}
         old = tuple(parameter_of.get(id(master), master) for master in exchange.old)
         # Where a parameter is its own master, the new parameters are their own masters too.
         own_masters = all(parameter is master for parameter, master in zip(old, exchange.old, strict=True))
         template = kernel_factor(old)
-        new = exchange.new if own_masters else tuple(_rounded(master, template) for master in exchange.new)
+        new = exchange.new if own_masters else tuple(new_parameter(master, template) for master in exchange.new)
         if all(id(master) in parameter_of for master in exchange.old):
             self._new_pairs |= {id(parameter): [] for parameter in old}
             self._new_pairs[id(old[0])] = list(zip(new, exchange.new, strict=True))
@@ -170,12 +165,7 @@ class Masters:
 
 
 def as_masters(masters: Any, model: nn.Module, *, shards: bool = False) -> Masters:
-    """Return the argument ``masters``, checked to belong to the model.
-
-    Args:
-        masters: As for ``tdfx.rewrite``.
-        model: The model without its wrappers.
-        shards: True if each process holds only its shard of every parameter.
+    """Return the argument ``masters``, checked to belong to the model without its wrappers, which may be sharded.
 
     Raises:
         OptimizerError: It is not a container that ``tdfx.rewrite`` accepts, a master does not go with its parameter, or the
@@ -192,29 +182,6 @@ def as_masters(masters: Any, model: nn.Module, *, shards: bool = False) -> Maste
     return Masters(*read_pairs(masters, model))
 
 
-def _check_complete(
-    exchanges: Sequence[Exchange],
-    stand_ins: dict[int, tuple[nn.Parameter, Tensor]],
-    trained: set[int],
-    has_optimizers: bool,
-) -> None:
-    """Raise OptimizerError unless every weight that is replaced has a trained master, or is trained without one."""
-    for exchange in exchanges:
-        has_master = [id(weight) in stand_ins for weight in exchange.old]
-        if not all(has_master) and (any(has_master) or any(id(weight) not in trained for weight in exchange.old)):
-            raise OptimizerError(
-                f"masters= has no master of the weight of site {exchange.site!r}, and no optimizer that was passed trains "
-                f"the weight itself. Pass the masters of all the model's weights, or keep the site: "
-                f"Policy(exclude=({exchange.site!r},))."
-            )
-        masters = [stand_ins[id(weight)][1] for weight in exchange.old if id(weight) in stand_ins]
-        if has_optimizers and any(id(master) not in trained for master in masters):
-            raise OptimizerError(
-                f"The master of the weight of site {exchange.site!r} is in none of the optimizers given: they train other "
-                f"copies, or the model's own parameters. Pass the masters that the optimizer holds."
-            )
-
-
 def _replace_parameters(model: nn.Module, replacements: Mapping[int, nn.Parameter]) -> None:
     """Replace parameters of a model in place; ``replacements`` are by the id of the old one."""
     for module in model.modules():
@@ -223,11 +190,6 @@ def _replace_parameters(model: nn.Module, replacements: Mapping[int, nn.Paramete
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in replacements:
                 module._parameters[name] = replacements[id(parameter)]
-
-
-def _rounded(master: nn.Parameter, template: nn.Parameter) -> nn.Parameter:
-    """Return a copy of a new master in the dtype and layout of the weight that it comes from."""
-    return nn.Parameter(like_parameter(master, template), requires_grad=template.requires_grad)
 
 
 def _match_dtypes(layer: Factorized) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
+from functools import partial
+from operator import setitem
 from typing import Any
 
 import torch
@@ -17,19 +19,11 @@ WritePairs = Callable[[list[Pair]], None]
 """Replaces the content of a container by other pairs."""
 
 
-def discard_pairs(pairs: list[Pair]) -> None:
-    """Drop the pairs: no masters were passed, so there is no container to update."""
-
-
 def read_pairs(masters: Any, model: nn.Module) -> tuple[list[Pair], WritePairs]:
     """Return the pairs of a container, each checked, and the function that writes other pairs into it.
 
-    Args:
-        masters: A mapping, a list of pairs, or two lists side by side.
-        model: The model whose parameters have these masters.
-
     Raises:
-        OptimizerError: It is something else, or does not go with the model.
+        OptimizerError: It is no mapping, list of pairs, or two lists side by side, or it does not go with the model.
     """
     pairs, write = _open_container(masters)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -54,7 +48,6 @@ def read_pairs(masters: Any, model: nn.Module) -> tuple[list[Pair], WritePairs]:
 
 
 def _open_container(masters: Any) -> tuple[list[Pair], WritePairs]:
-    """Return the pairs of a container, and the function that writes other pairs into it."""
     if isinstance(masters, MutableMapping):
 
         def write_mapping(pairs: list[Pair]) -> None:
@@ -76,11 +69,7 @@ def _open_container(masters: Any) -> tuple[list[Pair], WritePairs]:
 
         return list(zip(parameters, copies, strict=True)), write_lists
     if isinstance(masters, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in masters):
-
-        def write_pairs(pairs: list[Pair]) -> None:
-            masters[:] = pairs
-
-        return list(masters), write_pairs
+        return list(masters), partial(setitem, masters, slice(None))
     raise OptimizerError(
         f"masters= is a {type(masters).__name__}, which tdfx cannot update in place. Pass a dict from each parameter to its "
         f"master, a list of such pairs, or two lists side by side, parameters first."
@@ -89,25 +78,24 @@ def _open_container(masters: Any) -> tuple[list[Pair], WritePairs]:
 
 def _check_pair(name: str, parameter: nn.Parameter, master: Any) -> None:
     if not isinstance(master, Tensor) or not (master.is_floating_point() and parameter.is_floating_point()):
-        raise OptimizerError(
-            f"The master of {name!r}, a {_described(parameter)}, is a {_described(master)}: both must be tensors of real "
-            f"floating-point numbers. Pass only parameters of which the optimizer trains a wider copy."
+        problem = (
+            f", a {_described(parameter)}, is a {_described(master)}: both must be tensors of real floating-point "
+            f"numbers. Pass only parameters of which the optimizer trains a wider copy."
         )
-    if master.shape != parameter.shape:
-        raise OptimizerError(
-            f"The master of {name!r} has shape {tuple(master.shape)}, and the parameter has {tuple(parameter.shape)}. Pass "
-            f"the masters of the model as it is now; they must have been rewritten along with it."
+    elif master.shape != parameter.shape:
+        problem = (
+            f" has shape {tuple(master.shape)}, and the parameter has {tuple(parameter.shape)}. Pass the masters of "
+            f"the model as it is now; they must have been rewritten along with it."
         )
-    if torch.finfo(master.dtype).eps > torch.finfo(parameter.dtype).eps:
-        raise OptimizerError(
-            f"The master of {name!r} is {master.dtype}, coarser than the parameter's {parameter.dtype}. Pass the parameter "
-            f"first and its master second."
+    elif torch.finfo(master.dtype).eps > torch.finfo(parameter.dtype).eps:
+        problem = f" is {master.dtype}, coarser than the parameter's {parameter.dtype}. Put the parameter first."
+    elif master.device != parameter.device:
+        problem = (
+            f" is on {master.device}, and the parameter on {parameter.device}. Move both to one device for this call."
         )
-    if master.device != parameter.device:
-        raise OptimizerError(
-            f"The master of {name!r} is on {master.device}, and the parameter on {parameter.device}. Move both to one "
-            f"device for this call."
-        )
+    else:
+        return
+    raise OptimizerError(f"The master of {name!r}{problem}")
 
 
 def _described(value: Any) -> str:

@@ -6,6 +6,7 @@ capturable variants of an optimizer keep the same entries.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,24 +14,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import (
-    ASGD,
-    SGD,
-    Adadelta,
-    Adafactor,
-    Adagrad,
-    Adam,
-    Adamax,
-    NAdam,
-    Optimizer,
-    RAdam,
-    RMSprop,
-    Rprop,
-)
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from tdfx.errors import OptimizerError, TdfxWarning, nearest
 from tdfx.layers.placement import full_precise, is_sharded, shard_like
-from tdfx.optim.carriers import Carrier
+from tdfx.optim.carriers import Carrier, carry
 
 Role = Literal["first", "second", "largest", "average", "iterate", "count"]
 """The meaning of an entry of an optimizer's state, which decides how it is carried.
@@ -47,19 +36,15 @@ by the projection on the tangent space.
 State = dict[str, Any]
 
 
-def _unchanged(state: State) -> State:
-    return state
-
-
 @dataclass(frozen=True, slots=True)
 class StateFormat:
     """The state that optimizers of one class keep of a parameter."""
 
     roles: Mapping[str, Role]
     """Name of an entry -> its role."""
-    unfold: Callable[[State], State] = _unchanged
-    """Turns a stored state, in the working dtype, into one that has the entries of ``roles`` and no others."""
-    fold: Callable[[State], State] = _unchanged
+    unfold: Callable[[State], State] = dict
+    """Turns a stored state, in the working dtype, into one that has the entries of ``roles``."""
+    fold: Callable[[State], State] = dict
     """The inverse of ``unfold``."""
     folded: frozenset[str] = frozenset()
     """Names of stored entries that ``unfold`` turns into others."""
@@ -88,9 +73,7 @@ def register_optimizer(optimizer: type[Optimizer], **roles: Role) -> None:
         >>> tdfx.register_optimizer(Lion, exp_avg="first")
     """
     if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
-        raise OptimizerError(
-            f"{optimizer!r} is not a subclass of torch.optim.Optimizer. Pass the class of the optimizer."
-        )
+        raise OptimizerError(f"{optimizer!r} is not a subclass of torch.optim.Optimizer. Pass the optimizer's class.")
     for name, role in roles.items():
         if role not in get_args(Role):
             raise OptimizerError(
@@ -101,7 +84,7 @@ def register_optimizer(optimizer: type[Optimizer], **roles: Role) -> None:
 
 
 def new_states(
-    optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter], carrier: Carrier
+    optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter], carriers: Sequence[Carrier]
 ) -> list[State]:
     """Return the state of each new parameter.
 
@@ -112,51 +95,42 @@ def new_states(
     state_format = _format_of(optimizer, old_states[0])
     if state_format is None or any(state.keys() != old_states[0].keys() for state in old_states):
         return _fresh_states(optimizer, new)
-    unfolded = [state_format.unfold(_in_working_dtype(state)) for state in old_states]
-    states: list[State] = [{} for _ in new]
-    for key, role in state_format.roles.items():
-        if key in unfolded[0]:
-            values = [state[key] for state in unfolded]
-            for state, value in zip(states, _carry(role, values, len(new), carrier), strict=True):
-                state[key] = value
+    unfolded = [state_format.unfold(tree_map(_in_working_dtype, state)) for state in old_states]
+    carried = {
+        key: _carry(role, [state[key] for state in unfolded], len(new), carriers)
+        for key, role in state_format.roles.items()
+        if key in unfolded[0]
+    }
+    states: list[State] = [dict(zip(carried, values, strict=True)) for values in zip(*carried.values(), strict=True)]
     for state in states:
         _raise_to_first_moment(state, state_format.roles)
-    folded = [state_format.fold(state) for state in states]
-    return [_as_stored(state, old_states[0], parameter) for state, parameter in zip(folded, new, strict=True)]
+    # As the optimizer stores it: in the old state's order and dtypes, with the parameter's layout.
+    return [
+        {key: _stored_entry(state[key], value, parameter) for key, value in old_states[0].items()}
+        for state, parameter in zip(map(state_format.fold, states), new, strict=True)
+    ]
 
 
-def _in_working_dtype(state: State) -> State:
-    """Return a state with whole tensors in place of shards; those with dimensions are in the working dtype."""
-    return {key: _precise(value) if isinstance(value, Tensor) else value for key, value in state.items()}
-
-
-def _precise(value: Tensor) -> Tensor:
+def _in_working_dtype(value: Any) -> Any:
+    """Return a whole tensor for a shard, in the working dtype if it has dimensions; other entries as they are."""
+    if not isinstance(value, Tensor):
+        return value
     return full_precise(value) if value.dim() and value.is_floating_point() else value.detach()
 
 
-def _carry(role: Role, values: list[Any], count: int, carrier: Carrier) -> list[Any]:
+def _carry(role: Role, values: list[Any], count: int, carriers: Sequence[Carrier]) -> Sequence[Any]:
     """Return an entry of the state for each of ``count`` new parameters, given its values for the old ones."""
-    value = values[0]
-    if role == "count" or value is None:
-        return [value.clone() if isinstance(value, Tensor) else value for _ in range(count)]
-    match role:
-        case "first":
-            return list(carrier.first(tuple(values)))
-        case "second":
-            return list(carrier.second(tuple(values)))
-        case "largest":
-            return [squared.sqrt() for squared in carrier.second(tuple(value.square() for value in values))]
-        case "average":
-            return list(carrier.average(tuple(values)))
-        case "iterate":
-            return list(carrier.iterate(tuple(values)))
+    if role == "count" or values[0] is None:
+        return [copy.deepcopy(values[0]) for _ in range(count)]
+    if role == "largest":
+        return [squared.sqrt() for squared in carry(carriers, "second", tuple(map(torch.square, values)))]
+    return carry(carriers, role, tuple(values))
 
 
 def _raise_to_first_moment(state: State, roles: Mapping[str, Role]) -> None:
     """Raise second moments to at least the square of the first, since E[g**2] >= E[g]**2, and the largest gradient alike.
 
-    The estimate of second moments assumes that the gradient's entries are uncorrelated. Where they are correlated it is too
-    small, and Adam's first steps after the switch would be several times too long.
+    Where the gradient's entries are correlated, the estimate is too small, and Adam's first steps would be too long.
     """
     if "exp_avg" not in state:
         return
@@ -166,11 +140,6 @@ def _raise_to_first_moment(state: State, roles: Mapping[str, Role]) -> None:
             state[key] = torch.maximum(state[key], least.square())
         elif roles[key] == "largest":
             state[key] = torch.maximum(state[key], least)
-
-
-def _as_stored(state: State, old: State, parameter: nn.Parameter) -> State:
-    """Return a state as the optimizer stores it: in the old state's order and dtypes, with the parameter's layout."""
-    return {key: _stored_entry(state[key], value, parameter) for key, value in old.items()}
 
 
 def _stored_entry(value: Any, old: Any, parameter: nn.Parameter) -> Any:
@@ -194,16 +163,15 @@ def _fresh_states(optimizer: Optimizer, new: Sequence[nn.Parameter]) -> list[Sta
 def _format_of(optimizer: Optimizer, state: State) -> StateFormat | None:
     """Return the format of a state; None if there is no state, or it has an entry that is not known."""
     state_format = next((_FORMATS[base] for base in type(optimizer).__mro__ if base in _FORMATS), None)
-    if state_format is None or not state or not set(state) <= set(state_format.roles) | state_format.folded:
+    if state_format is None or not state or not state.keys() <= state_format.roles.keys() | state_format.folded:
         return None
-    if state_format.folded and any(is_sharded(value) for value in state.values()):
-        return None  # torch does not say how it shards the means over rows and columns
-    return state_format
+    # torch does not say how it shards the means over rows and columns.
+    return None if state_format.folded and any(map(is_sharded, state.values())) else state_format
 
 
 def warn_of_lost_state(optimizer: Optimizer, leaving: Sequence[nn.Parameter]) -> None:
     """Warn if parameters that leave have state that is not known, so that those that replace them start afresh."""
-    states = [optimizer.state[parameter] for parameter in leaving if parameter in optimizer.state]
+    states = [optimizer.state.get(parameter) for parameter in leaving]
     lost = [state for state in states if state and _format_of(optimizer, state) is None]
     if lost:
         warnings.warn(
@@ -216,12 +184,9 @@ def warn_of_lost_state(optimizer: Optimizer, leaving: Sequence[nn.Parameter]) ->
 
 
 def _unfold_rmsprop(state: State) -> State:
-    """Turn the variance of a centered RMSprop into a second moment, and normalized momentum into a sum of gradients.
-
-    ``square_avg`` minus the square of ``grad_avg`` is the variance by which RMSprop divides; it is what is carried.
-    """
+    """Turn normalized momentum into a sum of gradients, and the second moment of a centered RMSprop into a variance."""
     unfolded = dict(state)
-    if "grad_avg" in state:
+    if "grad_avg" in state:  # the variance is what RMSprop divides by
         unfolded["square_avg"] = (state["square_avg"] - state["grad_avg"].square()).clamp_min(0)
     if "momentum_buffer" in state:
         unfolded["momentum_buffer"] = state["momentum_buffer"] * unfolded["square_avg"].sqrt()
@@ -248,38 +213,38 @@ def _unfold_factored(state: State) -> State:
         return state
     row, col = state["row_var"], state["col_var"]
     mean = row.mean(-2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
-    others = {key: value for key, value in state.items() if key not in _FACTORED}
-    return {**others, "variance": row @ col / mean}
+    return {**state, "variance": row @ col / mean}
 
 
 def _fold_factored(state: State) -> State:
     variance = state.get("variance")
     if variance is None or variance.dim() < 2:
         return state
-    others = {key: value for key, value in state.items() if key != "variance"}
-    return {**others, "row_var": variance.mean(-1, keepdim=True), "col_var": variance.mean(-2, keepdim=True)}
+    return {**state, "row_var": variance.mean(-1, keepdim=True), "col_var": variance.mean(-2, keepdim=True)}
 
 
 _MOMENTS: dict[str, Role] = {"step": "count", "exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "second"}
 
 _FORMATS: dict[type[Optimizer], StateFormat] = {
-    SGD: StateFormat({"momentum_buffer": "first"}),
-    Adam: StateFormat(_MOMENTS),
+    torch.optim.SGD: StateFormat({"momentum_buffer": "first"}),
+    torch.optim.Adam: StateFormat(_MOMENTS),
     torch.optim.AdamW: StateFormat(_MOMENTS),
-    NAdam: StateFormat({**_MOMENTS, "mu_product": "count"}),
-    RAdam: StateFormat(_MOMENTS),
-    Adamax: StateFormat({"step": "count", "exp_avg": "first", "exp_inf": "largest"}),
-    Adagrad: StateFormat({"step": "count", "sum": "second"}),
+    torch.optim.NAdam: StateFormat({**_MOMENTS, "mu_product": "count"}),
+    torch.optim.RAdam: StateFormat(_MOMENTS),
+    torch.optim.Adamax: StateFormat({"step": "count", "exp_avg": "first", "exp_inf": "largest"}),
+    torch.optim.Adagrad: StateFormat({"step": "count", "sum": "second"}),
     # A step is the gradient times the root of acc_delta / square_avg. Carried by one rule, both keep their ratio.
-    Adadelta: StateFormat({"step": "count", "square_avg": "second", "acc_delta": "second"}),
-    RMSprop: StateFormat(
+    torch.optim.Adadelta: StateFormat({"step": "count", "square_avg": "second", "acc_delta": "second"}),
+    torch.optim.RMSprop: StateFormat(
         {"step": "count", "square_avg": "second", "grad_avg": "first", "momentum_buffer": "first"},
         _unfold_rmsprop,
         _fold_rmsprop,
     ),
-    Rprop: StateFormat({"step": "count", "prev": "first", "step_size": "average"}),
-    ASGD: StateFormat({"step": "count", "eta": "count", "mu": "count", "ax": "iterate"}),
-    Adafactor: StateFormat({"step": "count", "variance": "second"}, _unfold_factored, _fold_factored, _FACTORED),
+    torch.optim.Rprop: StateFormat({"step": "count", "prev": "first", "step_size": "average"}),
+    torch.optim.ASGD: StateFormat({"step": "count", "eta": "count", "mu": "count", "ax": "iterate"}),
+    torch.optim.Adafactor: StateFormat(
+        {"step": "count", "variance": "second"}, _unfold_factored, _fold_factored, _FACTORED
+    ),
 }
 if hasattr(torch.optim, "Muon"):
     _FORMATS[torch.optim.Muon] = StateFormat({"momentum_buffer": "first"})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,13 +22,10 @@ class Exchange:
     """The parameters of one site that are replaced together, and the parameters that replace them."""
 
     site: str
-    """The name of the site."""
     old: tuple[nn.Parameter, ...]
-    """The parameters that leave."""
     new: tuple[nn.Parameter, ...]
-    """The parameters that replace them."""
-    carrier: Carrier
-    """Carries optimizer state and gradients from the old to the new ones."""
+    carriers: tuple[Carrier, ...]
+    """Carry optimizer state and gradients from the old to the new ones, in turn."""
     rename: Callable[[str], list[str]]
     """Maps the name of the first old parameter to those of the new ones, for optimizers that were given names."""
     bias: nn.Parameter | None = None
@@ -71,20 +70,14 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
     Raises:
         OptimizerError: It is not an optimizer, or one whose state cannot be carried over.
     """
-    given = list(optimizer) if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
-    optimizers = tuple(map(_unwrap_optimizer, given))
-    for unwrapped in optimizers:
-        _check_optimizer(unwrapped)
-    return optimizers
+    if isinstance(optimizer, list | tuple):
+        return tuple(map(_as_optimizer, optimizer))
+    return () if optimizer is None else (_as_optimizer(optimizer),)
 
 
-def _unwrap_optimizer(optimizer: Any) -> Any:
+def _as_optimizer(optimizer: Any) -> Optimizer:
     while is_instance_by_name(optimizer, *_WRAPPERS):
         optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         raise OptimizerError(
             f"optimizer={optimizer!r} is a {type(optimizer).__name__}, not a torch.optim.Optimizer: its parameters and "
@@ -101,56 +94,37 @@ def _check_optimizer(optimizer: Any) -> None:
             "parameters to processes once and for all. Use torch.distributed.fsdp.fully_shard, which shards the state too, "
             "or pass no optimizer and make a new one from the returned model's parameters."
         )
+    return optimizer
 
 
 def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> Surgery:
-    """Work out the new groups and states of the optimizers, changing nothing.
+    """Work out the new groups and states of optimizers that passed ``check_groups``, changing nothing.
 
     The new parameters of an exchange stand where its first old parameter stood, so groups keep their order and settings.
-
-    Raises:
-        OptimizerError: A parameter that is replaced is in none of the optimizers, in several, or its site's parameters are
-            in several groups.
     """
     surgery = Surgery()
-    if not optimizers:
-        return surgery
-    check_groups(optimizers, exchanges)
-    groups = _groups_of(optimizers)
     for optimizer in optimizers:
-        held = [exchange for exchange in exchanges if groups[id(exchange.old[0])][0][0] is optimizer]
+        parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = [exchange for exchange in exchanges if id(exchange.old[0]) in parameters]
         for group in optimizer.param_groups:
             # Every exchange, because a bias may be in another optimizer than its weight.
             _exchange_in_group(group, exchanges, surgery)
-        surgery.states.extend(
-            (optimizer, exchange, new_states(optimizer, exchange.old, exchange.new, exchange.carrier))
-            for exchange in held
-        )
+        for exchange in held:
+            states = new_states(optimizer, exchange.old, exchange.new, exchange.carriers)
+            surgery.states.append((optimizer, exchange, states))
         warn_of_lost_state(optimizer, [exchange.old[0] for exchange in held])
     return surgery
 
 
-def _groups_of(optimizers: Sequence[Optimizer]) -> dict[int, list[tuple[Optimizer, int]]]:
-    """Return, for each parameter by id, the optimizers that hold it, each with the index of its group."""
-    groups: dict[int, list[tuple[Optimizer, int]]] = {}
-    for optimizer in optimizers:
-        for index, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                groups.setdefault(id(parameter), []).append((optimizer, index))
-    return groups
-
-
 def check_groups(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> None:
-    """Raise OptimizerError unless the old parameters of each exchange are in one group of one of the optimizers.
-
-    Without optimizers there is nothing to check.
-    """
+    """Raise OptimizerError unless each exchange's old parameters are in one group of one optimizer, if there is any."""
     if not optimizers:
         return
-    groups = _groups_of(optimizers)
-    missing = [
-        exchange.site for exchange in exchanges if any(id(parameter) not in groups for parameter in exchange.old)
-    ]
+    places = defaultdict(list)  # parameter by id -> the groups that hold it, by id
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for parameter in group["params"]:
+            places[id(parameter)].append(id(group))
+    missing = [exchange.site for exchange in exchanges if not {*map(id, exchange.old)} <= places.keys()]
     if missing:
         raise OptimizerError(
             f"The weights of {len(missing)} sites are in none of the optimizers given, the first being {missing[0]!r}: the "
@@ -159,16 +133,16 @@ def check_groups(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange])
             f"it holds wider copies of them, such as float32 beside half precision, pass these too: masters=."
         )
     for exchange in exchanges:
-        places = [(id(optimizer), index) for parameter in exchange.old for optimizer, index in groups[id(parameter)]]
-        holders = max(len(groups[id(parameter)]) for parameter in exchange.old)
+        groups = {group for parameter in exchange.old for group in places[id(parameter)]}
+        holders = max(len(places[id(parameter)]) for parameter in exchange.old)
         if holders > 1:
             raise OptimizerError(
                 f"The weight of site {exchange.site!r} is held by {holders} of the optimizers given, so its state could not "
                 f"be moved to one of them. Give each parameter to one optimizer."
             )
-        if len(set(places)) > 1:
+        if len(groups) > 1:
             raise OptimizerError(
-                f"The factors of site {exchange.site!r} are in {len(set(places))} parameter groups, so it is not known to "
+                f"The factors of site {exchange.site!r} are in {len(groups)} parameter groups, so it is not known to "
                 f"which of them the merged weight belongs. Put them into one group first."
             )
 
@@ -179,16 +153,12 @@ def _exchange_in_group(group: dict[str, Any], exchanges: Sequence[Exchange], sur
     leaving = {id(parameter) for exchange in exchanges for parameter in exchange.old}
     renamed = {id(exchange.bias): exchange.rename_bias for exchange in exchanges if exchange.bias is not None}
     names = group.get("param_names")
-    parameters: list[nn.Parameter] = []
-    new_names: list[str] = []
-    for position, parameter in enumerate(group["params"]):
-        exchange = by_first.get(id(parameter))
-        if exchange is not None:
-            parameters.extend(exchange.new)
-            new_names.extend(exchange.rename(names[position]) if names else [])
+    named: list[tuple[nn.Parameter, str]] = []
+    for parameter, name in zip(group["params"], names or repeat(""), strict=False):
+        if exchange := by_first.get(id(parameter)):
+            named += zip(exchange.new, exchange.rename(name), strict=True)
         elif id(parameter) not in leaving:
-            parameters.append(parameter)
-            new_names.extend([renamed.get(id(parameter), str)(names[position])] if names else [])
-    surgery.lists.append((group["params"], parameters))
+            named.append((parameter, renamed.get(id(parameter), str)(name)))
+    surgery.lists.append((group["params"], [parameter for parameter, _ in named]))
     if names:
-        surgery.lists.append((names, new_names))
+        surgery.lists.append((names, [name for _, name in named]))
