@@ -34,9 +34,7 @@ class Planned:
     """A plan for a model, with the program and the spectra that it was made from."""
 
     program: Program
-    """The model, its sites and the plan."""
     spectra: SpectrumCache
-    """What was read of the weights."""
 
     @property
     def plan(self) -> Plan:

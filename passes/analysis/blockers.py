@@ -28,12 +28,8 @@ def blocker_of_layer(
 ) -> tuple[Reason | None, str]:
     """Return the first reason why no policy may rewrite a layer, and the reason in words; None and "" if one may.
 
-    Args:
-        layer: A layer of a known kind.
-        weight: Its weight; None where it is computed from other tensors.
-        calls: Calls in one forward pass.
-        uses: How the graphs use it.
-        inside: What ``layers_inside_leaves`` returns.
+    ``weight`` is None where it is computed from other tensors; ``calls`` counts those in one forward pass; ``inside`` is
+    what ``layers_inside_leaves`` returns.
     """
     kind = kind_of(layer)
     if isinstance(weight, UninitializedParameter):

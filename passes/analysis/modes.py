@@ -63,12 +63,8 @@ def by_mode(training: bool, in_train: ValueT, in_eval: ValueT) -> ValueT:
 def unify(train: fx.Graph, evaluation: fx.Graph, mode_users: Collection[str]) -> fx.Graph | None:
     """Make one graph of the graphs of both modes, which differ in constants by the mode of one module.
 
-    Returns None if they differ in more, or if more than one module's mode can have decided a constant.
-
-    Args:
-        train: The graph in train mode.
-        evaluation: The graph in eval mode.
-        mode_users: Paths of the modules whose own mode decided something in either.
+    Returns None if they differ in more, or if more than one module's mode can have decided a constant. ``mode_users`` are
+    the paths of the modules whose own mode decided something in either.
     """
     unified = copy.deepcopy(train)
     if len(unified.nodes) != len(evaluation.nodes):

@@ -40,10 +40,8 @@ class Trace(Pass[PassResult]):
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """The copy holds the model's own tensors under the model's own names, and nothing that a trace left behind."""
-        self.check(
-            _tensors(before.module) == _tensors(result.program.module),
-            "the copy has the model's parameters and buffers, no more and no fewer",
-        )
+        same = _tensors(before.module) == _tensors(result.program.module)
+        self.check(same, "the copy has the model's parameters and buffers, no more and no fewer")
 
 
 def _compiled_modules(model: nn.Module, copy: nn.Module) -> frozenset[int]:
@@ -66,7 +64,6 @@ def _trace_tree(module: nn.Module, path: str, tracer: ModuleTracer) -> Iterator[
 
 
 def _notes_of_opaque(module: nn.Module, root: Traced) -> list[str]:
-    """Return a note for each class of modules that the graph calls as they are."""
     counts = Counter((type(module.get_submodule(path)).__name__, why) for path, why in root.opaque.items())
     return [f"the graph calls {count} {name} as it is: {why}" for (name, why), count in counts.items()]
 
@@ -78,8 +75,5 @@ def _why_not_looked_into(module: nn.Module) -> str:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, int]]:
-    named = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return [(name, id(tensor)) for name, tensor in named]

@@ -23,7 +23,7 @@ from tdfx.passes.analysis.sandbox import isolated, remove_hooks, scratch_copy
 from tdfx.passes.analysis.tracer import SiteTracer, is_site_or_leaf
 from tdfx.passes.program import Traced
 
-_TRACING_CODE = (Path(torch.__file__).parent, Path(__file__).parent)
+_TRACING_CODE = {Path(torch.__file__).parent, Path(__file__).parent}
 """Folders whose lines in a traceback are not the user's."""
 
 
@@ -43,9 +43,6 @@ class ModuleTracer:
         """Trace a module in both modes; the result has no graph where torch.fx cannot follow the module's own code.
 
         A trace shows at most one block that has to be opaque, so it is repeated until it shows none.
-
-        Args:
-            module: It is left as it was.
         """
         opaque_paths = self._opaque_from_the_start(module)
         while True:
@@ -82,11 +79,10 @@ class ModuleTracer:
             return Traced((), train.error if train.graph is None else evaluation.error)
         called = train.tracer.opaque_modules | evaluation.tracer.opaque_modules
         opaque = {path: opaque_paths.get(path) or self.opaque_classes[type(block)] for path, block in called.items()}
-        mismatches = [*train.mismatches.values(), *evaluation.mismatches.values()]
-        mismatch = next(iter(mismatches), "") or mismatch_of_root(module)
+        mismatch = next(iter([*train.mismatches.values(), *evaluation.mismatches.values()]), "")
+        mismatch = mismatch or mismatch_of_root(module)
         mismatch = mismatch or _bypass(train.graph, called) or _bypass(evaluation.graph, called)
-        graph = _graph_for_both_modes(train, evaluation)
-        if graph is not None:
+        if graph := _graph_for_both_modes(train, evaluation):
             return Traced((graph,), mismatch, opaque)
         if train.mode_users | evaluation.mode_users != {""}:
             mismatch = mismatch or "its forward differs between train and eval mode"
@@ -94,8 +90,6 @@ class ModuleTracer:
 
 
 class _ModeTrace:
-    """One trace of a module in one mode."""
-
     def __init__(
         self,
         module: nn.Module,
@@ -147,7 +141,6 @@ def _block_with_two_forwards(train: _ModeTrace, evaluation: _ModeTrace) -> tuple
 
 
 def _graph_for_both_modes(train: _ModeTrace, evaluation: _ModeTrace) -> fx.Graph | None:
-    """Return one graph for both modes, or None where they differ in more than constants."""
     assert train.graph is not None
     assert evaluation.graph is not None
     if _code(train.graph) == _code(evaluation.graph):
@@ -179,11 +172,8 @@ def _refuse_hidden_layers(module: nn.Module, error: Exception) -> None:
 
 def _describe_error(error: Exception) -> str:
     """Return what stopped a trace, with the line of the user's code if there is one."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not any(folder in Path(frame.filename).parents for folder in _TRACING_CODE)
-    ]
-    line = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    user_frames = [frame for frame in frames if _TRACING_CODE.isdisjoint(Path(frame.filename).parents)]
+    line = "".join(f" at {Path(frame.filename).name}:{frame.lineno} ({frame.line})" for frame in user_frames[-1:])
     message = (str(error).strip() or "no message").splitlines()[0]
     return f"torch.fx cannot follow its forward{line}: {type(error).__name__}: {message}"

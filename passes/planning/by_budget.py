@@ -12,8 +12,8 @@ from tdfx.errors import PolicyError
 from tdfx.passes.planning.budget import BudgetSite, BudgetSolver
 from tdfx.passes.planning.candidates import CandidateSet, candidates_of
 from tdfx.passes.planning.limits import BudgetScope
-from tdfx.passes.planning.proposals import Candidate, SiteWish
-from tdfx.passes.planning.site_cost import keep
+from tdfx.passes.planning.proposals import SiteWish
+from tdfx.passes.planning.site_cost import Candidate, keep
 from tdfx.passes.planning.spectra import SpectrumCache
 from tdfx.passes.planning.times import SiteTimes
 from tdfx.passes.program import Site
@@ -33,15 +33,9 @@ def decide_by_budget(
     cache: SpectrumCache,
     processes: Processes,
 ) -> tuple[list[SitePlan], tuple[str, ...]]:
-    """Return the decisions for the sites of a budget, in order, and notes on the whole.
+    """Return the decisions for the sites of a budget, the policy's rule, in order, and notes on the whole.
 
-    Args:
-        policy: The policy whose rule is the budget.
-        wishes: The sites that the budget decides.
-        scope: The rest of the model.
-        times: What is known of the times of sites.
-        cache: Keeps the spectra of sites that will be split.
-        processes: The processes that train the model; each weight is read by one of them.
+    Each weight is read by one of the processes, whose cache keeps the spectra of sites that will be split.
 
     Raises:
         PolicyError: The budget cannot be kept, or needs something that is not known.
@@ -51,11 +45,8 @@ def decide_by_budget(
     tasks = [Task(partial(_candidates, wish, cache), wish.site.weights) for wish in wishes]
     sets = {wish.site.name: each for wish, (each,) in zip(wishes, processes.map_tasks(tasks), strict=True)}
     kept = _kept(wishes, sets, budget)
-    sites = [
-        BudgetSite(wish.site, wish.policy, sets[wish.site.name].errors)
-        for wish in wishes
-        if wish.site.name not in kept and wish.policy is not None
-    ]
+    open_wishes = [wish for wish in wishes if wish.site.name not in kept]
+    sites = [BudgetSite(wish.site, wish.in_force, sets[wish.site.name].errors) for wish in open_wishes]
     missed = [wish.site for wish in wishes if budget.is_of_time and wish.site.is_missed]
     if missed and not sites and budget.strict:
         raise PolicyError(
@@ -74,8 +65,7 @@ def decide_by_budget(
 
 
 def _candidates(wish: SiteWish, cache: SpectrumCache, weight: Tensor) -> tuple[CandidateSet]:
-    assert wish.policy is not None
-    return (candidates_of(wish.site, wish.policy, cache, weight),)
+    return (candidates_of(wish.site, wish.in_force, cache, weight),)
 
 
 def _kept(wishes: Sequence[SiteWish], sets: dict[str, CandidateSet], budget: Budget) -> dict[str, SitePlan]:
@@ -96,13 +86,11 @@ def _keep_chosen_bases(site: Site, decision: SitePlan, cache: SpectrumCache) -> 
         cache.evict(site)
         return
     chosen = Candidate.of(decision)
-    spectra = cache.take(site, chosen.scheme)
-    if spectra is not None:
+    if spectra := cache.take(site, chosen.scheme):
         cache.keep(site, chosen.scheme, chosen.ranks, spectra)
 
 
 def _unreached(missed: Sequence[Site]) -> str:
-    """Say that a budget of time leaves sites alone that the example inputs do not reach."""
     return (
         f"the example inputs do not reach {_few([site.name for site in missed])}, in train mode neither: left as they are, "
         f"since it is not known how long they take. Pass inputs that the model trains on, if they matter"
@@ -110,7 +98,6 @@ def _unreached(missed: Sequence[Site]) -> str:
 
 
 def _noisy(names: Sequence[str], budget: Budget) -> str:
-    """Say that weights are cut which show nothing above the noise yet."""
     floor = (
         f"no rank there is below {budget.noise_floor:g} of the full one" if budget.noise_floor else "they have no floor"
     )

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tdfx.cost.modelled import Cost
-from tdfx.passes.planning.proposals import Candidate
-from tdfx.passes.planning.site_cost import Chain, current_chain
+from tdfx.passes.planning.site_cost import Candidate, Chain, current_chain
 from tdfx.passes.planning.times import SiteTimes
 from tdfx.passes.program import Site
 
@@ -74,12 +73,12 @@ class Calibration:
         dense = self.dense if now is None else now / estimate_now
         points: dict[str, list[tuple[float, float]]] = {}
         for candidate in candidates:
-            measured, estimate = self._pair(site, candidate.chain)
+            measured, estimate = self._pair(site, candidate)
             if measured is not None:
                 points.setdefault(candidate.scheme.name, []).append((estimate, measured / estimate))
         for name, factor in self.lowest.items():
             if name in lowest and name not in points:
-                points[name] = [(self._pair(site, lowest[name].chain)[1], dense * factor)]
+                points[name] = [(self._pair(site, lowest[name])[1], dense * factor)]
         for scheme_points in points.values():
             # A site that is hardly cut takes as long, relative to its estimate, as one that is not cut.
             scheme_points.append((estimate_now, dense))
@@ -95,7 +94,7 @@ class Calibration:
         before, after = [], []
         for site, lowest, now, estimate_now in timed:
             if name in lowest:
-                measured, estimate = self._pair(site, lowest[name].chain)
+                measured, estimate = self._pair(site, lowest[name])
                 if measured is not None:
                     before.append((now, estimate_now))
                     after.append((measured, estimate))
@@ -115,8 +114,7 @@ class SiteCalibration:
 
     def seconds(self, candidate: Candidate | None) -> float:
         """Return the time of a candidate in seconds, or of the site as it is for None."""
-        chain = current_chain(self.site) if candidate is None else candidate.chain
-        measured, estimate = self.calibration._pair(self.site, chain)
+        measured, estimate = self.calibration._pair(self.site, candidate or current_chain(self.site))
         if measured is not None:
             return measured
         if candidate is None:

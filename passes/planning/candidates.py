@@ -11,7 +11,8 @@ from torch import Tensor
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import AUTO, get_scheme
 from tdfx.factors.scheme import Scheme
-from tdfx.passes.planning.proposals import Candidate, rounded
+from tdfx.passes.planning.proposals import rounded
+from tdfx.passes.planning.site_cost import Candidate
 from tdfx.passes.planning.spectra import Spectra, SpectrumCache
 from tdfx.passes.planning.weights import working_weight
 from tdfx.passes.program import Site
@@ -43,16 +44,8 @@ class CandidateSet:
 
 
 def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tensor) -> CandidateSet:
-    """Return the candidates for a dense site that the policy's budget allows.
-
-    Args:
-        site: A site that may be rewritten.
-        policy: The policy in force for the site, with a budget.
-        cache: Keeps the bases, if there is room.
-        weight: The values of the weight, as the model holds them.
-    """
-    operation, budget = site.operation, policy.rank
-    assert operation is not None
+    """Return the candidates for a dense site that the policy's budget allows; the cache keeps the bases if it has room."""
+    operation, budget = site.known_operation, policy.rank
     assert isinstance(budget, Budget)
     w_dense = working_weight(site, weight)
     shared: dict[str, Spectra] = {}
@@ -78,15 +71,11 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
 
 def schemes_for(operation: Operation, policy: Policy) -> Iterator[Scheme]:
     """Yield the schemes among which a budget chooses for a site."""
-    if policy.scheme != AUTO:
-        scheme = get_scheme(policy.scheme)
-        if scheme.fits(operation):
-            yield scheme
-        return
-    for scheme in map(get_scheme, _SCHEMES):
-        if not scheme.fits(operation) or operation.is_depthwise:
+    is_auto = policy.scheme == AUTO
+    for scheme in map(get_scheme, _SCHEMES if is_auto else (policy.scheme,)):
+        if not scheme.fits(operation) or (is_auto and operation.is_depthwise):
             continue
-        if scheme.name != "spatial" or max(scheme.full_ranks(operation)) <= _LARGEST_SIDE:
+        if not is_auto or scheme.name != "spatial" or max(scheme.full_ranks(operation)) <= _LARGEST_SIDE:
             yield scheme
 
 
@@ -107,10 +96,8 @@ def _grid(
 
 
 def _tail(energy: Tensor, rank: int) -> float:
-    """Return the share of the energy beyond a rank."""
     return 1.0 - float(energy[min(rank, len(energy)) - 1])
 
 
 def _fewest_ranks(energy: Tensor, loss: float) -> int:
-    """Return the fewest ranks that lose no more than a share of the energy."""
     return min(int(torch.searchsorted(energy, 1.0 - loss - 1e-12)) + 1, len(energy))

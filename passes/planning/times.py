@@ -19,7 +19,6 @@ class TimingRequest:
     """A site and the chains that compete for its place."""
 
     cost: Cost
-    """The cost that says how long they take."""
     site: Site
     chains: tuple[Chain, ...]
 

@@ -109,8 +109,6 @@ class FactorizedGraphModule(fx.GraphModule):
 
 
 def _follow_mode(train: Callable[..., Any], evaluation: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that runs one function in train mode and another in eval mode."""
-
     @functools.wraps(train)  # with its signature, from which torch.export takes the names of inputs
     def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
         return train(self, *args, **named) if self.training else evaluation(self, *args, **named)

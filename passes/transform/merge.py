@@ -106,7 +106,6 @@ def _restore_slots(module: nn.Module, joins: Mapping[int, Join]) -> None:
 
 
 def _merged_names(module: nn.Module, path: str = "") -> Iterator[str]:
-    """Yield the names that the parameters of a factorized model will have after the merge."""
     if isinstance(module, Factorized):
         for name in module.origin.layer._parameters:
             if name != module.kind.bias or module.bias is not None:
