@@ -33,7 +33,7 @@ from tdfx.factors.operation import Operation
 from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.planning.candidates import schemes_for
+from tdfx.passes.planning.by_budget import schemes_for
 from tdfx.passes.planning.proposals import rounded
 from tdfx.passes.planning.site_cost import Candidate, calls_of, current_chain
 from tdfx.passes.program import Program, Site

@@ -79,13 +79,9 @@ class Observed:
 
 @torch.no_grad()
 def observe(module: nn.Module, inputs: Inputs, *, training: bool, gather: Processes | None = None) -> Observed:
-    """Run a scratch copy of a module once, and return what it did.
+    """Run a scratch copy of a module once, and return what it did; the module and the random generators stay as they are.
 
-    Args:
-        module: It is left as it was, and so are the random generators.
-        inputs: They are cloned, because a model may write to them.
-        training: The mode to run it in.
-        gather: The processes that hold shards of its parameters, all of which must call this; None without shards.
+    ``gather`` are the processes that hold shards of its parameters, all of which must call this; None without shards.
     """
     scratch = scratch_copy(module, training=training)
     with nullcontext() if gather is None else GatherShards(gather):

@@ -13,20 +13,8 @@ from tdfx.kinds.registry import find_kind
 from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.program import Program
 
-_METADATA = frozenset(
-    [
-        "device",
-        "dim",
-        "dtype",
-        "is_complex",
-        "is_floating_point",
-        "layout",
-        "ndim",
-        "numel",
-        "requires_grad",
-        "shape",
-        "size",
-    ]
+_METADATA = frozenset({"dim", "ndim", "numel", "shape", "size", "device", "dtype", "layout"}) | frozenset(
+    {"is_complex", "is_floating_point", "requires_grad"}
 )
 """Attributes and methods of a tensor that do not read its values."""
 

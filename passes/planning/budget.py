@@ -57,13 +57,11 @@ class BudgetSite:
 
     def fastest(self, calibration: Calibration) -> Lowest:
         """Return the candidate of each scheme that is fastest by arithmetic: it is cheap to measure, and bounds the gain."""
-        fastest: dict[str, tuple[float, Candidate]] = {}
+        by_scheme: dict[str, list[Candidate]] = {}
         for candidate in self.errors:
-            seconds = calibration.times.estimate(calibration.cost, self.site, candidate)
-            name = candidate.scheme.name
-            if name not in fastest or seconds < fastest[name][0]:
-                fastest[name] = (seconds, candidate)
-        return {name: candidate for name, (_, candidate) in fastest.items()}
+            by_scheme.setdefault(candidate.scheme.name, []).append(candidate)
+        seconds = partial(calibration.times.estimate, calibration.cost, self.site)
+        return {name: min(candidates, key=seconds) for name, candidates in by_scheme.items()}
 
 
 @dataclass(slots=True)
@@ -105,9 +103,7 @@ class BudgetSolver:
         """
         if self._measures:
             lowest = [(each.site, each.fastest(self.calibration)) for each in self.sites]
-            self.times.prepare(
-                TimingRequest(self.policy.cost, site, tuple(fastest.values())) for site, fastest in lowest
-            )
+            self.times.prepare(TimingRequest(self.policy.cost, site, (*each.values(),)) for site, each in lowest)
             self.calibration = self.calibration.learn(lowest, self.scope.step_seconds)
         chosen = self._choose_until_measured()
         self._note_untimed(chosen)
@@ -181,10 +177,7 @@ class BudgetSolver:
             notes = [f"{self.budget!r} cannot be kept, and nothing comes nearer to it"]
         while part > _LEAST_PART:
             part *= _PART
-            closer = [
-                bound if most <= bound else most - part * (most - bound)
-                for most, bound in zip(now, bounds, strict=True)
-            ]
+            closer = [bound + (1 - part) * max(0.0, most - bound) for most, bound in zip(now, bounds, strict=True)]
             try:
                 picks, more = _with_note(solve_knapsack(places, closer))
                 return picks, [*notes, *more]

@@ -31,12 +31,10 @@ class Calibration:
     """How many times longer than estimated an unmeasured candidate is assumed to take."""
 
     def learn(self, sites: Sequence[tuple[Site, Lowest]], step_seconds: float | None) -> Calibration:
-        """Return the calibration by what has been measured of some sites.
+        """Return the calibration by what has been measured of some sites, each given with every scheme's fastest candidate.
 
-        Args:
-            sites: The sites, each with the fastest candidate of every scheme.
-            step_seconds: Time of the model's step. Where no site was timed, the sites are assumed to be all of it: a budget
-                is then missed, if at all, by the rest of the step, and no site is cut further than was asked for.
+        Where no site was timed, the sites are assumed to be all of the step: a budget is then missed, if at all, by the
+        rest of the step, and no site is cut further than was asked for.
         """
         pairs = [(site, lowest, *self._pair(site, current_chain(site))) for site, lowest in sites]
         timed = [(site, lowest, now, estimate) for site, lowest, now, estimate in pairs if now is not None]
@@ -64,10 +62,7 @@ class Calibration:
     def of_site(self, site: Site, candidates: Iterable[Candidate], lowest: Lowest) -> SiteCalibration:
         """Return the calibration of one site, by what was measured of its own candidates.
 
-        Args:
-            site: The site.
-            candidates: All its candidates.
-            lowest: The fastest of each scheme; empty where nothing is to be learned from other sites.
+        ``lowest`` has the fastest of each scheme; it is empty where nothing is to be learned from other sites.
         """
         now, estimate_now = self._pair(site, current_chain(site))
         dense = self.dense if now is None else now / estimate_now

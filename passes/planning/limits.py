@@ -51,7 +51,8 @@ class Limits:
         if name in {"speedup", "seconds"}:
             return self._of_time(name, value)
         before = self._amounts(name)
-        if not any(before) and any(site.flows is None and site.calls for site in self._all_sites()):
+        sites = (*self.sites, *(site for site, _ in self.scope.others))
+        if not any(before) and any(site.flows is None and site.calls for site in sites):
             raise PolicyError(
                 f"{self.budget!r} counts {name}, which depends on what flows through each site. Pass example_inputs=... "
                 f"(--input on the command line), or give a budget of parameters."
@@ -68,17 +69,13 @@ class Limits:
             if name == "seconds":
                 seconds = _MARGIN * least
                 return f"seconds={seconds:.3g}" if seconds < self._step else ""
-            speedup = _cut(self._step / least / _MARGIN)
+            speedup = int(self._step / least / _MARGIN * 100) / 100
             return f"speedup={speedup:g}" if speedup > 1 else ""
         if value > 1 or isinstance(value, int):
             return f"{name}={int(value + missing) + 1}"
         before = sum(self._amounts(name)) + self._fixed(name)
         share = value + missing / before + 5e-4 if before else 1.0
         return f"{name}={share:.3f}" if share < 1 else ""
-
-    def _all_sites(self) -> Iterator[Site]:
-        yield from self.sites
-        yield from (site for site, _ in self.scope.others)
 
     def _fixed(self, name: str) -> int:
         return self.scope.other_parameters if name == "parameters" else 0
@@ -132,12 +129,3 @@ class Limits:
                 if plan.factorized:
                     after = self.calibration.estimated(site, Candidate.of(plan))
                 yield before, after
-
-
-def _cut(value: float) -> float:
-    """Return a number rounded down to two decimals.
-
-    >>> _cut(2.349)
-    2.34
-    """
-    return int(value * 100) / 100

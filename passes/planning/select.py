@@ -10,9 +10,8 @@ import torch
 
 from tdfx.errors import PolicyError, nearest
 from tdfx.passes.base import Change, Pass, PassResult
-from tdfx.passes.planning.by_budget import decide_by_budget
+from tdfx.passes.planning.by_budget import decide_by_budget, schemes_for
 from tdfx.passes.planning.by_rule import decide_by_rule
-from tdfx.passes.planning.candidates import schemes_for
 from tdfx.passes.planning.limits import BudgetScope
 from tdfx.passes.planning.proposals import SiteWish
 from tdfx.passes.planning.site_cost import Candidate, current_chain, is_lazy, keep
@@ -86,6 +85,7 @@ class Select(Pass[Selected]):
 
     def ensures(self, before: Program, result: Selected) -> None:
         """Every site has a decision, and no decision asks for what the site cannot give."""
+        self.check(result.program.plan is not None, "a plan was made")
         decisions = result.program.plan or ()
         names = [site.name for site in before.sites]
         self.check([decision.name for decision in decisions] == names, "every site has a decision")

@@ -45,11 +45,8 @@ class Timed(PassResult):
 class TimeStep(Pass[Timed]):
     """Time forward and backward of a scratch copy in train mode, and add the optimizer's share as the cost counts it.
 
-    Args:
-        inputs: Example inputs.
-        cost: The cost that measures the sites.
-        strict: Whether a step that cannot be timed is an error.
-        loop_seconds: Seconds of a step in the training loop, where known; a first sample that agrees needs no others.
+    If ``strict``, a step that cannot be timed is an error. A first sample that agrees with ``loop_seconds``, the time of a
+    step in the training loop, needs no others.
     """
 
     name = "time_step"

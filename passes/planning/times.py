@@ -27,11 +27,7 @@ class SiteTimes:
     """The times of sites, by the cost of each policy.
 
     A cost that measures is asked once for all requests, on the first process; the others receive its times.
-    ``estimate`` and ``estimated_gain`` never measure.
-
-    Args:
-        processes: The processes that train the model.
-        spent: Seconds that measuring for the same plan has taken already.
+    ``estimate`` and ``estimated_gain`` never measure. Measuring for the same plan has taken ``spent`` seconds already.
     """
 
     def __init__(self, processes: Processes, spent: float = 0.0) -> None:

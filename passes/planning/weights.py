@@ -46,8 +46,15 @@ def check_weight(site: Site, rule: RankRule | None = None) -> None:
     """
     problem = f"The weight of site {site.name!r} is on the meta device and has no values, "
     if has_values(site):
-        for weight in site.weights:
-            _check_finite(site, weight)
+        for weight in map(full, site.weights):
+            # Any NaN or infinity shows in the sum, which is much cheaper; but a sum of finite values may overflow.
+            if not bool(torch.isfinite(weight.sum())) and not bool(torch.isfinite(weight).all()):
+                count = int((~torch.isfinite(weight)).sum())
+                raise WeightError(
+                    f"The weight of site {site.name!r} has {count} values that are NaN or infinite, so it cannot be "
+                    f"decomposed; the training has diverged. Go back to a checkpoint from before, or keep the site: "
+                    f"exclude=({site.name!r},)."
+                )
     elif rule is None:
         raise WeightError(
             f"{problem}so it cannot be split. Load the model on a real device first, or pass init='empty' with a plan."
@@ -56,15 +63,4 @@ def check_weight(site: Site, rule: RankRule | None = None) -> None:
         raise WeightError(
             f"{problem}and {rule!r} reads them. Load the model on a real device first, or take a rule that reads none: "
             f"Ratio or Fixed (ratio:0.25 on the command line)."
-        )
-
-
-def _check_finite(site: Site, weight: Tensor) -> None:
-    weight = full(weight)
-    # Any NaN or infinity shows in the sum, which is much cheaper; but a sum of finite values may overflow.
-    if not bool(torch.isfinite(weight.sum())) and not bool(torch.isfinite(weight).all()):
-        count = int((~torch.isfinite(weight)).sum())
-        raise WeightError(
-            f"The weight of site {site.name!r} has {count} values that are NaN or infinite, so it cannot be decomposed; the "
-            f"training has diverged. Go back to a checkpoint from before, or keep the site: exclude=({site.name!r},)."
         )

@@ -57,9 +57,7 @@ class Rewritten(PassResult):
 class Rewrite(Pass[Rewritten]):
     """Put factors in the place of every layer and every parameter that the plan says, or fewer where there are some.
 
-    Args:
-        spectra: What was read of the weights while the plan was made.
-        init: What factors start from.
+    ``spectra`` holds what was read of the weights while the plan was made.
     """
 
     name = "rewrite"
