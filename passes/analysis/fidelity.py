@@ -18,8 +18,7 @@ _CALL_METHODS = frozenset({"__call__", "_call_impl", "_wrapped_call_impl", "_slo
 """Methods through which nn.Module is called; a graph calls the operations inside a block, and none of these."""
 _UNTRACED_NAMES = frozenset({"is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"})
 """Functions whose result steers a model's code without a trace in a graph."""
-_COPYING_METHODS = frozenset({"__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__"})
-_GRAPH_NAMES = _COPYING_METHODS | {
+_GRAPH_NAMES = frozenset({"__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__"}) | {
     name
     for name in {*vars(fx.GraphModule(nn.Module(), fx.Graph())), *vars(fx.GraphModule), "_graph_state", "_body_class"}
     if not name.startswith("__") and name not in MODULE_STATE and name not in vars(nn.Module)
@@ -104,10 +103,9 @@ def _untraced_expression_in(function: Any) -> str:
     except (OSError, TypeError, SyntaxError):  # made at run time, without a source to read
         return ""
     for node in ast.walk(tree):
-        name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-        if name in _UNTRACED_NAMES:
-            return name
         match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) if name in _UNTRACED_NAMES:
+                return name
             case ast.Call(ast.Name("isinstance"), [_, classes]) if "Tensor" in ast.unparse(classes):
                 return "isinstance(..., Tensor)"
             case ast.Compare() if "training is " in ast.unparse(node):

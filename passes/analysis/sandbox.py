@@ -22,7 +22,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
     Of torch's generators it restores that of the CPU and those of the CUDA devices that hold the module.
     """
-    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers()) if tensor.is_cuda}
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(sorted(each.index for each in devices)):

@@ -139,9 +139,8 @@ class ModuleTracer:
             return Traced((), train.error if train.graph is None else evaluation.error)
         called = train.tracer.opaque_modules | evaluation.tracer.opaque_modules
         opaque = {path: opaque_paths.get(path) or self.opaque_classes[type(block)] for path, block in called.items()}
-        mismatch = next(iter([*train.mismatches.values(), *evaluation.mismatches.values()]), "") or mismatch_of_root(
-            module
-        )
+        mismatch = next(iter([*train.mismatches.values(), *evaluation.mismatches.values()]), "")
+        mismatch = mismatch or mismatch_of_root(module)
         mismatch = mismatch or _bypass(train.graph, called) or _bypass(evaluation.graph, called)
         if graph := _graph_for_both_modes(train, evaluation):
             return Traced((graph,), mismatch, opaque)

@@ -13,9 +13,8 @@ from tdfx.kinds.registry import find_kind
 from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.program import Program
 
-_METADATA = frozenset({"dim", "ndim", "numel", "shape", "size", "device", "dtype", "layout"}) | frozenset(
-    {"is_complex", "is_floating_point", "requires_grad"}
-)
+_SHAPE = {"dim", "ndim", "numel", "shape", "size"}
+_METADATA = _SHAPE | {"device", "dtype", "is_complex", "is_floating_point", "layout", "requires_grad"}
 """Attributes and methods of a tensor that do not read its values."""
 
 METADATA_FUNCTIONS = frozenset(

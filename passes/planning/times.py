@@ -65,9 +65,7 @@ class SiteTimes:
     def gain(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return how many times faster the site's step becomes: as measured, or estimated if it was not."""
         before, after = self.measured(cost, site, current_chain(site)), self.measured(cost, site, chain)
-        if before is None or after is None:
-            return self.estimated_gain(cost, site, chain)
-        return before / after
+        return self.estimated_gain(cost, site, chain) if before is None or after is None else before / after
 
     def estimate(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return the time of a training step of a site in seconds, by arithmetic."""
