@@ -17,7 +17,6 @@ class Change:
     site: str
     """The path of the module or site that it changed."""
     what: str
-    """What it did, in a few words."""
 
 
 @dataclass(frozen=True, slots=True)

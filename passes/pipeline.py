@@ -34,9 +34,7 @@ class Planned:
     """A plan for a model, with the program and the spectra that it was made from."""
 
     program: Program
-    """The model, its sites and the plan."""
     spectra: SpectrumCache
-    """What was read of the weights."""
 
     @property
     def plan(self) -> Plan:
@@ -48,12 +46,11 @@ class Planned:
 def find_sites(
     model: nn.Module, emit: Emit = "graph", processes: Processes | None = None, *, shards: bool = False
 ) -> Program:
-    """Trace a model and find its sites.
+    """Trace a model, out of its wrappers, and find its sites.
 
     Args:
-        model: The model out of its wrappers.
+        model: Trained by ``processes``, or by this one alone.
         emit: How a rewritten model is to be given back.
-        processes: The processes that train the model; None for the only one.
         shards: Whether each process holds a part of every parameter.
 
     Raises:
@@ -74,14 +71,7 @@ def find_sites(
 
 
 def make_plan(program: Program, policy: Policy, inputs: Inputs | None, *, loop_seconds: float | None = None) -> Planned:
-    """Decide for every site of a program by a policy.
-
-    Args:
-        program: A traced model and its sites.
-        policy: What to rewrite and how far.
-        inputs: Example inputs, or None.
-        loop_seconds: Time of a step in the training loop, in seconds, where that is known.
-    """
+    """Decide for every site by a policy; ``loop_seconds`` is the time of a step in the training loop, where known."""
     spent = 0.0
     if inputs is not None:
         program = ObserveInputs(inputs)(program).program
@@ -98,12 +88,7 @@ def use_plan(program: Program, plan: Plan) -> Planned:
 
 
 def rewrite_by(planned: Planned, init: Init = "weight") -> Rewritten:
-    """Factorize what a plan says.
-
-    Args:
-        planned: The plan and the model that it is for.
-        init: What factors start from.
-    """
+    """Factorize what a plan says; ``init`` is what factors start from."""
     return Rewrite(planned.spectra, init)(planned.program)
 
 

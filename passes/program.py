@@ -12,7 +12,6 @@ from tdfx.distributed.processes import Processes, Solo
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import find_kind, kind_of
 from tdfx.layers.factorized import Factorized
-from tdfx.layers.placement import full
 from tdfx.plans.plan import Emit, Plan, Reason
 
 PLAN_ATTRIBUTE = "_tdfx_plan"
@@ -38,7 +37,6 @@ class ParameterSlot:
     owner: str
     """Path of the module that holds the parameter."""
     name: str
-    """The parameter's name in that module."""
 
     @classmethod
     def of(cls, path: str) -> ParameterSlot:
@@ -71,7 +69,6 @@ class Site:
     reason: Reason | None = None
     """Why the site cannot be rewritten, whatever the policy says; FACTORIZED if it is, so that its ranks can be lowered."""
     note: str = ""
-    """The reason in words."""
     aliases: tuple[str, ...] = ()
     """Other paths at which the model holds the same layer."""
     slot: ParameterSlot | None = None
@@ -95,6 +92,12 @@ class Site:
         return (self.name, *self.aliases)
 
     @property
+    def known_operation(self) -> Operation:
+        """The operation of a site for which some scheme may stand."""
+        assert self.operation is not None
+        return self.operation
+
+    @property
     def weight(self) -> nn.Parameter | None:
         """The parameter that holds the weight; None where the weight is computed, or factorized."""
         if isinstance(self.layer, Factorized):
@@ -111,23 +114,23 @@ class Site:
             return self.layer.weights
         return () if self.weight is None else (self.weight,)
 
-    @property
-    def dense(self) -> Tensor:
-        """The weight, detached, in the layout of its operation."""
-        (weight,) = self.weights
-        return self.as_dense(full(weight))
-
     def as_dense(self, weight: Tensor) -> Tensor:
         """Return the values of the weight in the layout of its operation."""
         return weight if self.slot is not None else kind_of(self.layer).to_dense(weight)
 
+    @property
+    def path(self) -> str:
+        """Path of the layer, or of the parameter that functions take as their weight."""
+        return self.name if self.slot is None else self.slot.path
+
+    @property
+    def layer_path(self) -> str:
+        """Path of ``layer``."""
+        return self.path if self.slot is None or isinstance(self.layer, Factorized) else self.slot.owner
+
     def in_copy(self, module: nn.Module) -> Site:
         """Return the same site in a structural copy of the program's module."""
-        if isinstance(self.layer, Factorized):
-            path = self.slot.path if self.slot is not None else self.name
-        else:
-            path = self.slot.owner if self.slot is not None else self.name
-        return replace(self, layer=module.get_submodule(path))
+        return replace(self, layer=module.get_submodule(self.layer_path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

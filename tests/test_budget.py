@@ -19,7 +19,7 @@ from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.registry import operation_of
 from tdfx.passes.pipeline import find_sites
-from tdfx.passes.planning.candidates import candidates_of
+from tdfx.passes.planning.by_budget import candidates_of
 from tdfx.passes.planning.spectra import SpectrumCache
 
 

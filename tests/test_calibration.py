@@ -14,8 +14,7 @@ from tdfx.factors.registry import get_scheme
 from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.pipeline import find_sites
 from tdfx.passes.planning.calibration import Calibration, SiteCalibration
-from tdfx.passes.planning.proposals import Candidate
-from tdfx.passes.planning.site_cost import calls_of
+from tdfx.passes.planning.site_cost import Candidate, calls_of
 from tdfx.passes.planning.times import SiteTimes, TimingRequest
 from tdfx.passes.program import Site
 
@@ -36,7 +35,7 @@ def test_how_slow_the_timed_sites_are_is_expected_of_the_others() -> None:
     cost, times, sites = SlowFactors(7.0), SiteTimes(Solo()), sites_of_net()
     least, half = (Candidate(get_scheme("svd"), (rank,)) for rank in (4, 24))
     lowest = {"svd": least}
-    times.prepare([TimingRequest(cost, sites["6"], (least.chain,))])
+    times.prepare([TimingRequest(cost, sites["6"], (least,))])
     uncalibrated = Calibration(times, cost)
     learned = uncalibrated.learn([(sites["6"], lowest), (sites["7"], lowest)], None)
     assert learned.dense == pytest.approx(7)
@@ -45,8 +44,8 @@ def test_how_slow_the_timed_sites_are_is_expected_of_the_others() -> None:
         calibration.of_site(sites[name], (least, half), lowest)
         for name, calibration in (("6", learned), ("7", learned), ("7", uncalibrated))
     )
-    assert timed.seconds(least) == times.measured(cost, sites["6"], least.chain)
-    ((steps, flow),) = calls_of(sites["7"], least.chain)
+    assert timed.seconds(least) == times.measured(cost, sites["6"], least)
+    ((steps, flow),) = calls_of(sites["7"], least)
     assert untimed.seconds(least) == pytest.approx(cost.seconds(steps, flow))
 
     def gain(calibration: SiteCalibration, candidate: Candidate) -> float:
@@ -67,9 +66,9 @@ class SlowStart(Scaled):
 def test_times_between_measured_ones_are_on_a_line() -> None:
     cost, times, site = SlowStart(7.0), SiteTimes(Solo()), sites_of_net()["6"]
     least, half = (Candidate(get_scheme("svd"), (rank,)) for rank in (4, 16))
-    times.prepare([TimingRequest(cost, site, (least.chain,))])
+    times.prepare([TimingRequest(cost, site, (least,))])
     calibration = Calibration(times, cost).of_site(site, (least, half), {"svd": least})
-    ((steps, flow),) = calls_of(site, half.chain)
-    assert times.measured(cost, site, half.chain) is None
+    ((steps, flow),) = calls_of(site, half)
+    assert times.measured(cost, site, half) is None
     assert calibration.seconds(half) == pytest.approx(cost.seconds(steps, flow))
     assert calibration.seconds(least) < calibration.seconds(half) < calibration.seconds(None)

@@ -74,7 +74,7 @@ class Ema(nn.Module):
 def test_a_step_of_a_model_that_writes_to_its_parameters_writes_to_copies() -> None:
     model = Ema()
     before = model.b.weight.detach().clone()
-    TrainingStep(model, torch.randn(2, 4)).run()
+    TrainingStep(model, torch.randn(2, 4)).gradients()
     assert torch.equal(model.b.weight, before)
 
 
@@ -82,7 +82,7 @@ def test_a_step_that_cannot_be_taken_says_why() -> None:
     with pytest.raises(InputError, match=r"Linear does not run on the example inputs in train mode.*shapes cannot be"):
         TrainingStep(nn.Linear(3, 2), torch.randn(2, 4))
     with pytest.raises(InputError, match="Flatten returns nothing in train mode that has a gradient"):
-        TrainingStep(nn.Flatten(), torch.randn(2, 4)).run()
+        TrainingStep(nn.Flatten(), torch.randn(2, 4)).gradients()
 
 
 def rewritten(**settings: Any) -> tuple[nn.Module, nn.Module, tdfx.Plan]:
@@ -148,7 +148,7 @@ def test_a_timed_step_calls_no_hooks_of_gradients() -> None:
     called: list[str] = []
     model.conv.weight.register_hook(lambda gradient: called.append("tensor"))  # type: ignore[no-untyped-call]
     model.head.register_full_backward_hook(lambda *_: called.append("module"))
-    TrainingStep(model, (X,)).run()
+    TrainingStep(model, (X,)).gradients()
     assert called == []
     model(X)["logits"].sum().backward()
     assert called == ["module", "tensor"]

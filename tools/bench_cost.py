@@ -33,9 +33,9 @@ from tdfx.factors.operation import Operation
 from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
-from tdfx.passes.planning.candidates import schemes_for
+from tdfx.passes.planning.by_budget import schemes_for
 from tdfx.passes.planning.proposals import rounded
-from tdfx.passes.planning.site_cost import calls_of, current_chain, factor_chain
+from tdfx.passes.planning.site_cost import Candidate, calls_of, current_chain
 from tdfx.passes.program import Program, Site
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
@@ -82,7 +82,7 @@ def chains_of(site: Site) -> Iterator[tuple[str, list[Case]]]:
         shares = [tuple(math.ceil(share * rank) for rank in full) for share in SHARES]
         for ranks in dict.fromkeys(rounded(ranks, full, POLICY, site, scheme) for ranks in shares):
             if ranks != full:
-                calls = calls_of(site, factor_chain(scheme, ranks))
+                calls = calls_of(site, Candidate(scheme, tuple(ranks)))
                 yield f"{scheme.name} {'/'.join(map(str, ranks))}", [(tuple(steps), flow) for steps, flow in calls]
 
 

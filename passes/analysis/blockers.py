@@ -28,12 +28,8 @@ def blocker_of_layer(
 ) -> tuple[Reason | None, str]:
     """Return the first reason why no policy may rewrite a layer, and the reason in words; None and "" if one may.
 
-    Args:
-        layer: A layer of a known kind.
-        weight: Its weight; None where it is computed from other tensors.
-        calls: Calls in one forward pass.
-        uses: How the graphs use it.
-        inside: What ``layers_inside_leaves`` returns.
+    ``weight`` is None where it is computed from other tensors; ``calls`` counts those in one forward pass; ``inside`` is
+    what ``layers_inside_leaves`` returns.
     """
     kind = kind_of(layer)
     if isinstance(weight, UninitializedParameter):
@@ -63,13 +59,8 @@ def blocker_of_weight(
 ) -> tuple[Reason | None, str]:
     """Return the first reason why no policy may rewrite a weight, and the reason in words; None and "" if one may.
 
-    Args:
-        weight: The parameter.
-        kind: What the plan calls the site.
-        operation: What is computed with it; None for what no scheme supports.
-        owners: Parameter, by identity -> the number of modules that hold it.
-        reads: Parameters, by identity, that something reads besides.
-        shards: Whether FSDP2 gathers sharded weights, so that they count as plain tensors.
+    ``owners`` counts the modules that hold each parameter, and ``reads`` are the parameters that something reads besides,
+    by identity. With ``shards``, FSDP2 gathers sharded weights, so that they count as plain tensors.
     """
     if is_traceable_wrapper_subclass(weight) and not (shards and is_sharded(weight)):
         return Reason.PARAMETRIZED, f"its weight is a {type(weight.data).__name__}, which is no plain tensor"

@@ -6,9 +6,9 @@ import ast
 import inspect
 import textwrap
 from functools import lru_cache
-from typing import Any, TypeGuard
+from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.parameter import UninitializedBuffer
 
 from tdfx.layers.copying import HOOKS, MODULE_STATE
@@ -18,15 +18,9 @@ _CALL_METHODS = frozenset({"__call__", "_call_impl", "_wrapped_call_impl", "_slo
 """Methods through which nn.Module is called; a graph calls the operations inside a block, and none of these."""
 _UNTRACED_NAMES = frozenset({"is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"})
 """Functions whose result steers a model's code without a trace in a graph."""
-_COPYING_METHODS = frozenset({"__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__"})
-_GRAPH_NAMES = _COPYING_METHODS | {
+_GRAPH_NAMES = frozenset({"__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__"}) | {
     name
-    for name in {
-        *fx.GraphModule(nn.Module(), fx.Graph()).__dict__,
-        *vars(fx.GraphModule),
-        "_graph_state",
-        "_body_class",
-    }
+    for name in {*vars(fx.GraphModule(nn.Module(), fx.Graph())), *vars(fx.GraphModule), "_graph_state", "_body_class"}
     if not name.startswith("__") and name not in MODULE_STATE and name not in vars(nn.Module)
 }
 """Names that a GraphModule uses for its own state; a model that uses one of them cannot become a graph."""
@@ -62,15 +56,10 @@ def mismatch_of_root(module: nn.Module) -> str:
     """Return why no graph can stand for a module whose forward traces; "" if one can."""
     if isinstance(module, fx.GraphModule):
         return ""
-    optional = [
-        parameter.name
-        for parameter in inspect.signature(module.forward).parameters.values()
-        if parameter.default is not inspect.Parameter.empty
-    ]
-    if optional:
-        return f"its forward has the optional argument {optional[0]!r}, and a graph would fix one case of it"
-    names = {name for base in _user_classes(type(module)) for name in vars(base)}
-    names |= {*module.__dict__, *module._modules, *module._parameters, *module._buffers}
+    for parameter in inspect.signature(module.forward).parameters.values():
+        if parameter.default is not inspect.Parameter.empty:
+            return f"its forward has the optional argument {parameter.name!r}, and a graph would fix one case of it"
+    names = {*_own_names(type(module)), *module.__dict__, *module._modules, *module._parameters, *module._buffers}
     if taken := sorted(names & _GRAPH_NAMES):
         return f"its attribute {taken[0]!r} has a name that GraphModule uses itself"
     return _mismatch_of_code(module)
@@ -85,7 +74,7 @@ def mismatch_of_block(module: nn.Module) -> str:
 
 def _mismatch_of_code(module: nn.Module) -> str:
     kind: type = type(module)
-    if overridden := _CALL_METHODS & {name for base in _user_classes(kind) for name in vars(base)}:
+    if overridden := _CALL_METHODS & _own_names(kind):
         return f"{kind.__name__} has its own {min(overridden)}(), which a graph would not call"
     if expression := _untraced_expression(kind):
         return f"{kind.__name__} uses {expression}, which leaves no trace in a graph"
@@ -95,6 +84,10 @@ def _mismatch_of_code(module: nn.Module) -> str:
 def _user_classes(kind: type) -> list[type]:
     """Return a class and its bases, without those of torch.nn."""
     return [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.nn")]
+
+
+def _own_names(kind: type) -> set[str]:
+    return {name for base in _user_classes(kind) for name in vars(base)}
 
 
 @lru_cache(maxsize=1024)
@@ -110,17 +103,13 @@ def _untraced_expression_in(function: Any) -> str:
     except (OSError, TypeError, SyntaxError):  # made at run time, without a source to read
         return ""
     for node in ast.walk(tree):
-        name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-        if name in _UNTRACED_NAMES:
-            return name
-        if (
-            isinstance(node, ast.Call)
-            and ast.unparse(node.func) == "isinstance"
-            and "Tensor" in ast.unparse(node.args[1])
-        ):
-            return "isinstance(..., Tensor)"
-        if isinstance(node, ast.Compare) and "training is " in ast.unparse(node):
-            return "`training is`"
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) if name in _UNTRACED_NAMES:
+                return name
+            case ast.Call(ast.Name("isinstance"), [_, classes]) if "Tensor" in ast.unparse(classes):
+                return "isinstance(..., Tensor)"
+            case ast.Compare() if "training is " in ast.unparse(node):
+                return "`training is`"
     return ""
 
 
@@ -136,11 +125,8 @@ def _attributes(root: nn.Module) -> dict[tuple[str, str], tuple[int, int]]:
 
 def _versions(root: nn.Module) -> dict[str, int]:
     """Return how often the buffers of each submodule were changed in place."""
-    return {
-        path: sum(buffer._version for buffer in module._buffers.values() if _has_version(buffer))
-        for path, module in root.named_modules()
-    }
-
-
-def _has_version(buffer: Tensor | None) -> TypeGuard[Tensor]:
-    return buffer is not None and not isinstance(buffer, UninitializedBuffer)
+    versions = {}
+    for path, module in root.named_modules():
+        buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+        versions[path] = sum(buffer._version for buffer in buffers if not isinstance(buffer, UninitializedBuffer))
+    return versions

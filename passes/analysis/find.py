@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -30,24 +30,19 @@ class Find(Pass[PassResult]):
 
     def run(self, program: Program) -> PassResult:
         """Look at every layer and every parameter once; a layer called twice is one site with two calls."""
-        uses = uses_of(program)
         aliases = _aliases(program.module)
-        sites = tuple(replace(site, aliases=aliases.get(site.name, ())) for site in _sites(program.module, uses))
-        changes = tuple(Change(site.name, "found") for site in sites)
-        return PassResult(replace(program, sites=sites), changes)
+        found = _sites(program.module, uses_of(program))
+        sites = tuple(replace(site, aliases=aliases.get(site.name, ())) for site in found)
+        return PassResult(replace(program, sites=sites), tuple(Change(site.name, "found") for site in sites))
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """Every convolution and linear layer is a site, once."""
-        layers = {name for name, layer in before.module.named_modules() if is_candidate(layer)}
-        factors = {
-            f"{name}.factors.{index}"
-            for name, layer in before.module.named_modules()
-            if isinstance(layer, Factorized)
-            for index in range(len(layer.factors))
-        }
-        counts = Counter(site.name for site in result.program.sites)
-        self.check(layers - factors <= set(counts), "every convolution and linear layer is a site")
-        self.check(all(count == 1 for count in counts.values()), "every site is listed once")
+        modules = list(before.module.modules())
+        factors = {factor for layer in modules if isinstance(layer, Factorized) for factor in layer.factors}
+        layers = {name for name, layer in before.module.named_modules() if is_candidate(layer) and layer not in factors}
+        names = [site.name for site in result.program.sites]
+        self.check(layers <= set(names), "every convolution and linear layer is a site")
+        self.check(len(names) == len(set(names)), "every site is listed once")
 
 
 def _sites(root: nn.Module, uses: Uses) -> Iterator[Site]:
@@ -84,20 +79,12 @@ def _layer_site(path: str, layer: nn.Module, uses: Uses, inside: Mapping[int, ty
     # Outside every graph the number of calls is not known; a run with example inputs counts them.
     calls = uses.count(nodes) if id(layer) in uses.traced else 1
     reason, note = blocker_of_layer(layer, weight, calls, uses, inside)
-    return Site(
-        name=path,
-        layer=layer,
-        kind=kind.name,
-        operation=None if reason is Reason.UNINITIALIZED else operation_of(layer),
-        calls=calls,
-        nodes=nodes,
-        reason=reason,
-        note=note,
-    )
+    operation = None if reason is Reason.UNINITIALIZED else operation_of(layer)
+    site = Site(name=path, layer=layer, kind=kind.name, operation=operation, calls=calls, nodes=nodes)
+    return replace(site, reason=reason, note=note)
 
 
 def _is_used_by_functions_only(layer: nn.Module, weight: Tensor | None, uses: Uses) -> bool:
-    """Return True where the graphs pass the layer's weight to a function and never call the layer."""
     if weight is None or (uses.calls.get(id(layer)) and kind_of(layer).is_intact(layer)):
         return False
     return bool(uses.functional.get(id(weight))) and not parametrize.is_parametrized(layer)
@@ -105,32 +92,16 @@ def _is_used_by_functions_only(layer: nn.Module, weight: Tensor | None, uses: Us
 
 def _parameter_site(slot: ParameterSlot, owner: nn.Module, parameter: nn.Parameter, uses: Uses) -> Iterator[Site]:
     """Yield the site of a parameter that no layer kind holds; none if it is the weight of no convolution or linear map."""
-    functional_uses = uses.functional.get(id(parameter))
-    if functional_uses:
+    if functional_uses := uses.functional.get(id(parameter)):
         yield _functional_site(slot.path, functional_uses[0].call.name, slot, owner, uses)
     elif isinstance(owner, _WITHOUT_LAYERS) and "weight" in slot.name and parameter.dim() == 2:
-        yield Site(
-            name=slot.path,
-            layer=owner,
-            kind=type(owner).__name__,
-            operation=Operation(in_channels=parameter.shape[1], out_channels=parameter.shape[0]),
-            calls=0,
-            reason=Reason.READ_ELSEWHERE,
-            note=note_of_reader(type(owner)),
-            slot=slot,
-        )
+        operation = Operation(in_channels=parameter.shape[1], out_channels=parameter.shape[0])
+        site = Site(name=slot.path, layer=owner, kind=type(owner).__name__, operation=operation, calls=0, slot=slot)
+        yield replace(site, reason=Reason.READ_ELSEWHERE, note=note_of_reader(type(owner)))
 
 
 def _functional_site(name: str, kind: str, slot: ParameterSlot, owner: nn.Module, uses: Uses) -> Site:
-    """Return the site of a parameter that the graphs pass to a function as its weight.
-
-    Args:
-        name: The site's name.
-        kind: What the plan calls it.
-        slot: The place of the parameter.
-        owner: The module that holds it, in the program's module.
-        uses: How the graphs use it.
-    """
+    """Return the site of a parameter, held by ``owner``, that the graphs pass to a function as its weight."""
     parameter = owner._parameters[slot.name]
     assert parameter is not None
     functional_uses = uses.functional[id(parameter)]
@@ -138,17 +109,8 @@ def _functional_site(name: str, kind: str, slot: ParameterSlot, owner: nn.Module
     operation = functional_uses[0].call.operation(parameter.shape)
     nodes = tuple(use.node for use in functional_uses)
     reason, note = blocker_of_weight(parameter, kind, operation, uses.owners, uses.reads, uses.shards)
-    return Site(
-        name=name,
-        layer=owner,
-        kind=kind,
-        operation=operation,
-        calls=uses.count(nodes),
-        nodes=nodes,
-        reason=reason,
-        note=note,
-        slot=slot,
-    )
+    site = Site(name=name, layer=owner, kind=kind, operation=operation, calls=uses.count(nodes), nodes=nodes, slot=slot)
+    return replace(site, reason=reason, note=note)
 
 
 def _factorized_site(path: str, layer: Factorized, uses: Uses, root: nn.Module) -> Site:
@@ -157,14 +119,8 @@ def _factorized_site(path: str, layer: Factorized, uses: Uses, root: nn.Module) 
     if slot is not None and is_candidate(root.get_submodule(slot.owner)):
         path = slot.owner
     nodes = uses.calls.get(id(layer), ()) + tuple(use.node for use in uses.functional.get(id(layer), ()))
-    return Site(
-        name=path,
-        layer=layer,
-        kind=kind_of(original).name,
-        operation=operation_of(original),
-        calls=uses.count(nodes) if id(layer) in uses.traced else 1,
-        nodes=nodes,
-        reason=Reason.FACTORIZED,
-        note=f"{layer.origin.scheme} at {'/'.join(map(str, layer.origin.ranks))}",
-        slot=slot,
-    )
+    calls = uses.count(nodes) if id(layer) in uses.traced else 1
+    kind, operation = kind_of(original).name, operation_of(original)
+    site = Site(name=path, layer=layer, kind=kind, operation=operation, calls=calls, nodes=nodes, slot=slot)
+    note = f"{layer.origin.scheme} at {'/'.join(map(str, layer.origin.ranks))}"
+    return replace(site, reason=Reason.FACTORIZED, note=note)

@@ -1,4 +1,4 @@
-"""Guards for running a user's forward: no writes to parameters, and no autograd function that goes unseen."""
+"""Running a user's forward: no writes to parameters, no autograd function that goes unseen, shards gathered on the way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from torch.autograd import Function
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_any, tree_any_only, tree_map_only
+
+from tdfx.distributed.processes import Processes
+from tdfx.layers.parameter import FactorizedParameter
+from tdfx.layers.placement import full, is_sharded
+from tdfx.passes.analysis.uses import METADATA_FUNCTIONS
 
 
 class WritesParameterError(RuntimeError):
@@ -34,11 +39,37 @@ class ParameterGuard(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-        if args and (in_place or func == Tensor.data.__set__):  # type: ignore[attr-defined]
-            written = [value for value in tree_leaves(args[0]) if isinstance(value, Tensor)]
-            if any(storage_address(tensor) in self.addresses for tensor in written):
-                raise WritesParameterError(f"its forward changes a parameter ({name})")
+        writes = args and (in_place or func == Tensor.data.__set__)  # type: ignore[attr-defined]
+        if writes and tree_any_only(Tensor, lambda tensor: storage_address(tensor) in self.addresses, args[0]):
+            raise WritesParameterError(f"its forward changes a parameter ({name})")
         return func(*args, **(kwargs or {}))
+
+
+class GatherShards(TorchFunctionMode):
+    """Gathers the sharded parameters that a function takes, for as long as the function runs.
+
+    A process never holds more of the model than the weights of one function. All processes that hold the shards must run
+    the same module, on inputs of the same shapes. If the run of one fails, the others raise the failure before the next
+    gather, so that no process waits in vain.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        super().__init__()
+        self.processes = processes
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func in METADATA_FUNCTIONS:
+            return func(*args, **named)
+        if tree_any_only(FactorizedParameter, lambda _: True, (args, named)):
+            with self:  # FactorizedParameter calls functions on its factors
+                return FactorizedParameter.__torch_function__(func, types, args, named)
+        if tree_any(is_sharded, (args, named)):
+            self.processes.raise_pending()
+        args, named = tree_map_only(Tensor, lambda x: full(x) if is_sharded(x) else x, (args, named))
+        return func(*args, **named)
 
 
 def storage_address(tensor: Tensor) -> int:
@@ -67,6 +98,6 @@ def watch_custom_functions(on_apply: Callable[[type[Function], Any], None]) -> I
         Function.apply = original
 
 
-def refuse_custom_function(function: type[Function], arguments: Any) -> None:
+def refuse_custom_function(function: type[Function], _: Any) -> None:
     """Raise CustomFunctionError: a trace would record the function's forward and lose its backward."""
     raise CustomFunctionError(f"its forward applies {function.__name__}, whose backward a graph would not have")

@@ -16,13 +16,8 @@ class Mode:
     """The ``training`` flag of a module while it is traced.
 
     As an argument of a call it becomes a node that reads the flag of that very module, so the graph follows the mode. Where
-    code branches on the flag or computes with it, the graph would freeze the result, so each such use is reported. The class
-    does not derive from int, because Python uses an int as an index without calling any of its methods.
-
-    Args:
-        training: The mode to trace in.
-        path: The path of the module whose flag this is.
-        on_use: Called with the path at each use that a graph would freeze.
+    code branches on the flag or computes with it, the graph would freeze the result, so ``on_use`` is called with the path
+    of the module. The class does not derive from int, because Python uses an int as an index without calling its methods.
     """
 
     def __init__(self, training: bool, path: str, on_use: Callable[[str], None]) -> None:
@@ -63,12 +58,8 @@ def by_mode(training: bool, in_train: ValueT, in_eval: ValueT) -> ValueT:
 def unify(train: fx.Graph, evaluation: fx.Graph, mode_users: Collection[str]) -> fx.Graph | None:
     """Make one graph of the graphs of both modes, which differ in constants by the mode of one module.
 
-    Returns None if they differ in more, or if more than one module's mode can have decided a constant.
-
-    Args:
-        train: The graph in train mode.
-        evaluation: The graph in eval mode.
-        mode_users: Paths of the modules whose own mode decided something in either.
+    Returns None if they differ in more, or if more than one module's mode can have decided a constant. ``mode_users`` are
+    the paths of the modules whose own mode decided something in either.
     """
     unified = copy.deepcopy(train)
     if len(unified.nodes) != len(evaluation.nodes):

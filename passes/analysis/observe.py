@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,13 @@ from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
-from tdfx.passes.analysis.gather import GatherShards
-from tdfx.passes.analysis.guard import ParameterGuard, WritesParameterError, storage_address, watch_custom_functions
+from tdfx.passes.analysis.guard import (
+    GatherShards,
+    ParameterGuard,
+    WritesParameterError,
+    storage_address,
+    watch_custom_functions,
+)
 from tdfx.passes.analysis.sandbox import clone_parameters, isolated, scratch_copy
 from tdfx.passes.analysis.uses import METADATA_FUNCTIONS
 
@@ -56,8 +61,7 @@ def is_channels_last(tensor: Tensor) -> bool:
     >>> is_channels_last(torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last))
     True
     """
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    layout = layouts.get(tensor.dim())
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
     return layout is not None and tensor.is_contiguous(memory_format=layout) and not tensor.is_contiguous()
 
 
@@ -75,13 +79,9 @@ class Observed:
 
 @torch.no_grad()
 def observe(module: nn.Module, inputs: Inputs, *, training: bool, gather: Processes | None = None) -> Observed:
-    """Run a scratch copy of a module once, and return what it did.
+    """Run a scratch copy of a module once, and return what it did; the module and the random generators stay as they are.
 
-    Args:
-        module: It is left as it was, and so are the random generators.
-        inputs: They are cloned, because a model may write to them.
-        training: The mode to run it in.
-        gather: The processes that hold shards of its parameters, all of which must call this; None without shards.
+    ``gather`` are the processes that hold shards of its parameters, all of which must call this; None without shards.
     """
     scratch = scratch_copy(module, training=training)
     with nullcontext() if gather is None else GatherShards(gather):
@@ -95,11 +95,8 @@ def observe(module: nn.Module, inputs: Inputs, *, training: bool, gather: Proces
 def _run(scratch: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Observed:
     """Run a scratch copy and report what it did.
 
-    Args:
-        scratch: The copy.
-        inputs: Its inputs.
-        originals: Cloned parameter of the copy -> the parameter to report it as, both by identity; empty if the copy shares
-            its parameters, which are guarded then.
+    ``originals`` maps each cloned parameter to the one to report it as, by identity; it is empty if the copy shares its
+    parameters, which are guarded then.
     """
     observed = Observed()
     arguments, named = tree_map_only(Tensor, Tensor.clone, split_inputs(inputs))
@@ -168,10 +165,11 @@ class _CallRecorder(TorchFunctionMode):
         return func(*args, **named)
 
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if func in METADATA_FUNCTIONS:
+            return
         call = parse_call(func, args, named)
         if call is None:
-            if func not in METADATA_FUNCTIONS:
-                self._record_reads((args, named))
+            self._record_reads((args, named))
             return
         x = call.rest.get("input")
         if isinstance(call.weight, nn.Parameter) and isinstance(x, Tensor):
@@ -189,5 +187,4 @@ class _CallRecorder(TorchFunctionMode):
         self.observed.entering[path].append(Entered.of(x, self.input_addresses))
 
     def _record_reads(self, values: Any) -> None:
-        leaves: Iterable[Any] = tree_leaves(values)
-        self.observed.reads.update(id(value) for value in leaves if isinstance(value, nn.Parameter))
+        self.observed.reads.update(id(value) for value in tree_leaves(values) if isinstance(value, nn.Parameter))

@@ -25,11 +25,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     devices = {tensor.device for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with (
-            warnings.catch_warnings(),
-            torch.random.fork_rng(devices=sorted(device.index for device in devices)),
-        ):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(sorted(each.index for each in devices)):
             yield
     finally:
         random.setstate(python_state)

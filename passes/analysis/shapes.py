@@ -16,7 +16,6 @@ from tdfx.distributed.processes import Processes
 from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of
-from tdfx.layers.factorized import Factorized
 from tdfx.passes.analysis.blockers import blocker_of_weight, layers_inside_leaves
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.analysis.uses import Uses, uses_of
@@ -32,8 +31,6 @@ class ObserveInputs(Pass[PassResult]):
     heads, and for a parameter that was passed to a function in code that no graph shows. Such a parameter becomes a site if
     the run in train mode shows no other use of it.
 
-    Args:
-        inputs: Example inputs.
     """
 
     name = "observe_inputs"
@@ -61,8 +58,7 @@ class ObserveInputs(Pass[PassResult]):
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """No site is lost, none is listed twice, and the sites of before stay in their order."""
-        names_before = [site.name for site in before.sites]
-        names = [site.name for site in result.program.sites]
+        names_before, names = ([site.name for site in program.sites] for program in (before, result.program))
         self.check([name for name in names if name in set(names_before)] == names_before, "no site is lost or moved")
         self.check(len(names) == len(set(names)), "every site is listed once")
 
@@ -79,27 +75,21 @@ class _Runs:
     @cached_property
     def in_train(self) -> Observed | str:
         """What a run in train mode did, or the name of the error if it failed: a model may need targets then."""
-        processes, shards = self.program.processes, self.program.shards
+        gather = self.program.processes if self.program.shards else None
         try:
             # Processes with shards run in step; without shards each runs by itself, on inputs of its own.
-            with processes.raise_on_all() if shards else nullcontext():
-                return observe(self.program.module, self.inputs, training=True, gather=processes if shards else None)
+            with gather.raise_on_all() if gather is not None else nullcontext():
+                return observe(self.program.module, self.inputs, training=True, gather=gather)
         except Exception as error:  # whatever the model raises
-            # The name alone, because the error would keep all tensors of the run alive.
-            return type(error).__name__
+            return type(error).__name__  # the error itself would keep all tensors of the run alive
 
 
 def _with_functional_sites(runs: _Runs) -> list[Site]:
-    """Return the sites with those that only the run shows to be functional calls."""
     module, uses, in_eval = runs.program.module, runs.uses, runs.in_eval
     inside = layers_inside_leaves(module)
-    slots = [
-        slot
-        for slot in (ParameterSlot.of(path) for path, _ in module.named_parameters())
-        if id(_parameter(module, slot)) in in_eval.functional
-        and id(_parameter(module, slot)) not in uses.functional
-        and id(module.get_submodule(slot.owner)) not in inside
-    ]
+    new = in_eval.functional.keys() - uses.functional.keys()
+    slots = [ParameterSlot.of(path) for path, parameter in module.named_parameters() if id(parameter) in new]
+    slots = [slot for slot in slots if id(module.get_submodule(slot.owner)) not in inside]
     if not slots:
         return list(runs.program.sites)
     reads, doubt = in_eval.reads, ""
@@ -129,20 +119,9 @@ def _functional_site(
     reason, note = blocker_of_weight(parameter, kind, operation, uses.owners, reads, uses.shards)
     if reason is None and doubt:
         reason, note = Reason.READ_ELSEWHERE, doubt
-    return Site(
-        name=slot.owner if layer_kind is not None else slot.path,
-        layer=owner,
-        kind=kind,
-        operation=operation,
-        calls=len(calls),
-        reason=reason,
-        note=note,
-        slot=slot,
-    )
-
-
-def _parameter(root: nn.Module, slot: ParameterSlot) -> object:
-    return root.get_submodule(slot.owner)._parameters[slot.name]
+    name = slot.owner if layer_kind is not None else slot.path
+    site = Site(name=name, layer=owner, kind=kind, operation=operation, calls=len(calls), slot=slot)
+    return replace(site, reason=reason, note=note)
 
 
 def _in_order(root: nn.Module, sites: list[Site]) -> list[Site]:
@@ -150,12 +129,8 @@ def _in_order(root: nn.Module, sites: list[Site]) -> list[Site]:
     positions = {path: index for index, (path, _) in enumerate(root.named_modules())}
 
     def position(site: Site) -> tuple[int, int]:
-        if isinstance(site.layer, Factorized):
-            return positions[site.slot.path if site.slot is not None else site.name], 0
-        if site.slot is None:
-            return positions[site.name], 0
-        names = list(root.get_submodule(site.slot.owner)._parameters)
-        return positions[site.slot.owner], names.index(site.slot.name) if site.slot.name in names else 0
+        names = list(site.layer._parameters)
+        return positions[site.layer_path], names.index(site.slot.name) if site.slot and site.slot.name in names else 0
 
     return sorted(sites, key=position)
 
@@ -178,10 +153,8 @@ def _with_flows_of_either_mode(sites: Sequence[Site], runs: _Runs) -> list[Site]
 def _with_flows(site: Site, observed: Observed, in_graph: bool) -> Site:
     """Attach to a site what a run showed: its calls, what flows into them, and whether anything else reads its weight."""
     calls = observed.functional.get(id(site.weight), ()) if site.slot is not None else ()
-    if calls:
-        entered = [each for _, each in calls]
-    else:  # a layer, or a parameter that is factorized already
-        entered = observed.entering.get(site.slot.path if site.slot is not None else site.name, [])
+    # Without calls it is a layer, or a parameter that is factorized already.
+    entered = [each for _, each in calls] or observed.entering.get(site.path, [])
     if not entered and site.reason is Reason.READ_ELSEWHERE and not site.nodes:
         return site  # neither a graph nor a run shows what enters it
     flows = tuple(_flow(each, site, site.operation) for each in entered) if site.operation is not None else ()

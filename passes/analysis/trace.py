@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from pathlib import Path
 
-from torch import nn
+import torch
+from torch import fx, nn
 
+from tdfx.errors import ModelError
 from tdfx.kinds.registry import is_candidate
 from tdfx.layers.copying import COMPILED, structural_copy
 from tdfx.layers.factorized import Factorized
-from tdfx.passes.analysis.trace_module import ModuleTracer
-from tdfx.passes.analysis.tracer import is_site_or_leaf
+from tdfx.passes.analysis.fidelity import ForwardMonitor, mismatch_of_block, mismatch_of_root
+from tdfx.passes.analysis.guard import (
+    CustomFunctionError,
+    ParameterGuard,
+    WritesParameterError,
+    refuse_custom_function,
+    watch_custom_functions,
+)
+from tdfx.passes.analysis.modes import unify
+from tdfx.passes.analysis.sandbox import isolated, remove_hooks, scratch_copy
+from tdfx.passes.analysis.tracer import SiteTracer, is_site_or_leaf
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import Program, Traced
+
+_TRACING_CODE = {Path(torch.__file__).parent, Path(__file__).parent}
+"""Folders whose lines in a traceback are not the user's."""
 
 
 class Trace(Pass[PassResult]):
@@ -32,18 +48,17 @@ class Trace(Pass[PassResult]):
         emit, notes = program.emit, program.notes
         if emit == "graph" and root.mismatch:
             emit = "modules"
-            notes = (*notes, f"given back as {type(module).__name__}, not as a graph: {root.mismatch}")
+            notes += (f"given back as {type(module).__name__}, not as a graph: {root.mismatch}",)
         elif emit == "graph":
-            notes = (*notes, *_notes_of_opaque(module, root))
+            counts = Counter((type(module.get_submodule(path)).__name__, why) for path, why in root.opaque.items())
+            notes += tuple(f"the graph calls {count} {name} as it is: {why}" for (name, why), count in counts.items())
         changes = tuple(Change(path, "traced") for path in graphs)
         return PassResult(replace(program, module=module, graphs=graphs, emit=emit, notes=notes), changes)
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """The copy holds the model's own tensors under the model's own names, and nothing that a trace left behind."""
-        self.check(
-            _tensors(before.module) == _tensors(result.program.module),
-            "the copy has the model's parameters and buffers, no more and no fewer",
-        )
+        same = _tensors(before.module) == _tensors(result.program.module)
+        self.check(same, "the copy has the model's parameters and buffers, no more and no fewer")
 
 
 def _compiled_modules(model: nn.Module, copy: nn.Module) -> frozenset[int]:
@@ -65,12 +80,6 @@ def _trace_tree(module: nn.Module, path: str, tracer: ModuleTracer) -> Iterator[
         yield from _trace_tree(module.get_submodule(name), f"{path}.{name}" if path else name, tracer)
 
 
-def _notes_of_opaque(module: nn.Module, root: Traced) -> list[str]:
-    """Return a note for each class of modules that the graph calls as they are."""
-    counts = Counter((type(module.get_submodule(path)).__name__, why) for path, why in root.opaque.items())
-    return [f"the graph calls {count} {name} as it is: {why}" for (name, why), count in counts.items()]
-
-
 def _why_not_looked_into(module: nn.Module) -> str:
     if is_candidate(module) or isinstance(module, Factorized):
         return "the model is itself one layer"
@@ -78,8 +87,143 @@ def _why_not_looked_into(module: nn.Module) -> str:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, int]]:
-    named = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return [(name, id(tensor)) for name, tensor in named]
+
+
+class ModuleTracer:
+    """Traces modules one after the other, and remembers which classes of blocks a graph has to call as they are."""
+
+    def __init__(self, compiled: Collection[int] = ()) -> None:
+        self.compiled = compiled
+        """The modules, by identity, that are compiled by themselves."""
+        self.opaque_classes: dict[type[nn.Module], str] = {}
+        """Class of a block -> why graphs call its modules as they are."""
+
+    def trace(self, module: nn.Module) -> Traced:
+        """Trace a module in both modes; the result has no graph where torch.fx cannot follow the module's own code.
+
+        A trace shows at most one block that has to be opaque, so it is repeated until it shows none.
+        """
+        opaque_paths = self._opaque_from_the_start(module)
+        while True:
+            tracers = [SiteTracer(self.opaque_classes, opaque_paths) for _ in range(2)]
+            train, evaluation = _ModeTrace(module, True, tracers[0]), _ModeTrace(module, False, tracers[1])
+            block = train.opaque_block() or evaluation.opaque_block() or _block_with_two_forwards(train, evaluation)
+            if block is None or not self._make_opaque(module, *block, opaque_paths):
+                return self._result(module, train, evaluation, opaque_paths)
+
+    def _opaque_from_the_start(self, module: nn.Module) -> dict[str, str]:
+        """Return the blocks whose own code or hooks show that a graph must call them as they are: path -> why."""
+        blocks = {path: block for path, block in module.named_modules() if path and not is_site_or_leaf(block)}
+        opaque = {path: why for path, block in blocks.items() if (why := mismatch_of_block(block))}
+        # A graph that looked into a compiled block would never run the compiled code.
+        compiled = {path: "it is compiled by itself" for path, block in blocks.items() if id(block) in self.compiled}
+        return opaque | compiled
+
+    def _make_opaque(self, module: nn.Module, path: str, why: str, opaque_paths: dict[str, str]) -> bool:
+        """Make a block opaque, with all others of its class; return False if it cannot be, or is already."""
+        block = module.get_submodule(path)
+        if is_site_or_leaf(block) or type(block) in self.opaque_classes or path in opaque_paths:
+            return False
+        if type(block).__module__.startswith("torch.nn"):  # two Sequentials have little in common
+            opaque_paths[path] = why
+        else:
+            self.opaque_classes[type(block)] = why
+        return True
+
+    def _result(
+        self, module: nn.Module, train: _ModeTrace, evaluation: _ModeTrace, opaque_paths: dict[str, str]
+    ) -> Traced:
+        if train.graph is None or evaluation.graph is None:
+            return Traced((), train.error if train.graph is None else evaluation.error)
+        called = train.tracer.opaque_modules | evaluation.tracer.opaque_modules
+        opaque = {path: opaque_paths.get(path) or self.opaque_classes[type(block)] for path, block in called.items()}
+        mismatch = next(iter([*train.mismatches.values(), *evaluation.mismatches.values()]), "")
+        mismatch = mismatch or mismatch_of_root(module)
+        mismatch = mismatch or _bypass(train.graph, called) or _bypass(evaluation.graph, called)
+        if graph := _graph_for_both_modes(train, evaluation):
+            return Traced((graph,), mismatch, opaque)
+        if train.mode_users | evaluation.mode_users != {""}:
+            mismatch = mismatch or "its forward differs between train and eval mode"
+        return Traced((train.graph, evaluation.graph), mismatch, opaque)
+
+
+class _ModeTrace:
+    def __init__(self, module: nn.Module, training: bool, tracer: SiteTracer) -> None:
+        self.tracer = tracer
+        self.mode_users = tracer.mode_users
+        self.graph: fx.Graph | None = None
+        self.error = ""
+        """Why there is no graph."""
+        scratch = scratch_copy(module, training=training)
+        remove_hooks(scratch)
+        monitor = ForwardMonitor(scratch)
+        mismatches: dict[str, str] = {}
+        try:
+            with isolated(scratch), ParameterGuard(module), watch_custom_functions(refuse_custom_function):
+                self.graph = self.tracer.trace_in_mode(scratch, training)
+                if monitor.drew_random_numbers() and not self.tracer.mismatches:
+                    mismatches[""] = "its forward draws random numbers that a graph would freeze"
+        except Exception as error:  # a user's forward may raise any class when it meets a Proxy
+            _refuse_hidden_layers(module, error)
+            refused = isinstance(error, WritesParameterError | CustomFunctionError)
+            self.error = str(error) if refused else _describe_error(error)
+        self.mismatches = {**monitor.mismatches(), **mismatches, **self.tracer.mismatches}
+        """Path of a module -> what its forward did that a graph would not do again."""
+
+    def opaque_block(self) -> tuple[str, str] | None:
+        """Return the path of a block that a graph should call as it is, and why; None if the trace shows no such block."""
+        if self.graph is None:
+            return (self.tracer.failed_at, self.error) if self.tracer.failed_at else None
+        return next(((path, why) for path, why in self.mismatches.items() if path), None)
+
+
+def _block_with_two_forwards(train: _ModeTrace, evaluation: _ModeTrace) -> tuple[str, str] | None:
+    """Return a block whose own mode decides more than constants, and why to call it as it is.
+
+    The graphs for train and eval mode are chosen by the mode of the root, and such a block must follow its own.
+    """
+    if not train.graph or not evaluation.graph or _graph_for_both_modes(train, evaluation):
+        return None
+    inner = sorted((train.mode_users | evaluation.mode_users) - {""})
+    return (inner[0], "its forward differs between train and eval mode") if inner else None
+
+
+def _graph_for_both_modes(train: _ModeTrace, evaluation: _ModeTrace) -> fx.Graph | None:
+    assert train.graph is not None
+    assert evaluation.graph is not None
+    if _code(train.graph) == _code(evaluation.graph):
+        return train.graph
+    return unify(train.graph, evaluation.graph, train.mode_users | evaluation.mode_users)
+
+
+def _code(graph: fx.Graph) -> str:
+    return str(graph.python_code("self").src)
+
+
+def _bypass(graph: fx.Graph, opaque: dict[str, nn.Module]) -> str:
+    """Return a mismatch if the graph calls a layer inside an opaque block, past the block's own forward."""
+    for node in graph.nodes:
+        for path, block in opaque.items():
+            if node.op == "call_module" and str(node.target).startswith(f"{path}."):
+                return f"its forward calls {node.target!r} past the {type(block).__name__} that holds it"
+    return ""
+
+
+def _refuse_hidden_layers(module: nn.Module, error: Exception) -> None:
+    """Raise ModelError where forward calls a layer through an object that was shared, not copied."""
+    if isinstance(error, NameError) and "not installed as a submodule" in str(error):
+        raise ModelError(
+            f"{type(module).__name__} calls a layer that it reaches through an object of its own, not as a submodule, so it "
+            f"would go on calling the old layer after a rewrite. Hold the layer as an attribute of a module."
+        ) from error
+
+
+def _describe_error(error: Exception) -> str:
+    """Return what stopped a trace, with the line of the user's code if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    user_frames = [frame for frame in frames if _TRACING_CODE.isdisjoint(Path(frame.filename).parents)]
+    line = "".join(f" at {Path(frame.filename).name}:{frame.lineno} ({frame.line})" for frame in user_frames[-1:])
+    message = (str(error).strip() or "no message").splitlines()[0]
+    return f"torch.fx cannot follow its forward{line}: {type(error).__name__}: {message}"

@@ -18,12 +18,7 @@ from tdfx.passes.analysis.sandbox import random_states
 
 
 class SiteTracer(fx.Tracer):
-    """Keeps every layer that can be a site, every factorized layer and every opaque module as one call in the graph.
-
-    Args:
-        opaque_classes: Classes of modules to call as they are, without looking inside.
-        opaque_paths: Paths of such modules.
-    """
+    """Keeps every layer that can be a site, every factorized layer and every opaque module as one call in the graph."""
 
     def __init__(self, opaque_classes: Collection[type[nn.Module]] = (), opaque_paths: Collection[str] = ()) -> None:
         super().__init__()

@@ -13,25 +13,12 @@ from tdfx.kinds.registry import find_kind
 from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.program import Program
 
-METADATA = frozenset(
-    {
-        "device",
-        "dim",
-        "dtype",
-        "is_complex",
-        "is_floating_point",
-        "layout",
-        "ndim",
-        "numel",
-        "requires_grad",
-        "shape",
-        "size",
-    }
-)
+_SHAPE = {"dim", "ndim", "numel", "shape", "size"}
+_METADATA = _SHAPE | {"device", "dtype", "is_complex", "is_floating_point", "layout", "requires_grad"}
 """Attributes and methods of a tensor that do not read its values."""
 
 METADATA_FUNCTIONS = frozenset(
-    method if callable(method) else method.__get__ for method in (getattr(Tensor, name) for name in METADATA)
+    method if callable(method) else method.__get__ for method in (getattr(Tensor, name) for name in _METADATA)
 )
 """The same as functions, as ``__torch_function__`` gets them."""
 
@@ -61,16 +48,15 @@ class Uses:
     runs: Mapping[int, tuple[str, int]]
     """Graph, by identity -> the path of its module, and how often that module runs in one forward pass."""
     shards: bool = False
-    """Whether each process holds a part of every parameter."""
 
     def count(self, nodes: Sequence[fx.Node]) -> int:
         """Return how often these nodes run in one forward pass, in the mode in which they run more often."""
         nodes_of_graph = Counter(id(node.graph) for node in nodes)
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for graph, count in nodes_of_graph.items():
             path, runs = self.runs[graph]
-            counts[path] = max(counts.get(path, 0), count * runs)
-        return sum(counts.values())
+            counts[path] = max(counts[path], count * runs)
+        return counts.total()
 
 
 def uses_of(program: Program) -> Uses:
@@ -127,10 +113,9 @@ def _functional_uses(node: fx.Node) -> Iterator[FunctionalUse]:
 
 
 def _reads_metadata(node: fx.Node) -> bool:
-    """Return True for a node that asks a tensor for its shape, dtype or device, and not for its values."""
     if node.op == "call_method":
-        return node.target in METADATA
-    return node.op == "call_function" and node.target is getattr and node.args[1] in METADATA
+        return node.target in _METADATA
+    return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA
 
 
 def owners_of(root: nn.Module) -> Mapping[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -21,8 +21,8 @@ from tdfx.passes.planning.knapsack import (
     solve_knapsack,
 )
 from tdfx.passes.planning.limits import BudgetScope, Limits
-from tdfx.passes.planning.proposals import Candidate, factorize
-from tdfx.passes.planning.site_cost import current_chain, flops_of, keep, memory_of
+from tdfx.passes.planning.proposals import factorize
+from tdfx.passes.planning.site_cost import Candidate, current_chain, flops_of, keep, memory_of
 from tdfx.passes.planning.times import SiteTimes, TimingRequest
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan
@@ -57,13 +57,11 @@ class BudgetSite:
 
     def fastest(self, calibration: Calibration) -> Lowest:
         """Return the candidate of each scheme that is fastest by arithmetic: it is cheap to measure, and bounds the gain."""
-        fastest: dict[str, tuple[float, Candidate]] = {}
+        by_scheme: dict[str, list[Candidate]] = {}
         for candidate in self.errors:
-            seconds = calibration.times.estimate(calibration.cost, self.site, candidate.chain)
-            name = candidate.scheme.name
-            if name not in fastest or seconds < fastest[name][0]:
-                fastest[name] = (seconds, candidate)
-        return {name: candidate for name, (_, candidate) in fastest.items()}
+            by_scheme.setdefault(candidate.scheme.name, []).append(candidate)
+        seconds = partial(calibration.times.estimate, calibration.cost, self.site)
+        return {name: min(candidates, key=seconds) for name, candidates in by_scheme.items()}
 
 
 @dataclass(slots=True)
@@ -81,7 +79,6 @@ class BudgetSolver:
     sites: Sequence[BudgetSite]
     processes: Processes
     notes: list[str] = field(default_factory=list)
-    """Remarks on the solution."""
     calibration: Calibration = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,10 +103,7 @@ class BudgetSolver:
         """
         if self._measures:
             lowest = [(each.site, each.fastest(self.calibration)) for each in self.sites]
-            self.times.prepare(
-                TimingRequest(self.policy.cost, site, tuple(candidate.chain for candidate in fastest.values()))
-                for site, fastest in lowest
-            )
+            self.times.prepare(TimingRequest(self.policy.cost, site, (*each.values(),)) for site, each in lowest)
             self.calibration = self.calibration.learn(lowest, self.scope.step_seconds)
         chosen = self._choose_until_measured()
         self._note_untimed(chosen)
@@ -134,8 +128,7 @@ class BudgetSolver:
         The first process solves the problem for all: how far a solver comes within its time differs between processes, and
         what they measure together next depends on the choice.
         """
-        names, limits = list(self.budget.limits), self.limits
-        bounds = [limits.of(name) for name in names]
+        names, bounds = list(self.budget.limits), list(map(self.limits.of, self.budget.limits))
         places = [self._place(each, self._site_calibration(each), names) for each in self.sites]
         picks, self.notes = self.processes.on_rank0(partial(self._pick, names, places, bounds))
         return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
@@ -143,7 +136,6 @@ class BudgetSolver:
     def _pick(
         self, names: Sequence[str], places: Sequence[Place], bounds: Sequence[float]
     ) -> tuple[list[int], list[str]]:
-        """Return which of its candidates each site gets, and remarks on that."""
         items = [[item for _, item in place] for place in places]
         try:
             return _with_note(solve_knapsack(items, bounds))
@@ -160,7 +152,6 @@ class BudgetSolver:
             return self._keep_all(len(places))
 
     def _keep_all(self, count: int) -> tuple[list[int], list[str]]:
-        """Return the choice that keeps all sites, and a remark on that."""
         # The first item of each place has the least loss: as a rule, to keep the site.
         return [0] * count, [
             f"no choice for the {count} sites was found in {TIME_LIMIT:g} s that comes near {self.budget!r}, so they stay "
@@ -186,10 +177,7 @@ class BudgetSolver:
             notes = [f"{self.budget!r} cannot be kept, and nothing comes nearer to it"]
         while part > _LEAST_PART:
             part *= _PART
-            closer = [
-                bound if most <= bound else most - part * (most - bound)
-                for most, bound in zip(now, bounds, strict=True)
-            ]
+            closer = [bound + (1 - part) * max(0.0, most - bound) for most, bound in zip(now, bounds, strict=True)]
             try:
                 picks, more = _with_note(solve_knapsack(places, closer))
                 return picks, [*notes, *more]
@@ -201,7 +189,6 @@ class BudgetSolver:
 
     @property
     def _measures(self) -> bool:
-        """True if times decide anything, and can be measured."""
         decide = self.budget.is_of_time or any(each.policy.min_gain > 0 for each in self.sites)
         known = any(each.site.flows for each in self.sites)
         return decide and known and isinstance(self.policy.cost, MeasuringCost)
@@ -209,7 +196,7 @@ class BudgetSolver:
     def _measure(self, chosen: Sequence[Candidate | None]) -> bool:
         """Measure what was chosen, while there is time; return True if that brought anything new."""
         untimed = self._untimed(chosen)
-        self.times.prepare(TimingRequest(self.policy.cost, site, (candidate.chain,)) for site, candidate in untimed)
+        self.times.prepare(TimingRequest(self.policy.cost, site, (candidate,)) for site, candidate in untimed)
         return len(self._untimed(chosen)) < len(untimed)
 
     def _untimed(self, chosen: Sequence[Candidate | None]) -> list[tuple[Site, Candidate]]:
@@ -221,7 +208,7 @@ class BudgetSolver:
             for each, candidate in zip(self.sites, chosen, strict=True)
             if candidate is not None
             and not each.site.is_missed
-            and self.times.measured(self.policy.cost, each.site, candidate.chain) is None
+            and self.times.measured(self.policy.cost, each.site, candidate) is None
         ]
 
     def _note_untimed(self, chosen: Sequence[Candidate | None]) -> None:
@@ -239,7 +226,6 @@ class BudgetSolver:
         return self.calibration.of_site(each.site, each.errors, lowest)
 
     def _place(self, each: BudgetSite, calibration: SiteCalibration, names: Sequence[str]) -> Place:
-        """Return what can be done with a site: keep it, or a candidate that gains enough."""
         now = calibration.seconds(None)
         place: Place = [(None, Item(0.0, _costs(each.site, None, now, names)))]
         for candidate, error in each.errors.items():
@@ -251,7 +237,6 @@ class BudgetSolver:
     def _out_of_reach(
         self, names: Sequence[str], bounds: Sequence[float], places: Sequence[Sequence[Item]]
     ) -> PolicyError:
-        """Return an error that says which budgets cannot be kept, and what is possible."""
         possible = self._possible(names, bounds, least_totals(places, len(names)))
         if not possible:
             return PolicyError(
@@ -289,29 +274,24 @@ class BudgetSolver:
         decision = replace(decision, error=each.errors[candidate])
         if not self.calibration.measured or site.is_missed:
             return decision
-        measured = (
-            self.times.measured(self.policy.cost, site, chain) for chain in (current_chain(site), candidate.chain)
-        )
+        measured = [self.times.measured(self.policy.cost, site, chain) for chain in (current_chain(site), candidate)]
         return replace(decision, seconds_before=before, seconds_after=after, estimated=None in measured)
 
 
 def _costs(site: Site, candidate: Candidate | None, seconds: float, names: Sequence[str]) -> tuple[float, ...]:
     """Return what a site uses of each thing that a budget counts, as it is or as a candidate."""
-    chain = current_chain(site) if candidate is None else candidate.chain
-    assert site.operation is not None
-    costs: list[float] = []
-    for name in names:
-        if name in {"speedup", "seconds"}:
-            costs.append(seconds)
-        elif name == "parameters":
-            costs.append(parameters(chain(site.operation)))
-        else:
-            costs.append((flops_of if name == "flops" else memory_of)(site, chain) or 0)
-    return tuple(map(float, costs))
+    chain = candidate or current_chain(site)
+    amounts: dict[str, Callable[[], float | None]] = {
+        "speedup": lambda: seconds,
+        "seconds": lambda: seconds,
+        "parameters": lambda: parameters(chain(site.known_operation)),
+        "flops": lambda: flops_of(site, chain),
+        "memory": lambda: memory_of(site, chain),
+    }
+    return tuple(float(amounts[name]() or 0) for name in names)
 
 
 def _with_note(selection: Selection) -> tuple[list[int], list[str]]:
-    """Return the picks of a selection, and a remark if it may not be the best."""
     if selection.proven:
         return selection.picks, []
     return selection.picks, [

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from tdfx.distributed.processes import Processes, Task
 from tdfx.errors import PolicyError
+from tdfx.factors.operation import Operation
+from tdfx.factors.registry import AUTO, get_scheme
+from tdfx.factors.scheme import Scheme
 from tdfx.passes.planning.budget import BudgetSite, BudgetSolver
-from tdfx.passes.planning.candidates import CandidateSet, candidates_of
 from tdfx.passes.planning.limits import BudgetScope
-from tdfx.passes.planning.proposals import Candidate, SiteWish
-from tdfx.passes.planning.site_cost import keep
-from tdfx.passes.planning.spectra import SpectrumCache
+from tdfx.passes.planning.proposals import SiteWish, rounded
+from tdfx.passes.planning.site_cost import Candidate, keep
+from tdfx.passes.planning.spectra import Spectra, SpectrumCache
 from tdfx.passes.planning.times import SiteTimes
+from tdfx.passes.planning.weights import working_weight
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan
 from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget
-from tdfx.ranks.signal import NO_SIGNAL
+from tdfx.ranks.signal import NO_SIGNAL, has_signal
+from tdfx.ranks.spectrum import Spectrum
 
 _MISSED = "the example inputs do not reach it, so it is not known how long it takes"
+_SCHEMES = ("tucker2", "tucker1_out", "tucker1_in", "spatial", "svd")
+"""What a budget chooses among, where the policy names no scheme."""
+_LEVELS = 16
+"""Ranks that are tried of each scheme, from ``_HIGHEST`` of the full rank down to 1."""
+_HIGHEST = 0.9
+"""Share of the full rank from which ranks are tried downwards."""
+_SMALL_ERROR = 0.1
+"""Squared error, relative to the weight's square, up to which ranks below the budget's floor are allowed."""
+_LARGEST_SIDE = 1024
+"""Longest side that is decomposed for the spatial scheme, which competes with others: more would take too long."""
 
 
 def decide_by_budget(
@@ -33,15 +49,9 @@ def decide_by_budget(
     cache: SpectrumCache,
     processes: Processes,
 ) -> tuple[list[SitePlan], tuple[str, ...]]:
-    """Return the decisions for the sites of a budget, in order, and notes on the whole.
+    """Return the decisions for the sites of a budget, the policy's rule, in order, and notes on the whole.
 
-    Args:
-        policy: The policy whose rule is the budget.
-        wishes: The sites that the budget decides.
-        scope: The rest of the model.
-        times: What is known of the times of sites.
-        cache: Keeps the spectra of sites that will be split.
-        processes: The processes that train the model; each weight is read by one of them.
+    Each weight is read by one of the processes, whose cache keeps the spectra of sites that will be split.
 
     Raises:
         PolicyError: The budget cannot be kept, or needs something that is not known.
@@ -51,11 +61,8 @@ def decide_by_budget(
     tasks = [Task(partial(_candidates, wish, cache), wish.site.weights) for wish in wishes]
     sets = {wish.site.name: each for wish, (each,) in zip(wishes, processes.map_tasks(tasks), strict=True)}
     kept = _kept(wishes, sets, budget)
-    sites = [
-        BudgetSite(wish.site, wish.policy, sets[wish.site.name].errors)
-        for wish in wishes
-        if wish.site.name not in kept and wish.policy is not None
-    ]
+    open_wishes = [wish for wish in wishes if wish.site.name not in kept]
+    sites = [BudgetSite(wish.site, wish.in_force, sets[wish.site.name].errors) for wish in open_wishes]
     missed = [wish.site for wish in wishes if budget.is_of_time and wish.site.is_missed]
     if missed and not sites and budget.strict:
         raise PolicyError(
@@ -74,8 +81,7 @@ def decide_by_budget(
 
 
 def _candidates(wish: SiteWish, cache: SpectrumCache, weight: Tensor) -> tuple[CandidateSet]:
-    assert wish.policy is not None
-    return (candidates_of(wish.site, wish.policy, cache, weight),)
+    return (candidates_of(wish.site, wish.in_force, cache, weight),)
 
 
 def _kept(wishes: Sequence[SiteWish], sets: dict[str, CandidateSet], budget: Budget) -> dict[str, SitePlan]:
@@ -96,13 +102,11 @@ def _keep_chosen_bases(site: Site, decision: SitePlan, cache: SpectrumCache) -> 
         cache.evict(site)
         return
     chosen = Candidate.of(decision)
-    spectra = cache.take(site, chosen.scheme)
-    if spectra is not None:
+    if spectra := cache.take(site, chosen.scheme):
         cache.keep(site, chosen.scheme, chosen.ranks, spectra)
 
 
 def _unreached(missed: Sequence[Site]) -> str:
-    """Say that a budget of time leaves sites alone that the example inputs do not reach."""
     return (
         f"the example inputs do not reach {_few([site.name for site in missed])}, in train mode neither: left as they are, "
         f"since it is not known how long they take. Pass inputs that the model trains on, if they matter"
@@ -110,7 +114,6 @@ def _unreached(missed: Sequence[Site]) -> str:
 
 
 def _noisy(names: Sequence[str], budget: Budget) -> str:
-    """Say that weights are cut which show nothing above the noise yet."""
     floor = (
         f"no rank there is below {budget.noise_floor:g} of the full one" if budget.noise_floor else "they have no floor"
     )
@@ -122,3 +125,73 @@ def _noisy(names: Sequence[str], budget: Budget) -> str:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateSet:
+    """The candidates for one dense site."""
+
+    errors: dict[Candidate, float]
+    """The error of each candidate, relative to the weight's norm."""
+    signal: bool
+    """Whether the weight shows anything above the noise."""
+
+
+def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tensor) -> CandidateSet:
+    """Return the candidates for a dense site that the policy's budget allows; the cache keeps the bases if it has room."""
+    operation, budget = site.known_operation, policy.rank
+    assert isinstance(budget, Budget)
+    w_dense = working_weight(site, weight)
+    shared: dict[str, Spectra] = {}
+    errors: dict[Candidate, float] = {}
+    signal: bool | None = None
+    for scheme in schemes_for(operation, policy):
+        spectra = shared.get(scheme.name) or scheme.spectra(operation, w_dense)
+        if not shared or scheme.name in shared:
+            # The first scheme and those that share its bases; the bases of others would take the room of other sites.
+            cache.hold(site, scheme, spectra)
+        shared |= {scheme.name: spectra, **scheme.partial_spectra(spectra)}
+        signal = has_signal(spectra) if signal is None else signal
+        full = scheme.full_ranks(operation)
+        grid = _grid(spectra, full, policy, site, scheme)
+        for ranks, error in zip(grid, scheme.errors(operation, w_dense, grid, spectra), strict=True):
+            floor = budget.floor if error**2 > _SMALL_ERROR else 0.0
+            if not signal:
+                floor = max(budget.floor, budget.noise_floor)
+            if all(rank >= floor * most for rank, most in zip(ranks, full, strict=True)):
+                errors[Candidate(scheme, ranks)] = error
+    return CandidateSet(errors, bool(signal))
+
+
+def schemes_for(operation: Operation, policy: Policy) -> Iterator[Scheme]:
+    """Yield the schemes among which a budget chooses for a site."""
+    is_auto = policy.scheme == AUTO
+    for scheme in map(get_scheme, _SCHEMES if is_auto else (policy.scheme,)):
+        if not scheme.fits(operation) or (is_auto and operation.is_depthwise):
+            continue
+        if not is_auto or scheme.name != "spatial" or max(scheme.full_ranks(operation)) <= _LARGEST_SIDE:
+            yield scheme
+
+
+def _grid(
+    spectra: Sequence[Spectrum], full: Sequence[int], policy: Policy, site: Site, scheme: Scheme
+) -> list[tuple[int, ...]]:
+    """Return ranks from high to low that lose about equally much in each mode; never all modes at full rank."""
+    energies = [spectrum.energy() for spectrum in spectra]
+    grid = []
+    for level in range(_LEVELS):
+        # In equal ratios, down to rank 1.
+        shares = tuple(max(1, round((_HIGHEST * most) ** (1 - level / (_LEVELS - 1)))) for most in full)
+        # A mode whose values fall off faster gets fewer ranks than its share, at the same loss.
+        loss = max(_tail(energy, rank) for energy, rank in zip(energies, shares, strict=True))
+        even = tuple(_fewest_ranks(energy, loss) for energy in energies)
+        grid += [rounded(ranks, full, policy, site, scheme) for ranks in (shares, even)]
+    return [ranks for ranks in dict.fromkeys(grid) if any(rank < most for rank, most in zip(ranks, full, strict=True))]
+
+
+def _tail(energy: Tensor, rank: int) -> float:
+    return 1.0 - float(energy[min(rank, len(energy)) - 1])
+
+
+def _fewest_ranks(energy: Tensor, loss: float) -> int:
+    return min(int(torch.searchsorted(energy, 1.0 - loss - 1e-12)) + 1, len(energy))

@@ -9,7 +9,8 @@ from functools import partial
 from torch import Tensor
 
 from tdfx.distributed.processes import Processes, Task
-from tdfx.passes.planning.proposals import Candidate, Gain, Proposal, SiteWish, keep_unread, propose
+from tdfx.passes.planning.proposals import Gain, Proposal, SiteWish, keep_unread, propose
+from tdfx.passes.planning.site_cost import Candidate
 from tdfx.passes.planning.spectra import SpectrumCache, unread
 from tdfx.passes.planning.times import SiteTimes, TimingRequest
 from tdfx.passes.planning.weights import has_values
@@ -25,29 +26,20 @@ _DOUBTFUL = 2.0
 def decide_by_rule(
     wishes: Sequence[SiteWish], times: SiteTimes, cache: SpectrumCache, processes: Processes
 ) -> list[SitePlan]:
-    """Return the decisions, in order: ranks by each policy's rule, then by time whether they pay.
+    """Return the decisions for sites that no budget decides: ranks by each policy's rule, then by time whether they pay.
 
-    Args:
-        wishes: The sites that no budget decides.
-        times: What is known of the times of sites.
-        cache: Keeps the spectra of sites that will be split.
-        processes: The processes that train the model; each weight is read by one of them.
+    Each weight is read by one of the processes, whose cache keeps the spectra of sites that will be split.
     """
     times.prepare(_doubtful(wishes, times))
     # A cost of the user's may answer differently on each process, and all must read the same weights next.
     kept = processes.broadcast_object([keep_unread(wish, _gain(wish, times)) for wish in wishes])
-    decisions: list[SitePlan | Proposal | None] = kept
-    unread_indices = [index for index, decision in enumerate(decisions) if decision is None]
-    proposals = _proposals([wishes[index] for index in unread_indices], times, cache, processes)
-    for index, decision in zip(unread_indices, proposals, strict=True):
-        decisions[index] = decision
-    times.prepare(
-        TimingRequest(proposal.wish.cost, proposal.wish.site, tuple(each.chain for each in proposal.candidates))
-        for proposal in decisions
-        if isinstance(proposal, Proposal) and proposal.wish.is_timed
-    )
+    unread_wishes = [wish for wish, decision in zip(wishes, kept, strict=True) if decision is None]
+    proposals = iter(_proposals(unread_wishes, times, cache, processes))
+    decisions: list[SitePlan | Proposal] = [next(proposals) if decision is None else decision for decision in kept]
+    timed = [each for each in decisions if isinstance(each, Proposal) and each.wish.is_timed]
+    times.prepare(TimingRequest(each.wish.in_force.cost, each.wish.site, each.candidates) for each in timed)
     settled: list[SitePlan] = processes.broadcast_object(
-        [_settled(decision, times) for decision in decisions if decision is not None]
+        [each.settle(_gain(each.wish, times)) if isinstance(each, Proposal) else each for each in decisions]
     )
     for plan, proposal in zip(settled, decisions, strict=True):
         if isinstance(proposal, Proposal) and plan.scheme != proposal.candidates[0].scheme.name:
@@ -58,35 +50,36 @@ def decide_by_rule(
 def _doubtful(wishes: Sequence[SiteWish], times: SiteTimes) -> Iterator[TimingRequest]:
     """Yield the sites that may be too small to gain enough, by arithmetic, at the lowest ranks."""
     for wish in wishes:
-        if wish.site.reason is None and wish.scheme is not None and wish.is_timed and not wish.rule.exact:
-            lowest = wish.lowest().chain
-            if times.estimated_gain(wish.cost, wish.site, lowest) < _DOUBTFUL * wish.min_gain:
-                yield TimingRequest(wish.cost, wish.site, (lowest,))
+        if wish.site.reason is None and wish.scheme is not None and wish.is_timed and not wish.in_force.rank.exact:
+            lowest, cost = wish.lowest(), wish.in_force.cost
+            if times.estimated_gain(cost, wish.site, lowest) < _DOUBTFUL * wish.in_force.min_gain:
+                yield TimingRequest(cost, wish.site, (lowest,))
 
 
 def _gain(wish: SiteWish, times: SiteTimes) -> Gain:
-    return partial(times.gain, wish.cost) if wish.policy is not None else lambda site, chain: 1.0
+    return partial(times.gain, wish.policy.cost) if wish.policy is not None else lambda site, chain: 1.0
 
 
 def _proposals(
     wishes: Sequence[SiteWish], times: SiteTimes, cache: SpectrumCache, processes: Processes
-) -> Iterator[SitePlan | Proposal]:
-    """Read the weights and yield what each policy's rule makes of them."""
-    with_values = [wish for wish in wishes if has_values(wish.site)]
-    tasks = [Task(partial(_read, wish, cache), wish.site.weights) for wish in with_values]
+) -> list[SitePlan | Proposal]:
+    tasks = [Task(partial(_read, wish, cache), wish.site.weights) for wish in wishes if has_values(wish.site)]
     results = iter(processes.map_tasks(tasks))
+    proposals = []
     with progress("reading weights", len(wishes)) as advance:
         for wish in wishes:
             choice, error = next(results) if has_values(wish.site) else (_choose_unread(wish), None)
-            yield propose(wish, choice, error, _gain(wish, times))
+            proposals.append(propose(wish, choice, error, _gain(wish, times)))
             advance(1)
+    return proposals
 
 
 def _read(wish: SiteWish, cache: SpectrumCache, *weights: Tensor) -> tuple[Choice, float | None]:
     """Return the ranks that a rule chooses for a site and the error at these ranks; keep the bases for the split."""
     assert wish.scheme is not None
     site, scheme = wish.site, wish.scheme
-    choice = wish.choose(cache.spectra(site, scheme, weights)) if wish.rule.reads_values else _choose_unread(wish)
+    reads_values = wish.in_force.rank.reads_values
+    choice = wish.choose(cache.spectra(site, scheme, weights)) if reads_values else _choose_unread(wish)
     candidate = None if choice.kept else wish.candidate(choice)
     if candidate is None:
         return choice, None
@@ -96,25 +89,15 @@ def _read(wish: SiteWish, cache: SpectrumCache, *weights: Tensor) -> tuple[Choic
 
 
 def _choose_unread(wish: SiteWish) -> Choice:
-    """Return the ranks of a rule that reads no values, or has none to read."""
-    assert wish.scheme is not None
-    assert wish.site.operation is not None
-    return wish.choose(unread(wish.scheme, wish.site.operation))
-
-
-def _settled(decision: SitePlan | Proposal, times: SiteTimes) -> SitePlan:
-    """Return the decision by the times of the candidates."""
-    return decision.settle(_gain(decision.wish, times)) if isinstance(decision, Proposal) else decision
+    return wish.choose(unread(wish.full_ranks))
 
 
 def _with_errors(
     wishes: Sequence[SiteWish], decisions: Sequence[SitePlan], cache: SpectrumCache, processes: Processes
 ) -> list[SitePlan]:
-    """Add the approximation error to every site that will be factorized and has none yet."""
-    pairs = zip(wishes, decisions, strict=True)
     missing = [
         (wish.site, Candidate.of(decision))
-        for wish, decision in pairs
+        for wish, decision in zip(wishes, decisions, strict=True)
         if decision.factorized and decision.error is None and has_values(wish.site)
     ]
     tasks = [Task(partial(_error, site, candidate, cache), site.weights) for site, candidate in missing]

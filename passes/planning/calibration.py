@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tdfx.cost.modelled import Cost
-from tdfx.passes.planning.proposals import Candidate
-from tdfx.passes.planning.site_cost import Chain, current_chain
+from tdfx.passes.planning.site_cost import Candidate, Chain, current_chain
 from tdfx.passes.planning.times import SiteTimes
 from tdfx.passes.program import Site
 
@@ -32,12 +31,10 @@ class Calibration:
     """How many times longer than estimated an unmeasured candidate is assumed to take."""
 
     def learn(self, sites: Sequence[tuple[Site, Lowest]], step_seconds: float | None) -> Calibration:
-        """Return the calibration by what has been measured of some sites.
+        """Return the calibration by what has been measured of some sites, each given with every scheme's fastest candidate.
 
-        Args:
-            sites: The sites, each with the fastest candidate of every scheme.
-            step_seconds: Time of the model's step. Where no site was timed, the sites are assumed to be all of it: a budget
-                is then missed, if at all, by the rest of the step, and no site is cut further than was asked for.
+        Where no site was timed, the sites are assumed to be all of the step: a budget is then missed, if at all, by the
+        rest of the step, and no site is cut further than was asked for.
         """
         pairs = [(site, lowest, *self._pair(site, current_chain(site))) for site, lowest in sites]
         timed = [(site, lowest, now, estimate) for site, lowest, now, estimate in pairs if now is not None]
@@ -65,21 +62,18 @@ class Calibration:
     def of_site(self, site: Site, candidates: Iterable[Candidate], lowest: Lowest) -> SiteCalibration:
         """Return the calibration of one site, by what was measured of its own candidates.
 
-        Args:
-            site: The site.
-            candidates: All its candidates.
-            lowest: The fastest of each scheme; empty where nothing is to be learned from other sites.
+        ``lowest`` has the fastest of each scheme; it is empty where nothing is to be learned from other sites.
         """
         now, estimate_now = self._pair(site, current_chain(site))
         dense = self.dense if now is None else now / estimate_now
         points: dict[str, list[tuple[float, float]]] = {}
         for candidate in candidates:
-            measured, estimate = self._pair(site, candidate.chain)
+            measured, estimate = self._pair(site, candidate)
             if measured is not None:
                 points.setdefault(candidate.scheme.name, []).append((estimate, measured / estimate))
         for name, factor in self.lowest.items():
             if name in lowest and name not in points:
-                points[name] = [(self._pair(site, lowest[name].chain)[1], dense * factor)]
+                points[name] = [(self._pair(site, lowest[name])[1], dense * factor)]
         for scheme_points in points.values():
             # A site that is hardly cut takes as long, relative to its estimate, as one that is not cut.
             scheme_points.append((estimate_now, dense))
@@ -95,7 +89,7 @@ class Calibration:
         before, after = [], []
         for site, lowest, now, estimate_now in timed:
             if name in lowest:
-                measured, estimate = self._pair(site, lowest[name].chain)
+                measured, estimate = self._pair(site, lowest[name])
                 if measured is not None:
                     before.append((now, estimate_now))
                     after.append((measured, estimate))
@@ -115,8 +109,7 @@ class SiteCalibration:
 
     def seconds(self, candidate: Candidate | None) -> float:
         """Return the time of a candidate in seconds, or of the site as it is for None."""
-        chain = current_chain(self.site) if candidate is None else candidate.chain
-        measured, estimate = self.calibration._pair(self.site, chain)
+        measured, estimate = self.calibration._pair(self.site, candidate or current_chain(self.site))
         if measured is not None:
             return measured
         if candidate is None:

@@ -76,10 +76,9 @@ def solve_knapsack(groups: Sequence[Sequence[Item]], limits: Sequence[float]) ->
         if any(limit < 0 for limit in limits):
             raise InfeasibleError
         return Selection([], proven=True)
-    program = _IntegerProgram(groups)
     tightened = [float(limit) for limit in limits]
     for _ in range(_TIGHTENINGS):
-        selection = program.solve(tightened)
+        selection = _solve(groups, tightened)
         items = [group[pick] for group, pick in zip(groups, selection.picks, strict=True)]
         excess = [sum(item.costs[index] for item in items) - limit for index, limit in enumerate(limits)]
         if all(amount <= 0 for amount in excess):
@@ -93,47 +92,34 @@ def least_totals(groups: Sequence[Sequence[Item]], count: int) -> list[float]:
     return [sum(min(item.costs[index] for item in group) for group in groups) for index in range(count)]
 
 
-class _IntegerProgram:
-    """A mixed-integer program with a binary variable for each item, of which one in each group is 1."""
+def _solve(groups: Sequence[Sequence[Item]], limits: Sequence[float]) -> Selection:
+    """Solve a mixed-integer program with a binary variable for each item, of which one in each group is 1."""
+    import highspy
 
-    def __init__(self, groups: Sequence[Sequence[Item]]) -> None:
-        items = [item for group in groups for item in group]
-        losses = np.array([item.loss for item in items])
-        # HiGHS's tolerances are absolute.
-        self.losses = losses / (losses.max() or 1.0)
-        self.costs = np.array([item.costs for item in items])
-        self.starts = np.cumsum([0, *(len(group) for group in groups)])
-
-    def solve(self, limits: Sequence[float]) -> Selection:
-        """Return the selection of least loss, or the best so far when time runs out.
-
-        Raises:
-            InfeasibleError: No selection keeps the limits.
-            TimeLimitError: Time ran out before one was found.
-        """
-        import highspy
-
-        highs = _silent_solver()
-        highs.setOptionValue("time_limit", TIME_LIMIT)
-        highs.setOptionValue("parallel", "off")  # threads that wait would disturb what is timed next
-        highs.setOptionValue("mip_rel_gap", _GAP)
-        variables = np.arange(len(self.losses), dtype=np.int32)
-        highs.addVars(len(variables), np.zeros(len(variables)), np.ones(len(variables)))
-        highs.changeColsCost(len(variables), variables, self.losses)
-        highs.changeColsIntegrality(len(variables), variables, np.ones(len(variables), np.uint8))
-        for begin, end in itertools.pairwise(self.starts):
-            highs.addRow(1.0, 1.0, end - begin, variables[begin:end], np.ones(end - begin))
-        for costs, limit in zip(self.costs.T, limits, strict=True):
-            unit = abs(limit) or 1.0
-            highs.addRow(-highspy.kHighsInf, limit / unit, len(variables), variables, costs / unit)
-        highs.run()
-        values = np.array(highs.getSolution().col_value)
-        status = highs.getModelStatus()
-        if highs.getInfo().primal_solution_status != highspy.kSolutionStatusFeasible:
-            infeasible = {highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible}
-            raise InfeasibleError if status in infeasible else TimeLimitError
-        picks = [int(np.argmax(values[begin:end])) for begin, end in itertools.pairwise(self.starts)]
-        return Selection(picks, proven=status == highspy.HighsModelStatus.kOptimal)
+    items = [item for group in groups for item in group]
+    ranges = list(itertools.pairwise(np.cumsum([0, *map(len, groups)])))
+    losses = np.array([item.loss for item in items])
+    highs = _silent_solver()
+    highs.setOptionValue("time_limit", TIME_LIMIT)
+    highs.setOptionValue("parallel", "off")  # threads that wait would disturb what is timed next
+    highs.setOptionValue("mip_rel_gap", _GAP)
+    variables = np.arange(len(items), dtype=np.int32)
+    highs.addVars(len(items), np.zeros(len(items)), np.ones(len(items)))
+    highs.changeColsCost(len(items), variables, losses / (losses.max() or 1.0))  # HiGHS's tolerances are absolute
+    highs.changeColsIntegrality(len(items), variables, np.ones(len(items), np.uint8))
+    for begin, end in ranges:
+        highs.addRow(1.0, 1.0, end - begin, variables[begin:end], np.ones(end - begin))
+    for costs, limit in zip(np.array([item.costs for item in items]).T, limits, strict=True):
+        unit = abs(limit) or 1.0
+        highs.addRow(-highspy.kHighsInf, limit / unit, len(items), variables, costs / unit)
+    highs.run()
+    values = np.array(highs.getSolution().col_value)
+    status = highs.getModelStatus()
+    if highs.getInfo().primal_solution_status != highspy.kSolutionStatusFeasible:
+        infeasible = {highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible}
+        raise InfeasibleError if status in infeasible else TimeLimitError
+    picks = [int(np.argmax(values[begin:end])) for begin, end in ranges]
+    return Selection(picks, proven=status == highspy.HighsModelStatus.kOptimal)
 
 
 def _silent_solver() -> highspy.Highs:

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tdfx.errors import PolicyError
-from tdfx.factors.registry import get_scheme
 from tdfx.passes.planning.calibration import Calibration
-from tdfx.passes.planning.site_cost import current_chain, factor_chain, keep
+from tdfx.passes.planning.site_cost import Candidate, current_chain, keep
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan, part_of_step
 from tdfx.ranks.budget import Budget
@@ -41,7 +40,6 @@ class Limits:
     scope: BudgetScope
     sites: Sequence[Site]
     calibration: Calibration
-    """How long sites take."""
 
     def of(self, name: str) -> float:
         """Return how much the sites may use of one thing, all together.
@@ -53,7 +51,8 @@ class Limits:
         if name in {"speedup", "seconds"}:
             return self._of_time(name, value)
         before = self._amounts(name)
-        if not any(before) and any(site.flows is None and site.calls for site in self._all_sites()):
+        sites = (*self.sites, *(site for site, _ in self.scope.others))
+        if not any(before) and any(site.flows is None and site.calls for site in sites):
             raise PolicyError(
                 f"{self.budget!r} counts {name}, which depends on what flows through each site. Pass example_inputs=... "
                 f"(--input on the command line), or give a budget of parameters."
@@ -70,7 +69,7 @@ class Limits:
             if name == "seconds":
                 seconds = _MARGIN * least
                 return f"seconds={seconds:.3g}" if seconds < self._step else ""
-            speedup = _cut(self._step / least / _MARGIN)
+            speedup = int(self._step / least / _MARGIN * 100) / 100
             return f"speedup={speedup:g}" if speedup > 1 else ""
         if value > 1 or isinstance(value, int):
             return f"{name}={int(value + missing) + 1}"
@@ -78,12 +77,7 @@ class Limits:
         share = value + missing / before + 5e-4 if before else 1.0
         return f"{name}={share:.3f}" if share < 1 else ""
 
-    def _all_sites(self) -> Iterator[Site]:
-        yield from self.sites
-        yield from (site for site, _ in self.scope.others)
-
     def _fixed(self, name: str) -> int:
-        """Return how much of one thing the model uses outside of all sites."""
         return self.scope.other_parameters if name == "parameters" else 0
 
     def _amounts(self, name: str) -> list[int]:
@@ -101,7 +95,6 @@ class Limits:
         return self._sites_now - ((self._step - self._wanted_seconds(name, value)) / self._scale - saved)
 
     def _wanted_seconds(self, name: str, value: float) -> float:
-        """Return the time of the step that a budget asks for."""
         return self._step / value if name == "speedup" else value
 
     @property
@@ -111,9 +104,7 @@ class Limits:
     @property
     def _step(self) -> float:
         """The time of the step now; where it was not measured, that of all sites, as if nothing else took any."""
-        if self.scope.step_seconds is not None:
-            return self.scope.step_seconds
-        return self._all_sites_now
+        return self._all_sites_now if self.scope.step_seconds is None else self.scope.step_seconds
 
     @property
     def _all_sites_now(self) -> float:
@@ -135,16 +126,6 @@ class Limits:
                 yield plan.seconds_before, plan.seconds_after
             elif self.scope.step_seconds is None and site.operation is not None and site.calls and not site.is_missed:
                 before = after = self.calibration.seconds(site, current_chain(site))
-                if plan.scheme is not None and plan.ranks is not None:
-                    chain = factor_chain(get_scheme(plan.scheme), plan.ranks)
-                    after = self.calibration.estimated(site, chain)
+                if plan.factorized:
+                    after = self.calibration.estimated(site, Candidate.of(plan))
                 yield before, after
-
-
-def _cut(value: float) -> float:
-    """Return a number rounded down to two decimals.
-
-    >>> _cut(2.349)
-    2.34
-    """
-    return int(value * 100) / 100

@@ -9,14 +9,12 @@ from fnmatch import fnmatchcase
 import torch
 
 from tdfx.errors import PolicyError, nearest
-from tdfx.factors.registry import get_scheme
 from tdfx.passes.base import Change, Pass, PassResult
-from tdfx.passes.planning.by_budget import decide_by_budget
+from tdfx.passes.planning.by_budget import decide_by_budget, schemes_for
 from tdfx.passes.planning.by_rule import decide_by_rule
-from tdfx.passes.planning.candidates import schemes_for
 from tdfx.passes.planning.limits import BudgetScope
 from tdfx.passes.planning.proposals import SiteWish
-from tdfx.passes.planning.site_cost import current_chain, factor_chain, is_lazy, keep
+from tdfx.passes.planning.site_cost import Candidate, current_chain, is_lazy, keep
 from tdfx.passes.planning.spectra import SpectrumCache
 from tdfx.passes.planning.times import SiteTimes
 from tdfx.passes.planning.weights import check_weight
@@ -34,12 +32,7 @@ class Selected(PassResult):
 
 
 class Select(Pass[Selected]):
-    """Decide for every site by the policy.
-
-    Args:
-        policy: What to rewrite and how far.
-        spent: Seconds that measuring for the same plan has taken already.
-    """
+    """Decide for every site by the policy; measuring for the same plan has taken ``spent`` seconds already."""
 
     name = "select"
 
@@ -68,21 +61,15 @@ class Select(Pass[Selected]):
         times = SiteTimes(processes, self.spent)
         budgeted = [wish for wish in wishes if _is_in_budget(wish, self.policy)]
         by_rule = [wish for wish in wishes if not _is_in_budget(wish, self.policy)]
-        decided = decide_by_rule(by_rule, times, cache, processes)
-        decisions = {
-            wish.site.name: _with_seconds(wish, decision, times)
-            for wish, decision in zip(by_rule, decided, strict=True)
-        }
+        decided = _with_seconds(by_rule, decide_by_rule(by_rule, times, cache, processes), times)
         notes: tuple[str, ...] = ()
         other_parameters = _other_parameters(program)
         if isinstance(self.policy.rank, Budget):
-            others = tuple((wish.site, decisions[wish.site.name]) for wish in by_rule)
+            others = tuple((wish.site, decision) for wish, decision in zip(by_rule, decided, strict=True))
             scope = BudgetScope(others, other_parameters, program.step_seconds)
             solved, notes = decide_by_budget(self.policy, budgeted, scope, times, cache, processes)
-            decisions |= {
-                wish.site.name: _with_seconds(wish, decision, times)
-                for wish, decision in zip(budgeted, solved, strict=True)
-            }
+            decided += _with_seconds(budgeted, solved, times)
+        decisions = {decision.name: decision for decision in decided}
         plan = Plan(
             sites=tuple(decisions[site.name] for site in program.sites),
             emit=program.emit,
@@ -98,17 +85,15 @@ class Select(Pass[Selected]):
 
     def ensures(self, before: Program, result: Selected) -> None:
         """Every site has a decision, and no decision asks for what the site cannot give."""
-        plan = result.program.plan
-        self.check(plan is not None, "a plan was made")
-        assert plan is not None
+        self.check(result.program.plan is not None, "a plan was made")
+        decisions = result.program.plan or ()
         names = [site.name for site in before.sites]
-        self.check([decision.name for decision in plan] == names, "every site has a decision")
-        for site, decision in zip(before.sites, plan, strict=True):
+        self.check([decision.name for decision in decisions] == names, "every site has a decision")
+        for site, decision in zip(before.sites, decisions, strict=True):
             self.check(site.is_open or not decision.factorized, f"site {site.name!r} may not be rewritten")
 
 
 def _policies(policy: Policy) -> Iterator[Policy]:
-    """Yield a policy and all its overrides, nested ones too."""
     yield policy
     for override in policy.overrides.values():
         if override is not None:
@@ -126,24 +111,25 @@ def _check_pattern(setting: str, pattern: str, names: Sequence[str]) -> None:
 
 def _is_in_budget(wish: SiteWish, policy: Policy) -> bool:
     """Return True for a site that the policy's budget decides, together with the others of the budget."""
-    site = wish.site
-    if not isinstance(policy.rank, Budget) or site.reason is not None or site.operation is None or wish.policy is None:
+    operation, resolved = wish.site.operation, wish.policy
+    if not isinstance(policy.rank, Budget) or wish.site.reason is not None or operation is None or resolved is None:
         return False
-    return wish.policy.rank == policy.rank and any(schemes_for(site.operation, wish.policy))
+    return resolved.rank == policy.rank and any(schemes_for(operation, resolved))
 
 
-def _with_seconds(wish: SiteWish, decision: SitePlan, times: SiteTimes) -> SitePlan:
-    """Add the measured time of a site, before and after, where it is known."""
+def _with_seconds(wishes: Sequence[SiteWish], decisions: Sequence[SitePlan], times: SiteTimes) -> list[SitePlan]:
+    return [_timed(wish, decision, times) for wish, decision in zip(wishes, decisions, strict=True)]
+
+
+def _timed(wish: SiteWish, decision: SitePlan, times: SiteTimes) -> SitePlan:
     if wish.policy is None or wish.site.operation is None:
         return decision
-    before = after = times.measured(wish.cost, wish.site, current_chain(wish.site))
-    if decision.scheme is not None and decision.ranks is not None:
-        chain = factor_chain(get_scheme(decision.scheme), decision.ranks)
-        after = times.measured(wish.cost, wish.site, chain)
+    before = after = times.measured(wish.policy.cost, wish.site, current_chain(wish.site))
+    if decision.factorized:
+        after = times.measured(wish.policy.cost, wish.site, Candidate.of(decision))
     return decision if None in (before, after) else replace(decision, seconds_before=before, seconds_after=after)
 
 
 def _other_parameters(program: Program) -> int:
-    """Count the parameters that belong to no site's weight."""
     total = sum(parameter.numel() for parameter in program.module.parameters() if not is_lazy(parameter))
     return total - sum(keep(site, Reason.EXCLUDED).parameters_before for site in program.sites)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from tdfx.cost.count import Flow, flops, training_bytes
 from tdfx.factors.operation import Operation
+from tdfx.factors.registry import get_scheme
 from tdfx.factors.scheme import Scheme
 from tdfx.layers.factorized import Factorized
 from tdfx.passes.program import Site
@@ -19,15 +21,31 @@ Chain = Callable[[Operation], Sequence[Operation]]
 
 
 @dataclass(frozen=True, slots=True)
-class FactorChain:
-    """How a site is computed by a scheme at given ranks."""
+class Candidate:
+    """One way to factorize a site: a scheme at some ranks; as a ``Chain``, it gives the operations of the factors."""
 
     scheme: Scheme
     ranks: tuple[int, ...]
 
+    @classmethod
+    def named(cls, scheme: str, ranks: tuple[int, ...]) -> Self:
+        """Return the candidate of a scheme given by name."""
+        return cls(get_scheme(scheme), ranks)
+
+    @classmethod
+    def of(cls, decision: SitePlan) -> Self:
+        """Return the candidate that a decision has chosen."""
+        assert decision.scheme is not None
+        assert decision.ranks is not None
+        return cls.named(decision.scheme, decision.ranks)
+
     def __call__(self, operation: Operation) -> Sequence[Operation]:
         """Return the operations of the factors."""
         return self.scheme.chain(operation, self.ranks)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travel between processes by the scheme's name."""
+        return Candidate.named, (self.scheme.name, self.ranks)
 
 
 def dense_chain(operation: Operation) -> Sequence[Operation]:
@@ -35,45 +53,32 @@ def dense_chain(operation: Operation) -> Sequence[Operation]:
     return (operation,)
 
 
-def factor_chain(scheme: Scheme, ranks: Sequence[int]) -> Chain:
-    """Return how a site is computed by a scheme at given ranks."""
-    return FactorChain(scheme, tuple(ranks))
-
-
 def current_chain(site: Site) -> Chain:
     """Return how a site is computed now: dense, or by the factors that it has."""
-    if isinstance(site.layer, Factorized):
-        return factor_chain(site.layer.scheme, site.layer.origin.ranks)
-    return dense_chain
+    layer = site.layer
+    return Candidate(layer.scheme, layer.origin.ranks) if isinstance(layer, Factorized) else dense_chain
 
 
 def calls_of(site: Site, chain: Chain) -> Iterator[tuple[Sequence[Operation], Flow | None]]:
     """Yield the operations and the flow of each call of a site; without example inputs one call of unknown size."""
-    assert site.operation is not None
     for flow in site.flows or (None,):
-        yield chain((flow.operation if flow is not None else None) or site.operation), flow
+        yield chain((flow.operation if flow is not None else None) or site.known_operation), flow
 
 
 def keep(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | None = None) -> SitePlan:
-    """Return the decision to keep a site, with its shape and its costs.
-
-    Args:
-        site: The site.
-        reason: Why it is kept.
-        note: The reason in words.
-        full: Its full ranks.
-    """
-    shape = site.operation.weight_shape if site.operation is not None else _shape(site.weight)
-    count = _count_parameters(site)
-    operations = flops_of(site, current_chain(site)) if site.operation is not None else None
-    memory = memory_of(site, current_chain(site)) if site.operation is not None else None
+    """Return the decision to keep a site, with its shape, its costs and its full ranks."""
+    operation, weight = site.operation, site.weight
+    count = sum(weight.numel() for weight in site.weights if not is_lazy(weight))
+    operations = flops_of(site, current_chain(site)) if operation is not None else None
+    memory = memory_of(site, current_chain(site)) if operation is not None else None
+    shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
     return SitePlan(
         name=site.name,
         kind=site.kind,
         parameter=site.slot.path if site.slot is not None else None,
-        shape=shape,
-        groups=site.operation.groups if site.operation is not None else 1,
-        transposed=site.operation is not None and site.operation.transposed,
+        shape=operation.weight_shape if operation is not None else shape,
+        groups=operation.groups if operation is not None else 1,
+        transposed=operation is not None and operation.transposed,
         calls=site.calls,
         full_ranks=full,
         reason=reason,
@@ -90,15 +95,6 @@ def keep(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | Non
 def is_lazy(parameter: object) -> bool:
     """Return True for a parameter that has no shape yet."""
     return isinstance(parameter, nn.parameter.UninitializedParameter)
-
-
-def _count_parameters(site: Site) -> int:
-    """Count the values in a site's weight, or in its factors if it is factorized."""
-    return sum(weight.numel() for weight in site.weights if isinstance(weight, Tensor) and not is_lazy(weight))
-
-
-def _shape(weight: object) -> tuple[int, ...]:
-    return tuple(weight.shape) if isinstance(weight, Tensor) and not is_lazy(weight) else ()
 
 
 def flops_of(site: Site, chain: Chain) -> int | None:

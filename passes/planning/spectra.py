@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from tdfx.factors.operation import Operation
 from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers.factorized import Factorized
 from tdfx.passes.planning.weights import lowering_of, working_weight
@@ -38,35 +37,23 @@ class SpectrumCache:
         self._current_lowering: tuple[str, Lowering] | None = None
 
     def spectra(self, site: Site, scheme: Scheme, weights: Sequence[Tensor]) -> Spectra:
-        """Return the spectra of the weight that a site computes with now.
-
-        Args:
-            site: Dense or factorized.
-            scheme: The scheme whose ranks are read.
-            weights: The values of the site's parameters.
-        """
+        """Return a scheme's spectra of what a site, dense or factorized, computes with now, given its parameters' values."""
         if isinstance(site.layer, Factorized):
             return self._lowering(site, site.layer, weights).spectra
         key = (site.name, scheme.name)
         if self._current is None or self._current[0] != key:
-            assert site.operation is not None
-            self._current = key, scheme.spectra(site.operation, working_weight(site, *weights))
+            self._current = key, scheme.spectra(site.known_operation, working_weight(site, *weights))
         return self._current[1]
 
     def error(self, site: Site, scheme: Scheme, ranks: tuple[int, ...], weights: Sequence[Tensor]) -> float:
         """Return the norm of what a split at some ranks loses, relative to the weight's norm."""
         if isinstance(site.layer, Factorized):
             return self._lowering(site, site.layer, weights).error(ranks)
-        assert site.operation is not None
         spectra = self._kept.get((site.name, scheme.name)) or self.spectra(site, scheme, weights)
-        return scheme.error(site.operation, working_weight(site, *weights), ranks, spectra)
+        return scheme.error(site.known_operation, working_weight(site, *weights), ranks, spectra)
 
     def hold(self, site: Site, scheme: Scheme, spectra: Spectra) -> None:
-        """Keep the whole bases of a dense site until its ranks are chosen, as far as there is room.
-
-        Schemes of one site may share bases; those take their memory once. The largest bases stay, since they take longest
-        to compute again.
-        """
+        """Keep the bases of a dense site, as far as there is room; the largest stay, as they take longest to compute."""
         self._kept[site.name, scheme.name] = spectra
         while self._size > self.room:
             del self._kept[min(self._kept, key=lambda key: _size(self._kept[key]))]
@@ -86,8 +73,7 @@ class SpectrumCache:
 
     def evict(self, site: Site) -> None:
         """Forget the bases of a site."""
-        for key in [key for key in self._kept if key[0] == site.name]:
-            del self._kept[key]
+        self._kept = {key: kept for key, kept in self._kept.items() if key[0] != site.name}
 
     @property
     def kept_sites(self) -> frozenset[str]:
@@ -107,10 +93,10 @@ class SpectrumCache:
         return self._current_lowering[1]
 
 
-def unread(scheme: Scheme, operation: Operation) -> Spectra:
+def unread(full_ranks: Sequence[int]) -> Spectra:
     """Return spectra without values, for rules that use full ranks alone."""
     nothing = torch.empty(0, dtype=torch.float64)
-    return tuple(Spectrum(nothing, nothing, rank, rank) for rank in scheme.full_ranks(operation))
+    return tuple(Spectrum(nothing, nothing, rank, rank) for rank in full_ranks)
 
 
 def _size(spectra: Spectra) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,10 @@ from tdfx.passes.program import Program
 
 _PART = 0.5
 """Part of the measuring time that the step as a whole may take."""
+_ADVICE = (
+    "Pass inputs that it trains on, or a policy whose budget and cost need no times: flops=, parameters=, "
+    "cost=tdfx.Modelled()."
+)
 _AGREES = 1.25
 """Two times of a step agree if neither is more than this many times the other."""
 
@@ -41,12 +45,8 @@ class Timed(PassResult):
 class TimeStep(Pass[Timed]):
     """Time forward and backward of a scratch copy in train mode, and add the optimizer's share as the cost counts it.
 
-    Args:
-        inputs: Example inputs.
-        cost: The cost that measures the sites.
-        strict: Whether a step that cannot be timed is an error.
-        loop_seconds: Time of a step in the training loop, in seconds, where that is known. A first sample that agrees with
-            it needs no others.
+    If ``strict``, a step that cannot be timed is an error. A first sample that agrees with ``loop_seconds``, the time of a
+    step in the training loop, needs no others.
     """
 
     name = "time_step"
@@ -97,8 +97,7 @@ class TimeStep(Pass[Timed]):
         except Exception as error:  # whatever a backward raises, all processes have to hear of it
             raise InputError(
                 f"The training step of {type(program.module).__name__} on the example inputs cannot be timed: "
-                f"{type(error).__name__}: {error}. Pass inputs that it trains on, or a policy whose budget and cost need no "
-                f"times: flops=, parameters=, cost=tdfx.Modelled()."
+                f"{type(error).__name__}: {error}. {_ADVICE}"
             ) from error
 
     @property
@@ -109,8 +108,7 @@ class TimeStep(Pass[Timed]):
     def ensures(self, before: Program, result: Timed) -> None:
         """The time is known, unless it need not be, and nothing else has changed."""
         after = result.program
-        known = after.step_seconds is not None and after.step_seconds > 0
-        self.check(known or not self.strict, "the step was timed")
+        self.check((after.step_seconds or 0.0) > 0 or not self.strict, "the step was timed")
         unchanged = replace(after, step_seconds=before.step_seconds, notes=before.notes) == before
         self.check(unchanged, "nothing else has changed")
 
@@ -133,30 +131,24 @@ class TrainingStep:
         self.device = next((str(parameter.device) for parameter in module.parameters()), "cpu")
         self.autocast = autocast
         self.module = scratch_copy(module, training=True)
-        # Backward hooks are for the gradients of the training.
-        remove_hooks(self.module, backward_only=True)
-        # A forward may write to its parameters, and hooks hang on them.
-        clone_parameters(self.module)
+        remove_hooks(self.module, backward_only=True)  # they are for the gradients of the training
+        clone_parameters(self.module)  # a forward may write to its parameters, and hooks hang on them
         try:
             with isolated(self.module):
                 self._forward()
         except Exception as error:  # whatever the model raises, it is about these inputs
             raise InputError(
                 f"{type(module).__name__} does not run on the example inputs in train mode, in which its step is to be "
-                f"timed: {type(error).__name__}: {error}. Pass inputs that it trains on, or a policy whose budget and cost "
-                f"need no times: flops=, parameters=, cost=tdfx.Modelled()."
+                f"timed: {type(error).__name__}: {error}. {_ADVICE}"
             ) from error
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-
-    def run(self) -> None:
-        """Compute the loss and its gradients, and discard them."""
-        self.gradients()
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Return the gradient of the loss for each parameter in ``trained``; None for one that the loss does not need."""
         with torch.enable_grad():
-            outputs = self._forward()
-            means = [_real(value).float().mean() for value in tree_leaves(outputs) if _has_gradient(value)]
+            tensors = [value for value in tree_leaves(self._forward()) if isinstance(value, Tensor)]
+            outputs = [value.abs() if value.is_complex() else value for value in tensors if value.requires_grad]
+            means = [value.float().mean() for value in outputs]
             if not means:
                 raise InputError(
                     f"{type(self.module).__name__} returns nothing in train mode that has a gradient, so there is no "
@@ -174,14 +166,6 @@ class TrainingStep:
 
 def time_steps(steps: Sequence[TrainingStep], *, rounds: int = 3, most_seconds: float = math.inf) -> list[Timing]:
     """Time the training steps of some models in turns."""
-    runs: list[Callable[[], None]] = [step.run for step in steps]
+    runs = [step.gradients for step in steps]
     with isolated(steps[0].module):
         return take_turns(runs, device=steps[0].device, rounds=rounds, most_seconds=most_seconds)
-
-
-def _has_gradient(value: object) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def _real(value: Tensor) -> Tensor:
-    return value.abs() if value.is_complex() else value

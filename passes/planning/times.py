@@ -19,7 +19,6 @@ class TimingRequest:
     """A site and the chains that compete for its place."""
 
     cost: Cost
-    """The cost that says how long they take."""
     site: Site
     chains: tuple[Chain, ...]
 
@@ -28,11 +27,7 @@ class SiteTimes:
     """The times of sites, by the cost of each policy.
 
     A cost that measures is asked once for all requests, on the first process; the others receive its times.
-    ``estimate`` and ``estimated_gain`` never measure.
-
-    Args:
-        processes: The processes that train the model.
-        spent: Seconds that measuring for the same plan has taken already.
+    ``estimate`` and ``estimated_gain`` never measure. Measuring for the same plan has taken ``spent`` seconds already.
     """
 
     def __init__(self, processes: Processes, spent: float = 0.0) -> None:
@@ -70,9 +65,7 @@ class SiteTimes:
     def gain(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return how many times faster the site's step becomes: as measured, or estimated if it was not."""
         before, after = self.measured(cost, site, current_chain(site)), self.measured(cost, site, chain)
-        if before is None or after is None:
-            return self.estimated_gain(cost, site, chain)
-        return before / after
+        return self.estimated_gain(cost, site, chain) if before is None or after is None else before / after
 
     def estimate(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return the time of a training step of a site in seconds, by arithmetic."""

@@ -17,22 +17,18 @@ from tdfx.ranks.spectrum import working_dtype
 
 
 def working_weight(site: Site, weight: Tensor | None = None) -> Tensor:
-    """Return a site's weight in the layout of its operation and the dtype in which it is decomposed, detached.
+    """Return a dense site's weight in the layout of its operation and the dtype in which it is decomposed, detached.
 
-    Args:
-        site: A site that is not factorized.
-        weight: The values of the parameter, if they were read already.
+    ``weight`` has the values of the parameter, if they were read already.
     """
-    dense = site.dense if weight is None else site.as_dense(weight)
+    dense = site.as_dense(full(*site.weights) if weight is None else weight)
     return dense.to(working_dtype(dense))
 
 
 def lowering_of(layer: Factorized, weights: Sequence[Tensor] | None = None) -> Lowering:
     """Return how a factorized layer's factors can be split again, in the dtype in which they are decomposed.
 
-    Args:
-        layer: It is left as it was.
-        weights: The values of its factors, if they were read already.
+    ``weights`` has the values of the factors, if they were read already.
     """
     values = [full(weight) for weight in layer.weights] if weights is None else weights
     return layer.scheme.lowering(layer.operation, [weight.to(working_dtype(weight)) for weight in values])
@@ -40,42 +36,31 @@ def lowering_of(layer: Factorized, weights: Sequence[Tensor] | None = None) -> L
 
 def has_values(site: Site) -> bool:
     """Return False for a site whose weight is on the meta device, which holds shapes and no values."""
-    return not any(isinstance(weight, Tensor) and weight.is_meta for weight in site.weights)
+    return not any(weight.is_meta for weight in site.weights)
 
 
 def check_weight(site: Site, rule: RankRule | None = None) -> None:
     """Raise WeightError if a site's weight cannot be decomposed.
 
-    Args:
-        site: A site that may be split.
-        rule: The rule that will choose its ranks; a rule that reads no values accepts a weight without values. None if the
-            weight will be split in any case.
+    A rule that chooses ranks without reading values accepts a weight without any; without a rule the weight will be split.
     """
-    if has_values(site):
-        for weight in site.weights:
-            _check_finite(site, weight)
-    elif rule is None or rule.reads_values:
-        raise WeightError(_no_values(site, rule))
-
-
-def _no_values(site: Site, rule: RankRule | None) -> str:
     problem = f"The weight of site {site.name!r} is on the meta device and has no values, "
-    if rule is None:
-        return (
+    if has_values(site):
+        for weight in map(full, site.weights):
+            # Any NaN or infinity shows in the sum, which is much cheaper; but a sum of finite values may overflow.
+            if not bool(torch.isfinite(weight.sum())) and not bool(torch.isfinite(weight).all()):
+                count = int((~torch.isfinite(weight)).sum())
+                raise WeightError(
+                    f"The weight of site {site.name!r} has {count} values that are NaN or infinite, so it cannot be "
+                    f"decomposed; the training has diverged. Go back to a checkpoint from before, or keep the site: "
+                    f"exclude=({site.name!r},)."
+                )
+    elif rule is None:
+        raise WeightError(
             f"{problem}so it cannot be split. Load the model on a real device first, or pass init='empty' with a plan."
         )
-    return (
-        f"{problem}and {rule!r} reads them. Load the model on a real device first, or take a rule that reads none: "
-        f"Ratio or Fixed (ratio:0.25 on the command line)."
-    )
-
-
-def _check_finite(site: Site, weight: Tensor) -> None:
-    weight = full(weight)
-    # Any NaN or infinity shows in the sum, which is much cheaper; but a sum of finite values may overflow.
-    if not bool(torch.isfinite(weight.sum())) and not bool(torch.isfinite(weight).all()):
-        count = int((~torch.isfinite(weight)).sum())
+    elif rule.reads_values:
         raise WeightError(
-            f"The weight of site {site.name!r} has {count} values that are NaN or infinite, so it cannot be decomposed; the "
-            f"training has diverged. Go back to a checkpoint from before, or keep the site: exclude=({site.name!r},)."
+            f"{problem}and {rule!r} reads them. Load the model on a real device first, or take a rule that reads none: "
+            f"Ratio or Fixed (ratio:0.25 on the command line)."
         )

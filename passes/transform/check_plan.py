@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 from tdfx.errors import PlanError, PolicyError, nearest
-from tdfx.factors.registry import get_scheme
 from tdfx.kinds.functional import FunctionCall
 from tdfx.layers.factorized import Factorized
 from tdfx.passes.analysis.blockers import blocker_of_weight
 from tdfx.passes.analysis.uses import owners_of
+from tdfx.passes.planning.site_cost import Candidate
 from tdfx.passes.planning.weights import check_weight
 from tdfx.passes.program import ParameterSlot, Program, Site
 from tdfx.plans.plan import Plan, Reason, SitePlan
@@ -29,10 +29,8 @@ def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
             continue
         slot = ParameterSlot.of(decision.parameter)
         weight = parameters[decision.parameter]
-        call = FunctionCall(
-            decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups}
-        )
-        operation = call.operation(weight.shape)
+        dims, rest = len(decision.shape) - 2, {"groups": decision.groups}
+        operation = FunctionCall(decision.kind, dims, decision.transposed, None, rest).operation(weight.shape)
         # Whether anything else reads the weight was checked when the plan was made, with example inputs.
         reason, note = blocker_of_weight(weight, decision.kind, operation, owners, (), program.shards)
         sites[decision.name] = Site(
@@ -51,10 +49,7 @@ def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
 def check_plan(plan: Plan, program: Program, *, reads_values: bool = True) -> None:
     """Raise PlanError unless the plan can be carried out on this program.
 
-    Args:
-        plan: Made for this model, or for another instance of its class.
-        program: The sites of the model as it is now.
-        reads_values: Whether weights will be split, so that WeightError is raised where one is not finite.
+    ``reads_values`` says whether weights will be split, so that WeightError is raised where one is not finite.
     """
     sites = planned_sites(plan, program)
     repeated = [name for name, count in Counter(decision.name for decision in plan).items() if count > 1]
@@ -73,14 +68,13 @@ def check_plan(plan: Plan, program: Program, *, reads_values: bool = True) -> No
 
 
 def _check_decision(decision: SitePlan, site: Site) -> None:
-    assert decision.scheme is not None
-    assert decision.ranks is not None
     try:
-        scheme = get_scheme(decision.scheme)
+        chosen = Candidate.of(decision)
     except PolicyError as error:
         raise PlanError(f"The plan for site {site.name!r} cannot be carried out: {error}") from error
+    scheme, ranks = chosen.scheme, chosen.ranks
     if isinstance(site.layer, Factorized):
-        _check_lowering(decision, site.layer)
+        _check_lowering(decision, ranks, site.layer)
         return
     if site.reason is not None:
         raise PlanError(
@@ -94,24 +88,22 @@ def _check_decision(decision: SitePlan, site: Site) -> None:
             f"and the model has a {site.kind} of shape {shape} there. Make the plan again for this model."
         )
     full = scheme.full_ranks(site.operation)
-    ranks = decision.ranks
-    if len(ranks) != len(full) or any(not 1 <= rank <= most for rank, most in zip(ranks, full, strict=False)):
+    if not _are_within(ranks, full):
         raise PlanError(
             f"The plan gives site {site.name!r} the ranks {ranks}, and {scheme.name} takes {len(full)} ranks there, "
             f"from 1 to {full}. Change the plan's ranks."
         )
 
 
-def _check_lowering(decision: SitePlan, layer: Factorized) -> None:
+def _check_lowering(decision: SitePlan, ranks: tuple[int, ...], layer: Factorized) -> None:
     """Raise PlanError unless the plan lowers the ranks of a factorized site, or leaves them as they are."""
-    assert decision.ranks is not None
     current = layer.origin.ranks
-    lower = len(current) == len(decision.ranks) and all(
-        1 <= new <= old for new, old in zip(decision.ranks, current, strict=False)
-    )
-    if layer.origin.scheme != decision.scheme or not lower:
+    if layer.origin.scheme != decision.scheme or not _are_within(ranks, current):
         raise PlanError(
             f"Site {decision.name!r} is factorized already, by {layer.origin.scheme} at {current}, and the plan asks for "
-            f"{decision.scheme} at {decision.ranks}: ranks can be lowered, no more. Merge the model first: "
-            f"tdfx.merge(model)."
+            f"{decision.scheme} at {ranks}: ranks can be lowered, no more. Merge the model first: tdfx.merge(model)."
         )
+
+
+def _are_within(ranks: tuple[int, ...], limits: tuple[int, ...]) -> bool:
+    return len(ranks) == len(limits) and all(1 <= rank <= most for rank, most in zip(ranks, limits, strict=True))

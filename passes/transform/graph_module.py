@@ -24,12 +24,7 @@ class FactorizedGraphModule(fx.GraphModule):
     """
 
     def __init__(self, body: nn.Module, graphs: Sequence[fx.Graph]) -> None:
-        """Wrap a module, the ``body``, and share its children.
-
-        Args:
-            body: The original, with its sites swapped.
-            graphs: What its forward computes: one graph, or one for train and one for eval mode.
-        """
+        """Share the children of a body, the original with its sites swapped; it has one graph, or one for each mode."""
         train, *others = graphs
         super().__init__(body, train, class_name=type(body).__name__)
         self.__dict__["_eval_graph"] = None
@@ -109,8 +104,6 @@ class FactorizedGraphModule(fx.GraphModule):
 
 
 def _follow_mode(train: Callable[..., Any], evaluation: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that runs one function in train mode and another in eval mode."""
-
     @functools.wraps(train)  # with its signature, from which torch.export takes the names of inputs
     def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
         return train(self, *args, **named) if self.training else evaluation(self, *args, **named)
@@ -138,17 +131,8 @@ def _pack(graph: fx.Graph) -> list[tuple[Any, ...]]:
     def packed(value: Any) -> Any:
         return references[value] if isinstance(value, fx.Node) else value
 
-    return [
-        (
-            node.op,
-            node.target,
-            map_aggregate(node.args, packed),
-            map_aggregate(node.kwargs, packed),
-            node.name,
-            node.type,
-        )
-        for node in graph.nodes
-    ]
+    arguments = {node: map_aggregate((node.args, node.kwargs), packed) for node in graph.nodes}
+    return [(node.op, node.target, *arguments[node], node.name, node.type) for node in graph.nodes]
 
 
 def _restore(body: nn.Module, packed_graphs: list[list[tuple[Any, ...]]]) -> FactorizedGraphModule:
@@ -163,6 +147,5 @@ def _unpack(packed: list[tuple[Any, ...]]) -> fx.Graph:
         return nodes[value.index] if isinstance(value, _Reference) else value
 
     for op, target, args, kwargs, name, kind in packed:
-        arguments = map_aggregate(args, unpacked), map_aggregate(kwargs, unpacked)
-        nodes.append(graph.create_node(op, target, *arguments, name, kind))
+        nodes.append(graph.create_node(op, target, *map_aggregate((args, kwargs), unpacked), name, kind))
     return graph

@@ -92,12 +92,7 @@ def _joined(layer: Factorized, *factors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _restore_slots(module: nn.Module, joins: Mapping[int, Join]) -> None:
-    """Turn the layers that only carry a joined parameter back into parameters.
-
-    Args:
-        module: The merged model; it is changed.
-        joins: Dense layer, by identity -> its join.
-    """
+    """Turn the layers that only carry a joined parameter back into parameters; ``joins`` are by identity of the layer."""
     for owner in list(module.modules()):
         joined = {name: joins[id(child)] for name, child in owner._modules.items() if id(child) in joins}
         for name, join in joined.items():
@@ -106,7 +101,6 @@ def _restore_slots(module: nn.Module, joins: Mapping[int, Join]) -> None:
 
 
 def _merged_names(module: nn.Module, path: str = "") -> Iterator[str]:
-    """Yield the names that the parameters of a factorized model will have after the merge."""
     if isinstance(module, Factorized):
         for name in module.origin.layer._parameters:
             if name != module.kind.bias or module.bias is not None:

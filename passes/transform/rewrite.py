@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from tdfx.distributed.processes import Solo, Task
-from tdfx.factors.registry import get_scheme
 from tdfx.kinds.functional import parse_call
 from tdfx.kinds.stock import build_layer
 from tdfx.layers.copying import rebind, structural_copy
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.base import Change, Pass, PassResult
+from tdfx.passes.planning.site_cost import Candidate
 from tdfx.passes.planning.spectra import SpectrumCache
 from tdfx.passes.planning.weights import lowering_of, working_weight
 from tdfx.passes.program import PLAN_ATTRIBUTE, ParameterSlot, Program, Site
@@ -36,7 +36,6 @@ class Swap:
     """One weight and the factors that take its place."""
 
     site: str
-    """Name of the site."""
     path: str
     """Path of the factorized module in the rewritten model."""
     old: tuple[nn.Parameter, ...]
@@ -58,9 +57,7 @@ class Rewritten(PassResult):
 class Rewrite(Pass[Rewritten]):
     """Put factors in the place of every layer and every parameter that the plan says, or fewer where there are some.
 
-    Args:
-        spectra: What was read of the weights while the plan was made.
-        init: What factors start from.
+    ``spectra`` holds what was read of the weights while the plan was made.
     """
 
     name = "rewrite"
@@ -79,12 +76,11 @@ class Rewrite(Pass[Rewritten]):
         """Split each weight, then build the whole model once."""
         assert program.plan is not None
         sites = planned_sites(program.plan, program)
-        decisions = [each for each in program.plan.factorized if not _is_done(sites[each.name], each)]
-        tasks = [Task(partial(self._split, sites[each.name], each), sites[each.name].weights) for each in decisions]
+        pairs = [(sites[each.name], each) for each in program.plan.factorized if not _is_done(sites[each.name], each)]
+        tasks = [Task(partial(self._split, site, decision), site.weights) for site, decision in pairs]
         # Factors without values are the same on every process.
         processes = Solo() if self.init == "empty" else program.processes
-        factors = zip(decisions, processes.map_tasks(tasks), strict=True)
-        swaps = tuple(_swap(sites[decision.name], decision, weights) for decision, weights in factors)
+        swaps = tuple(_swap(*pair, factors) for pair, factors in zip(pairs, processes.map_tasks(tasks), strict=True))
         module = _emit(program, swaps)
         rebind(module, program.module)
         module.__dict__[PLAN_ATTRIBUTE] = program.plan
@@ -104,43 +100,35 @@ class Rewrite(Pass[Rewritten]):
 
     def _split(self, site: Site, decision: SitePlan, *weights: Tensor) -> tuple[Tensor, ...]:
         """Split a weight, or the factors of a factorized site at lower ranks, given the values."""
-        assert decision.scheme is not None
-        assert decision.ranks is not None
-        assert site.operation is not None
-        scheme = get_scheme(decision.scheme)
+        chosen = Candidate.of(decision)
+        scheme, ranks = chosen.scheme, chosen.ranks
+        operation = site.known_operation
         if self.init == "empty":
             # Each becomes a tensor of the weight's dtype, device and layout when the layer is built.
-            chain = scheme.chain(site.operation, decision.ranks)
-            return tuple(torch.empty(step.weight_shape, device="meta") for step in chain)
+            return tuple(torch.empty(step.weight_shape, device="meta") for step in chosen(operation))
         if isinstance(site.layer, Factorized):
-            return lowering_of(site.layer, weights).split(decision.ranks)
+            return lowering_of(site.layer, weights).split(ranks)
         weight = working_weight(site, *weights)
-        spectra = self.spectra.take(site, scheme) or scheme.spectra(site.operation, weight)
-        factors = scheme.split(site.operation, weight, decision.ranks, spectra)
-        if self.init == "variance":
-            return _rescaled(factors, weight, scheme.join(site.operation, factors))
-        return factors
+        spectra = self.spectra.take(site, scheme) or scheme.spectra(operation, weight)
+        factors = scheme.split(operation, weight, ranks, spectra)
+        return factors if self.init == "weight" else _rescaled(factors, weight, scheme.join(operation, factors))
 
 
 def _swap(site: Site, decision: SitePlan, factors: Sequence[Tensor]) -> Swap:
-    """Build the factorized layer of a site from given factors."""
-    assert decision.scheme is not None
-    assert decision.ranks is not None
-    assert site.operation is not None
-    path = site.slot.path if site.slot is not None else site.name
+    chosen = Candidate.of(decision)
     if isinstance(site.layer, Factorized):
-        return Swap(site.name, path, site.layer.weights, site.layer.at_ranks(decision.ranks, factors), site.layer)
-    scheme = get_scheme(decision.scheme)
+        lowered = site.layer.at_ranks(chosen.ranks, factors)
+        return Swap(site.name, site.path, site.layer.weights, lowered, site.layer)
     assert site.weight is not None
     if site.slot is None:
-        factorized = Factorized.of(site.layer, scheme, decision.ranks, factors)
-        return Swap(site.name, path, (site.weight,), factorized, site.layer)
-    stand_in = build_layer(site.operation, site.weight, None).train(site.layer.training)
-    parameter = FactorizedParameter.of(stand_in, scheme, decision.ranks, factors)
+        factorized = Factorized.of(site.layer, chosen.scheme, chosen.ranks, factors)
+        return Swap(site.name, site.path, site.weights, factorized, site.layer)
+    stand_in = build_layer(site.known_operation, site.weight, None).train(site.layer.training)
+    parameter = FactorizedParameter.of(stand_in, chosen.scheme, chosen.ranks, factors)
     factorized_before = (child for child in site.layer._modules.values() if isinstance(child, FactorizedParameter))
     siblings = next((child.siblings for child in factorized_before), ())
     parameter.__dict__["siblings"] = siblings or tuple(site.layer._parameters)
-    return Swap(site.name, path, (site.weight,), parameter, site.layer, site.slot)
+    return Swap(site.name, site.path, site.weights, parameter, site.layer, site.slot)
 
 
 def _rescaled(factors: Sequence[Tensor], weight: Tensor, joined: Tensor) -> tuple[Tensor, ...]:
@@ -192,5 +180,4 @@ def _with_calls(graph: fx.Graph, slots: Mapping[str, Swap]) -> fx.Graph:
 
 
 def _is_done(site: Site, decision: SitePlan) -> bool:
-    """Return True for a site that is factorized at the planned ranks already."""
     return isinstance(site.layer, Factorized) and site.layer.origin.ranks == decision.ranks
