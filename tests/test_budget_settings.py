@@ -49,8 +49,8 @@ def test_what_a_policy_does_not_take() -> None:
 
 
 def test_a_copy_of_a_policy_keeps_its_budget() -> None:
-    policy = Policy(speedup=2, error="outputs")
-    assert policy.rank == Budget(speedup=2, error="outputs")
+    policy = Policy(speedup=2)
+    assert policy.rank == Budget(speedup=2)
     assert dataclasses.replace(policy, exclude=("a",)).rank == policy.rank
     assert dataclasses.replace(policy, rank=Budget(speedup=3)) == Policy(speedup=3)
     assert Policy(rank=Budget(speedup=2)) == Policy(speedup=2)
@@ -68,11 +68,11 @@ def test_an_override_without_a_rank_is_part_of_the_budget() -> None:
         cost=Modelled(),
         overrides={"2": Policy(scheme="tucker1_out", min_gain=0)},
     )
-    assert policy.overrides["2"] == Policy(parameters=0.3, scheme="tucker1_out", min_gain=0, cost=Modelled())
+    assert policy.for_site("2") == Policy(parameters=0.3, scheme="tucker1_out", min_gain=0, round_to=1, cost=Modelled())
     plan = tdfx.plan(net(), policy)
     assert plan["2"].scheme == "tucker1_out"
     assert plan.parameters_after <= 0.3 * plan.parameters_before
-    nested = Policy(rank=Ratio(of=0.5), overrides={"a": Policy(overrides={"b": Policy(scheme="svd")})})
-    assert nested.overrides["a"].overrides["b"] == Policy(rank=Ratio(of=0.5), scheme="svd")  # type: ignore[union-attr]
+    nested = Policy(rank=Ratio(of=0.5), overrides={"a*": Policy(overrides={"*b": Policy(scheme="svd")})})
+    assert nested.for_site("ab") == Policy(rank=Ratio(of=0.5), scheme="svd")
     with pytest.raises(PolicyError, match="An override has a budget, and a budget is for all sites together"):
         Policy(parameters=0.3, overrides={"2": Policy(parameters=0.5)})

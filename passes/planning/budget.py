@@ -120,6 +120,8 @@ class BudgetSolver:
                 self.calibration = replace(self.calibration, caution=self.calibration.caution * _CAUTION)
             else:
                 chosen = self._choose()
+            if self.calibration.caution == 1.0:
+                break  # nothing was learned that a second sweep could use
         return chosen
 
     def _choose(self) -> list[Candidate | None]:

@@ -146,9 +146,9 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
     errors: dict[Candidate, float] = {}
     signal: bool | None = None
     for scheme in schemes_for(operation, policy):
-        spectra = shared.get(scheme.name) or scheme.spectra(operation, w_dense)
+        # The bases of the first scheme, and of those that share them, are kept for the split; others have no room.
+        spectra = shared.get(scheme.name) or (scheme.values if shared else scheme.spectra)(operation, w_dense)
         if not shared or scheme.name in shared:
-            # The first scheme and those that share its bases; the bases of others would take the room of other sites.
             cache.hold(site, scheme, spectra)
         shared |= {scheme.name: spectra, **scheme.partial_spectra(spectra)}
         signal = has_signal(spectra) if signal is None else signal

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.cost.setting import computing_in
-from tdfx.cost.timing import Timing, take_turns
+from tdfx.cost.timing import Timing, take_turns, time_once
 from tdfx.errors import InputError, PolicyError, TdfxError
 from tdfx.passes.analysis.observe import Inputs, split_inputs
 from tdfx.passes.analysis.sandbox import clone_parameters, isolated, remove_hooks, scratch_copy
@@ -86,10 +86,10 @@ class TimeStep(Pass[Timed]):
             trained = sum(parameter.numel() for parameter in step.trained)
             update = self.cost.update_seconds(trained, step.device)
             if self.loop_seconds is not None:
-                (sample,) = time_steps([step], rounds=1)
-                ratio = (sample.seconds + update) / self.loop_seconds
-                if 1 / _AGREES < ratio < _AGREES:
-                    return sample.seconds + update
+                with isolated(step.module):
+                    seconds = time_once(step.gradients, step.device) + update
+                if 1 / _AGREES < seconds / self.loop_seconds < _AGREES:
+                    return seconds
             (timing,) = time_steps([step], most_seconds=self._most_seconds)
             return timing.seconds + update
         except TdfxError:

@@ -98,6 +98,16 @@ def take_turns(
     return [Timing(tuple(times)) for times in samples]
 
 
+def time_once(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Return the seconds of one call, between two waits for the device; a first call may be cold."""
+    wait = _waiter(device)
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
 def _waiter(device: torch.device | str) -> Callable[[], None]:
     """Return a function that waits until a device has finished all its work."""
     kind = torch.device(device).type

@@ -75,6 +75,10 @@ class Scheme(ABC):
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return one spectrum for each rank."""
 
+    def values(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
+        """Return the spectra as far as ``errors`` needs them: a scheme that needs no bases for it leaves them out."""
+        return self.spectra(operation, weight)
+
     @abstractmethod
     def split(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> Factors:
         """Return the factors' weights in the order of ``chain``; ``spectra`` must be those of this weight."""

@@ -48,6 +48,10 @@ class TwoFactors(Scheme):
         """Return the spectrum of the matrices of all groups, decomposed by their shorter side."""
         return (spectrum(self.unfold(operation, weight)),)
 
+    def values(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
+        """Return the spectrum without its basis."""
+        return (spectrum(self.unfold(operation, weight), with_basis=False),)
+
     def split(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> Factors:
         """Return ``first`` and ``last``, each with the square roots of the singular values."""
         return self.to_factors(operation, *_halves(self.unfold(operation, weight), ranks[0], spectra[0]))
