@@ -80,6 +80,11 @@ class Operation:
         return math.prod(self.kernel) == 1
 
     @property
+    def mixes_taps_and_channels(self) -> bool:
+        """True for a convolution with a kernel that is not depthwise."""
+        return not self.is_pointwise and not self.is_depthwise
+
+    @property
     def is_depthwise(self) -> bool:
         """True if every group has one input and one output channel, so that no channels are mixed."""
         return self.in_channels == self.out_channels == self.groups > 1

@@ -46,7 +46,7 @@ class Scheme(ABC):
 
     def fits(self, operation: Operation) -> bool:
         """Return True if the scheme can stand for this operation exactly: here, if it mixes both taps and channels."""
-        return not operation.is_pointwise and not operation.is_depthwise
+        return operation.mixes_taps_and_channels
 
     @abstractmethod
     def full_ranks(self, operation: Operation) -> tuple[int, ...]:
