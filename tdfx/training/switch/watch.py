@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError
@@ -31,11 +32,8 @@ from tdfx.wrappers.unwrap import Unwrapped
 _SHARE = 0.01
 """Largest share of the training's time that looks may take."""
 
-_ITERATIONS = 2
-"""Power iterations in each look but the first."""
-
-_FIRST_ITERATIONS = 12
-"""Power iterations in the first look, which starts from a random vector."""
+_ITERATIONS, _FIRST_ITERATIONS = 2, 12
+"""Power iterations in each look, and in the first one, which starts from a random vector."""
 
 _FLOPS_PER_READ = 60
 """Operations in the time that a value takes to come from memory, which limits products with a vector; as in Modelled."""
@@ -66,8 +64,7 @@ def survey(wrapped: Unwrapped, policy: Policy, inputs: Inputs | None, emit: Emit
     if inputs is not None:
         program = ObserveInputs(inputs)(program).program
     wanted = [site for site in program.sites if site.reason is None and policy.for_site(*site.names) is not None]
-    called = [site for site in program.sites if site.operation is not None and site.calls]
-    counts = [flops_of(site, current_chain(site)) for site in called]
+    counts = [flops_of(site, current_chain(site)) for site in _called(program)]
     counted = [count for count in counts if count is not None]
     return Survey(
         paths={site.name: _path(site) for site in wanted},
@@ -79,15 +76,15 @@ def survey(wrapped: Unwrapped, policy: Policy, inputs: Inputs | None, emit: Emit
 
 def modelled_seconds(policy: Policy, program: Program) -> dict[str, float]:
     """Return for each site that is called the modelled time of its training step, in seconds."""
-    called = [site for site in program.sites if site.operation is not None and site.calls]
-    return {site.name: _seconds(policy, site) for site in called}
+    return {site.name: _seconds(policy, site) for site in _called(program)}
+
+
+def _called(program: Program) -> list[Site]:
+    return [site for site in program.sites if site.operation is not None and site.calls]
 
 
 def _path(site: Site) -> str:
-    if site.slot is not None:
-        return site.slot.path
-    weight = kind_of(site.layer).weight
-    return f"{site.name}.{weight}" if site.name else weight
+    return site.slot.path if site.slot is not None else f"{site.name}.{kind_of(site.layer).weight}".removeprefix(".")
 
 
 def _seconds(policy: Policy, site: Site) -> float:
@@ -158,32 +155,30 @@ class RankWatch:
 
     def settled(self) -> list[str]:
         """Return the sites whose weight has turned and whose stable rank has held."""
-        return [name for name, site in self.sites.items() if self._is_settled(site)]
+        return [
+            name
+            for name, site in self.sites.items()
+            if len(site.ranks) > self.when.window
+            and site.turned >= self.when.moved
+            and max(site.ranks) - min(site.ranks) <= self.when.tolerance * site.ranks[-1]
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all except the settings, in plain types and tensors."""
-        sites = {}
-        for name, site in self.sites.items():
-            state = {key: getattr(site, key) for key in _KEYS}
-            state["ranks"] = list(site.ranks)
-            for key in ("vector", "start"):
-                state[key] = None if state[key] is None else state[key].cpu().clone()
-            sites[name] = state
-        return {"interval": self.interval, "looks": self.looks, "sites": sites}
+        sites = {name: {**asdict(site), "ranks": list(site.ranks)} for name, site in self.sites.items()}
+        state: dict[str, Any] = tree_map_only(
+            Tensor, Tensor.cpu, {"interval": self.interval, "looks": self.looks, "sites": sites}
+        )
+        return state
 
     @classmethod
     def of_state(cls, when: Settled, state: Mapping[str, Any]) -> RankWatch:
         """Make a watch from what ``state_dict`` gave."""
         sites = {
-            name: Watched(**{**{key: site[key] for key in _KEYS}, "ranks": tuple(site["ranks"])})
+            name: Watched(site["path"], site["vector"], site["start"], tuple(site["ranks"]), site["turned"])
             for name, site in state["sites"].items()
         }
         return cls(when, int(state["interval"]), sites, int(state["looks"]))
-
-    def _is_settled(self, site: Watched) -> bool:
-        if len(site.ranks) <= self.when.window or site.turned < self.when.moved:
-            return False
-        return max(site.ranks) - min(site.ranks) <= self.when.tolerance * site.ranks[-1]
 
     def _measure(self, site: Watched, w_oi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the singular vector, the first image of the probe, and the pair (stable rank, turn) on the device."""
@@ -209,9 +204,6 @@ class RankWatch:
             drawn = torch.randn(length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
             probe = self.probes[length] = (drawn / drawn.norm()).to(w_oi)
         return probe
-
-
-_KEYS = ("path", "vector", "start", "ranks", "turned")
 
 
 def _norm(values: Tensor) -> Tensor:
