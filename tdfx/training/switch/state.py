@@ -11,12 +11,12 @@ from typing import Any
 from torch.optim import Optimizer
 
 from tdfx.errors import OptimizerError, PolicyError
-from tdfx.plans.plan import Plan
+from tdfx.plans.plan import Plan, Reason
 from tdfx.policies.former import is_text_of
 from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget
 from tdfx.training.methods.rewarm import Rewarm
-from tdfx.training.switch.events import SwitchEvent
+from tdfx.training.switch.events import SwitchEvent, What
 from tdfx.training.switch.watch import RankWatch
 from tdfx.training.switch.when import Settled, When
 
@@ -46,6 +46,23 @@ class SwitchState:
         """Return the state after one more step, which took some time in seconds if that is known."""
         times = self.times if seconds is None else (*self.times, seconds)[-_TIMES:]
         return replace(self, step=self.step + 1, times=times)
+
+    def record(self, what: What, sites: Sequence[str], why: str) -> SwitchState:
+        """Return the state after one more decision."""
+        event = SwitchEvent(step=self.step, what=what, sites=tuple(sites), why=why)
+        return replace(self, events=(*self.events, event))
+
+    def finish(self, plan: Plan) -> SwitchState:
+        """Return the final state: sites without signal are kept, and all sites if the plan factorizes none."""
+        state = replace(self, watch=None, done=True)
+        if not plan.sites:
+            state = state.record("kept", (), "the model has no convolution or linear layer")
+        kept = [site for site in plan.kept if site.reason is Reason.NO_SIGNAL or not plan.factorized]
+        for reason in dict.fromkeys(site.reason for site in kept):
+            sites = [site for site in kept if site.reason is reason]
+            note = f": {sites[0].note}" if sites[0].note else ""
+            state = state.record("kept", [site.name for site in sites], f"{reason}{note}")
+        return state
 
     def policy_for_rest(self, policy: Policy) -> Policy:
         """Return a policy for the sites that are still watched, if an earlier version of tdfx has switched the others."""
@@ -121,8 +138,7 @@ class SwitchState:
     def _end_budget(self, sites: tuple[str, ...]) -> SwitchState:
         """Keep the other sites: a budget counts from the model as it is, and would be taken a second time."""
         why = "an earlier version of tdfx had switched other sites, and the rest of its budget cannot be told from the model"
-        event = SwitchEvent(step=self.step, what="kept", sites=sites, why=why)
-        return replace(self, done=True, watch=None, events=(*self.events, event))
+        return replace(self.record("kept", sites, why), done=True, watch=None)
 
 
 def _check_same(key: str, saved: Mapping[str, Any], setting: str, is_same: bool) -> None:

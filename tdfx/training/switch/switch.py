@@ -22,11 +22,11 @@ from tdfx.distributed.processes import Processes
 from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.analysis.observe import Inputs
-from tdfx.plans.plan import Emit, Plan, Reason
+from tdfx.plans.plan import Emit, Plan
 from tdfx.plans.scalars import Writer, check_writer, log_plan
 from tdfx.policies.policy import Policy
 from tdfx.training.methods.rewarm import Rewarm, check_rates
-from tdfx.training.switch.events import SwitchEvent, What
+from tdfx.training.switch.events import SwitchEvent
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
 from tdfx.training.switch.settings import check_settings
 from tdfx.training.switch.state import SwitchState
@@ -55,16 +55,15 @@ class Switch:
     Args:
         policy: What to rewrite and how far; ``Policy()`` for None.
         when: ``AtStep``, ``AtEpoch`` or ``Settled``.
-        total_steps: Steps of the whole training. With it the model is switched only if that pays off: if the time that the
-            plan is predicted to save in the steps that are left exceeds the time that the switch takes. Step times are
-            measured. If the sites were measured, the plan predicts how much of a step it saves; otherwise this is their
-            share of the sites' modelled time, as if nothing else took time. A switch is counted as the time that making the
-            plan took plus ``recompile_seconds``. Measuring layers for the plan takes at most a hundredth of the time that is
-            left, or the time of thirty steps; what is not measured is estimated.
+        total_steps: Steps of the whole training. With it the model is switched only if the steps that are left are predicted
+            to save more time than making the plan took plus ``recompile_seconds``. Step times are measured; the share of a
+            step that is saved comes from the plan's measurements, or else from the sites' modelled times, as if nothing else
+            took time. Measuring layers takes at most a hundredth of the time left, or the time of thirty steps; the
+            remaining layers are estimated.
         recompile_seconds: Time to compile or capture the rewritten model, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
-        writer: Where to log what the switch did, as ``tdfx.report.log_plan`` does, and the step time before it: a
-            ``SummaryWriter``, or anything with ``add_scalar(tag, value, step)``. Pass it on one process only.
+        writer: Where to log the plan and the step time before the switch: a ``SummaryWriter``, or anything with
+            ``add_scalar(tag, value, step)``. Pass it on one process only.
         clock: Returns the time in seconds.
 
     Raises:
@@ -193,11 +192,10 @@ class Switch:
             names = [site.name for site in planned.plan.factorized]
             if names and pays:
                 model = self._rewrite(planned, **arguments)
-                self._record("switched", names, f"{why}{verdict}")
+                self._state = self._state.record("switched", names, f"{why}{verdict}")
             elif names:
-                self._record("too_late", names, verdict)
-            self._record_kept(planned.plan)
-            self._state = replace(self._state, watch=None, done=True)
+                self._state = self._state.record("too_late", names, verdict)
+            self._state = self._state.finish(planned.plan)
             return model
 
     def _look(self, when: Settled, wrapped: Unwrapped, inputs: Inputs | None, emit: Emit) -> str | None:
@@ -205,8 +203,8 @@ class Switch:
         began = self._clock()
         watch = self._state.watch or RankWatch.begin(when, survey(wrapped, self.policy, inputs, emit))
         if not watch.sites:
-            self._record("kept", (), "the policy wants no site of the model that may be rewritten")
-            self._state = replace(self._state, done=True)
+            why = "the policy wants no site of the model that may be rewritten"
+            self._state = replace(self._state.record("kept", (), why), done=True)
             return None
         if self.steps == 1 or self.steps % watch.interval == 0:
             watch = watch.look(wrapped.model)
@@ -218,8 +216,8 @@ class Switch:
             return "the timeout"
         if 2 * settled < len(watch.sites):
             return None
-        held = f"held within {when.tolerance:g} over {when.window} looks"
-        return f"the stable rank{'s' * (settled != 1)} of {settled} of {len(watch.sites)} sites {held}"
+        ranks = f"the stable rank{'s' * (settled != 1)} of {settled} of {len(watch.sites)} sites"
+        return f"{ranks} held within {when.tolerance:g} over {when.window} looks"
 
     def _plan_switch(
         self, model: nn.Module, processes: Processes, inputs: Inputs | None, emit: Emit
@@ -258,36 +256,21 @@ class Switch:
             for rewarm in self._state.rewarms:
                 rewarm.remove()
             self._state = replace(self._state, rewarms=tuple(Rewarm(each, self.rewarm) for each in optimizers))
-        self._log(plan)
+        if self.writer is not None:
+            self._log(self.writer, plan)
         return model
 
-    def _record_kept(self, plan: Plan) -> None:
-        """Record which sites are kept: those without signal, and all of them if the plan factorizes none."""
-        if not plan.sites:
-            self._record("kept", (), "the model has no convolution or linear layer")
-        kept = [site for site in plan.kept if site.reason is Reason.NO_SIGNAL or not plan.factorized]
-        for reason in dict.fromkeys(site.reason for site in kept):
-            sites = [site for site in kept if site.reason is reason]
-            note = f": {sites[0].note}" if sites[0].note else ""
-            self._record("kept", [site.name for site in sites], f"{reason}{note}")
-
-    def _log(self, plan: Plan) -> None:
+    def _log(self, writer: Writer, plan: Plan) -> None:
         """Log the switch; a logger that fails must not undo it, since the optimizer was changed too."""
-        if self.writer is None:
-            return
         try:
-            log_plan(self.writer, plan, self.steps)
+            log_plan(writer, plan, self.steps)
             if times := self._state.times:
-                self.writer.add_scalar("tdfx/step_ms_before_switch", 1e3 * statistics.median(times), self.steps)
+                writer.add_scalar("tdfx/step_ms_before_switch", 1e3 * statistics.median(times), self.steps)
         except Exception as error:  # of whatever class the logger has
             warnings.warn(f"The switch at step {self.steps} was not logged: {error!r}.", TdfxWarning, stacklevel=2)
 
     def _spend(self, what: str, began: float) -> None:
         self._spent = {**self._spent, what: self._spent[what] + self._clock() - began}
-
-    def _record(self, what: What, sites: Sequence[str], why: str) -> None:
-        event = SwitchEvent(step=self.steps, what=what, sites=tuple(sites), why=why)
-        self._state = replace(self._state, events=(*self.events, event))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later decisions depend on, in plain types and tensors."""
