@@ -20,9 +20,7 @@ from tdfx.wrappers.unwrap import is_instance_by_name
 
 
 class GradientWrappers:
-    """The wrappers in or around a model that depend on which parameters require gradients.
-
-    Make it on every process.
+    """The wrappers in or around a model that depend on which parameters require gradients; make it on every process.
 
     Raises:
         ModelError: The model is no module, or in a wrapper that cannot be set up for other parameters.
@@ -46,9 +44,9 @@ class GradientWrappers:
         if self._replicas:
             from tdfx.distributed.ddp import Replicas  # imported late, as in tdfx.wrappers
 
-            self._ranks = [Replicas.ranks_of(replica) for replica in self._replicas]
-            for replica, ranks in zip(self._replicas, self._ranks, strict=True):
-                Replicas(replica, ranks)  # raises if the wrapper cannot be set up again
+            for replica in self._replicas:
+                self._ranks.append(Replicas.ranks_of(replica))
+                Replicas(replica, self._ranks[-1])  # raises if the wrapper cannot be set up again
         elif self._shards:
             from tdfx.distributed.ranks import Ranks
 
@@ -56,9 +54,9 @@ class GradientWrappers:
             self._ranks = [Ranks.of_mesh(parameter.device_mesh) for parameter in sharded[:1]]  # type: ignore[attr-defined]
         elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
-                f"{type(model).__name__} is not wrapped, and {dist.get_world_size()} processes run. A wrapper that tdfx "
-                f"does not know, or that is put around the model later, would not reduce the gradients of factors that are "
-                f"frozen when the wrapper is made. Pass the DistributedDataParallel model itself.",
+                f"{type(model).__name__} is not wrapped, and {dist.get_world_size()} processes run. A wrapper that is put "
+                f"around it later, or that tdfx does not know, would not reduce the gradients of factors that are frozen "
+                f"now. Pass the DistributedDataParallel model itself.",
                 TdfxWarning,
                 stacklevel=3,
             )

@@ -23,8 +23,7 @@ class SwitchEvent:
     """The reason in words."""
 
     def __str__(self) -> str:
-        named = ", ".join(site or "the model itself" for site in self.sites[:3]) + (
-            ", ..." if len(self.sites) > 3 else ""
-        )
-        which = f"{len(self.sites)} site{'s' * (len(self.sites) != 1)} ({named})" if self.sites else "no site"
+        named = ", ".join(site or "the model itself" for site in self.sites[:3])
+        more = ", ..." if len(self.sites) > 3 else ""
+        which = f"{len(self.sites)} site{'s' * (len(self.sites) != 1)} ({named}{more})" if self.sites else "no site"
         return f"step {self.step}: {self.what.replace('_', ' ')}, {which}: {self.why}"

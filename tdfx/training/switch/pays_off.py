@@ -10,18 +10,15 @@ from tdfx.plans.plan import Plan
 from tdfx.policies.changes import map_costs
 from tdfx.policies.policy import Policy
 
-_MEASURING = 0.01
-"""Share of the time left in a training that measuring for it may take."""
-_LEAST = 30
-"""Steps whose time measuring may take in any case: enough for the layers of most models. With much less, a plan is mostly
-a guess."""
+_MEASURING, _LEAST = 0.01, 30
+"""Share of the time left that measuring may take, and how many steps it may take in any case, for a plan that is no guess."""
 
 
 def cap_measuring_time(policy: Policy, left: int, step_seconds: float) -> Policy:
     """Return a policy that measures for at most a hundredth of the time that is left, or the time of thirty steps.
 
     Args:
-        policy: A limit of its own that is lower stays.
+        policy: Its own limit stays if it is lower.
         left: Steps that are left.
         step_seconds: Time of a step in seconds; negative if none was timed, which leaves the policy as it is.
     """
