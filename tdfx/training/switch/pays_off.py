@@ -11,7 +11,7 @@ from tdfx.policies.changes import map_costs
 from tdfx.policies.policy import Policy
 
 _MEASURING, _LEAST = 0.01, 30
-"""Share of the time left that measuring may take, and how many steps it may take in any case, for a plan that is no guess."""
+"""Share of the time left that measuring may take, and steps that it may take in any case, so that a plan is no guess."""
 
 
 def cap_measuring_time(policy: Policy, left: int, step_seconds: float) -> Policy:
