@@ -67,12 +67,11 @@ class CompiledParts:
                 compile_in_place(modules[path], recompile)
         new_wrappers: dict[int, nn.Module] = {}
         # Innermost first, so that a wrapper takes a module whose own parts are wrapped already.
-        for path in sorted(self.wrapped, key=len, reverse=True):
+        for path, wrapper in sorted(self.wrapped.items(), key=lambda item: len(item[0]), reverse=True):
             if path in modules:
-                owner, _, name = path.rpartition(".")
-                wrapper = self.wrapped[path]
                 if id(wrapper) not in new_wrappers:
                     new_wrappers[id(wrapper)] = wrap_compiled(wrapper, modules[path])
+                owner, _, name = path.rpartition(".")
                 modules[owner]._modules[name] = new_wrappers[id(wrapper)]
         return model
 
@@ -90,12 +89,7 @@ def wrap_compiled(wrapper: nn.Module, module: nn.Module) -> nn.Module:
 
 
 def compile_settings_of(module: nn.Module, path: str = "") -> Recompile | None:
-    """Return the settings of a module that was compiled in place; None for other modules.
-
-    Args:
-        module: The module; it is not changed.
-        path: The name of the module in a warning.
-    """
+    """Return the settings of a module that was compiled in place; None for others. A warning names it by its path."""
     code = module.__dict__.get(COMPILED)
     if code is None:
         return None

@@ -13,10 +13,10 @@ from tdfx.wrappers.compiled import compile_in_place, compile_settings_of, is_wra
 
 
 class InPlaceModule(nn.Module):
-    """A reference to a module that a trainer holds and would go on using after a rewrite returned another one.
+    """A reference to a module that a trainer goes on using after a rewrite returned another one.
 
-    ``plan``, ``rewrite`` and ``merge`` accept it in the place of the module, coordinate the processes of the
-    DistributedDataParallel around the model, and return a new module. ``replace_with`` moves that into the trainer's module.
+    ``plan``, ``rewrite`` and ``merge`` accept it in the place of the module, together with the processes of the
+    DistributedDataParallel around the model. ``replace_with`` moves the new module into the trainer's module.
 
     Args:
         trained: The model that the trainer runs, with or without DistributedDataParallel and ``torch.compile`` around it.
@@ -60,8 +60,7 @@ class InPlaceModule(nn.Module):
         All processes must call this at the same time, between an optimizer step and the next forward.
 
         Args:
-            rewritten: What ``merge``, or ``rewrite`` with ``emit="modules"``, returned for this module. It must not be used
-                afterwards.
+            rewritten: What ``merge``, or ``rewrite`` with ``emit="modules"``, returned; it must not be used afterwards.
 
         Raises:
             ModelError: It is of another class.
@@ -89,9 +88,8 @@ def replace_in_place(module: nn.Module, replacement: nn.Module) -> None:
             f"holds. Name the module that holds it, not the layer itself."
         )
     recompile = compile_settings_of(module)
-    attributes: dict[str, Any] = replacement.__dict__
-    for key in module.__dict__.keys() - attributes.keys():
-        del module.__dict__[key]
-    module.__dict__.update({key: value for key, value in attributes.items() if key != COMPILED})
+    attributes: dict[str, Any] = {key: value for key, value in vars(replacement).items() if key != COMPILED}
+    module.__dict__.clear()
+    module.__dict__.update(attributes)
     rebind(module, replacement)
     compile_in_place(module, recompile)

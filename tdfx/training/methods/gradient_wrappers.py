@@ -42,11 +42,11 @@ class GradientWrappers:
         self._ranks: list[Any] = []
         self.reshard()
         if self._replicas:
-            from tdfx.distributed.ddp import Replicas  # imported late, as in tdfx.wrappers
+            from tdfx.distributed.ddp import check_replicas, ranks_of  # imported late, as in tdfx.wrappers
 
             for replica in self._replicas:
-                self._ranks.append(Replicas.ranks_of(replica))
-                Replicas(replica, self._ranks[-1])  # raises if the wrapper cannot be set up again
+                self._ranks.append(ranks_of(replica))
+                check_replicas(replica, self._ranks[-1])
         elif self._shards:
             from tdfx.distributed.ranks import Ranks
 
