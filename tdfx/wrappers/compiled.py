@@ -7,7 +7,7 @@ that works for this one module only, and the settings, with which another module
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -37,7 +37,8 @@ class CompiledParts:
         """Find the compiled parts of a model that is not itself wrapped."""
         in_place: dict[str, Recompile] = {}
         wrapped: dict[str, nn.Module] = {}
-        for path, module in _named_modules(model):
+        for full_path, module in model.named_modules(remove_duplicate=False):
+            path = ".".join(name for name in full_path.split(".") if name != "_orig_mod")
             if is_wrapped(module):
                 wrapped.setdefault(path, module)
             elif (recompile := compile_settings_of(module, path)) is not None:
@@ -49,14 +50,13 @@ class CompiledParts:
         if not self.wrapped:
             return model
         copy = structural_copy(model)
-        replace_modules(copy, {module: _inner(module) for module in copy.modules() if is_wrapped(module)})
+        replace_modules(copy, {module: inner_module(module) for module in copy.modules() if is_wrapped(module)})
         self.compile_in_place(copy)
         return copy
 
     def compile_in_place(self, copy: nn.Module) -> None:
         """Compile every part in place in a copy without wrappers, so that the passes see that it is compiled."""
-        wrapped = {path: _settings(wrapper) for path, wrapper in self.wrapped.items()}
-        for path, recompile in (self.in_place | wrapped).items():
+        for path, recompile in (self.in_place | {path: _settings(each) for path, each in self.wrapped.items()}).items():
             compile_in_place(copy.get_submodule(path), recompile)
 
     def recompile(self, model: nn.Module) -> nn.Module:
@@ -114,18 +114,7 @@ def compile_in_place(module: nn.Module, recompile: Recompile | None) -> None:
         module.__dict__[COMPILED] = recompile(module._call_impl)
 
 
-def _named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield modules with paths that leave out wrappers: first a wrapper, then, under the same path, the module in it."""
-    yield path, module
-    if is_wrapped(module):
-        yield from _named_modules(cast("nn.Module", module._orig_mod), path)
-        return
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _named_modules(child, f"{path}.{name}" if path else name)
-
-
-def _inner(module: nn.Module) -> nn.Module:
+def inner_module(module: nn.Module) -> nn.Module:
     """Return the module inside one or several nested wrappers."""
     while is_wrapped(module):
         module = cast("nn.Module", module._modules["_orig_mod"])

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.errors import ModelError
 from tdfx.layers.copying import COMPILED, rebind
-from tdfx.wrappers.compiled import compile_in_place, compile_settings_of, is_wrapped
+from tdfx.wrappers.compiled import compile_in_place, compile_settings_of, inner_module, is_wrapped
 
 
 class InPlaceModule(nn.Module):
@@ -42,17 +42,14 @@ class InPlaceModule(nn.Module):
             ddp = model if isinstance(model, DistributedDataParallel) else ddp
             model = cast("nn.Module", model._orig_mod if is_wrapped(model) else model.module)
         try:
-            target = model.get_submodule(path)
+            wrapped_target = model.get_submodule(path)
         except AttributeError as error:
             names = ", ".join(repr(name) for name, _ in model.named_children())
             raise ModelError(
                 f"{type(model).__name__} has no module {path!r} to be rewritten. It has {names or 'none'}."
             ) from error
-        wrapped_target = target
-        while is_wrapped(target):
-            target = cast("nn.Module", target._orig_mod)
         # Set in __dict__, so that they do not become its submodules: it owns none of them.
-        self.__dict__.update(ddp=ddp, model=model, target=target, wrapped_target=wrapped_target)
+        self.__dict__.update(ddp=ddp, model=model, target=inner_module(wrapped_target), wrapped_target=wrapped_target)
 
     def replace_with(self, rewritten: nn.Module) -> None:
         """Move a rewritten module into the trainer's module, and set up DistributedDataParallel for its parameters.
