@@ -32,9 +32,8 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
     """Factorizes the model of a Transformers ``Trainer`` in the middle of training, and merges it at the end.
 
     The model stays the same object, with its class, ``config`` and methods; only its layers change. Optimizer, scheduler,
-    gradient accumulation, mixed precision and DDP stay the Trainer's. A checkpoint that the Trainer writes after the switch
-    holds the factors, and a file beside them says how they were split. To resume a checkpoint, also one from before the
-    switch::
+    gradient accumulation, mixed precision and DDP stay the Trainer's. A checkpoint that is written after the switch holds
+    the factors, and a file beside them says how they were split. To resume a checkpoint, also one from before the switch::
 
         trainer.train(resume_from_checkpoint=callback.resume(trainer, True))
 
@@ -46,9 +45,8 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         epoch: Epochs before the switch, at least 1.
         merge: Whether to merge at the end of training.
         example_inputs: Inputs of the model, to time its layers; the first batch if left out.
-        options: Other arguments of ``tdfx.Switch``: ``rewarm``, ``recompile_seconds``, ``total_steps``. If the last is left
-            out, it is the Trainer's own number, so that the model is not switched if that takes longer than it saves; with
-            None, it is switched in any case.
+        options: Other arguments of ``tdfx.Switch``: ``rewarm``, ``recompile_seconds``, ``total_steps`` (the Trainer's own
+            number if left out; None to switch even if that takes longer than it saves).
 
     Raises:
         PolicyError: A setting is out of range.
@@ -98,15 +96,11 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         """Let the model take the form of what is loaded into it, such as the best checkpoint at the end."""
         self.prepare(kwargs["model"])
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Go on from a checkpoint, or begin."""
         if state.global_step and not self._resumed:
-            raise CheckpointError(
-                f"The Trainer goes on from step {state.global_step}, and the callback has no state of that step. "
-                f"{self.advice}"
-            )
+            step = f"The Trainer goes on from step {state.global_step}"
+            raise CheckpointError(f"{step}, and the callback has no state of that step. {self.advice}")
         self._resumed = False
         loader, accumulated = kwargs["train_dataloader"], args.gradient_accumulation_steps
         self.begin(
@@ -127,9 +121,7 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             write(self.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Merge."""
         self.end(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]))
 
