@@ -136,7 +136,8 @@ def _without_buckets(state: Any) -> Any:
     if not all(hasattr(state, name) for name in _BUCKET_STATE):
         return state
     fresh = copy.copy(state)
-    vars(fresh).update({name: {} for name in _BUCKET_STATE})
+    for name in _BUCKET_STATE:  # it has slots
+        setattr(fresh, name, {})
     return fresh
 
 
