@@ -63,11 +63,7 @@ def _do_nothing(*arguments: Any) -> None:
 
 @torch.no_grad()
 def factorize_like(
-    module: nn.Module,
-    plan: Plan | None,
-    wanted: Iterable[str],
-    advice: str,
-    optimizer: Sequence[Optimizer] = (),
+    module: nn.Module, plan: Plan | None, wanted: Iterable[str], advice: str, optimizer: Sequence[Optimizer] = ()
 ) -> None:
     """Factorize exactly the given sites of a module, in place; new factors have no values yet.
 

@@ -6,7 +6,7 @@ import glob
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 
@@ -16,7 +16,6 @@ from tdfx.policies.former import is_text_of
 from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget
 from tdfx.training.methods.rewarm import Rewarm
-from tdfx.training.switch.events import SwitchEvent, What
 from tdfx.training.switch.watch import RankWatch
 from tdfx.training.switch.when import Settled, When
 
@@ -24,6 +23,30 @@ _TIMES = 101
 """How many of the last step times are kept, for their median."""
 
 _FORMAT = 1
+
+
+What = Literal["switched", "waiting", "kept", "too_late"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchEvent:
+    """One decision of a ``Switch``."""
+
+    step: int
+    """Training steps taken by then."""
+    what: What
+    """``"switched"``; ``"kept"`` for good; ``"too_late"``, kept since too few steps are left for a switch to pay off;
+    ``"waiting"`` occurs only in states that earlier versions saved."""
+    sites: tuple[str, ...]
+    """The sites that the decision concerns."""
+    why: str
+    """The reason in words."""
+
+    def __str__(self) -> str:
+        named = ", ".join(site or "the model itself" for site in self.sites[:3])
+        more = ", ..." if len(self.sites) > 3 else ""
+        which = f"{len(self.sites)} site{'s' * (len(self.sites) != 1)} ({named}{more})" if self.sites else "no site"
+        return f"step {self.step}: {self.what.replace('_', ' ')}, {which}: {self.why}"
 
 
 @dataclass(frozen=True, slots=True)

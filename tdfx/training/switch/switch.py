@@ -1,7 +1,7 @@
 """``Switch``: decides at each training step whether to go from dense to factorized training now.
 
 A decision asks: is it time (``when``, ``watch``), what would be switched (a plan), does that pay off (``pays_off``)? Then it
-rewrites, and records what was decided (``events``). ``state`` saves and loads all of it.
+rewrites, and records what was decided. ``state`` saves and loads all of it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from tdfx.plans.plan import Emit, Plan
 from tdfx.plans.scalars import Writer, check_writer, log_plan
 from tdfx.policies.policy import Policy
 from tdfx.training.methods.rewarm import Rewarm, check_rates
-from tdfx.training.switch.events import SwitchEvent
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
-from tdfx.training.switch.settings import check_settings
-from tdfx.training.switch.state import SwitchState
+from tdfx.training.switch.state import SwitchEvent, SwitchState
 from tdfx.training.switch.watch import RankWatch, modelled_seconds, survey
-from tdfx.training.switch.when import Settled, When
+from tdfx.training.switch.when import Settled, When, check_settings
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
 _PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {"model", "policy", "example_inputs", "optimizer"}
