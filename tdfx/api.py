@@ -38,7 +38,7 @@ def plan(
         model: Any module. The compiler runs a copy of it, in eval mode and for some models in train mode too.
         policy: Which layers to factorize, and at which ranks. Default: ``Policy()``.
         example_inputs: Inputs that the model accepts: a tensor, a tuple of positional arguments, or a mapping of keyword
-            arguments. The FLOPs and times of each layer are those at their shapes; without them, at nominal shapes.
+            arguments. The FLOPs and times of layers are those at their shapes; without them, at nominal shapes.
         optimizer, masters: Not used; accepted so that calls written for earlier versions still work.
         emit: The form of the model that ``rewrite`` will return; see there.
 
@@ -57,7 +57,7 @@ def plan(
         >>> plan.sites[0].scheme, plan.sites[0].ranks, plan.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
-    return plan_rewrite(model, policy, example_inputs=example_inputs, emit=emit).plan
+    return plan_rewrite(model, policy, example_inputs, emit).plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,39 +72,24 @@ class PlannedRewrite:
         """The decisions."""
         return self.planned.plan
 
-    @property
-    def program(self) -> Program:
-        """The traced model with its sites."""
-        return self.planned.program
-
     def apply(
-        self,
-        *,
-        optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        averaged: Any = None,
-        masters: Any = None,
-        init: Init = "weight",
+        self, optimizer: Any = None, averaged: Any = None, masters: Any = None, init: Init = "weight"
     ) -> nn.Module:
         """Return the rewritten model; the arguments are those of ``rewrite``, and the model must not have changed since."""
         with self.unwrapped.processes.raise_on_all():
             companions = Companions.of(self.unwrapped, optimizer, averaged, masters)
-            commit = _prepare_rewrite(self.unwrapped, self.planned, companions, init)
+            commit = _prepare_rewrite(self.planned, companions, init)
         return commit()
 
 
 def plan_rewrite(
-    model: nn.Module,
-    policy: Policy | None = None,
-    *,
-    example_inputs: Inputs | None = None,
-    emit: Emit = "graph",
-    loop_seconds: float | None = None,
+    model: nn.Module, policy: Policy | None, inputs: Inputs | None, emit: Emit, loop_seconds: float | None = None
 ) -> PlannedRewrite:
     """Make a plan as ``plan`` does, by the seconds of a step in the training loop if they are known."""
     unwrapped = unwrap(model)
     with unwrapped.processes.raise_on_all():
         _check_same_arguments(unwrapped, policy, emit)
-        return PlannedRewrite(unwrapped, _make_plan(unwrapped, policy, example_inputs, emit, loop_seconds))
+        return PlannedRewrite(unwrapped, _make_plan(unwrapped, policy, inputs, emit, loop_seconds))
 
 
 def rewrite(
@@ -124,10 +109,9 @@ def rewrite(
     Call this between a backward and the next forward, best after an optimizer step. Gradients that were not applied yet, as
     in gradient accumulation, are carried to the factors by the chain rule.
 
-    A model in DistributedDataParallel or ``torch.compile`` comes back in the same wrapper with the same settings, and a
-    model that ``fully_shard`` (FSDP2) was called on comes back sharded at the same modules. If several processes train the
-    model, all must call ``plan``, ``rewrite`` and ``merge`` with the same arguments. No process ever holds more of a sharded
-    model than its shards and a few weights.
+    A model in DistributedDataParallel or ``torch.compile`` comes back in the same wrapper with the same settings, and one
+    that ``fully_shard`` (FSDP2) was called on comes back sharded at the same modules; no process ever holds more of it than
+    its shards and a few weights. All processes that train a model must make the same calls with the same arguments.
 
     Args:
         model: Any module.
@@ -182,7 +166,7 @@ def rewrite(
             planned = use_plan(_find_sites(unwrapped, policy.emit), policy)
         else:
             planned = _make_plan(unwrapped, policy, example_inputs, emit)
-        commit = _prepare_rewrite(unwrapped, planned, companions, init)
+        commit = _prepare_rewrite(planned, companions, init)
     return commit()
 
 
@@ -268,8 +252,8 @@ def _make_plan(
     policy = Policy() if policy is None else policy
     if not isinstance(policy, Policy):
         raise PolicyError(
-            f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite and how far. "
-            f"Pass tdfx.Policy(rank=...), or a plan to rewrite."
+            f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite and how far. Pass "
+            f"tdfx.Policy(rank=...), or a plan to rewrite."
         )
     return make_plan(_find_sites(unwrapped, emit), policy, inputs, loop_seconds=loop_seconds)
 
@@ -278,16 +262,13 @@ def _find_sites(unwrapped: Unwrapped, emit: Emit) -> Program:
     return find_sites(unwrapped.model, emit, unwrapped.processes, shards=unwrapped.shards)
 
 
-def _prepare_rewrite(
-    unwrapped: Unwrapped, planned: Planned, companions: Companions, init: Init
-) -> Callable[[], nn.Module]:
+def _prepare_rewrite(planned: Planned, companions: Companions, init: Init) -> Callable[[], nn.Module]:
     """Factorize the model and work out all changes of its companions; return the function that makes the changes."""
     masters = companions.masters
     if masters:
         # The masters are decomposed, so the spectra of the plan, which are those of the model's own weights, are not used.
         planned = Planned(planned.program.in_copy(masters.with_masters(planned.program.module)), SpectrumCache())
     rewritten = rewrite_by(planned, init)
-    exchanges = [
-        split_exchange(replace(swap, factorized=masters.keep_masters(swap.factorized))) for swap in rewritten.swaps
-    ]
+    swaps = (replace(swap, factorized=masters.keep_masters(swap.factorized)) for swap in rewritten.swaps)
+    exchanges = [split_exchange(swap) for swap in swaps]
     return companions.prepare(rewritten.program.module, exchanges, values=init != "empty", warn=True)

@@ -87,7 +87,7 @@ class Ranks(Processes):
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite unsharded tensors, which each process has computed itself, with the first process's values.
 
-        Shards differ between processes, and are cut from values that are the same on all, so they are left as they are.
+        Shards are left as they are: they are cut from values that are the same on all processes.
         """
         self.raise_pending()
         for tensor in tensors if self.replicated else ():

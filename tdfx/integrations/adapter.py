@@ -40,11 +40,13 @@ class TrainerAdapter:
     """The base of the callbacks of all trainers. A callback calls these methods at the right moments of its trainer.
 
     Args:
-        policy, when: As for ``Switch``; or pass ``epoch`` in place of ``when``.
-        epoch: Epochs before the switch; the trainer says how many steps an epoch has.
-        merge: Whether to merge the model when training ends.
-        example_inputs: As for ``plan``; None to take the first batch with which the model is called.
-        options: Other arguments of ``Switch``; without ``total_steps``, the trainer says how many steps there are.
+        policy: What to rewrite and how far; ``tdfx.Policy()`` if left out.
+        when: ``tdfx.AtStep``, ``tdfx.AtEpoch`` or ``tdfx.Settled``, in optimizer steps; or pass ``epoch``.
+        epoch: Epochs before the switch, at least 1.
+        merge: Whether to merge at the end of training, so that what is saved afterwards has the original keys.
+        example_inputs: Inputs of the module, to time its layers; the first batch if left out.
+        options: Other arguments of ``tdfx.Switch``: ``rewarm``, ``recompile_seconds``, ``total_steps`` (the trainer's own
+            number if left out; None to switch even if that takes longer than it saves).
 
     Raises:
         PolicyError: A setting is out of range.

@@ -38,14 +38,9 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
 
     Args:
         policy: What to rewrite and how far; ``tdfx.Policy()`` if left out.
-        when: ``tdfx.AtStep``, ``tdfx.AtEpoch`` or ``tdfx.Settled``, in optimizer steps; or pass ``epoch``.
-        epoch: Epochs before the switch, at least 1.
         attribute: Path of the module to rewrite in the ``LightningModule``. If left out, its only child that has parameters;
             or the whole module if there are several, or if the child is a single layer.
-        merge: Whether to merge at the end of training, so that what is saved afterwards has the original keys.
-        example_inputs: Inputs of the module, to time its layers; the first batch if left out.
-        options: Other arguments of ``tdfx.Switch``: ``rewarm``, ``recompile_seconds``, ``total_steps`` (the Trainer's own
-            number if left out; None to switch even if that takes longer than it saves).
+        settings: As for ``TrainerAdapter``: ``when`` or ``epoch``, ``merge``, ``example_inputs``, options of ``Switch``.
 
     Raises:
         PolicyError: A setting is out of range.

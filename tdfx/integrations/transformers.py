@@ -39,14 +39,7 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
 
     After training, ``trainer.save_model()`` and ``model.save_pretrained()`` write a dense model for ``from_pretrained``.
 
-    Args:
-        policy: What to rewrite and how far; ``tdfx.Policy()`` if left out.
-        when: ``tdfx.AtStep``, ``tdfx.AtEpoch`` or ``tdfx.Settled``, in optimizer steps; or pass ``epoch``.
-        epoch: Epochs before the switch, at least 1.
-        merge: Whether to merge at the end of training.
-        example_inputs: Inputs of the model, to time its layers; the first batch if left out.
-        options: Other arguments of ``tdfx.Switch``: ``rewarm``, ``recompile_seconds``, ``total_steps`` (the Trainer's own
-            number if left out; None to switch even if that takes longer than it saves).
+    The arguments are those of ``TrainerAdapter``.
 
     Raises:
         PolicyError: A setting is out of range.

@@ -136,16 +136,15 @@ def _pulled_site(model: nn.Module, decision: SitePlan) -> _PulledSite:
     kind = find_kind(layer) if layer is not None and decision.parameter is None else None
     path = decision.parameter or f"{name}.{kind.weight if kind else 'weight'}".removeprefix(".")
     weight = dict(model.named_parameters()).get(path)
-    operation = operation_of(layer) if kind is not None and layer is not None else _operation_of_shape(decision)
+    if kind is not None and layer is not None:
+        operation = operation_of(layer)
+    else:  # stride, padding and dilation do not affect a split
+        settings = {"groups": decision.groups}
+        call = FunctionCall(decision.kind, len(decision.shape) - 2, decision.transposed, None, settings)
+        operation = call.operation(decision.shape)
     if weight is None or operation is None or operation.weight_shape != decision.shape:
         raise PlanError(
             f"The plan factorizes site {name!r} of shape {decision.shape}, which {type(model).__name__} does not have as a "
             f"dense weight. Make the plan for this model: tdfx.plan(model, policy)."
         )
     return _PulledSite(weight, operation, kind, decision, weight.detach())
-
-
-def _operation_of_shape(decision: SitePlan) -> Operation | None:
-    """Return what functions compute with a parameter, without stride, padding and dilation, which do not affect a split."""
-    call = FunctionCall(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
-    return call.operation(decision.shape)

@@ -28,7 +28,7 @@ from tdfx.policies.policy import Policy
 from tdfx.training.methods.rewarm import Rewarm, check_rates
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
 from tdfx.training.switch.state import SwitchEvent, SwitchState
-from tdfx.training.switch.watch import RankWatch, modelled_seconds, survey
+from tdfx.training.switch.watch import RankWatch, modelled_seconds
 from tdfx.training.switch.when import Settled, When, check_settings
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
@@ -199,7 +199,7 @@ class Switch:
     def _look(self, when: Settled, wrapped: Unwrapped, inputs: Inputs | None, emit: Emit) -> str | None:
         """Look at the stable ranks; return why it is time to switch, or None if it is not."""
         began = self._clock()
-        watch = self._state.watch or RankWatch.begin(when, survey(wrapped, self.policy, inputs, emit))
+        watch = self._state.watch or RankWatch.begin(when, wrapped, self.policy, inputs, emit)
         if not watch.sites:
             why = "the policy wants no site of the model that may be rewritten"
             self._state = replace(self._state.record("kept", (), why), done=True)
@@ -228,13 +228,13 @@ class Switch:
             left, step_seconds = processes.broadcast_object([max(0, self.total_steps - self.steps), step_seconds])
             policy = cap_measuring_time(policy, left, step_seconds)
         loop_seconds = step_seconds if step_seconds > 0 else None
-        planned = plan_rewrite(model, policy, example_inputs=inputs, emit=emit, loop_seconds=loop_seconds)
+        planned = plan_rewrite(model, policy, inputs, emit, loop_seconds)
         planning = processes.broadcast_object(self._clock() - began)
         self._spend("planning", began)
         if self.total_steps is None or not planned.plan.factorized:
             return planned, True, ""
         # All arguments are the same on all processes.
-        seconds = modelled_seconds(self.policy, planned.program)
+        seconds = modelled_seconds(self.policy, planned.planned.program)
         pays = pays_off(planned.plan, seconds, left, step_seconds, planning, self.recompile_seconds)
         return planned, *pays
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
-from typing import get_args
 
 from tdfx.checks import check_whole, is_number
 from tdfx.errors import PolicyError
@@ -70,15 +68,12 @@ class AtEpoch:
 class Settled:
     """Switch when the ranks of at least half of the sites have stopped changing.
 
-    Every site that the policy wants is watched. A site has settled when its weight has turned since the first look and its
-    stable rank has held over the last looks. At the first look at which at least half of the sites have settled, or at the
-    timeout, all sites are switched together.
-
-    The stable rank ``|W|² / s₁²`` is a cheap stand-in for the rank that a rule would choose. The largest singular value
-    comes from power iterations that start where the last look ended.
+    A site has settled when its weight has turned since the first look and its stable rank has held over the last looks. At
+    the first look at which at least half of the sites that the policy wants have settled, or at the timeout, all sites are
+    switched together. The stable rank ``|W|² / s₁²`` is a cheap stand-in for the rank that a rule would choose.
 
     Source: Wang, Agarwal, U-chupala, Tanaka, Xing, Papailiopoulos, *Cuttlefish: Low-Rank Model Training without All the
-    Tuning*, MLSys 2023, which watches stable ranks to choose the end of full-rank training.
+    Tuning*, MLSys 2023.
 
     Raises:
         PolicyError: A number is out of range.
@@ -130,14 +125,14 @@ def check_settings(
             f"policy={policy!r} is a {type(policy).__name__}: a switch makes its plan later, from the weights of that "
             f"time, and needs a policy for it. Pass tdfx.Policy(rank=...)."
         )
-    if not isinstance(when, get_args(When)):
+    if not isinstance(when, When):
         raise PolicyError(
             f"when={when!r} does not say when to switch. Pass for example when=tdfx.AtStep(500) or "
             f"when=tdfx.Settled(timeout=20_000)."
         )
     if total_steps is not None:
         check_whole("total_steps", total_steps, "the steps of the whole training", "total_steps=10_000")
-    if not (is_number(recompile_seconds) and 0 <= recompile_seconds < math.inf):
+    if not (is_number(recompile_seconds) and recompile_seconds >= 0):
         raise PolicyError(
             f"recompile_seconds={recompile_seconds!r} is not a time of at least 0: it is the time to compile the "
             f"rewritten model, in seconds. Leave it out if nothing is compiled."
