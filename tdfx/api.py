@@ -184,8 +184,8 @@ def merge(
     Args:
         model: A model that ``rewrite`` returned, trained further or not.
         optimizer: As for ``rewrite``, if training goes on. Afterwards it holds the parameters of the merged model.
-        averaged: Averages of the model, as for ``rewrite``. They are merged too, each from its own factors.
-        masters: As for ``rewrite``. The masters are joined, and the model gets the rounded weights.
+        averaged, masters: As for ``rewrite``. An average is merged from its own factors. Masters are joined, and the model
+            gets the rounded weights.
 
     Returns:
         The merged model, on the same device, in the same mode, with the same dtypes, hooks and buffers.

@@ -27,20 +27,15 @@ def ranks_of(model: DistributedDataParallel) -> Ranks:
 
 
 def check_replicas(model: DistributedDataParallel, ranks: Ranks) -> None:
-    """Check that all processes hold the same model, and that its wrapper can be set up for another one; all must call this.
-
-    Raises:
-        ModelError: The models differ, or the wrapper is used in a way that cannot be set up again.
-    """
+    """Raise ModelError on all processes unless they hold the same model and its wrapper can be set up for another one."""
     reason = _obstacle(model)
     if reason:
         raise ModelError(
             f"The model is in DistributedDataParallel with {reason}, which is bound to the parameters that it was set up "
             f"for. Pass model.module on every process, and wrap what comes back again."
         )
-    parameters = [
-        (name, tuple(parameter.shape), str(parameter.dtype)) for name, parameter in model.module.named_parameters()
-    ]
+    named = model.module.named_parameters()
+    parameters = [(name, tuple(parameter.shape), str(parameter.dtype)) for name, parameter in named]
     ranks.check_same(
         (type(model.module).__name__, model.training, parameters),
         "The processes of the DistributedDataParallel hold models of different structure or mode, so that they could not go "
@@ -51,11 +46,8 @@ def check_replicas(model: DistributedDataParallel, ranks: Ranks) -> None:
 def wrap_like(model: DistributedDataParallel, rewritten: nn.Module) -> DistributedDataParallel:
     """Wrap another model with the settings, hooks and attributes of a wrapper, without any communication.
 
-    All processes must hold the same values already, as they do of the parameters that both models share. The old wrapper can
-    be kept, but it must not run with gradients any more: both would wait for the gradients of shared parameters.
-
-    Raises:
-        ModelError: The old wrapper ignores a parameter that the other model does not have.
+    All processes must hold the same values already. The old wrapper can be kept, but it must not run with gradients any
+    more: both would wait for the gradients of shared parameters.
     """
     before, after = ({name for name, _ in module.named_parameters()} for module in (model.module, rewritten))
     if lost := sorted(model.parameters_to_ignore & (before - after)):
@@ -123,9 +115,7 @@ def _obstacle(model: DistributedDataParallel) -> str:
         return "delay_all_reduce_named_params"
     if model._use_python_reducer:
         return "the Python reducer (optimize_ddp='python_reducer')"
-    fused = any(
-        "hook_then_optimizer" in hook.__qualname__ for hook, _ in model._comm_hooks if hasattr(hook, "__qualname__")
-    )
+    fused = any("hook_then_optimizer" in getattr(hook, "__qualname__", "") for hook, _ in model._comm_hooks)
     if fused or any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.module.parameters()):
         return "an optimizer that runs in the backward pass"
     return ""

@@ -83,12 +83,7 @@ class FSDPUnit:
         return False if mesh is None else int(mesh.shard_mesh_size)
 
     def arguments(self, mesh: DeviceMesh, originals: Mapping[int, nn.Parameter]) -> dict[str, Any]:
-        """Return the arguments for a call of fully_shard that does the same.
-
-        Args:
-            mesh: The mesh for a unit without parameters of its own.
-            originals: Stand-in, by id -> the sharded parameter that it stands for.
-        """
+        """Return the arguments of fully_shard, with a mesh for a unit without one, and originals by their stand-ins' ids."""
         return {
             "mesh": self.mesh or mesh,
             "reshard_after_forward": self.reshard_after_forward,
@@ -129,12 +124,9 @@ class FSDPUnit:
         )
 
     def restore_parameters(self, sharded: Mapping[tuple[int, str], nn.Parameter], old: Mapping[int, Any]) -> None:
-        """Put sharded parameters in the place of the stand-ins on the meta device that fully_shard was called on.
+        """Put sharded parameters, by their modules' ids and names, in the place of the stand-ins of fully_shard.
 
-        Args:
-            sharded: Id of a module and name -> the sharded parameter that the module is to hold.
-            old: Sharded parameter, by id -> the record that FSDP2 kept of it before. The new record shares its storage,
-                padding included, so that the old model keeps the same values.
+        A new record shares the storage of the old record of a parameter's id, padding included, as the old model does.
         """
         for record in self.records:
             info = record._module_info

@@ -96,10 +96,7 @@ class Ranks(Processes):
     def map_tasks(self, tasks: Sequence[Task]) -> Iterator[tuple[Any, ...]]:
         """Do each task on one process, as many at once as there are processes, and yield all results on every process.
 
-        Besides its shards, a process holds the inputs of its own task, briefly those of one more, and the results.
-
-        Raises:
-            TdfxError: A task failed; every process raises the error of the process that did the task.
+        A process holds the inputs of its own task, briefly those of one more, and the results.
         """
         for start in range(0, len(tasks), len(self.places)):
             yield from self._round(tasks[start : start + len(self.places)])

@@ -100,14 +100,9 @@ class TrainerAdapter:
     def prepare(
         self, module: nn.Module, checkpoint_state: Callable[[], Mapping[str, Any] | None] = lambda: None
     ) -> None:
-        """Let a module take the form of each checkpoint that is loaded into it.
+        """Let a module, which must not be a single layer, take the form of each checkpoint that is loaded into it.
 
-        Args:
-            module: The module that will be trained.
-            checkpoint_state: Returns the callback's state in the checkpoint that is being loaded, if it is known.
-
-        Raises:
-            ModelError: It is a single layer.
+        ``checkpoint_state`` returns the callback's state in the checkpoint that is being loaded, if it is known.
         """
         if is_candidate(module) or isinstance(module, Factorized):
             raise ModelError(
@@ -227,11 +222,7 @@ def _plan_of(state: Mapping[str, Any] | None) -> Plan | None:
 
 
 def steps_per_epoch(batches: float, accumulated: int) -> int:
-    """Return how many optimizer steps an epoch has, each of several accumulated batches.
-
-    Raises:
-        ModelError: The number of batches is infinite, since the data has no length.
-    """
+    """Return how many optimizer steps an epoch has; raise ModelError if the number of batches is infinite."""
     if not math.isfinite(batches):
         raise ModelError(
             "The training data has no length, so it is not known how many steps an epoch has. Pass when=tdfx.AtStep(...) in "

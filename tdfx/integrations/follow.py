@@ -70,12 +70,9 @@ def factorize_like(
     Args:
         module: Dense, or with other sites factorized.
         plan: How to split the sites.
-        wanted: The sites to factorize: the paths of layers, or of parameters that functions use.
+        wanted: The paths of layers, or of parameters that functions use.
         advice: What the user can do if the plan does not hold one of the sites.
         optimizer: The optimizers that train the module, without state.
-
-    Raises:
-        CheckpointError: The plan does not say how one of the sites is split.
     """
     paths = set(wanted)
     decisions = {} if plan is None else {site.parameter or site.name: site for site in plan.factorized}
@@ -124,9 +121,6 @@ def restore_order(optimizers: Sequence[Optimizer], saved: Names, model: nn.Modul
     """Put the parameters and states of groups in the order in which they were saved, after states were loaded by position.
 
     A new optimizer of a factorized model may hold its parameters in another order than one that went through a rewrite.
-
-    Raises:
-        OptimizerError: The groups hold other parameters than when they were saved. Then nothing was changed.
     """
     now = names_of(optimizers, model)
     for names, saved_names in zip(chain(*now), chain(*saved), strict=False):

@@ -70,8 +70,7 @@ def check_step(
 ) -> StepCheck:
     """Time real training steps of the dense and the rewritten model by turns, and compare them with the plan's prediction.
 
-    Each step is a forward pass, a backward pass and an optimizer step, on deep copies: the models are left as they were.
-    During the call, memory holds both copies with gradients and optimizer state.
+    Each step is a forward pass, a backward pass and an optimizer step, on deep copies, both of which memory must hold.
 
     Args:
         plan: A plan whose sites were measured: made with example inputs and a cost that measures.

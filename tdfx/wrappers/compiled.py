@@ -1,7 +1,6 @@
 """How a model and its submodules were compiled by ``torch.compile``, and how another model is compiled in the same way.
 
-A module can be compiled in two ways: wrapped, ``torch.compile(module)``, or in place, ``module.compile()``. Both keep code
-that works for this one module only, and the settings, with which another module can be compiled.
+A module is compiled wrapped, ``torch.compile(module)``, or in place, ``module.compile()``.
 """
 
 from __future__ import annotations

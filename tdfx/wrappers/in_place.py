@@ -21,9 +21,6 @@ class InPlaceModule(nn.Module):
     Args:
         trained: The model that the trainer runs, with or without DistributedDataParallel and ``torch.compile`` around it.
         path: The module's path in the model; empty for the model itself.
-
-    Raises:
-        ModelError: There is no such module.
     """
 
     ddp: DistributedDataParallel | None
@@ -52,15 +49,9 @@ class InPlaceModule(nn.Module):
         self.__dict__.update(ddp=ddp, model=model, target=inner_module(wrapped_target), wrapped_target=wrapped_target)
 
     def replace_with(self, rewritten: nn.Module) -> None:
-        """Move a rewritten module into the trainer's module, and set up DistributedDataParallel for its parameters.
+        """Move what ``merge``, or ``rewrite`` with ``emit="modules"``, returned into the trainer's module, and set up DDP.
 
         All processes must call this at the same time, between an optimizer step and the next forward.
-
-        Args:
-            rewritten: What ``merge``, or ``rewrite`` with ``emit="modules"``, returned; it must not be used afterwards.
-
-        Raises:
-            ModelError: It is of another class.
         """
         replace_in_place(self.target, rewritten)
         self.rebuild_reducer()
@@ -74,11 +65,7 @@ class InPlaceModule(nn.Module):
 
 
 def replace_in_place(module: nn.Module, replacement: nn.Module) -> None:
-    """Give a module all attributes of another one of its class, while it stays the object that others hold.
-
-    Raises:
-        ModelError: The other module is of another class.
-    """
+    """Give a module all attributes of another one of its class, while it stays the object that others hold."""
     if type(replacement) is not type(module):
         raise ModelError(
             f"A {type(module).__name__} cannot become a {type(replacement).__name__} and stay the object that the trainer "

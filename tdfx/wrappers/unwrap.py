@@ -32,11 +32,7 @@ class Unwrapped:
 
 
 def unwrap(model: nn.Module) -> Unwrapped:
-    """Take a model out of ``torch.compile``, DistributedDataParallel and FSDP2.
-
-    Raises:
-        ModelError: It is no module, or it has a wrapper that cannot be taken off and put on again.
-    """
+    """Take a model out of ``torch.compile``, DistributedDataParallel and FSDP2; raise ModelError for other wrappers."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module that you train.")
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

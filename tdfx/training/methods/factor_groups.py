@@ -67,12 +67,7 @@ class FactorGroups:
 
 
 def find_factor_groups(model: nn.Module, train: Train, held: Container[int]) -> list[FactorGroups]:
-    """Return the layers of a model whose factors can train by turns; ``held`` are the ids of the optimizer's parameters.
-
-    Raises:
-        ModelError: The model has no factorized layer, or none with two factors that train.
-        OptimizerError: The optimizer holds some of a layer's factors and not the others, or holds none at all.
-    """
+    """Return the layers whose factors can train by turns; ``held`` are the ids of the optimizer's parameters."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}
     if not layers:
         raise ModelError(

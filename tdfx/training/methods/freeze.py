@@ -24,10 +24,9 @@ _ACTIVE: weakref.WeakKeyDictionary[FrozenFactors, weakref.ref[Freeze]] = weakref
 class Freeze:
     """Trains some factors of each factorized layer at a time, keeps the others frozen, and changes them by turns.
 
-    A frozen factor takes no gradient, so the backward pass does not compute it, and the optimizer neither moves nor decays
-    it; its state waits for the factor's next turn. The forward pass and the gradients of the inputs remain: a third of a
-    factor's work is saved. Biases, other layers, factors that do not train when the schedule is made, and layers with fewer
-    than two factors that train are left alone.
+    The backward pass computes no gradient of a frozen factor, which saves a third of its work, and the optimizer neither
+    moves nor decays it; its state waits for the next turn. Biases, other layers, factors that do not train when the schedule
+    is made, and layers with fewer than two factors that train are left alone.
 
     Turns change at the end of ``optimizer.step()``; a gradient that a factor still has when it is frozen is dropped.
     ``merge`` and ``save`` do not take a frozen factor for one that the user froze. ``torch.compile`` compiles once for each

@@ -1,7 +1,6 @@
 """Change ``requires_grad`` in the middle of training without breaking DistributedDataParallel or FSDP2.
 
-DDP waits for the gradients of the parameters that required some when the wrapper was made, so it has to be set up again.
-FSDP2 takes over what requires a gradient from its shards, so the change must be made on those.
+DDP waits for the gradients that were required when it was set up; FSDP2 takes over what requires gradients from its shards.
 """
 
 from __future__ import annotations
@@ -20,11 +19,7 @@ from tdfx.wrappers.unwrap import is_instance_by_name
 
 
 class GradientWrappers:
-    """The wrappers in or around a model that depend on which parameters require gradients; make it on every process.
-
-    Raises:
-        ModelError: The model is no module, or in a wrapper that cannot be set up for other parameters.
-    """
+    """The wrappers in or around a model that depend on which parameters require gradients; make it on every process."""
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):

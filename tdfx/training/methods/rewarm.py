@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tdfx.checks import check_whole, is_number
+from tdfx.checks import check_share, check_whole
 from tdfx.errors import OptimizerError, PolicyError
 from tdfx.training.methods.step_hooks import read_state, remove_within_step
 
@@ -40,11 +40,7 @@ class Rewarm:
 
     def __init__(self, optimizer: Optimizer, steps: int, *, start: float = 0.1) -> None:
         check_whole("steps", steps, "the optimizer steps until the full rate", "steps=200")
-        if not (is_number(start) and 0 < start <= 1):
-            raise PolicyError(
-                f"start={start!r} is not in (0, 1]: it is the factor on the learning rates at the first step. Pass for "
-                f"example start=0.1."
-            )
+        check_share("start", start, "the factor on the learning rates at the first step", "Pass for example start=0.1.")
         check_rates(optimizer)
         self.steps = steps
         self.start = start
@@ -133,7 +129,5 @@ class Rewarm:
 def check_rates(optimizer: Optimizer) -> None:
     """Raise OptimizerError if a group of an optimizer has no learning rate."""
     if any("lr" not in group for group in optimizer.param_groups):
-        raise OptimizerError(
-            f"{type(optimizer).__name__} has a group without 'lr', so there is no learning rate to warm up. Leave "
-            f"rewarm out."
-        )
+        name = type(optimizer).__name__
+        raise OptimizerError(f"{name} has a group without 'lr', so there is no rate to warm up. Leave rewarm out.")

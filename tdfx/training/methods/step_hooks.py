@@ -43,11 +43,7 @@ def check_holds(optimizer: Optimizer, parameters: Sequence[nn.Parameter], names:
 
 
 def read_state(name: str, state: object, settings: Mapping[str, Any], most: float = math.inf) -> tuple[int, bool]:
-    """Return the steps taken, at most ``most``, and whether the method had ended, from a state of the same settings.
-
-    Raises:
-        PolicyError: It is no state of the named method, or one with other settings.
-    """
+    """Return the steps taken, at most ``most``, and whether the named method had ended; check the state and its settings."""
     saved = dict(state) if isinstance(state, Mapping) else {}
     taken, done = saved.get("taken"), saved.get("done")
     is_count = isinstance(taken, int) and not isinstance(taken, bool) and 0 <= taken <= most
@@ -61,10 +57,9 @@ def read_state(name: str, state: object, settings: Mapping[str, Any], most: floa
 
 
 def remove_within_step(handle: RemovableHandle, optimizer: Optimizer) -> None:
-    """Remove a post-step hook while it runs, if it is the optimizer's last one.
+    """Remove a post-step hook while it runs, if it is the last one: the optimizer is iterating over its hooks.
 
-    The optimizer is iterating over its hooks, so an earlier one must not be removed now. Such a hook stays and has to do
-    nothing from now on.
+    An earlier hook stays and has to do nothing from now on.
     """
     hooks = cast("OrderedDict[int, Any]", optimizer._optimizer_step_post_hooks)
     if next(reversed(hooks)) == handle.id:

@@ -17,10 +17,7 @@ _MEASURING, _LEAST = 0.01, 30
 def cap_measuring_time(policy: Policy, left: int, step_seconds: float) -> Policy:
     """Return a policy that measures for at most a hundredth of the time that is left, or the time of thirty steps.
 
-    Args:
-        policy: Its own limit stays if it is lower.
-        left: Steps that are left.
-        step_seconds: Time of a step in seconds; negative if none was timed, which leaves the policy as it is.
+    A lower limit of its own stays. Steps take negative seconds if none was timed; then the policy stays as it is.
     """
     most = max(_MEASURING * left, _LEAST) * step_seconds
     if most <= 0:

@@ -123,12 +123,7 @@ class SwitchState:
 
     @classmethod
     def load(cls, saved: Mapping[str, Any], policy: Policy, when: When, optimizers: Sequence[Optimizer]) -> SwitchState:
-        """Return the state that ``to_dict`` saved, and start the re-warm-ups again that were under way.
-
-        Raises:
-            PolicyError: It is no state of a switch, or one with another policy or ``when``, or it is damaged.
-            OptimizerError: Re-warm-ups of another number of optimizers were under way.
-        """
+        """Return the state that ``to_dict`` saved, and start the re-warm-ups again that were under way."""
         if not isinstance(saved, Mapping) or saved.get("format") != _FORMAT:
             text = repr(saved)
             raise PolicyError(

@@ -119,11 +119,7 @@ class RankWatch:
 
     @torch.no_grad()
     def look(self, model: nn.Module) -> RankWatch:
-        """Return the watch after one more look; this one stays as it was.
-
-        Raises:
-            ModelError: The model lacks a weight that is watched.
-        """
+        """Return the watch after one more look; this one stays as it was."""
         measured = [self._measure(site, _weight(model, name, site.path)) for name, site in self.sites.items()]
         device = measured[0][2].device
         # One transfer for all sites, so that the host waits for the device once.
