@@ -136,8 +136,7 @@ def rewrite(
             of the original one, which keeps the scale of activations and gradients (Pan et al., *A Unified Weight
             Initialization Paradigm for Tensorial Convolutional Neural Networks*, ICML 2022). Choose ranks by ``Ratio`` or
             ``Fixed`` then: other rules look for structure that an untrained weight does not have.
-            ``"empty"``, with a plan: uninitialized, to be loaded afterwards. No weight is read, so the model may be on the
-            meta device.
+            ``"empty"``, with a plan: uninitialized, to be loaded. No weight is read: the model may be on the meta device.
 
     Returns:
         The rewritten model, on the same device, in the same mode, with the same dtypes, hooks and buffers.

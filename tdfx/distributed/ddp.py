@@ -28,8 +28,7 @@ def ranks_of(model: DistributedDataParallel) -> Ranks:
 
 def check_replicas(model: DistributedDataParallel, ranks: Ranks) -> None:
     """Raise ModelError on all processes unless they hold the same model and its wrapper can be set up for another one."""
-    reason = _obstacle(model)
-    if reason:
+    if reason := _obstacle(model):
         raise ModelError(
             f"The model is in DistributedDataParallel with {reason}, which is bound to the parameters that it was set up "
             f"for. Pass model.module on every process, and wrap what comes back again."

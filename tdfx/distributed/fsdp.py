@@ -50,8 +50,8 @@ class Sharded:
     def shard(self, rewritten: nn.Module) -> nn.Module:
         """Shard a rewritten model in place, at the same modules with the same settings.
 
-        Its parameters are sharded already, and ``fully_shard`` takes only whole ones. So it is given stand-ins on the meta
-        device, which are exchanged for the sharded parameters afterwards: no process ever holds more than its own shards.
+        ``fully_shard`` takes only whole parameters, and these are sharded already. So it is given stand-ins on the meta
+        device, which are exchanged afterwards: no process ever holds more than its own shards.
         """
         present = {path for path, _ in rewritten.named_modules(remove_duplicate=False)}
         if lost := [path for unit in self.units for path in unit.paths if path not in present]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -188,8 +187,7 @@ class Ranks(Processes):
         return self.place == place
 
 
-@dataclass(frozen=True, slots=True)
-class _TensorHeader:
+class _TensorHeader(NamedTuple):
     """Shape and dtype of a tensor that is sent next."""
 
     shape: tuple[int, ...]

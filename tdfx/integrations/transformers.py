@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tdfx.checkpoint.files import read_sealed, write
 from tdfx.errors import CheckpointError
@@ -107,7 +106,7 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         """Count an optimizer step, and switch if it is time."""
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         autocast = torch.autocast(args.device.type, dtype) if args.bf16 or args.fp16 else None
-        self.step(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]), autocast=autocast)
+        self.step(InPlaceModule(self.replica or kwargs["model"]), as_optimizers(kwargs["optimizer"]), autocast=autocast)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the state of the callback into the Trainer's checkpoint."""
@@ -116,10 +115,7 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Merge."""
-        self.end(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]))
-
-    def _part(self, model: nn.Module) -> InPlaceModule:
-        return InPlaceModule(self.replica or model)
+        self.end(InPlaceModule(self.replica or kwargs["model"]), as_optimizers(kwargs["optimizer"]))
 
 
 def _batches(loader: Any) -> float:

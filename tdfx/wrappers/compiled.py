@@ -28,14 +28,14 @@ class CompiledParts:
 
     in_place: dict[str, Recompile]
     """Path of a module that is compiled in place -> its settings. The model itself may be among them."""
-    wrapped: dict[str, nn.Module]
+    wrapped: dict[str, Any]
     """Path of a submodule that is wrapped -> its outermost wrapper."""
 
     @classmethod
     def of(cls, model: nn.Module) -> CompiledParts:
         """Find the compiled parts of a model that is not itself wrapped."""
         in_place: dict[str, Recompile] = {}
-        wrapped: dict[str, nn.Module] = {}
+        wrapped: dict[str, Any] = {}
         for full_path, module in model.named_modules(remove_duplicate=False):
             path = ".".join(name for name in full_path.split(".") if name != "_orig_mod")
             if is_wrapped(module):
@@ -55,7 +55,8 @@ class CompiledParts:
 
     def compile_in_place(self, copy: nn.Module) -> None:
         """Compile every part in place in a copy without wrappers, so that the passes see that it is compiled."""
-        for path, recompile in (self.in_place | {path: _settings(each) for path, each in self.wrapped.items()}).items():
+        wrapped = {path: wrapper.dynamo_ctx for path, wrapper in self.wrapped.items()}
+        for path, recompile in (self.in_place | wrapped).items():
             compile_in_place(copy.get_submodule(path), recompile)
 
     def recompile(self, model: nn.Module) -> nn.Module:
@@ -80,9 +81,9 @@ def is_wrapped(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule)
 
 
-def wrap_compiled(wrapper: nn.Module, module: nn.Module) -> nn.Module:
+def wrap_compiled(wrapper: Any, module: nn.Module) -> nn.Module:
     """Wrap a module by ``torch.compile`` with the settings and the hooks of another wrapper."""
-    compiled = cast("nn.Module", _settings(wrapper)(module))
+    compiled: nn.Module = wrapper.dynamo_ctx(module)
     copy_hooks(wrapper, compiled)
     return compiled
 
@@ -118,7 +119,3 @@ def inner_module(module: nn.Module) -> nn.Module:
     while is_wrapped(module):
         module = cast("nn.Module", module._modules["_orig_mod"])
     return module
-
-
-def _settings(wrapper: nn.Module) -> Recompile:
-    return cast("Recompile", wrapper.dynamo_ctx)

@@ -1,7 +1,4 @@
-"""Which factors of a layer train together, and how a group of them is frozen.
-
-``tdfx.layers.frozen`` records which factors were frozen here, so that a factor that the user froze is never thawed.
-"""
+"""Which factors of a layer train together, and how a group is frozen; factors that the user froze are never thawed."""
 
 from __future__ import annotations
 

@@ -35,8 +35,7 @@ class SwitchEvent:
     step: int
     """Training steps taken by then."""
     what: What
-    """``"switched"``; ``"kept"`` for good; ``"too_late"``, kept since too few steps are left for a switch to pay off;
-    ``"waiting"`` occurs only in states that earlier versions saved."""
+    """``"too_late"`` is kept since too few steps are left; ``"waiting"`` is only in states of earlier versions."""
     sites: tuple[str, ...]
     """The sites that the decision concerns."""
     why: str
@@ -122,7 +121,7 @@ class SwitchState:
         }
 
     @classmethod
-    def load(cls, saved: Mapping[str, Any], policy: Policy, when: When, optimizers: Sequence[Optimizer]) -> SwitchState:
+    def load(cls, saved: Any, policy: Policy, when: When, optimizers: Sequence[Optimizer]) -> SwitchState:
         """Return the state that ``to_dict`` saved, and start the re-warm-ups again that were under way."""
         if not isinstance(saved, Mapping) or saved.get("format") != _FORMAT:
             text = repr(saved)
