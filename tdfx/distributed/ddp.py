@@ -125,7 +125,7 @@ def _without_buckets(state: Any) -> Any:
     if not all(hasattr(state, name) for name in _BUCKET_STATE):
         return state
     fresh = copy.copy(state)
-    for name in _BUCKET_STATE:  # it has slots
+    for name in _BUCKET_STATE:  # a PowerSGD state has slots
         setattr(fresh, name, {})
     return fresh
 
