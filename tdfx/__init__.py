@@ -51,7 +51,7 @@ from tdfx.training.methods.freeze import Freeze
 from tdfx.training.methods.penalty import LowRankPenalty
 from tdfx.training.methods.rewarm import Rewarm
 from tdfx.training.step_check import StepCheck, check_step
-from tdfx.training.switch.events import SwitchEvent
+from tdfx.training.switch.state import SwitchEvent
 from tdfx.training.switch.switch import Switch
 from tdfx.training.switch.when import AtEpoch, AtStep, Settled
 

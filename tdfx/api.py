@@ -38,10 +38,8 @@ def plan(
         model: Any module. The compiler runs a copy of it, in eval mode and for some models in train mode too.
         policy: Which layers to factorize, and at which ranks. Default: ``Policy()``.
         example_inputs: Inputs that the model accepts: a tensor, a tuple of positional arguments, or a mapping of keyword
-            arguments. They give the input shapes by which the FLOPs and times of each layer are determined. Without them,
-            nominal shapes are assumed.
-        optimizer: Not used; accepted so that calls written for earlier versions still work.
-        masters: Not used, like ``optimizer``.
+            arguments. The FLOPs and times of layers are those at their shapes; without them, at nominal shapes.
+        optimizer, masters: Not used; accepted so that calls written for earlier versions still work.
         emit: The form of the model that ``rewrite`` will return; see there.
 
     Returns:
@@ -59,7 +57,7 @@ def plan(
         >>> plan.sites[0].scheme, plan.sites[0].ranks, plan.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
-    return plan_rewrite(model, policy, example_inputs=example_inputs, emit=emit).plan
+    return plan_rewrite(model, policy, example_inputs, emit).plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,47 +72,24 @@ class PlannedRewrite:
         """The decisions."""
         return self.planned.plan
 
-    @property
-    def program(self) -> Program:
-        """The traced model with its sites."""
-        return self.planned.program
-
     def apply(
-        self,
-        *,
-        optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        averaged: Any = None,
-        masters: Any = None,
-        init: Init = "weight",
+        self, optimizer: Any = None, averaged: Any = None, masters: Any = None, init: Init = "weight"
     ) -> nn.Module:
-        """Return the rewritten model; for the arguments see ``rewrite``.
-
-        The model and its weights must not have changed since the plan was made.
-        """
+        """Return the rewritten model; the arguments are those of ``rewrite``, and the model must not have changed since."""
         with self.unwrapped.processes.raise_on_all():
             companions = Companions.of(self.unwrapped, optimizer, averaged, masters)
-            commit = _prepare_rewrite(self.unwrapped, self.planned, companions, init)
+            commit = _prepare_rewrite(self.planned, companions, init)
         return commit()
 
 
 def plan_rewrite(
-    model: nn.Module,
-    policy: Policy | None = None,
-    *,
-    example_inputs: Inputs | None = None,
-    emit: Emit = "graph",
-    loop_seconds: float | None = None,
+    model: nn.Module, policy: Policy | None, inputs: Inputs | None, emit: Emit, loop_seconds: float | None = None
 ) -> PlannedRewrite:
-    """Make a plan as ``plan`` does, and return it with everything that the rewrite needs.
-
-    Args:
-        model, policy, example_inputs, emit: As for ``plan``.
-        loop_seconds: Time of a step in the training loop, in seconds, where that is known.
-    """
+    """Make a plan as ``plan`` does, by the seconds of a step in the training loop if they are known."""
     unwrapped = unwrap(model)
     with unwrapped.processes.raise_on_all():
         _check_same_arguments(unwrapped, policy, emit)
-        return PlannedRewrite(unwrapped, _make_plan(unwrapped, policy, example_inputs, emit, loop_seconds))
+        return PlannedRewrite(unwrapped, _make_plan(unwrapped, policy, inputs, emit, loop_seconds))
 
 
 def rewrite(
@@ -134,37 +109,34 @@ def rewrite(
     Call this between a backward and the next forward, best after an optimizer step. Gradients that were not applied yet, as
     in gradient accumulation, are carried to the factors by the chain rule.
 
-    A model in DistributedDataParallel or ``torch.compile`` comes back in the same wrapper with the same settings, and a
-    model that ``fully_shard`` (FSDP2) was called on comes back sharded at the same modules. If several processes train the
-    model, all of them must call ``plan``, ``rewrite`` and ``merge`` with the same arguments. No process ever holds more of a
-    sharded model than its shards and a few weights.
+    A model in DistributedDataParallel or ``torch.compile`` comes back in the same wrapper with the same settings, and one
+    that ``fully_shard`` (FSDP2) was called on comes back sharded at the same modules; no process ever holds more of it than
+    its shards and a few weights. All processes that train a model must make the same calls with the same arguments.
 
     Args:
         model: Any module.
-        policy: Which layers to factorize, and at which ranks; or a plan made by ``tdfx.plan`` for this model. Default:
+        policy: Which layers to factorize, and at which ranks; or a plan that ``tdfx.plan`` made for this model. Default:
             ``Policy()``.
         example_inputs: As for ``plan``; not needed with a plan.
         optimizer: The optimizer that trains the model, or a list of several. It is changed in place: afterwards it holds the
-            parameters of the returned model, in the same groups with the same settings; momentum and step counts are carried
-            over.
+            parameters of the returned model, in the same groups; momentum and step counts are carried over.
         averaged: An average of the model (EMA, SWA), or a list of several: a ``torch.optim.swa_utils.AveragedModel``, or any
             object that holds the averaged copy as ``module``. Afterwards it holds an average of the returned model, which
             can be updated further.
         masters: The wider copies of the model's parameters, for an optimizer that trains float32 copies of a bfloat16 or
-            float16 model: a dict from each parameter to its master, a list of such pairs, or two lists side by side,
-            parameters first. It is updated in place: masters of the factors replace those of the weights that were
-            factorized, and all others stay the same objects. The masters are decomposed, and the model gets rounded factors;
-            ranks are chosen by the model's own weights. A parameter that the optimizer holds itself needs no master.
+            float16 model: a dict from each parameter to its master, a list of such pairs, or two lists, parameters first. It
+            is updated in place: masters of the factors replace those of the weights that were factorized. The masters are
+            decomposed, and the model gets rounded factors; ranks are chosen by the model's own weights. A parameter that the
+            optimizer holds itself needs no master.
         emit: ``"graph"`` returns a ``GraphModule`` where the model's code can be represented as a graph, ``"modules"``
             always returns the model's own class. Not used with a plan, which records it.
         init: The initial values of the factors.
             ``"weight"``: the best approximation of the trained weight.
             ``"variance"``, for a model that was not trained yet: the same, scaled so that the joined weight has the variance
-            of the original one, which keeps the scale of activations and gradients in the first step (Pan et al., *A Unified
-            Weight Initialization Paradigm for Tensorial Convolutional Neural Networks*, ICML 2022). Choose ranks by
-            ``Ratio`` or ``Fixed`` then: other rules look for structure that an untrained weight does not have.
-            ``"empty"``, with a plan: uninitialized. No weight is read, so the model may be on the meta device. Load the
-            values afterwards.
+            of the original one, which keeps the scale of activations and gradients (Pan et al., *A Unified Weight
+            Initialization Paradigm for Tensorial Convolutional Neural Networks*, ICML 2022). Choose ranks by ``Ratio`` or
+            ``Fixed`` then: other rules look for structure that an untrained weight does not have.
+            ``"empty"``, with a plan: uninitialized, to be loaded. No weight is read: the model may be on the meta device.
 
     Returns:
         The rewritten model, on the same device, in the same mode, with the same dtypes, hooks and buffers.
@@ -193,7 +165,7 @@ def rewrite(
             planned = use_plan(_find_sites(unwrapped, policy.emit), policy)
         else:
             planned = _make_plan(unwrapped, policy, example_inputs, emit)
-        commit = _prepare_rewrite(unwrapped, planned, companions, init)
+        commit = _prepare_rewrite(planned, companions, init)
     return commit()
 
 
@@ -210,11 +182,9 @@ def merge(
 
     Args:
         model: A model that ``rewrite`` returned, trained further or not.
-        optimizer: The optimizer that trains the model, or a list of several, if training goes on. Afterwards it holds the
-            parameters of the merged model.
-        averaged: Averages of the model, as for ``rewrite``. They are merged too, each from its own factors.
-        masters: Wider copies of the parameters, as for ``rewrite``. The masters are joined, and the model gets the rounded
-            weights.
+        optimizer: As for ``rewrite``, if training goes on. Afterwards it holds the parameters of the merged model.
+        averaged, masters: As for ``rewrite``. An average is merged from its own factors. Masters are joined, and the model
+            gets the rounded weights.
 
     Returns:
         The merged model, on the same device, in the same mode, with the same dtypes, hooks and buffers.
@@ -252,25 +222,22 @@ def _check_same_arguments(
 
 
 def _check_init(init: Init, policy: Policy | Plan | None, companions: Companions) -> None:
-    """Raise an error if ``init`` is not known, or does not go with the other arguments."""
     if init not in get_args(Init):
         raise PolicyError(
             f"init={init!r} is not known: factors start from the 'weight', as after training, from its 'variance', for a "
             f"model that was not trained yet, or 'empty', where values will be loaded."
         )
-    if init != "empty":
-        return
-    if not isinstance(policy, Plan):
+    if init == "empty" and not isinstance(policy, Plan):
         raise PolicyError(
             "init='empty' reads no weight, and a policy would choose ranks by them. Pass the plan in place of the policy: "
             "tdfx.Plan.from_json, or tdfx.plan of a model that has its values."
         )
-    if any(optimizer.state for optimizer in companions.optimizers):
+    if init == "empty" and any(optimizer.state for optimizer in companions.optimizers):
         raise OptimizerError(
             "init='empty' makes factors without values, and the optimizer's state could not be carried to them. Pass an "
             "optimizer that has taken no step, and load its state afterwards."
         )
-    if companions.averages:
+    if init == "empty" and companions.averages:
         raise ModelError(
             "init='empty' makes factors without values, in whose bases no average could be expressed. Load the average by "
             "itself: rewrite the averaged copy with init='empty' too, and load its values."
@@ -284,8 +251,8 @@ def _make_plan(
     policy = Policy() if policy is None else policy
     if not isinstance(policy, Policy):
         raise PolicyError(
-            f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite and how far. "
-            f"Pass tdfx.Policy(rank=...), or a plan to rewrite."
+            f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite and how far. Pass "
+            f"tdfx.Policy(rank=...), or a plan to rewrite."
         )
     return make_plan(_find_sites(unwrapped, emit), policy, inputs, loop_seconds=loop_seconds)
 
@@ -294,16 +261,13 @@ def _find_sites(unwrapped: Unwrapped, emit: Emit) -> Program:
     return find_sites(unwrapped.model, emit, unwrapped.processes, shards=unwrapped.shards)
 
 
-def _prepare_rewrite(
-    unwrapped: Unwrapped, planned: Planned, companions: Companions, init: Init
-) -> Callable[[], nn.Module]:
+def _prepare_rewrite(planned: Planned, companions: Companions, init: Init) -> Callable[[], nn.Module]:
     """Factorize the model and work out all changes of its companions; return the function that makes the changes."""
     masters = companions.masters
     if masters:
         # The masters are decomposed, so the spectra of the plan, which are those of the model's own weights, are not used.
         planned = Planned(planned.program.in_copy(masters.with_masters(planned.program.module)), SpectrumCache())
     rewritten = rewrite_by(planned, init)
-    exchanges = [
-        split_exchange(replace(swap, factorized=masters.keep_masters(swap.factorized))) for swap in rewritten.swaps
-    ]
+    swaps = (replace(swap, factorized=masters.keep_masters(swap.factorized)) for swap in rewritten.swaps)
+    exchanges = [split_exchange(swap) for swap in swaps]
     return companions.prepare(rewritten.program.module, exchanges, values=init != "empty", warn=True)

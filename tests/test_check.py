@@ -109,14 +109,17 @@ def test_a_prediction_is_the_dense_step_minus_what_sites_save() -> None:
 def test_without_the_dense_model_the_rewritten_one_is_merged() -> None:
     _, small, plan = rewritten()
     counts: list[int] = []
+    optimizers: list[torch.optim.Optimizer] = []
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         counts.append(sum(parameter.numel() for parameter in parameters))
-        return torch.optim.Adam(parameters)
+        optimizers.append(torch.optim.Adam(parameters))
+        return optimizers[-1]
 
     check = plan.check(small, example_inputs=(X,), rounds=1, optimizer=optimizer)
     assert check.seconds_before > 0
     assert counts == [plan.parameters_before, plan.parameters_after]
+    assert all(optimizer.state for optimizer in optimizers), "no optimizer step was timed"
 
 
 def test_a_check_prints_the_error_of_the_prediction() -> None:

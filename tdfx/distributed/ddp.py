@@ -21,55 +21,44 @@ _BUCKET_STATE = ("error_dict", "p_memory_dict", "q_memory_dict")
 """What the state of a PowerSGD hook keeps of each gradient bucket: errors and factors."""
 
 
-class Replicas:
-    """The replicas of a model in DistributedDataParallel: each process holds the whole model."""
+def ranks_of(model: DistributedDataParallel) -> Ranks:
+    """Return the processes that train the model of a wrapper."""
+    return Ranks([model.process_group], model.device)
 
-    def __init__(self, model: DistributedDataParallel, ranks: Ranks) -> None:
-        """Check that all processes hold the same model, and that its wrapper can be set up for another one.
 
-        Args:
-            model: The wrapper.
-            ranks: Its processes, all of which must make this call.
-
-        Raises:
-            ModelError: The models differ, or the wrapper is used in a way that cannot be set up again.
-        """
-        reason = _obstacle(model)
-        if reason:
-            raise ModelError(
-                f"The model is in DistributedDataParallel with {reason}, which is bound to the parameters that it was set "
-                f"up for. Pass model.module on every process, and wrap what comes back again."
-            )
-        self.model = model
-        parameters = [
-            (name, tuple(parameter.shape), str(parameter.dtype)) for name, parameter in model.module.named_parameters()
-        ]
-        ranks.check_same(
-            (type(model.module).__name__, model.training, parameters),
-            "The processes of the DistributedDataParallel hold models of different structure or mode, so that they could "
-            "not go through a rewrite together. Bring them to the same place in training before.",
+def check_replicas(model: DistributedDataParallel, ranks: Ranks) -> None:
+    """Raise ModelError on all processes unless they hold the same model and its wrapper can be set up for another one."""
+    if reason := _obstacle(model):
+        raise ModelError(
+            f"The model is in DistributedDataParallel with {reason}, which is bound to the parameters that it was set up "
+            f"for. Pass model.module on every process, and wrap what comes back again."
         )
+    named = model.module.named_parameters()
+    parameters = [(name, tuple(parameter.shape), str(parameter.dtype)) for name, parameter in named]
+    ranks.check_same(
+        (type(model.module).__name__, model.training, parameters),
+        "The processes of the DistributedDataParallel hold models of different structure or mode, so that they could not go "
+        "through a rewrite together. Bring them to the same place in training before.",
+    )
 
-    @classmethod
-    def ranks_of(cls, model: DistributedDataParallel) -> Ranks:
-        """Return the processes that train the model of a wrapper."""
-        return Ranks([model.process_group], model.device)
 
-    def wrap(self, rewritten: nn.Module) -> DistributedDataParallel:
-        """Wrap another model with the settings, hooks and attributes of this one, without any communication.
+def wrap_like(model: DistributedDataParallel, rewritten: nn.Module) -> DistributedDataParallel:
+    """Wrap another model with the settings, hooks and attributes of a wrapper, without any communication.
 
-        All processes must hold the same values already, as they do of the parameters that both models share. The old wrapper
-        can be kept, but it must not run with gradients any more: both would wait for the gradients of shared parameters.
-
-        Raises:
-            ModelError: The old wrapper ignores a parameter that the other model does not have.
-        """
-        _check_ignored(self.model, rewritten)
-        wrapper = object.__new__(type(self.model))
-        _set_up(wrapper, self.model, rewritten)
-        _stop_waiting(self.model)
-        _SUCCESSORS[self.model] = weakref.ref(wrapper)
-        return wrapper
+    All processes must hold the same values already. The old wrapper can be kept, but it must not run with gradients any
+    more: both would wait for the gradients of shared parameters.
+    """
+    before, after = ({name for name, _ in module.named_parameters()} for module in (model.module, rewritten))
+    if lost := sorted(model.parameters_to_ignore & (before - after)):
+        raise ModelError(
+            f"DistributedDataParallel ignores {lost[0]!r}, and the rewritten model has no such parameter, so its factors "
+            f"would be reduced although the parameter was not. Keep that site: Policy(exclude=(...,))."
+        )
+    wrapper = object.__new__(type(model))
+    _set_up(wrapper, model, rewritten)
+    _stop_waiting(model)
+    _SUCCESSORS[model] = weakref.ref(wrapper)
+    return wrapper
 
 
 _SUCCESSORS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParallel]] = weakref.WeakKeyDictionary()
@@ -77,11 +66,10 @@ _SUCCESSORS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataPar
 
 
 def rebuild_reducer(model: DistributedDataParallel) -> None:
-    """Set up a wrapper in place for the parameters that require gradients now, without any communication.
+    """Set up a wrapper, or its successor, in place for the parameters that require gradients now, without communication.
 
-    A wrapper reduces, and waits for, the gradients of the parameters that required them when it was made. If the wrapper was
-    replaced by another one, that one is set up. All processes must call this at the same time, between an optimizer step and
-    the next forward.
+    A wrapper waits for the gradients of the parameters that required them when it was made. All processes must call this at
+    the same time, between an optimizer step and the next forward.
     """
     while model in _SUCCESSORS:
         successor = _SUCCESSORS[model]()
@@ -110,7 +98,12 @@ def _set_up(new: DistributedDataParallel, old: DistributedDataParallel, module: 
         new.device_mesh = old.device_mesh
     if new.process_group is not group:
         new._update_process_group(group)  # type: ignore[no-untyped-call]
-    _carry_communication(new, hooks, builtin)
+    for hook, hook_state in hooks:
+        new.register_comm_hook(_without_buckets(hook_state), hook)
+    kinds = dist.BuiltinCommHookType  # type: ignore[attr-defined]
+    for kind in (kinds.ALLREDUCE, kinds.FP16_COMPRESS):
+        if builtin == str(kind):
+            new._register_builtin_comm_hook(kind)  # type: ignore[no-untyped-call]
 
 
 def _obstacle(model: DistributedDataParallel) -> str:
@@ -121,36 +114,10 @@ def _obstacle(model: DistributedDataParallel) -> str:
         return "delay_all_reduce_named_params"
     if model._use_python_reducer:
         return "the Python reducer (optimize_ddp='python_reducer')"
-    fused = any(
-        "hook_then_optimizer" in hook.__qualname__ for hook, _ in model._comm_hooks if hasattr(hook, "__qualname__")
-    )
+    fused = any("hook_then_optimizer" in getattr(hook, "__qualname__", "") for hook, _ in model._comm_hooks)
     if fused or any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.module.parameters()):
         return "an optimizer that runs in the backward pass"
     return ""
-
-
-def _check_ignored(old: DistributedDataParallel, rewritten: nn.Module) -> None:
-    """Raise ModelError if a parameter that the old wrapper ignores is not in the rewritten model."""
-    before = {name for name, _ in old.module.named_parameters()}
-    after = {name for name, _ in rewritten.named_parameters()}
-    lost = sorted(old.parameters_to_ignore & (before - after))
-    if lost:
-        raise ModelError(
-            f"DistributedDataParallel ignores {lost[0]!r}, and the rewritten model has no such parameter, so its factors "
-            f"would be reduced although the parameter was not. Keep that site: Policy(exclude=(...,))."
-        )
-
-
-def _carry_communication(new: DistributedDataParallel, hooks: list[tuple[Any, Any]], builtin: str) -> None:
-    """Register the communication hooks of the old wrapper, without what they keep of its buckets."""
-    for hook, state in hooks:
-        new.register_comm_hook(_without_buckets(state), hook)
-    if hooks:
-        return
-    kinds = dist.BuiltinCommHookType  # type: ignore[attr-defined]
-    for kind in (kinds.ALLREDUCE, kinds.FP16_COMPRESS):
-        if builtin == str(kind):
-            new._register_builtin_comm_hook(kind)  # type: ignore[no-untyped-call]
 
 
 def _without_buckets(state: Any) -> Any:
@@ -158,7 +125,7 @@ def _without_buckets(state: Any) -> Any:
     if not all(hasattr(state, name) for name in _BUCKET_STATE):
         return state
     fresh = copy.copy(state)
-    for name in _BUCKET_STATE:
+    for name in _BUCKET_STATE:  # a PowerSGD state has slots
         setattr(fresh, name, {})
     return fresh
 

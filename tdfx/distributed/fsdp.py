@@ -10,14 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from tdfx.distributed.fsdp_internals import (
-    FSDPUnit,
-    carry_prefetching,
-    check_use,
-    remove_sharding,
-    restore_parameters,
-    units_of,
-)
+from tdfx.distributed.fsdp_internals import FSDPUnit, carry_prefetching, check_use, remove_sharding, units_of
 from tdfx.distributed.ranks import Ranks
 from tdfx.errors import ModelError
 from tdfx.layers.copying import structural_copy
@@ -57,10 +50,15 @@ class Sharded:
     def shard(self, rewritten: nn.Module) -> nn.Module:
         """Shard a rewritten model in place, at the same modules with the same settings.
 
-        Its parameters are sharded already, and ``fully_shard`` takes only whole ones. So it is given stand-ins on the meta
-        device, which are exchanged for the sharded parameters afterwards: no process ever holds more than its own shards.
+        ``fully_shard`` takes only whole parameters, and these are sharded already. So it is given stand-ins on the meta
+        device, which are exchanged afterwards: no process ever holds more than its own shards.
         """
-        self._check_paths(rewritten)
+        present = {path for path, _ in rewritten.named_modules(remove_duplicate=False)}
+        if lost := [path for unit in self.units for path in unit.paths if path not in present]:
+            raise ModelError(
+                f"fully_shard was called on {lost[0]!r}, and the rewritten model has no such module, so it cannot be "
+                f"sharded in the same way. Call fully_shard on the module that holds it instead."
+            )
         sharded = {
             (id(module), name): parameter
             for module in rewritten.modules()
@@ -72,9 +70,10 @@ class Sharded:
             id(parameter): nn.Parameter(placeholder(parameter), requires_grad=parameter.requires_grad)
             for parameter in sharded.values()
         }
-        modules = {id(module): module for module in rewritten.modules()}
-        for (module, name), parameter in sharded.items():
-            modules[module]._parameters[name] = stand_ins[id(parameter)]
+        for module in rewritten.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in stand_ins:
+                    module._parameters[name] = stand_ins[id(parameter)]
         originals = {id(stand_ins[id(parameter)]): parameter for parameter in sharded.values()}
         records = {id(record.sharded_param): record for unit in self.units for record in unit.records}
         states: dict[int, tuple[Any, Any]] = {}
@@ -83,43 +82,31 @@ class Sharded:
             arguments = unit.arguments(self.mesh, originals)
             fully_shard(parts[0] if len(parts) == 1 else parts, **arguments, ignored_params=ignored)
             new_unit = FSDPUnit(unit.paths, parts[0]._get_fsdp_state())  # type: ignore[operator]
-            restore_parameters(new_unit, sharded, records)
+            new_unit.restore_parameters(sharded, records)
             unit.copy_settings_to(new_unit)
             states[id(unit.state)] = (unit.state, new_unit.state)
         carry_prefetching(states)
         return rewritten
-
-    def _check_paths(self, rewritten: nn.Module) -> None:
-        present = {path for path, _ in rewritten.named_modules(remove_duplicate=False)}
-        lost = [path for unit in self.units for path in unit.paths if path not in present]
-        if lost:
-            raise ModelError(
-                f"fully_shard was called on {lost[0]!r}, and the rewritten model has no such module, so it cannot be "
-                f"sharded in the same way. Call fully_shard on the module that holds it instead."
-            )
 
 
 def _check_meshes(units: Sequence[FSDPUnit], mesh: DeviceMesh) -> None:
     """Raise ModelError if some parameters are sharded over other processes than the rest, as in expert parallelism."""
     processes = set(mesh.mesh.flatten().tolist())
     for unit in units:
-        for group in unit.groups:
-            if set(group.mesh_info.mesh.mesh.flatten().tolist()) != processes:
-                raise ModelError(
-                    f"Some parameters of {unit.paths[0]!r} are sharded over other processes than the rest of the model, "
-                    f"{sorted(processes)}, as expert parallelism does it, so the processes cannot rewrite it together. "
-                    f"Rewrite the model before it is distributed."
-                )
+        if any(set(group.mesh_info.mesh.mesh.flatten().tolist()) != processes for group in unit.groups):
+            raise ModelError(
+                f"Some parameters of {unit.paths[0]!r} are sharded over other processes than the rest of the model, "
+                f"{sorted(processes)}, as expert parallelism does it, so the processes cannot rewrite it together. Rewrite "
+                f"the model before it is distributed."
+            )
 
 
 def _innermost_first(units: Sequence[FSDPUnit], model: nn.Module) -> list[FSDPUnit]:
     """Return the units in an order in which ``fully_shard`` accepts them: those inside a module before that module."""
     roots = [{id(model.get_submodule(path)) for path in unit.paths} for unit in units]
     contents = [{id(part) for path in unit.paths for part in model.get_submodule(path).modules()} for unit in units]
+    count = range(len(units))
     order = TopologicalSorter(
-        {
-            outer: [inner for inner in range(len(units)) if inner != outer and roots[inner] & contents[outer]]
-            for outer in range(len(units))
-        }
+        {outer: [inner for inner in count if inner != outer and roots[inner] & contents[outer]] for outer in count}
     )
     return [units[index] for index in order.static_order()]

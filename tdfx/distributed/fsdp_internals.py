@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, OffloadPolicy
 from torch.distributed.tensor import Shard
 
 from tdfx.errors import ModelError
@@ -59,8 +59,8 @@ class FSDPUnit:
     def groups(self) -> list[Any]:
         """The groups of parameters that are gathered together: one, unless parameters have meshes of their own."""
         groups = getattr(self.state, "_fsdp_param_groups", None)
-        group = getattr(self.state, "_fsdp_param_group", None) if groups is None else None
-        return list(groups or ([] if group is None else [group]))
+        groups = [getattr(self.state, "_fsdp_param_group", None)] if groups is None else groups
+        return [group for group in groups if group is not None]
 
     @property
     def records(self) -> list[Any]:
@@ -77,31 +77,20 @@ class FSDPUnit:
         """The argument of fully_shard of this name, or what was set afterwards."""
         if self.state._auto_reshard_after_forward:
             return None
-        if not self.groups:
+        if not self.groups or self.groups[0].post_forward_mesh_info is self.groups[0].mesh_info:
             return True
-        group = self.groups[0]
-        if group.post_forward_mesh_info is None:
-            return False
-        if group.post_forward_mesh_info is group.mesh_info:
-            return True
-        return int(group.post_forward_mesh_info.shard_mesh_size)
+        mesh = self.groups[0].post_forward_mesh_info
+        return False if mesh is None else int(mesh.shard_mesh_size)
 
     def arguments(self, mesh: DeviceMesh, originals: Mapping[int, nn.Parameter]) -> dict[str, Any]:
-        """Return the arguments for a call of fully_shard that does the same.
-
-        Args:
-            mesh: The mesh for a unit without parameters of its own.
-            originals: Stand-in, by id -> the sharded parameter that it stands for.
-        """
-        arguments: dict[str, Any] = {
+        """Return the arguments of fully_shard, with a mesh for a unit without one, and originals by their stand-ins' ids."""
+        return {
             "mesh": self.mesh or mesh,
             "reshard_after_forward": self.reshard_after_forward,
             "mp_policy": self._precision(originals),
             "shard_placement_fn": lambda stand_in: self._placement(originals[id(stand_in)]),
+            "offload_policy": self.groups[0].offload_policy if self.groups else OffloadPolicy(),
         }
-        if self.groups:
-            arguments["offload_policy"] = self.groups[0].offload_policy
-        return arguments
 
     def _placement(self, parameter: Any) -> Any:
         (placement,) = (placement for placement in parameter.placements if placement.is_shard())
@@ -127,51 +116,65 @@ class FSDPUnit:
     def copy_settings_to(self, other: FSDPUnit) -> None:
         """Give another unit what was set on this one after fully_shard."""
         for old, new in zip(self.groups, other.groups, strict=False):
-            for name in _SETTINGS:
-                if hasattr(old, name) and hasattr(new, name):
-                    setattr(new, name, getattr(old, name))
-            if hasattr(old.mesh_info, "reduce_scatter_process_group"):
-                new.mesh_info.reduce_scatter_process_group = old.mesh_info.reduce_scatter_process_group
-        other.state._auto_reshard_after_forward = self.state._auto_reshard_after_forward
-        for name in ("is_last_backward", "manual_backward_finalization"):
-            if hasattr(self.state._state_ctx, name):
-                setattr(other.state._state_ctx, name, getattr(self.state._state_ctx, name))
+            _copy_attributes(old, new, [name for name in _SETTINGS if hasattr(new, name)])
+            _copy_attributes(old.mesh_info, new.mesh_info, ["reduce_scatter_process_group"])
+        _copy_attributes(self.state, other.state, ["_auto_reshard_after_forward"])
+        _copy_attributes(
+            self.state._state_ctx, other.state._state_ctx, ["is_last_backward", "manual_backward_finalization"]
+        )
+
+    def restore_parameters(self, sharded: Mapping[tuple[int, str], nn.Parameter], old: Mapping[int, Any]) -> None:
+        """Put sharded parameters, by their modules' ids and names, in the place of the stand-ins of fully_shard.
+
+        A new record shares the storage of the old record of a parameter's id, padding included, as the old model does.
+        """
+        for record in self.records:
+            info = record._module_info
+            parameter = sharded[id(info.module), info.param_name]
+            modules, names = [info.module, *info.shared_modules], [info.param_name, *info.shared_param_names]
+            for module, name in zip(modules, names, strict=True):
+                module._parameters[name] = parameter
+            if id(parameter) in old:
+                _copy_attributes(old[id(parameter)], record, ["_sharded_param_data", "keep_unsharded_storage"])
+            record.reset_sharded_param()
+
+
+def _copy_attributes(old: Any, new: Any, names: Iterable[str]) -> None:
+    """Copy the attributes that this version of torch has."""
+    for name in names:
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
 
 
 def units_of(model: nn.Module) -> list[FSDPUnit]:
     """Return what each call of fully_shard made of a model, outermost first."""
     paths = {id(module): path for path, module in model.named_modules()}
-    states = {id(state): state for module in model.modules() if (state := _state_of(module)) is not None}
-    units = [FSDPUnit(tuple(paths[id(module)] for module in state._modules), state) for state in states.values()]
-    for unit in units:
-        _check_attributes(unit)
+    states = dict.fromkeys(module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
+    for state in states:
+        _check_attributes(state, _STATE_ATTRIBUTES)
+    units = [FSDPUnit(tuple(paths[id(module)] for module in state._modules), state) for state in states]
+    for group in (group for unit in units for group in unit.groups):
+        _check_attributes(group, _GROUP_ATTRIBUTES)
+        for record in group.fsdp_params:
+            _check_attributes(record, _RECORD_ATTRIBUTES)
     return units
 
 
-def _state_of(module: nn.Module) -> Any:
-    return module._get_fsdp_state() if isinstance(module, FSDPModule) else None
-
-
-def _check_attributes(unit: FSDPUnit) -> None:
-    """Raise ModelError if this version of FSDP2 lacks an attribute that this file needs."""
-    needed: list[tuple[Any, tuple[str, ...]]] = [(unit.state, _STATE_ATTRIBUTES)]
-    needed += [(group, _GROUP_ATTRIBUTES) for group in unit.groups]
-    needed += [(record, _RECORD_ATTRIBUTES) for record in unit.records]
-    missing = [
-        f"{type(owner).__name__}.{name}" for owner, names in needed for name in names if not hasattr(owner, name)
-    ]
+def _check_attributes(internal: Any, names: Iterable[str]) -> None:
+    missing = [name for name in names if not hasattr(internal, name)]
     if missing:
         raise ModelError(
-            f"The model is sharded by an FSDP2 that tdfx does not know: it has no {missing[0]}. Rewrite the model before "
-            f"fully_shard is called on it, or install a version of torch that this version of tdfx was tested with."
+            f"The model is sharded by an FSDP2 that tdfx does not know: it has no {type(internal).__name__}.{missing[0]}. "
+            f"Rewrite the model before fully_shard is called on it, or install a version of torch that tdfx was tested with."
         )
 
 
 def check_use(units: Iterable[FSDPUnit]) -> None:
     """Raise ModelError for a use of FSDP2 that is not supported, and for gradients that would be lost."""
     for unit in units:
+        name = f"The part {unit.paths[0]!r}" if unit.paths[0] else "The model"
         for group in unit.groups:
-            _check_group(_name(unit), group)
+            _check_group(name, group)
 
 
 def _check_group(name: str, group: Any) -> None:
@@ -197,17 +200,8 @@ def _holds_gradient(record: Any) -> bool:
     return unsharded.grad is not None or getattr(record, "unsharded_accumulated_grad", None) is not None
 
 
-def _name(unit: FSDPUnit) -> str:
-    return f"The part {unit.paths[0]!r}" if unit.paths[0] else "The model"
-
-
 def remove_sharding(copy: nn.Module, units: list[FSDPUnit]) -> None:
-    """Take FSDP2 off the modules of a model: its class, state and hooks; the parameters stay sharded.
-
-    Args:
-        copy: A structural copy of the sharded model.
-        units: All units of the sharded model.
-    """
+    """Take FSDP2, in all its units, off a structural copy: its class, state and hooks; the parameters stay sharded."""
     hook_ids = {hook_id for unit in units for hook_id in _hook_ids(unit)}
     for module in copy.modules():
         if isinstance(module, FSDPModule):
@@ -215,18 +209,16 @@ def remove_sharding(copy: nn.Module, units: list[FSDPUnit]) -> None:
         for attribute in (STATE_KEY, REGISTRY_KEY):
             entries = module.__dict__.pop(attribute, {})
             # A key is the undecorated function in the one, and its name in the other.
-            others = {
-                key: entry for key, entry in entries.items() if getattr(key, "__name__", key) != fully_shard.__name__
-            }
-            if others:
+            if others := {
+                key: entry for key, entry in entries.items() if getattr(key, "__name__", key) != "fully_shard"
+            }:
                 module.__dict__[attribute] = others
         for name in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
             module.__dict__.pop(name, None)
         for name in (*HOOKS, *STATE_DICT_HOOKS):
-            hooks = module.__dict__.get(name)
-            if isinstance(hooks, dict):
-                for hook_id in hook_ids & hooks.keys():
-                    del hooks[hook_id]
+            hooks: Any = module.__dict__.get(name)
+            for hook_id in hook_ids & hooks.keys() if isinstance(hooks, dict) else ():
+                del hooks[hook_id]
 
 
 def _original_class(sharded_class: type) -> type:
@@ -253,35 +245,8 @@ def _hook_ids(unit: FSDPUnit) -> Iterator[int]:
             yield part.id
 
 
-def restore_parameters(unit: FSDPUnit, sharded: Mapping[tuple[int, str], nn.Parameter], old: Mapping[int, Any]) -> None:
-    """Put sharded parameters in the place of the stand-ins that fully_shard was called on.
-
-    Args:
-        unit: A new unit, whose parameters are stand-ins on the meta device.
-        sharded: Id of a module and name -> the sharded parameter that the module is to hold.
-        old: Sharded parameter, by id -> the record that FSDP2 kept of it before. The new record shares its storage, padding
-            included, so that the old model keeps the same values.
-    """
-    for record in unit.records:
-        info = record._module_info
-        parameter = sharded[id(info.module), info.param_name]
-        modules, names = [info.module, *info.shared_modules], [info.param_name, *info.shared_param_names]
-        for module, name in zip(modules, names, strict=True):
-            module._parameters[name] = parameter
-        old_record = old.get(id(parameter))
-        if old_record is not None:
-            record._sharded_param_data = old_record._sharded_param_data
-            if hasattr(old_record, "keep_unsharded_storage"):
-                record.keep_unsharded_storage = old_record.keep_unsharded_storage
-        record.reset_sharded_param()
-
-
 def carry_prefetching(states: Mapping[int, tuple[Any, Any]]) -> None:
-    """Let each new unit prefetch the new units of those that its old unit prefetched.
-
-    Args:
-        states: Old unit's state, by id -> (old state, new state).
-    """
+    """Let new units prefetch the same units as the old ones; ``states`` maps an old state's id to (old state, new state)."""
     for old, new in states.values():
         for name in ("_states_to_forward_prefetch", "_states_to_backward_prefetch"):
             prefetched = [states[id(state)][1] for state in getattr(old, name, []) if id(state) in states]

@@ -1,8 +1,4 @@
-"""How the processes that train one model work together.
-
-The compiler and the wrappers call ``Processes``. ``Solo`` implements it for a run with one process, ``Ranks`` for the
-processes of a mesh. All processes must call every method, in the same order.
-"""
+"""How the processes that train one model work together: ``Solo`` is the only process, ``Ranks`` are those of a mesh."""
 
 from __future__ import annotations
 
@@ -35,7 +31,7 @@ class Task:
 
 
 class Processes(ABC):
-    """The processes that train one model."""
+    """The processes that train one model; all of them must call every method, in the same order."""
 
     shares_work: bool
     """True if ``map_tasks`` does each task on one process and sends the result to the others."""

@@ -1,18 +1,17 @@
 """The processes of a mesh: they broadcast values, share work, and fail together.
 
-If one process failed alone, the others would wait for it in the next collective until their group's timeout. So each method
-here first exchanges whether a process has failed, and ``raise_on_all`` exchanges it once more at its end. An error that one
-process raises anywhere in between is then raised on all.
+If one process failed alone, the others would wait for it in the next collective until a timeout. So each method first
+exchanges whether a process has failed, and ``raise_on_all`` does so once more at its end; the error is raised on all.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,14 +45,12 @@ class Ranks(Processes):
         self.replicated = replicated
         self.place: Place = tuple(group.rank() for group in groups)
         self.places: list[Place] = list(product(*(range(group.size()) for group in groups)))
-        self._shared_errors: list[BaseException] = []
-        """The errors that every process has raised."""
+        self._shared_errors: list[BaseException] = []  # that every process has raised
 
     @classmethod
     def of_mesh(cls, mesh: DeviceMesh) -> Ranks:
         """Return the processes that hold the shards of a model on a device mesh."""
-        groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
-        return cls(groups, mesh.device_type, replicated=False)
+        return cls(mesh.get_all_groups(), mesh.device_type, replicated=False)
 
     @property
     def is_first(self) -> bool:
@@ -83,28 +80,22 @@ class Ranks(Processes):
     def check_same(self, value: object, message: str) -> None:
         """Raise ModelError with a message, on every process, unless all have an equal value, which must be picklable."""
         first = self.broadcast_object(value)
-        differs = torch.tensor(float(first != value), device=self.device)
-        for group in self.groups:
-            dist.all_reduce(differs, group=group)
-        if differs > 0:
+        if self._is_true_anywhere(first != value):
             raise self._shared(ModelError(message))
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite unsharded tensors, which each process has computed itself, with the first process's values.
 
-        Shards differ between processes, and are cut from values that are the same on all, so they are left as they are.
+        Shards are left as they are: they are cut from values that are the same on all processes.
         """
         self.raise_pending()
         for tensor in tensors if self.replicated else ():
             tensor.copy_(self._broadcast_tensor(tensor.detach(), tensor.shape, tensor.dtype, self.places[0]))
 
     def map_tasks(self, tasks: Sequence[Task]) -> Iterator[tuple[Any, ...]]:
-        """Do each task on one process, as many tasks at once as there are processes, and yield all results on every process.
+        """Do each task on one process, as many at once as there are processes, and yield all results on every process.
 
-        Besides its shards, a process holds the inputs of its own task, briefly those of one more, and the results.
-
-        Raises:
-            TdfxError: A task failed; every process raises the error of the process that did the task.
+        A process holds the inputs of its own task, briefly those of one more, and the results.
         """
         for start in range(0, len(tasks), len(self.places)):
             yield from self._round(tasks[start : start + len(self.places)])
@@ -113,16 +104,15 @@ class Ranks(Processes):
         """Do at most one task on each process; return the results of all."""
         self.raise_pending()
         result: tuple[Any, ...] | Exception = ()
-        own_task: Task | None = None
-        own_inputs: tuple[Tensor, ...] = ()
+        work: Callable[[], tuple[Any, ...]] | None = None
         for place, task in zip(self.places, tasks, strict=False):
-            inputs = tuple(full(tensor) for tensor in task.reads)
+            inputs = tuple(map(full, task.reads))
             if self._is_me(place):
-                own_task, own_inputs = task, inputs
+                work = partial(task.work, *inputs)
             del inputs
-        if own_task is not None:
+        if work is not None:
             try:
-                result = own_task.work(*own_inputs)
+                result = work()
             except Exception as error:  # any error must be sent, because the other processes wait for the result
                 result = error
         return [self._broadcast_result(result, place) for place, _ in zip(self.places, tasks, strict=False)]
@@ -144,10 +134,7 @@ class Ranks(Processes):
 
     def _exchange_failures(self, error: Exception | None) -> None:
         """Tell the other processes whether this one has failed; raise the error of another that has."""
-        failed = torch.tensor(float(error is not None), device=self.device)
-        for group in self.groups:
-            dist.all_reduce(failed, group=group)
-        if failed == 0:
+        if not self._is_true_anywhere(error is not None):
             return
         failures: list[Any] = [None if error is None else (dist.get_rank(), type(error).__name__, str(error))]
         for group in self.groups:
@@ -156,8 +143,9 @@ class Ranks(Processes):
             failures = [failure for part in gathered for failure in part if failure is not None]
         if error is None:
             rank, name, text = min(failures)
+            message = f"Process {rank} could not go on, so nothing was changed on any process. It says: {name}: {text}"
             # Of the same class on all processes, so that a caller can catch the error on each.
-            raise self._shared(class_named(name)(_remote_message(rank, name, text)))
+            raise self._shared(class_named(name)(message))
 
     def _shared(self, error: Exception) -> Exception:
         """Record and return an error that all processes raise, so that it is not exchanged again."""
@@ -175,8 +163,8 @@ class Ranks(Processes):
     def _broadcast_value(self, value: Any, owner: Place) -> Any:
         """Return the owner's value, which is sent along each dimension of the mesh in turn."""
         box = [value]
-        for dimension, place in enumerate(owner):
-            dist.broadcast_object_list(box, group=self.groups[dimension], group_src=place)
+        for group, place in zip(self.groups, owner, strict=True):
+            dist.broadcast_object_list(box, group=group, group_src=place)
         return box[0]
 
     def _broadcast_tensor(self, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype, owner: Place) -> Tensor:
@@ -185,24 +173,25 @@ class Ranks(Processes):
             tensor = torch.empty(tuple(shape), dtype=dtype, device=self.device)
         else:
             tensor = value.to(self.device).contiguous()
-        for dimension, place in enumerate(owner):
-            dist.broadcast(tensor, group=self.groups[dimension], group_src=place)
+        for group, place in zip(self.groups, owner, strict=True):
+            dist.broadcast(tensor, group=group, group_src=place)
         return tensor
+
+    def _is_true_anywhere(self, condition: bool) -> bool:
+        count = torch.tensor(float(condition), device=self.device)
+        for group in self.groups:
+            dist.all_reduce(count, group=group)
+        return bool(count > 0)
 
     def _is_me(self, place: Place) -> bool:
         return self.place == place
 
 
-@dataclass(frozen=True, slots=True)
-class _TensorHeader:
+class _TensorHeader(NamedTuple):
     """Shape and dtype of a tensor that is sent next."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-def _remote_message(rank: int, name: str, text: str) -> str:
-    return f"Process {rank} could not go on, so nothing was changed on any process. It says: {name}: {text}"
 
 
 def _picklable(error: Exception) -> Exception:

@@ -1,5 +1,1 @@
-"""Callbacks for the trainers of other frameworks.
-
-``lightning`` and ``transformers`` hold a ``SwitchCallback`` each and import their framework; nothing else in tdfx imports
-them. ``adapter`` holds what both share, ``follow`` gives a module the form of a checkpoint that is loaded into it.
-"""
+"""Callbacks for the trainers of Lightning and Transformers; nothing else in tdfx imports these frameworks."""

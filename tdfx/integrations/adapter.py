@@ -1,8 +1,7 @@
 """``TrainerAdapter``: run a ``Switch`` inside the trainer of another framework.
 
-A trainer keeps its own references to the model and writes its own checkpoints. So the model is rewritten in place
-(``tdfx.wrappers.in_place``), it follows the form of a checkpoint that is loaded (``follow``), and the state of the switch is
-saved with the trainer's checkpoints.
+A trainer keeps its own references to the model and writes its own checkpoints. So the model is rewritten in place, follows
+the form of a checkpoint that is loaded, and the state of the switch is saved with the trainer's checkpoints.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from tdfx.policies.policy import Policy
 from tdfx.training.methods.step_hooks import groups_by_parameter
 from tdfx.training.switch.switch import Switch
 from tdfx.training.switch.when import AtEpoch, AtStep, When
-from tdfx.wrappers.compiled import is_wrapped
+from tdfx.wrappers.compiled import inner_module, is_wrapped
 from tdfx.wrappers.in_place import InPlaceModule
 
 
@@ -41,12 +40,13 @@ class TrainerAdapter:
     """The base of the callbacks of all trainers. A callback calls these methods at the right moments of its trainer.
 
     Args:
-        policy: As for ``Switch``.
-        when: As for ``Switch``; or pass ``epoch``.
-        epoch: Epochs before the switch; the trainer says how many steps an epoch has.
-        merge: Whether to merge the model when training ends.
-        example_inputs: As for ``plan``; None to take the first batch with which the model is called.
-        options: Other arguments of ``Switch``; without ``total_steps``, the trainer says how many steps there are.
+        policy: What to rewrite and how far; ``tdfx.Policy()`` if left out.
+        when: ``tdfx.AtStep``, ``tdfx.AtEpoch`` or ``tdfx.Settled``, in optimizer steps; or pass ``epoch``.
+        epoch: Epochs before the switch, at least 1.
+        merge: Whether to merge at the end of training, so that what is saved afterwards has the original keys.
+        example_inputs: Inputs of the module, to time its layers; the first batch if left out.
+        options: Other arguments of ``tdfx.Switch``: ``rewarm``, ``recompile_seconds``, ``total_steps`` (the trainer's own
+            number if left out; None to switch even if that takes longer than it saves).
 
     Raises:
         PolicyError: A setting is out of range.
@@ -90,7 +90,7 @@ class TrainerAdapter:
     @property
     def replica(self) -> DistributedDataParallel | None:
         """The DistributedDataParallel in which the model ran; None if there is none, or it has not run yet."""
-        return None if self._capture is None else self._capture.replica
+        return None if self._capture is None else self._capture.replica()
 
     @property
     def plan(self) -> Plan | None:
@@ -100,14 +100,9 @@ class TrainerAdapter:
     def prepare(
         self, module: nn.Module, checkpoint_state: Callable[[], Mapping[str, Any] | None] = lambda: None
     ) -> None:
-        """Let a module take the form of each checkpoint that is loaded into it.
+        """Let a module, which must not be a single layer, take the form of each checkpoint that is loaded into it.
 
-        Args:
-            module: The module that will be trained.
-            checkpoint_state: Returns the callback's state in the checkpoint whose weights are being loaded, if it is known.
-
-        Raises:
-            ModelError: It is a single layer.
+        ``checkpoint_state`` returns the callback's state in the checkpoint that is being loaded, if it is known.
         """
         if is_candidate(module) or isinstance(module, Factorized):
             raise ModelError(
@@ -129,8 +124,7 @@ class TrainerAdapter:
 
     def factorize_as_saved(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Give a module and its optimizers the form that they had in the loaded state."""
-        plan = self.plan
-        if plan is not None and not (self._saved or {}).get("merged", False):
+        if (plan := self.plan) is not None and not (self._saved or {}).get("merged", False):
             paths = [site.parameter or site.name for site in plan.factorized]
             factorize_like(module, plan, paths, self.advice, optimizers)
 
@@ -171,11 +165,10 @@ class TrainerAdapter:
         averaged: Sequence[Any] = (),
         autocast: AbstractContextManager[Any] | None = None,
     ) -> None:
-        """Count an optimizer step, and switch if it is time.
+        """Count an optimizer step of a part, and switch if it is time.
 
         Args:
-            part: The module that is trained.
-            optimizers: The optimizers that train it.
+            part, optimizers: As for ``begin``.
             averaged: As for ``rewrite``.
             autocast: The context in which the model runs and in which its layers are timed.
 
@@ -188,16 +181,12 @@ class TrainerAdapter:
                 f"DistributedDataParallel, so they could not switch together. Train with DDP, or in a loop of your own with "
                 f"tdfx.Switch."
             )
-        inputs = self._inputs
+        inputs, averages = self._inputs, list(averaged) or None
         if inputs is None and self._capture is not None:
             inputs = self._capture.inputs
         with autocast or nullcontext():
             rewritten = self.switch.step(
-                part,
-                optimizer=optimizers,
-                example_inputs=inputs,
-                emit="modules",
-                averaged=list(averaged) or None,
+                part, optimizer=optimizers, example_inputs=inputs, emit="modules", averaged=averages
             )
         if rewritten is not part:
             part.replace_with(rewritten)
@@ -233,11 +222,7 @@ def _plan_of(state: Mapping[str, Any] | None) -> Plan | None:
 
 
 def steps_per_epoch(batches: float, accumulated: int) -> int:
-    """Return how many optimizer steps an epoch has, each of several accumulated batches.
-
-    Raises:
-        ModelError: The number of batches is infinite, since the data has no length.
-    """
+    """Return how many optimizer steps an epoch has; raise ModelError if the number of batches is infinite."""
     if not math.isfinite(batches):
         raise ModelError(
             "The training data has no length, so it is not known how many steps an epoch has. Pass when=tdfx.AtStep(...) in "
@@ -251,16 +236,12 @@ class _Capture:
 
     def __init__(self, module: nn.Module) -> None:
         self.inputs: Inputs | None = None
-        self._replica: weakref.ref[DistributedDataParallel] | None = None
+        self.replica: Callable[[], DistributedDataParallel | None] = lambda: None
+        """Returns the DistributedDataParallel in which the module ran, if there is one."""
         self._module = module
         # A compiled model must not trace into the hook.
         self._hook = cast("Any", torch.compiler).disable(self._keep)
         module.register_forward_pre_hook(self._hook, with_kwargs=True)
-
-    @property
-    def replica(self) -> DistributedDataParallel | None:
-        """The DistributedDataParallel in which the module ran, if there is one."""
-        return None if self._replica is None else self._replica()
 
     def remove(self) -> None:
         """Remove the hook; a handle would not find it in a module that was replaced in place."""
@@ -270,25 +251,21 @@ class _Capture:
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Lightning replaces the forward of its module by other methods for a while, whose inputs are not the model's.
-        if module is not self._module or not module.training or not _has_own_forward(module):
+        has_own_forward = is_wrapped(module) or inspect.ismethod(module.forward)
+        if module is not self._module or not module.training or not has_own_forward:
             return
         self.remove()
         active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
-        self._replica = None if active is None else weakref.ref(active)
-        detached = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        self.inputs = _as_inputs(module, *detached)
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    return is_wrapped(module) or inspect.ismethod(module.forward)
+        if active is not None:
+            self.replica = weakref.ref(active)
+        self.inputs = _as_inputs(module, *tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
 
 
 def _as_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
     """Return arguments as example inputs: positional, or all by name."""
     if not kwargs:
         return args
-    inner = module._orig_mod if is_wrapped(module) else module
-    bound = inspect.signature(cast("nn.Module", inner).forward).bind(*args, **kwargs)
+    bound = inspect.signature(inner_module(module).forward).bind(*args, **kwargs)
     inputs: dict[str, Any] = {}
     for key, value in bound.arguments.items():
         kind = bound.signature.parameters[key].kind

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,17 +23,14 @@ Names = list[list[list[str | None]]]
 """The names of the parameters in each group of each optimizer, in order; None for one that is not the model's."""
 
 
+@dataclass(eq=False)
 class FollowCheckpoint:
-    """A hook before ``load_state_dict`` that gives a module the form of the state that will be loaded.
+    """A hook before ``load_state_dict`` that gives a module the form of the state that will be loaded."""
 
-    Args:
-        plan: Returns the plan by which sites may be factorized; None if there is none.
-        advice: What the user can do if the state holds factors and it is not known how they were split.
-    """
-
-    def __init__(self, plan: Callable[[], Plan | None], advice: str) -> None:
-        self.plan = plan
-        self.advice = advice
+    plan: Callable[[], Plan | None]
+    """Returns the plan by which sites may be factorized; None if there is none."""
+    advice: str
+    """What the user can do if the state holds factors and it is not known how they were split."""
 
     def __call__(self, module: nn.Module, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
         """Read from the keys of the state which sites it holds as factors, and factorize those."""
@@ -64,23 +63,16 @@ def _do_nothing(*arguments: Any) -> None:
 
 @torch.no_grad()
 def factorize_like(
-    module: nn.Module,
-    plan: Plan | None,
-    wanted: Iterable[str],
-    advice: str,
-    optimizer: Sequence[Optimizer] = (),
+    module: nn.Module, plan: Plan | None, wanted: Iterable[str], advice: str, optimizer: Sequence[Optimizer] = ()
 ) -> None:
     """Factorize exactly the given sites of a module, in place; new factors have no values yet.
 
     Args:
         module: Dense, or with other sites factorized.
         plan: How to split the sites.
-        wanted: The sites to factorize: the paths of layers, or of parameters that functions use.
+        wanted: The paths of layers, or of parameters that functions use.
         advice: What the user can do if the plan does not hold one of the sites.
         optimizer: The optimizers that train the module, without state.
-
-    Raises:
-        CheckpointError: The plan does not say how one of the sites is split.
     """
     paths = set(wanted)
     decisions = {} if plan is None else {site.parameter or site.name: site for site in plan.factorized}
@@ -128,15 +120,11 @@ def names_of(optimizers: Sequence[Optimizer], model: nn.Module) -> Names:
 def restore_order(optimizers: Sequence[Optimizer], saved: Names, model: nn.Module) -> None:
     """Put the parameters and states of groups in the order in which they were saved, after states were loaded by position.
 
-    A new optimizer of a factorized model may hold its parameters in another order than one that went through a rewrite, and
-    ``Optimizer.load_state_dict`` assigns states by position only.
-
-    Raises:
-        OptimizerError: The groups hold other parameters than when they were saved. Then nothing was changed.
+    A new optimizer of a factorized model may hold its parameters in another order than one that went through a rewrite.
     """
     now = names_of(optimizers, model)
-    for names, saved_names in zip(_flat(now), _flat(saved), strict=False):
-        if sorted(map(str, names)) != sorted(map(str, saved_names)):
+    for names, saved_names in zip(chain(*now), chain(*saved), strict=False):
+        if Counter(names) != Counter(saved_names):
             odd = sorted(set(map(str, names)) ^ set(map(str, saved_names)))
             raise OptimizerError(
                 f"A parameter group held {len(saved_names)} parameters when it was saved and holds {len(names)} now, and "
@@ -146,16 +134,11 @@ def restore_order(optimizers: Sequence[Optimizer], saved: Names, model: nn.Modul
     parameters = dict(model.named_parameters())
     in_model = {id(parameter) for parameter in parameters.values()}
     for optimizer, groups in zip(optimizers, saved, strict=False):
-        states = {}
+        states: dict[Tensor, Any] = {}
         for group, saved_names in zip(optimizer.param_groups, groups, strict=True):
             foreign = iter([parameter for parameter in group["params"] if id(parameter) not in in_model])
             ordered = [next(foreign) if name is None else parameters[name] for name in saved_names]
-            for loaded, parameter in zip(group["params"], ordered, strict=True):
-                if loaded in optimizer.state:
-                    states[parameter] = optimizer.state[loaded]
+            pairs = zip(group["params"], ordered, strict=True)
+            states |= {parameter: optimizer.state[loaded] for loaded, parameter in pairs if loaded in optimizer.state}
             group["params"][:] = ordered
         optimizer.state.update(states)
-
-
-def _flat(names: Names) -> list[list[str | None]]:
-    return [group for groups in names for group in groups]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -31,21 +32,15 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
     """Factorizes the module of a Lightning ``Trainer`` in the middle of training, and merges it at the end.
 
     The module stays the same object, with its class and methods; only its layers change. Optimizers, schedulers, gradient
-    accumulation, precision and DDP stay the Trainer's. A run that is resumed from a checkpoint, from before, at or after the
-    switch, ends with the same weights as a run without interruption: put the same callback into the Trainer that resumes it.
-    An average that the ``WeightAveraging`` callback keeps, or an ``AveragedModel`` in the module, is rewritten too.
+    accumulation, precision and DDP stay the Trainer's. To resume from a checkpoint, from before, at or after the switch, put
+    the same callback into the Trainer: the weights become those of a run without interruption. An average that the
+    ``WeightAveraging`` callback keeps, or an ``AveragedModel`` in the module, is rewritten too.
 
     Args:
         policy: What to rewrite and how far; ``tdfx.Policy()`` if left out.
-        when: ``tdfx.AtStep``, ``tdfx.AtEpoch`` or ``tdfx.Settled``, in optimizer steps; or pass ``epoch``.
-        epoch: Epochs before the switch, at least 1.
         attribute: Path of the module to rewrite in the ``LightningModule``. If left out, its only child that has parameters;
             or the whole module if there are several, or if the child is a single layer.
-        merge: Whether to merge at the end of training, so that what is saved afterwards has the original keys.
-        example_inputs: Inputs of the module, to time its layers; the first batch if left out.
-        options: Other arguments of ``tdfx.Switch``: ``rewarm``, ``recompile_seconds``, ``total_steps``. If the last is left
-            out, it is the Trainer's own number, so that the model is not switched if that takes longer than it saves; with
-            None, it is switched in any case.
+        settings: As for ``TrainerAdapter``: ``when`` or ``epoch``, ``merge``, ``example_inputs``, options of ``Switch``.
 
     Raises:
         PolicyError: A setting is out of range.
@@ -80,9 +75,7 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         self.begin(
             self._trained_part(trainer, pl_module),
             trainer.optimizers,
-            steps_per_epoch=lambda: steps_per_epoch(
-                float(trainer.num_training_batches), int(trainer.accumulate_grad_batches)
-            ),
+            steps_per_epoch=lambda: steps_per_epoch(trainer.num_training_batches, trainer.accumulate_grad_batches),
             steps_left=_steps_left(trainer, pl_module),
         )
         self._counted = trainer.global_step
@@ -92,13 +85,9 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         if trainer.global_step == self._counted:
             return
         self._counted = trainer.global_step
-        context = getattr(trainer.precision_plugin, "autocast_context_manager", None)
-        self.step(
-            self._trained_part(trainer, pl_module),
-            trainer.optimizers,
-            averaged=self._averages(trainer, pl_module),
-            autocast=None if context is None else context(),
-        )
+        part, averages = self._trained_part(trainer, pl_module), self._averages(trainer, pl_module)
+        autocast = getattr(trainer.precision_plugin, "autocast_context_manager", nullcontext)()
+        self.step(part, trainer.optimizers, averaged=averages, autocast=autocast)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge."""
@@ -114,14 +103,12 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         part = InPlaceModule(whole)
         if self.attribute is not None:
             return InPlaceModule(whole, self.attribute)
-        trained = [
-            name
+        trained = {
+            name: list(child.children())
             for name, child in part.model.named_children()
-            if any(True for _ in child.parameters()) and not isinstance(child, AveragedModel)
-        ]
-        if len(trained) == 1 and any(True for _ in part.model.get_submodule(trained[0]).children()):
-            return InPlaceModule(whole, trained[0])
-        return part
+            if list(child.parameters()) and not isinstance(child, AveragedModel)
+        }
+        return InPlaceModule(whole, *trained) if len(trained) == 1 and all(trained.values()) else part
 
     def _trained_part(self, trainer: Trainer, pl_module: LightningModule) -> InPlaceModule:
         """Return the module to rewrite, as a part of what the strategy has wrapped around the ``LightningModule``."""
@@ -131,15 +118,13 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
     def _averages(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
         """Return the averages of the module to rewrite: in the ``LightningModule``, and of a callback's whole average."""
         inside = self._part(pl_module).target
-        modules: Iterable[tuple[str, nn.Module]] = pl_module.named_modules()
-        path = next(name for name, module in modules if module is inside)
-        in_module = [
-            module
-            for module in pl_module.modules()
-            if isinstance(module, AveragedModel) and isinstance(module.module, type(inside))
-        ]
+        path = next(name for name, module in pl_module.named_modules() if module is inside)
+        in_module = [module for module in pl_module.modules() if isinstance(module, AveragedModel)]
         averages = [getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", [])]
-        return [*in_module, *(_PartOfAverage(each, path) for each in averages if isinstance(each, AveragedModel))]
+        return [
+            *(average for average in in_module if isinstance(average.module, type(inside))),
+            *(_PartOfAverage(average, path) for average in averages if isinstance(average, AveragedModel)),
+        ]
 
 
 class _PartOfAverage:
@@ -163,10 +148,7 @@ class _PartOfAverage:
 
 
 def _state_in_checkpoint(trainer: Trainer, key: str) -> Mapping[str, Any] | None:
-    """Return the callback's state in the checkpoint whose weights are being loaded.
-
-    The Trainer passes it to the callback only after the weights, which need it.
-    """
+    """Return the callback's state in the checkpoint whose weights are being loaded; the Trainer passes it only later."""
     loaded = getattr(getattr(trainer, "_checkpoint_connector", None), "_loaded_checkpoint", None) or {}
     state: Mapping[str, Any] | None = loaded.get("callbacks", {}).get(key)
     return state

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tdfx.checkpoint.sealed_file import read_sealed, write_sealed
 from tdfx.errors import CheckpointError
@@ -32,23 +31,14 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
     """Factorizes the model of a Transformers ``Trainer`` in the middle of training, and merges it at the end.
 
     The model stays the same object, with its class, ``config`` and methods; only its layers change. Optimizer, scheduler,
-    gradient accumulation, mixed precision and DDP stay the Trainer's. A checkpoint that the Trainer writes after the switch
-    holds the factors, and a file beside them says how they were split. To resume a checkpoint, also one from before the
-    switch::
+    gradient accumulation, mixed precision and DDP stay the Trainer's. A checkpoint that is written after the switch holds
+    the factors, and a file beside them says how they were split. To resume a checkpoint, also one from before the switch::
 
         trainer.train(resume_from_checkpoint=callback.resume(trainer, True))
 
     After training, ``trainer.save_model()`` and ``model.save_pretrained()`` write a dense model for ``from_pretrained``.
 
-    Args:
-        policy: What to rewrite and how far; ``tdfx.Policy()`` if left out.
-        when: ``tdfx.AtStep``, ``tdfx.AtEpoch`` or ``tdfx.Settled``, in optimizer steps; or pass ``epoch``.
-        epoch: Epochs before the switch, at least 1.
-        merge: Whether to merge at the end of training.
-        example_inputs: Inputs of the model, to time its layers; the first batch if left out.
-        options: Other arguments of ``tdfx.Switch``: ``rewarm``, ``recompile_seconds``, ``total_steps``. If the last is left
-            out, it is the Trainer's own number, so that the model is not switched if that takes longer than it saves; with
-            None, it is switched in any case.
+    The arguments are those of ``TrainerAdapter``.
 
     Raises:
         PolicyError: A setting is out of range.
@@ -98,15 +88,11 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         """Let the model take the form of what is loaded into it, such as the best checkpoint at the end."""
         self.prepare(kwargs["model"])
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Go on from a checkpoint, or begin."""
         if state.global_step and not self._resumed:
-            raise CheckpointError(
-                f"The Trainer goes on from step {state.global_step}, and the callback has no state of that step. "
-                f"{self.advice}"
-            )
+            step = f"The Trainer goes on from step {state.global_step}"
+            raise CheckpointError(f"{step}, and the callback has no state of that step. {self.advice}")
         self._resumed = False
         loader, accumulated = kwargs["train_dataloader"], args.gradient_accumulation_steps
         self.begin(
@@ -120,21 +106,16 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         """Count an optimizer step, and switch if it is time."""
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         autocast = torch.autocast(args.device.type, dtype) if args.bf16 or args.fp16 else None
-        self.step(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]), autocast=autocast)
+        self.step(InPlaceModule(self.replica or kwargs["model"]), as_optimizers(kwargs["optimizer"]), autocast=autocast)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the state of the callback into the Trainer's checkpoint."""
         if state.is_world_process_zero:
             write_sealed(self.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Merge."""
-        self.end(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]))
-
-    def _part(self, model: nn.Module) -> InPlaceModule:
-        return InPlaceModule(self.replica or model)
+        self.end(InPlaceModule(self.replica or kwargs["model"]), as_optimizers(kwargs["optimizer"]))
 
 
 def _batches(loader: Any) -> float:

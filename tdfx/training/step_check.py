@@ -33,7 +33,7 @@ class StepCheck:
     seconds_predicted: float
     """Predicted time of the rewritten model's step, in seconds: the dense time minus what the plan's sites save."""
     estimated: int = 0
-    """Number of factorized sites that the plan did not measure; what they save is an estimate."""
+    """Number of factorized sites that were not measured; what they save is an estimate."""
 
     @property
     def speedup(self) -> float:
@@ -51,10 +51,10 @@ class StepCheck:
         return self.seconds_predicted / self.seconds_after - 1
 
     def __str__(self) -> str:
+        estimated = f", {self.estimated} sites by estimate" if self.estimated else ""
         return (
             f"training step {1e3 * self.seconds_before:.4g} ms → {1e3 * self.seconds_after:.4g} ms: {self.speedup:.2f}x "
-            f"faster; {self.predicted_speedup:.2f}x was predicted ({self.off:+.0%} in time"
-            + (f", {self.estimated} sites by estimate)" if self.estimated else ")")
+            f"faster; {self.predicted_speedup:.2f}x was predicted ({self.off:+.0%} in time{estimated})"
         )
 
 
@@ -70,8 +70,7 @@ def check_step(
 ) -> StepCheck:
     """Time real training steps of the dense and the rewritten model by turns, and compare them with the plan's prediction.
 
-    Each step is a forward pass, a backward pass and an optimizer step, on deep copies: the models are left as they were.
-    During the call, memory holds both copies with gradients and optimizer state.
+    Each step is a forward pass, a backward pass and an optimizer step, on deep copies, both of which memory must hold.
 
     Args:
         plan: A plan whose sites were measured: made with example inputs and a cost that measures.
@@ -93,10 +92,11 @@ def check_step(
             "This plan has no measured times, so it predicts nothing that could be checked. Make it with example_inputs=... "
             "and a cost that measures, Policy(cost=tdfx.Measured())."
         )
-    models = unwrap(merge(model) if dense is None else dense).model, unwrap(model).model
-    steps = [_FullStep(each, example_inputs, optimizer, autocast) for each in models]
-    with isolated(steps[0].step.module):
-        before, after = take_turns([step.run for step in steps], device=steps[0].step.device, rounds=rounds)
+    models = merge(model) if dense is None else dense, model
+    steps = [TrainingStep(copy.deepcopy(unwrap(each).model), example_inputs, autocast) for each in models]
+    runs = [_with_optimizer(step, optimizer) for step in steps]
+    with isolated(steps[0].module):
+        before, after = take_turns(runs, device=steps[0].device, rounds=rounds)
     return StepCheck(
         seconds_before=before.seconds,
         seconds_after=after.seconds,
@@ -105,20 +105,15 @@ def check_step(
     )
 
 
-class _FullStep:
-    """A training step of a deep copy of a model, with the optimizer step."""
+def _with_optimizer(step: TrainingStep, make_optimizer: MakeOptimizer | None) -> Callable[[], None]:
+    """Return a function that runs a training step with its optimizer step."""
+    # With a learning rate of zero, values do not diverge, however often the same batch is used.
+    optimizer = SGD(step.trained, lr=0.0, momentum=0.9) if make_optimizer is None else make_optimizer(step.trained)
 
-    def __init__(
-        self, model: nn.Module, inputs: Inputs, optimizer: MakeOptimizer | None, autocast: torch.dtype | None
-    ) -> None:
-        copied = copy.deepcopy(model)
-        self.step = TrainingStep(copied, inputs, autocast)
-        trained = [parameter for parameter in copied.parameters() if parameter.requires_grad]
-        # With a learning rate of zero, values do not diverge, however often the same batch is used.
-        self.optimizer = SGD(trained, lr=0.0, momentum=0.9) if optimizer is None else optimizer(trained)
-
-    def run(self) -> None:
-        for parameter, gradient in zip(self.step.trained, self.step.gradients(), strict=True):
+    def run() -> None:
+        for parameter, gradient in zip(step.trained, step.gradients(), strict=True):
             parameter.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run

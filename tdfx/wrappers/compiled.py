@@ -1,13 +1,12 @@
 """How a model and its submodules were compiled by ``torch.compile``, and how another model is compiled in the same way.
 
-A module can be compiled in two ways: wrapped, ``torch.compile(module)``, or in place, ``module.compile()``. Both keep code
-that works for this one module only, and the settings, with which another module can be compiled.
+A module is compiled wrapped, ``torch.compile(module)``, or in place, ``module.compile()``.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -29,15 +28,16 @@ class CompiledParts:
 
     in_place: dict[str, Recompile]
     """Path of a module that is compiled in place -> its settings. The model itself may be among them."""
-    wrapped: dict[str, nn.Module]
+    wrapped: dict[str, Any]
     """Path of a submodule that is wrapped -> its outermost wrapper."""
 
     @classmethod
     def of(cls, model: nn.Module) -> CompiledParts:
         """Find the compiled parts of a model that is not itself wrapped."""
         in_place: dict[str, Recompile] = {}
-        wrapped: dict[str, nn.Module] = {}
-        for path, module in _named_modules(model):
+        wrapped: dict[str, Any] = {}
+        for full_path, module in model.named_modules(remove_duplicate=False):
+            path = ".".join(name for name in full_path.split(".") if name != "_orig_mod")
             if is_wrapped(module):
                 wrapped.setdefault(path, module)
             elif (recompile := compile_settings_of(module, path)) is not None:
@@ -49,13 +49,13 @@ class CompiledParts:
         if not self.wrapped:
             return model
         copy = structural_copy(model)
-        replace_modules(copy, {module: _inner(module) for module in copy.modules() if is_wrapped(module)})
+        replace_modules(copy, {module: inner_module(module) for module in copy.modules() if is_wrapped(module)})
         self.compile_in_place(copy)
         return copy
 
     def compile_in_place(self, copy: nn.Module) -> None:
         """Compile every part in place in a copy without wrappers, so that the passes see that it is compiled."""
-        wrapped = {path: _settings(wrapper) for path, wrapper in self.wrapped.items()}
+        wrapped = {path: wrapper.dynamo_ctx for path, wrapper in self.wrapped.items()}
         for path, recompile in (self.in_place | wrapped).items():
             compile_in_place(copy.get_submodule(path), recompile)
 
@@ -67,12 +67,11 @@ class CompiledParts:
                 compile_in_place(modules[path], recompile)
         new_wrappers: dict[int, nn.Module] = {}
         # Innermost first, so that a wrapper takes a module whose own parts are wrapped already.
-        for path in sorted(self.wrapped, key=len, reverse=True):
+        for path, wrapper in sorted(self.wrapped.items(), key=lambda item: len(item[0]), reverse=True):
             if path in modules:
-                owner, _, name = path.rpartition(".")
-                wrapper = self.wrapped[path]
                 if id(wrapper) not in new_wrappers:
                     new_wrappers[id(wrapper)] = wrap_compiled(wrapper, modules[path])
+                owner, _, name = path.rpartition(".")
                 modules[owner]._modules[name] = new_wrappers[id(wrapper)]
         return model
 
@@ -82,20 +81,15 @@ def is_wrapped(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule)
 
 
-def wrap_compiled(wrapper: nn.Module, module: nn.Module) -> nn.Module:
+def wrap_compiled(wrapper: Any, module: nn.Module) -> nn.Module:
     """Wrap a module by ``torch.compile`` with the settings and the hooks of another wrapper."""
-    compiled = cast("nn.Module", _settings(wrapper)(module))
+    compiled: nn.Module = wrapper.dynamo_ctx(module)
     copy_hooks(wrapper, compiled)
     return compiled
 
 
 def compile_settings_of(module: nn.Module, path: str = "") -> Recompile | None:
-    """Return the settings of a module that was compiled in place; None for other modules.
-
-    Args:
-        module: The module; it is not changed.
-        path: The name of the module in a warning.
-    """
+    """Return the settings of a module that was compiled in place; None for others. A warning names it by its path."""
     code = module.__dict__.get(COMPILED)
     if code is None:
         return None
@@ -120,23 +114,8 @@ def compile_in_place(module: nn.Module, recompile: Recompile | None) -> None:
         module.__dict__[COMPILED] = recompile(module._call_impl)
 
 
-def _named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield modules with paths that leave out wrappers: first a wrapper, then, under the same path, the module in it."""
-    yield path, module
-    if is_wrapped(module):
-        yield from _named_modules(cast("nn.Module", module._orig_mod), path)
-        return
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _named_modules(child, f"{path}.{name}" if path else name)
-
-
-def _inner(module: nn.Module) -> nn.Module:
+def inner_module(module: nn.Module) -> nn.Module:
     """Return the module inside one or several nested wrappers."""
     while is_wrapped(module):
         module = cast("nn.Module", module._modules["_orig_mod"])
     return module
-
-
-def _settings(wrapper: nn.Module) -> Recompile:
-    return cast("Recompile", wrapper.dynamo_ctx)

@@ -9,21 +9,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.errors import ModelError
 from tdfx.layers.copying import COMPILED, rebind
-from tdfx.wrappers.compiled import compile_in_place, compile_settings_of, is_wrapped
+from tdfx.wrappers.compiled import compile_in_place, compile_settings_of, inner_module, is_wrapped
 
 
 class InPlaceModule(nn.Module):
-    """A reference to a module that a trainer holds and would go on using after a rewrite returned another one.
+    """A reference to a module that a trainer goes on using after a rewrite returned another one.
 
-    ``plan``, ``rewrite`` and ``merge`` accept it in the place of the module, coordinate the processes of the
-    DistributedDataParallel around the model, and return a new module. ``replace_with`` moves that into the trainer's module.
+    ``plan``, ``rewrite`` and ``merge`` accept it in the place of the module, together with the processes of the
+    DistributedDataParallel around the model. ``replace_with`` moves the new module into the trainer's module.
 
     Args:
         trained: The model that the trainer runs, with or without DistributedDataParallel and ``torch.compile`` around it.
         path: The module's path in the model; empty for the model itself.
-
-    Raises:
-        ModelError: There is no such module.
     """
 
     ddp: DistributedDataParallel | None
@@ -42,29 +39,19 @@ class InPlaceModule(nn.Module):
             ddp = model if isinstance(model, DistributedDataParallel) else ddp
             model = cast("nn.Module", model._orig_mod if is_wrapped(model) else model.module)
         try:
-            target = model.get_submodule(path)
+            wrapped_target = model.get_submodule(path)
         except AttributeError as error:
             names = ", ".join(repr(name) for name, _ in model.named_children())
             raise ModelError(
                 f"{type(model).__name__} has no module {path!r} to be rewritten. It has {names or 'none'}."
             ) from error
-        wrapped_target = target
-        while is_wrapped(target):
-            target = cast("nn.Module", target._orig_mod)
         # Set in __dict__, so that they do not become its submodules: it owns none of them.
-        self.__dict__.update(ddp=ddp, model=model, target=target, wrapped_target=wrapped_target)
+        self.__dict__.update(ddp=ddp, model=model, target=inner_module(wrapped_target), wrapped_target=wrapped_target)
 
     def replace_with(self, rewritten: nn.Module) -> None:
-        """Move a rewritten module into the trainer's module, and set up DistributedDataParallel for its parameters.
+        """Move what ``merge``, or ``rewrite`` with ``emit="modules"``, returned into the trainer's module, and set up DDP.
 
         All processes must call this at the same time, between an optimizer step and the next forward.
-
-        Args:
-            rewritten: What ``merge``, or ``rewrite`` with ``emit="modules"``, returned for this module. It must not be used
-                afterwards.
-
-        Raises:
-            ModelError: It is of another class.
         """
         replace_in_place(self.target, rewritten)
         self.rebuild_reducer()
@@ -78,20 +65,15 @@ class InPlaceModule(nn.Module):
 
 
 def replace_in_place(module: nn.Module, replacement: nn.Module) -> None:
-    """Give a module all attributes of another one of its class, while it stays the object that others hold.
-
-    Raises:
-        ModelError: The other module is of another class.
-    """
+    """Give a module all attributes of another one of its class, while it stays the object that others hold."""
     if type(replacement) is not type(module):
         raise ModelError(
             f"A {type(module).__name__} cannot become a {type(replacement).__name__} and stay the object that the trainer "
             f"holds. Name the module that holds it, not the layer itself."
         )
     recompile = compile_settings_of(module)
-    attributes: dict[str, Any] = replacement.__dict__
-    for key in module.__dict__.keys() - attributes.keys():
-        del module.__dict__[key]
-    module.__dict__.update({key: value for key, value in attributes.items() if key != COMPILED})
+    attributes: dict[str, Any] = {key: value for key, value in vars(replacement).items() if key != COMPILED}
+    module.__dict__.clear()
+    module.__dict__.update(attributes)
     rebind(module, replacement)
     compile_in_place(module, recompile)

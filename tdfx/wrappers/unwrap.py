@@ -13,13 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tdfx.distributed.processes import Processes, Solo
 from tdfx.errors import ModelError
-from tdfx.wrappers.compiled import (
-    CompiledParts,
-    compile_in_place,
-    compile_settings_of,
-    is_wrapped,
-    wrap_compiled,
-)
+from tdfx.wrappers.compiled import CompiledParts, compile_in_place, compile_settings_of, is_wrapped, wrap_compiled
 from tdfx.wrappers.in_place import InPlaceModule
 
 
@@ -38,11 +32,7 @@ class Unwrapped:
 
 
 def unwrap(model: nn.Module) -> Unwrapped:
-    """Take a model out of ``torch.compile``, DistributedDataParallel and FSDP2.
-
-    Raises:
-        ModelError: It is no module, or it has a wrapper that cannot be taken off and put on again.
-    """
+    """Take a model out of ``torch.compile``, DistributedDataParallel and FSDP2; raise ModelError for other wrappers."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module that you train.")
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -76,15 +66,17 @@ def _unwrap_target(part: InPlaceModule) -> Unwrapped:
 
 
 def _unwrap_ddp(model: DistributedDataParallel) -> Unwrapped:
-    from tdfx.distributed.ddp import Replicas  # imported late: it takes longer to import than all of tdfx
+    # Imported late: it takes longer to import than all of tdfx.
+    from tdfx.distributed.ddp import check_replicas, ranks_of, wrap_like
 
-    ranks = Replicas.ranks_of(model)
+    ranks = ranks_of(model)
     with ranks.raise_on_all():
-        inner, replicas = unwrap(model.module), Replicas(model, ranks)
+        inner = unwrap(model.module)
+        check_replicas(model, ranks)
         recompile = compile_settings_of(model)
 
     def wrap(rewritten: nn.Module) -> nn.Module:
-        wrapped = replicas.wrap(inner.wrap(rewritten))
+        wrapped = wrap_like(model, inner.wrap(rewritten))
         compile_in_place(wrapped, recompile)
         return wrapped
 
@@ -95,45 +87,36 @@ def _unwrap_fsdp(model: nn.Module, compiled: CompiledParts) -> Unwrapped:
     if compiled.wrapped:
         raise ModelError(
             f"Its part {min(compiled.wrapped)!r} is wrapped by torch.compile, around or inside of which fully_shard was "
-            f"called, so it cannot be taken out of both. Compile the part in place, part.compile(), or compile "
-            f"the model as a whole."
+            f"called, so it cannot be taken out of both. Compile it in place, part.compile(), or compile the whole model."
         )
     from tdfx.distributed.fsdp import Sharded  # imported late, as above
 
     sharded = Sharded(model)
     return Unwrapped(
-        sharded.model,
-        lambda rewritten: compiled.recompile(sharded.shard(rewritten)),
-        processes=sharded.ranks,
-        shards=True,
+        sharded.model, lambda rewritten: compiled.recompile(sharded.shard(rewritten)), sharded.ranks, shards=True
     )
 
 
 def _check_wrapper(model: nn.Module) -> None:
     """Raise ModelError for a wrapper that tdfx cannot take off."""
-    for wrapper in (DataParallel, AveragedModel):
-        if isinstance(model, wrapper):
-            raise ModelError(
-                f"The model is wrapped in {wrapper.__name__}, which keeps the parameters that it was given. Pass "
-                f"model.module, and wrap the returned model again."
-            )
-    sharded = [
-        path for path, module in model.named_modules() if is_instance_by_name(module, "FullyShardedDataParallel")
-    ]
-    if sharded:
-        where = f"Its part {sharded[0]!r}" if sharded[0] else "The model"
+    if isinstance(model, DataParallel | AveragedModel):
         raise ModelError(
-            f"{where} is wrapped in FullyShardedDataParallel, which keeps the weights as slices of one flat parameter. "
-            f"Shard it with torch.distributed.fsdp.fully_shard instead, or rewrite the model before it is wrapped."
+            f"The model is wrapped in {type(model).__name__}, which keeps the parameters that it was given. Pass "
+            f"model.module, and wrap the returned model again."
         )
+    for path, module in model.named_modules():
+        if is_instance_by_name(module, "FullyShardedDataParallel"):
+            raise ModelError(
+                f"{f'Its part {path!r}' if path else 'The model'} is wrapped in FullyShardedDataParallel, which keeps the "
+                f"weights as slices of one flat parameter. Shard it with torch.distributed.fsdp.fully_shard instead, or "
+                f"rewrite the model before it is wrapped."
+            )
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("The model is TorchScript, which cannot be rewritten. Pass the module it was made from.")
 
 
 def is_instance_by_name(value: object, *names: str) -> bool:
-    """Return True for an instance of a class, or of a subclass of a class, that has one of the names.
-
-    It spares the import of a class that takes longer to import than all of tdfx, or that may not be installed.
+    """Return True for an instance of a class, or of its subclass, with one of the names; the class need not be importable.
 
     >>> is_instance_by_name(nn.Conv2d(1, 1, 1), "Linear", "_ConvNd")
     True

@@ -1,8 +1,4 @@
-"""``FrobeniusDecay``: weight decay of the dense weights for which factors stand.
-
-It acts inside ``optimizer.step()``, before the gradients are used, so a training loop needs no other change and gradient
-clipping is not affected.
-"""
+"""``FrobeniusDecay``: weight decay of the dense weights for which factors stand."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from tdfx.errors import ModelError, OptimizerError
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.placement import full, shard_like
-from tdfx.training.methods.step_hooks import groups_by_parameter, refuse_closure, refuse_fused
+from tdfx.training.methods.step_hooks import check_holds, groups_by_parameter, refuse_closure
 
 
 class FrobeniusDecay:
@@ -23,8 +19,8 @@ class FrobeniusDecay:
 
     Plain weight decay shrinks every factor by itself. That pulls their product towards lower rank and smaller scale than the
     same decay of the dense weight would, and costs accuracy. This uses the gradient of ``½·|join(factors)|²`` with the same
-    coefficient: the ``weight_decay`` of each parameter group, read at every step, so schedulers and settings stay as they
-    are. It acts until ``remove`` is called; make a new one after another rewrite.
+    coefficient: each group's ``weight_decay``, read at every step. It acts inside ``optimizer.step()``, before the gradients
+    are used, so gradient clipping is not affected. Make a new one after another rewrite.
 
     Source: Khodak, Tenenholtz, Mackey, Fusi, *Initialization and Regularization of Factorized Neural Layers*, ICLR 2021.
 
@@ -34,8 +30,8 @@ class FrobeniusDecay:
 
     Raises:
         ModelError: The model holds no factorized layer.
-        OptimizerError: The optimizer is of another class, for which it is not known how it uses ``weight_decay``, or is
-            fused, or holds none of the factors; at a step, that it is given a closure.
+        OptimizerError: The optimizer is of another class, whose use of ``weight_decay`` is not known, or is fused, or holds
+            none of the factors; at a step, that it is given a closure.
 
     Example:
         >>> import tdfx, torch
@@ -52,20 +48,14 @@ class FrobeniusDecay:
                 f"tdfx does not know how {type(optimizer).__name__} uses weight_decay, so it could not put another decay in "
                 f"its place. Use SGD, Adam or AdamW, or set weight_decay=0 for the factors."
             )
-        refuse_fused(optimizer)
         self._layers = [module for module in model.modules() if isinstance(module, Factorized)]
         if not self._layers:
             raise ModelError(
                 f"{type(model).__name__} holds no factorized layer whose decay could be replaced. Pass the model that "
                 f"tdfx.rewrite returned, and make a new FrobeniusDecay after each rewrite."
             )
-        held = groups_by_parameter(optimizer)
-        if not any(id(weight) in held for layer in self._layers for weight in layer.weights):
-            raise OptimizerError(
-                f"The {type(optimizer).__name__} holds none of the factors of this {type(model).__name__}: it trains "
-                f"another model, or wider copies of the parameters. Pass the optimizer that holds the model's own "
-                f"parameters."
-            )
+        weights = [weight for layer in self._layers for weight in layer.weights]
+        check_holds(optimizer, weights, f"factors of this {type(model).__name__}")
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
@@ -100,8 +90,8 @@ def _replace_decay(optimizer: Optimizer, weight: nn.Parameter, decay: Tensor, gr
     assert weight.grad is not None
     rate = float(group["weight_decay"])
     if isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False):
-        shrink = 1 - float(group["lr"]) * rate
-        weight.sub_(decay, alpha=float(group["lr"]) * rate).div_(shrink)
+        rate *= float(group["lr"])
+        weight.sub_(decay, alpha=rate).div_(1 - rate)
     else:
         sign = -1 if group.get("maximize", False) else 1
         weight.grad.add_(decay - weight, alpha=sign * rate)

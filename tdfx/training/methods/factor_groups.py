@@ -1,9 +1,4 @@
-"""Which factors of a layer train together, and how a group of them is frozen.
-
-``find_factor_groups`` finds the layers of a model that ``Freeze`` can schedule. A ``FactorGroups`` sets ``requires_grad`` of
-one layer's factors and records in ``tdfx.layers.frozen`` which of them it froze, so that a factor that the user froze is
-never thawed.
-"""
+"""Which factors of a layer train together, and how a group is frozen; factors that the user froze are never thawed."""
 
 from __future__ import annotations
 
@@ -63,24 +58,13 @@ class FactorGroups:
         fresh = frozenset(index for index in indices - before if self.weights[index].requires_grad)
         for index in fresh:
             self.weights[index].requires_grad_(False)
-            # The optimizer would go on to use a gradient that is still there.
-            self.weights[index].grad = None
+            self.weights[index].grad = None  # the optimizer would still use it
         record.indices = (before & indices) | fresh
         return record.indices != before
 
 
 def find_factor_groups(model: nn.Module, train: Train, held: Container[int]) -> list[FactorGroups]:
-    """Return the layers of a model whose factors can train by turns; nothing is changed.
-
-    Args:
-        model: The model.
-        train: Which factors train together.
-        held: The ids of the parameters that the optimizer holds.
-
-    Raises:
-        ModelError: The model has no factorized layer, or none with two factors that train.
-        OptimizerError: The optimizer holds some of a layer's factors and not the others, or holds none at all.
-    """
+    """Return the layers whose factors can train by turns; ``held`` are the ids of the optimizer's parameters."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}
     if not layers:
         raise ModelError(
@@ -95,14 +79,14 @@ def find_factor_groups(model: nn.Module, train: Train, held: Container[int]) -> 
         )
     in_optimizer = []
     for entry in groups:
-        here = [id(weight) in held for weight in entry.scheduled]
-        if any(here) and not all(here):
-            raise OptimizerError(
-                f"The optimizer holds {sum(here)} of the {len(here)} factors of {entry.name!r} that train, so they have no "
-                f"common step after which they could take turns. Put them into one optimizer."
-            )
-        if all(here):
+        is_held = [id(weight) in held for weight in entry.scheduled]
+        if all(is_held):
             in_optimizer.append(entry)
+        elif any(is_held):
+            raise OptimizerError(
+                f"The optimizer holds {sum(is_held)} of the {len(is_held)} factors of {entry.name!r} that train, so they "
+                f"have no common step after which they could take turns. Put them into one optimizer."
+            )
     if not in_optimizer:
         raise OptimizerError(
             f"The optimizer holds no factor of {type(model).__name__}: it trains another model, perhaps the one before a "
@@ -122,6 +106,5 @@ def _groups_of(name: str, layer: Factorized, train: Train) -> FactorGroups | Non
         "others": [trains - kernel],
     }
     groups = tuple(group & trains for group in wanted[train] if group & trains)
-    if not groups or groups == (trains,):
-        return None
-    return FactorGroups(name, layer, weights, groups, frozenset(range(len(weights))) - trains)
+    kept = frozenset(range(len(weights))) - trains
+    return FactorGroups(name, layer, weights, groups, kept) if groups and groups != (trains,) else None

@@ -1,8 +1,4 @@
-"""``Freeze``: train some factors at a time, which saves the gradients of the others.
-
-``factor_groups`` decides which factors of a layer train together and sets their ``requires_grad``, ``gradient_wrappers``
-tells DDP and FSDP2, and ``Freeze`` counts optimizer steps and changes the turns.
-"""
+"""``Freeze``: train some factors at a time, which saves the gradients of the others."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from tdfx.errors import OptimizerError, PolicyError, nearest
 from tdfx.layers.frozen import FrozenFactors, frozen_factors
 from tdfx.training.methods.factor_groups import FactorGroups, Train, find_factor_groups
 from tdfx.training.methods.gradient_wrappers import GradientWrappers
-from tdfx.training.methods.step_hooks import groups_by_parameter, remove_within_step
+from tdfx.training.methods.step_hooks import groups_by_parameter, read_state, remove_within_step
 
 _ACTIVE: weakref.WeakKeyDictionary[FrozenFactors, weakref.ref[Freeze]] = weakref.WeakKeyDictionary()
 """Record of a layer's frozen factors -> the schedule that sets it."""
@@ -28,17 +24,15 @@ _ACTIVE: weakref.WeakKeyDictionary[FrozenFactors, weakref.ref[Freeze]] = weakref
 class Freeze:
     """Trains some factors of each factorized layer at a time, keeps the others frozen, and changes them by turns.
 
-    A frozen factor takes no gradient, so the backward pass does not compute it, and the optimizer neither moves nor decays
-    it; its state waits for the factor's next turn. The forward pass and the gradients of the inputs remain: a third of a
-    factor's work is saved while it is frozen. Biases, other layers, and factors that do not train when the schedule is made
-    are left alone, and so are layers with fewer than two factors that train.
+    The backward pass computes no gradient of a frozen factor, which saves a third of its work, and the optimizer neither
+    moves nor decays it; its state waits for the next turn. Biases, other layers, factors that do not train when the schedule
+    is made, and layers with fewer than two factors that train are left alone.
 
-    Turns change at the end of ``optimizer.step()``, so all gradients that are accumulated for a step are of the same
-    factors; a gradient that a factor still has when it is frozen is dropped. ``merge`` and ``save`` know the schedule: a
-    weight that trains by turns does not come out frozen. ``torch.compile`` compiles once for each set of factors that train
-    together. Make the schedule on the wrapped model, after ``DistributedDataParallel`` or ``fully_shard``, on every process.
-    Make a new one after each rewrite, which ends the former one: take its ``state_dict()`` first, and load that to go on
-    where it was. Call ``remove()`` before a rewrite that lowers ranks.
+    Turns change at the end of ``optimizer.step()``; a gradient that a factor still has when it is frozen is dropped.
+    ``merge`` and ``save`` do not take a frozen factor for one that the user froze. ``torch.compile`` compiles once for each
+    set of factors that train together. Make the schedule on the wrapped model, after ``DistributedDataParallel`` or
+    ``fully_shard``, on every process. Make a new one after each rewrite, which ends the former one; load the former one's
+    ``state_dict()`` to go on where it was. Call ``remove()`` before a rewrite that lowers ranks.
 
     Source: Hajimolahoseini, Ahmed, Liu, *Training Acceleration of Low-Rank Decomposed Networks using Sequential Freezing
     and Rank Quantization*, arXiv:2309.03824, 2023.
@@ -53,10 +47,9 @@ class Freeze:
 
     Raises:
         PolicyError: A setting is out of range, or the settings contradict each other.
-        ModelError: The model has no layer with two factors that train, or is in a wrapper that cannot change what trains, or
-            the processes pass different settings.
-        OptimizerError: The optimizer does not hold the factors, or is LBFGS; at a step, that it is captured in a CUDA graph,
-            in which turns could not change.
+        ModelError: No layer has two factors that train, a wrapper cannot change what trains, or the processes pass different
+            settings.
+        OptimizerError: It does not hold the factors, or is LBFGS; at a step, that it is captured in a CUDA graph.
 
     Example:
         >>> import tdfx, torch
@@ -90,8 +83,8 @@ class Freeze:
         self._wrappers.check_same((every, train, until), "settings")
         self._taken = 0
         records = [frozen_factors(entry.layer) for entry in self._layers]
-        for former in [_ACTIVE[record]() for record in records if record in _ACTIVE]:
-            if former is not None:
+        for record in records:
+            if record in _ACTIVE and (former := _ACTIVE[record]()) is not None:
                 former.remove()
         _ACTIVE.update({record: weakref.ref(self) for record in records})
         # A compiled step must not trace into the hook.
@@ -126,20 +119,12 @@ class Freeze:
             PolicyError: It is no state of a Freeze, or one with other settings. Then nothing was loaded.
             ModelError: The processes pass different states.
         """
-        saved = dict(state) if isinstance(state, Mapping) else {}
-        taken, done, settings = saved.get("taken"), saved.get("done"), self._settings()
-        is_count = isinstance(taken, int) and not isinstance(taken, bool) and taken >= 0
-        if {key: saved.get(key) for key in settings} != settings or not is_count or not isinstance(done, bool):
-            raise PolicyError(
-                f"This is not the state of a Freeze with every={self.every}, train={self.train!r} and until={self.until}: "
-                f"{saved!r}. Make the Freeze with the settings with which the state was saved."
-            )
+        taken, done = read_state("Freeze", state, self._settings())
         if self._done and not done:
             raise PolicyError(
                 "This Freeze has ended, and the state is of one that has not. Make a new Freeze, then load the state."
             )
         self._wrappers.check_same((taken, done), "states")
-        assert isinstance(taken, int)
         self._taken = taken
         if done:
             self.remove()
@@ -147,9 +132,9 @@ class Freeze:
             self._apply()
 
     def __str__(self) -> str:
-        every = "" if self.every is None else f", every={self.every}"
-        until = "" if self.until is None else f", until={self.until}"
-        head = f"Freeze(train={self.train!r}{every}{until}): {self._taken} steps"
+        settings = {"train": self.train} | self._settings()
+        shown = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
+        head = f"Freeze({shown}): {self._taken} steps"
         if self._done:
             return f"{head}, done"
         return f"{head}, {len(self.frozen)} of {sum(len(entry.weights) for entry in self._layers)} factors frozen"
@@ -191,12 +176,8 @@ class Freeze:
 
     def _change(self, set_requires_grad: Callable[[FactorGroups], bool]) -> None:
         """Set ``requires_grad`` in all layers, and set up again the wrappers that depend on it."""
-
-        def change_all() -> bool:
-            changed = [set_requires_grad(entry) for entry in self._layers]
-            return any(changed)
-
-        self._wrappers.change(change_all)
+        # Unlike any, sum sets all of them.
+        self._wrappers.change(lambda: sum(map(set_requires_grad, self._layers)) > 0)
 
 
 def _check_settings(every: Any, train: Any, until: Any) -> None:

@@ -1,7 +1,6 @@
 """Change ``requires_grad`` in the middle of training without breaking DistributedDataParallel or FSDP2.
 
-DDP waits for the gradients of the parameters that required some when the wrapper was made, so it has to be set up again.
-FSDP2 takes over what requires a gradient from its shards, so the change must be made on those.
+DDP waits for the gradients that were required when it was set up; FSDP2 takes over what requires gradients from its shards.
 """
 
 from __future__ import annotations
@@ -20,13 +19,7 @@ from tdfx.wrappers.unwrap import is_instance_by_name
 
 
 class GradientWrappers:
-    """The wrappers in or around a model that depend on which parameters require gradients.
-
-    Make it on every process.
-
-    Raises:
-        ModelError: The model is no module, or in a wrapper that cannot be set up for other parameters.
-    """
+    """The wrappers in or around a model that depend on which parameters require gradients; make it on every process."""
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -44,11 +37,11 @@ class GradientWrappers:
         self._ranks: list[Any] = []
         self.reshard()
         if self._replicas:
-            from tdfx.distributed.ddp import Replicas  # imported late, as in tdfx.wrappers
+            from tdfx.distributed.ddp import check_replicas, ranks_of  # imported late, as in tdfx.wrappers
 
-            self._ranks = [Replicas.ranks_of(replica) for replica in self._replicas]
-            for replica, ranks in zip(self._replicas, self._ranks, strict=True):
-                Replicas(replica, ranks)  # raises if the wrapper cannot be set up again
+            for replica in self._replicas:
+                self._ranks.append(ranks_of(replica))
+                check_replicas(replica, self._ranks[-1])
         elif self._shards:
             from tdfx.distributed.ranks import Ranks
 
@@ -56,9 +49,9 @@ class GradientWrappers:
             self._ranks = [Ranks.of_mesh(parameter.device_mesh) for parameter in sharded[:1]]  # type: ignore[attr-defined]
         elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
-                f"{type(model).__name__} is not wrapped, and {dist.get_world_size()} processes run. A wrapper that tdfx "
-                f"does not know, or that is put around the model later, would not reduce the gradients of factors that are "
-                f"frozen when the wrapper is made. Pass the DistributedDataParallel model itself.",
+                f"{type(model).__name__} is not wrapped, and {dist.get_world_size()} processes run. A wrapper that is put "
+                f"around it later, or that tdfx does not know, would not reduce the gradients of factors that are frozen "
+                f"now. Pass the DistributedDataParallel model itself.",
                 TdfxWarning,
                 stacklevel=3,
             )

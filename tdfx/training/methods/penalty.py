@@ -1,7 +1,4 @@
-"""``LowRankPenalty``: pull dense weights towards low rank, so that a later split loses less.
-
-It acts inside ``optimizer.step()``, before the gradients are used.
-"""
+"""``LowRankPenalty``: pull dense weights towards low rank, so that a later split loses less."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tdfx.errors import OptimizerError, PlanError, PolicyError
+from tdfx.errors import PlanError, PolicyError
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.kinds.functional import FunctionCall
@@ -21,16 +18,15 @@ from tdfx.kinds.registry import find_kind, operation_of
 from tdfx.layers.placement import full, shard_like
 from tdfx.plans.plan import Plan, SitePlan
 from tdfx.ranks.spectrum import working_dtype
-from tdfx.training.methods.step_hooks import groups_by_parameter, refuse_closure, refuse_fused
+from tdfx.training.methods.step_hooks import check_holds, groups_by_parameter, refuse_closure
 
 
 class LowRankPenalty:
     """Pulls dense weights towards the nearest weights of a plan's ranks while they train, so that a later split loses less.
 
-    This is the learning-compression scheme: it minimizes the loss plus ``strength/2 · |W - target|²``, where ``target`` is
-    the weight split at the plan's ranks and joined again. The pull acts at every step of the optimizer. ``compress``
-    computes the targets again from the current weights, and multiplies the strength by ``growth``. Call it about once an
-    epoch.
+    This learning-compression scheme minimizes the loss plus ``strength/2 · |W - target|²``, where ``target`` is the weight
+    split at the plan's ranks and joined again. The pull acts inside ``optimizer.step()``, before the gradients are used.
+    Call ``compress`` about once an epoch: it computes the targets again, and multiplies the strength by ``growth``.
 
     Source: Carreira-Perpinan and Idelbayev, *Low-rank Compression of Neural Nets: Learning the Rank of Each Layer*, CVPR
     2020; Liu et al., *TDLC: Tensor decomposition-based direct learning-compression algorithm for DNN model compression*,
@@ -68,17 +64,11 @@ class LowRankPenalty:
                 f"strength={strength!r} and growth={growth!r}: the coefficient of the penalty must be positive, and the "
                 f"factor on it at each compress() at least 1. Try strength=1e-3 and growth=1.1."
             )
-        refuse_fused(optimizer)
         self.strength = strength
         self.growth = growth
         self._sites = [_pulled_site(model, decision) for decision in plan.factorized]
-        held = groups_by_parameter(optimizer)
-        if self._sites and not any(id(site.weight) in held for site in self._sites):
-            raise OptimizerError(
-                f"The {type(optimizer).__name__} holds none of the {len(self._sites)} weights of the plan: it trains "
-                f"another model, or wider copies of the parameters. Pass the optimizer that holds the model's own "
-                f"parameters."
-            )
+        weights = [site.weight for site in self._sites]
+        check_holds(optimizer, weights, f"{len(weights)} weights of the plan")
         self._set_targets()
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -146,16 +136,15 @@ def _pulled_site(model: nn.Module, decision: SitePlan) -> _PulledSite:
     kind = find_kind(layer) if layer is not None and decision.parameter is None else None
     path = decision.parameter or f"{name}.{kind.weight if kind else 'weight'}".removeprefix(".")
     weight = dict(model.named_parameters()).get(path)
-    operation = operation_of(layer) if kind is not None and layer is not None else _operation_of_shape(decision)
+    if kind is not None and layer is not None:
+        operation = operation_of(layer)
+    else:  # stride, padding and dilation do not affect a split
+        settings = {"groups": decision.groups}
+        call = FunctionCall(decision.kind, len(decision.shape) - 2, decision.transposed, None, settings)
+        operation = call.operation(decision.shape)
     if weight is None or operation is None or operation.weight_shape != decision.shape:
         raise PlanError(
             f"The plan factorizes site {name!r} of shape {decision.shape}, which {type(model).__name__} does not have as a "
             f"dense weight. Make the plan for this model: tdfx.plan(model, policy)."
         )
     return _PulledSite(weight, operation, kind, decision, weight.detach())
-
-
-def _operation_of_shape(decision: SitePlan) -> Operation | None:
-    """Return what functions compute with a parameter, without stride, padding and dilation, which do not affect a split."""
-    call = FunctionCall(decision.kind, len(decision.shape) - 2, decision.transposed, None, {"groups": decision.groups})
-    return call.operation(decision.shape)

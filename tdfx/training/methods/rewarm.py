@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tdfx.checks import check_whole, is_number
+from tdfx.checks import check_share, check_whole
 from tdfx.errors import OptimizerError, PolicyError
-from tdfx.training.methods.step_hooks import remove_within_step
+from tdfx.training.methods.step_hooks import read_state, remove_within_step
 
 
 class Rewarm:
     """Scales the learning rates of an optimizer for some steps, linearly from ``start`` to 1.
 
-    It acts only during ``optimizer.step()``: before and after, each group's ``lr`` is what the scheduler set, so schedulers
-    and logs do not see it. After its last step it removes itself. If a step raises, the rates are restored before the next
-    one.
+    It acts only during ``optimizer.step()``: before and after, each group's ``lr`` is what the scheduler set. After its last
+    step it removes itself. If a step raises, the rates are restored before the next one.
 
     Args:
         optimizer: Any optimizer whose groups have an ``lr``, a number or a tensor.
@@ -41,11 +40,7 @@ class Rewarm:
 
     def __init__(self, optimizer: Optimizer, steps: int, *, start: float = 0.1) -> None:
         check_whole("steps", steps, "the optimizer steps until the full rate", "steps=200")
-        if not (is_number(start) and 0 < start <= 1):
-            raise PolicyError(
-                f"start={start!r} is not in (0, 1]: it is the factor on the learning rates at the first step. Pass for "
-                f"example start=0.1."
-            )
+        check_share("start", start, "the factor on the learning rates at the first step", "Pass for example start=0.1.")
         check_rates(optimizer)
         self.steps = steps
         self.start = start
@@ -83,40 +78,29 @@ class Rewarm:
         Raises:
             PolicyError: It is no state of a Rewarm, or one with other settings.
         """
-        saved = dict(state) if isinstance(state, Mapping) else {}
-        settings = {"steps": self.steps, "start": self.start}
-        taken = saved.get("taken")
-        has_settings = {key: saved.get(key) for key in settings} == settings
-        if not has_settings or not isinstance(taken, int) or not 0 <= taken <= self.steps:
-            raise PolicyError(
-                f"This is not the state of a Rewarm with steps={self.steps} and start={self.start}: {saved!r}. Make the "
-                f"Rewarm with the settings with which the state was saved."
-            )
-        if self.done and not saved.get("done"):
+        taken, done = read_state("Rewarm", state, {"steps": self.steps, "start": self.start}, most=self.steps)
+        if self.done and not done:
             raise PolicyError(
                 "This Rewarm has ended, and the state is of one that has not. Make a new Rewarm, then load the state."
             )
         self._restore()
         self._taken = taken
-        if saved.get("done"):
+        if done:
             self.remove()
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
-        factor = self.factor
         seen: set[int] = set()
         for group in optimizer.param_groups:
             rate = group["lr"]
-            if isinstance(rate, Tensor):
-                # In place, because a captured or compiled step reads the same tensor again; groups may share one.
-                if id(rate) not in seen:
-                    seen.add(id(rate))
-                    old = rate.clone()
-                    self._scaled.append((group, old, rate.mul_(factor).clone()))
-            else:
-                group["lr"] = rate * factor
+            if not isinstance(rate, Tensor):
+                group["lr"] = rate * self.factor
                 self._scaled.append((group, rate, group["lr"]))
+            elif id(rate) not in seen:  # groups may share a tensor
+                # In place, because a captured or compiled step reads the same tensor again.
+                self._scaled.append((group, rate.clone(), rate.mul_(self.factor).clone()))
+                seen.add(id(rate))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.done:
@@ -145,7 +129,5 @@ class Rewarm:
 def check_rates(optimizer: Optimizer) -> None:
     """Raise OptimizerError if a group of an optimizer has no learning rate."""
     if any("lr" not in group for group in optimizer.param_groups):
-        raise OptimizerError(
-            f"{type(optimizer).__name__} has a group without 'lr', so there is no learning rate to warm up. Leave "
-            f"rewarm out."
-        )
+        name = type(optimizer).__name__
+        raise OptimizerError(f"{name} has a group without 'lr', so there is no rate to warm up. Leave rewarm out.")

@@ -9,20 +9,14 @@ from tdfx.cost.measured import Measured
 from tdfx.plans.plan import Plan
 from tdfx.policies.policy import Policy, map_costs
 
-_MEASURING = 0.01
-"""Share of the time left in a training that measuring for it may take."""
-_LEAST = 30
-"""Steps whose time measuring may take in any case: enough for the layers of most models. With much less, a plan is mostly
-a guess."""
+_MEASURING, _LEAST = 0.01, 30
+"""Share of the time left that measuring may take, and steps that it may take in any case, so that a plan is no guess."""
 
 
 def cap_measuring_time(policy: Policy, left: int, step_seconds: float) -> Policy:
     """Return a policy that measures for at most a hundredth of the time that is left, or the time of thirty steps.
 
-    Args:
-        policy: A limit of its own that is lower stays.
-        left: Steps that are left.
-        step_seconds: Time of a step in seconds; negative if none was timed, which leaves the policy as it is.
+    A lower limit of its own stays. Steps take negative seconds if none was timed; then the policy stays as it is.
     """
     most = max(_MEASURING * left, _LEAST) * step_seconds
     if most <= 0:

@@ -7,12 +7,13 @@ the vector of the last look, and the image of a fixed random vector, which shows
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError
@@ -31,63 +32,34 @@ from tdfx.wrappers.unwrap import Unwrapped
 _SHARE = 0.01
 """Largest share of the training's time that looks may take."""
 
-_ITERATIONS = 2
-"""Power iterations in each look but the first."""
-
-_FIRST_ITERATIONS = 12
-"""Power iterations in the first look, which starts from a random vector."""
+_ITERATIONS, _FIRST_ITERATIONS = 2, 12
+"""Power iterations in each look, and in the first one, which starts from a random vector."""
 
 _FLOPS_PER_READ = 60
 """Operations in the time that a value takes to come from memory, which limits products with a vector; as in Modelled."""
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """The sites of a model, the operations that they take, and where their weights are."""
-
-    paths: dict[str, str]
-    """Site that the policy wants and that may be rewritten -> path of its weight."""
-    values: int
-    """Values in the weights of ``paths``."""
-    step_flops: int | None
-    """Operations of a training step in all sites; None without example inputs."""
-
-    def interval(self, every: int) -> int:
-        """Return the steps between two looks: ``every``, or as many more as keep looks within one percent of the time."""
-        if not self.step_flops:
-            return every
-        look = self.values * _FLOPS_PER_READ * (2 * _ITERATIONS + 2)
-        return max(every, math.ceil(look / (_SHARE * self.step_flops)))
-
-
-def survey(wrapped: Unwrapped, policy: Policy, inputs: Inputs | None, emit: Emit) -> Survey:
-    """Find the sites of a model; their weights are not read."""
-    program = find_sites(wrapped.model, emit, wrapped.processes, shards=wrapped.shards)
-    if inputs is not None:
-        program = ObserveInputs(inputs)(program).program
-    wanted = [site for site in program.sites if site.reason is None and policy.for_site(*site.names) is not None]
-    called = [site for site in program.sites if site.operation is not None and site.calls]
-    counts = [flops_of(site, current_chain(site)) for site in called]
-    counted = [count for count in counts if count is not None]
-    return Survey(
-        paths={site.name: _path(site) for site in wanted},
-        values=sum(site.weight.numel() for site in wanted if site.weight is not None),
-        # A backward pass takes twice the operations of the forward.
-        step_flops=3 * sum(counted) if len(counted) == len(counts) else None,
-    )
-
-
 def modelled_seconds(policy: Policy, program: Program) -> dict[str, float]:
     """Return for each site that is called the modelled time of its training step, in seconds."""
-    called = [site for site in program.sites if site.operation is not None and site.calls]
-    return {site.name: _seconds(policy, site) for site in called}
+    return {site.name: _seconds(policy, site) for site in _called(program)}
+
+
+def _interval(every: int, values: int, flops: Sequence[int | None]) -> int:
+    """Return the steps between two looks: ``every``, or as many more as keep looks within their share of the time."""
+    counted = [count for count in flops if count is not None]
+    if len(counted) < len(flops) or not sum(counted):
+        return every
+    look = values * _FLOPS_PER_READ * (2 * _ITERATIONS + 2)
+    # A backward pass takes twice the operations of the forward.
+    return max(every, math.ceil(look / (_SHARE * 3 * sum(counted))))
+
+
+def _called(program: Program) -> list[Site]:
+    return [site for site in program.sites if site.operation is not None and site.calls]
 
 
 def _path(site: Site) -> str:
-    if site.slot is not None:
-        return site.slot.path
-    weight = kind_of(site.layer).weight
-    return f"{site.name}.{weight}" if site.name else weight
+    return site.slot.path if site.slot is not None else f"{site.name}.{kind_of(site.layer).weight}".removeprefix(".")
 
 
 def _seconds(policy: Policy, site: Site) -> float:
@@ -130,9 +102,15 @@ class RankWatch:
     """Length -> the fixed random vector; not part of the state, since its seed is fixed."""
 
     @classmethod
-    def begin(cls, when: Settled, surveyed: Survey) -> RankWatch:
-        """Return a watch over all sites of a survey."""
-        return cls(when, surveyed.interval(when.every), {name: Watched(path) for name, path in surveyed.paths.items()})
+    def begin(cls, when: Settled, wrapped: Unwrapped, policy: Policy, inputs: Inputs | None, emit: Emit) -> RankWatch:
+        """Return a watch over the sites that a policy wants and that may be rewritten; their weights are not read."""
+        program = find_sites(wrapped.model, emit, wrapped.processes, shards=wrapped.shards)
+        if inputs is not None:
+            program = ObserveInputs(inputs)(program).program
+        wanted = [site for site in program.sites if site.reason is None and policy.for_site(*site.names) is not None]
+        values = sum(site.weight.numel() for site in wanted if site.weight is not None)
+        flops = [flops_of(site, current_chain(site)) for site in _called(program)]
+        return cls(when, _interval(when.every, values, flops), {site.name: Watched(_path(site)) for site in wanted})
 
     def next_look(self, step: int) -> int:
         """Return the next step at which to look, or the timeout if that is earlier."""
@@ -141,11 +119,7 @@ class RankWatch:
 
     @torch.no_grad()
     def look(self, model: nn.Module) -> RankWatch:
-        """Return the watch after one more look; this one stays as it was.
-
-        Raises:
-            ModelError: The model lacks a weight that is watched.
-        """
+        """Return the watch after one more look; this one stays as it was."""
         measured = [self._measure(site, _weight(model, name, site.path)) for name, site in self.sites.items()]
         device = measured[0][2].device
         # One transfer for all sites, so that the host waits for the device once.
@@ -153,37 +127,32 @@ class RankWatch:
         sites = {}
         for (name, site), (vector, start, _), (rank, turned) in zip(self.sites.items(), measured, numbers, strict=True):
             ranks = (*site.ranks, rank)[-(self.when.window + 1) :]
-            sites[name] = replace(site, vector=vector, start=start, ranks=ranks, turned=turned)
-        return RankWatch(self.when, self.interval, sites, self.looks + 1, self.probes)
+            sites[name] = Watched(site.path, vector, start, ranks, turned)
+        return replace(self, sites=sites, looks=self.looks + 1)
 
     def settled(self) -> list[str]:
         """Return the sites whose weight has turned and whose stable rank has held."""
-        return [name for name, site in self.sites.items() if self._is_settled(site)]
+        return [
+            name
+            for name, site in self.sites.items()
+            if len(site.ranks) > self.when.window
+            and site.turned >= self.when.moved
+            and max(site.ranks) - min(site.ranks) <= self.when.tolerance * site.ranks[-1]
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all except the settings, in plain types and tensors."""
-        sites = {}
-        for name, site in self.sites.items():
-            state = {key: getattr(site, key) for key in _KEYS}
-            state["ranks"] = list(site.ranks)
-            for key in ("vector", "start"):
-                state[key] = None if state[key] is None else state[key].cpu().clone()
-            sites[name] = state
-        return {"interval": self.interval, "looks": self.looks, "sites": sites}
+        sites = {name: {**asdict(site), "ranks": list(site.ranks)} for name, site in self.sites.items()}
+        return {"interval": self.interval, "looks": self.looks, "sites": tree_map_only(Tensor, Tensor.cpu, sites)}
 
     @classmethod
     def of_state(cls, when: Settled, state: Mapping[str, Any]) -> RankWatch:
         """Make a watch from what ``state_dict`` gave."""
         sites = {
-            name: Watched(**{**{key: site[key] for key in _KEYS}, "ranks": tuple(site["ranks"])})
+            name: Watched(site["path"], site["vector"], site["start"], tuple(site["ranks"]), site["turned"])
             for name, site in state["sites"].items()
         }
         return cls(when, int(state["interval"]), sites, int(state["looks"]))
-
-    def _is_settled(self, site: Watched) -> bool:
-        if len(site.ranks) <= self.when.window or site.turned < self.when.moved:
-            return False
-        return max(site.ranks) - min(site.ranks) <= self.when.tolerance * site.ranks[-1]
 
     def _measure(self, site: Watched, w_oi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the singular vector, the first image of the probe, and the pair (stable rank, turn) on the device."""
@@ -209,9 +178,6 @@ class RankWatch:
             drawn = torch.randn(length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
             probe = self.probes[length] = (drawn / drawn.norm()).to(w_oi)
         return probe
-
-
-_KEYS = ("path", "vector", "start", "ranks", "turned")
 
 
 def _norm(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""When to switch: at a given step, after an epoch, or when the ranks have settled."""
+"""When to switch: at a given step, after an epoch, or when the ranks have settled; and the check of all settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from tdfx.checks import check_whole, is_number
 from tdfx.errors import PolicyError
+from tdfx.policies.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +68,12 @@ class AtEpoch:
 class Settled:
     """Switch when the ranks of at least half of the sites have stopped changing.
 
-    Every site that the policy wants is watched. A site has settled when its weight has turned since the first look and its
-    stable rank has held over the last looks. At the first look at which at least half of the sites have settled, or at the
-    timeout, all sites are switched together.
-
-    The stable rank ``|W|² / s₁²`` is a cheap stand-in for the rank that a rule would choose. The largest singular value
-    comes from power iterations that start where the last look ended.
+    A site has settled when its weight has turned since the first look and its stable rank has held over the last looks. At
+    the first look at which at least half of the sites that the policy wants have settled, or at the timeout, all sites are
+    switched together. The stable rank ``|W|² / s₁²`` is a cheap stand-in for the rank that a rule would choose.
 
     Source: Wang, Agarwal, U-chupala, Tanaka, Xing, Papailiopoulos, *Cuttlefish: Low-Rank Model Training without All the
-    Tuning*, MLSys 2023, which watches stable ranks to choose the end of full-rank training.
+    Tuning*, MLSys 2023.
 
     Raises:
         PolicyError: A number is out of range.
@@ -116,3 +114,28 @@ class Settled:
 
 When = AtStep | AtEpoch | Settled
 """What ``Switch`` takes as ``when=``."""
+
+
+def check_settings(
+    policy: object, when: object, total_steps: int | None, recompile_seconds: float, rewarm: int
+) -> None:
+    """Raise PolicyError if a setting is out of range."""
+    if not isinstance(policy, Policy):
+        raise PolicyError(
+            f"policy={policy!r} is a {type(policy).__name__}: a switch makes its plan later, from the weights of that "
+            f"time, and needs a policy for it. Pass tdfx.Policy(rank=...)."
+        )
+    if not isinstance(when, When):
+        raise PolicyError(
+            f"when={when!r} does not say when to switch. Pass for example when=tdfx.AtStep(500) or "
+            f"when=tdfx.Settled(timeout=20_000)."
+        )
+    if total_steps is not None:
+        check_whole("total_steps", total_steps, "the steps of the whole training", "total_steps=10_000")
+    if not (is_number(recompile_seconds) and recompile_seconds >= 0):
+        raise PolicyError(
+            f"recompile_seconds={recompile_seconds!r} is not a time of at least 0: it is the time to compile the "
+            f"rewritten model, in seconds. Leave it out if nothing is compiled."
+        )
+    if rewarm != 0:
+        check_whole("rewarm", rewarm, "the steps of the re-warm-up, or 0 for none", "rewarm=200")
