@@ -198,8 +198,8 @@ def _flow_dict(flow: Flow) -> dict[str, object]:
     return {"samples": flow.samples, "size": flow.size, "channels_last": last, "dtype": str(flow.setting.computes_in)}
 
 
-@click.command(help=__doc__)
-@options.nets(",".join(BATCHES))
+@options.command(__doc__)
+@options.networks("--nets", ",".join(BATCHES))
 @options.batch
 @options.device
 @options.threads(1)
@@ -225,11 +225,7 @@ def main(
     timed: list[TimedChain] = []
     for name in names:
         timed += measure(prepare_net(name, batch=batch, device=device), measure_seconds, rounds)
-    models = {
-        "Modelled()": tdfx.Modelled(),
-        "of_machine": tdfx.Modelled.of_machine(device),
-        "fitted": fitted(timed),
-    }
+    models = {"Modelled()": tdfx.Modelled(), "of_machine": tdfx.Modelled.of_machine(device), "fitted": fitted(timed)}
     deviations = []
     for net in (*names, "all"):
         chains = [chain for chain in timed if net in (chain.net, "all")]

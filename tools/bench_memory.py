@@ -98,10 +98,10 @@ def measure_model(name: str, policy: tdfx.Policy, batch: int) -> tuple[float, di
     return largest * images.element_size(), readings
 
 
-@click.command(help=__doc__)
-@options.models("cifar-vgg19,resnet50,vit_b_16")
-@click.option("--policy", default="ratio:0.25", show_default=True, help="A rank rule, as for tdfx inspect.")
-@click.option("--batch", default=16, show_default=True, help="Images in a step.")
+@options.command(__doc__)
+@options.networks("--models", "cifar-vgg19,resnet50,vit_b_16")
+@click.option("--policy", default="ratio:0.25", help="A rank rule, as for tdfx inspect.")
+@click.option("--batch", default=16, help="Images in a step.")
 def main(models: str, policy: str, batch: int) -> None:
     """Measure each model, and print the table."""
     torch.set_num_threads(1)

@@ -43,11 +43,7 @@ class SwitchWorker:
     """A process that measures switches with the tdfx of one checkout."""
 
     def __init__(self, checkout: Path, process: subprocess.Popen[str]) -> None:
-        """Wait until the process has imported tdfx.
-
-        Raises:
-            ClickException: The process imported another tdfx, or ended.
-        """
+        """Wait until the process has imported tdfx; ClickException if it imported another tdfx, or ended."""
         self.checkout, self.process = checkout, process
         imported = Path(self._read_line()).resolve().parents[1]
         if imported != checkout:
@@ -99,13 +95,11 @@ def medians(switches: list[Spent]) -> Spent:
     return {**parts, "both": median(sum(spent[part] for part in PARTS) for spent in switches)}
 
 
-@click.command(help=__doc__)
-@click.option("--net", type=click.Choice(list(NETS)), default="vgg19", show_default=True, help="tiny is for tests.")
-@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Samples in a batch.")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Switches of each version.")
-@click.option(
-    "--total-steps", type=click.IntRange(min=2), default=100_000, show_default=True, help="As for tdfx.Switch."
-)
+@options.command(__doc__)
+@click.option("--net", type=click.Choice(list(NETS)), default="vgg19", help="tiny is for tests.")
+@click.option("--batch", type=click.IntRange(min=1), default=16, help="Samples in a batch.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, help="Switches of each version.")
+@click.option("--total-steps", type=click.IntRange(min=2), default=100_000, help="As for tdfx.Switch.")
 @click.option(
     "--against",
     type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),

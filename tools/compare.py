@@ -46,7 +46,7 @@ _MINUTES = 15
 """Most minutes that pip may take to install a package."""
 
 
-@click.command(help=__doc__)
+@options.command(__doc__)
 @options.seeds()
 @options.share(0.25)
 @click.option("--method", "parts", multiple=True, metavar="TEXT", help="Only methods whose name contains this.")
@@ -80,7 +80,7 @@ def main(
         click.echo(report(read(table_file)))
         return
     clock = set_clock(cpu_time, threads)
-    methods = [method for method in all_methods(paper_code) if not parts or any(part in method.name for part in parts)]
+    methods = [method for method in all_methods(paper_code) if options.is_chosen(method.name, parts)]
     tasks = tasks_named(TASKS, task_parts)
     installed = [method for method in methods if method.is_installed()]
     stream_rate(cache=False)  # measured once for the machine, whatever is trained on it

@@ -35,7 +35,7 @@ GROUPS = ("digits", "text", "glyphs", "cifar10")
 """Beginnings of the configs' names, in the order of the table; the last needs data that may have to be fetched by hand."""
 
 
-@click.command(help=__doc__)
+@options.command(__doc__)
 @click.option("--run", "names", multiple=True, metavar="TEXT", help="Only configs whose file name begins with this.")
 @click.option("--policy", "policies", multiple=True, type=click.Choice(list(POLICIES)), help="Only these rows.")
 @options.seeds()

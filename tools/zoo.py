@@ -46,13 +46,13 @@ from zoo_verdict import CHECKS, Verdict, ZooCheck
 _FAILED = 1
 
 
-@click.command(help=__doc__)
+@options.command(__doc__)
 @click.argument("references", nargs=-1)
 @click.option("--models", "globs", multiple=True, metavar="GLOB", help="Only torchvision's models whose name matches.")
 @click.option(
     "--input", "shapes", multiple=True, metavar="SHAPE", help="Inputs of your models, as 2,3,64,64 or int64:2,16."
 )
-@click.option("--memory", type=float, default=12.0, show_default=True, help="Most GiB for one model, by estimate.")
+@click.option("--memory", type=float, default=12.0, help="Most GiB for one model, by estimate.")
 @options.json_file("Write all figures to a file, after each model.")
 @click.option("--worker", is_flag=True, hidden=True)
 def main(

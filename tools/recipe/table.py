@@ -16,16 +16,7 @@ from recipe.rows import FULL, PaperRow
 NEAR = 0.3
 """A run has reached the full run's accuracy if it is at most this many points below."""
 BEGIN, END = "<!-- python tools/paper_table.py --readme -->\n", "\n<!-- end of the paper's table -->"
-_HEADS = (
-    "accuracy %",
-    "loss",
-    "run faster",
-    "the first time",
-    "to full's accuracy",
-    "parameters",
-    "FLOPs",
-    "sites",
-)
+_HEADS = ("accuracy %", "loss", "run faster", "the first time", "to full's accuracy", "parameters", "FLOPs", "sites")
 
 
 def tables(rows: Sequence[PaperRow]) -> list[Table]:
