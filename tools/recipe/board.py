@@ -12,11 +12,7 @@ class Board:
     """Writes the figures of each epoch to TensorBoard; does nothing if the folder is ""."""
 
     def __init__(self, folder: str) -> None:
-        """Open the folder.
-
-        Raises:
-            RecipeError: TensorBoard is not installed.
-        """
+        """Open the folder; RecipeError if TensorBoard is not installed."""
         self._writer: Any = None
         if folder:
             try:

@@ -49,9 +49,5 @@ BUILDERS: dict[str, Callable[[RunConfig, Process], DataSet]] = {
 
 
 def load_data(config: RunConfig, process: Process) -> DataSet:
-    """Return the data set that a config names.
-
-    Raises:
-        RecipeError: The data cannot be read, downloaded or generated.
-    """
+    """Return the data set that a config names; RecipeError if it cannot be read, downloaded or generated."""
     return BUILDERS[config.data.name](config, process)

@@ -70,7 +70,6 @@ def cifar10(config: RunConfig, process: Process) -> InMemoryImages:
 
 
 def _normalized(images: Any) -> Tensor:
-    """Return images (n, h, w, colors) of bytes as floats (n, colors, h, w) around 0."""
     floats = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2).float() / 255
     return (floats - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(DEVIATION).view(3, 1, 1)
 
@@ -111,8 +110,7 @@ class ImageFolders(DataSet):
         if self.train.classes != self.test.classes:
             different = sorted(set(self.train.classes) ^ set(self.test.classes))
             raise RecipeError(
-                f"'train' and 'val' in data.root={config.data.root!r} have different classes: {different[0]!r} is in one "
-                f"only."
+                f"'train' and 'val' in data.root={config.data.root!r} have different classes: {different[0]!r} is in one."
             )
         self.shape = DataShape(len(self.train.classes), side=self.side)
         self.steps = self.steps_of(len(self.train))

@@ -10,11 +10,7 @@ from recipe.record import RunRecord
 
 
 def plot_runs(runs: Mapping[str, Sequence[RunRecord]], file: Path, title: str = "") -> None:
-    """Plot held-out accuracy against the seconds of training, a line for each run and a color for each name.
-
-    Raises:
-        RecipeError: matplotlib is not installed.
-    """
+    """Plot held-out accuracy against the seconds of training, a line for each run and a color for each name."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -25,12 +21,9 @@ def plot_runs(runs: Mapping[str, Sequence[RunRecord]], file: Path, title: str = 
     axes = figure.add_subplot()
     for color, (name, records) in enumerate(runs.items()):
         for index, record in enumerate(records):
-            seconds = [epoch["seconds"] for epoch in record.epochs]
-            accuracies = [epoch["accuracy"] for epoch in record.epochs]
-            axes.plot(seconds, accuracies, color=f"C{color}", label=name if index == 0 else "")
-    axes.set_xlabel("training time, s")
-    axes.set_ylabel("accuracy on held-out data, %")
-    axes.set_title(title)
+            points = zip(*((epoch["seconds"], epoch["accuracy"]) for epoch in record.epochs), strict=True)
+            axes.plot(*points, color=f"C{color}", label=name if index == 0 else "")
+    axes.set(xlabel="training time, s", ylabel="accuracy on held-out data, %", title=title)
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)

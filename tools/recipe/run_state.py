@@ -41,11 +41,7 @@ class RunState:
     def __init__(
         self, config: RunConfig, process: Process, device: torch.device, clock: Clock = time.perf_counter
     ) -> None:
-        """Create everything from the settings and their seed.
-
-        Raises:
-            RecipeError: The data or the model cannot be created, or do not go together.
-        """
+        """Create everything from the settings and their seed; RecipeError if data and model do not go together."""
         self.config, self.process, self.device = config, process, device
         self.layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
         self.data: DataSet = load_data(config, process)

@@ -40,17 +40,16 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> Optimizer:
     """Return the optimizer of the settings."""
-    rate, decay, momentum = settings.lr, settings.weight_decay, settings.momentum
     if settings.optimizer == "adamw":
-        return AdamW(parameters, lr=rate, weight_decay=decay)
-    return SGD(parameters, lr=rate, momentum=momentum, nesterov=momentum > 0, weight_decay=decay)
+        return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    momentum = settings.momentum
+    return SGD(parameters, settings.lr, momentum, weight_decay=settings.weight_decay, nesterov=momentum > 0)
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
     """Return an exponential average of weights and buffers, or None for a decay of 0.
 
-    Early on it forgets faster, so that it is soon free of the random weights: after n updates its decay is
-    (1 + n) / (10 + n) as long as that is less.
+    After n updates its decay is (1 + n) / (10 + n) as long as that is less, so that it is soon free of the random weights.
     """
     if decay == 0:
         return None

@@ -6,8 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
-from tdfx.errors import PolicyError
-from tdfx.policies.policy import Policy
+import tdfx
 from tdfx.ranks.registry import parse_rule
 
 Strings = Annotated[tuple[str, ...], Strict(False)]
@@ -115,18 +114,15 @@ class SwitchingSettings(SettingsTable):
     every: int = Field(default=100, ge=1)
     """Steps between two looks at the ranks."""
     min_gain: float = 1.05
-    """As in ``tdfx.Policy``; 0 rewrites every layer."""
     round_to: int = 8
-    """As in ``tdfx.Policy``."""
     exclude: Strings = ()
-    """As in ``tdfx.Policy``."""
+    """These three as in ``tdfx.Policy``."""
     cost: Literal["measured", "modelled"] = "measured"
     """``"measured"`` on this machine, or ``"modelled"``, which is the same on every machine."""
     measure: float = Field(default=15.0, gt=0)
     """Most wall-clock seconds to measure layers; on a loaded machine few layers are measured in that time."""
     weigh: bool = True
-    """Whether the switch considers how long the run is: it leaves out sites that would cost more than they save in the
-    rest of the run, and limits the time for measuring."""
+    """Whether the switch leaves out sites that cost more than they save in the rest of the run, and measures less."""
     rewarm: int = Field(default=0, ge=0)
     """Steps in which the learning rate warms up again after a switch."""
 
@@ -135,12 +131,15 @@ class SwitchingSettings(SettingsTable):
         if self.when == "epoch" and self.epoch < 1:
             raise ValueError(f"switch.epoch={self.epoch} is below 1, the first epoch after which a run can switch.")
         try:
-            Policy(min_gain=self.min_gain, round_to=self.round_to, exclude=self.exclude)
-            if self.policy not in {"none", "default"}:
-                parse_rule(self.policy)
-        except PolicyError as error:
+            self.policy_with(tdfx.Modelled())
+        except tdfx.PolicyError as error:
             raise ValueError(f"[switch] has settings that no policy can have: {error}") from error
         return self
+
+    def policy_with(self, cost: tdfx.Modelled | tdfx.Measured) -> tdfx.Policy:
+        """Return the policy of the settings with a cost model."""
+        rule = tdfx.Policy().rank if self.policy in {"none", "default"} else parse_rule(self.policy)
+        return tdfx.Policy(rank=rule, min_gain=self.min_gain, round_to=self.round_to, exclude=self.exclude, cost=cost)
 
 
 class OutputSettings(SettingsTable):
