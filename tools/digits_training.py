@@ -19,10 +19,7 @@ Batch = tuple[Tensor, Tensor]
 def batches(digits: Digits, seed: int, *, drop_last: bool = True) -> Iterator[Batch]:
     """Yield batches endlessly; the seed determines their order and their jitter.
 
-    Args:
-        digits: The data set.
-        seed: Seed of the order and of the jitter.
-        drop_last: Whether to leave out the last, smaller batch of each epoch.
+    ``drop_last`` leaves out the last, smaller batch of each epoch.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(digits.train_x)

@@ -19,7 +19,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
-        """Count these existing tensors from the beginning."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         """Bytes that are live now."""
@@ -37,7 +36,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation and watch what it returns."""
         result = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._watch, result)
         return result

@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 
 def vgg19(classes: int = 10, colors: int = 3, pools: int = 5) -> nn.Module:
-    """Return VGG-19 with batch norm for 32×32 images: one linear layer at its end (Simonyan and Zisserman 2015).
+    """Return VGG-19 with batch norm for small images: one linear layer at its end (Simonyan and Zisserman 2015).
 
-    Args:
-        classes: Number of logits.
-        colors: Channels of an image.
-        pools: How many of the five poolings are kept: at most log2 of the side of the images.
+    ``pools`` of its five poolings are kept: at most log2 of the side of the images.
     """
     model: nn.Module = torchvision.models.vgg19_bn(num_classes=classes)
     features = model.get_submodule("features")
@@ -87,12 +84,8 @@ class DenseNetForSmallImages(nn.Module):
                 parts.append(_Dense(channels, growth))
                 channels += growth
             if stage < 2:
-                parts += [
-                    nn.BatchNorm2d(channels),
-                    nn.ReLU(),
-                    nn.Conv2d(channels, channels, 1, bias=False),
-                    nn.AvgPool2d(2),
-                ]
+                mixing = nn.Conv2d(channels, channels, 1, bias=False)
+                parts += [nn.BatchNorm2d(channels), nn.ReLU(), mixing, nn.AvgPool2d(2)]
         self.body = nn.Sequential(*parts, nn.BatchNorm2d(channels), nn.ReLU())
         self.head = nn.Linear(channels, classes)
 
@@ -158,12 +151,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 def build(name: str, classes: int = 1000) -> tuple[nn.Module, int]:
-    """Return an untrained network of ``NETS`` or of torchvision, and the side of its images in pixels.
-
-    Args:
-        name: Name of the network.
-        classes: Number of logits of torchvision's networks; those of ``NETS`` have 10.
-    """
+    """Return an untrained network of ``NETS``, with 10 classes, or of torchvision, and the side of its images in pixels."""
     if name in NETS:
         builder, side = NETS[name]
         return builder(), side

@@ -83,7 +83,6 @@ class Float64Constants(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation with the other dtype."""
         if func is torch.Tensor.float:
             return args[0].double()
         named = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
