@@ -20,8 +20,8 @@ import click
 import options
 import torch
 from bench_common import make_table, mean_and_deviation, write_json
-from digits_training import Batch, batches, learning_rate, loss_of, train_step
 from rich.console import Console
+from study_data import Batch, batches, learning_rate, loss_of, train_step
 from torch import nn
 from torch.optim import SGD, Optimizer
 

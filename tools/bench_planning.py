@@ -26,10 +26,9 @@ from typing import Any
 
 import click
 import options
-from bench_common import clock_name, write_results
+from bench_common import clock_name, make_table, write_results
 from planning_worker import NETS
 from rich.console import Console
-from rich.table import Table
 
 import tdfx
 
@@ -52,8 +51,7 @@ class SwitchWorker:
     def measure(self) -> Spent:
         """Measure one switch."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        print(file=self.process.stdin, flush=True)
         spent: Spent = json.loads(self._read_line())
         return spent
 
@@ -126,23 +124,19 @@ def main(
     settings = {"net": net, "batch": batch, "total_steps": total_steps, "cpu_time": cpu_time}
     switches = measure(checkouts, repeats, {**settings, "threads": 1 if cpu_time else threads})
     results = {name: medians(spent) for name, spent in switches.items()}
-    table = Table(net, "planning s", "rewriting s", "both s", "sites", box=None)
-    for name, seconds in results.items():
-        sites = f"{switches[name][0]['factorized']:.0f}"
-        table.add_row(name, *(f"{value:.3f}" for value in seconds.values()), sites)
+    rows = [
+        {net: name, **{f"{part} s": f"{value:.3f}" for part, value in seconds.items()}}
+        | {"sites": f"{switches[name][0]['factorized']:.0f}"}
+        for name, seconds in results.items()
+    ]
     ratios = {}
     if against is not None:
         this, other = results.values()
         ratios = {part: this[part] / other[part] for part in this if other[part] > 0}
-        table.add_row("this / against", *(f"{ratios[part]:.2f}" if part in ratios else "-" for part in this))
-    Console(width=100).print(table)
-    write_results(
-        json_file,
-        [{"version": name, **results[name], "switches": switches[name]} for name in switches],
-        ratios=ratios,
-        clock=clock_name(cpu_time),
-        **settings,
-    )
+        rows.append({net: "this / against", **{f"{part} s": f"{ratio:.2f}" for part, ratio in ratios.items()}})
+    Console(width=100).print(make_table(rows))
+    written = [{"version": name, **results[name], "switches": switches[name]} for name in switches]
+    write_results(json_file, written, ratios=ratios, clock=clock_name(cpu_time), **settings)
 
 
 if __name__ == "__main__":

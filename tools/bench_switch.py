@@ -17,8 +17,8 @@ import click
 import options
 import torch
 from bench_common import make_table, write_json
-from digits_training import Batch, batches, train_step
 from rich.console import Console
+from study_data import Batch, batches, train_step
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 

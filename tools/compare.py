@@ -6,9 +6,8 @@ installed here runs in an environment of its own under --environments, which is 
 dense step again. The paper's own code comes from a checkout of github.com/mostafaelhoushi/tensor-decompositions.
 
 Tasks: a VGG and a ResNet-14 on scikit-learn's digits, and a small transformer on Python's sources. tdfx and TensorLy alone
-take about ten minutes on two cores, and one with --quick; installing the other packages takes longer.
-
-With --table FILE nothing runs: the table of the file's results is printed.
+take about ten minutes on two cores, and one with --quick; installing the other packages takes longer. With --table FILE
+nothing runs: the table of the file's results is printed.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from digits_training import Batch
+from study_data import Batch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 

@@ -30,17 +30,15 @@ class MethodResult:
     torch: str
     """The version that it ran with."""
     step: float = 1.0
-    """Time of a step after the switch, relative to a dense step."""
     switch_steps: float = 0.0
-    """Time of the switch, in dense steps."""
+    """Times of a step after the switch and of the switch, both in dense steps."""
     error: float = 0.0
     """Change of the held-out outputs at the switch, relative to their norm."""
     parameters: float = 1.0
     """Number of parameters, relative to the dense model."""
     accuracy: float = 0.0
-    """Accuracy on the held-out data at the end, in percent."""
     loss: float = 0.0
-    """Mean loss on the held-out data at the end, in nats."""
+    """Both on the held-out data at the end, in percent and in nats."""
     optimizer: str = "goes on"
     """What happens to the optimizer's state."""
     failed: str = ""

@@ -50,8 +50,7 @@ class ResNetForSmallImages(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits for images (n, colors, h, w)."""
-        logits: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
-        return logits
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class _Block(nn.Module):
@@ -91,8 +90,7 @@ class DenseNetForSmallImages(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits for images (n, colors, h, w)."""
-        logits: Tensor = self.head(self.body(x).mean((2, 3)))
-        return logits
+        return self.head(self.body(x).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class _Dense(nn.Module):
@@ -119,8 +117,7 @@ class CharacterModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (n, length, 256) for bytes (n, length)."""
-        logits: Tensor = self.head(self.norm(self.blocks(self.bytes(x) + self.places(self.order))))
-        return logits
+        return self.head(self.norm(self.blocks(self.bytes(x) + self.places(self.order))))  # type: ignore[no-any-return]
 
 
 class _TransformerBlock(nn.Module):
@@ -137,8 +134,7 @@ class _TransformerBlock(nn.Module):
         q, k, v = self.read(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.write(seen.transpose(1, 2).flatten(2))
-        out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
-        return out
+        return x + self.down(F.gelu(self.up(self.norm2(x))))  # type: ignore[no-any-return]
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {

@@ -26,9 +26,11 @@ from recipe.config import RunConfig, read_config
 from recipe.errors import RecipeError
 from recipe.plot import plot_runs
 from recipe.record import RunRecord
-from recipe.rows import POLICIES, PaperRow, row_of, rows
+from recipe.rows import POLICIES, PaperRow, rows
 from recipe.table import tables, with_block
 from rich.console import Console
+
+from tdfx.checks import read_record
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "paper_table"
@@ -102,7 +104,8 @@ def read_rows(folder: Path | None) -> list[PaperRow]:
     if folder is None or not folder.is_dir():
         return []
     files = sorted(folder.glob("*.json"), key=_order)
-    return [row_of(values) for file in files for values in json.loads(file.read_text(encoding="utf-8"))["results"]]
+    values = (values for file in files for values in json.loads(file.read_text(encoding="utf-8"))["results"])
+    return [read_record(PaperRow, row) for row in values]
 
 
 def write_rows(folder: Path | None, config_rows: Sequence[PaperRow], **settings: Any) -> None:
@@ -114,11 +117,10 @@ def write_rows(folder: Path | None, config_rows: Sequence[PaperRow], **settings:
 
 def render(finished: Sequence[PaperRow]) -> str:
     """Return all tables as plain text."""
-    output = io.StringIO()
-    console = Console(file=output, width=160, color_system=None)
+    console = Console(file=io.StringIO(), record=True, width=160, color_system=None)
     for table in tables(finished):
         console.print(table, "")
-    return "\n".join(line.rstrip() for line in output.getvalue().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in console.export_text().strip("\n").splitlines())
 
 
 def plot_rows(finished: Sequence[PaperRow], folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import options
 import torch
-from digits_training import batches, train_step
+from study_data import batches, train_step
 
 import tdfx
 import tdfx.report

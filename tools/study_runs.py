@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from bench_common import Clock, separate_times
-from digits_training import learning_rate, train_step
+from study_data import learning_rate, train_step
 from study_tasks import StudyTask
 from torch import nn
 from torch.optim import Optimizer
@@ -33,9 +33,8 @@ class StudyRun:
     policy: str
     seed: int
     accuracy: float = 0.0
-    """On the held-out data, in percent."""
     loss: float = 0.0
-    """Mean on the held-out data, in nats."""
+    """Both on the held-out data, in percent and in nats."""
     step: float = 1.0
     """Time of a step after the switch, relative to a dense step."""
     dense_seconds: float = 0.0

@@ -8,10 +8,9 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from digits_training import Batch, batches, loss_of
 from nets import CharacterModel, ResNetForSmallImages
 from options import is_chosen
-from sources import pieces, python_sources
+from study_data import Batch, batches, loss_of, pieces, python_sources
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 

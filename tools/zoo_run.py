@@ -36,22 +36,26 @@ class Observation:
 @contextmanager
 def preserved(model: nn.Module, mode: bool) -> Iterator[None]:
     """Set train or eval mode, and afterwards restore the mode of every module and the values of every buffer."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     try:
-        model.train(mode)
-        yield
+        with _mode(model, mode):
+            yield
     finally:
-        _restore_modes(modes)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers:
                     buffer.copy_(buffers[name])
 
 
-def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    for module, mode in modes:
-        module.training = mode
+@contextmanager
+def _mode(model: nn.Module, mode: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(mode)
+        yield
+    finally:
+        for module, before in modes:
+            module.training = before
 
 
 def warm_up(model: nn.Module, call: ModelCall, steps: int = 2) -> None:
@@ -61,19 +65,16 @@ def warm_up(model: nn.Module, call: ModelCall, steps: int = 2) -> None:
     """
     norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    modes = [(module, module.training) for module in model.modules()]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    model.train()
-    for step in range(steps if norms else 0):
-        _seed(step)
-        fresh, _ = call.fresh()
-        with torch.no_grad():
+    with _mode(model, True), torch.no_grad():
+        for step in range(steps if norms else 0):
+            _seed(step)
+            fresh, _ = call.fresh()
             model(*fresh.arguments, **fresh.named)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    _restore_modes(modes)
 
 
 class Float64Constants(TorchFunctionMode):

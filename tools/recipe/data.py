@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import platformdirs
 import torch
-from digits_training import Batch
+from study_data import Batch
 from torch import Tensor
 
 from recipe.config import RunConfig

@@ -26,7 +26,6 @@ class DataShape:
 
     classes: int
     colors: int = 3
-    """Channels of an image."""
     side: int = 0
     """Side of an image in pixels; 0 for text."""
     length: int = 0

@@ -28,7 +28,6 @@ class RunRecord:
     seconds: dict[str, float]
     """By phase."""
     parameters: int
-    """Before a switch."""
     parameters_after: int
     """From the switch to the merge."""
     flops: int | None = None

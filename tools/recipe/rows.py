@@ -47,12 +47,6 @@ class PaperRow:
         return self.run, self.policy, self.seed
 
 
-def row_of(values: Mapping[str, Any]) -> PaperRow:
-    """Return a row from what ``asdict`` returned."""
-    record = values["record"]
-    return PaperRow(**{**values, "record": None if record is None else RunRecord(**record)})
-
-
 def rows(
     configs: Mapping[str, RunConfig],
     policies: Sequence[str],

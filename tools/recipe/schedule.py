@@ -58,13 +58,9 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
     def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Any) -> None:
         # Each list has one dtype and device. The count stays on its device, so that nothing waits for it.
         dtype = averages[0].dtype
-        if not dtype.is_floating_point:
-            for average, value in zip(averages, values, strict=True):
-                average.copy_(value)
-            return
         updates = count.to(torch.promote_types(dtype, torch.float32))
         weight = (1 - ((1 + updates) / (10 + updates)).clamp(max=decay)).to(dtype)
         for average, value in zip(averages, values, strict=True):
-            average.lerp_(value, weight)
+            average.lerp_(value, weight) if dtype.is_floating_point else average.copy_(value)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

@@ -10,9 +10,8 @@ import tdfx
 from tdfx.ranks.registry import parse_rule
 
 Strings = Annotated[tuple[str, ...], Strict(False)]
-"""Several texts; TOML gives them as a list."""
 Floats = Annotated[tuple[float, ...], Strict(False)]
-"""Several numbers; TOML gives them as a list."""
+"""Several values; TOML gives them as a list."""
 
 
 class SettingsTable(BaseModel):
@@ -65,7 +64,6 @@ class TrainingSettings(SettingsTable):
     lr: float = Field(default=0.05, gt=0)
     """Largest learning rate."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """For ``sgd``."""
     weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Literal["cosine", "step"] = "cosine"
     """``"cosine"`` lowers the rate to zero; ``"step"`` multiplies it by ``gamma`` at each of ``milestones``."""
@@ -74,7 +72,6 @@ class TrainingSettings(SettingsTable):
     milestones: Floats = ()
     """Shares of the training, in (0, 1) and ascending, after which ``step`` lowers the rate."""
     gamma: float = Field(default=0.1, gt=0, lt=1)
-    """Factor of ``step``."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread over all classes."""
     clip: float = Field(default=0.0, ge=0)
@@ -85,7 +82,6 @@ class TrainingSettings(SettingsTable):
     """What autocast computes in; ``"fp16"`` also scales the loss."""
     channels_last: bool = False
     compile: bool = False
-    """Whether the model is compiled."""
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:

@@ -8,16 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from digits_training import Batch
+from study_data import Batch
 from torch import Tensor, nn
 
 import tdfx
 from recipe import checkpoint
-from recipe.board import Board
-from recipe.run_state import RunProgress, RunState, unwrapped
+from recipe.plot import Board
+from recipe.run_state import DTYPES, RunProgress, RunState, unwrapped
 from recipe.schedule import rate_at, set_rate
 from recipe.score import Score, loss_of, score, to_device
-from recipe.switching import DTYPES
 
 
 class TrainingRun(RunState):
