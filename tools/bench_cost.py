@@ -6,7 +6,7 @@ removed. "gains off" is the factor by which a model is wrong about how many time
 is how often a model and the measurement disagree on whether that is at least the 1.05 times that a policy asks for.
 "fitted" is Modelled with the three numbers that suit these times best: the best that its formula can do.
 
-Takes about 10 minutes on one idle core, with the default networks.
+Takes about 10 minutes on one idle core.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ multiples of the largest site's weight:
 optimizer state. Old and new are live together for a moment, because a failure must change nothing.
 
 Planning runs the model once on the example inputs, without gradients, and that counts too. Networks: VGG-19 for 32×32
-images, and torchvision's ResNet-50 and ViT-B/16. Takes about 3 minutes on one core, most of it for the training steps, and
-4 GB.
+images, and torchvision's ResNet-50 and ViT-B/16. Takes about 3 minutes on one core, and 4 GB.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Measure how long a rewrite takes, compared with the usual way: full SVDs for EVBMF ranks, then tensorly's iterated Tucker.
 
-All ways get the same weights, with spectra as after training, and the same threads, and run in turns in one process. The
-usual way is what published code does: NumPy's SVD of both unfoldings of each convolution for the ranks, as in the EVBMF
-implementation that is commonly copied, then ``partial_tucker`` at these ranks; one SVD for each linear and 1×1 layer. As
-published ("published s") the SVD forms all of V. Where that would take more than 1 GiB, and everywhere in the second column
-("reduced s"), it forms only the part that is needed, which is in favour of the usual way. tdfx plans and rewrites. The
-last columns compare that with a training step of the same model.
+All ways get the same weights, with spectra as after training, and run in turns. The usual way is what published code does:
+NumPy's SVD of both unfoldings of each convolution for the ranks, then ``partial_tucker`` at these ranks; one SVD for each
+linear and 1×1 layer. As published ("published s") the SVD forms all of V. Where that would take more than 1 GiB, and
+everywhere in the second column ("reduced s"), it forms only the part that is needed, which is in favour of the usual way.
+tdfx plans and rewrites. The last columns compare that with a training step of the same model.
 
 Networks: ``cifar-vgg19`` is VGG-19 for 32×32 images with one linear layer at its end, ``resnet50`` is torchvision's.
 Takes about 4 minutes on one core, and 20 with ``--models vgg19``, because of its linear layer of 25088×4096.
@@ -70,9 +69,8 @@ def step_seconds(model: nn.Module, batch: int, size: int) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def accumulate(images: int) -> None:
-        labels = torch.randint(0, 10, (images,))
-        loss = nn.functional.cross_entropy(model(torch.randn(images, 3, size, size)), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        outputs = model(torch.randn(images, 3, size, size))
+        torch.autograd.backward(nn.functional.cross_entropy(outputs, torch.randint(0, 10, (images,))))
 
     def step() -> None:
         optimizer.zero_grad()

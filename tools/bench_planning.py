@@ -7,8 +7,8 @@ that the cache has its layer times. Then ``tdfx.Switch`` with the default policy
 With --against PATH the same runs with the tdfx of another checkout, in turns (A B A B ...), and the last line is the
 ratio of this version's seconds to the other's.
 
-Networks: VGG-19 for 32×32 images, ResNet-18 at 64×64, and a small GPT of four blocks of 256 channels. Takes about a minute a
-network on one core, most of it for the first plan, and twice that with --against.
+Networks: VGG-19 for 32×32 images, ResNet-18 at 64×64, and a small GPT of four blocks of 256 channels. Each takes about a
+minute on one core, most of it for the first plan, and twice that with --against.
 """
 
 from __future__ import annotations

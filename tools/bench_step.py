@@ -5,13 +5,11 @@ run in turns on copies, in the memory layout in which the dense one is faster. P
 cache, so "plan s" is what a new user waits. "off" is by how much the prediction of the step's time was too long.
 
 With --speedup the ranks are those of Policy(speedup=...), and the next line has uniform shares of the full ranks that take
-as long by the same times: the better choice has the lower total error.
+as long by the same times: the better choice has the lower total error. With --never-slower the default Policy() is tested
+on torchvision's classification models, with a batch of 2. The exit code is 1 if any step is below 0.98 of the dense step's
+speed in two measurements.
 
-With --never-slower the default Policy() is tested on torchvision's classification models, with a batch of 2. The exit code
-is 1 if any step is below 0.98 of the dense step's speed in two measurements.
-
-Takes about 10 minutes on two idle cores with the default networks, 10 more with --speedup, and one to two hours with
---never-slower.
+Takes about 10 minutes on two idle cores, 10 more with --speedup, and one to two hours with --never-slower.
 """
 
 from __future__ import annotations

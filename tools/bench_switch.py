@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from operator import sub
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -75,7 +76,7 @@ def main(seeds: int, before: int, after: int, share: float, width: int, json_fil
         all_losses[name] = runs
         for begin, end in windows:
             means = {way: [mean(losses[way][begin:end]) for losses in runs] for way in WAYS}
-            differences = [reset - carried for reset, carried in zip(means["reset"], means["carried"], strict=True)]
+            differences = list(map(sub, means["reset"], means["carried"]))
             deviation = f" ± {stdev(differences):.3f}" if len(differences) > 1 else ""
             row = {"optimizer": name, "steps after": f"{begin + 1} to {end}"}
             row |= {way: f"{mean(means[way]):.3f}" for way in WAYS}
