@@ -46,7 +46,7 @@ def run(name: str, *arguments: str, code: int = 0) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("name", ["bench_common", "bench_cost", "bench_planning", "digits_training", "study_default"])
+@pytest.mark.parametrize("name", ["bench_common", "bench_cost", "bench_planning", "study_data", "study_default"])
 def test_the_examples_of_the_benchmarks_run(name: str) -> None:
     result = doctest.testmod(tool(name))
     assert (result.failed, result.attempted > 0) == (0, True)

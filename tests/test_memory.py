@@ -20,7 +20,7 @@ from tdfx.passes.planning.select import Select
 from tdfx.passes.program import Program
 from tdfx.passes.transform.rewrite import Rewrite
 
-pytestmark = needs("live_bytes.py")
+pytestmark = needs("bench_memory.py")
 
 FEW = 14
 """Copies of the largest weight in its own dtype; a tensor in float64 counts as two copies. They are the weight, its other
@@ -52,7 +52,7 @@ BUILDS: dict[Build, tuple[int, ...]] = {linears: (2, 64), convolutions: (2, 24, 
 
 @pytest.fixture
 def counter() -> Any:
-    return tool("live_bytes").LiveBytes
+    return tool("bench_memory").LiveBytes
 
 
 def kept_tensors(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:

@@ -175,7 +175,7 @@ def test_steps_in_half_precision_train(amp: str) -> None:
     dtypes = set[torch.dtype]()
     run.model[3].register_forward_hook(lambda layer, inputs, output: dtypes.add(output.dtype))
     run.train()
-    assert tool("recipe.switching").DTYPES[amp] in dtypes
+    assert tool("recipe.run_state").DTYPES[amp] in dtypes
     assert run.history[2]["training_loss"] < run.history[0]["training_loss"]
     assert all(parameter.dtype == torch.float32 for parameter in run.merged.parameters())
     assert run.merged[3].weight.is_contiguous(memory_format=torch.channels_last)
@@ -197,7 +197,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     error = tool("recipe.errors").RecipeError
     with pytest.raises(error, match=r"asks for TensorBoard.*pip install tensorboard"):
-        tool("recipe.board").Board(str(tmp_path))
+        tool("recipe.plot").Board(str(tmp_path))
     with pytest.raises(error, match=r"pip install matplotlib"):
         tool("recipe.plot").plot_runs({}, tmp_path / "run.png")
 

@@ -86,7 +86,7 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
 
 def test_each_image_is_shifted_and_some_are_flipped() -> None:
     images = torch.arange(1.0, 4 * 3 * 6 * 6 + 1).view(4, 3, 6, 6)
-    cropped = tool("recipe.images").crop_and_flip(images, torch.Generator().manual_seed(0), most=2)
+    cropped = tool("recipe.datasets").crop_and_flip(images, torch.Generator().manual_seed(0), most=2)
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
     for image, wide in zip(cropped, padded, strict=True):
         windows = [wide[:, top : top + 6, left : left + 6] for top in range(5) for left in range(5)]

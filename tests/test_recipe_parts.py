@@ -192,7 +192,7 @@ def test_every_config_of_the_repository_is_valid() -> None:
     assert len(files) >= 10
     for file in files:
         config = tool("recipe.config").read_config(file)
-        tool("recipe.switching").make_switch(config, 10)
+        tool("recipe.run_state").make_switch(config, 10)
 
 
 # Networks.

@@ -9,7 +9,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
 
 import tdfx
 from tdfx.cost import machine, measured
@@ -31,10 +32,8 @@ Clock = Callable[[], float]
 def set_clock(cpu_time: bool, threads: int) -> Clock:
     """Set the number of threads, and set and return the clock that tdfx reads in this process from now on.
 
-    Args:
-        cpu_time: Whether to measure the CPU time of this process. On a loaded machine it is close to the wall-clock time of
-            an idle one. It adds up the time of all threads, so only one thread is used.
-        threads: At least 1.
+    With ``cpu_time`` it is the CPU time of this process, which on a loaded machine is close to the wall-clock time of an
+    idle one. It adds up the time of all threads, so only one thread is used.
     """
     torch.set_num_threads(1 if cpu_time else threads)
     if not cpu_time:
@@ -62,22 +61,26 @@ def separate_times(times: dict[str, float] | None = None) -> Iterator[None]:
 
 
 def write_results(file: Path | None, results: Any, **settings: Any) -> None:
-    """Write results with the command and the versions that produced them.
+    """Write results as JSON with settings, and with the command and the versions that produced them; nothing for None."""
+    write_json(file, {"command": command(sys.argv), "versions": versions(), **settings, "results": results})
 
-    Args:
-        file: The file to write; None to write nothing.
-        results: Anything that JSON can hold.
-        settings: Further values to write, such as seeds.
-    """
+
+def write_json(file: Path | None, value: Any) -> None:
+    """Replace a file in one move, so that an interrupted program leaves no half-written file; do nothing for None."""
     if file is not None:
-        write_json(file, {"command": command(sys.argv), "versions": versions(), **settings, "results": results})
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        partial.replace(file)
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Replace a file in one move, so that an interrupted program leaves no half-written file."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
+def make_table(rows: Iterable[Mapping[str, str]], **settings: Any) -> Table:
+    """Return rows of cells by their columns' heads as a table whose first column does not wrap; a row may lack cells."""
+    listed = list(rows)
+    first, *heads = dict.fromkeys(head for row in listed for head in row) or [""]
+    table = Table(Column(first, no_wrap=True), *(Column(head, **settings) for head in heads), box=None)
+    for row in listed:
+        table.add_row(*(row.get(head, "") for head in (first, *heads)))
+    return table
 
 
 def command(arguments: list[str]) -> str:

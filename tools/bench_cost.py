@@ -6,7 +6,7 @@ removed. "gains off" is the factor by which a model is wrong about how many time
 is how often a model and the measurement disagree on whether that is at least the 1.05 times that a policy asks for.
 "fitted" is Modelled with the three numbers that suit these times best: the best that its formula can do.
 
-Takes about 10 minutes on one idle core, with the default networks.
+Takes about 10 minutes on one idle core.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import click
@@ -27,7 +28,6 @@ from rich.table import Table
 from scipy.optimize import minimize
 
 import tdfx
-from tdfx.cost.count import Flow
 from tdfx.cost.modelled import Case, Cost
 from tdfx.factors.operation import Operation
 from tdfx.passes.analysis.find import Find
@@ -122,7 +122,7 @@ def fitted(timed: Sequence[TimedChain]) -> tdfx.Modelled:
     return model(minimize(mean_difference, start_logs, method="Nelder-Mead", options={"maxiter": 400}).x)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ModelDeviation:
     """How far a cost model is from the measurements; factors, where 1 means no deviation."""
 
@@ -145,14 +145,8 @@ def deviation(net: str, name: str, model: Cost, timed: Sequence[TimedChain]) -> 
     gains = np.log([before / after / chain.gain for (before, after), chain in pairs])
     least = POLICY.min_gain
     differ = [(before / after >= least) != (chain.gain >= least) for (before, after), chain in pairs]
-    return ModelDeviation(
-        net=net,
-        model=name,
-        cases=len(timed),
-        times=_factors(times - np.median(times)),
-        gains=_factors(gains),
-        otherwise=float(np.mean(differ)),
-    )
+    factors = _factors(times - np.median(times)), _factors(gains)
+    return ModelDeviation(net, name, len(timed), *factors, otherwise=float(np.mean(differ)))
 
 
 def _factors(logs: Logs) -> tuple[float, float]:
@@ -178,12 +172,13 @@ def table_of(deviations: Sequence[ModelDeviation]) -> Table:
 def _to_dict(chain: TimedChain) -> dict[str, object]:
     (dense,), flow = chain.dense
     assert flow is not None
+    setting = {"channels_last": flow.setting.channels_last, "dtype": str(flow.setting.computes_in)}
     return {
         "net": chain.net,
         "name": chain.name,
         "dense": _operation_dict(dense),
         "chain": [_operation_dict(step) for step in chain.case[0]],
-        "flow": _flow_dict(flow),
+        "flow": {"samples": flow.samples, "size": flow.size, **setting},
         "dense_seconds": chain.dense_seconds,
         "seconds": chain.seconds,
     }
@@ -193,13 +188,8 @@ def _operation_dict(operation: Operation) -> dict[str, object]:
     return {name: value for name, value in asdict(operation).items() if value not in (None, False)}
 
 
-def _flow_dict(flow: Flow) -> dict[str, object]:
-    last = flow.setting.channels_last
-    return {"samples": flow.samples, "size": flow.size, "channels_last": last, "dtype": str(flow.setting.computes_in)}
-
-
-@click.command(help=__doc__)
-@options.nets(",".join(BATCHES))
+@options.command(__doc__)
+@options.networks("--nets", ",".join(BATCHES))
 @options.batch
 @options.device
 @options.threads(1)
@@ -222,18 +212,13 @@ def main(
     """Time, model, compare, print."""
     clock = set_clock(cpu_time, threads)
     names = nets.split(",")
-    timed: list[TimedChain] = []
-    for name in names:
-        timed += measure(prepare_net(name, batch=batch, device=device), measure_seconds, rounds)
-    models = {
-        "Modelled()": tdfx.Modelled(),
-        "of_machine": tdfx.Modelled.of_machine(device),
-        "fitted": fitted(timed),
-    }
-    deviations = []
-    for net in (*names, "all"):
-        chains = [chain for chain in timed if net in (chain.net, "all")]
-        deviations += [deviation(net, name, model, chains) for name, model in models.items()]
+    prepared = (prepare_net(name, batch=batch, device=device) for name in names)
+    timed = [chain for net in prepared for chain in measure(net, measure_seconds, rounds)]
+    models = {"Modelled()": tdfx.Modelled(), "of_machine": tdfx.Modelled.of_machine(device), "fitted": fitted(timed)}
+    deviations = [
+        deviation(net, name, model, [chain for chain in timed if net in (chain.net, "all")])
+        for net, (name, model) in product([*names, "all"], models.items())
+    ]
     Console(width=150).print(table_of(deviations))
     for name, model in models.items():
         click.echo(f"{name}: {model!r}")

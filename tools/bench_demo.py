@@ -5,21 +5,22 @@ The demo trains a VGG-like network on scikit-learn's digits, in full and with td
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
+from statistics import median
 
 import click
 import options
-from bench_common import write_json
+from bench_common import make_table, write_json
 from rich.console import Console
-from rich.table import Table
 
 from tdfx.demo.run import DEFAULT_EPOCHS, DemoResult, run_demo
 
+COLUMNS = ("full s", "tdfx s", "times faster", "full %", "tdfx %", "merged %")
 
-@click.command(help=__doc__)
+
+@options.command(__doc__)
 @options.seeds()
-@click.option("--epochs", type=click.IntRange(min=2), default=DEFAULT_EPOCHS, show_default=True, help="Epochs a run.")
+@click.option("--epochs", type=click.IntRange(min=2), default=DEFAULT_EPOCHS, help="Epochs a run.")
 @options.json_file("Write every run's figures to a file.")
 def main(seeds: int, epochs: int, json_file: Path | None) -> None:
     """Train, collect, print."""
@@ -27,32 +28,22 @@ def main(seeds: int, epochs: int, json_file: Path | None) -> None:
     for seed in range(seeds):
         results.append(run_demo(seed=seed, epochs=epochs))
         click.echo(f"seed {seed}: {results[-1].speedup:.2f}x", err=True)
-    Console(width=100).print(table_of(results))
-    if json_file is not None:
-        write_json(json_file, [result.to_dict() for result in results])
+    figures = [_figures_of(result) for result in results]
+    rows = [_row(str(result.seed), row, result.verified) for result, row in zip(results, figures, strict=True)]
+    medians = [median(column) for column in zip(*figures, strict=True)]
+    rows.append(_row("median", medians, all(result.verified for result in results)))
+    Console(width=100).print(make_table(rows, justify="right"))
+    write_json(json_file, [result.to_dict() for result in results])
 
 
-def table_of(results: list[DemoResult]) -> Table:
-    """Return a row for each seed, and the medians."""
-    table = Table(box=None)
-    for head in ("seed", "full s", "tdfx s", "times faster", "full %", "tdfx %", "merged %", "verified"):
-        table.add_column(head, justify="right")
-    rows = [
-        (
-            result.full.seconds,
-            result.tdfx.seconds,
-            result.speedup,
-            result.full.accuracy,
-            result.tdfx.accuracy,
-            result.merged_accuracy,
-        )
-        for result in results
-    ]
-    for result, row in zip(results, rows, strict=True):
-        table.add_row(str(result.seed), *(f"{value:.2f}" for value in row), str(result.verified))
-    medians = (statistics.median(column) for column in zip(*rows, strict=True))
-    table.add_row("median", *(f"{value:.2f}" for value in medians), str(all(result.verified for result in results)))
-    return table
+def _figures_of(result: DemoResult) -> list[float]:
+    full, ours = result.full, result.tdfx
+    return [full.seconds, ours.seconds, result.speedup, full.accuracy, ours.accuracy, result.merged_accuracy]
+
+
+def _row(name: str, figures: list[float], verified: bool) -> dict[str, str]:
+    cells = (f"{figure:.2f}" for figure in figures)
+    return {"seed": name, **dict(zip(COLUMNS, cells, strict=True)), "verified": str(verified)}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
@@ -18,10 +19,9 @@ from typing import NamedTuple, cast, get_args
 import click
 import options
 import torch
-from bench_common import mean_and_deviation, write_json
-from digits_training import Batch, batches, learning_rate, loss_of, train_step
+from bench_common import make_table, mean_and_deviation, write_json
 from rich.console import Console
-from rich.table import Table
+from study_data import Batch, batches, learning_rate, loss_of, train_step
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -107,13 +107,11 @@ def train_and_rewrite(
     return model, optimizer, range(switch, total), per_epoch
 
 
-@click.command(help=__doc__)
+@options.command(__doc__)
 @options.seeds()
-@click.option(
-    "--epochs", type=click.IntRange(min=2), multiple=True, default=(5, 15), show_default=True, help="Epochs of a run."
-)
+@click.option("--epochs", type=click.IntRange(min=2), multiple=True, default=(5, 15), help="Epochs of a run.")
 @options.share(0.5)
-@click.option("--width", default=128, show_default=True, help="Channels of the network's first layers.")
+@click.option("--width", default=128, help="Channels of the network's first layers.")
 @options.json_file("Write every figure to a file.")
 def main(seeds: int, epochs: tuple[int, ...], share: float, width: int, json_file: Path | None) -> None:
     """Run every seed and way, and print times, accuracies and losses."""
@@ -131,24 +129,22 @@ def main(seeds: int, epochs: tuple[int, ...], share: float, width: int, json_fil
             train(model_copy, optimizer_copy, digits, 1000 + seed, remaining, remaining.stop)
             figures = HeldOutFigures(length, accuracy(model_copy, digits), held_out_loss(model_copy, digits))
             runs[way].append(figures)
-    Console(width=125).print(table_of(seconds, runs))
-    if json_file is not None:
-        write_json(json_file, {"seconds": seconds, "runs": runs})
+    Console(width=125).print(make_table(rows_of(seconds, runs)))
+    write_json(json_file, {"seconds": seconds, "runs": runs})
 
 
-def table_of(seconds: dict[str, float], runs: dict[str, list[HeldOutFigures]]) -> Table:
-    """Return the times, and for each length of the runs the means and deviations over the seeds."""
-    lengths = list(dict.fromkeys(figures.epochs for figures in runs["all"]))
-    heads = (f"{length} epochs: {what}" for length in lengths for what in ("accuracy %", "loss"))
-    table = Table("after the switch", "step, ms", "of all", *heads, box=None)
-    for way, all_figures in runs.items():
-        cells = [f"{1000 * seconds[way]:.1f}", f"{seconds[way] / seconds['all']:.2f}"]
-        for length in lengths:
-            same_length = [figures for figures in all_figures if figures.epochs == length]
-            cells.append(mean_and_deviation([figures.accuracy for figures in same_length], 2))
-            cells.append(mean_and_deviation([figures.loss for figures in same_length], 3))
-        table.add_row(WAYS[way], *cells)
-    return table
+def rows_of(seconds: dict[str, float], runs: dict[str, list[HeldOutFigures]]) -> Iterator[dict[str, str]]:
+    """Yield for each way the times, and for each length of the runs the means and deviations over the seeds."""
+    for way, figures in runs.items():
+        row = {"after the switch": WAYS[way], "step, ms": f"{1000 * seconds[way]:.1f}"}
+        row["of all"] = f"{seconds[way] / seconds['all']:.2f}"
+        for length in dict.fromkeys(run.epochs for run in figures):
+            accuracies, losses = zip(
+                *[(run.accuracy, run.loss) for run in figures if run.epochs == length], strict=True
+            )
+            row[f"{length} epochs: accuracy %"] = mean_and_deviation(accuracies, 2)
+            row[f"{length} epochs: loss"] = mean_and_deviation(losses, 3)
+        yield row
 
 
 if __name__ == "__main__":

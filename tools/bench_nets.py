@@ -38,14 +38,7 @@ class BenchmarkNet:
 def prepare_net(
     name: str, *, batch: int | None = None, device: str = "cpu", autocast: torch.dtype | None = None
 ) -> BenchmarkNet:
-    """Build a network of tools/nets.py or torchvision with seed 0.
-
-    Args:
-        name: Name of the network.
-        batch: Images in a batch; as in ``BATCHES`` if left out.
-        device: Where it trains.
-        autocast: What autocast computes in, or None.
-    """
+    """Build a network of tools/nets.py or torchvision with seed 0, and a batch as in ``BATCHES`` unless one is given."""
     torch.manual_seed(0)
     model, side = build(name)
     side = _SIDES.get(name, side)
@@ -57,7 +50,6 @@ def prepare_net(
 
 
 def _faster_layout(model: nn.Module, x: Tensor, autocast: torch.dtype | None) -> str:
-    """Return the layout in which a dense step takes less time."""
     steps = [TrainingStep(*_to_layout(copy.deepcopy(model), x, layout), autocast) for layout in LAYOUTS]
     timings = time_steps(steps, rounds=_ROUNDS)
     seconds = {layout: timing.seconds for layout, timing in zip(LAYOUTS, timings, strict=True)}

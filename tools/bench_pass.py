@@ -1,11 +1,10 @@
 """Measure how long a rewrite takes, compared with the usual way: full SVDs for EVBMF ranks, then tensorly's iterated Tucker.
 
-All ways get the same weights, with spectra as after training, and the same threads, and run in turns in one process. The
-usual way is what published code does: NumPy's SVD of both unfoldings of each convolution for the ranks, as in the EVBMF
-implementation that is commonly copied, then ``partial_tucker`` at these ranks; one SVD for each linear and 1×1 layer. As
-published ("published s") the SVD forms all of V. Where that would take more than 1 GiB, and everywhere in the second column
-("reduced s"), it forms only the part that is needed, which is in favour of the usual way. tdfx plans and rewrites. The
-last columns compare that with a training step of the same model.
+All ways get the same weights, with spectra as after training, and run in turns. The usual way is what published code does:
+NumPy's SVD of both unfoldings of each convolution for the ranks, then ``partial_tucker`` at these ranks; one SVD for each
+linear and 1×1 layer. As published ("published s") the SVD forms all of V. Where that would take more than 1 GiB, and
+everywhere in the second column ("reduced s"), it forms only the part that is needed, which is in favour of the usual way.
+tdfx plans and rewrites. The last columns compare that with a training step of the same model.
 
 Networks: ``cifar-vgg19`` is VGG-19 for 32×32 images with one linear layer at its end, ``resnet50`` is torchvision's.
 Takes about 4 minutes on one core, and 20 with ``--models vgg19``, because of its linear layer of 25088×4096.
@@ -23,9 +22,9 @@ import numpy as np
 import options
 import tensorly as tl
 import torch
+from bench_common import make_table
 from nets import build, with_trained_spectra
 from rich.console import Console
-from rich.table import Table
 from tensorly.decomposition import partial_tucker
 from torch import Tensor, nn
 
@@ -70,9 +69,8 @@ def step_seconds(model: nn.Module, batch: int, size: int) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def accumulate(images: int) -> None:
-        labels = torch.randint(0, 10, (images,))
-        loss = nn.functional.cross_entropy(model(torch.randn(images, 3, size, size)), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        outputs = model(torch.randn(images, 3, size, size))
+        torch.autograd.backward(nn.functional.cross_entropy(outputs, torch.randint(0, 10, (images,))))
 
     def step() -> None:
         optimizer.zero_grad()
@@ -84,18 +82,16 @@ def step_seconds(model: nn.Module, batch: int, size: int) -> float:
     return seconds_of(step)
 
 
-@click.command(help=__doc__)
-@options.models("cifar-vgg19,resnet50")
-@click.option("--rounds", default=1, show_default=True, help="Runs of each way, in turns; medians are shown.")
-@click.option("--batch", default=128, show_default=True, help="Images in the training step.")
+@options.command(__doc__)
+@options.networks("--models", "cifar-vgg19,resnet50")
+@click.option("--rounds", default=1, help="Runs of each way, in turns; medians are shown.")
+@click.option("--batch", default=128, help="Images in the training step.")
 @options.threads(1)
 def main(models: str, rounds: int, batch: int, threads: int) -> None:
     """Time all ways on each model, and print the table."""
     torch.set_num_threads(threads)
     tdfx.rewrite(nn.Linear(16, 16), POLICY)  # to warm up
-    table = Table(
-        "model", "published s", "reduced s", "tdfx s", "times faster", f"step of {batch} s", "rewrite / step", box=None
-    )
+    rows = []
     for name in models.split(","):
         torch.manual_seed(0)
         model, size = build(name, classes=10)
@@ -104,11 +100,10 @@ def main(models: str, rounds: int, batch: int, threads: int) -> None:
         seconds = [[seconds_of(way) for way in ways] for _ in range(rounds)]
         published, reduced, ours = (statistics.median(column) for column in zip(*seconds, strict=True))
         step = step_seconds(model, batch, size)
-        faster = f"{published / ours:.1f}, {reduced / ours:.1f}"
-        table.add_row(
-            name, f"{published:.2f}", f"{reduced:.2f}", f"{ours:.2f}", faster, f"{step:.2f}", f"{ours / step:.2f}"
-        )
-    Console(width=110).print(table)
+        row = {"model": name, "published s": f"{published:.2f}", "reduced s": f"{reduced:.2f}", "tdfx s": f"{ours:.2f}"}
+        row |= {"times faster": f"{published / ours:.1f}, {reduced / ours:.1f}", f"step of {batch} s": f"{step:.2f}"}
+        rows.append({**row, "rewrite / step": f"{ours / step:.2f}"})
+    Console(width=110).print(make_table(rows))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ that the cache has its layer times. Then ``tdfx.Switch`` with the default policy
 With --against PATH the same runs with the tdfx of another checkout, in turns (A B A B ...), and the last line is the
 ratio of this version's seconds to the other's.
 
-Networks: VGG-19 for 32×32 images, ResNet-18 at 64×64, and a small GPT of four blocks of 256 channels. Takes about a minute a
-network on one core, most of it for the first plan, and twice that with --against.
+Networks: VGG-19 for 32×32 images, ResNet-18 at 64×64, and a small GPT of four blocks of 256 channels. Each takes about a
+minute on one core, most of it for the first plan, and twice that with --against.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from typing import Any
 
 import click
 import options
-from bench_common import clock_name, write_results
+from bench_common import clock_name, make_table, write_results
 from planning_worker import NETS
 from rich.console import Console
-from rich.table import Table
 
 import tdfx
 
@@ -43,11 +42,7 @@ class SwitchWorker:
     """A process that measures switches with the tdfx of one checkout."""
 
     def __init__(self, checkout: Path, process: subprocess.Popen[str]) -> None:
-        """Wait until the process has imported tdfx.
-
-        Raises:
-            ClickException: The process imported another tdfx, or ended.
-        """
+        """Wait until the process has imported tdfx; ClickException if it imported another tdfx, or ended."""
         self.checkout, self.process = checkout, process
         imported = Path(self._read_line()).resolve().parents[1]
         if imported != checkout:
@@ -56,8 +51,7 @@ class SwitchWorker:
     def measure(self) -> Spent:
         """Measure one switch."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        print(file=self.process.stdin, flush=True)
         spent: Spent = json.loads(self._read_line())
         return spent
 
@@ -99,13 +93,11 @@ def medians(switches: list[Spent]) -> Spent:
     return {**parts, "both": median(sum(spent[part] for part in PARTS) for spent in switches)}
 
 
-@click.command(help=__doc__)
-@click.option("--net", type=click.Choice(list(NETS)), default="vgg19", show_default=True, help="tiny is for tests.")
-@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Samples in a batch.")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Switches of each version.")
-@click.option(
-    "--total-steps", type=click.IntRange(min=2), default=100_000, show_default=True, help="As for tdfx.Switch."
-)
+@options.command(__doc__)
+@click.option("--net", type=click.Choice(list(NETS)), default="vgg19", help="tiny is for tests.")
+@click.option("--batch", type=click.IntRange(min=1), default=16, help="Samples in a batch.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, help="Switches of each version.")
+@click.option("--total-steps", type=click.IntRange(min=2), default=100_000, help="As for tdfx.Switch.")
 @click.option(
     "--against",
     type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),
@@ -132,23 +124,19 @@ def main(
     settings = {"net": net, "batch": batch, "total_steps": total_steps, "cpu_time": cpu_time}
     switches = measure(checkouts, repeats, {**settings, "threads": 1 if cpu_time else threads})
     results = {name: medians(spent) for name, spent in switches.items()}
-    table = Table(net, "planning s", "rewriting s", "both s", "sites", box=None)
-    for name, seconds in results.items():
-        sites = f"{switches[name][0]['factorized']:.0f}"
-        table.add_row(name, *(f"{value:.3f}" for value in seconds.values()), sites)
+    rows = [
+        {net: name, **{f"{part} s": f"{value:.3f}" for part, value in seconds.items()}}
+        | {"sites": f"{switches[name][0]['factorized']:.0f}"}
+        for name, seconds in results.items()
+    ]
     ratios = {}
     if against is not None:
         this, other = results.values()
         ratios = {part: this[part] / other[part] for part in this if other[part] > 0}
-        table.add_row("this / against", *(f"{ratios[part]:.2f}" if part in ratios else "-" for part in this))
-    Console(width=100).print(table)
-    write_results(
-        json_file,
-        [{"version": name, **results[name], "switches": switches[name]} for name in switches],
-        ratios=ratios,
-        clock=clock_name(cpu_time),
-        **settings,
-    )
+        rows.append({net: "this / against", **{f"{part} s": f"{ratio:.2f}" for part, ratio in ratios.items()}})
+    Console(width=100).print(make_table(rows))
+    written = [{"version": name, **results[name], "switches": switches[name]} for name in switches]
+    write_results(json_file, written, ratios=ratios, clock=clock_name(cpu_time), **settings)
 
 
 if __name__ == "__main__":

@@ -5,30 +5,27 @@ run in turns on copies, in the memory layout in which the dense one is faster. P
 cache, so "plan s" is what a new user waits. "off" is by how much the prediction of the step's time was too long.
 
 With --speedup the ranks are those of Policy(speedup=...), and the next line has uniform shares of the full ranks that take
-as long by the same times: the better choice has the lower total error.
+as long by the same times: the better choice has the lower total error. With --never-slower the default Policy() is tested
+on torchvision's classification models, with a batch of 2. The exit code is 1 if any step is below 0.98 of the dense step's
+speed in two measurements.
 
-With --never-slower the default Policy() is tested on torchvision's classification models, with a batch of 2. The exit code
-is 1 if any step is below 0.98 of the dense step's speed in two measurements.
-
-Takes about 10 minutes on two idle cores with the default networks, 10 more with --speedup, and one to two hours with
---never-slower.
+Takes about 10 minutes on two idle cores, 10 more with --speedup, and one to two hours with --never-slower.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import options
 import torch
-from bench_common import Clock, separate_times, set_clock, show_progress, write_results
+from bench_common import Clock, make_table, separate_times, set_clock, show_progress, write_results
 from bench_nets import BATCHES, BenchmarkNet, prepare_net
 from rich.console import Console
-from rich.table import Table
 from torchvision import models
 
 import tdfx
@@ -44,26 +41,22 @@ _BISECTIONS = 7
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRow:
-    """One policy on one network."""
-
-    net: str
-    policy: str
-    layout: str
-    batch: int
-    dense_ms: float
-    tdfx_ms: float
-    faster: float
-    """How many times faster the step is."""
-    predicted: float
-    """How many times faster the plan predicted it to be."""
-    off: float
-    """Share by which the predicted time of the step is too long."""
-    plan_seconds: float
-    factorized: int
-    sites: int
-    total_error: float
+StepRow = dict[str, Any]
+"""The figures of one policy on one network, as in ``_row``."""
+_COLUMNS = {
+    "network": "{net}",
+    "policy": "{policy}",
+    "batch, layout": "{batch}, {layout}",
+    "dense ms": "{dense_ms:.1f}",
+    "tdfx ms": "{tdfx_ms:.1f}",
+    "times faster": "{faster:.2f}",
+    "predicted": "{predicted:.2f}",
+    "off": "{off:+.0%}",
+    "plan s": "{plan_seconds:.1f}",
+    "sites": "{factorized}/{sites}",
+    "error": "{total_error:.2f}",
+}
+"""Head of a column -> its cell, from the figures of a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +70,16 @@ class StepBenchmark:
     def rows(self, net: BenchmarkNet, rules: Sequence[str], speedup: float | None, default: bool) -> Iterator[StepRow]:
         """Yield the rows of one network: the default policy, a budget, or rank rules."""
         if default:
-            yield self.with_default(net)
+            with separate_times():
+                plan, seconds = self.plan(net)
+            yield self.row(net, "default", plan, seconds, LEAST_SPEED)
         elif speedup is not None:
             yield from self.with_speedup(net, speedup)
         else:
-            yield from (self.with_rule(net, rule) for rule in rules)
+            for rule in rules:
+                with separate_times():
+                    plan, seconds = self.plan(net, rank=parse_rule(rule))
+                yield self.row(net, rule, plan, seconds)
 
     def plan(self, net: BenchmarkNet, **policy: Any) -> tuple[tdfx.Plan, float]:
         """Return a plan, and the seconds that it took to make."""
@@ -91,30 +89,16 @@ class StepBenchmark:
 
     def check(self, net: BenchmarkNet, plan: tdfx.Plan, rewritten: torch.nn.Module, rounds: int) -> StepCheck:
         """Time the steps of the dense and of the rewritten network."""
-        return tdfx.check_step(
-            plan, rewritten, example_inputs=(net.x,), dense=net.model, autocast=net.autocast, rounds=rounds
-        )
+        settings: dict[str, Any] = {"dense": net.model, "autocast": net.autocast, "rounds": rounds}
+        return tdfx.check_step(plan, rewritten, example_inputs=(net.x,), **settings)
 
-    def row(self, net: BenchmarkNet, name: str, plan: tdfx.Plan, plan_seconds: float) -> StepRow:
-        """Rewrite by a plan, and time the steps."""
-        check = self.check(net, plan, tdfx.rewrite(net.model, plan), self.rounds)
-        return _row(net, name, plan, plan_seconds, check)
-
-    def with_default(self, net: BenchmarkNet) -> StepRow:
-        """Return the row of the default policy; a step that seems slower is timed again, and the second time counts."""
-        with separate_times():
-            plan, seconds = self.plan(net)
+    def row(self, net: BenchmarkNet, name: str, plan: tdfx.Plan, plan_seconds: float, least: float = 0.0) -> StepRow:
+        """Rewrite by a plan, and time the steps; times that show less than the least speed do not count: time them again."""
         rewritten = tdfx.rewrite(net.model, plan)
         check = self.check(net, plan, rewritten, self.rounds)
-        if check.speedup < LEAST_SPEED:
+        if check.speedup < least:
             check = self.check(net, plan, rewritten, 3 * self.rounds)
-        return _row(net, "default", plan, seconds, check)
-
-    def with_rule(self, net: BenchmarkNet, rule: str) -> StepRow:
-        """Return the row of a rank rule."""
-        with separate_times():
-            plan, seconds = self.plan(net, rank=parse_rule(rule))
-        return self.row(net, rule, plan, seconds)
+        return _row(net, name, plan, plan_seconds, check)
 
     def with_speedup(self, net: BenchmarkNet, speedup: float) -> Iterator[StepRow]:
         """Yield the row of a budget, and that of uniform shares that take as long."""
@@ -140,79 +124,40 @@ class StepBenchmark:
 
 
 def _row(net: BenchmarkNet, name: str, plan: tdfx.Plan, plan_seconds: float, check: StepCheck) -> StepRow:
-    return StepRow(
-        net=net.name,
-        policy=name,
-        layout=net.layout,
-        batch=len(net.x),
-        dense_ms=1e3 * check.seconds_before,
-        tdfx_ms=1e3 * check.seconds_after,
-        faster=check.speedup,
-        predicted=check.predicted_speedup,
-        off=check.off,
-        plan_seconds=plan_seconds,
-        factorized=len(plan.factorized),
-        sites=len(plan),
-        total_error=plan.total_error,
-    )
+    return {
+        "net": net.name,
+        "policy": name,
+        "layout": net.layout,
+        "batch": len(net.x),
+        "dense_ms": 1e3 * check.seconds_before,
+        "tdfx_ms": 1e3 * check.seconds_after,
+        "faster": check.speedup,  # times
+        "predicted": check.predicted_speedup,  # times, by the plan
+        "off": check.off,  # share by which the predicted time of the step is too long
+        "plan_seconds": plan_seconds,
+        "factorized": len(plan.factorized),
+        "sites": len(plan),
+        "total_error": plan.total_error,
+    }
 
 
 def classifiers(most_parameters: float) -> tuple[list[str], list[str]]:
     """Return the names of torchvision's classification models, and of those left out because of their size."""
     names = models.list_models(module=models)
-    large = [name for name in names if _parameter_count(name) > most_parameters]
+    counts = {name: models.get_model_weights(name).DEFAULT.meta["num_params"] for name in names}
+    large = [name for name in names if counts[name] > most_parameters]
     return [name for name in names if name not in large], large
 
 
-def _parameter_count(name: str) -> int:
-    return int(models.get_model_weights(name).DEFAULT.meta["num_params"])
-
-
-def table_of(rows: Sequence[StepRow]) -> Table:
-    """Return the rows as a table."""
-    heads = (
-        "policy",
-        "batch, layout",
-        "dense ms",
-        "tdfx ms",
-        "times faster",
-        "predicted",
-        "off",
-        "plan s",
-        "sites",
-        "error",
-    )
-    table = Table("network", *heads, box=None)
-    for row in rows:
-        table.add_row(
-            row.net,
-            row.policy,
-            f"{row.batch}, {row.layout}",
-            f"{row.dense_ms:.1f}",
-            f"{row.tdfx_ms:.1f}",
-            f"{row.faster:.2f}",
-            f"{row.predicted:.2f}",
-            f"{row.off:+.0%}",
-            f"{row.plan_seconds:.1f}",
-            f"{row.factorized}/{row.sites}",
-            f"{row.total_error:.2f}",
-        )
-    return table
-
-
-@click.command(help=__doc__)
-@options.nets(None, note=f"; by default {','.join(BATCHES)}")
-@click.option(
-    "--policy", "rules", multiple=True, default=("ratio:0.25",), show_default=True, help="As for tdfx inspect."
-)
+@options.command(__doc__)
+@options.networks("--nets", None, note=f"; by default {','.join(BATCHES)}")
+@click.option("--policy", "rules", multiple=True, default=("ratio:0.25",), help="As for tdfx inspect.")
 @click.option("--speedup", type=float, help="How many times faster the step is to be, in place of --policy.")
 @click.option("--never-slower", is_flag=True, help="The default policy on torchvision's classification models.")
-@click.option("--most-parameters", default=1e8, show_default=True, help="With it: leave out models that have more.")
+@click.option("--most-parameters", default=1e8, help="With it: leave out models that have more.")
 @options.batch
 @options.device
-@click.option(
-    "--dtype", type=click.Choice(list(_AUTOCAST)), default="fp32", show_default=True, help="bf16 is by autocast."
-)
+@click.option("--dtype", type=click.Choice(list(_AUTOCAST)), default="fp32", help="bf16 is by autocast.")
 @options.threads(2)
 @options.rounds(7, "samples of each step")
 @options.measure_seconds(20.0, "each plan")
@@ -248,12 +193,11 @@ def main(
             net = prepare_net(name, batch=batch or (2 if never_slower else None), device=device, autocast=autocast)
             for row in benchmark.rows(net, rules, speedup, never_slower):
                 rows.append(row)
-                results = [asdict(row) for row in rows]
-                write_results(json_file, results, clock=clock.__name__, device=device, dtype=dtype)
+                write_results(json_file, rows, clock=clock.__name__, device=device, dtype=dtype)
         except (tdfx.TdfxError, RuntimeError) as error:
             failures[name] = f"{type(error).__name__}: {error}"
-    Console(width=150).print(table_of(rows))
-    slow = [row.net for row in rows if never_slower and row.faster < LEAST_SPEED]
+    Console(width=150).print(make_table({head: text.format(**row) for head, text in _COLUMNS.items()} for row in rows))
+    slow = [row["net"] for row in rows if never_slower and row["faster"] < LEAST_SPEED]
     for title, listed in (("left out for their size", large), ("slower", slow)):
         if listed:
             click.echo(f"{title}: {', '.join(listed)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from operator import sub
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -16,10 +17,9 @@ from typing import Any
 import click
 import options
 import torch
-from bench_common import write_json
-from digits_training import Batch, batches, train_step
+from bench_common import make_table, write_json
 from rich.console import Console
-from rich.table import Table
+from study_data import Batch, batches, train_step
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -58,31 +58,31 @@ def run(
     return losses
 
 
-@click.command(help=__doc__)
+@options.command(__doc__)
 @options.seeds(5)
-@click.option("--before", type=click.IntRange(min=1), default=80, show_default=True, help="Steps before the switch.")
-@click.option("--after", type=click.IntRange(min=21), default=120, show_default=True, help="Steps after it.")
+@click.option("--before", type=click.IntRange(min=1), default=80, help="Steps before the switch.")
+@click.option("--after", type=click.IntRange(min=21), default=120, help="Steps after it.")
 @options.share(0.5)
-@click.option("--width", default=32, show_default=True, help="Channels of the network's first layers.")
+@click.option("--width", default=32, help="Channels of the network's first layers.")
 @options.json_file("Write every loss to a file.")
 def main(seeds: int, before: int, after: int, share: float, width: int, json_file: Path | None) -> None:
     """Run every optimizer and seed, and print the mean losses, and how carried and reset differ."""
     digits = load_digits()
     windows = [(0, 5), (5, 20), (20, after)]
-    table = Table("optimizer", "steps after", *WAYS, "reset - carried", box=None)
+    rows = []
     all_losses: dict[str, list[dict[str, list[float]]]] = {}
     for name in OPTIMIZERS:
         runs = [run(digits, name, seed, before, after, share, width) for seed in range(seeds)]
         all_losses[name] = runs
         for begin, end in windows:
             means = {way: [mean(losses[way][begin:end]) for losses in runs] for way in WAYS}
-            differences = [reset - carried for reset, carried in zip(means["reset"], means["carried"], strict=True)]
+            differences = list(map(sub, means["reset"], means["carried"]))
             deviation = f" ± {stdev(differences):.3f}" if len(differences) > 1 else ""
-            cells = (f"{mean(means[way]):.3f}" for way in WAYS)
-            table.add_row(name, f"{begin + 1} to {end}", *cells, f"{mean(differences):+.3f}{deviation}")
-    Console(width=100).print(table)
-    if json_file is not None:
-        write_json(json_file, all_losses)
+            row = {"optimizer": name, "steps after": f"{begin + 1} to {end}"}
+            row |= {way: f"{mean(means[way]):.3f}" for way in WAYS}
+            rows.append({**row, "reset - carried": f"{mean(differences):+.3f}{deviation}"})
+    Console(width=100).print(make_table(rows))
+    write_json(json_file, all_losses)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ installed here runs in an environment of its own under --environments, which is 
 dense step again. The paper's own code comes from a checkout of github.com/mostafaelhoushi/tensor-decompositions.
 
 Tasks: a VGG and a ResNet-14 on scikit-learn's digits, and a small transformer on Python's sources. tdfx and TensorLy alone
-take about ten minutes on two cores, and one with --quick; installing the other packages takes longer.
-
-With --table FILE nothing runs: the table of the file's results is printed.
+take about ten minutes on two cores, and one with --quick; installing the other packages takes longer. With --table FILE
+nothing runs: the table of the file's results is printed.
 """
 
 from __future__ import annotations
@@ -30,23 +29,21 @@ import click
 import options
 import torch
 import torchvision
-from bench_common import clock_name, set_clock, write_results
+from bench_common import clock_name, make_table, set_clock, write_results
 from compare_methods import Method, all_methods
 from compare_runs import MethodResult, MethodStudy
 from rich.console import Console
-from rich.table import Column, Table
 from study_runs import FULL
 from study_tasks import TASKS, StudyTask, tasks_named
 
 from tdfx.cost.rates import stream_rate
 
 _WIDTH = 124
-_HEADS = ("seeds", "step faster", "switch", "parameters", "error", "accuracy %", "loss", "optimizer")
 _MINUTES = 15
 """Most minutes that pip may take to install a package."""
 
 
-@click.command(help=__doc__)
+@options.command(__doc__)
 @options.seeds()
 @options.share(0.25)
 @click.option("--method", "parts", multiple=True, metavar="TEXT", help="Only methods whose name contains this.")
@@ -80,7 +77,7 @@ def main(
         click.echo(report(read(table_file)))
         return
     clock = set_clock(cpu_time, threads)
-    methods = [method for method in all_methods(paper_code) if not parts or any(part in method.name for part in parts)]
+    methods = [method for method in all_methods(paper_code) if options.is_chosen(method.name, parts)]
     tasks = tasks_named(TASKS, task_parts)
     installed = [method for method in methods if method.is_installed()]
     stream_rate(cache=False)  # measured once for the machine, whatever is trained on it
@@ -119,11 +116,7 @@ def run_in_environment(
 ) -> list[MethodResult]:
     """Run a method in an environment of its own, which is created if it is missing; failures are results too.
 
-    Args:
-        method: A method that is not installed here.
-        folder: Folder of the environments.
-        tasks: What to run it on.
-        earlier: Its results so far, which are not run again.
+    Results that it had ``earlier`` are not run again.
     """
     environment = folder.resolve() / method.name.lower().replace(" ", "-").replace("'", "")
     error = "" if environment.exists() else install(method, environment)
@@ -186,10 +179,8 @@ def report(results: list[MethodResult]) -> str:
         for result in of_task:
             if not result.failed:
                 done[result.method].append(result)
-        table = Table(Column(task, no_wrap=True), *_HEADS, box=None)
-        for name in sorted(done, key=lambda name: _speed(name, done[name]), reverse=True):
-            _add_row(table, name, done[name], results[0].torch)
-        console.print(table)
+        names = sorted(done, key=lambda name: _speed(name, done[name]), reverse=True)
+        console.print(make_table(_cells(task, name, done[name], results[0].torch) for name in names if done[name]))
         for result in {result.method: result for result in of_task if result.failed}.values():
             line = f" {result.method} failed: {result.failed}"
             console.print(line[: _WIDTH - 1], markup=False, highlight=False)
@@ -198,26 +189,24 @@ def report(results: list[MethodResult]) -> str:
 
 
 def _speed(name: str, done: list[MethodResult]) -> float:
-    """Return the key of the order: the dense run first, then the fastest methods, those that failed last."""
+    """Return the key of the order: the dense run first, then the fastest methods."""
     return float("inf") if name == FULL else median(1 / result.step for result in done) if done else 0.0
 
 
-def _add_row(table: Table, name: str, done: list[MethodResult], home: str) -> None:
-    """Add medians of times and errors, and means of accuracies and losses, over the seeds; nothing if all failed."""
-    if not done:
-        return
+def _cells(task: str, name: str, done: list[MethodResult], home: str) -> dict[str, str]:
+    """Return medians of times and errors, and means of accuracies and losses, over the seeds."""
     other = "" if done[0].torch == home else f" (torch {done[0].torch.split('+')[0]})"
-    table.add_row(
-        f"{name}{other}",
-        str(len(done)),
-        f"{median(1 / result.step for result in done):.2f}",
-        f"{median(result.switch_steps for result in done):.1f}",
-        f"{median(result.parameters for result in done):.2f}",
-        f"{median(result.error for result in done):.2f}",
-        f"{mean(result.accuracy for result in done):.2f}",
-        f"{mean(result.loss for result in done):.3f}",
-        done[0].optimizer,
-    )
+    return {
+        task: f"{name}{other}",
+        "seeds": str(len(done)),
+        "step faster": f"{median(1 / result.step for result in done):.2f}",
+        "switch": f"{median(result.switch_steps for result in done):.1f}",
+        "parameters": f"{median(result.parameters for result in done):.2f}",
+        "error": f"{median(result.error for result in done):.2f}",
+        "accuracy %": f"{mean(result.accuracy for result in done):.2f}",
+        "loss": f"{mean(result.loss for result in done):.3f}",
+        "optimizer": done[0].optimizer,
+    }
 
 
 if __name__ == "__main__":

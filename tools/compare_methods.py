@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from digits_training import Batch
+from study_data import Batch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -37,8 +37,6 @@ class Method:
 
     name: str
     apply: Apply
-    ranks: str = "the share, all layers"
-    """Which ranks it takes on which layers."""
     module: str = ""
     """The module that it needs; "" for none."""
     version: str = ""
@@ -172,14 +170,8 @@ def _paper(checkout: Path, model: nn.Module, optimizer: Optimizer, share: float,
     from decompositions import decompose_model
 
     tensorly.set_backend("pytorch")
-    config = {
-        "rank": None,
-        "threshold": None,
-        "conv_ranks": _conv_ranks(model, share),
-        "mask_conv_layers": None,
-        "exclude_first_conv": False,
-        "exclude_linears": False,
-    }
+    config: dict[str, Any] = dict.fromkeys(("rank", "threshold", "mask_conv_layers"))
+    config |= {"conv_ranks": _conv_ranks(model, share), "exclude_first_conv": False, "exclude_linears": False}
     with contextlib.redirect_stdout(io.StringIO()):
         return decompose_model(model, "tucker", config), None
 
@@ -202,11 +194,7 @@ def all_methods(paper_code: Path | None) -> list[Method]:
     every_layer = partial(tdfx.Policy, min_gain=0, round_to=1)
     methods = [
         Method(name="tdfx, same ranks", apply=_tdfx(lambda share: every_layer(rank=tdfx.Ratio(of=share)))),
-        Method(
-            name="tdfx",
-            apply=_tdfx(lambda share: tdfx.Policy(rank=tdfx.Ratio(of=share))),
-            ranks="the share, rounded, where it pays",
-        ),
+        Method(name="tdfx", apply=_tdfx(lambda share: tdfx.Policy(rank=tdfx.Ratio(of=share)))),
         Method(name="TensorLy by hand", apply=_by_hand),
         Method(
             name="Greenformer",
@@ -216,13 +204,7 @@ def all_methods(paper_code: Path | None) -> list[Method]:
             install=("--no-deps greenformer matrix-fact", "cvxopt", "transformers<4.50"),
         ),
         Method(name="fasterai", apply=_fasterai, module="fasterai", install=("fasterai",)),
-        Method(
-            name="TensorLy-Torch",
-            apply=_tensorly_torch,
-            ranks="convolutions: the share; linear: of the parameters",
-            module="tltorch",
-            install=("tensorly-torch",),
-        ),
+        Method(name="TensorLy-Torch", apply=_tensorly_torch, module="tltorch", install=("tensorly-torch",)),
         Method(name="Composer", apply=_composer, module="composer", install=("mosaicml",)),
     ]
     if paper_code is not None:
@@ -230,7 +212,6 @@ def all_methods(paper_code: Path | None) -> list[Method]:
             Method(
                 name="the paper's code",
                 apply=partial(_paper, paper_code.resolve()),
-                ranks="convolutions: the share; linear: VBMF",
                 module="tensorly",
                 version="0.4.3",
                 # Later versions have other names for its arguments.

@@ -30,17 +30,15 @@ class MethodResult:
     torch: str
     """The version that it ran with."""
     step: float = 1.0
-    """Time of a step after the switch, relative to a dense step."""
     switch_steps: float = 0.0
-    """Time of the switch, in dense steps."""
+    """Times of a step after the switch and of the switch, both in dense steps."""
     error: float = 0.0
     """Change of the held-out outputs at the switch, relative to their norm."""
     parameters: float = 1.0
     """Number of parameters, relative to the dense model."""
     accuracy: float = 0.0
-    """Accuracy on the held-out data at the end, in percent."""
     loss: float = 0.0
-    """Mean loss on the held-out data at the end, in nats."""
+    """Both on the held-out data at the end, in percent and in nats."""
     optimizer: str = "goes on"
     """What happens to the optimizer's state."""
     failed: str = ""
@@ -53,25 +51,20 @@ class MethodStudy(Study):
     def results(self, methods: Sequence[Method], share: float, *, dense: bool) -> list[MethodResult]:
         """Switch, time and train on with each method, and if ``dense`` with the dense model too."""
         continuations: dict[str, Continuation] = {FULL: copy.deepcopy((self.start, self.optimizer))}
-        figures: dict[str, dict[str, Any]] = {FULL: {"switch_seconds": 0.0}}
-        failures: dict[str, str] = {}
+        figures: dict[str, dict[str, Any]] = {FULL: {"switch_steps": 0.0}}
+        failures: list[MethodResult] = []
         for method in methods:
             try:
                 continuations[method.name], figures[method.name] = self._apply(method, share)
             except Exception as error:  # the other packages may raise anything, and that is their result
-                failures[method.name] = first_line(error)
+                failures.append(self._method_result(method.name, failed=first_line(error)))
         steps = [self.step(*copy.deepcopy(self._with_optimizer(each))) for each in continuations.values()]
-        timings = dict(zip(continuations, take_turns(steps, rounds=ROUNDS), strict=True))
-        dense_seconds = timings[FULL].seconds
-        results = []
-        for name, continuation in continuations.items():
-            if name != FULL or dense:
-                switch_steps = figures[name].pop("switch_seconds") / dense_seconds
-                step = timings[name].seconds / dense_seconds
-                results.append(
-                    self._train_on(name, continuation, {**figures[name], "step": step, "switch_steps": switch_steps})
-                )
-        return [*results, *(self._method_result(name, failed=line) for name, line in failures.items())]
+        seconds = dict(zip(continuations, [timing.seconds for timing in take_turns(steps, rounds=ROUNDS)], strict=True))
+        for name in figures:
+            figures[name]["step"] = seconds[name] / seconds[FULL]
+            figures[name]["switch_steps"] /= seconds[FULL]
+        chosen = [name for name in continuations if name != FULL or dense]
+        return [*(self._train_on(name, continuations[name], figures[name]) for name in chosen), *failures]
 
     def _apply(self, method: Method, share: float) -> tuple[Continuation, dict[str, Any]]:
         """Apply a method, and take one step with what it returns, on a copy."""
@@ -85,7 +78,7 @@ class MethodStudy(Study):
         continuation: Continuation = (rewritten.train(), new_optimizer)
         self.step(*copy.deepcopy(self._with_optimizer(continuation)))()
         figures = {
-            "switch_seconds": seconds,
+            "switch_steps": seconds,  # divided by the time of a dense step later
             "error": float((after - before).norm() / before.norm()),
             "parameters": _parameter_count(rewritten) / _parameter_count(self.start),
             "optimizer": _state_of(rewritten, new_optimizer),

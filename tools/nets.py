@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 
 def vgg19(classes: int = 10, colors: int = 3, pools: int = 5) -> nn.Module:
-    """Return VGG-19 with batch norm for 32×32 images: one linear layer at its end (Simonyan and Zisserman 2015).
+    """Return VGG-19 with batch norm for small images: one linear layer at its end (Simonyan and Zisserman 2015).
 
-    Args:
-        classes: Number of logits.
-        colors: Channels of an image.
-        pools: How many of the five poolings are kept: at most log2 of the side of the images.
+    ``pools`` of its five poolings are kept: at most log2 of the side of the images.
     """
     model: nn.Module = torchvision.models.vgg19_bn(num_classes=classes)
     features = model.get_submodule("features")
@@ -53,8 +50,7 @@ class ResNetForSmallImages(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits for images (n, colors, h, w)."""
-        logits: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
-        return logits
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class _Block(nn.Module):
@@ -87,19 +83,14 @@ class DenseNetForSmallImages(nn.Module):
                 parts.append(_Dense(channels, growth))
                 channels += growth
             if stage < 2:
-                parts += [
-                    nn.BatchNorm2d(channels),
-                    nn.ReLU(),
-                    nn.Conv2d(channels, channels, 1, bias=False),
-                    nn.AvgPool2d(2),
-                ]
+                mixing = nn.Conv2d(channels, channels, 1, bias=False)
+                parts += [nn.BatchNorm2d(channels), nn.ReLU(), mixing, nn.AvgPool2d(2)]
         self.body = nn.Sequential(*parts, nn.BatchNorm2d(channels), nn.ReLU())
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits for images (n, colors, h, w)."""
-        logits: Tensor = self.head(self.body(x).mean((2, 3)))
-        return logits
+        return self.head(self.body(x).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class _Dense(nn.Module):
@@ -126,8 +117,7 @@ class CharacterModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (n, length, 256) for bytes (n, length)."""
-        logits: Tensor = self.head(self.norm(self.blocks(self.bytes(x) + self.places(self.order))))
-        return logits
+        return self.head(self.norm(self.blocks(self.bytes(x) + self.places(self.order))))  # type: ignore[no-any-return]
 
 
 class _TransformerBlock(nn.Module):
@@ -144,8 +134,7 @@ class _TransformerBlock(nn.Module):
         q, k, v = self.read(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.write(seen.transpose(1, 2).flatten(2))
-        out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
-        return out
+        return x + self.down(F.gelu(self.up(self.norm2(x))))  # type: ignore[no-any-return]
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -158,12 +147,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 def build(name: str, classes: int = 1000) -> tuple[nn.Module, int]:
-    """Return an untrained network of ``NETS`` or of torchvision, and the side of its images in pixels.
-
-    Args:
-        name: Name of the network.
-        classes: Number of logits of torchvision's networks; those of ``NETS`` have 10.
-    """
+    """Return an untrained network of ``NETS``, with 10 classes, or of torchvision, and the side of its images in pixels."""
     if name in NETS:
         builder, side = NETS[name]
         return builder(), side

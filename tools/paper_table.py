@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from bench_common import clock_name, set_clock, write_results
 from recipe.config import RunConfig, read_config
 from recipe.errors import RecipeError
 from recipe.plot import plot_runs
-from recipe.rows import POLICIES, PaperRow, as_json, row_of, rows
+from recipe.record import RunRecord
+from recipe.rows import POLICIES, PaperRow, rows
 from recipe.table import tables, with_block
 from rich.console import Console
+
+from tdfx.checks import read_record
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "paper_table"
@@ -35,7 +39,7 @@ GROUPS = ("digits", "text", "glyphs", "cifar10")
 """Beginnings of the configs' names, in the order of the table; the last needs data that may have to be fetched by hand."""
 
 
-@click.command(help=__doc__)
+@options.command(__doc__)
 @click.option("--run", "names", multiple=True, metavar="TEXT", help="Only configs whose file name begins with this.")
 @click.option("--policy", "policies", multiple=True, type=click.Choice(list(POLICIES)), help="Only these rows.")
 @options.seeds()
@@ -58,20 +62,18 @@ def main(
 ) -> None:
     """Run what is missing, and print the table."""
     if readme:
-        text = with_block(README.read_text(encoding="utf-8"), render(read_rows(RESULTS)))
-        README.write_text(text, encoding="utf-8")
+        README.write_text(with_block(README.read_text("utf-8"), render(read_rows(RESULTS))), encoding="utf-8")
         return
     configs = configs_of(names, overrides)
     clock = set_clock(cpu_time, threads)
     finished = [row for row in read_rows(folder) if row.run in configs]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = {"clock": clock_name(cpu_time), "seeds": seeds}
-    chosen = policies or list(POLICIES)
-    done = tuple(finished)
+    chosen, done = policies or list(POLICIES), tuple(finished)
     for row in rows(configs, chosen, range(seeds), clock=clock, device=device, echo=_echo, done=done):
         finished.append(row)
         _echo(f"refused: {row.refused}" if row.record is None else f"{row.record.total:.1f} s")
-        write_rows(folder, [other for other in finished if other.run == row.run], **settings)
+        config_rows = [other for other in finished if other.run == row.run]
+        write_rows(folder, config_rows, clock=clock_name(cpu_time), seeds=seeds)
     click.echo(render(finished))
     if plot_folder is not None:
         plot_rows(finished, plot_folder)
@@ -82,11 +84,7 @@ def _echo(line: str) -> None:
 
 
 def configs_of(names: Sequence[str], overrides: Sequence[str]) -> dict[str, RunConfig]:
-    """Return the configs whose names begin with one of ``names``; without names, those whose data every machine has.
-
-    Raises:
-        RecipeError: There is none.
-    """
+    """Return the configs whose names begin with one of ``names``; without names, those whose data every machine has."""
     files = sorted((HERE / "configs").glob("*.toml"), key=_order)
     chosen = [file for file in files if file.stem.startswith(tuple(names) or GROUPS[:3])]
     if not chosen:
@@ -97,7 +95,6 @@ def configs_of(names: Sequence[str], overrides: Sequence[str]) -> dict[str, RunC
 
 
 def _order(file: Path) -> tuple[int, str]:
-    """Return the key by which configs and results are sorted: the group, then the name."""
     group = next((index for index, start in enumerate(GROUPS) if file.stem.startswith(start)), len(GROUPS))
     return group, file.name
 
@@ -107,30 +104,30 @@ def read_rows(folder: Path | None) -> list[PaperRow]:
     if folder is None or not folder.is_dir():
         return []
     files = sorted(folder.glob("*.json"), key=_order)
-    return [row_of(values) for file in files for values in json.loads(file.read_text(encoding="utf-8"))["results"]]
+    values = (values for file in files for values in json.loads(file.read_text(encoding="utf-8"))["results"])
+    return [read_record(PaperRow, row) for row in values]
 
 
 def write_rows(folder: Path | None, config_rows: Sequence[PaperRow], **settings: Any) -> None:
     """Write all rows of a config, with the command and the versions."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_results(folder / f"{config_rows[0].run}.json", as_json(config_rows), **settings)
+        write_results(folder / f"{config_rows[0].run}.json", [asdict(row) for row in config_rows], **settings)
 
 
 def render(finished: Sequence[PaperRow]) -> str:
     """Return all tables as plain text."""
-    output = io.StringIO()
-    console = Console(file=output, width=160, color_system=None)
+    console = Console(file=io.StringIO(), record=True, width=160, color_system=None)
     for table in tables(finished):
         console.print(table, "")
-    return "\n".join(line.rstrip() for line in output.getvalue().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in console.export_text().strip("\n").splitlines())
 
 
 def plot_rows(finished: Sequence[PaperRow], folder: Path) -> None:
     """Plot accuracy against time, in a file for each network and data set."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(row.run for row in finished):
-        records: dict[str, list[Any]] = {}
+        records: dict[str, list[RunRecord]] = {}
         for row in finished:
             if row.run == name and row.record is not None:
                 records.setdefault(row.policy, []).append(row.record)

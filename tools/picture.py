@@ -8,17 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import options
 import torch
-from digits_training import batches, train_step
+from study_data import batches, train_step
 
 import tdfx
 import tdfx.report
 from tdfx.demo.run import BATCH, LEARNING_RATE, build_model, load_digits
 
 
-@click.command(help=__doc__)
+@options.command(__doc__)
 @click.argument("path", type=click.Path(path_type=Path), default="tools/results/spectra.png")
-@click.option("--epochs", type=click.IntRange(min=0), default=3, show_default=True, help="Epochs before the plan.")
+@click.option("--epochs", type=click.IntRange(min=0), default=3, help="Epochs before the plan.")
 def main(path: Path, epochs: int) -> None:
     """Train, plan by VBMF with modelled times, draw."""
     torch.manual_seed(0)

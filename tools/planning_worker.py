@@ -64,11 +64,7 @@ class SwitchTimer:
         switch = tdfx.Switch(tdfx.Policy(), when=tdfx.AtStep(1), total_steps=self.total_steps, clock=self.clock)
         switch.step(model, optimizer=optimizer, example_inputs=(self.x,))
         factorized = 0 if switch.plan is None else len(switch.plan.factorized)
-        return {
-            "planning": switch.spent["planning"],
-            "rewriting": switch.spent["rewriting"],
-            "factorized": factorized,
-        }
+        return {**{part: switch.spent[part] for part in ("planning", "rewriting")}, "factorized": factorized}
 
     def _train(self, model: nn.Module, optimizer: Optimizer) -> None:
         outputs = model(self.x).flatten(0, -2)

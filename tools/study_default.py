@@ -21,9 +21,9 @@ from statistics import geometric_mean, mean
 
 import click
 import options
-from bench_common import Clock, clock_name, mean_and_deviation, set_clock, write_results
+from bench_common import Clock, clock_name, make_table, mean_and_deviation, set_clock, write_results
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from study_runs import FULL, Study, StudyRun
 from study_tasks import TASKS, StudyTask, tasks_named
 
@@ -34,15 +34,10 @@ from tdfx.cost.rates import stream_rate
 def candidates() -> dict[str, tdfx.Policy]:
     """Return the policies that are compared, by name."""
     rules = [
-        tdfx.VBMF(floor=0.5),
-        tdfx.VBMF(floor=0.25),
-        tdfx.VBMF(floor=0.125),
-        tdfx.Energy(share=0.9),
-        tdfx.Energy(share=0.8),
-        tdfx.Energy(share=0.7),
+        *(tdfx.VBMF(floor=floor) for floor in (0.5, 0.25, 0.125)),
+        *(tdfx.Energy(share=share) for share in (0.9, 0.8, 0.7)),
         tdfx.StableRank(),
-        tdfx.Ratio(of=0.25),
-        tdfx.Ratio(of=0.5),
+        *(tdfx.Ratio(of=share) for share in (0.25, 0.5)),
         tdfx.VBMF() | tdfx.Ratio(of=0.5),
     ]
     budgets = [tdfx.Budget(speedup=speedup) for speedup in (1.5, 2.0, 2.5)]
@@ -64,7 +59,7 @@ def _name(policy: tdfx.Policy) -> str:
     return text.removeprefix("Budget(").removesuffix(")") if text.startswith("Budget(") else text
 
 
-@click.command(help=__doc__)
+@options.command(__doc__)
 @options.seeds()
 @click.option("--policy", "parts", multiple=True, metavar="TEXT", help="Only policies whose name contains this.")
 @options.tasks
@@ -84,9 +79,7 @@ def main(
     """Run all, and print a table for each task and a summary of all tasks."""
     clock = set_clock(cpu_time, threads)
     stream_rate(cache=False)  # measured once for the machine, whatever is trained on it
-    policies = {
-        name: policy for name, policy in candidates().items() if not parts or any(part in name for part in parts)
-    }
+    policies = {name: policy for name, policy in candidates().items() if options.is_chosen(name, parts)}
     tasks = tasks_named(TASKS, task_parts)
     runs = read_runs(json_file)
     for run in runs_of(tasks, policies, 1 if quick else seeds, 0.1 if quick else 1.0, clock, tuple(runs)):
@@ -109,13 +102,7 @@ def runs_of(
 ) -> Iterator[StudyRun]:
     """Yield every run that is not done yet: all tasks and policies with the first seed, then with the next.
 
-    Args:
-        tasks: What to train.
-        policies: The policies by name.
-        seeds: Number of seeds, from 0.
-        scale: Share of a task's steps that a run takes.
-        clock: Measures the times.
-        done: The runs that are done.
+    Runs take a share ``scale`` of their task's steps.
     """
     times: dict[tuple[str, str], dict[str, float]] = {}
     for seed, task in product(range(seeds), tasks):
@@ -146,69 +133,53 @@ def _in_short(run: StudyRun) -> str:
 
 def table_of(task: str, runs: list[StudyRun]) -> Table:
     """Return the results of each policy on a task, over the seeds."""
-    heads = (
-        "accuracy %",
-        "loss",
-        "step faster",
-        "predicted",
-        "run faster, in all",
-        "later",
-        "if long",
-        "plan s",
-        "sites",
-        "error",
-    )
-    table = Table(Column(task, no_wrap=True), *heads, box=None)
+    rows = []
     for name, policy_runs in _by_policy(runs).items():
         done = [run for run in policy_runs if not run.refused]
-        if not done:
-            table.add_row(name, "refused")
-            continue
-        predicted = [run.predicted for run in done if run.predicted is not None]
-        table.add_row(
-            name,
-            mean_and_deviation([run.accuracy for run in done], 2),
-            mean_and_deviation([run.loss for run in done], 4),
-            f"{geometric_mean(1 / run.step for run in done):.2f}",
-            f"{geometric_mean(predicted):.2f}" if predicted else "",
-            f"{done[0].faster(measuring=True):.2f}",
-            f"{geometric_mean(run.faster(measuring=False) for run in done):.2f}",
-            f"{geometric_mean(run.faster_if_long for run in done):.2f}",
-            f"{done[0].first_plan:.1f}, {mean(run.plan for run in done):.1f}",
-            "/".join(str(run.factorized) for run in done),
-            f"{mean(run.error for run in done):.2f}",
-        )
-    return table
+        row = {task: name, "accuracy %": "refused"}
+        if done:
+            predicted = [run.predicted for run in done if run.predicted is not None]
+            row |= {
+                "accuracy %": mean_and_deviation([run.accuracy for run in done], 2),
+                "loss": mean_and_deviation([run.loss for run in done], 4),
+                "step faster": f"{geometric_mean(1 / run.step for run in done):.2f}",
+                "predicted": f"{geometric_mean(predicted):.2f}" if predicted else "",
+                **_run_faster(done, done[:1]),
+                "plan s": f"{done[0].first_plan:.1f}, {mean(run.plan for run in done):.1f}",
+                "sites": "/".join(str(run.factorized) for run in done),
+                "error": f"{mean(run.error for run in done):.2f}",
+            }
+        rows.append(row)
+    return make_table(rows)
+
+
+def _run_faster(runs: list[StudyRun], first_runs: list[StudyRun]) -> dict[str, str]:
+    """Return the cells of how many times faster whole runs were; the first ones with the measuring of layers."""
+    speeds = {
+        "run faster, in all": [run.faster(measuring=True) for run in first_runs],
+        "later": [run.faster(measuring=False) for run in runs],
+        "if long": [run.faster_if_long for run in runs],
+    }
+    return {head: f"{geometric_mean(values):.2f}" for head, values in speeds.items()}
 
 
 def summary(runs: list[StudyRun]) -> Table:
     """Return for each policy the results on its worst task, and the geometric means of the speed-ups."""
-    heads = (
-        "worst accuracy lost, points",
-        "worst loss gained, nats",
-        "step faster",
-        "run faster, in all",
-        "later",
-        "if long",
-        "tasks",
-    )
-    table = Table(Column("policy", no_wrap=True), *heads, box=None)
+    rows = []
     dense = {(run.task, run.seed): run for run in runs if run.policy == FULL}
     for name, done in _by_policy([run for run in runs if run.policy != FULL and not run.refused]).items():
         tasks = {task: [run for run in done if run.task == task] for task in dict.fromkeys(run.task for run in done)}
         lost = [mean(dense[run.task, run.seed].accuracy - run.accuracy for run in group) for group in tasks.values()]
         gained = [mean(run.loss - dense[run.task, run.seed].loss for run in group) for group in tasks.values()]
-        table.add_row(
-            name,
-            f"{max(lost):+.2f}",
-            f"{max(gained):+.3f}",
-            f"{geometric_mean(1 / run.step for run in done):.2f}",
-            f"{geometric_mean(group[0].faster(measuring=True) for group in tasks.values()):.2f}",
-            f"{geometric_mean(run.faster(measuring=False) for run in done):.2f}",
-            f"{geometric_mean(run.faster_if_long for run in done):.2f}",
-            str(len(tasks)),
-        )
-    return table
+        row = {
+            "policy": name,
+            "worst accuracy lost, points": f"{max(lost):+.2f}",
+            "worst loss gained, nats": f"{max(gained):+.3f}",
+            "step faster": f"{geometric_mean(1 / run.step for run in done):.2f}",
+            **_run_faster(done, [group[0] for group in tasks.values()]),
+        }
+        rows.append({**row, "tasks": str(len(tasks))})
+    return make_table(rows)
 
 
 def _by_policy(runs: list[StudyRun]) -> dict[str, list[StudyRun]]:

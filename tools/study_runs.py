@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from bench_common import Clock, separate_times
-from digits_training import Batch, learning_rate, train_step
+from study_data import learning_rate, train_step
 from study_tasks import StudyTask
 from torch import nn
 from torch.optim import Optimizer
@@ -33,9 +33,8 @@ class StudyRun:
     policy: str
     seed: int
     accuracy: float = 0.0
-    """Accuracy on the held-out data, in percent."""
     loss: float = 0.0
-    """Mean loss on the held-out data, in nats."""
+    """Both on the held-out data, in percent and in nats."""
     step: float = 1.0
     """Time of a step after the switch, relative to a dense step."""
     dense_seconds: float = 0.0
@@ -45,9 +44,8 @@ class StudyRun:
     plan: float = 0.0
     """Seconds of planning when layer times were known."""
     rewrite: float = 0.0
-    """Seconds."""
     merge: float = 0.0
-    """Seconds."""
+    """Both in seconds."""
     factorized: int = 0
     """Sites that were rewritten."""
     error: float = 0.0
@@ -122,17 +120,18 @@ class Study:
             predicted=step_seconds / plan.predicted_seconds(step_seconds),
         )
 
-    def step(self, model: nn.Module, optimizer: Optimizer) -> StudyStep:
-        """Return a training step on the batches that follow the first of the run."""
-        return StudyStep(model, optimizer, self.task.data(self.seed))
+    def step(self, model: nn.Module, optimizer: Optimizer) -> Callable[[], object]:
+        """Return a training step on the first batches of the run, with the preparation of its batch."""
+        data = self.task.data(self.seed)
+        return lambda: train_step(model, optimizer, *next(data))
 
     def train(self, model: nn.Module, optimizer: Optimizer, steps: range) -> None:
         """Train for some steps of the schedule, on the batches of that part of the run."""
-        step = StudyStep(model, optimizer, self.task.data(self.seed if steps.start == 0 else 1000 + self.seed))
+        data = self.task.data(self.seed if steps.start == 0 else 1000 + self.seed)
         for index in steps:
             for group in optimizer.param_groups:
                 group["lr"] = self.task.peak * learning_rate((index + 1) / self.steps) / LEARNING_RATE
-            step()
+            train_step(model, optimizer, *next(data))
 
     def _timed_plan(self, model: nn.Module, policy: tdfx.Policy, optimizer: Optimizer) -> tuple[float, tdfx.Plan]:
         begin = self.clock()
@@ -144,16 +143,3 @@ class Study:
         identity = {"task": self.task.name, "policy": name, "seed": self.seed}
         scores = {"accuracy": accuracy, "loss": loss, "dense_seconds": self.dense_seconds}
         return StudyRun(**identity, **scores, **figures)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, slots=True)
-class StudyStep:
-    """A training step, including the preparation of its batch."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    data: Iterator[Batch]
-
-    def __call__(self) -> None:
-        """Take the step."""
-        train_step(self.model, self.optimizer, *next(self.data))

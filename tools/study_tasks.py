@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from digits_training import Batch, batches, loss_of
 from nets import CharacterModel, ResNetForSmallImages
-from sources import pieces, python_sources
+from options import is_chosen
+from study_data import Batch, batches, loss_of, pieces, python_sources
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -33,9 +33,9 @@ class StudyTask(ABC):
     def model(self) -> nn.Module:
         """Return the network, initialized from torch's global random numbers."""
 
-    @abstractmethod
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """Return the optimizer that trains it."""
+        """Return the optimizer that trains it, AdamW unless a task has another."""
+        return AdamW(parameters, lr=self.peak, weight_decay=0.05)
 
     @abstractmethod
     def data(self, seed: int) -> Iterator[Batch]:
@@ -93,10 +93,6 @@ class ResNet(_DigitsTask):
         """Return three stages of two blocks, with 48 to 192 channels."""
         return ResNetForSmallImages(14, width=48, colors=1).to(memory_format=torch.channels_last)
 
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """Return AdamW."""
-        return AdamW(parameters, lr=self.peak, weight_decay=0.05)
-
 
 class Characters(StudyTask):
     """A small transformer on the sources of Python's standard library, byte by byte, with AdamW."""
@@ -112,10 +108,6 @@ class Characters(StudyTask):
     def model(self) -> nn.Module:
         """Return two blocks of 256 channels."""
         return CharacterModel(256, layers=2, length=self.length)
-
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """Return AdamW."""
-        return AdamW(parameters, lr=self.peak, weight_decay=0.05)
 
     def data(self, seed: int) -> Iterator[Batch]:
         """Yield pieces from random positions."""
@@ -134,4 +126,4 @@ TASKS: tuple[type[StudyTask], ...] = (Vgg, ResNet, Characters)
 
 def tasks_named(tasks: Sequence[type[StudyTask]], parts: Sequence[str]) -> list[StudyTask]:
     """Return an instance of each task whose name contains one of the parts; of all tasks if there are no parts."""
-    return [task() for task in tasks if not parts or any(part in task.name for part in parts)]
+    return [task() for task in tasks if is_chosen(task.name, parts)]

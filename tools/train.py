@@ -23,7 +23,7 @@ from recipe.record import RunRecord, record_of
 from recipe.trainer import TrainingRun
 
 
-@click.command(help=__doc__)
+@options.command(__doc__)
 @click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
 @options.overrides
 @click.option("--resume", is_flag=True, help="Continue from output.checkpoint.")

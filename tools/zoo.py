@@ -34,25 +34,22 @@ from pathlib import Path
 
 import click
 import options
-from bench_common import show_progress, write_json
+from bench_common import make_table, show_progress, write_json
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torchvision import models
 from zoo_checks import examine
 from zoo_inputs import parse_input
 from zoo_verdict import CHECKS, Verdict, ZooCheck
 
-_FAILED = 1
 
-
-@click.command(help=__doc__)
+@options.command(__doc__)
 @click.argument("references", nargs=-1)
 @click.option("--models", "globs", multiple=True, metavar="GLOB", help="Only torchvision's models whose name matches.")
 @click.option(
     "--input", "shapes", multiple=True, metavar="SHAPE", help="Inputs of your models, as 2,3,64,64 or int64:2,16."
 )
-@click.option("--memory", type=float, default=12.0, show_default=True, help="Most GiB for one model, by estimate.")
+@click.option("--memory", type=float, default=12.0, help="Most GiB for one model, by estimate.")
 @options.json_file("Write all figures to a file, after each model.")
 @click.option("--worker", is_flag=True, hidden=True)
 def main(
@@ -72,9 +69,8 @@ def main(
     verdicts: list[Verdict] = []
     for _, verdict in zip(show_progress(chosen), verdicts_of(chosen, worker_options), strict=True):
         verdicts.append(verdict)
-        if json_file is not None:
-            write_json(json_file, [verdict.to_dict() for verdict in verdicts])
-    Console(width=200).print(_table(verdicts))
+        write_json(json_file, [verdict.to_dict() for verdict in verdicts])
+    Console(width=200).print(make_table(map(_cells, verdicts), justify="right"))
     for verdict in verdicts:
         for line in complaints(verdict):
             click.echo(line)
@@ -82,16 +78,15 @@ def main(
     minutes = sum(verdict.seconds for verdict in verdicts) / 60
     click.echo(f"{passed} of {len(verdicts)} models pass, in {minutes:.1f} minutes")
     if passed < len(verdicts):
-        sys.exit(_FAILED)
+        sys.exit(1)
 
 
 def _chosen(references: Sequence[str], globs: Sequence[str]) -> list[str]:
     wanted = globs or (() if references else ("*",))
     names = [name for name in models.list_models() if any(fnmatchcase(name, glob) for glob in wanted)]
     if globs and not names:
-        raise click.UsageError(
-            f"--models {' '.join(globs)} matches none of torchvision's {len(models.list_models())} models."
-        )
+        count = len(models.list_models())
+        raise click.UsageError(f"--models {' '.join(globs)} matches none of torchvision's {count} models.")
     return [*references, *(f"torchvision:{name}" for name in names)]
 
 
@@ -119,22 +114,12 @@ def _work(references: Sequence[str], given: tuple[Tensor, ...], memory: float) -
         print(json.dumps(verdict.to_dict()), flush=True)
 
 
-def _table(verdicts: Sequence[Verdict]) -> Table:
-    first, last = ("sites", "factorized", "emit"), ("dtype", "planning_s")
-    table = Table(box=None)
-    table.add_column("model", no_wrap=True)
-    for head in (*first, *(name.replace("_", " ") for name in CHECKS), "dtype", "plan s", "s", ""):
-        table.add_column(head, justify="right")
-    for verdict in verdicts:
-        table.add_row(
-            _name(verdict),
-            *(str(verdict.facts.get(name, "")) for name in first),
-            *(_cell(name, verdict.checks.get(name)) for name in CHECKS),
-            *(str(verdict.facts.get(name, "")) for name in last),
-            f"{verdict.seconds:.1f}",
-            "ok" if verdict.ok else "FAILED",
-        )
-    return table
+def _cells(verdict: Verdict) -> dict[str, str]:
+    facts = {name: str(verdict.facts.get(name, "")) for name in ("sites", "factorized", "emit")}
+    checks = {name.replace("_", " "): _cell(name, verdict.checks.get(name)) for name in CHECKS}
+    dtype, planning = (str(verdict.facts.get(name, "")) for name in ("dtype", "planning_s"))
+    last = {"dtype": dtype, "plan s": planning, "s": f"{verdict.seconds:.1f}", "": "ok" if verdict.ok else "FAILED"}
+    return {"model": _name(verdict), **facts, **checks, **last}
 
 
 def _name(verdict: Verdict) -> str:
@@ -173,13 +158,9 @@ def complaints(verdict: Verdict) -> Iterator[str]:
         yield f"{name}: {verdict.error}"
     for key, check in verdict.checks.items():
         if check.detail:
-            yield f"{name}: {key}: {_shorten(check.detail)}"
+            yield f"{name}: {key}: {check.detail[:300]}{' ...' if len(check.detail) > 300 else ''}"
     for note in verdict.facts.get("notes", ()):
         yield f"{name}: note: {note}"
-
-
-def _shorten(text: str, length: int = 300) -> str:
-    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 if __name__ == "__main__":

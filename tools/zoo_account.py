@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,6 @@ _OPERANDS = {
 """Operation -> indices of the tensors that it multiplies; a bias is not multiplied."""
 _FUSED = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head_attention", "mkldnn_rnn_layer", "_trilinear"})
 """Operations with linear maps inside: every matrix among their operands counts."""
-
-
-class ListedSite(Protocol):
-    """What is read of a plan's site."""
-
-    @property
-    def name(self) -> str:
-        """Path of the layer or of the parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,36 +48,24 @@ class Account:
         """One name of every parameter that data are multiplied by."""
         return sorted({min(operand.names) for product in self.products for operand in product})
 
-    def missed(self, sites: Iterable[ListedSite]) -> list[str]:
-        """Return the parameters that belong to no site.
+    def missed(self, sites: Iterable[Any]) -> list[str]:
+        """Return the parameters that belong to no site of a plan.
 
         If both operands of a product are parameters, such as a learned query and the weight that it is multiplied by, then
         one of them is data: the product is accounted for if either belongs to a site.
         """
-        listed = _SiteNames.of(sites)
-        missed = [product for product in self.products if not any(listed.contain(operand) for operand in product)]
-        return sorted({min(operand.names) for product in missed for operand in product})
-
-
-@dataclass(frozen=True, slots=True)
-class _SiteNames:
-    """The names by which parameters belong to sites."""
-
-    parameters: frozenset[str]
-    prefixes: tuple[str, ...]
-    """Paths below which the parameters of a computed weight lie."""
-
-    @classmethod
-    def of(cls, sites: Iterable[ListedSite]) -> _SiteNames:
         listed = list(sites)
         names = {name for site in listed for name in (f"{site.name}.weight".removeprefix("."), site.name)}
         names |= {path for site in listed if (path := getattr(site, "parameter", None))}
-        return cls(frozenset(names), tuple(f"{site.name}." if site.name else "" for site in listed))
+        # The parameters of a computed weight lie below the path of its site.
+        prefixes = tuple(f"{site.name}." if site.name else "" for site in listed)
 
-    def contain(self, operand: Operand) -> bool:
-        if operand.names & self.parameters:
-            return True
-        return operand.computed and any(name.startswith(self.prefixes) for name in operand.names)
+        def is_listed(operand: Operand) -> bool:
+            below = operand.computed and any(name.startswith(prefixes) for name in operand.names)
+            return below or not names.isdisjoint(operand.names)
+
+        missed = [product for product in self.products if not any(map(is_listed, product))]
+        return sorted({min(operand.names) for product in missed for operand in product})
 
 
 def account(model: nn.Module, example: ModelExample) -> Account:
@@ -117,7 +97,6 @@ class _ProductWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._operands = {key: Operand(frozenset(aliases), computed=False) for key, aliases in names.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and record what it did."""
         result = func(*args, **(kwargs or {}))
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         self._record_product(func.overloadpacket.__name__, inputs)

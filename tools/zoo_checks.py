@@ -9,27 +9,15 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
 
 import torch
+import zoo_verdict
 from torch import Tensor, nn
 from zoo_account import Account, account
 from zoo_compare import gap_of, rounding_response
 from zoo_inputs import ModelExample, example_for
 from zoo_run import Float64Constants, Observation, add_noise_to_constants, observe, preserved, warm_up
-from zoo_verdict import (
-    CHECKS,
-    Verdict,
-    ZooCheck,
-    accounted,
-    architecture_difference,
-    describe_error,
-    figures_of,
-    fingerprint,
-    same_gradients,
-    same_runs,
-    untouched,
-)
+from zoo_verdict import CHECKS, Verdict, ZooCheck, describe_error
 
 import tdfx
 from tdfx.cli.references import build_model
@@ -48,12 +36,9 @@ GIBIBYTE = float(2**30)
 
 
 def examine(reference: str, given: tuple[Tensor, ...] = (), memory: float = 12.0) -> Verdict:
-    """Build a model and run every check; errors become part of the verdict.
+    """Build a model from what ``build_model`` takes, and run every check; errors become part of the verdict.
 
-    Args:
-        reference: What ``tdfx.cli.references.build_model`` takes.
-        given: Inputs for a model that does not have its own.
-        memory: Most GiB that the examination may take, by its own estimate.
+    ``given`` are inputs for a model that has none of its own, and ``memory`` the most GiB, by estimate, that this may take.
     """
     verdict = Verdict(reference)
     started = time.perf_counter()
@@ -95,12 +80,12 @@ class _Examination:
             self._check_structure()
             return
         with Float64Constants() if self._prepare() else nullcontext():
-            before = fingerprint(self.model)
+            before = zoo_verdict.fingerprint(self.model)
             self._time_planning()
             self._check_full_rank()
             gc.collect()
             self._check_low_rank()
-            self._check("untouched", lambda: untouched(before, fingerprint(self.model)))
+            self._check("untouched", lambda: zoo_verdict.untouched(before, zoo_verdict.fingerprint(self.model)))
 
     def _prepare(self) -> bool:
         """Cast the model and give it real statistics; return True if float32 in its code must be replaced."""
@@ -128,16 +113,15 @@ class _Examination:
         try:
             return tdfx.rewrite(self.model, policy, example_inputs=self.example.eval.example())
         except Exception as error:  # as in examine
-            for name in checks:
-                self.verdict.checks[name] = ZooCheck(False, {}, describe_error(error))
+            self.verdict.checks |= dict.fromkeys(checks, ZooCheck(False, {}, describe_error(error)))
             return None
 
     def _check_structure(self) -> None:
         sites = Find()(Trace()(Program(module=self.model)).program).program.sites
         self.verdict.facts["sites"] = len(sites)
-        self._check("accounted", lambda: accounted(self.account, sites))
-        for name in CHECKS[1:]:
-            self.verdict.checks[name] = ZooCheck(None, {}, "not run: the estimate is above --memory even in float32")
+        self._check("accounted", lambda: zoo_verdict.accounted(self.account, sites))
+        not_run = ZooCheck(None, {}, "not run: the estimate is above --memory even in float32")
+        self.verdict.checks |= dict.fromkeys(CHECKS[1:], not_run)
 
     def _time_planning(self) -> None:
         """Record what a plan takes without the decompositions, in seconds."""
@@ -152,31 +136,36 @@ class _Examination:
     def _check_full_rank(self) -> None:
         rewritten = self._rewrite(FULL, CHECKS[:4])
         shared = {id(parameter) for parameter in (self.model if rewritten is None else rewritten).parameters()}
-        self.wanted = {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if id(parameter) in shared and parameter.requires_grad
-        }
-        self.reference = self._observe_both(self.model, self.wanted)
-        self.response = rounding_response(self.model, self.reference, self.account.names, self._observe_copy)
+        parameters = self.model.named_parameters()
+        self.wanted = {name: weight for name, weight in parameters if id(weight) in shared and weight.requires_grad}
+        self.reference = self._observe_both(self.model)
+        self.response = rounding_response(self.model, self.reference, self.account.names, self._observe_both)
         if rewritten is None:
             return
         inputs = self.example.eval.example()
         plan = getattr(rewritten, PLAN_ATTRIBUTE, None) or tdfx.plan(self.model, FULL, example_inputs=inputs)
-        self.verdict.facts |= _facts_of(plan)
-        self._check("accounted", lambda: accounted(self.account, plan))
-        self._check("full_train", lambda: self._same(rewritten, "train"))
-        self._check("full_eval", lambda: self._same(rewritten, "eval"))
+        self.verdict.facts |= {
+            "sites": len(plan),
+            "factorized": len(plan.factorized),
+            "kept": dict(Counter(str(site.reason) for site in plan.kept)),
+            "emit": plan.emit,
+            "notes": list(plan.notes),
+        }
+        self._check("accounted", lambda: zoo_verdict.accounted(self.account, plan))
+        for mode in ("train", "eval"):
+            self._check(f"full_{mode}", lambda mode=mode: self._same(rewritten, mode))  # type: ignore[misc]
         self._check("gradients", lambda: self._same_gradients(rewritten))
 
     def _same(self, rewritten: nn.Module, mode: str) -> ZooCheck:
-        return same_runs(self.reference[mode], self._observe(rewritten, mode == "train"), self.response[mode])
+        return zoo_verdict.same_runs(
+            self.reference[mode], self._observe(rewritten, mode == "train"), self.response[mode]
+        )
 
     def _same_gradients(self, rewritten: nn.Module) -> ZooCheck:
         if not self.with_gradients:
             return ZooCheck(None, {}, "not run: the estimate with gradients is above --memory")
         observation = self._observe(rewritten, True, self.wanted)
-        return same_gradients(self.reference["train"], observation, self.response["train"])
+        return zoo_verdict.same_gradients(self.reference["train"], observation, self.response["train"])
 
     def _check_low_rank(self) -> None:
         rewritten = self._rewrite(LOW, CHECKS[4:6])
@@ -190,29 +179,28 @@ class _Examination:
         outputs = self._observe(rewritten, True).outputs
         gap = gap_of(self.reference["train"].outputs, outputs, self.response["train"])
         ok = gap.share >= CONTROL
-        return ZooCheck(ok, figures_of(gap), "" if ok else "a low rank changes nothing")
+        return ZooCheck(ok, zoo_verdict.figures_of(gap), "" if ok else "a low rank changes nothing")
 
     def _merge(self, rewritten: nn.Module) -> ZooCheck:
         with preserved(rewritten, False):
             warm_up(rewritten, self.example.train)
             merged = tdfx.merge(rewritten)
             fresh = build_model(self.verdict.model).to(self.dtype)
-            if difference := architecture_difference(self.model, merged, fresh):
+            if difference := zoo_verdict.architecture_difference(self.model, merged, fresh):
                 return ZooCheck(False, {}, difference)
             del fresh
-            reference = {"eval": self._observe(merged, False)}
-            response = rounding_response(
-                merged, reference, self.account.names, lambda model: {"eval": self._observe(model, False)}
-            )
-            return same_runs(reference["eval"], self._observe(rewritten, False), response["eval"])
 
-    def _observe_both(self, model: nn.Module, wanted: Mapping[str, nn.Parameter]) -> dict[str, Observation]:
-        train = self._observe(model, True, wanted if self.with_gradients else None)
-        return {"train": train, "eval": self._observe(model, False)}
+            def run(model: nn.Module) -> dict[str, Observation]:
+                return {"eval": self._observe(model, False)}
 
-    def _observe_copy(self, model_copy: nn.Module) -> dict[str, Observation]:
-        parameters = dict(model_copy.named_parameters())
-        return self._observe_both(model_copy, {name: parameters[name] for name in self.wanted})
+            reference = run(merged)
+            response = rounding_response(merged, reference, self.account.names, run)
+            return zoo_verdict.same_runs(reference["eval"], self._observe(rewritten, False), response["eval"])
+
+    def _observe_both(self, model: nn.Module) -> dict[str, Observation]:
+        parameters = dict(model.named_parameters())
+        wanted = {name: parameters[name] for name in self.wanted} if self.with_gradients else None
+        return {"train": self._observe(model, True, wanted), "eval": self._observe(model, False)}
 
     def _observe(self, model: nn.Module, mode: bool, wanted: Mapping[str, nn.Parameter] | None = None) -> Observation:
         call = self.example.train if mode else self.example.eval
@@ -243,18 +231,8 @@ def affordable_precision(model: nn.Module, account: Account, memory: float) -> t
 
 def _full_rank_counts(weight: Tensor) -> tuple[int, int]:
     """Return how many values the full-rank factors of a weight have, and how many its eigenvectors."""
-    rows, cols = weight.shape[0], weight.shape[1]
+    rows, cols = weight.shape[:2]
     if weight[0, 0].numel() == 1:
         short = min(rows, cols)
         return short * (rows + cols), short * short
     return weight.numel() + rows * rows + cols * cols, rows * rows + cols * cols
-
-
-def _facts_of(plan: tdfx.Plan) -> dict[str, Any]:
-    return {
-        "sites": len(plan),
-        "factorized": len(plan.factorized),
-        "kept": dict(Counter(str(site.reason) for site in plan.kept)),
-        "emit": plan.emit,
-        "notes": list(plan.notes),
-    }

@@ -64,14 +64,8 @@ def rounding_response(
 ) -> dict[str, dict[str, float]]:
     """Return how far each tensor of a model changes if its weights are changed by their rounding.
 
-    Args:
-        model: The model, which is not changed: a copy is.
-        reference: Runs of the model, by names.
-        weights: Names of the parameters to change.
-        observe_copy: Called with the changed copy; repeats the same runs.
-
-    Returns:
-        For each run, the norm of the largest change of each tensor; infinity where its shape or dtype changed.
+    ``reference`` holds runs of the model by name, and ``observe_copy`` repeats them on a copy whose ``weights`` were
+    changed. The result is for each run the norm of the largest change of each tensor; infinity if its shape changed.
     """
     model_copy = copy.deepcopy(model)
     response: dict[str, dict[str, float]] = {name: {} for name in reference}
@@ -90,13 +84,9 @@ def gap_of(
     response: Mapping[str, float],
     scale_of: Callable[[str, Tensors], float] | None = None,
 ) -> Gap:
-    """Compare two sets of tensors, given how far each of the first changes under rounding.
+    """Compare tensors with those of the original, given how far each of them changes under rounding.
 
-    Args:
-        reference: Tensors of the original.
-        tensors: Tensors of the model that should agree with it.
-        response: From ``rounding_response``.
-        scale_of: What the rounding of a tensor is relative to, by its name; its own norm if left out.
+    ``scale_of`` returns what the rounding of a tensor is relative to, by its name; its own norm if left out.
     """
     if reference.keys() != tensors.keys():
         name = min(reference.keys() ^ tensors.keys())
@@ -134,20 +124,13 @@ def _gap(name: str, expected: Tensor, tensor: Tensor, response: float, scale: fl
 
 
 def _distances(reference: Observation, observation: Observation) -> dict[str, float]:
-    pairs = [
-        (reference.outputs, observation.outputs),
-        (reference.buffers, observation.buffers),
-        (reference.gradients, observation.gradients),
-    ]
-    return {
-        name: _distance(expected, tensors[name]) if name in tensors else math.inf
-        for expected_tensors, tensors in pairs
-        for name, expected in expected_tensors.items()
-    }
+    tensors = {**observation.outputs, **observation.buffers, **observation.gradients}
+    references = {**reference.outputs, **reference.buffers, **reference.gradients}
+    return {name: _distance(expected, tensors.get(name)) for name, expected in references.items()}
 
 
-def _distance(expected: Tensor, tensor: Tensor) -> float:
-    if expected.shape != tensor.shape or expected.dtype != tensor.dtype:
+def _distance(expected: Tensor, tensor: Tensor | None) -> float:
+    if tensor is None or expected.shape != tensor.shape or expected.dtype != tensor.dtype:
         return math.inf
     if not expected.is_floating_point():
         return 0.0 if torch.equal(expected, tensor) else math.inf

@@ -16,14 +16,10 @@ ATTRIBUTE = "example_inputs"
 
 _SHAPES = {
     "inception": (2, 3, 299, 299),  # its auxiliary head needs a feature map of 17×17
-    "vit_": (1, 3, 224, 224),
-    "maxvit": (1, 3, 224, 224),
-    "mvit": (1, 3, 16, 224, 224),
-    "s3d": (1, 3, 16, 224, 224),
+    **dict.fromkeys(("vit_", "maxvit"), (1, 3, 224, 224)),
+    **dict.fromkeys(("mvit", "s3d"), (1, 3, 16, 224, 224)),
     "swin3d": (1, 3, 4, 64, 64),
-    "r3d": (2, 3, 4, 32, 32),
-    "mc3": (2, 3, 4, 32, 32),
-    "r2plus1d": (2, 3, 4, 32, 32),
+    **dict.fromkeys(("r3d", "mc3", "r2plus1d"), (2, 3, 4, 32, 32)),
     "raft": (1, 3, 128, 128),
 }
 """Beginning of a model's name -> shape of its input; the first match counts."""
@@ -90,12 +86,9 @@ class ModelExample:
 
 
 def example_for(reference: str, model: nn.Module, given: tuple[Tensor, ...] = ()) -> ModelExample:
-    """Return the inputs of a model.
+    """Return the inputs of a model, by the reference that it was built from; a detector is set to small images, few boxes.
 
-    Args:
-        reference: What ``tdfx.cli.references.build_model`` built the model from.
-        model: The model. Its attribute ``example_inputs`` is removed; a detector is set to small images and few boxes.
-        given: Inputs from the command line, for models that are not torchvision's and have no such attribute.
+    Its attribute ``example_inputs`` is removed. A model that is not torchvision's and has none gets ``given``.
     """
     source, _, name = reference.rpartition(":")
     if source == "torchvision":
@@ -125,15 +118,12 @@ def parse_input(text: str) -> Tensor:
 
 
 def _same_in_both_modes(inputs: Any) -> ModelExample:
-    if isinstance(inputs, Mapping):
-        call = ModelCall(named=dict(inputs))
-    else:
-        call = ModelCall((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    call = ModelCall(named=dict(inputs)) if isinstance(inputs, Mapping) else ModelCall(arguments)
     return ModelExample(call, call)
 
 
 def _images(name: str) -> tuple[Tensor, ...]:
-    """Return one image or clip, and two for optical flow."""
     base = name.removeprefix("quantized_")
     shape = next((shape for start, shape in _SHAPES.items() if base.startswith(start)), _SHAPE)
     generator = torch.Generator().manual_seed(1)
@@ -151,7 +141,11 @@ def _detection(name: str, model: nn.Module) -> ModelExample:
     if transform.fixed_size is None:
         transform.min_size, transform.max_size = (_SIDE,), 2 * _SIDE
     if hasattr(model, "rpn"):
-        _propose_few(model)
+        # Tens of boxes, because each costs as much as an image.
+        detector: Any = model
+        detector.rpn._pre_nms_top_n = detector.rpn._post_nms_top_n = {"training": _BOXES, "testing": _BOXES}
+        detector.roi_heads.fg_bg_sampler.batch_size_per_image = _BOXES
+        detector.roi_heads.detections_per_img = _BOXES // 4
     generator = torch.Generator().manual_seed(1)
     images = [torch.rand(3, _SIDE, _SIDE, generator=generator) for _ in range(2)]
     targets = [_target(name) for _ in images]
@@ -160,13 +154,6 @@ def _detection(name: str, model: nn.Module) -> ModelExample:
     watched += sorted(path for path in paths if path.startswith("roi_heads.") and path.count(".") == 1)
     layers = [path for path in watched if not path.endswith("_pool")]
     return ModelExample(ModelCall((images, targets)), ModelCall((images,)), tuple(layers))
-
-
-def _propose_few(model: Any) -> None:
-    """Let a two-stage detector look at tens of boxes instead of thousands, each of which costs as much as an image."""
-    model.rpn._pre_nms_top_n = model.rpn._post_nms_top_n = {"training": _BOXES, "testing": _BOXES}
-    model.roi_heads.fg_bg_sampler.batch_size_per_image = _BOXES
-    model.roi_heads.detections_per_img = _BOXES // 4
 
 
 def _target(name: str) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,45 +36,45 @@ class Observation:
 @contextmanager
 def preserved(model: nn.Module, mode: bool) -> Iterator[None]:
     """Set train or eval mode, and afterwards restore the mode of every module and the values of every buffer."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     try:
-        model.train(mode)
-        yield
+        with _mode(model, mode):
+            yield
     finally:
-        _restore_modes(modes)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers:
                     buffer.copy_(buffers[name])
 
 
-def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    for module, mode in modes:
-        module.training = mode
+@contextmanager
+def _mode(model: nn.Module, mode: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(mode)
+        yield
+    finally:
+        for module, before in modes:
+            module.training = before
 
 
 def warm_up(model: nn.Module, call: ModelCall, steps: int = 2) -> None:
     """Give BatchNorm the statistics of real data: an average over a few forwards in train mode.
 
-    With the initial statistics the signal dies or grows without bound on its way through a deep network, and two unrelated
-    models agree in eval mode.
+    With the initial statistics the signal dies or explodes in a deep network, and two unrelated models agree in eval mode.
     """
     norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    modes = [(module, module.training) for module in model.modules()]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    model.train()
-    for step in range(steps if norms else 0):
-        _seed(step)
-        fresh, _ = call.fresh()
-        with torch.no_grad():
+    with _mode(model, True), torch.no_grad():
+        for step in range(steps if norms else 0):
+            _seed(step)
+            fresh, _ = call.fresh()
             model(*fresh.arguments, **fresh.named)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    _restore_modes(modes)
 
 
 class Float64Constants(TorchFunctionMode):
@@ -83,7 +84,6 @@ class Float64Constants(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation with the other dtype."""
         if func is torch.Tensor.float:
             return args[0].double()
         named = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
@@ -94,8 +94,7 @@ class Float64Constants(TorchFunctionMode):
 def add_noise_to_constants(model: nn.Module) -> None:
     """Add noise to parameters that are constant at initialization, because they hide faults from the comparison.
 
-    With a head of zeros (ViT) a model returns zeros whatever its layers do, a layer scale of 1e-6 (ConvNeXt) hides whole
-    blocks, and a bias of zeros could be lost without a trace.
+    Examples are a head of zeros (ViT), a layer scale of 1e-6 (ConvNeXt), and a bias of zeros, whose loss nobody would see.
     """
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
@@ -113,14 +112,10 @@ def observe(
     wanted: Mapping[str, nn.Parameter] | None = None,
     watched: Iterable[str] = (),
 ) -> Observation:
-    """Run a model once, from a fixed seed, and leave it as it was.
+    """Run a model once, from a fixed seed, in train mode if ``mode``, and leave it as it was.
 
-    Args:
-        model: The model.
-        call: Its arguments.
-        mode: True for train mode.
-        wanted: Parameters whose gradients to record, with those of the inputs; None for no backward at all.
-        watched: Paths of submodules whose outputs to record as well.
+    The gradients of the ``wanted`` parameters and of the inputs are recorded, unless it is None, and the outputs of the
+    submodules whose paths are ``watched``.
     """
     fresh, inputs = call.fresh()
     with preserved(model, mode), _recording(model, watched) as recorded, torch.set_grad_enabled(wanted is not None):
@@ -177,19 +172,16 @@ def _gradients(outputs: Tensors, inputs: list[Tensor], wanted: Mapping[str, nn.P
 def _recording(model: nn.Module, watched: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Record what submodules return, at the last time that they are called."""
     recorded: dict[str, Any] = {}
-    handles = [model.get_submodule(path).register_forward_hook(_recorder(recorded, path)) for path in watched]
+
+    def record(path: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        recorded[path] = output
+
+    handles = [model.get_submodule(path).register_forward_hook(partial(record, path)) for path in watched]
     try:
         yield recorded
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _recorder(recorded: dict[str, Any], path: str) -> Any:
-    def record(module: nn.Module, arguments: Any, output: Any) -> None:
-        recorded[path] = output
-
-    return record
 
 
 def _seed(seed: int) -> None:

@@ -14,6 +14,8 @@ from zoo_account import Account
 from zoo_compare import Gap, gap_of, largest_norm, norm_and_deviation
 from zoo_run import Observation
 
+from tdfx.checks import read_record
+
 CHECKS = ("accounted", "full_train", "full_eval", "gradients", "control", "merge", "untouched")
 """The checks, in the order in which they run."""
 Figures = dict[str, float | int | str]
@@ -53,8 +55,7 @@ class Verdict:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Verdict:
         """Return a verdict from what ``to_dict`` returned."""
-        values = {key: value for key, value in data.items() if key != "ok"}
-        return cls(**{**values, "checks": {name: ZooCheck(**check) for name, check in data["checks"].items()}})
+        return read_record(cls, {key: value for key, value in data.items() if key != "ok"})
 
 
 def accounted(account: Account, sites: Iterable[Any]) -> ZooCheck:
@@ -62,11 +63,8 @@ def accounted(account: Account, sites: Iterable[Any]) -> ZooCheck:
     listed = list(sites)
     missed = account.missed(listed)
     silent = [site.name for site in listed if not getattr(site, "factorized", True) and site.reason is None]
-    complaints = [
-        f"{title}: {', '.join(names)}"
-        for title, names in (("not accounted for", missed), ("kept without a reason", silent))
-        if names
-    ]
+    titled = {"not accounted for": missed, "kept without a reason": silent}
+    complaints = [f"{title}: {', '.join(names)}" for title, names in titled.items() if names]
     figures: Figures = {"parameters": len(account.names), "missed": len(missed)}
     return ZooCheck(not complaints, figures, "; ".join(complaints))
 
@@ -98,13 +96,7 @@ def check_of(gap: Gap) -> ZooCheck:
 
 def figures_of(gap: Gap) -> Figures:
     """Return a gap as figures."""
-    return {
-        "share": gap.share,
-        "relative": gap.relative,
-        "where": gap.where,
-        "compared": gap.compared,
-        "unstable": len(gap.unstable),
-    }
+    return {**asdict(gap), "unstable": len(gap.unstable)}
 
 
 def architecture_difference(original: nn.Module, merged: nn.Module, fresh: nn.Module) -> str:

@@ -34,7 +34,6 @@ def save(run: RunState, path: Path) -> None:
 
 
 def _extra(run: RunState, streams: list[Any]) -> dict[str, Any]:
-    """Return what a run saves beside its model and optimizer."""
     average = run.average
     return {
         "config": settings_of(run),
@@ -52,9 +51,7 @@ def _extra(run: RunState, streams: list[Any]) -> dict[str, Any]:
 def resume(run: RunState, path: Path) -> None:
     """Load a saved run into a new one; all processes must call this.
 
-    Raises:
-        RecipeError: There is no such file, or it belongs to a run with other settings.
-        CheckpointError: The file is damaged.
+    RecipeError says that there is no such file, or that its run had other settings, and CheckpointError that it is damaged.
     """
     if not path.is_file():
         raise RecipeError(
@@ -88,14 +85,11 @@ def resume(run: RunState, path: Path) -> None:
 
 def settings_of(run: RunState) -> dict[str, str]:
     """Return the settings that must be the same in a resumed run: all but the outputs and the name."""
-    values = run.config.model_dump(exclude={"output", "name"})
-    return {key: repr(value) for key, value in values.items()}
+    return {key: repr(value) for key, value in run.config.model_dump(exclude={"output", "name"}).items()}
 
 
 def _check_settings(saved: dict[str, str], given: dict[str, str], path: Path) -> None:
-    different = sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key))
-    if different:
-        key = different[0]
+    for key in sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key)):
         raise RecipeError(
             f"The checkpoint {str(path)!r} is of a run with another {key}: {saved.get(key)} there and {given.get(key)} here."
             f" Resume with the settings of that run."

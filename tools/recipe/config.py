@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from recipe.errors import RecipeError
@@ -47,14 +47,10 @@ class RunConfig(SettingsTable):
 
 
 def read_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the settings of a file, and replace some.
+    """Read the settings of a TOML file with a table for each part of ``RunConfig``, and replace some.
 
-    Args:
-        file: A TOML file with a table for each part of ``RunConfig``.
-        overrides: ``key=value`` each, as ``training.epochs=3``; a value is TOML, or text without quotes.
-
-    Raises:
-        RecipeError: The file cannot be read, it is not TOML, or a setting is unknown, missing, or out of range.
+    Overrides are ``key=value``, as ``training.epochs=3``; a value is TOML, or text without quotes. RecipeError says what
+    cannot be read, and which setting is unknown, missing, or out of range.
     """
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -65,16 +61,12 @@ def read_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"The config file {str(file)!r} is not TOML: {error}.") from error
     for override in overrides:
-        _override(values, override)
+        _put(values, *_parse_override(override))
     return config_from(values)
 
 
 def with_values(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """Return settings with some replaced, by their dotted names.
-
-    Raises:
-        RecipeError: A name is unknown, or a value out of range.
-    """
+    """Return settings with some replaced, by their dotted names; RecipeError if one is unknown or out of range."""
     values = config.model_dump()
     for key, value in overrides.items():
         _put(values, key, value)
@@ -82,28 +74,23 @@ def with_values(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
 
 
 def config_from(values: Mapping[str, Any]) -> RunConfig:
-    """Return the settings in nested tables of values.
-
-    Raises:
-        RecipeError: A setting is unknown, missing, of the wrong type, or out of range.
-    """
+    """Return the settings in nested tables; RecipeError if one is unknown, missing, of the wrong type or out of range."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise RecipeError("\n".join(_message(details) for details in error.errors())) from error
 
 
-def _override(values: dict[str, Any], text: str) -> None:
+def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError(
             f"--set {text!r} does not say which setting gets which value. Write for example --set training.epochs=3."
         )
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        parsed = value
-    _put(values, key.strip(), parsed)
+        return key.strip(), value
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -116,7 +103,6 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _message(details: ErrorDetails) -> str:
-    """Say in one sentence which setting is wrong, why, and what to do."""
     path = [str(part) for part in details["loc"]]
     key, value = ".".join(path), details["input"]
     match details["type"]:
@@ -133,10 +119,7 @@ def _message(details: ErrorDetails) -> str:
 
 
 def _names_in(path: Sequence[str]) -> list[str]:
-    """Return the names of the settings in a table."""
-    table: type[BaseModel] = RunConfig
+    table: Any = RunConfig
     for name in path:
-        annotation = table.model_fields[name].annotation
-        assert isinstance(annotation, type)
-        table = annotation
+        table = table.model_fields[name].annotation
     return list(table.model_fields)

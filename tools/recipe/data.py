@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import platformdirs
 import torch
-from digits_training import Batch
+from study_data import Batch
 from torch import Tensor
 
 from recipe.config import RunConfig
@@ -71,11 +71,7 @@ class DataSet(ABC):
         return list(steps[:, self.process.rank * self.batch :][:, : self.batch])
 
     def steps_of(self, count: int) -> int:
-        """Return the number of complete batches in so many samples.
-
-        Raises:
-            RecipeError: There is none.
-        """
+        """Return the number of complete batches in so many samples; RecipeError if there is none."""
         if count < self.total_batch:
             raise RecipeError(f"data.batch={self.total_batch} is more than the {count} samples to train on. Lower it.")
         return count // self.total_batch
@@ -117,5 +113,4 @@ class InMemoryImages(DataSet):
 
 
 def _as_floats(images: Tensor) -> Tensor:
-    """Return images of bytes as floats in [0, 1], and other images unchanged."""
     return images.float() / 255 if images.dtype == torch.uint8 else images

@@ -55,21 +55,13 @@ def font_folders() -> list[Path]:
 
 
 def glyph_images(folders: Sequence[str], cache: Path) -> tuple[Images, Images]:
-    """Return images to train on and held-out images; they are drawn once and then read from a cache.
+    """Return images to train on and held-out images; they are drawn once and then read from a cache folder.
 
-    Args:
-        folders: Folders to search for fonts; none for the system's own.
-        cache: Folder of the cache.
-
-    Raises:
-        RecipeError: There are too few families of fonts.
+    ``folders`` are searched for fonts, without any the system's own; RecipeError if there are too few families.
     """
-    files = sorted(
-        path
-        for folder in ([Path(folder).expanduser() for folder in folders] or font_folders())
-        for path in folder.rglob("*")
-        if path.suffix.lower() in {".ttf", ".otf"}
-    )
+    searched = [Path(folder).expanduser() for folder in folders] or font_folders()
+    paths = (path for folder in searched for path in folder.rglob("*"))
+    files = sorted(path for path in paths if path.suffix.lower() in {".ttf", ".otf"})
     listing = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
     cached = cache / f"glyphs-{_VERSION}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.pt"
     if cached.is_file():
@@ -87,10 +79,8 @@ def glyph_images(folders: Sequence[str], cache: Path) -> tuple[Images, Images]:
 def draw_faces(files: Sequence[Path]) -> list[Face]:
     """Return the faces that have all letters and digits; a font that is installed several times counts once."""
     faces: dict[tuple[str, str], Face] = {}
-    for file in files:
-        face = draw_face(file)
-        if face is not None:
-            faces.setdefault((face.family, face.style), face)
+    for face in filter(None, map(draw_face, files)):
+        faces.setdefault((face.family, face.style), face)
     return [faces[key] for key in sorted(faces)]
 
 
@@ -120,11 +110,7 @@ def _draw_glyph(font: ImageFont.FreeTypeFont, letter: str) -> Tensor:
 
 
 def hold_out(faces: Sequence[Face], folders: Sequence[str] = ()) -> tuple[list[Face], list[Face]]:
-    """Split faces into those to train on and a fourth of the designs, which is held out; a design is never in both.
-
-    Raises:
-        RecipeError: There are too few families.
-    """
+    """Split faces into those to train on and a fourth of the designs, held out; RecipeError if there are too few."""
     families = sorted({face.family for face in faces})
     groups = list(designs(faces))
     if len(families) < LEAST_FAMILIES or len(groups) < LEAST_DESIGNS:
@@ -149,26 +135,20 @@ def designs(faces: Sequence[Face]) -> Iterator[set[str]]:
     for face in faces:
         by_family[face.family].append(face)
     while by_family:
-        group, waiting = set[str](), [next(iter(by_family))]
+        waiting = {next(iter(by_family)): None}
+        group = dict[str, list[Face]]()
         while waiting:
-            family = waiting.pop()
-            group.add(family)
-            family_faces = by_family.pop(family)
-            waiting += [
-                other
-                for other, other_faces in by_family.items()
-                if other not in waiting and _are_related(family, family_faces, other, other_faces)
-            ]
-        yield group
+            family, _ = waiting.popitem()
+            faces = group[family] = by_family.pop(family)
+            related = (other for other in by_family if _are_related(family, faces, other, by_family[other]))
+            waiting |= dict.fromkeys(related)
+        yield set(group)
 
 
 def _are_related(name: str, faces: Sequence[Face], other_name: str, other_faces: Sequence[Face]) -> bool:
-    if name.split()[0] == other_name.split()[0]:
-        return True
-    pixels, other_pixels = (
-        F.normalize(torch.stack([face.glyphs.float().flatten() for face in side])) for side in (faces, other_faces)
-    )
-    return bool((pixels @ other_pixels.T).max() > SAME_DESIGN)
+    stacked = (torch.stack([face.glyphs for face in side]).flatten(1).float() for side in (faces, other_faces))
+    pixels, other_pixels = map(F.normalize, stacked)
+    return name.split()[0] == other_name.split()[0] or bool((pixels @ other_pixels.T).max() > SAME_DESIGN)
 
 
 def _labelled(faces: Sequence[Face]) -> Images:
@@ -183,13 +163,10 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(most: float) -> Tensor:
         return (2 * torch.rand(count, generator=generator) - 1) * most
 
-    angle = uniform(TURN)
-    wide, high = 1 + uniform(ZOOM), 1 + uniform(ZOOM)
-    rows = (
-        (wide * angle.cos(), -high * angle.sin(), uniform(SHIFT)),
-        (wide * angle.sin(), high * angle.cos(), uniform(SHIFT)),
-    )
-    affine = torch.stack([torch.stack(row, 1) for row in rows], 1)
+    angle, wide, high = uniform(TURN), 1 + uniform(ZOOM), 1 + uniform(ZOOM)
+    first = wide * angle.cos(), -high * angle.sin(), uniform(SHIFT)
+    second = wide * angle.sin(), high * angle.cos(), uniform(SHIFT)
+    affine = torch.stack([torch.stack(first, 1), torch.stack(second, 1)], 1)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     # A coarse field of random displacements, made smooth by interpolation.
     displacements = (2 * torch.rand(count, 2, 5, 5, generator=generator) - 1) * BEND

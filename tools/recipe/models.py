@@ -26,7 +26,6 @@ class DataShape:
 
     classes: int
     colors: int = 3
-    """Channels of an image."""
     side: int = 0
     """Side of an image in pixels; 0 for text."""
     length: int = 0
@@ -36,36 +35,18 @@ class DataShape:
 Builder = Callable[[ModelSettings, DataShape], nn.Module]
 
 
-def _vgg(settings: ModelSettings, shape: DataShape) -> nn.Module:
-    return build_model(settings.width or 128, colors=shape.colors, classes=shape.classes)
-
-
-def _vgg19(settings: ModelSettings, shape: DataShape) -> nn.Module:
-    return vgg19(shape.classes, colors=shape.colors, pools=min(5, int(math.log2(shape.side))))
-
-
 def _resnet(depth: int, width: int, stages: int = 3) -> Builder:
-    return lambda settings, shape: ResNetForSmallImages(
-        depth, shape.classes, settings.width or width, shape.colors, stages
-    )
-
-
-def _densenet40(settings: ModelSettings, shape: DataShape) -> nn.Module:
-    return DenseNetForSmallImages(40, classes=shape.classes, colors=shape.colors)
-
-
-def _transformer(settings: ModelSettings, shape: DataShape) -> nn.Module:
-    return CharacterModel(settings.width or 256, layers=settings.layers or 2, length=shape.length)
+    return lambda net, data: ResNetForSmallImages(depth, data.classes, net.width or width, data.colors, stages)
 
 
 BUILDERS: dict[str, Builder] = {
-    "vgg": _vgg,
-    "vgg19": _vgg19,
+    "vgg": lambda net, data: build_model(net.width or 128, colors=data.colors, classes=data.classes),
+    "vgg19": lambda net, data: vgg19(data.classes, data.colors, pools=min(5, int(math.log2(data.side)))),
     "resnet14-small": _resnet(14, 48),
     "resnet18-small": _resnet(18, 64, stages=4),
     "resnet56": _resnet(56, 16),
-    "densenet40": _densenet40,
-    "transformer": _transformer,
+    "densenet40": lambda net, data: DenseNetForSmallImages(40, classes=data.classes, colors=data.colors),
+    "transformer": lambda net, data: CharacterModel(net.width or 256, layers=net.layers or 2, length=data.length),
 }
 """Name -> builder of a network that torchvision does not have; all other names are torchvision's."""
 
@@ -73,11 +54,7 @@ _WITH_WIDTH = {"vgg", "resnet14-small", "resnet18-small", "resnet56", "transform
 
 
 def build(settings: ModelSettings, shape: DataShape) -> nn.Module:
-    """Return an untrained network, initialized from torch's global random numbers.
-
-    Raises:
-        RecipeError: There is no such network, or it cannot take these data.
-    """
+    """Return a network with random weights; RecipeError if there is no such network, or it cannot take these data."""
     name = settings.name
     if (name == "transformer") != (shape.side == 0):
         data = "pieces of text" if shape.side == 0 else "images"
@@ -99,39 +76,29 @@ def build(settings: ModelSettings, shape: DataShape) -> nn.Module:
         )
     # These two warn unless they are told how to initialize their weights, and their former way takes long.
     options = {"init_weights": False, "aux_logits": False} if name in {"googlenet", "inception_v3"} else {}
-    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=shape.classes, **options)
-    return _adapt(model, name, shape)
+    return _adapt(torchvision.models.get_model(name, weights=None, num_classes=shape.classes, **options), name, shape)
 
 
 def _adapt(model: nn.Module, name: str, shape: DataShape) -> nn.Module:
     """Let a network of torchvision take other colors, and keep more detail of small images."""
-    is_resnet = isinstance(model, torchvision.models.ResNet)
-    is_mobile = isinstance(model, torchvision.models.MobileNetV2)
-    if shape.side <= SMALL and is_resnet:
-        stem = nn.Conv2d(shape.colors, _first_convolution(model).out_channels, 3, padding=1, bias=False)
-        model.register_module("conv1", stem)
+    path, first = next((path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d))
+    is_small_resnet = shape.side <= SMALL and isinstance(model, torchvision.models.ResNet)
+    if is_small_resnet:
+        model.register_module("conv1", nn.Conv2d(shape.colors, first.out_channels, 3, padding=1, bias=False))
         model.register_module("maxpool", nn.Identity())
         return model
-    if shape.side <= SMALL and is_mobile:
+    if shape.side <= SMALL and isinstance(model, torchvision.models.MobileNetV2):
         # The stem, and the depthwise convolution of the first block with a stride: 32×32 end as 4×4, not as 1×1.
         block = model.get_submodule("features.2").modules()
         strided = next(layer for layer in block if isinstance(layer, nn.Conv2d) and layer.groups > 1)
-        strided.stride = _first_convolution(model).stride = (1, 1)
-    first = _first_convolution(model)
+        strided.stride = first.stride = (1, 1)
     if first.in_channels == shape.colors:
         return model
     if first.in_channels != 3 or first.groups != 1:
         raise RecipeError(
             f"model.name={name!r} does not begin with a convolution of 3 colors that could take {shape.colors}."
         )
-    path = next(path for path, layer in model.named_modules() if layer is first)
-    parent, _, child = path.rpartition(".")
     names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     options: dict[str, Any] = {name: getattr(first, name) for name in names}
-    replacement = nn.Conv2d(shape.colors, first.out_channels, bias=first.bias is not None, **options)
-    model.get_submodule(parent).register_module(child, replacement)
+    model.set_submodule(path, nn.Conv2d(shape.colors, first.out_channels, bias=first.bias is not None, **options))
     return model
-
-
-def _first_convolution(model: nn.Module) -> nn.Conv2d:
-    return next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))

@@ -23,13 +23,11 @@ class RunRecord:
     epochs: list[dict[str, float]]
     """For each epoch: training loss, held-out loss and accuracy in percent, and the seconds of training up to its end."""
     accuracy: float
-    """Of the merged model, in percent."""
     loss: float
-    """Of the merged model, in nats."""
+    """Both of the merged model, in percent and in nats."""
     seconds: dict[str, float]
     """By phase."""
     parameters: int
-    """Before a switch."""
     parameters_after: int
     """From the switch to the merge."""
     flops: int | None = None
@@ -51,15 +49,15 @@ class RunRecord:
         return sum(self.seconds[name] for name in TRAINING)
 
 
-def record_of(run: TrainingRun, *, checks: bool = True) -> RunRecord:
+def record_of(run: TrainingRun) -> RunRecord:
     """Return the results of a run that has ended; all its processes must call this."""
     score = run.final_score()
     plan = None if run.switch is None else run.switch.plan
-    verify = checks and run.config.output.verify and plan is not None and run.process.is_first
+    verify = run.config.output.verify and plan is not None and run.process.is_first
     return RunRecord(
         config=run.config.model_dump(mode="json"),
         processes=run.process.world,
-        device=_device_name(run.device),
+        device=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
         epochs=run.history,
         accuracy=score.accuracy,
         loss=score.loss,
@@ -78,7 +76,3 @@ def record_of(run: TrainingRun, *, checks: bool = True) -> RunRecord:
 
 def _site_dict(site: tdfx.SitePlan) -> dict[str, Any]:
     return {"name": site.name, "scheme": site.scheme, "ranks": list(site.ranks or ()), "error": site.error}
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

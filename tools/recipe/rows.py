@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -47,12 +47,6 @@ class PaperRow:
         return self.run, self.policy, self.seed
 
 
-def row_of(values: Mapping[str, Any]) -> PaperRow:
-    """Return a row from what ``asdict`` returned."""
-    record = values["record"]
-    return PaperRow(**{**values, "record": None if record is None else RunRecord(**record)})
-
-
 def rows(
     configs: Mapping[str, RunConfig],
     policies: Sequence[str],
@@ -75,15 +69,10 @@ def rows(
 
 
 def _row(name: str, policy: str, run: TrainingRun, times: dict[str, float], echo: Callable[[str], None]) -> PaperRow:
-    identity = {"run": name, "policy": policy, "seed": run.config.seed, "cold": not times}
+    row = PaperRow(run=name, policy=policy, seed=run.config.seed, cold=not times)
     with separate_times(times):
         try:
             run.train(echo)
         except tdfx.PolicyError as error:
-            return PaperRow(**identity, refused=str(error))  # type: ignore[arg-type]
-    return PaperRow(**identity, record=record_of(run))  # type: ignore[arg-type]
-
-
-def as_json(finished: Sequence[PaperRow]) -> list[dict[str, Any]]:
-    """Return rows as values that JSON can hold."""
-    return [asdict(row) for row in finished]
+            return replace(row, refused=str(error))
+    return replace(row, record=record_of(run))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+import tdfx
 from recipe.config import RunConfig
 from recipe.data import DataSet
 from recipe.datasets import load_data
@@ -20,7 +21,8 @@ from recipe.phases import Phases
 from recipe.processes import Process
 from recipe.schedule import make_average, make_optimizer
 from recipe.score import to_device
-from recipe.switching import make_switch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(slots=True)
@@ -28,9 +30,8 @@ class RunProgress:
     """How far a run has come."""
 
     epoch: int = 0
-    """Completed epochs."""
     step: int = 0
-    """Completed steps of the current epoch."""
+    """Completed epochs, and completed steps of the current one."""
     loss: float = 0.0
     """Sum of the losses of these steps, in nats."""
 
@@ -41,11 +42,7 @@ class RunState:
     def __init__(
         self, config: RunConfig, process: Process, device: torch.device, clock: Clock = time.perf_counter
     ) -> None:
-        """Create everything from the settings and their seed.
-
-        Raises:
-            RecipeError: The data or the model cannot be created, or do not go together.
-        """
+        """Create everything from the settings and their seed; RecipeError if data and model do not go together."""
         self.config, self.process, self.device = config, process, device
         self.layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
         self.data: DataSet = load_data(config, process)
@@ -82,3 +79,18 @@ class RunState:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return a model without its wrapper for several processes."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def make_switch(config: RunConfig, steps: int, clock: Clock = time.perf_counter) -> tdfx.Switch | None:
+    """Return the switch of a run with so many steps in an epoch; None for a run without a rewrite."""
+    settings = config.switch
+    if settings.policy == "none":
+        return None
+    when: tdfx.AtEpoch | tdfx.Settled = tdfx.Settled(every=settings.every, timeout=settings.epoch * steps or None)
+    if settings.when == "epoch":
+        when = tdfx.AtEpoch(settings.epoch, steps_per_epoch=steps)
+    total = config.training.epochs * steps if settings.weigh else None
+    # Layers are timed under the autocast of the training steps.
+    measured = tdfx.Measured(autocast=DTYPES.get(config.training.amp), budget=settings.measure)
+    policy = settings.policy_with(tdfx.Modelled() if settings.cost == "modelled" else measured)
+    return tdfx.Switch(policy, when=when, total_steps=total, rewarm=settings.rewarm, clock=clock)

@@ -40,17 +40,16 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> Optimizer:
     """Return the optimizer of the settings."""
-    rate, decay, momentum = settings.lr, settings.weight_decay, settings.momentum
     if settings.optimizer == "adamw":
-        return AdamW(parameters, lr=rate, weight_decay=decay)
-    return SGD(parameters, lr=rate, momentum=momentum, nesterov=momentum > 0, weight_decay=decay)
+        return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    momentum = settings.momentum
+    return SGD(parameters, settings.lr, momentum, weight_decay=settings.weight_decay, nesterov=momentum > 0)
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
     """Return an exponential average of weights and buffers, or None for a decay of 0.
 
-    Early on it forgets faster, so that it is soon free of the random weights: after n updates its decay is
-    (1 + n) / (10 + n) as long as that is less.
+    After n updates its decay is (1 + n) / (10 + n) as long as that is less, so that it is soon free of the random weights.
     """
     if decay == 0:
         return None
@@ -59,13 +58,9 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
     def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Any) -> None:
         # Each list has one dtype and device. The count stays on its device, so that nothing waits for it.
         dtype = averages[0].dtype
-        if not dtype.is_floating_point:
-            for average, value in zip(averages, values, strict=True):
-                average.copy_(value)
-            return
         updates = count.to(torch.promote_types(dtype, torch.float32))
         weight = (1 - ((1 + updates) / (10 + updates)).clamp(max=decay)).to(dtype)
         for average, value in zip(averages, values, strict=True):
-            average.lerp_(value, weight)
+            average.lerp_(value, weight) if dtype.is_floating_point else average.copy_(value)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

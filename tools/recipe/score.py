@@ -51,6 +51,4 @@ def score(model: nn.Module, data: DataSet, device: torch.device, layout: torch.m
 
 def to_device(x: Tensor, device: torch.device, layout: torch.memory_format) -> Tensor:
     """Return inputs on a device; images in a memory layout."""
-    if x.dim() == 4:
-        return x.to(device, memory_format=layout, non_blocking=True)
-    return x.to(device, non_blocking=True)
+    return x.to(device, memory_format=layout if x.dim() == 4 else torch.preserve_format, non_blocking=True)

@@ -6,14 +6,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
-from tdfx.errors import PolicyError
-from tdfx.policies.policy import Policy
+import tdfx
 from tdfx.ranks.registry import parse_rule
 
 Strings = Annotated[tuple[str, ...], Strict(False)]
-"""Several texts; TOML gives them as a list."""
 Floats = Annotated[tuple[float, ...], Strict(False)]
-"""Several numbers; TOML gives them as a list."""
+"""Several values; TOML gives them as a list."""
 
 
 class SettingsTable(BaseModel):
@@ -66,7 +64,6 @@ class TrainingSettings(SettingsTable):
     lr: float = Field(default=0.05, gt=0)
     """Largest learning rate."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """For ``sgd``."""
     weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Literal["cosine", "step"] = "cosine"
     """``"cosine"`` lowers the rate to zero; ``"step"`` multiplies it by ``gamma`` at each of ``milestones``."""
@@ -75,7 +72,6 @@ class TrainingSettings(SettingsTable):
     milestones: Floats = ()
     """Shares of the training, in (0, 1) and ascending, after which ``step`` lowers the rate."""
     gamma: float = Field(default=0.1, gt=0, lt=1)
-    """Factor of ``step``."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread over all classes."""
     clip: float = Field(default=0.0, ge=0)
@@ -86,7 +82,6 @@ class TrainingSettings(SettingsTable):
     """What autocast computes in; ``"fp16"`` also scales the loss."""
     channels_last: bool = False
     compile: bool = False
-    """Whether the model is compiled."""
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:
@@ -115,18 +110,15 @@ class SwitchingSettings(SettingsTable):
     every: int = Field(default=100, ge=1)
     """Steps between two looks at the ranks."""
     min_gain: float = 1.05
-    """As in ``tdfx.Policy``; 0 rewrites every layer."""
     round_to: int = 8
-    """As in ``tdfx.Policy``."""
     exclude: Strings = ()
-    """As in ``tdfx.Policy``."""
+    """These three as in ``tdfx.Policy``."""
     cost: Literal["measured", "modelled"] = "measured"
     """``"measured"`` on this machine, or ``"modelled"``, which is the same on every machine."""
     measure: float = Field(default=15.0, gt=0)
     """Most wall-clock seconds to measure layers; on a loaded machine few layers are measured in that time."""
     weigh: bool = True
-    """Whether the switch considers how long the run is: it leaves out sites that would cost more than they save in the
-    rest of the run, and limits the time for measuring."""
+    """Whether the switch leaves out sites that cost more than they save in the rest of the run, and measures less."""
     rewarm: int = Field(default=0, ge=0)
     """Steps in which the learning rate warms up again after a switch."""
 
@@ -135,12 +127,15 @@ class SwitchingSettings(SettingsTable):
         if self.when == "epoch" and self.epoch < 1:
             raise ValueError(f"switch.epoch={self.epoch} is below 1, the first epoch after which a run can switch.")
         try:
-            Policy(min_gain=self.min_gain, round_to=self.round_to, exclude=self.exclude)
-            if self.policy not in {"none", "default"}:
-                parse_rule(self.policy)
-        except PolicyError as error:
+            self.policy_with(tdfx.Modelled())
+        except tdfx.PolicyError as error:
             raise ValueError(f"[switch] has settings that no policy can have: {error}") from error
         return self
+
+    def policy_with(self, cost: tdfx.Modelled | tdfx.Measured) -> tdfx.Policy:
+        """Return the policy of the settings with a cost model."""
+        rule = tdfx.Policy().rank if self.policy in {"none", "default"} else parse_rule(self.policy)
+        return tdfx.Policy(rank=rule, min_gain=self.min_gain, round_to=self.round_to, exclude=self.exclude, cost=cost)
 
 
 class OutputSettings(SettingsTable):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from statistics import geometric_mean, mean
 
-from bench_common import mean_and_deviation
+from bench_common import make_table, mean_and_deviation
 from rich.table import Table
 
 from recipe.errors import RecipeError
@@ -16,16 +16,6 @@ from recipe.rows import FULL, PaperRow
 NEAR = 0.3
 """A run has reached the full run's accuracy if it is at most this many points below."""
 BEGIN, END = "<!-- python tools/paper_table.py --readme -->\n", "\n<!-- end of the paper's table -->"
-_HEADS = (
-    "accuracy %",
-    "loss",
-    "run faster",
-    "the first time",
-    "to full's accuracy",
-    "parameters",
-    "FLOPs",
-    "sites",
-)
 
 
 def tables(rows: Sequence[PaperRow]) -> list[Table]:
@@ -35,39 +25,35 @@ def tables(rows: Sequence[PaperRow]) -> list[Table]:
 
 
 def table_of(rows: Sequence[PaperRow]) -> Table:
-    """Return the results of each policy over the seeds.
-
-    "run faster" is how many times less the whole training took than the full run of the same seed, planning, rewriting and
-    merging included, with the times of layers in the cache; "the first time" includes measuring them.
-    """
+    """Return the results of each policy over the seeds, as tools/README.md explains them."""
     first = next((row.record for row in rows if row.record is not None), None)
     title = rows[0].run if first is None else f"{first.config['name']}, {first.config['training']['epochs']} epochs"
-    table = Table(title, *_HEADS, box=None)
     full = {row.seed: row for row in rows if row.policy == FULL}
-    for policy in dict.fromkeys(row.policy for row in rows):
-        table.add_row(policy, *_cells([row for row in rows if row.policy == policy], full))
-    return table
+    by_policy = {
+        name: [row for row in rows if row.policy == name] for name in dict.fromkeys(row.policy for row in rows)
+    }
+    return make_table({title: policy, **_cells(policy_rows, full)} for policy, policy_rows in by_policy.items())
 
 
-def _cells(rows: Sequence[PaperRow], full: dict[int, PaperRow]) -> list[str]:
-    """Return the cells of the rows of one policy."""
+def _cells(rows: Sequence[PaperRow], full: dict[int, PaperRow]) -> dict[str, str]:
     records = [row.record for row in rows if row.record is not None]
     if not records:
-        return ["refused"]
+        return {"accuracy %": "refused"}
     is_full = rows[0].policy == FULL
     speeds = [(row.cold, speed) for row in rows if (speed := faster(row, full.get(row.seed))) is not None]
     later, first = ([speed for cold, speed in speeds if cold == wanted] for wanted in (False, True))
     reached = [ratio for row in rows if (ratio := reaching(row, full.get(row.seed))) is not None]
-    return [
-        mean_and_deviation([record.accuracy for record in records], 2),
-        mean_and_deviation([record.loss for record in records], 3),
-        "1.00" if is_full else (f"{geometric_mean(later):.2f}" if later else "-"),
-        "" if is_full else (f"{geometric_mean(first):.2f}" if first else "-"),
-        f"{geometric_mean(reached):.2f} ({len(reached)}/{len(records)})" if reached else f"never (0/{len(records)})",
-        _percent([(record.parameters_after, record.parameters) for record in records]),
-        _percent([(record.flops_after or 0, record.flops or 0) for record in records]),
-        "" if is_full else _sites(records),
-    ]
+    sooner = f"{geometric_mean(reached):.2f}" if reached else "never"
+    return {
+        "accuracy %": mean_and_deviation([record.accuracy for record in records], 2),
+        "loss": mean_and_deviation([record.loss for record in records], 3),
+        "run faster": "1.00" if is_full else (f"{geometric_mean(later):.2f}" if later else "-"),
+        "the first time": "" if is_full else (f"{geometric_mean(first):.2f}" if first else "-"),
+        "to full's accuracy": f"{sooner} ({len(reached)}/{len(records)})",
+        "parameters": _percent([(record.parameters_after, record.parameters) for record in records]),
+        "FLOPs": _percent([(record.flops_after or 0, record.flops or 0) for record in records]),
+        "sites": "" if is_full else _sites(records),
+    }
 
 
 def faster(row: PaperRow, full: PaperRow | None) -> float | None:
@@ -104,14 +90,9 @@ def _sites(records: Sequence[RunRecord]) -> str:
 
 
 def with_block(readme: str, text: str) -> str:
-    """Return the README with the table in its place.
-
-    Raises:
-        RecipeError: The README has no place for it.
-    """
+    """Return the README with the table in its place; RecipeError if it has none."""
     block = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     if not block.search(readme):
-        raise RecipeError(
-            f"The README has no place for the table. Insert these two lines: {BEGIN.strip()} {END.strip()}"
-        )
+        lines = f"{BEGIN.strip()} {END.strip()}"
+        raise RecipeError(f"The README has no place for the table. Insert these two lines: {lines}")
     return block.sub(lambda _: f"{BEGIN}```\n{text}\n```{END}", readme)

@@ -8,16 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from digits_training import Batch
+from study_data import Batch
 from torch import Tensor, nn
 
 import tdfx
 from recipe import checkpoint
-from recipe.board import Board
-from recipe.run_state import RunState, unwrapped
+from recipe.plot import Board
+from recipe.run_state import DTYPES, RunProgress, RunState, unwrapped
 from recipe.schedule import rate_at, set_rate
 from recipe.score import Score, loss_of, score, to_device
-from recipe.switching import DTYPES
 
 
 class TrainingRun(RunState):
@@ -29,14 +28,9 @@ class TrainingRun(RunState):
     """Largest difference of outputs before and after the merge, relative to the largest output; None without a merge."""
 
     def train(self, echo: Callable[[str], None] = lambda line: None, most_steps: int | None = None) -> bool:
-        """Train to the end of all epochs, save as the settings say, and merge.
+        """Train to the end of all epochs, save as the settings say, and merge; ``echo`` gets the figures of each epoch.
 
-        Args:
-            echo: Called with the figures of each epoch.
-            most_steps: Steps after which to stop, as if the process had been killed; None for no limit.
-
-        Returns:
-            True if the training came to its end.
+        After ``most_steps`` steps it stops, as if the process had been killed. Return True if it came to its end.
         """
         board = Board(self.config.output.tensorboard if self.process.is_first else "")
         steps = 0
@@ -102,19 +96,17 @@ class TrainingRun(RunState):
             self._save()
 
     def _end_epoch(self, board: Board, echo: Callable[[str], None]) -> None:
-        """Score the model, start the next epoch, write the figures, and save."""
         held_out = self._score(self.average.module if self.average is not None else self.model)
         loss = self.progress.loss / self.data.steps
-        self.progress.epoch += 1
-        self.progress.step, self.progress.loss = 0, 0.0
-        epoch, epochs = self.progress.epoch, self.config.training.epochs
+        epoch = self.progress.epoch + 1
+        self.progress = RunProgress(epoch)
         figures = {"epoch": epoch, "training_loss": loss, **asdict(held_out), "seconds": self.phases.training}
         self.history.append(figures)
         rate = rate_at(epoch * self.data.steps - 1, self.data.steps, self.config.training)
         board.write(epoch, {**figures, "learning_rate": rate})
         echo(
-            f"{self.config.name}, epoch {epoch} of {epochs}: training loss {loss:.4f}, held out: loss {held_out.loss:.4f}, "
-            f"accuracy {held_out.accuracy:.2f} %, {self.phases.training:.1f} s"
+            f"{self.config.name}, epoch {epoch} of {self.config.training.epochs}: training loss {loss:.4f}, "
+            f"held out: loss {held_out.loss:.4f}, accuracy {held_out.accuracy:.2f} %, {self.phases.training:.1f} s"
         )
         if self.config.output.checkpoint:
             self._save()

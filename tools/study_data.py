@@ -1,9 +1,11 @@
-"""Training on scikit-learn's handwritten digits, as several benchmarks do it: batches, learning rate, and one step."""
+"""What several benchmarks train on, and how: scikit-learn's digits, Python's own sources, learning rate, and one step."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +16,14 @@ from tdfx.demo.run import BATCH, LEARNING_RATE, Digits, jitter
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and labels."""
+_MOST_BYTES = 4_000_000
+"""Most bytes of source that are read for each part."""
 
 
 def batches(digits: Digits, seed: int, *, drop_last: bool = True) -> Iterator[Batch]:
     """Yield batches endlessly; the seed determines their order and their jitter.
 
-    Args:
-        digits: The data set.
-        seed: Seed of the order and of the jitter.
-        drop_last: Whether to leave out the last, smaller batch of each epoch.
+    ``drop_last`` leaves out the last, smaller batch of each epoch.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(digits.train_x)
@@ -31,6 +32,25 @@ def batches(digits: Digits, seed: int, *, drop_last: bool = True) -> Iterator[Ba
         order = torch.randperm(count, generator=generator)
         for indices in torch.split(order[:used], BATCH):
             yield jitter(digits.train_x[indices], generator), digits.train_y[indices]
+
+
+def python_sources() -> tuple[Tensor, Tensor]:
+    """Return bytes (n,) to train on, and bytes of every twentieth file to hold out."""
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    training_files = [file for index, file in enumerate(files) if index % 20]
+    return _read_bytes(training_files), _read_bytes(files[::20])
+
+
+def _read_bytes(files: list[Path]) -> Tensor:
+    content = b"".join(file.read_bytes() for file in files)
+    return torch.frombuffer(bytearray(content[:_MOST_BYTES]), dtype=torch.uint8).long()
+
+
+def pieces(text: Tensor, count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return pieces (count, length) of a text from random positions, and for each byte the one after it."""
+    starts = torch.randint(len(text) - length, (count, 1), generator=generator)
+    windows = text[starts + torch.arange(length + 1)]
+    return windows[:, :-1], windows[:, 1:]
 
 
 def learning_rate(progress: float) -> float:
