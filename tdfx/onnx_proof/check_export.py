@@ -33,7 +33,14 @@ def check_export(
     accepted = default_tolerance(graph) if tolerance is None else tolerance
     error = _relative_error(path, graph, module, inputs)
     if axes:
-        error = max(error, _error_on_longer_inputs(path, graph, module, lengthen(inner, inputs, axes)))
+        longer = lengthen(inner, inputs, axes)
+        try:
+            error = max(error, _relative_error(path, graph, module, longer))
+        except InputError as refusal:
+            raise ExportError(
+                f"The model itself does not run with one more in each dynamic axis, {describe_inputs(longer)}: "
+                f"{refusal.__cause__}. Leave axes that have one size only out of dynamic_axes."
+            ) from refusal
     if not error <= accepted:
         raise ExportError(
             f"The exported {type(module).__name__} computes something else in ONNX Runtime: its outputs differ by "
@@ -67,16 +74,6 @@ def _check_interface(graph: Graph, module: nn.Module, inputs: ExampleInputs, axe
                 f"Axis {fixed[0]} of {name!r} should be dynamic, but the model fixes it at {shape[fixed[0]]}: its forward "
                 f"computes with that size as a constant. Leave it out of dynamic_axes."
             )
-
-
-def _error_on_longer_inputs(path: Path, graph: Graph, module: nn.Module, inputs: ExampleInputs) -> float:
-    try:
-        return _relative_error(path, graph, module, inputs)
-    except InputError as error:
-        raise ExportError(
-            f"The model itself does not run with one more in each dynamic axis, {describe_inputs(inputs)}: "
-            f"{error.__cause__}. Leave axes that have one size only out of dynamic_axes."
-        ) from error
 
 
 def _relative_error(path: Path, graph: Graph, module: nn.Module, inputs: ExampleInputs) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -26,40 +27,32 @@ def draw_difference(difference: Difference, model: Graph, reference: Graph) -> s
     """
     if difference.node is None and difference.other is None:
         return None
-    left, right = _draw_side(model, difference.node), _draw_side(reference, difference.other)
-    height = max(len(left), len(right))
-    left, right = ([*side, *[""] * (height - len(side))] for side in (left, right))
-    rows = zip(["in the model", *left], ["in the reference", *right], strict=True)
-    return "\n".join(f"{set_cell_size(_cut(line), WIDTH)}  {_cut(other)}".rstrip() for line, other in rows)
+    left = ["in the model", *_draw_side(model, difference.node)]
+    right = ["in the reference", *_draw_side(reference, difference.other)]
+    rows = itertools.zip_longest(map(_cut, left), map(_cut, right), fillvalue="")
+    return "\n".join(f"{set_cell_size(line, WIDTH)}  {other}".rstrip() for line, other in rows)
 
 
 def _draw_side(graph: Graph, index: int | None) -> list[str]:
     if index is None:
         return ["  (nothing)"]
     node = graph.nodes[index]
-    lines = [
-        f"  {'├' if position else '╭'} {position} ─ {_source(name, graph)}" for position, name in enumerate(node.inputs)
-    ]
+    lines = []
+    for position, name in enumerate(node.inputs):
+        source = describe_source(name, graph).removeprefix("output 0 of ").removesuffix(",")
+        lines.append(f"  {'├' if position else '╭'} {position} ─ {source}")
     lines.append(f"  ▶ {node}")
     lines += [f"  │   {attribute.name} {attribute.text}" for attribute in node.attributes]
-    return [*lines, *_draw_readers(graph, index)]
-
-
-def _draw_readers(graph: Graph, index: int) -> list[str]:
-    outputs = set(filter(None, graph.nodes[index].outputs))
+    outputs = set(filter(None, node.outputs))
     readers = [
-        f"{node}, argument {position}"
-        for node in graph.nodes
-        for position, name in enumerate(node.inputs)
+        f"{reader}, argument {position}"
+        for reader in graph.nodes
+        for position, name in enumerate(reader.inputs)
         if name in outputs
     ]
     readers += [f"output {port.name!r}" for port in graph.outputs if port.name in outputs]
-    lines = [f"  ╰▷ {reader}" for reader in readers[:_MAX_READERS]] or ["  ╰▷ nothing"]
+    lines += [f"  ╰▷ {reader}" for reader in readers[:_MAX_READERS] or ["nothing"]]
     return [*lines, *([f"     and {len(readers) - _MAX_READERS} more"] if len(readers) > _MAX_READERS else [])]
-
-
-def _source(name: str, graph: Graph) -> str:
-    return describe_source(name, graph).removeprefix("output 0 of ").removesuffix(",")
 
 
 def _cut(text: str) -> str:

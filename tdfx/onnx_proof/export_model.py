@@ -76,7 +76,9 @@ def export(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module to export.")
-    target = _check_path(path)
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ExportError(f"Cannot write {str(path)!r}. Name a file in a folder that exists and that you may write to.")
     check_tolerance(tolerance)
     names = _check_names(output_names)
     import onnx_ir
@@ -108,14 +110,6 @@ def export(
     _remove_old_weights(target, keep=weights)
     files = (target,) if weights is None else (target, weights)
     return ExportReport(files=files, size=sum(written.stat().st_size for written in files), **checks)
-
-
-def _check_path(path: str | Path) -> Path:
-    """Return the file that a path leads to, with links resolved."""
-    target = Path(os.path.realpath(path))
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise ExportError(f"Cannot write {str(path)!r}. Name a file in a folder that exists and that you may write to.")
-    return target
 
 
 def _check_names(names: Sequence[str] | None) -> tuple[str, ...] | None:

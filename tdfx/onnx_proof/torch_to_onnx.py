@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,7 @@ from torch.onnx import ONNXProgram
 
 from tdfx.errors import ExportError, InputError, first_line
 from tdfx.onnx_proof.factor_chains import METADATA_KEY, chains_of, to_metadata
-from tdfx.onnx_proof.module_inputs import (
-    Axes,
-    ExampleInputs,
-    Outputs,
-    call_arguments,
-    describe_inputs,
-    dynamic_shapes,
-)
+from tdfx.onnx_proof.module_inputs import Axes, ExampleInputs, Outputs, call_arguments, describe_inputs, dynamic_shapes
 from tdfx.wrappers.compiled import is_wrapped
 
 if TYPE_CHECKING:
@@ -55,12 +48,21 @@ def export_module(module: nn.Module, inputs: ExampleInputs, path: Path, settings
 
 
 def build_program(module: nn.Module, inputs: ExampleInputs, settings: Settings | None = None) -> ONNXProgram:
-    """Return ``module``, in eval mode, as an ONNX model that shares its weights; errors as for ``export_module``."""
+    """Return ``module``, in eval mode, as an ONNX model that shares its weights; errors as for ``export_module``.
+
+    The exporter's messages about its own internals are hidden, for other threads of the process too.
+    """
     module, settings = without_wrappers(module), settings or Settings()
     arguments, named = call_arguments(module, inputs)
     shapes = dynamic_shapes(module, inputs, settings.dynamic_axes)
+    output = io.StringIO()
     try:
-        with eval_mode(module), _quiet():
+        with (
+            eval_mode(module),
+            warnings.catch_warnings(action="ignore"),
+            redirect_stdout(output),
+            redirect_stderr(output),
+        ):
             program = torch.onnx.export(
                 module,
                 arguments,
@@ -74,14 +76,15 @@ def build_program(module: nn.Module, inputs: ExampleInputs, settings: Settings |
             )
     except Exception as error:
         run_module(module, inputs)  # raises InputError if the inputs are the cause
-        cause = _innermost_cause(error)
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter's own message only advises on debugging
+            cause = cause.__cause__
         raise ExportError(
             f"torch.onnx cannot export {type(module).__name__}: {type(cause).__name__}: {first_line(cause)}. "
             f"Make the model exportable, or verify its exportable parts one by one."
         ) from error
     assert program is not None
-    chains = chains_of(module)
-    if chains:
+    if chains := chains_of(module):
         program.model.metadata_props[METADATA_KEY] = to_metadata(chains)
     return program
 
@@ -116,7 +119,7 @@ def without_wrappers(module: nn.Module) -> nn.Module:
     return module
 
 
-@contextlib.contextmanager
+@contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put ``module`` into eval mode, and each submodule back into its own mode afterwards."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
@@ -129,28 +132,6 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
                 submodule.train(training)
         for submodule, training in modes:  # train() also changes the children, so set all flags once more
             submodule.training = training
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the exporter's messages about its own internals; exceptions pass.
-
-    During the export this holds for the whole process, and so for other threads too.
-    """
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _innermost_cause(error: BaseException) -> BaseException:
-    """Return the error that started a chain of errors: the exporter's own message only advises on debugging."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _conv3d(

@@ -64,30 +64,23 @@ def verify(
     (True, 1, 0.0)
 
     """
-    _check_models(model, reference)
+    for role, value in (("model", model), ("reference", reference)):
+        if not isinstance(value, (nn.Module, str, Path)):
+            raise ModelError(f"{role} is a {type(value).__name__}: pass an nn.Module or the path of an .onnx file.")
     inputs = _check_inputs(example_inputs, needed=isinstance(model, nn.Module) or isinstance(reference, nn.Module))
     check_tolerance(tolerance)
     with tempfile.TemporaryDirectory(prefix="tdfx-verify-") as folder:
         path = _to_file(model, inputs, dynamic_axes, Path(folder, "model.onnx"))
-        if reference is model:  # no need to export it twice
-            reference_path = path
-        else:
-            reference_path = _to_file(reference, inputs, dynamic_axes, Path(folder, "reference.onnx"))
-        return _compare((path, reference_path), inputs, tolerance)
+        other = (
+            path if reference is model else _to_file(reference, inputs, dynamic_axes, Path(folder, "reference.onnx"))
+        )
+        return _compare((path, other), inputs, tolerance)
 
 
 def check_tolerance(tolerance: float | None) -> None:
     """Raise InputError unless this is a relative error, or None."""
     if tolerance is not None and not 0.0 <= tolerance < math.inf:
         raise InputError(f"tolerance={tolerance!r} is not a relative error: pass a number such as 1e-5, or None.")
-
-
-def _check_models(model: object, reference: object) -> None:
-    for role, value in (("model", model), ("reference", reference)):
-        if not isinstance(value, (nn.Module, str, Path)):
-            raise ModelError(
-                f"{role} is a {type(value).__name__}: verify takes an nn.Module or the path of an .onnx file."
-            )
 
 
 def _check_inputs(inputs: object, needed: bool) -> ExampleInputs | None:
@@ -117,23 +110,21 @@ def _to_file(model: Model, inputs: ExampleInputs | None, axes: Axes | None, path
 
 def _compare(paths: tuple[Path, Path], inputs: ExampleInputs | None, tolerance: float | None) -> VerifyReport:
     from tdfx.onnx_proof.compare_graphs import compare_factorized
-    from tdfx.onnx_proof.compare_outputs import compare_numbers, default_tolerance
-    from tdfx.onnx_proof.compare_weights import weight_difference
+    from tdfx.onnx_proof.compare_outputs import compare_numbers, default_tolerance, weight_difference
     from tdfx.onnx_proof.draw_difference import draw_difference
     from tdfx.onnx_proof.onnx_file import read_file
 
     start = time.perf_counter()
     (proto, graph), (reference_proto, reference_graph) = (read_file(path) for path in paths)
     result = compare_factorized(graph, reference_graph)
-    comparison = result.comparison
+    structure, interface, first = result.comparison.structure, result.comparison.interface, result.comparison.first
     numbers = compare_numbers(paths, (graph, reference_graph), inputs)
     accepted = default_tolerance(graph) if tolerance is None else tolerance
-    differ = numbers.problem is None and not numbers.max_error <= accepted
-    explain = differ and not result.chains
+    explain = numbers.problem is None and not numbers.max_error <= accepted and not result.chains
     return VerifyReport(
-        structure=None if comparison.structure is None else comparison.structure.text,
-        interface=None if comparison.interface is None else comparison.interface.text,
-        place=None if comparison.first is None else draw_difference(comparison.first, *result.graphs),
+        structure=structure and structure.text,
+        interface=interface and interface.text,
+        place=first and draw_difference(first, *result.graphs),
         max_error=numbers.max_error,
         tolerance=accepted,
         problem=numbers.problem,
@@ -142,6 +133,6 @@ def _compare(paths: tuple[Path, Path], inputs: ExampleInputs | None, tolerance: 
         nodes=len(graph.nodes),
         contracted=result.contracted,
         approximate=sum(not chain.exact for chain in result.chains),
-        settled_by=comparison.settled_by,
+        settled_by=result.comparison.settled_by,
         seconds=time.perf_counter() - start,
     )

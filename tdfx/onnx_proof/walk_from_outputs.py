@@ -63,38 +63,32 @@ def walk(model: Graph, reference: Graph) -> Walk:
     waiting = [
         _Pair(output.name, other.name, consumer) for output, other in zip(model.outputs, reference.outputs, strict=True)
     ]
-    while waiting and state.conflict is None:
+    while waiting:
         pair = waiting.pop()
         if state.values.get(pair.value) == pair.other:
             continue
         reason = _contradiction(state, pair.value, pair.other)
         if reason is not None:
             state.conflict = Difference(f"{pair.consumer.text}: {reason}", pair.consumer.node, pair.consumer.other)
-        else:
-            waiting.extend(_join_producers(state, pair.value, pair.other))
+            break
+        waiting.extend(_join_producers(state, pair.value, pair.other))
     return state
 
 
 def _contradiction(state: Walk, value: str, other: str) -> str | None:
     """Return why two values cannot be partners, or None."""
+    if value in state.values:
+        return f"{value!r} is used in two places that read {state.values[value]!r} and {other!r} in the reference"
+    if other in state.partners:
+        return f"{value!r} and {state.partners[other]!r} stand where the reference reads {other!r} twice"
     kind, key, slot = state.model.sources[value]
     other_kind, other_key, other_slot = state.reference.sources[other]
-    if value in state.values or other in state.partners:
-        return _second_partner(state, value, other)
     if kind != other_kind or slot != other_slot:
         return f"{value!r} comes from another kind of place than {other!r} in the reference"
     if kind != "node":
         return None if key == other_key else f"{value!r} stands where the reference has {other!r}"
     node, counterpart = state.model.nodes[int(key)], state.reference.nodes[int(other_key)]
     return None if node.label == counterpart.label else f"{node} stands where the reference has {counterpart}"
-
-
-def _second_partner(state: Walk, value: str, other: str) -> str:
-    """Describe two values of which at least one has another partner already."""
-    partner = state.values.get(value)
-    if partner is not None:
-        return f"{value!r} is used in two places that read {partner!r} and {other!r} in the reference"
-    return f"{value!r} and {state.partners.get(other)!r} stand where the reference reads {other!r} twice"
 
 
 def _join_producers(state: Walk, value: str, other: str) -> list[_Pair]:
