@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from tdfx.checkpoint.record import Record, dense_names
 from tdfx.errors import CheckpointError
@@ -66,12 +66,11 @@ def load_masters(
             f"were passed: {name!r} has a master only {where}. Pass masters= for the same parameters as to tdfx.save."
         )
     parameters = dict(loaded.named_parameters())
-    return {
-        name: nn.Parameter(
-            torch.empty_like(value, device=parameters[name].device).copy_(value), parameters[name].requires_grad
-        )
-        for name, value in saved.items()
-    }
+
+    def master(value: Tensor, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(torch.empty_like(value, device=parameter.device).copy_(value), parameter.requires_grad)
+
+    return {name: master(value, parameters[name]) for name, value in saved.items()}
 
 
 def prepare_optimizers(
@@ -116,7 +115,7 @@ def prepare_optimizers(
         states: dict[Tensor, dict[str, Any]] = {}
         for number, (group, saved_group) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
             parameters = _match_group(group, saved_group, dense, loaded, dense_of, f"Group {number} of {name}")
-            update.groups.append((group, parameters, tree_map(_clone, saved_group["settings"])))
+            update.groups.append((group, parameters, tree_map_only(Tensor, Tensor.clone, saved_group["settings"])))
             for parameter, state in zip(parameters, saved_group["state"], strict=True):
                 if state:
                     states[parameter] = _state_like(state, parameter, saved_group["settings"])
@@ -158,20 +157,12 @@ def _match_group(
     return [next(remaining) if name is None else loaded[name] for name in saved_group["names"]]
 
 
-def _clone(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
 def _state_like(state: dict[str, Any], parameter: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a parameter's state on its device; a step count stays on the CPU where torch keeps it there."""
-    step_on_device = bool(settings.get("capturable") or settings.get("fused"))
+    step_on_device = settings.get("capturable") or settings.get("fused")
 
     def move(key: str, value: Any) -> Any:
         device = torch.device("cpu") if key == "step" and not step_on_device else parameter.device
-
-        def copy(leaf: Any) -> Any:
-            return torch.empty_like(leaf, device=device).copy_(leaf) if isinstance(leaf, Tensor) else leaf
-
-        return tree_map(copy, value)
+        return tree_map_only(Tensor, lambda leaf: torch.empty_like(leaf, device=device).copy_(leaf), value)
 
     return {key: move(key, value) for key, value in state.items()}

@@ -113,7 +113,7 @@ def _like_parameter(old: Tensor, values: Tensor, requires_grad: bool) -> nn.Para
 def _replace_tensors(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
     """Replace every parameter and buffer by ``make(name, tensor)``, called once for a tensor that is held several times."""
     replaced: dict[int, tuple[Tensor, Tensor]] = {}
-    for path, owner in list(model.named_modules(remove_duplicate=True)):
+    for path, owner in list(model.named_modules()):
         for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
             if tensor is None:
                 continue
@@ -121,21 +121,19 @@ def _replace_tensors(model: nn.Module, make: Callable[[str, Tensor], Tensor]) ->
                 replaced[id(tensor)] = (tensor, make(f"{path}.{name}" if path else name, tensor))
             new = replaced[id(tensor)][1]
             if new is not tensor:
-                # By assignment, because recurrent layers keep a list of their own.
-                setattr(owner, name, new)
+                setattr(owner, name, new)  # by assignment, because recurrent layers keep a list of their own
 
 
 def _rewrite_as_saved(model: nn.Module, record: Record) -> nn.Module:
     """Rewrite the dense model as the saved model was rewritten, with empty factors."""
     try:
         for rewrite in record["rewrites"]:
-            path = rewrite["path"]
-            rewritten = _rewrite_module(model.get_submodule(path), rewrite)
-            if not path:
+            owner, _, name = rewrite["path"].rpartition(".")
+            rewritten = _rewrite_module(model.get_submodule(rewrite["path"]), rewrite)
+            if name:
+                model.get_submodule(owner)._modules[name] = rewritten
+            else:
                 model = rewritten
-                continue
-            owner, _, name = path.rpartition(".")
-            model.get_submodule(owner)._modules[name] = rewritten
     except (TdfxError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"The checkpoint is of a {record['model']} whose rewrite does not fit this {type(model).__name__}: {error} "
@@ -183,16 +181,17 @@ def _check_tensors(model: nn.Module, record: Record) -> None:
     """Raise CheckpointError unless the model has the tensors of the checkpoint, in the same shapes."""
     saved, tensors = record["tensors"], model.state_dict()
     advice = "Pass a build_model that returns the dense model of the run that was saved."
-    if missing := [name for name in tensors if name not in saved]:
-        raise CheckpointError(
-            f"The checkpoint is of another model ({record['model']}): it lacks {len(missing)} tensors of this "
-            f"{type(model).__name__}, {missing[0]!r} first. Nearest: {nearest(missing[0], saved)}. {advice}"
-        )
-    if extra := [name for name in saved if name not in tensors]:
-        raise CheckpointError(
-            f"The checkpoint is of another model ({record['model']}): it has {len(extra)} tensors that this "
-            f"{type(model).__name__} lacks, {extra[0]!r} first. Nearest: {nearest(extra[0], tensors)}. {advice}"
-        )
+    sides = (
+        (tensors, saved, "lacks {} tensors of this {}"),
+        (saved, tensors, "has {} tensors that this {} lacks"),
+    )
+    for names, others, text in sides:
+        if different := [name for name in names if name not in others]:
+            raise CheckpointError(
+                f"The checkpoint is of another model ({record['model']}): it "
+                f"{text.format(len(different), type(model).__name__)}, {different[0]!r} first. "
+                f"Nearest: {nearest(different[0], others)}. {advice}"
+            )
     for name, tensor in tensors.items():
         value = saved[name]
         if not isinstance(tensor, Tensor) or isinstance(tensor, UninitializedParameter | UninitializedBuffer):

@@ -99,13 +99,10 @@ def _check_seal(file: BinaryIO, path: str) -> None:
             f"tdfx.load."
         )
     file.seek(0)
-    crc = 0
-    left = size - _SEAL.size
-    while left > 0:
-        chunk = file.read(min(_CHUNK, left))
-        crc = zlib.crc32(chunk, crc)
-        left -= len(chunk)
-    if length != size - _SEAL.size or crc != sealed_crc:
+    content_size, crc = size - _SEAL.size, 0
+    for start in range(0, content_size, _CHUNK):
+        crc = zlib.crc32(file.read(min(_CHUNK, content_size - start)), crc)
+    if length != content_size or crc != sealed_crc:
         raise CheckpointError(
             f"The checkpoint {path!r} is damaged: its {size} bytes are not those that were written. Use an earlier "
             f"checkpoint, or copy the file again."

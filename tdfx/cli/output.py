@@ -1,4 +1,4 @@
-"""Where a command's results go: the terminal, a pipe, and files."""
+"""Where a command's results go: the terminal, a pipe, files, and the exit code."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from tdfx.plans.table import render_plain
 
 STDOUT = Path("-")
 """The file name that means the standard output."""
+
+FAILED, STOPPED, INTERRUPTED = 1, 2, 130
+"""Exit codes: the proof failed; the command could not be carried out; the user pressed Ctrl-C, as shells number it."""
 
 
 def show(view: Callable[[int | None], Group]) -> None:
