@@ -32,9 +32,7 @@ def demo_view(result: DemoResult, width: int | None = None) -> Group:
 
 def _lines(result: DemoResult) -> list[str]:
     verdict = "the same graph as the original" if result.report.ok else f"FAILED: {result.report}"
-    numbers = (
-        "agrees with the factorized model" if result.numbers.numbers_match else "DIFFERS from the factorized model"
-    )
+    numbers = f"{'agrees with' if result.numbers.numbers_match else 'DIFFERS from'} the factorized model"
     return [
         f"tdfx trained {result.speedup:.2f}x faster in all; {len(result.plan.factorized)} of {len(result.plan)} sites "
         f"factorized after epoch {result.switch_epoch} of {result.epochs}",

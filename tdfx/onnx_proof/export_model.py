@@ -85,10 +85,10 @@ def export(
 
     from tdfx.onnx_proof.check_export import check_export
     from tdfx.onnx_proof.module_inputs import as_example_inputs
-    from tdfx.onnx_proof.torch_to_onnx import Settings, build_program
+    from tdfx.onnx_proof.torch_to_onnx import build_program
 
     inputs = as_example_inputs(example_inputs)
-    program = build_program(model, inputs, Settings(dynamic_axes=dynamic_axes, output_names=names, optimize=optimize))
+    program = build_program(model, inputs, dynamic_axes, names, optimize)
     weights = _external_file(program, target)
     try:
         with contextlib.ExitStack() as on_failure:

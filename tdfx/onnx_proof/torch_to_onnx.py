@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir
@@ -26,35 +25,30 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How to export a module."""
-
-    dynamic_axes: Axes | None = None
-    output_names: tuple[str, ...] | None = None
-    optimize: bool = False
-    """False keeps the graph as the model is written. The exporter's optimizer folds weights into constants, so that equal
-    models with unequal weights no longer have equal graphs."""
+def export_module(module: nn.Module, inputs: ExampleInputs, path: Path, dynamic_axes: Axes | None = None) -> None:
+    """Write ``module``, in eval mode, to ``path``, with its weights in a file beside it; errors as for ``build_program``."""
+    onnx_ir.save(build_program(module, inputs, dynamic_axes).model, path, external_data=f"{path.name}.data")
 
 
-def export_module(module: nn.Module, inputs: ExampleInputs, path: Path, settings: Settings | None = None) -> None:
-    """Write ``module``, in eval mode, to ``path``, with its weights in a file beside it.
+def build_program(
+    module: nn.Module,
+    inputs: ExampleInputs,
+    dynamic_axes: Axes | None = None,
+    output_names: tuple[str, ...] | None = None,
+    optimize: bool = False,
+) -> ONNXProgram:
+    """Return ``module``, in eval mode, as an ONNX model that shares its weights.
+
+    The exporter's messages about its own internals are hidden, for other threads of the process too. Its optimizer folds
+    weights into constants, so that equal models with unequal weights no longer have equal graphs; it is off by default.
 
     Raises:
         InputError: The module does not accept the inputs, or has no such axes.
         ExportError: The exporter cannot export it.
     """
-    onnx_ir.save(build_program(module, inputs, settings).model, path, external_data=f"{path.name}.data")
-
-
-def build_program(module: nn.Module, inputs: ExampleInputs, settings: Settings | None = None) -> ONNXProgram:
-    """Return ``module``, in eval mode, as an ONNX model that shares its weights; errors as for ``export_module``.
-
-    The exporter's messages about its own internals are hidden, for other threads of the process too.
-    """
-    module, settings = without_wrappers(module), settings or Settings()
+    module = without_wrappers(module)
     arguments, named = call_arguments(module, inputs)
-    shapes = dynamic_shapes(module, inputs, settings.dynamic_axes)
+    shapes = dynamic_shapes(module, inputs, dynamic_axes)
     output = io.StringIO()
     try:
         with (
@@ -68,10 +62,10 @@ def build_program(module: nn.Module, inputs: ExampleInputs, settings: Settings |
                 arguments,
                 kwargs=named,
                 dynamo=True,
-                optimize=settings.optimize,
+                optimize=optimize,
                 verbose=False,
                 dynamic_shapes=shapes,
-                output_names=settings.output_names,
+                output_names=output_names,
                 custom_translation_table={torch.ops.aten.conv3d.default: _conv3d},
             )
     except Exception as error:

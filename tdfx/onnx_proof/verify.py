@@ -101,10 +101,10 @@ def _to_file(model: Model, inputs: ExampleInputs | None, axes: Axes | None, path
     """Return the ONNX file of ``model``: its own, or ``path`` after an export."""
     if not isinstance(model, nn.Module):
         return Path(model)
-    from tdfx.onnx_proof.torch_to_onnx import Settings, export_module
+    from tdfx.onnx_proof.torch_to_onnx import export_module
 
     assert inputs is not None
-    export_module(model, inputs, path, Settings(dynamic_axes=axes))
+    export_module(model, inputs, path, axes)
     return path
 
 

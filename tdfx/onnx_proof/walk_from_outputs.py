@@ -6,8 +6,8 @@ contradiction on the way therefore proves that the graphs do not match. Only nod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from tdfx.onnx_proof.first_difference import Difference
 
@@ -15,20 +15,8 @@ if TYPE_CHECKING:
     from tdfx.onnx_proof.graph import Graph
 
 
-class _Consumer(NamedTuple):
-    """What reads the two values that must be partners."""
-
-    text: str
-    node: int | None = None
-    other: int | None = None
-
-
-class _Pair(NamedTuple):
-    """Two values that must be partners."""
-
-    value: str
-    other: str
-    consumer: _Consumer
+_Pair = tuple[str, str, Difference]
+"""Two values that must be partners, and what reads them."""
 
 
 @dataclass(slots=True)
@@ -59,19 +47,17 @@ class Walk:
 def walk(model: Graph, reference: Graph) -> Walk:
     """Pair the values of two graphs with equally many outputs, starting from the outputs."""
     state = Walk(model, reference)
-    consumer = _Consumer("the graph's outputs")
-    waiting = [
-        _Pair(output.name, other.name, consumer) for output, other in zip(model.outputs, reference.outputs, strict=True)
-    ]
+    ports = zip(model.outputs, reference.outputs, strict=True)
+    waiting = [(output.name, other.name, Difference("the graph's outputs")) for output, other in ports]
     while waiting:
-        pair = waiting.pop()
-        if state.values.get(pair.value) == pair.other:
+        value, counterpart, consumer = waiting.pop()
+        if state.values.get(value) == counterpart:
             continue
-        reason = _contradiction(state, pair.value, pair.other)
+        reason = _contradiction(state, value, counterpart)
         if reason is not None:
-            state.conflict = Difference(f"{pair.consumer.text}: {reason}", pair.consumer.node, pair.consumer.other)
+            state.conflict = replace(consumer, text=f"{consumer.text}: {reason}")
             break
-        waiting.extend(_join_producers(state, pair.value, pair.other))
+        waiting.extend(_join_producers(state, value, counterpart))
     return state
 
 
@@ -103,7 +89,7 @@ def _join_producers(state: Walk, value: str, other: str) -> list[_Pair]:
     for output, other_output in zip(node.outputs, counterpart.outputs, strict=True):
         state.join(output, other_output)  # all at once, so that two nodes can never share one partner
     return [
-        _Pair(argument, other_argument, _Consumer(f"argument {position} of node {node}", index, partner))
+        (argument, other_argument, Difference(f"argument {position} of node {node}", index, partner))
         for position, (argument, other_argument) in enumerate(zip(node.inputs, counterpart.inputs, strict=True))
         if argument  # the labels of the nodes are equal, so both leave out the same arguments
     ]

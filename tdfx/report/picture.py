@@ -101,27 +101,19 @@ def write_plot(view: ModelView, path: str | os.PathLike[str]) -> None:
                     pages.savefig(figure)
         else:
             (figure,) = figures
-            figure.savefig(data, format=kind, dpi=_dpi(figure), metadata={"Date": None} if kind == "svg" else None)
+            dpi = min(130.0, 12_000 / figure.get_figheight())  # some programs refuse to open very tall pictures
+            figure.savefig(data, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     write_report(path, data.getvalue())
 
 
 def _import(module: str) -> ModuleType:
-    """Return a module of matplotlib.
-
-    Raises:
-        ReportError: matplotlib is not installed.
-    """
+    """Return a module of matplotlib, or raise ReportError if that is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ReportError(
             f"A picture needs matplotlib, which cannot be imported ({error}). Install it with pip install 'tdfx[report]'."
         ) from error
-
-
-def _dpi(figure: Figure) -> float:
-    """Return dots per inch: fewer for tall pictures, which some programs refuse to open otherwise."""
-    return min(130.0, 12_000 / figure.get_figheight())
 
 
 def _figures(view: ModelView, *, paged: bool) -> Iterator[Figure]:
@@ -139,13 +131,8 @@ def _figure(view: ModelView, numbered: Sequence[tuple[int, SitePlan]], columns: 
     width, height = _PANEL[0] * columns, _PANEL[1] * rows + totals_height + 0.75
     layout = _import("matplotlib.layout_engine").ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05)
     figure: Figure = _import("matplotlib.figure").Figure(figsize=(width, height), layout=layout)
-    figure.suptitle(
-        f"{view.plan.model or 'model'}: {len(view.plan.factorized)} of {len(view.plan)} sites factorized",
-        fontsize=12,
-        color=_INK,
-        x=0.02,
-        ha="left",
-    )
+    title = f"{view.plan.model or 'model'}: {len(view.plan.factorized)} of {len(view.plan)} sites factorized"
+    figure.suptitle(title, fontsize=12, color=_INK, x=0.02, ha="left")
     top, bottom = _divide(figure, totals_height, _PANEL[1] * rows)
     if top is not None:
         _draw_totals(top, view.plan)
@@ -211,9 +198,7 @@ def _draw_bars(axes: Axes, pairs: Sequence[tuple[float, float]], title: str, uni
     axes.set_xlim(0.3, len(pairs) + 0.7)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=12, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=4))
-    axes.yaxis.set_major_formatter(
-        ticker.FuncFormatter(lambda value, _: short_number(value) if value >= 100 else f"{value:g}")
-    )
+    axes.yaxis.set_major_formatter(lambda value, _: short_number(value) if value >= 100 else f"{value:g}")
     axes.set_ylabel(unit, fontsize=7.5, color=_SOFT)
     axes.set_xlabel("site, as numbered below", fontsize=7.5, color=_SOFT)
 
@@ -243,11 +228,9 @@ def _draw_spectrum(axes: Axes, number: int, site: SitePlan, curves: Sequence[Spe
     last.set_horizontalalignment("right")
     axes.minorticks_off()
     ranks = "/".join(str(curve.rank) for curve in curves) if curves[0].rank is not None else "kept"
-    name = fold(site.name or "(root)", _MAX_LETTERS)
+    title = f"{number} · {fold(site.name or '(root)', _MAX_LETTERS)}\n{ranks}"
     # A name may contain dollar signs, which matplotlib would read as mathematics.
-    axes.set_title(
-        f"{number} · {name}\n{ranks}", fontsize=6.5, color=_SOFT if kept else _INK, loc="left", parse_math=False
-    )
+    axes.set_title(title, fontsize=6.5, color=_SOFT if kept else _INK, loc="left", parse_math=False)
 
 
 def _soften(axes: Axes) -> None:
