@@ -39,17 +39,9 @@ class OptimizerUpdate:
 def load_masters(
     masters: Masters, record: Record, dense: nn.Module, loaded: nn.Module, *, needed: bool
 ) -> dict[str, nn.Parameter]:
-    """Return the masters of the loaded model with their saved values; the masters passed in are left as they are.
+    """Return name of a parameter of the loaded model -> its master with the saved values; ``masters`` are left as they are.
 
-    Args:
-        masters: The masters of the dense model's parameters.
-        record: The checkpoint.
-        dense: The model that was passed in.
-        loaded: The model that was loaded.
-        needed: False where only the model is loaded: then saved masters are ignored.
-
-    Returns:
-        Name of a parameter of the loaded model -> its master.
+    Where they are not ``needed``, since only the model is loaded, saved masters are ignored.
 
     Raises:
         CheckpointError: Other parameters had masters when the checkpoint was saved.
@@ -80,14 +72,10 @@ def prepare_optimizers(
     loaded: Mapping[str, Tensor],
     dense_of: Mapping[str, str],
 ) -> OptimizerUpdate:
-    """Work out what the optimizers will hold, without changing them.
+    """Work out what the optimizers will hold, without changing them; if there are none, the saved ones are ignored.
 
-    Args:
-        optimizers: The optimizers of the dense model; if there are none, the saved ones are ignored.
-        record: The checkpoint.
-        dense: Name -> what the optimizers train of the dense model: its parameters, or their masters.
-        loaded: The same for the loaded model.
-        dense_of: Name of a factor's parameter in the loaded model -> name of the dense parameter.
+    ``dense`` and ``loaded`` have, by name, what the optimizers train of both models: parameters, or their masters.
+    ``dense_of`` has the name of the dense parameter for each parameter of a factor.
 
     Raises:
         CheckpointError: The optimizers differ from the saved ones in number, class or groups.

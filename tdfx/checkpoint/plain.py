@@ -14,12 +14,8 @@ from tdfx.errors import CheckpointError
 def as_plain(value: Any, where: str) -> Any:
     """Return a copy of nested containers; tensors are detached and share memory with the originals.
 
-    Args:
-        value: Numbers, text, bytes, tensors, and lists, tuples, sets and dicts of these.
-        where: What the value is, for the error message.
-
     Raises:
-        CheckpointError: The value holds an object that cannot be loaded without running code.
+        CheckpointError: The value, described by ``where``, holds an object that cannot be loaded without running code.
     """
     if value is None or isinstance(value, bool | bytes | bytearray | torch.dtype | torch.device | torch.Size):
         return value

@@ -128,11 +128,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_record(record: Any) -> Record:
-    """Return a record after checking that it has all its fields.
-
-    Raises:
-        CheckpointError: It is not a record, or a newer tdfx made it.
-    """
+    """Return a record, or raise CheckpointError if it lacks a field or a newer tdfx made it."""
     version = record.get("format") if isinstance(record, dict) else None
     if type(version) is not int or "rewrites" not in record:
         raise CheckpointError(

@@ -46,11 +46,7 @@ class _SealingWriter:
 
 
 def write_sealed(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a record to a file, which appears complete or not at all.
-
-    Raises:
-        CheckpointError: The folder is missing or cannot be written to, or the disk is full.
-    """
+    """Write a record to a file, which appears complete or not at all; raise CheckpointError if that fails."""
     try:
         with atomic_writer(path) as file:
             writer = _SealingWriter(file)
@@ -67,8 +63,7 @@ def write_sealed(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
 def read_sealed(path: str | os.PathLike[str]) -> Any:
     """Return the record in a file, with its tensors on the CPU.
 
-    Raises:
-        CheckpointError: There is no such file, tdfx did not write it, or it is damaged.
+    Raises CheckpointError if there is no such file, tdfx did not write it, or it is damaged.
     """
     try:
         with Path(path).open("rb") as file:

@@ -23,10 +23,8 @@ FAILED, STOPPED, INTERRUPTED = 1, 2, 130
 def show(view: Callable[[int | None], Group]) -> None:
     """Print a view: on a terminal in colour and as wide as it is, in a pipe in plain text of any width.
 
-    ``FORCE_COLOR`` asks for colour in a pipe too, cut to ``COLUMNS`` if that is set; ``NO_COLOR`` turns colour off.
-
-    Args:
-        view: Takes the number of columns, or None for any number, and returns what to print.
+    ``view`` takes the number of columns, or None for any number. ``FORCE_COLOR`` asks for colour in a pipe too, cut to
+    ``COLUMNS`` if that is set; ``NO_COLOR`` turns colour off.
     """
     console = Console(highlight=False)
     if not console.is_terminal:

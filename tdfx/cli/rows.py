@@ -34,15 +34,10 @@ _WHY_UNKNOWN = {
 
 
 def select(plan: Plan, filters: Sequence[str], key: str) -> tuple[SitePlan, ...]:
-    """Return the sites to show, in the order in which to show them.
-
-    Args:
-        plan: The plan.
-        filters: ``factorized``, ``kept``, reasons, or globs over names; a site must meet all of them.
-        key: What ``ordered`` takes.
+    """Return the sites that meet all filters, in the order of ``key``: see FILTERS and SORTS.
 
     Raises:
-        TdfxError: A glob matches no site.
+        TdfxError: A glob matches no site, or the quantity to sort by is not known for any.
     """
     names = [site.name for site in plan]
     for condition in filters:
@@ -62,11 +57,7 @@ def _meets(site: SitePlan, condition: str) -> bool:
 
 
 def ordered(sites: Sequence[SitePlan], key: str) -> tuple[SitePlan, ...]:
-    """Return the sites in the model's order, by name, or by a quantity: the largest first, those without it last.
-
-    Raises:
-        TdfxError: The quantity is not known for any site.
-    """
+    """Return the sites in the model's order, by name, or by a quantity: the largest first, those without it last."""
     if key == "order":
         return tuple(sites)
     if key == "name":

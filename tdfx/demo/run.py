@@ -111,11 +111,7 @@ class DemoResult:
 
 
 def load_digits() -> Digits:
-    """Return the digits, shuffled with a fixed seed, for training and testing.
-
-    Raises:
-        TdfxError: scikit-learn is not installed.
-    """
+    """Return the digits, shuffled with a fixed seed; raise TdfxError if scikit-learn is not installed."""
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:

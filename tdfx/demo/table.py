@@ -12,12 +12,7 @@ from tdfx.text import short_number
 
 
 def demo_view(result: DemoResult, width: int | None = None) -> Group:
-    """Return the plan, both runs side by side, and the proof.
-
-    Args:
-        result: What ``run_demo`` returned.
-        width: Number of columns; None for any number.
-    """
+    """Return the plan, both runs side by side, and the proof, for a number of columns or any."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     for name in ("full", "tdfx", "merged"):

@@ -36,12 +36,9 @@ def transposes_weight(node: Node) -> bool:
 
 
 def geometry_of(nodes: Sequence[Node], graph: Graph, transposed: Sequence[bool] = ()) -> tuple[Attribute, ...]:
-    """Return the attributes of the one node that would do what the nodes do, sorted by name.
+    """Return the attributes of the one node that would do what successive nodes of a graph do, sorted by name.
 
-    Args:
-        nodes: The nodes that the data goes through, in their order.
-        graph: The graph that they belong to.
-        transposed: For linear maps, whether weights are transposed before the product; each answer once.
+    For linear maps, ``transposed`` says whether weights are transposed before the product; each answer once.
     """
     convolutions = [node for node in nodes if node.op in CONVOLUTIONS]
     if convolutions:

@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 def check_export(
     path: Path, module: nn.Module, inputs: ExampleInputs, axes: Axes | None, tolerance: float | None
 ) -> dict[str, Any]:
-    """Return the fields of an ``ExportReport`` that describe the file.
-
-    Raises:
-        ExportError: The file does not compute what the module does.
-    """
+    """Return the fields of an ``ExportReport`` about the file, or raise ExportError if it computes something else."""
     _, graph = read_file(path)
     inner = without_wrappers(module)
     _check_interface(graph, inner, inputs, axes)

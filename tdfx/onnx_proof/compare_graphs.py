@@ -64,22 +64,12 @@ class FactorizedComparison:
 
 
 def compare_models(model: ModelProto, reference: ModelProto) -> Comparison:
-    """Compare two ONNX models whose tensors are in memory.
-
-    Raises:
-        ExportError: One of them is not a valid graph.
-    """
+    """Compare two ONNX models whose tensors are in memory; raise ExportError if one is not a valid graph."""
     return compare_graphs(read_graph(model), read_graph(reference))
 
 
 def compare_graphs(model: Graph, reference: Graph, output_names: bool = True) -> Comparison:
-    """Compare two graphs: inputs, stored tensors, nodes, outputs.
-
-    Args:
-        model: One graph.
-        reference: The other.
-        output_names: False to ignore the names of outputs, where the exporter made them up by numbering.
-    """
+    """Compare two graphs: inputs, stored tensors, nodes, outputs, and the names of outputs unless they are made up."""
     structure, settled_by = _compare_structure(model, reference)
     inputs, outputs = input_difference(model, reference), output_difference(model, reference, output_names)
     return Comparison(structure, settled_by, inputs, outputs)

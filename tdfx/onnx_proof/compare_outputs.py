@@ -69,8 +69,7 @@ def default_tolerance(graph: Graph) -> float:
 def compare_numbers(paths: tuple[Path, Path], graphs: tuple[Graph, Graph], inputs: ExampleInputs | None) -> Numbers:
     """Run both files on ``inputs``, or on random ones if None, and compare the outputs.
 
-    Raises:
-        InputError: ``inputs`` do not fit the first graph.
+    Raises InputError if ``inputs`` do not fit the first graph.
     """
     model, reference = graphs
     for kind in ("input", "output"):
@@ -166,12 +165,9 @@ def _as_float(array: Array) -> npt.NDArray[Any]:
 
 
 def weight_difference(models: tuple[ModelProto, ModelProto], paths: tuple[Path, Path], graph: Graph) -> str | None:
-    """Describe the first tensor that ``graph`` reads and that differs; only two tensors are in memory at once.
+    """Describe the first tensor that the model's graph reads and that differs from the reference's.
 
-    Args:
-        models: The model and the reference.
-        paths: Their files.
-        graph: The model's graph.
+    Only two tensors are in memory at once.
     """
     read = {name for node in graph.nodes for name in node.inputs}
     others = {tensor.name: tensor for tensor in models[1].graph.initializer}

@@ -107,11 +107,7 @@ class Graph:
 
 
 def read_graph(model: ModelProto) -> Graph:
-    """Return the graph of ``model``, with model-local functions inlined.
-
-    Raises:
-        ExportError: A node reads a value that no earlier node makes.
-    """
+    """Return the graph of ``model``, with model-local functions inlined; raise ExportError if it is not valid."""
     chains = chains_in(model)
     if model.functions:
         model = inliner.inline_local_functions(model)
@@ -179,11 +175,7 @@ def _read_size(size: onnx.TensorShapeProto.Dimension, symbols: dict[str, str]) -
 def sources_of(
     inputs: Iterable[Port], initializers: dict[str, Initializer], nodes: Iterable[Node], outputs: Iterable[Port]
 ) -> dict[str, Source]:
-    """Return where each value comes from, by name.
-
-    Raises:
-        ExportError: A node reads a value that no earlier node makes.
-    """
+    """Return where each value comes from, by name; raise ExportError if no earlier node makes it."""
     sources: dict[str, Source] = {port.name: ("input", position, 0) for position, port in enumerate(inputs)}
     for name, tensor in initializers.items():
         sources[name] = ("constant", tensor.value or "", 0) if tensor.anonymous else ("initializer", name, 0)

@@ -30,7 +30,7 @@ _ONNX_NAMES = {torch.float64: "double", torch.float32: "float"}
 
 
 def to_arrays(inputs: ExampleInputs, ports: Sequence[Port]) -> list[Array]:
-    """Return example inputs as arrays, in the graph's order, after checking that the graph takes them.
+    """Return example inputs as arrays, in the graph's order.
 
     Raises:
         InputError: Their number, names, dtypes or shapes differ from the graph's.
@@ -73,8 +73,7 @@ def as_array(tensor: Tensor) -> Array:
 def random_inputs(graph: Graph) -> list[Array]:
     """Return an array for each input, the same on every call: normal, or zeros and ones for integers and flags.
 
-    Raises:
-        InputError: An input has no fixed number of axes, or is not numeric.
+    Raises InputError if an input has no fixed number of axes, or is not numeric.
     """
     generator = np.random.default_rng(0)
     return [_random_input(port, generator) for port in graph.inputs]

@@ -26,11 +26,8 @@ Colours = dict[Vertex, int]
 def isomorphic(model: Graph, reference: Graph, pins: Mapping[str, str] | None = None) -> bool:
     """Return True if the two graphs match.
 
-    Args:
-        model: One graph.
-        reference: The other.
-        pins: Value of the model -> value of the reference that it must be matched with. Nodes whose outputs are all pinned
-            are settled, and only the rest is searched.
+    ``pins`` has values of the model that must be matched with values of the reference. Nodes whose outputs are all pinned
+    are settled, and only the rest is searched.
     """
     pins = pins or {}
     graph = to_digraph(model, {name: number for number, name in enumerate(pins)})

@@ -21,11 +21,7 @@ Outputs = tuple[Tensor, ...]
 
 
 def as_example_inputs(inputs: object) -> ExampleInputs:
-    """Return example inputs as a tuple or a dict of tensors.
-
-    Raises:
-        InputError: They are something else.
-    """
+    """Return example inputs as a tuple or a dict of tensors, or raise InputError."""
     if isinstance(inputs, Tensor):
         return (inputs,)
     if isinstance(inputs, Mapping) and all(isinstance(tensor, Tensor) for tensor in inputs.values()):
@@ -69,11 +65,7 @@ def argument_names(module: nn.Module, inputs: ExampleInputs) -> list[str] | None
 
 
 def dynamic_shapes(module: nn.Module, inputs: ExampleInputs, axes: Axes | None) -> dict[str, Any] | None:
-    """Return dynamic axes in the form that ``torch.export`` takes; None if there are none.
-
-    Raises:
-        InputError: There is no such argument or axis.
-    """
+    """Return dynamic axes as ``torch.export`` takes them, None if there are none; raise InputError for unknown ones."""
     if not axes:
         return None
     names = argument_names(module, inputs)

@@ -86,8 +86,7 @@ def build_program(
 def run_module(module: nn.Module, inputs: ExampleInputs) -> Outputs:
     """Return the tensors that ``module`` outputs in eval mode, in the order of an export.
 
-    Raises:
-        InputError: The module does not accept the inputs.
+    Raises InputError if the module does not accept the inputs.
     """
     module = without_wrappers(module)
     arguments, named = call_arguments(module, inputs)

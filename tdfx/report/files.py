@@ -9,11 +9,7 @@ from tdfx.errors import ReportError
 
 
 def write_report(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a report to a file.
-
-    Raises:
-        ReportError: The folder is missing or cannot be written to, or the disk is full. What was there is unchanged.
-    """
+    """Write a report to a file; if that fails, raise ReportError and leave what was there."""
     try:
         with atomic_writer(path) as file:
             file.write(data)

@@ -82,11 +82,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
 
 def write_plot(view: ModelView, path: str | os.PathLike[str]) -> None:
-    """Draw a model view that was made already.
-
-    Raises:
-        ReportError: As for ``plot``.
-    """
+    """Draw a model view that was made already; errors as for ``plot``."""
     check_plot(path)
     kind = Path(path).suffix.lower().removeprefix(".")
     data = io.BytesIO()

@@ -37,10 +37,6 @@ class SpectrumCurve:
 def curves_of(sites: Sequence[Site], plan: Plan) -> dict[str, tuple[SpectrumCurve, ...]]:
     """Return site name -> its curves, for every site that a scheme fits and whose weight has values.
 
-    Args:
-        sites: The sites of the model that the plan was made for.
-        plan: The schemes and ranks.
-
     Raises:
         PlanError: The plan was made for another model.
         WeightError: A weight holds NaN or infinity.

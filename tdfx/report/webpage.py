@@ -50,11 +50,7 @@ def page(model: nn.Module, plan: Plan, path: str | os.PathLike[str], *, example_
 
 
 def write_page(view: ModelView, path: str | os.PathLike[str]) -> None:
-    """Write the page of a model view that was made already.
-
-    Raises:
-        ReportError: The file cannot be written.
-    """
+    """Write the page of a model view that was made already; raise ReportError if that fails."""
     write_report(path, render_page(view).encode())
 
 
