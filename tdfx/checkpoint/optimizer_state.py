@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,25 +14,6 @@ from torch.utils._pytree import tree_map_only
 from tdfx.checkpoint.record import Record, dense_names
 from tdfx.errors import CheckpointError
 from tdfx.optim.masters import Masters
-
-
-@dataclass(slots=True)
-class OptimizerUpdate:
-    """All changes to the optimizers, prepared before the first one is made."""
-
-    groups: list[tuple[dict[str, Any], list[Tensor], dict[str, Any]]] = field(default_factory=list)
-    """A parameter group, its new parameters, and its new settings."""
-    states: list[tuple[Optimizer, dict[Tensor, dict[str, Any]]]] = field(default_factory=list)
-    """An optimizer and its new state."""
-
-    def commit(self) -> None:
-        """Change the optimizers in place; nothing here can fail."""
-        for group, parameters, settings in self.groups:
-            group["params"][:] = parameters
-            group.update(settings)
-        for optimizer, states in self.states:
-            optimizer.state.clear()
-            optimizer.state.update(states)
 
 
 def load_masters(
@@ -71,8 +51,8 @@ def prepare_optimizers(
     dense: Mapping[str, Tensor],
     loaded: Mapping[str, Tensor],
     dense_of: Mapping[str, str],
-) -> OptimizerUpdate:
-    """Work out what the optimizers will hold, without changing them; if there are none, the saved ones are ignored.
+) -> Callable[[], None]:
+    """Work out what the optimizers will hold, and return what changes them; if there are none, ignore the saved ones.
 
     ``dense`` and ``loaded`` have, by name, what the optimizers train of both models: parameters, or their masters.
     ``dense_of`` has the name of the dense parameter for each parameter of a factor.
@@ -80,15 +60,14 @@ def prepare_optimizers(
     Raises:
         CheckpointError: The optimizers differ from the saved ones in number, class or groups.
     """
-    update = OptimizerUpdate()
-    if not optimizers:
-        return update
-    if len(record["optimizers"]) != len(optimizers):
+    if optimizers and len(record["optimizers"]) != len(optimizers):
         raise CheckpointError(
             f"The checkpoint holds the state of {len(record['optimizers'])} optimizers, and {len(optimizers)} were passed. "
             f"Pass as many as were passed to tdfx.save, in the same order, or none."
         )
-    for index, (optimizer, saved) in enumerate(zip(optimizers, record["optimizers"], strict=True)):
+    groups: list[tuple[dict[str, Any], list[Tensor], dict[str, Any]]] = []
+    optimizer_states: list[tuple[Optimizer, dict[Tensor, dict[str, Any]]]] = []
+    for index, (optimizer, saved) in enumerate(zip(optimizers, record["optimizers"], strict=False)):
         name = type(optimizer).__name__
         if saved["class"] != name:
             raise CheckpointError(
@@ -103,12 +82,21 @@ def prepare_optimizers(
         states: dict[Tensor, dict[str, Any]] = {}
         for number, (group, saved_group) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
             parameters = _match_group(group, saved_group, dense, loaded, dense_of, f"Group {number} of {name}")
-            update.groups.append((group, parameters, tree_map_only(Tensor, Tensor.clone, saved_group["settings"])))
+            groups.append((group, parameters, tree_map_only(Tensor, Tensor.clone, saved_group["settings"])))
             for parameter, state in zip(parameters, saved_group["state"], strict=True):
                 if state:
                     states[parameter] = _state_like(state, parameter, saved_group["settings"])
-        update.states.append((optimizer, states))
-    return update
+        optimizer_states.append((optimizer, states))
+
+    def commit() -> None:  # nothing here can fail
+        for group, parameters, settings in groups:
+            group["params"][:] = parameters
+            group.update(settings)
+        for optimizer, states in optimizer_states:
+            optimizer.state.clear()
+            optimizer.state.update(states)
+
+    return commit
 
 
 def _match_group(

@@ -26,12 +26,13 @@ def as_plain(value: Any, where: str) -> Any:
         return detached.clone() if has_storage and detached.untyped_storage().nbytes() > detached.nbytes else detached
     if isinstance(value, str):
         return str.__str__(value)
-    for kind in (int, float, complex):
-        if isinstance(value, kind):
-            return kind(value)
+    if isinstance(value, int | float):
+        return int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, complex):
+        return complex(value)
     if isinstance(value, dict):
-        mapping = type(value) if type(value) in {Counter, OrderedDict} else dict
-        return mapping({as_plain(key, where): as_plain(item, f"{where}[{key!r}]") for key, item in value.items()})
+        kind = type(value) if type(value) in {Counter, OrderedDict} else dict
+        return kind({as_plain(key, where): as_plain(item, f"{where}[{key!r}]") for key, item in value.items()})
     if isinstance(value, list | tuple):
         items = [as_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items

@@ -80,9 +80,9 @@ def load(
     trained_before = {**dict(dense.named_parameters()), **dense_masters.by_name(dense)}
     trained_after = {**dict(model.named_parameters()), **loaded_masters}
     dense_of = dense_names(model)
-    update = prepare_optimizers(optimizers, record, trained_before, trained_after, dense_of)
+    commit = prepare_optimizers(optimizers, record, trained_before, trained_after, dense_of)
     result = wrapped.wrap(model)
-    update.commit()
+    commit()
     dense_masters.write_loaded(dense, model, loaded_masters, dense_of)
     return result
 
@@ -143,28 +143,16 @@ def _rewrite_as_saved(model: nn.Module, record: Record) -> nn.Module:
 
 
 def _rewrite_module(module: nn.Module, rewrite: dict[str, Any]) -> nn.Module:
-    """Repeat one saved rewrite on a module."""
     program = find_sites(module, rewrite["emit"])
     names = {site.slot.path: site.name for site in program.sites if site.slot is not None}
     prefix = f"{rewrite['path']}." if rewrite["path"] else ""
     sites = []
     for saved in rewrite["sites"]:
         path = "" if saved["path"] == rewrite["path"] else saved["path"].removeprefix(prefix)
-        sites.append(
-            SitePlan(
-                name=names.get(path, path) if saved["slot"] else path,
-                kind=saved["kind"],
-                shape=tuple(saved["shape"]),
-                calls=1,
-                groups=saved["groups"],
-                transposed=saved["transposed"],
-                parameter=path if saved["slot"] else None,
-                scheme=saved["scheme"],
-                ranks=tuple(saved["ranks"]),
-                parameters_before=0,
-                parameters_after=0,
-            )
-        )
+        settings = {name: saved[name] for name in ("kind", "groups", "transposed", "scheme")}
+        settings |= {"shape": tuple(saved["shape"]), "ranks": tuple(saved["ranks"]), "calls": 1}
+        name, parameter = (names.get(path, path), path) if saved["slot"] else (path, None)
+        sites.append(SitePlan(name=name, parameter=parameter, parameters_before=0, parameters_after=0, **settings))
     plan = Plan(sites=tuple(sites), emit=rewrite["emit"])
     rewritten = rewrite_by(use_plan(program, plan), init="empty").program.module
     rebind(rewritten, module)
@@ -178,7 +166,6 @@ def _rewrite_module(module: nn.Module, rewrite: dict[str, Any]) -> nn.Module:
 
 
 def _check_tensors(model: nn.Module, record: Record) -> None:
-    """Raise CheckpointError unless the model has the tensors of the checkpoint, in the same shapes."""
     saved, tensors = record["tensors"], model.state_dict()
     advice = "Pass a build_model that returns the dense model of the run that was saved."
     sides = (

@@ -29,9 +29,7 @@ class _SealingWriter:
     """A writer that keeps the length and the CRC-32 of what passes through it."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.length = 0
-        self.crc = 0
+        self.file, self.length, self.crc = file, 0, 0
 
     def write(self, data: Any) -> int:
         self.length += self.file.write(data)

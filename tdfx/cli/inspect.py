@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -168,7 +169,7 @@ def _policy(
     """Return the policy of a rule or a file; the other options override its settings."""
     is_file = Path(rule_or_file).suffix.lower() in {".toml", ".json"}
     policy = tdfx.read_policy(rule_or_file) if is_file else tdfx.Policy(rank=parse_rule(rule_or_file))
-    settings = {"include": include or None, "exclude": exclude or None, "min_gain": min_gain}
+    settings: dict[str, Any] = {"include": include or None, "exclude": exclude or None, "min_gain": min_gain}
     policy = replace(policy, **{name: value for name, value in settings.items() if value is not None})
     if modelled:
         policy = map_costs(policy, lambda cost: cost if isinstance(cost, tdfx.Modelled) else tdfx.Modelled())

@@ -95,7 +95,6 @@ def _without_wrapper_names(state: Mapping[str, Any], own_names: set[str]) -> dic
 
 
 def _check(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelReferenceError if names or shapes differ, with the first difference of each kind."""
     tensors = model.state_dict()
     missing = [name for name in tensors if name not in state]
     foreign = [name for name in state if name not in tensors]

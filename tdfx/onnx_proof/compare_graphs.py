@@ -29,15 +29,8 @@ class Comparison:
     """The first difference in opsets, stored tensors and nodes; None if they match."""
     settled_by: Stage
     """The stage that decided about the structure."""
-    inputs: Difference | None = None
-    """The first difference in the inputs; None if they match."""
-    outputs: Difference | None = None
-    """The first difference in the outputs; None if they match."""
-
-    @property
-    def interface(self) -> Difference | None:
-        """The first difference in inputs and outputs."""
-        return self.inputs or self.outputs
+    interface: Difference | None = None
+    """The first difference in inputs and outputs; None if they match."""
 
     @property
     def first(self) -> Difference | None:
@@ -71,8 +64,8 @@ def compare_models(model: ModelProto, reference: ModelProto) -> Comparison:
 def compare_graphs(model: Graph, reference: Graph, output_names: bool = True) -> Comparison:
     """Compare two graphs: inputs, stored tensors, nodes, outputs, and the names of outputs unless they are made up."""
     structure, settled_by = _compare_structure(model, reference)
-    inputs, outputs = input_difference(model, reference), output_difference(model, reference, output_names)
-    return Comparison(structure, settled_by, inputs, outputs)
+    interface = input_difference(model, reference) or output_difference(model, reference, output_names)
+    return Comparison(structure, settled_by, interface)
 
 
 def compare_factorized(model: Graph, reference: Graph) -> FactorizedComparison:
@@ -87,12 +80,12 @@ def compare_factorized(model: Graph, reference: Graph) -> FactorizedComparison:
         except ContractionError as error:
             nodes = (error.node, None) if graph is model else (None, error.node)
             difference = Difference(f"in {role}, {error}", *nodes)
-            comparison = Comparison(difference, "walk", inputs=input_difference(model, reference))
+            comparison = Comparison(difference, "walk", input_difference(model, reference))
             return FactorizedComparison(comparison, (model, reference), chains)
-    first, second = contracted
-    comparison = compare_graphs(first.graph, second.graph, output_names=False)
-    lines = describe_contractions(chains, first.sizes, second.sizes)
-    return FactorizedComparison(comparison, (first.graph, second.graph), chains, lines)
+    (first, sizes), (second, reference_sizes) = contracted
+    comparison = compare_graphs(first, second, output_names=False)
+    lines = describe_contractions(chains, sizes, reference_sizes)
+    return FactorizedComparison(comparison, (first, second), chains, lines)
 
 
 def _compare_structure(model: Graph, reference: Graph) -> tuple[Difference | None, Stage]:

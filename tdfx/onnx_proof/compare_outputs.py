@@ -84,7 +84,7 @@ def compare_numbers(paths: tuple[Path, Path], graphs: tuple[Graph, Graph], input
         except Exception as error:  # the errors of onnxruntime have no other common base class
             reason = str(error).replace(str(path), path.name)
             return Numbers(math.nan, f"ONNX Runtime cannot run the {role}: {reason}")
-    return measure(*results, [port.name for port in model.outputs])
+    return measure(results[0], results[1], [port.name for port in model.outputs])
 
 
 def _conflict(kind: str, ports: Sequence[Port], others: Sequence[Port]) -> str | None:

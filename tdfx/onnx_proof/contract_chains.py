@@ -43,13 +43,8 @@ class ContractionError(Exception):
         self.node = node
 
 
-@dataclass(frozen=True, slots=True)
-class ContractedGraph:
-    """A graph with some sites contracted."""
-
-    graph: Graph
-    sizes: dict[str, tuple[int, ...]]
-    """Site -> the number of nodes that became one, for each place where the site is computed."""
+Sizes = dict[str, tuple[int, ...]]
+"""Site -> the number of nodes that became one, for each place where the site is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +63,7 @@ def differing_chains(chains: Iterable[Chain], others: Iterable[Chain]) -> tuple[
     return tuple(chain for site, chain in sites.items() if by_site.get(site) != others_by_site.get(site))
 
 
-def contract(graph: Graph, chains: Iterable[Chain]) -> ContractedGraph:
+def contract(graph: Graph, chains: Iterable[Chain]) -> tuple[Graph, Sizes]:
     """Return ``graph`` with one node for each place where a site of ``chains`` is computed, factorized or dense.
 
     Raises:
@@ -99,7 +94,7 @@ class _Contraction:
         self.contracted: dict[int, Node] = {}
         """Index of the last node that was contracted -> the node in its place."""
         self.initializers = dict(graph.initializers)
-        self.sizes: dict[str, tuple[int, ...]] = {}
+        self.sizes: Sizes = {}
 
     def contract_site(self, site: _SiteTensors) -> None:
         """Contract one site wherever it is computed; a site that only training computes is nowhere in the graph."""
@@ -197,7 +192,6 @@ class _Contraction:
     def _replace(
         self, site: _SiteTensors, path: Sequence[int], region: set[int], products: Sequence[Mapping[int, bool]]
     ) -> None:
-        """Replace a region by one node."""
         nodes = [self.graph.nodes[index] for index in path]
         own_tensors = {*site.weights, site.bias}
         read = (name for node in nodes for name in node.inputs if name in self.graph.initializers)
@@ -224,7 +218,7 @@ class _Contraction:
         if bias is not None and site.chain.bias is not None:
             self.initializers[site.chain.bias] = replace(bias, name=site.chain.bias)
 
-    def result(self) -> ContractedGraph:
+    def result(self) -> tuple[Graph, Sizes]:
         """Return the contracted graph, without nodes and tensors that only removed nodes read."""
         removed = self._with_dead()
         kept = (index for index in range(len(self.graph.nodes)) if index in self.contracted or index not in removed)
@@ -234,7 +228,7 @@ class _Contraction:
         initializers = {name: tensor for name, tensor in self.initializers.items() if name in read}
         sources = sources_of(self.graph.inputs, initializers, nodes, self.graph.outputs)
         graph = replace(self.graph, nodes=nodes, initializers=initializers, sources=sources, chains=())
-        return ContractedGraph(graph, self.sizes)
+        return graph, self.sizes
 
     def _with_dead(self) -> set[int]:
         """Return the removed nodes, and the nodes whose last readers were removed."""
@@ -248,9 +242,7 @@ class _Contraction:
         return removed
 
 
-def describe_contractions(
-    chains: Sequence[Chain], sizes: dict[str, tuple[int, ...]], reference_sizes: dict[str, tuple[int, ...]]
-) -> tuple[str, ...]:
+def describe_contractions(chains: Sequence[Chain], sizes: Sizes, reference_sizes: Sizes) -> tuple[str, ...]:
     """Return a line for each contracted chain: what it was, and how many nodes became one on either side."""
     lines = []
     for chain in chains:

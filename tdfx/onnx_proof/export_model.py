@@ -123,17 +123,13 @@ def _check_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def _external_file(program: ONNXProgram, target: Path) -> Path | None:
-    """Return a new file for weights that are too large for the .onnx file; None if they fit into it.
-
-    Its name is new, so that the weights of the .onnx file that is being replaced stay until that is done.
-    """
+    """Return a file for weights that do not fit into the .onnx file; its name is new, so that the old weights stay."""
     values = (initializer.const_value for initializer in program.model.graph.initializers.values())
     size = sum(value.nbytes for value in values if value is not None)
     return target.with_name(f"{target.name}.{secrets.token_hex(4)}.data") if size > SINGLE_FILE_BYTES else None
 
 
 def _remove_old_weights(target: Path, keep: Path | None) -> None:
-    """Remove the weights of earlier exports to the same file."""
     pattern = re.compile(rf"{re.escape(target.name)}\.[0-9a-f]{{8}}\.data")
     with contextlib.suppress(OSError):
         for path in target.parent.iterdir():

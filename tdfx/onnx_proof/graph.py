@@ -39,6 +39,9 @@ class Port:
     shape: tuple[int | str, ...] | None
     """Sizes, with ``?0``, ``?1`` ... for dynamic axes, numbered by first appearance; None if unknown."""
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{'unknown' if self.shape is None else ', '.join(map(str, self.shape))}]"
+
 
 @dataclass(frozen=True, slots=True)
 class Initializer:

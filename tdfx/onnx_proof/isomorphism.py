@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 Vertex = tuple[str, str | int, int]
 """("value", name, 0), ("node", index, 0), ("argument", node index, position) or ("result", position, 0)."""
 
-Colours = dict[Vertex, int]
-
 
 def isomorphic(model: Graph, reference: Graph, pins: Mapping[str, str] | None = None) -> bool:
     """Return True if the two graphs match.
@@ -112,20 +110,20 @@ def refine(graph: nx.DiGraph, other: nx.DiGraph) -> bool:
 
 def _sweep(
     graph: nx.DiGraph, colours: Mapping[Vertex, Hashable], palette: dict[Hashable, int], forward: bool
-) -> Colours:
+) -> dict[Vertex, int]:
     """Return new colours: a vertex's old colour, with the new ones of its predecessors, or successors."""
     order = list(nx.topological_sort(graph))
     neighbours = graph.predecessors if forward else graph.successors
-    result: Colours = {}
+    result: dict[Vertex, int] = {}
     for vertex in order if forward else reversed(order):
         near = tuple(sorted(result[neighbour] for neighbour in neighbours(vertex)))
         result[vertex] = palette.setdefault((colours[vertex], near), len(palette))
     return result
 
 
-def _refine_once(graph: nx.DiGraph, colours: Colours, palette: dict[Hashable, int]) -> Colours:
+def _refine_once(graph: nx.DiGraph, colours: Mapping[Vertex, int], palette: dict[Hashable, int]) -> dict[Vertex, int]:
     """Return new colours: a vertex's old colour, with the old ones of all its neighbours."""
-    result: Colours = {}
+    result: dict[Vertex, int] = {}
     for vertex, colour in colours.items():
         before = tuple(sorted(colours[neighbour] for neighbour in graph.predecessors(vertex)))
         after = tuple(sorted(colours[neighbour] for neighbour in graph.successors(vertex)))

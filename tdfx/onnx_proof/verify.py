@@ -67,7 +67,14 @@ def verify(
     for role, value in (("model", model), ("reference", reference)):
         if not isinstance(value, (nn.Module, str, Path)):
             raise ModelError(f"{role} is a {type(value).__name__}: pass an nn.Module or the path of an .onnx file.")
-    inputs = _check_inputs(example_inputs, needed=isinstance(model, nn.Module) or isinstance(reference, nn.Module))
+    if example_inputs is None and (isinstance(model, nn.Module) or isinstance(reference, nn.Module)):
+        raise InputError(
+            "example_inputs is missing: a module is exported by running it on them. Pass example_inputs=(x,), with tensors "
+            "of the shape and dtype that the model takes; on the command line, --input with a shape."
+        )
+    from tdfx.onnx_proof.module_inputs import as_example_inputs
+
+    inputs = None if example_inputs is None else as_example_inputs(example_inputs)
     check_tolerance(tolerance)
     with tempfile.TemporaryDirectory(prefix="tdfx-verify-") as folder:
         path = _to_file(model, inputs, dynamic_axes, Path(folder, "model.onnx"))
@@ -81,20 +88,6 @@ def check_tolerance(tolerance: float | None) -> None:
     """Raise InputError unless this is a relative error, or None."""
     if tolerance is not None and not 0.0 <= tolerance < math.inf:
         raise InputError(f"tolerance={tolerance!r} is not a relative error: pass a number such as 1e-5, or None.")
-
-
-def _check_inputs(inputs: object, needed: bool) -> ExampleInputs | None:
-    from tdfx.onnx_proof.module_inputs import as_example_inputs
-
-    if inputs is not None:
-        return as_example_inputs(inputs)
-    if needed:
-        raise InputError(
-            "example_inputs is missing: a module is exported by running it on example inputs. "
-            "Pass example_inputs=(x,), with tensors of the shape and dtype that the model takes; on the command line, "
-            "--input with a shape."
-        )
-    return None
 
 
 def _to_file(model: Model, inputs: ExampleInputs | None, axes: Axes | None, path: Path) -> Path:
@@ -111,7 +104,7 @@ def _to_file(model: Model, inputs: ExampleInputs | None, axes: Axes | None, path
 def _compare(paths: tuple[Path, Path], inputs: ExampleInputs | None, tolerance: float | None) -> VerifyReport:
     from tdfx.onnx_proof.compare_graphs import compare_factorized
     from tdfx.onnx_proof.compare_outputs import compare_numbers, default_tolerance, weight_difference
-    from tdfx.onnx_proof.draw_difference import draw_difference
+    from tdfx.onnx_proof.first_difference import draw_difference
     from tdfx.onnx_proof.onnx_file import read_file
 
     start = time.perf_counter()
@@ -122,9 +115,9 @@ def _compare(paths: tuple[Path, Path], inputs: ExampleInputs | None, tolerance: 
     accepted = default_tolerance(graph) if tolerance is None else tolerance
     explain = numbers.problem is None and not numbers.max_error <= accepted and not result.chains
     return VerifyReport(
-        structure=structure and structure.text,
-        interface=interface and interface.text,
-        place=first and draw_difference(first, *result.graphs),
+        structure=None if structure is None else structure.text,
+        interface=None if interface is None else interface.text,
+        place=None if first is None else draw_difference(first, *result.graphs),
         max_error=numbers.max_error,
         tolerance=accepted,
         problem=numbers.problem,

@@ -96,7 +96,6 @@ def _operations(traced: fx.Graph, program: Program) -> nx.DiGraph:
 
 
 def _is_not_a_tensor(node: fx.Node, without_data: set[fx.Node]) -> bool:
-    """Return True for a node whose result is a number or a shape."""
     if node.op == "call_method":
         return node.target in _SHAPE_METHODS
     if node.op != "call_function":
@@ -110,7 +109,6 @@ def _is_not_a_tensor(node: fx.Node, without_data: set[fx.Node]) -> bool:
 
 
 def _sites_inside(node: fx.Node, sites: tuple[Site, ...]) -> tuple[str, ...]:
-    """Return the sites inside a module that the graph calls as a whole."""
     if node.op != "call_module":
         return ()
     return tuple(site.name for site in sites if site.calls and site.name.startswith(f"{node.target}."))

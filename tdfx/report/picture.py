@@ -17,8 +17,7 @@ from tdfx.errors import ReportError
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Plan, SitePlan
 from tdfx.plans.table import fold
-from tdfx.report.files import write_report
-from tdfx.report.model_view import ModelView, look
+from tdfx.report.model_view import ModelView, look, write_report
 from tdfx.report.spectra import SpectrumCurve
 from tdfx.text import short_number
 
@@ -113,7 +112,6 @@ def _import(module: str) -> ModuleType:
 
 
 def _figures(view: ModelView, *, paged: bool) -> Iterator[Figure]:
-    """Yield a figure for each page."""
     numbered = [(number, site) for number, site in enumerate(view.plan, 1) if site.name in view.spectra]
     columns = max(3, min(MOST_COLUMNS, math.ceil(math.sqrt(2 * len(numbered)))))
     per_page = columns * ROWS_PER_PAGE if paged else max(1, len(numbered))
@@ -145,14 +143,12 @@ def _figure(view: ModelView, numbered: Sequence[tuple[int, SitePlan]], columns: 
 def _divide(figure: Figure, top_height: float, bottom_height: float) -> tuple[Any, Any]:
     """Return the parts of a figure for the totals and for the spectra; None for an empty part."""
     if top_height and bottom_height:
-        top, bottom = cast("Any", figure.subfigures(2, 1, height_ratios=[top_height, bottom_height]))
-        return top, bottom
+        return tuple(cast("Any", figure.subfigures(2, 1, height_ratios=[top_height, bottom_height])))
     whole = figure.subfigures(1, 1)
     return (whole, None) if top_height else (None, whole)
 
 
 def _draw_totals(part: Any, plan: Plan) -> None:
-    """Draw the costs of each site before and after."""
     left, right = part.subplots(1, 2)
     _draw_bars(left, *_time_or_operations(plan))
     counts = [(float(site.parameters_before), float(site.parameters_after)) for site in plan]
@@ -200,7 +196,6 @@ def _draw_bars(axes: Axes, pairs: Sequence[tuple[float, float]], title: str, uni
 
 
 def _draw_spectrum(axes: Axes, number: int, site: SitePlan, curves: Sequence[SpectrumCurve]) -> None:
-    """Draw the curves of one site."""
     _soften(axes)
     kept = site.ranks is None
     for curve, colour in zip(curves, _MODES, strict=False):
@@ -239,7 +234,6 @@ def _soften(axes: Axes) -> None:
 
 
 def _draw_legend(part: Any, curves: Sequence[SpectrumCurve], columns: int) -> None:
-    """Explain the colours below the spectra, in a number of columns."""
     line = _import("matplotlib.lines").Line2D
     labels = _MODE_LABELS if any(curve.mode for curve in curves if curve.rank is not None) else ("singular values",)
     handles = [line([], [], color=colour, label=label) for colour, label in zip(_MODES, labels, strict=False)]

@@ -27,9 +27,7 @@ class BeforeAfter:
             return "unchanged"
         if not self.after:
             return ""
-        if self.is_time:
-            return f"{self.before / self.after:.2f}× faster"
-        return f"{self.after / self.before:.0%} left"
+        return f"{self.before / self.after:.2f}× faster" if self.is_time else f"{self.after / self.before:.0%} left"
 
 
 def totals_of(plan: Plan) -> list[BeforeAfter]:

@@ -19,8 +19,7 @@ import tdfx
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Plan, SitePlan
 from tdfx.plans.totals import totals
-from tdfx.report.files import write_report
-from tdfx.report.model_view import ModelView, look
+from tdfx.report.model_view import ModelView, look, write_report
 from tdfx.report.network_svg import drawings_of
 from tdfx.report.spectra import SpectrumCurve
 from tdfx.report.totals import BeforeAfter, totals_of
@@ -87,16 +86,10 @@ def render_page(view: ModelView) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _PageColumn:
-    """One column of the table."""
-
     title: str
     text: Callable[[SitePlan], str]
     key: Callable[[SitePlan], float | None] | None = None
     """What it is sorted by, by default its text; a site whose key is None comes last."""
-
-    @property
-    def numeric(self) -> bool:
-        return self.key is not None
 
 
 _COLUMNS = (
