@@ -62,7 +62,7 @@ def compare_models(model: ModelProto, reference: ModelProto) -> Comparison:
 
 
 def compare_graphs(model: Graph, reference: Graph, output_names: bool = True) -> Comparison:
-    """Compare two graphs: inputs, stored tensors, nodes, outputs, and the names of outputs unless they are made up."""
+    """Compare inputs, stored tensors, nodes and outputs; ignore the names of outputs if ``output_names`` is False."""
     structure, settled_by = _compare_structure(model, reference)
     interface = input_difference(model, reference) or output_difference(model, reference, output_names)
     return Comparison(structure, settled_by, interface)
