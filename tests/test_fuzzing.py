@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 import tdfx
 from tdfx.cli import main
-from tdfx.cli.csv_text import to_csv
-from tdfx.cli.rows import SORTS, ordered
+from tdfx.cli.rows import SORTS, ordered, to_csv
 from tdfx.errors import PassError, TdfxError
 from tdfx.factors.registry import scheme_names
 from tdfx.plans.plan import Plan, Reason

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tdfx.errors import ExportError, InputError, ModelError
 from tdfx.onnx_proof.compare_outputs import measure
 from tdfx.onnx_proof.report import VerifyReport
-from tdfx.onnx_proof.torch_to_onnx import Settings, export_module
+from tdfx.onnx_proof.torch_to_onnx import export_module
 from tdfx.onnx_proof.verify import verify
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def test_a_wrong_input_name_is_refused_with_the_names_that_a_file_takes(tmp_path
 def test_dynamic_axes_are_part_of_the_interface(x: Tensor, tmp_path: Path) -> None:
     axes = {"x": {0: "batch"}}
     model = seeded_net()
-    export_module(model, (x,), tmp_path / "open.onnx", Settings(dynamic_axes=axes))
+    export_module(model, (x,), tmp_path / "open.onnx", axes)
     assert verify(model, tmp_path / "open.onnx", (x,), dynamic_axes=axes).ok
     report = verify(model, tmp_path / "open.onnx", (x,))
     assert report.interface == "input 0, 'x', has shape [2, 3, 8, 8], but [?0, 3, 8, 8] in the reference"

@@ -16,7 +16,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedWriter
 from pathlib import Path
 
@@ -106,11 +106,8 @@ def _machine() -> str:
 
 def _sync_folder(folder: Path) -> None:
     """Make a renamed file survive a power failure, where the system can; the file is in its place either way."""
-    if os.name == "nt":
-        return
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
+    if os.name != "nt":
+        with suppress(OSError), ExitStack() as stack:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

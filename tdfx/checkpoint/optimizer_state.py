@@ -3,53 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from tdfx.checkpoint.record import Record, dense_names
 from tdfx.errors import CheckpointError
 from tdfx.optim.masters import Masters
 
 
-@dataclass(slots=True)
-class OptimizerUpdate:
-    """All changes to the optimizers, prepared before the first one is made."""
-
-    groups: list[tuple[dict[str, Any], list[Tensor], dict[str, Any]]] = field(default_factory=list)
-    """A parameter group, its new parameters, and its new settings."""
-    states: list[tuple[Optimizer, dict[Tensor, dict[str, Any]]]] = field(default_factory=list)
-    """An optimizer and its new state."""
-
-    def commit(self) -> None:
-        """Change the optimizers in place; nothing here can fail."""
-        for group, parameters, settings in self.groups:
-            group["params"][:] = parameters
-            group.update(settings)
-        for optimizer, states in self.states:
-            optimizer.state.clear()
-            optimizer.state.update(states)
-
-
 def load_masters(
     masters: Masters, record: Record, dense: nn.Module, loaded: nn.Module, *, needed: bool
 ) -> dict[str, nn.Parameter]:
-    """Return the masters of the loaded model with their saved values; the masters passed in are left as they are.
+    """Return name of a parameter of the loaded model -> its master with the saved values; ``masters`` are left as they are.
 
-    Args:
-        masters: The masters of the dense model's parameters.
-        record: The checkpoint.
-        dense: The model that was passed in.
-        loaded: The model that was loaded.
-        needed: False where only the model is loaded: then saved masters are ignored.
-
-    Returns:
-        Name of a parameter of the loaded model -> its master.
+    Where they are not ``needed``, since only the model is loaded, saved masters are ignored.
 
     Raises:
         CheckpointError: Other parameters had masters when the checkpoint was saved.
@@ -66,12 +38,11 @@ def load_masters(
             f"were passed: {name!r} has a master only {where}. Pass masters= for the same parameters as to tdfx.save."
         )
     parameters = dict(loaded.named_parameters())
-    return {
-        name: nn.Parameter(
-            torch.empty_like(value, device=parameters[name].device).copy_(value), parameters[name].requires_grad
-        )
-        for name, value in saved.items()
-    }
+
+    def master(value: Tensor, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(torch.empty_like(value, device=parameter.device).copy_(value), parameter.requires_grad)
+
+    return {name: master(value, parameters[name]) for name, value in saved.items()}
 
 
 def prepare_optimizers(
@@ -80,28 +51,23 @@ def prepare_optimizers(
     dense: Mapping[str, Tensor],
     loaded: Mapping[str, Tensor],
     dense_of: Mapping[str, str],
-) -> OptimizerUpdate:
-    """Work out what the optimizers will hold, without changing them.
+) -> Callable[[], None]:
+    """Work out what the optimizers will hold, and return what changes them; if there are none, ignore the saved ones.
 
-    Args:
-        optimizers: The optimizers of the dense model; if there are none, the saved ones are ignored.
-        record: The checkpoint.
-        dense: Name -> what the optimizers train of the dense model: its parameters, or their masters.
-        loaded: The same for the loaded model.
-        dense_of: Name of a factor's parameter in the loaded model -> name of the dense parameter.
+    ``dense`` and ``loaded`` have, by name, what the optimizers train of both models: parameters, or their masters.
+    ``dense_of`` has the name of the dense parameter for each parameter of a factor.
 
     Raises:
         CheckpointError: The optimizers differ from the saved ones in number, class or groups.
     """
-    update = OptimizerUpdate()
-    if not optimizers:
-        return update
-    if len(record["optimizers"]) != len(optimizers):
+    if optimizers and len(record["optimizers"]) != len(optimizers):
         raise CheckpointError(
             f"The checkpoint holds the state of {len(record['optimizers'])} optimizers, and {len(optimizers)} were passed. "
             f"Pass as many as were passed to tdfx.save, in the same order, or none."
         )
-    for index, (optimizer, saved) in enumerate(zip(optimizers, record["optimizers"], strict=True)):
+    groups: list[tuple[dict[str, Any], list[Tensor], dict[str, Any]]] = []
+    optimizer_states: list[tuple[Optimizer, dict[Tensor, dict[str, Any]]]] = []
+    for index, (optimizer, saved) in enumerate(zip(optimizers, record["optimizers"], strict=False)):
         name = type(optimizer).__name__
         if saved["class"] != name:
             raise CheckpointError(
@@ -116,12 +82,21 @@ def prepare_optimizers(
         states: dict[Tensor, dict[str, Any]] = {}
         for number, (group, saved_group) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
             parameters = _match_group(group, saved_group, dense, loaded, dense_of, f"Group {number} of {name}")
-            update.groups.append((group, parameters, tree_map(_clone, saved_group["settings"])))
+            groups.append((group, parameters, tree_map_only(Tensor, Tensor.clone, saved_group["settings"])))
             for parameter, state in zip(parameters, saved_group["state"], strict=True):
                 if state:
                     states[parameter] = _state_like(state, parameter, saved_group["settings"])
-        update.states.append((optimizer, states))
-    return update
+        optimizer_states.append((optimizer, states))
+
+    def commit() -> None:  # nothing here can fail
+        for group, parameters, settings in groups:
+            group["params"][:] = parameters
+            group.update(settings)
+        for optimizer, states in optimizer_states:
+            optimizer.state.clear()
+            optimizer.state.update(states)
+
+    return commit
 
 
 def _match_group(
@@ -158,20 +133,12 @@ def _match_group(
     return [next(remaining) if name is None else loaded[name] for name in saved_group["names"]]
 
 
-def _clone(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
 def _state_like(state: dict[str, Any], parameter: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a parameter's state on its device; a step count stays on the CPU where torch keeps it there."""
-    step_on_device = bool(settings.get("capturable") or settings.get("fused"))
+    step_on_device = settings.get("capturable") or settings.get("fused")
 
     def move(key: str, value: Any) -> Any:
         device = torch.device("cpu") if key == "step" and not step_on_device else parameter.device
-
-        def copy(leaf: Any) -> Any:
-            return torch.empty_like(leaf, device=device).copy_(leaf) if isinstance(leaf, Tensor) else leaf
-
-        return tree_map(copy, value)
+        return tree_map_only(Tensor, lambda leaf: torch.empty_like(leaf, device=device).copy_(leaf), value)
 
     return {key: move(key, value) for key, value in state.items()}

@@ -14,22 +14,16 @@ from tdfx.errors import CheckpointError
 def as_plain(value: Any, where: str) -> Any:
     """Return a copy of nested containers; tensors are detached and share memory with the originals.
 
-    Args:
-        value: Numbers, text, bytes, tensors, and lists, tuples, sets and dicts of these.
-        where: What the value is, for the error message.
-
     Raises:
-        CheckpointError: The value holds an object that cannot be loaded without running code.
+        CheckpointError: The value, described by ``where``, holds an object that cannot be loaded without running code.
     """
     if value is None or isinstance(value, bool | bytes | bytearray | torch.dtype | torch.device | torch.Size):
         return value
     if isinstance(value, Tensor):
         detached = value.detach()
         # torch.save would write the whole storage of a view, so a view is copied.
-        storage_bytes = (
-            detached.untyped_storage().nbytes() if type(detached) is Tensor and not detached.is_sparse else 0
-        )
-        return detached.clone() if storage_bytes > detached.numel() * detached.element_size() else detached
+        has_storage = type(detached) is Tensor and not detached.is_sparse
+        return detached.clone() if has_storage and detached.untyped_storage().nbytes() > detached.nbytes else detached
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int | float):

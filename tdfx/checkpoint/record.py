@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tdfx.checkpoint.plain import as_plain
@@ -18,7 +18,7 @@ from tdfx.errors import CheckpointError
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.frozen import frozen_indices
 from tdfx.layers.parameter import FactorizedParameter
-from tdfx.optim.masters import Masters, as_masters
+from tdfx.optim.masters import as_masters
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.program import PLAN_ATTRIBUTE
 from tdfx.passes.transform.graph_module import FactorizedGraphModule
@@ -30,16 +30,9 @@ FORMAT = 1
 Record = dict[str, Any]
 
 _FIELDS = {
-    "format": int,
-    "tdfx": str,
-    "torch": str,
-    "model": str,
-    "rewrites": list,
-    "tensors": dict,
-    "metadata": dict,
-    "frozen": list,
-    "tied": list,
-    "optimizers": list,
+    **{"format": int, "tensors": dict, "metadata": dict},
+    **dict.fromkeys(("tdfx", "torch", "model"), str),
+    **dict.fromkeys(("rewrites", "frozen", "tied", "optimizers"), list),
 }
 
 
@@ -90,17 +83,7 @@ def state(
 ) -> dict[str, Any]:
     """Return what ``save`` would write, for a checkpoint file of your own; ``tdfx.load`` accepts it in place of a path.
 
-    Its tensors share memory with the model's, as those of ``state_dict()`` do.
-
-    Args:
-        model: As for ``save``.
-        optimizer: As for ``save``.
-        masters: As for ``save``.
-        extra: As for ``save``.
-
-    Raises:
-        CheckpointError: A value is not of a plain type or a tensor.
-        OptimizerError: The masters do not match the model.
+    Its tensors share memory with the model's, as those of ``state_dict()`` do. Arguments and errors are those of ``save``.
 
     Example:
         >>> import tdfx, torch
@@ -109,7 +92,7 @@ def state(
     """
     wrapped = unwrap(model)
     inner = wrapped.model
-    checked_masters = as_masters(masters, inner, shards=wrapped.shards)
+    named_masters = as_masters(masters, inner, shards=wrapped.shards).by_name(inner)
     tensors = inner.state_dict()
     return {
         "format": FORMAT,
@@ -121,12 +104,9 @@ def state(
         "metadata": as_plain(dict(getattr(tensors, "_metadata", {})), "the state_dict's metadata"),
         "frozen": _frozen(inner),
         "tied": tied_names(inner),
-        "masters": {
-            name: as_plain(master, f"the master of {name!r}") for name, master in checked_masters.by_name(inner).items()
-        },
+        "masters": {name: as_plain(master, f"the master of {name!r}") for name, master in named_masters.items()},
         "optimizers": [
-            _optimizer_record(each, inner, checked_masters, index)
-            for index, each in enumerate(as_optimizers(optimizer))
+            _optimizer_record(each, inner, named_masters, index) for index, each in enumerate(as_optimizers(optimizer))
         ],
         "extra": as_plain(extra, "extra"),
     }
@@ -148,11 +128,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_record(record: Any) -> Record:
-    """Return a record after checking that it has all its fields.
-
-    Raises:
-        CheckpointError: It is not a record, or a newer tdfx made it.
-    """
+    """Return a record, or raise CheckpointError if it lacks a field or a newer tdfx made it."""
     version = record.get("format") if isinstance(record, dict) else None
     if type(version) is not int or "rewrites" not in record:
         raise CheckpointError(
@@ -216,14 +192,9 @@ def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
     for path in sorted(sites, key=len, reverse=True):
         root = model.get_submodule(path)
         plan: Plan | None = root.__dict__.get(PLAN_ATTRIBUTE)
-        records.append(
-            {
-                "path": path,
-                "emit": "graph" if isinstance(root, FactorizedGraphModule) else "modules",
-                "plan": None if plan is None else plan.to_json(indent=None),
-                "sites": sites[path],
-            }
-        )
+        emit = "graph" if isinstance(root, FactorizedGraphModule) else "modules"
+        text = None if plan is None else plan.to_json(indent=None)
+        records.append({"path": path, "emit": emit, "plan": text, "sites": sites[path]})
     return records
 
 
@@ -231,11 +202,10 @@ def _frozen(model: nn.Module) -> list[str]:
     """Return the parameters that do not train, except factors that a schedule freezes: it saves its own state."""
     layers = [layer for layer in model.modules() if isinstance(layer, Factorized)]
     scheduled = {id(layer.weights[index]) for layer in layers for index in frozen_indices(layer)}
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and id(parameter) not in scheduled
-    ]
+    trains = {
+        name: parameter.requires_grad or id(parameter) in scheduled for name, parameter in model.named_parameters()
+    }
+    return [name for name, trains_now in trains.items() if not trains_now]
 
 
 def _site_record(path: str, layer: Factorized) -> dict[str, Any]:
@@ -252,10 +222,12 @@ def _site_record(path: str, layer: Factorized) -> dict[str, Any]:
     }
 
 
-def _optimizer_record(optimizer: Optimizer, model: nn.Module, masters: Masters, index: int) -> dict[str, Any]:
+def _optimizer_record(
+    optimizer: Optimizer, model: nn.Module, masters: Mapping[str, Tensor], index: int
+) -> dict[str, Any]:
     """Return groups and state by parameter names; a master has its parameter's name, a foreign parameter has None."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    names |= {id(master): name for name, master in masters.by_name(model).items()}
+    names |= {id(master): name for name, master in masters.items()}
     if not any(id(parameter) in names for group in optimizer.param_groups for parameter in group["params"]):
         raise CheckpointError(
             f"{type(optimizer).__name__} (optimizer {index}) holds no parameter of this {type(model).__name__}: it trains "
@@ -271,6 +243,5 @@ def _optimizer_record(optimizer: Optimizer, model: nn.Module, masters: Masters, 
         }
         for group in optimizer.param_groups
     ]
-    record = {"class": type(optimizer).__name__, "groups": groups}
-    plain: dict[str, Any] = as_plain(record, f"{type(optimizer).__name__}'s state")
-    return plain
+    name = type(optimizer).__name__
+    return {"class": name, "groups": as_plain(groups, f"{name}'s state['groups']")}

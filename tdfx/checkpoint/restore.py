@@ -80,9 +80,9 @@ def load(
     trained_before = {**dict(dense.named_parameters()), **dense_masters.by_name(dense)}
     trained_after = {**dict(model.named_parameters()), **loaded_masters}
     dense_of = dense_names(model)
-    update = prepare_optimizers(optimizers, record, trained_before, trained_after, dense_of)
+    commit = prepare_optimizers(optimizers, record, trained_before, trained_after, dense_of)
     result = wrapped.wrap(model)
-    update.commit()
+    commit()
     dense_masters.write_loaded(dense, model, loaded_masters, dense_of)
     return result
 
@@ -113,7 +113,7 @@ def _like_parameter(old: Tensor, values: Tensor, requires_grad: bool) -> nn.Para
 def _replace_tensors(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
     """Replace every parameter and buffer by ``make(name, tensor)``, called once for a tensor that is held several times."""
     replaced: dict[int, tuple[Tensor, Tensor]] = {}
-    for path, owner in list(model.named_modules(remove_duplicate=True)):
+    for path, owner in list(model.named_modules()):
         for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
             if tensor is None:
                 continue
@@ -121,21 +121,19 @@ def _replace_tensors(model: nn.Module, make: Callable[[str, Tensor], Tensor]) ->
                 replaced[id(tensor)] = (tensor, make(f"{path}.{name}" if path else name, tensor))
             new = replaced[id(tensor)][1]
             if new is not tensor:
-                # By assignment, because recurrent layers keep a list of their own.
-                setattr(owner, name, new)
+                setattr(owner, name, new)  # by assignment, because recurrent layers keep a list of their own
 
 
 def _rewrite_as_saved(model: nn.Module, record: Record) -> nn.Module:
     """Rewrite the dense model as the saved model was rewritten, with empty factors."""
     try:
         for rewrite in record["rewrites"]:
-            path = rewrite["path"]
-            rewritten = _rewrite_module(model.get_submodule(path), rewrite)
-            if not path:
+            owner, _, name = rewrite["path"].rpartition(".")
+            rewritten = _rewrite_module(model.get_submodule(rewrite["path"]), rewrite)
+            if name:
+                model.get_submodule(owner)._modules[name] = rewritten
+            else:
                 model = rewritten
-                continue
-            owner, _, name = path.rpartition(".")
-            model.get_submodule(owner)._modules[name] = rewritten
     except (TdfxError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"The checkpoint is of a {record['model']} whose rewrite does not fit this {type(model).__name__}: {error} "
@@ -145,28 +143,16 @@ def _rewrite_as_saved(model: nn.Module, record: Record) -> nn.Module:
 
 
 def _rewrite_module(module: nn.Module, rewrite: dict[str, Any]) -> nn.Module:
-    """Repeat one saved rewrite on a module."""
     program = find_sites(module, rewrite["emit"])
     names = {site.slot.path: site.name for site in program.sites if site.slot is not None}
     prefix = f"{rewrite['path']}." if rewrite["path"] else ""
     sites = []
     for saved in rewrite["sites"]:
         path = "" if saved["path"] == rewrite["path"] else saved["path"].removeprefix(prefix)
-        sites.append(
-            SitePlan(
-                name=names.get(path, path) if saved["slot"] else path,
-                kind=saved["kind"],
-                shape=tuple(saved["shape"]),
-                calls=1,
-                groups=saved["groups"],
-                transposed=saved["transposed"],
-                parameter=path if saved["slot"] else None,
-                scheme=saved["scheme"],
-                ranks=tuple(saved["ranks"]),
-                parameters_before=0,
-                parameters_after=0,
-            )
-        )
+        settings = {name: saved[name] for name in ("kind", "groups", "transposed", "scheme")}
+        settings |= {"shape": tuple(saved["shape"]), "ranks": tuple(saved["ranks"]), "calls": 1}
+        name, parameter = (names.get(path, path), path) if saved["slot"] else (path, None)
+        sites.append(SitePlan(name=name, parameter=parameter, parameters_before=0, parameters_after=0, **settings))
     plan = Plan(sites=tuple(sites), emit=rewrite["emit"])
     rewritten = rewrite_by(use_plan(program, plan), init="empty").program.module
     rebind(rewritten, module)
@@ -180,19 +166,19 @@ def _rewrite_module(module: nn.Module, rewrite: dict[str, Any]) -> nn.Module:
 
 
 def _check_tensors(model: nn.Module, record: Record) -> None:
-    """Raise CheckpointError unless the model has the tensors of the checkpoint, in the same shapes."""
     saved, tensors = record["tensors"], model.state_dict()
     advice = "Pass a build_model that returns the dense model of the run that was saved."
-    if missing := [name for name in tensors if name not in saved]:
-        raise CheckpointError(
-            f"The checkpoint is of another model ({record['model']}): it lacks {len(missing)} tensors of this "
-            f"{type(model).__name__}, {missing[0]!r} first. Nearest: {nearest(missing[0], saved)}. {advice}"
-        )
-    if extra := [name for name in saved if name not in tensors]:
-        raise CheckpointError(
-            f"The checkpoint is of another model ({record['model']}): it has {len(extra)} tensors that this "
-            f"{type(model).__name__} lacks, {extra[0]!r} first. Nearest: {nearest(extra[0], tensors)}. {advice}"
-        )
+    sides = (
+        (tensors, saved, "lacks {} tensors of this {}"),
+        (saved, tensors, "has {} tensors that this {} lacks"),
+    )
+    for names, others, text in sides:
+        if different := [name for name in names if name not in others]:
+            raise CheckpointError(
+                f"The checkpoint is of another model ({record['model']}): it "
+                f"{text.format(len(different), type(model).__name__)}, {different[0]!r} first. "
+                f"Nearest: {nearest(different[0], others)}. {advice}"
+            )
     for name, tensor in tensors.items():
         value = saved[name]
         if not isinstance(tensor, Tensor) or isinstance(tensor, UninitializedParameter | UninitializedBuffer):

@@ -29,9 +29,7 @@ class _SealingWriter:
     """A writer that keeps the length and the CRC-32 of what passes through it."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.length = 0
-        self.crc = 0
+        self.file, self.length, self.crc = file, 0, 0
 
     def write(self, data: Any) -> int:
         self.length += self.file.write(data)
@@ -46,11 +44,7 @@ class _SealingWriter:
 
 
 def write_sealed(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a record to a file, which appears complete or not at all.
-
-    Raises:
-        CheckpointError: The folder is missing or cannot be written to, or the disk is full.
-    """
+    """Write a record to a file, which appears complete or not at all; raise CheckpointError if that fails."""
     try:
         with atomic_writer(path) as file:
             writer = _SealingWriter(file)
@@ -67,8 +61,7 @@ def write_sealed(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
 def read_sealed(path: str | os.PathLike[str]) -> Any:
     """Return the record in a file, with its tensors on the CPU.
 
-    Raises:
-        CheckpointError: There is no such file, tdfx did not write it, or it is damaged.
+    Raises CheckpointError if there is no such file, tdfx did not write it, or it is damaged.
     """
     try:
         with Path(path).open("rb") as file:
@@ -99,13 +92,10 @@ def _check_seal(file: BinaryIO, path: str) -> None:
             f"tdfx.load."
         )
     file.seek(0)
-    crc = 0
-    left = size - _SEAL.size
-    while left > 0:
-        chunk = file.read(min(_CHUNK, left))
-        crc = zlib.crc32(chunk, crc)
-        left -= len(chunk)
-    if length != size - _SEAL.size or crc != sealed_crc:
+    content_size, crc = size - _SEAL.size, 0
+    for start in range(0, content_size, _CHUNK):
+        crc = zlib.crc32(file.read(min(_CHUNK, content_size - start)), crc)
+    if length != content_size or crc != sealed_crc:
         raise CheckpointError(
             f"The checkpoint {path!r} is damaged: its {size} bytes are not those that were written. Use an earlier "
             f"checkpoint, or copy the file again."

@@ -24,14 +24,13 @@ def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) 
     if colon:
         return [f"{source}:{name}" for name in _public_names(Path(source)) if name.startswith(prefix)]
     torchvision = [_TORCHVISION] if _TORCHVISION.startswith(incomplete) else []
-    folders = _folders(incomplete)
-    return torchvision + [f"{path}:" for path in _files(incomplete, (".py",))] + folders
+    return [*torchvision, *(f"{path}:" for path in _files(incomplete, ".py")), *_folders(incomplete)]
 
 
 def complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Return names of rules, policy files and folders."""
     rules = [name for name in rule_names() if name.startswith(incomplete)]
-    return rules + _folders(incomplete) + _files(incomplete, (".toml", ".json"))
+    return rules + _folders(incomplete) + _files(incomplete, ".toml", ".json")
 
 
 def complete_filter(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -43,7 +42,7 @@ def _folders(incomplete: str) -> list[str]:
     return [f"{text}/" for text, path in _matching_paths(incomplete) if path.is_dir()]
 
 
-def _files(incomplete: str, suffixes: tuple[str, ...]) -> list[str]:
+def _files(incomplete: str, *suffixes: str) -> list[str]:
     return [text for text, path in _matching_paths(incomplete) if path.suffix in suffixes and path.is_file()]
 
 
@@ -54,11 +53,8 @@ def _matching_paths(incomplete: str) -> list[tuple[str, Path]]:
         paths = sorted(Path(folder + slash or ".").iterdir())
     except OSError:
         return []
-    return [
-        (f"{folder}{slash}{path.name}", path)
-        for path in paths
-        if path.name.startswith(prefix) and not path.name.startswith(".")
-    ]
+    visible = [path for path in paths if path.name.startswith(prefix) and not path.name.startswith(".")]
+    return [(f"{folder}{slash}{path.name}", path) for path in visible]
 
 
 def _public_names(path: Path) -> Iterator[str]:
@@ -68,10 +64,11 @@ def _public_names(path: Path) -> Iterator[str]:
     except (OSError, ValueError, SyntaxError, RecursionError):
         return
     for statement in body:
-        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            names = [statement.name]
-        elif isinstance(statement, ast.Assign):
-            names = [target.id for target in statement.targets if isinstance(target, ast.Name)]
-        else:
-            names = []
+        match statement:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                names = [name]
+            case ast.Assign(targets=targets):
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+            case _:
+                continue
         yield from (name for name in names if not name.startswith("_"))

@@ -10,8 +10,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tdfx.cli.exit_codes import FAILED
-from tdfx.cli.output import check_writable, show, write
+from tdfx.cli.output import FAILED, check_writable, show, write
 from tdfx.demo.run import DEFAULT_EPOCHS, run_demo
 from tdfx.demo.table import demo_view
 from tdfx.progress import on_a_terminal

@@ -31,11 +31,7 @@ def parse_device(text: str) -> torch.device:
 
 
 def build_on(device: torch.device, reference: str, build: Callable[[str], nn.Module]) -> nn.Module:
-    """Build a model on a device; on the meta device no weights are stored.
-
-    Raises:
-        ModelReferenceError: The model cannot be built, or does not fit on the device.
-    """
+    """Build a model on a device, without weights on the meta device; raise ModelReferenceError if it does not fit."""
     if device.type == "cpu":
         return build(reference)
     if device.type == "meta":

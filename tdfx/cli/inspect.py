@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 import tdfx
 from tdfx.cli.completers import complete_filter, complete_model, complete_policy
-from tdfx.cli.csv_text import to_csv
 from tdfx.cli.device import build_on, parse_device
 from tdfx.cli.inputs import parse_input
 from tdfx.cli.output import STDOUT, check_writable, show, write
 from tdfx.cli.references import build_model
-from tdfx.cli.rows import SORTS, select
+from tdfx.cli.rows import SORTS, select, to_csv
 from tdfx.cli.weights import load_weights
 from tdfx.errors import ModelReferenceError, TdfxError
 from tdfx.plans.table import plan_view
@@ -57,13 +57,13 @@ _FILE = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
 @click.option(
     "--device",
     default="cpu",
-    show_default=True,
     metavar="DEVICE",
+    show_default=True,
     help="Where to build the model: cpu, cuda, or, for huge models, meta, which stores no weights.",
 )
 @click.option(
     "--weights",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=_PATH,
     help="A file of weights, written by torch.save or as .safetensors; no code in it is run.",
 )
 @click.option(
@@ -169,12 +169,8 @@ def _policy(
     """Return the policy of a rule or a file; the other options override its settings."""
     is_file = Path(rule_or_file).suffix.lower() in {".toml", ".json"}
     policy = tdfx.read_policy(rule_or_file) if is_file else tdfx.Policy(rank=parse_rule(rule_or_file))
-    if include:
-        policy = replace(policy, include=include)
-    if exclude:
-        policy = replace(policy, exclude=exclude)
-    if min_gain is not None:
-        policy = replace(policy, min_gain=min_gain)
+    settings: dict[str, Any] = {"include": include or None, "exclude": exclude or None, "min_gain": min_gain}
+    policy = replace(policy, **{name: value for name, value in settings.items() if value is not None})
     if modelled:
         policy = map_costs(policy, lambda cost: cost if isinstance(cost, tdfx.Modelled) else tdfx.Modelled())
     return policy

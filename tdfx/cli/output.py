@@ -1,4 +1,4 @@
-"""Where a command's results go: the terminal, a pipe, and files."""
+"""Where a command's results go: the terminal, a pipe, files, and the exit code."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from tdfx.plans.table import render_plain
 STDOUT = Path("-")
 """The file name that means the standard output."""
 
+FAILED, STOPPED, INTERRUPTED = 1, 2, 130
+"""Exit codes: the proof failed; the command could not be carried out; the user pressed Ctrl-C, as shells number it."""
+
 
 def show(view: Callable[[int | None], Group]) -> None:
     """Print a view: on a terminal in colour and as wide as it is, in a pipe in plain text of any width.
 
-    ``FORCE_COLOR`` asks for colour in a pipe too, cut to ``COLUMNS`` if that is set; ``NO_COLOR`` turns colour off.
-
-    Args:
-        view: Takes the number of columns, or None for any number, and returns what to print.
+    ``view`` takes the number of columns, or None for any number. ``FORCE_COLOR`` asks for colour in a pipe too, cut to
+    ``COLUMNS`` if that is set; ``NO_COLOR`` turns colour off.
     """
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -35,7 +35,11 @@ def build_model(reference: str) -> nn.Module:
     if source == "torchvision":
         return _from_torchvision(name)
     module = _from_file(Path(source)) if source.endswith(".py") else _from_package(source)
-    return _call(reference, _attribute(reference, module, name))
+    if not hasattr(module, name):
+        public = [defined for defined in vars(module) if not defined.startswith("_")]
+        hint = f"Nearest: {nearest(name, public)}." if public else "It defines nothing."
+        raise ModelReferenceError(f"{reference!r}: there is no {name!r} in it. {hint}")
+    return _call(reference, getattr(module, name))
 
 
 def _from_torchvision(name: str) -> nn.Module:
@@ -48,13 +52,11 @@ def _from_torchvision(name: str) -> nn.Module:
         )
     # Detection and segmentation models would otherwise download the weights of a backbone.
     takes_backbone = "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters
-    backbone = {"weights_backbone": None} if takes_backbone else {}
     try:
-        model: nn.Module = models.get_model(name, weights=None, **backbone)
+        model: nn.Module = models.get_model(name, weights=None, **{"weights_backbone": None} if takes_backbone else {})
     except Exception as error:  # a factory can raise anything
-        raise ModelReferenceError(
-            f"torchvision's {name!r} could not be built: {type(error).__name__}: {error}."
-        ) from error
+        cause = f"{type(error).__name__}: {error}"
+        raise ModelReferenceError(f"torchvision's {name!r} could not be built: {cause}.") from error
     return model
 
 
@@ -90,14 +92,6 @@ def _from_package(source: str) -> ModuleType:
             f"The module {source!r} could not be imported: {type(error).__name__}: {error}. Is it installed, or on "
             f"PYTHONPATH? {_FORMS}"
         ) from error
-
-
-def _attribute(reference: str, module: ModuleType, name: str) -> Any:
-    if not hasattr(module, name):
-        public = [defined for defined in vars(module) if not defined.startswith("_")]
-        hint = f"Nearest: {nearest(name, public)}." if public else "It defines nothing."
-        raise ModelReferenceError(f"{reference!r}: there is no {name!r} in it. {hint}")
-    return getattr(module, name)
 
 
 def _call(reference: str, factory: Any) -> nn.Module:

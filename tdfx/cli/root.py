@@ -11,8 +11,8 @@ import tdfx
 from tdfx.cli.cache import cache
 from tdfx.cli.completion import completion
 from tdfx.cli.demo import demo
-from tdfx.cli.exit_codes import INTERRUPTED, STOPPED
 from tdfx.cli.inspect import inspect
+from tdfx.cli.output import INTERRUPTED, STOPPED
 from tdfx.cli.verify import verify
 from tdfx.errors import TdfxError, first_line
 
@@ -38,15 +38,12 @@ class _Commands(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"Error: {error if isinstance(error, TdfxError) else _describe_defect(error)}", err=True)
+            defect = (
+                f"tdfx failed because of a defect in it: {type(error).__name__}: {first_line(error)}. Run it again as "
+                f"tdfx --debug ... to see where, and please report it with that output."
+            )
+            click.echo(f"Error: {error if isinstance(error, TdfxError) else defect}", err=True)
             ctx.exit(STOPPED)
-
-
-def _describe_defect(error: Exception) -> str:
-    return (
-        f"tdfx failed because of a defect in it: {type(error).__name__}: {first_line(error)}. Run it again as "
-        f"tdfx --debug ... to see where, and please report it with that output."
-    )
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_CODES)

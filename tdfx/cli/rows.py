@@ -1,9 +1,13 @@
-"""Select and sort the sites of a plan that are shown."""
+"""Select and sort the sites of a plan that are shown, and write them as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Sequence
+from dataclasses import astuple, fields
 from fnmatch import fnmatchcase
+from functools import partial
 
 from tdfx.errors import TdfxError, nearest
 from tdfx.plans.plan import Plan, Reason, SitePlan
@@ -30,25 +34,20 @@ _WHY_UNKNOWN = {
 
 
 def select(plan: Plan, filters: Sequence[str], key: str) -> tuple[SitePlan, ...]:
-    """Return the sites to show, in the order in which to show them."""
-    return ordered(_filtered(plan.sites, filters), key)
-
-
-def _filtered(sites: Sequence[SitePlan], filters: Sequence[str]) -> tuple[SitePlan, ...]:
-    """Return the sites that meet every filter: ``factorized``, ``kept``, a reason, or a glob over names.
+    """Return the sites that meet all filters, in the order of ``key``: see FILTERS and SORTS.
 
     Raises:
-        TdfxError: A glob matches no site.
+        TdfxError: A glob matches no site, or the quantity to sort by is not known for any.
     """
-    names = [site.name for site in sites]
+    names = [site.name for site in plan]
     for condition in filters:
         if condition not in FILTERS and not any(fnmatchcase(name, condition) for name in names):
             raise TdfxError(
-                f"--filter {condition!r} matches none of the {len(sites)} sites. "
+                f"--filter {condition!r} matches none of the {len(names)} sites. "
                 f"Nearest: {nearest(condition, [*FILTERS, *names])}. "
                 f"It takes {', '.join(FILTERS[:2])}, a reason, or a glob over names."
             )
-    return tuple(site for site in sites if all(_meets(site, condition) for condition in filters))
+    return ordered([site for site in plan if all(_meets(site, condition) for condition in filters)], key)
 
 
 def _meets(site: SitePlan, condition: str) -> bool:
@@ -58,11 +57,7 @@ def _meets(site: SitePlan, condition: str) -> bool:
 
 
 def ordered(sites: Sequence[SitePlan], key: str) -> tuple[SitePlan, ...]:
-    """Return the sites in the model's order, by name, or by a quantity: the largest first, those without it last.
-
-    Raises:
-        TdfxError: The quantity is not known for any site.
-    """
+    """Return the sites in the model's order, by name, or by a quantity: the largest first, those without it last."""
     if key == "order":
         return tuple(sites)
     if key == "name":
@@ -70,22 +65,33 @@ def ordered(sites: Sequence[SitePlan], key: str) -> tuple[SitePlan, ...]:
     quantity = _saving(sites) if key == "saved" else _KEYS[key]
     if sites and all(quantity(site) is None for site in sites):
         raise TdfxError(f"--sort {key} has no values to sort by: {_WHY_UNKNOWN[key]}.")
-
-    def sort_key(site: SitePlan) -> tuple[bool, float]:
-        value = quantity(site)
-        return value is None, -(value or 0.0)
-
-    return tuple(sorted(sites, key=sort_key))
+    return tuple(sorted(sites, key=lambda site: (quantity(site) is None, -(quantity(site) or 0.0))))
 
 
 def _saving(sites: Sequence[SitePlan]) -> _Key:
     """Return what the rewrite of a site saves: time if any site was measured, else operations, else parameters."""
     for quantity in ("seconds", "flops"):
         if any(_saved(site, quantity) is not None for site in sites):
-            return lambda site, quantity=quantity: _saved(site, quantity)  # type: ignore[misc]
-    return lambda site: _saved(site, "parameters")
+            return partial(_saved, quantity=quantity)
+    return partial(_saved, quantity="parameters")
 
 
 def _saved(site: SitePlan, quantity: str) -> float | None:
     before, after = getattr(site, f"{quantity}_before"), getattr(site, f"{quantity}_after")
     return None if before is None or after is None else before - after
+
+
+def to_csv(sites: Sequence[SitePlan]) -> str:
+    """Return a line of titles, and a line for each site with its numbers unrounded.
+
+    >>> site = SitePlan(name="fc", kind="Linear", shape=(4, 8), calls=1, scheme="svd", ranks=(2,), parameters_before=32,
+    ...                 parameters_after=24)
+    >>> to_csv([site]).splitlines()[1][:32]
+    'fc,Linear,4x8,1,1,False,,svd,2,,'
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([field.name for field in fields(SitePlan)])
+    for site in sites:
+        table.writerow("x".join(map(str, value)) if isinstance(value, tuple) else value for value in astuple(site))
+    return text.getvalue().rstrip("\n")

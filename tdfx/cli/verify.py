@@ -8,17 +8,19 @@ from pathlib import Path
 
 import click
 import torch
+from torch import nn
 
 import tdfx
 from tdfx.cli.completers import complete_model
-from tdfx.cli.exit_codes import FAILED
 from tdfx.cli.inputs import parse_input, read_inputs
-from tdfx.cli.output import check_writable, write
-from tdfx.cli.sides import build_sides
+from tdfx.cli.output import FAILED, check_writable, write
+from tdfx.cli.references import build_model
 from tdfx.cli.weights import load_weights
-from tdfx.errors import InputError
+from tdfx.errors import InputError, ModelReferenceError
 
 _PATH = click.Path(dir_okay=False, path_type=Path)
+_SEED = 0
+"""Seed of models without ``--weights``, so that the same code gives the same weights on both sides."""
 
 
 @click.command(short_help="Prove that two models or ONNX files match.")
@@ -56,9 +58,40 @@ def verify(
         raise InputError("--input and --inputs both say what to run the models on. Give one of them.")
     torch.manual_seed(0)
     examples = read_inputs(inputs_file) if inputs_file is not None else tuple(map(parse_input, inputs)) or None
-    sides = build_sides((model, reference), weights, load_weights)
-    report = tdfx.verify(*sides, examples, tolerance=tolerance)
+    side, other_side = _build_sides((model, reference), weights)
+    report = tdfx.verify(side, other_side, examples, tolerance=tolerance)
     click.echo(str(report))
     write(json_file, json.dumps(report.to_dict(), indent=2))
     if not report.ok:
         sys.exit(FAILED)
+
+
+def _build_sides(names: tuple[str, str], weights: tuple[Path, ...]) -> list[nn.Module | Path]:
+    """Return the models or files that two names stand for, with weights: none, one for all models, or one for each."""
+    is_file = [_is_file(name) for name in names]
+    models = is_file.count(False)
+    if len(weights) > max(1, models) or (weights and not models):
+        raise ModelReferenceError(
+            f"There are {len(weights)} --weights for {models} model(s): an ONNX file has its own. Give one for all models, "
+            f"or one for each, in their order."
+        )
+    remaining = iter(weights if len(weights) > 1 else weights * models)
+    sides: list[nn.Module | Path] = []
+    for name, file in zip(names, is_file, strict=True):
+        torch.manual_seed(_SEED)
+        sides.append(Path(name) if file else build_model(name))
+        if weights and isinstance(sides[-1], nn.Module):
+            load_weights(sides[-1], next(remaining))
+    return sides
+
+
+def _is_file(name: str) -> bool:
+    """Return True for the path of an ONNX file, which need not exist, and False for the name of a model."""
+    if Path(name).suffix == ".onnx" or Path(name).is_file():
+        return True
+    if ":" not in name:
+        raise ModelReferenceError(
+            f"{name!r} is not a file, and it does not name a model. Write the path of an .onnx file, torchvision:resnet50, "
+            f"package.module:factory, or path/to/file.py:factory."
+        )
+    return False

@@ -29,8 +29,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         ModelReferenceError: The file cannot be read, or its weights do not fit the model.
     """
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    content = _find_state_dict(content)
+    content = _find_state_dict(_read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path))
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content) or not content:
         raise ModelReferenceError(
             f"The weights {str(path)!r} do not fit {type(model).__name__}: the file holds a {type(content).__name__}, not a "
@@ -96,7 +95,6 @@ def _without_wrapper_names(state: Mapping[str, Any], own_names: set[str]) -> dic
 
 
 def _check(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelReferenceError if names or shapes differ, with the first difference of each kind."""
     tensors = model.state_dict()
     missing = [name for name in tensors if name not in state]
     foreign = [name for name in state if name not in tensors]

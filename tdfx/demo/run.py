@@ -96,9 +96,7 @@ class DemoResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures for JSON; times are in seconds and accuracies in percent."""
         return {
-            "seed": self.seed,
-            "epochs": self.epochs,
-            "switch_epoch": self.switch_epoch,
+            **{name: getattr(self, name) for name in ("seed", "epochs", "switch_epoch")},
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "full": asdict(self.full),
@@ -113,11 +111,7 @@ class DemoResult:
 
 
 def load_digits() -> Digits:
-    """Return the digits, shuffled with a fixed seed, for training and testing.
-
-    Raises:
-        TdfxError: scikit-learn is not installed.
-    """
+    """Return the digits, shuffled with a fixed seed; raise TdfxError if scikit-learn is not installed."""
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
@@ -163,8 +157,9 @@ def run_demo(*, seed: int = 0, epochs: int = DEFAULT_EPOCHS, on_epoch: EpochCall
             f"Pass at least 2; the default is {DEFAULT_EPOCHS}."
         )
     digits = load_digits()
-    _warm_up(digits)
-    trainer = _Trainer(digits, seed, epochs, on_epoch or (lambda name, done, total: None))
+    few = replace(digits, train_x=digits.train_x[: 2 * BATCH], train_y=digits.train_y[: 2 * BATCH])
+    _Trainer(few, seed=0, epochs=1).full()  # so that neither run includes what torch sets up once
+    trainer = _Trainer(digits, seed, epochs, on_epoch)
     full_model, full_seconds = trainer.full()
     switch_epoch = max(1, round(SWITCH_AT * epochs))
     factorized, merged, used_plan, switch_seconds, tdfx_seconds = trainer.with_tdfx(switch_epoch)
@@ -209,11 +204,9 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
 class _Trainer:
     """The recipe of both runs: SGD with momentum and a one-cycle schedule, on images that are jittered anew each time."""
 
-    def __init__(self, digits: Digits, seed: int, epochs: int, on_epoch: EpochCallback) -> None:
-        self.digits = digits
-        self.seed = seed
-        self.epochs = epochs
-        self.on_epoch = on_epoch
+    def __init__(self, digits: Digits, seed: int, epochs: int, on_epoch: EpochCallback | None = None) -> None:
+        self.digits, self.seed, self.epochs = digits, seed, epochs
+        self.on_epoch = on_epoch or (lambda name, done, total: None)
         self.batches = len(digits.train_x) // BATCH
 
     def start(self) -> nn.Module:
@@ -222,9 +215,8 @@ class _Trainer:
         model = build_model()
         self.order = torch.Generator().manual_seed(self.seed)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, LEARNING_RATE, total_steps=self.epochs * self.batches
-        )
+        steps = self.epochs * self.batches
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, LEARNING_RATE, total_steps=steps)
         return model
 
     def train(self, model: nn.Module, name: str, epochs: range) -> None:
@@ -266,17 +258,6 @@ class _Trainer:
 def demo_policy() -> Policy:
     """Return the default policy with a higher speedup."""
     return Policy(rank=replace(DEFAULT_RULE, speedup=SPEEDUP))
-
-
-def _warm_up(digits: Digits) -> None:
-    """Train briefly, so that the first run does not include what torch sets up once per process."""
-    trainer = _Trainer(
-        Digits(digits.train_x[: 2 * BATCH], digits.train_y[: 2 * BATCH], digits.test_x, digits.test_y),
-        seed=0,
-        epochs=1,
-        on_epoch=lambda name, done, total: None,
-    )
-    trainer.full()
 
 
 @torch.no_grad()

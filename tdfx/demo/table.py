@@ -12,12 +12,7 @@ from tdfx.text import short_number
 
 
 def demo_view(result: DemoResult, width: int | None = None) -> Group:
-    """Return the plan, both runs side by side, and the proof.
-
-    Args:
-        result: What ``run_demo`` returned.
-        width: Number of columns; None for any number.
-    """
+    """Return the plan, both runs side by side, and the proof, for a number of columns or any."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     for name in ("full", "tdfx", "merged"):
@@ -32,9 +27,7 @@ def demo_view(result: DemoResult, width: int | None = None) -> Group:
 
 def _lines(result: DemoResult) -> list[str]:
     verdict = "the same graph as the original" if result.report.ok else f"FAILED: {result.report}"
-    numbers = (
-        "agrees with the factorized model" if result.numbers.numbers_match else "DIFFERS from the factorized model"
-    )
+    numbers = f"{'agrees with' if result.numbers.numbers_match else 'DIFFERS from'} the factorized model"
     return [
         f"tdfx trained {result.speedup:.2f}x faster in all; {len(result.plan.factorized)} of {len(result.plan)} sites "
         f"factorized after epoch {result.switch_epoch} of {result.epochs}",

@@ -22,9 +22,9 @@ Comparing two graphs, and two files:
 - ``chain_geometry``, ``contract_chains``: each chain of factors becomes one node, as the layer that it replaces
 - ``compare_interface``: opsets, stored tensors, inputs and outputs
 - ``walk_from_outputs``, ``isomorphism``: the nodes
-- ``first_difference``, ``draw_difference``: where two graphs differ, as a sentence and as a drawing
+- ``first_difference``: where two graphs differ, as a sentence and as a drawing
 - ``compare_graphs``: all of these
-- ``graph_inputs``, ``compare_outputs``, ``compare_weights``: the numbers, in ONNX Runtime
+- ``graph_inputs``, ``compare_outputs``: the numbers, in ONNX Runtime
 
 Nothing here imports onnx before ``verify`` or ``export`` is called.
 """

@@ -11,8 +11,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tdfx.onnx_proof.value_text import Attribute
 
@@ -25,25 +24,6 @@ CONVOLUTIONS = {"Conv", "ConvTranspose"}
 PRODUCTS = {"Gemm", "MatMul"}
 
 
-@dataclass(slots=True)
-class _Composition:
-    """Successive convolutions as one; lists have an entry for each spatial dimension."""
-
-    taps: list[int]
-    extent: list[int]
-    strides: list[int]
-    begin: list[int]
-    end: list[int]
-    output_padding: list[int]
-    group: int = 0
-    auto_pads: list[str] = field(default_factory=list)
-
-    @classmethod
-    def identity(cls, dims: int) -> _Composition:
-        zeros, ones = [0] * dims, [1] * dims
-        return cls([*ones], [*zeros], [*ones], [*zeros], [*zeros], [*zeros])
-
-
 def operator_of(nodes: Iterable[Node]) -> str:
     """Return the operator that nodes represent together: a convolution, a transposed one, or a linear map."""
     operators = {node.op for node in nodes}
@@ -52,92 +32,78 @@ def operator_of(nodes: Iterable[Node]) -> str:
 
 def transposes_weight(node: Node) -> bool:
     """Return True if a node transposes the weight that it multiplies by."""
-    return any(attribute.name == "transB" and attribute.text == "1" for attribute in node.attributes)
+    return node.attribute("transB", "0") == "1"
 
 
 def geometry_of(nodes: Sequence[Node], graph: Graph, transposed: Sequence[bool] = ()) -> tuple[Attribute, ...]:
-    """Return the attributes of the one node that would do what the nodes do, sorted by name.
+    """Return the attributes of the one node that would do what successive nodes of a graph do, sorted by name.
 
-    Args:
-        nodes: The nodes that the data goes through, in their order.
-        graph: The graph that they belong to.
-        transposed: For linear maps, whether weights are transposed before the product; each answer once.
+    For linear maps, ``transposed`` says whether weights are transposed before the product; each answer once.
     """
-    composition: _Composition | None = None
-    pads: list[tuple[str, list[int]]] = []
-    for node in nodes:
-        if node.op in CONVOLUTIONS:
-            kernel = _kernel_shape(node, graph)
-            composition = composition or _Composition.identity(len(kernel))
-            _compose(composition, node, kernel)
-        elif node.op == "Pad":
-            pads.append(_padding(node, graph))
-    if composition is None:
-        return _linear_attributes(nodes, transposed)
-    values = {
-        "taps": composition.taps,
-        "extent": composition.extent,
-        "strides": composition.strides,
-        "pads": [*composition.begin, *composition.end],
-        "output_padding": composition.output_padding,
-        "group": composition.group,
-        "padding": [*composition.auto_pads, *sorted({mode for mode, _ in pads})],
-        "padded": [sum(sizes) for sizes in zip(*(sizes for _, sizes in pads), strict=False)],
+    convolutions = [node for node in nodes if node.op in CONVOLUTIONS]
+    if convolutions:
+        kind, values = "INTS", _compose(convolutions, graph)
+        pads = [_padding(node, graph) for node in nodes if node.op == "Pad"]
+        values["padding"] += sorted({mode for mode, _ in pads})
+        values["padded"] = [sum(sizes) for sizes in zip(*(sizes for _, sizes in pads), strict=False)]
+    else:
+        kind = "FLOATS"
+        values = {
+            "alpha": math.prod(float(node.attribute("alpha", "1.0")) for node in nodes if node.op == "Gemm"),
+            "beta": math.prod(float(node.attribute("beta", "1.0")) for node in nodes if node.op == "Gemm"),
+            "transposed_inputs": sum(node.attribute("transA", "0") == "1" for node in nodes),
+            "transposed_weights": [*map(int, transposed)],
+        }
+    return tuple(sorted(Attribute(name, kind, str(value)) for name, value in values.items()))
+
+
+def _compose(convolutions: Sequence[Node], graph: Graph) -> dict[str, Any]:
+    """Return successive convolutions as one; lists have an entry for each spatial dimension."""
+    dims = len(_kernel_shape(convolutions[0], graph))
+    taps, strides = [1] * dims, [1] * dims
+    extent, begin, end, output_padding = ([0] * dims for _ in range(4))
+    group, auto_pads = 0, []
+    for node in convolutions:
+        kernel, dilations = _kernel_shape(node, graph), _sizes(node, "dilations", [1] * dims)
+        node_strides, pads = _sizes(node, "strides", [1] * dims), _sizes(node, "pads", [0] * 2 * dims)
+        output_pads = _sizes(node, "output_padding", [0] * dims)
+        for dim in range(dims):
+            # Extents count steps of the input, or of the output for a transposed convolution.
+            before, own = (node_strides[dim], 1) if node.op == "ConvTranspose" else (1, strides[dim])
+            taps[dim] *= kernel[dim]
+            extent[dim] = extent[dim] * before + dilations[dim] * (kernel[dim] - 1) * own
+            begin[dim] = begin[dim] * before + pads[dim] * own
+            end[dim] = end[dim] * before + pads[dims + dim] * own
+            output_padding[dim] = output_padding[dim] * before + output_pads[dim]
+            strides[dim] *= node_strides[dim]
+        group = math.gcd(group, _sizes(node, "group", [1])[0])
+        auto_pad = node.attribute("auto_pad", "'NOTSET'")
+        auto_pads += [auto_pad] if auto_pad != "'NOTSET'" else []
+    return {
+        "taps": taps,
+        "extent": extent,
+        "strides": strides,
+        "pads": begin + end,
+        "output_padding": output_padding,
+        "group": group,
+        "padding": auto_pads,
     }
-    return tuple(sorted(Attribute(name, "INTS", str(value)) for name, value in values.items()))
-
-
-def _linear_attributes(nodes: Sequence[Node], transposed: Sequence[bool]) -> tuple[Attribute, ...]:
-    """Return the scalar factors of matrix products, and which of their inputs and weights are transposed."""
-    scalars = {
-        name: math.prod(_number(node, name) for node in nodes if node.op == "Gemm") for name in ("alpha", "beta")
-    }
-    transposed_inputs = sum(
-        any(attribute.name == "transA" and attribute.text == "1" for attribute in node.attributes) for node in nodes
-    )
-    values = {**scalars, "transposed_inputs": transposed_inputs, "transposed_weights": [*map(int, transposed)]}
-    return tuple(sorted(Attribute(name, "FLOATS", str(value)) for name, value in values.items()))
-
-
-def _number(node: Node, name: str) -> float:
-    return next((float(attribute.text) for attribute in node.attributes if attribute.name == name), 1.0)
 
 
 def _kernel_shape(node: Node, graph: Graph) -> list[int]:
     weight = graph.initializers.get(node.inputs[1])
-    return list(weight.shape[2:]) if weight is not None else _whole_numbers(node).get("kernel_shape", [])
+    return list(weight.shape[2:]) if weight is not None else _sizes(node, "kernel_shape", [])
 
 
-def _whole_numbers(node: Node) -> dict[str, list[int]]:
-    """Return the attributes that hold whole numbers or lists of them, each as a list."""
-    texts = {attribute.name: attribute.text for attribute in node.attributes if attribute.kind in {"INT", "INTS"}}
-    values = {name: ast.literal_eval(text) for name, text in texts.items()}
-    return {name: value if isinstance(value, list) else [value] for name, value in values.items()}
-
-
-def _compose(composition: _Composition, node: Node, kernel: list[int]) -> None:
-    """Append one more convolution to a composition."""
-    attributes, dims = _whole_numbers(node), len(composition.taps)
-    strides, dilations = attributes.get("strides", [1] * dims), attributes.get("dilations", [1] * dims)
-    pads, output_padding = attributes.get("pads", [0] * 2 * dims), attributes.get("output_padding", [0] * dims)
-    for dim in range(dims):
-        # Extents count steps of the input, or of the output for a transposed convolution.
-        before, own = (strides[dim], 1) if node.op == "ConvTranspose" else (1, composition.strides[dim])
-        composition.taps[dim] *= kernel[dim]
-        composition.extent[dim] = composition.extent[dim] * before + dilations[dim] * (kernel[dim] - 1) * own
-        composition.begin[dim] = composition.begin[dim] * before + pads[dim] * own
-        composition.end[dim] = composition.end[dim] * before + pads[dims + dim] * own
-        composition.output_padding[dim] = composition.output_padding[dim] * before + output_padding[dim]
-        composition.strides[dim] *= strides[dim]
-    composition.group = math.gcd(composition.group, attributes.get("group", [1])[0])
-    composition.auto_pads += [
-        attribute.text for attribute in node.attributes if attribute.name == "auto_pad" and attribute.text != "'NOTSET'"
-    ]
+def _sizes(node: Node, name: str, default: list[int]) -> list[int]:
+    """Return an attribute that holds a whole number or a list of them, as a list."""
+    texts = [attribute.text for attribute in node.attributes if attribute.name == name and attribute.kind[:3] == "INT"]
+    value = ast.literal_eval(texts[0]) if texts else default
+    return value if isinstance(value, list) else [value]
 
 
 def _padding(node: Node, graph: Graph) -> tuple[str, list[int]]:
     """Return the mode of a Pad and its sizes: at the front of each dimension, then at the back."""
-    mode = next((attribute.text for attribute in node.attributes if attribute.name == "mode"), "'constant'")
     stored, producer = graph.initializers.get(node.inputs[1]), graph.producer(node.inputs[1])
     if stored is not None:
         text = stored.value or ""
@@ -145,4 +111,4 @@ def _padding(node: Node, graph: Graph) -> tuple[str, list[int]]:
         attributes = graph.nodes[producer].attributes if producer is not None else ()
         text = attributes[0].text if attributes else ""
     sizes = re.search(r"\[[-\d, ]*\]$", text)
-    return mode, ast.literal_eval(sizes.group()) if sizes else []
+    return node.attribute("mode", "'constant'"), ast.literal_eval(sizes.group()) if sizes else []

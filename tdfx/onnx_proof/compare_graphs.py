@@ -6,17 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tdfx.onnx_proof.compare_interface import input_difference, output_difference, stored_difference
-from tdfx.onnx_proof.contract_chains import (
-    ContractedGraph,
-    ContractionError,
-    contract,
-    describe_contractions,
-    differing_chains,
-)
+from tdfx.onnx_proof.contract_chains import ContractionError, contract, describe_contractions, differing_chains
 from tdfx.onnx_proof.first_difference import Difference, first_difference
 from tdfx.onnx_proof.graph import Graph, read_graph
 from tdfx.onnx_proof.isomorphism import isomorphic
-from tdfx.onnx_proof.walk_from_outputs import Walk, walk
+from tdfx.onnx_proof.walk_from_outputs import walk
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -35,15 +29,8 @@ class Comparison:
     """The first difference in opsets, stored tensors and nodes; None if they match."""
     settled_by: Stage
     """The stage that decided about the structure."""
-    inputs: Difference | None = None
-    """The first difference in the inputs; None if they match."""
-    outputs: Difference | None = None
-    """The first difference in the outputs; None if they match."""
-
-    @property
-    def interface(self) -> Difference | None:
-        """The first difference in inputs and outputs."""
-        return self.inputs or self.outputs
+    interface: Difference | None = None
+    """The first difference in inputs and outputs; None if they match."""
 
     @property
     def first(self) -> Difference | None:
@@ -70,29 +57,15 @@ class FactorizedComparison:
 
 
 def compare_models(model: ModelProto, reference: ModelProto) -> Comparison:
-    """Compare two ONNX models whose tensors are in memory.
-
-    Raises:
-        ExportError: One of them is not a valid graph.
-    """
+    """Compare two ONNX models whose tensors are in memory; raise ExportError if one is not a valid graph."""
     return compare_graphs(read_graph(model), read_graph(reference))
 
 
 def compare_graphs(model: Graph, reference: Graph, output_names: bool = True) -> Comparison:
-    """Compare two graphs: inputs, stored tensors, nodes, outputs.
-
-    Args:
-        model: One graph.
-        reference: The other.
-        output_names: False to ignore the names of outputs, where the exporter made them up by numbering.
-    """
+    """Compare inputs, stored tensors, nodes and outputs; ignore the names of outputs if ``output_names`` is False."""
     structure, settled_by = _compare_structure(model, reference)
-    return Comparison(
-        structure,
-        settled_by,
-        inputs=input_difference(model, reference),
-        outputs=output_difference(model, reference, output_names),
-    )
+    interface = input_difference(model, reference) or output_difference(model, reference, output_names)
+    return Comparison(structure, settled_by, interface)
 
 
 def compare_factorized(model: Graph, reference: Graph) -> FactorizedComparison:
@@ -100,23 +73,19 @@ def compare_factorized(model: Graph, reference: Graph) -> FactorizedComparison:
     chains = differing_chains(model.chains, reference.chains)
     if not chains:
         return FactorizedComparison(compare_graphs(model, reference), (model, reference))
-    contracted: list[ContractedGraph] = []
+    contracted = []
     for role, graph in (("the model", model), ("the reference", reference)):
         try:
             contracted.append(contract(graph, chains))
         except ContractionError as error:
             nodes = (error.node, None) if graph is model else (None, error.node)
-            comparison = Comparison(
-                Difference(f"in {role}, {error}", *nodes), "walk", inputs=input_difference(model, reference)
-            )
-            return FactorizedComparison(comparison, (model, reference), tuple(chains))
-    first, second = contracted
-    return FactorizedComparison(
-        compare_graphs(first.graph, second.graph, output_names=False),
-        (first.graph, second.graph),
-        tuple(chains),
-        describe_contractions(chains, first.sizes, second.sizes),
-    )
+            difference = Difference(f"in {role}, {error}", *nodes)
+            comparison = Comparison(difference, "walk", input_difference(model, reference))
+            return FactorizedComparison(comparison, (model, reference), chains)
+    (first, sizes), (second, reference_sizes) = contracted
+    comparison = compare_graphs(first, second, output_names=False)
+    lines = describe_contractions(chains, sizes, reference_sizes)
+    return FactorizedComparison(comparison, (first, second), chains, lines)
 
 
 def _compare_structure(model: Graph, reference: Graph) -> tuple[Difference | None, Stage]:
@@ -132,11 +101,9 @@ def _compare_structure(model: Graph, reference: Graph) -> tuple[Difference | Non
         return None, "walk"
     if isomorphic(model, reference, state.values):
         return None, "isomorphism"
-    return first_difference(model, reference) or _unmatched_nodes(state), "isomorphism"
-
-
-def _unmatched_nodes(state: Walk) -> Difference:
-    """Name the nodes that the walk left open, for two graphs whose nodes compute the same but do not match."""
-    rest = [index for index in range(len(state.model.nodes)) if index not in state.nodes]
-    names = f"the {len(rest)} node(s) that no output depends on, from {state.model.nodes[rest[0]]} on"
-    return Difference(f"{names}, are wired differently", rest[0])
+    difference = first_difference(model, reference)
+    if difference is None:
+        rest = [index for index in range(len(model.nodes)) if index not in state.nodes]
+        names = f"the {len(rest)} node(s) that no output depends on, from {model.nodes[rest[0]]} on"
+        difference = Difference(f"{names}, are wired differently", rest[0])
+    return difference, "isomorphism"

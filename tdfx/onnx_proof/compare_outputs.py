@@ -1,15 +1,19 @@
-"""Run two ONNX files on the same inputs with ONNX Runtime on the CPU, and measure how much the outputs differ."""
+"""Run two ONNX files on the same inputs with ONNX Runtime on the CPU, and measure how much the outputs differ.
+
+Where they do, the first stored tensor that differs explains it.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import torch
+from onnx import ModelProto, TensorProto, external_data_helper, numpy_helper
 
 from tdfx.onnx_proof.compare_interface import type_difference
 from tdfx.onnx_proof.graph_inputs import Array, random_inputs, to_arrays
@@ -65,15 +69,13 @@ def default_tolerance(graph: Graph) -> float:
 def compare_numbers(paths: tuple[Path, Path], graphs: tuple[Graph, Graph], inputs: ExampleInputs | None) -> Numbers:
     """Run both files on ``inputs``, or on random ones if None, and compare the outputs.
 
-    Raises:
-        InputError: ``inputs`` do not fit the first graph.
+    Raises InputError if ``inputs`` do not fit the first graph.
     """
     model, reference = graphs
-    conflict = _conflict("input", model.inputs, reference.inputs) or _conflict(
-        "output", model.outputs, reference.outputs
-    )
-    if conflict is not None:
-        return Numbers(math.nan, conflict)
+    for kind in ("input", "output"):
+        conflict = _conflict(kind, getattr(model, f"{kind}s"), getattr(reference, f"{kind}s"))
+        if conflict is not None:
+            return Numbers(math.nan, conflict)
     arrays = random_inputs(model) if inputs is None else to_arrays(inputs, model.inputs)
     results = []
     for role, path in zip(("model", "reference"), paths, strict=True):
@@ -100,7 +102,7 @@ def _fit_together(port: Port, other: Port) -> bool:
     if port.dtype != other.dtype or port.shape is None or other.shape is None:
         return port.dtype == other.dtype
     return len(port.shape) == len(other.shape) and all(
-        size == other_size or isinstance(size, str) or isinstance(other_size, str)
+        size == other_size or str in {type(size), type(other_size)}
         for size, other_size in zip(port.shape, other.shape, strict=True)
     )
 
@@ -154,10 +156,39 @@ def _relative_error(output: Array, other: Array) -> float:
     difference = float(np.abs(_as_float(output)[differs] - _as_float(other)[differs]).max())
     if output.dtype.kind in "iub":
         return max(1.0, difference)
-    finite = np.abs(_as_float(other))[np.isfinite(_as_float(other))]
-    scale = float(finite.max()) if finite.size else 0.0
+    scale = float(np.abs(_as_float(other)).max(where=np.isfinite(_as_float(other)), initial=0.0))
     return difference / scale if scale > 0.0 else math.inf
 
 
-def _as_float(array: Array) -> npt.NDArray[np.generic]:
+def _as_float(array: Array) -> npt.NDArray[Any]:
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def weight_difference(models: tuple[ModelProto, ModelProto], paths: tuple[Path, Path], graph: Graph) -> str | None:
+    """Describe the first tensor that the model's graph reads and that differs from the reference's.
+
+    Only two tensors are in memory at once.
+    """
+    read = {name for node in graph.nodes for name in node.inputs}
+    others = {tensor.name: tensor for tensor in models[1].graph.initializer}
+    for tensor in models[0].graph.initializer:
+        other = others.get(tensor.name)
+        if tensor.name not in read or other is None or other.dims != tensor.dims:
+            continue
+        values, other_values = _values(tensor, paths[0]), _values(other, paths[1])
+        difference = float(np.abs(values - other_values).max(initial=0.0))
+        if difference != 0.0:  # also if it is NaN
+            scale = float(np.abs(other_values).max(initial=0.0)) or 1.0
+            count = int((values != other_values).sum())
+            return (
+                f"the first stored tensor that differs is {tensor.name!r}: {count} of its {values.size} values, by up to "
+                f"{difference / scale:.1e} of the largest"
+            )
+    return None
+
+
+def _values(tensor: TensorProto, path: Path) -> npt.NDArray[Any]:
+    if external_data_helper.uses_external_data(tensor):
+        tensor = TensorProto.FromString(tensor.SerializeToString())  # a copy, since loading stores the values in it
+        external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+    return _as_float(numpy_helper.to_array(tensor))

@@ -38,18 +38,13 @@ SUFFIX = " site"
 class ContractionError(Exception):
     """A graph that does not compute a site as recorded: what stands there instead, and at which node."""
 
-    def __init__(self, text: str, node: int | None = None) -> None:
+    def __init__(self, text: str, node: int) -> None:
         super().__init__(text)
         self.node = node
 
 
-@dataclass(frozen=True, slots=True)
-class ContractedGraph:
-    """A graph with some sites contracted."""
-
-    graph: Graph
-    sizes: dict[str, tuple[int, ...]]
-    """Site -> the number of nodes that became one, for each place where the site is computed."""
+Sizes = dict[str, tuple[int, ...]]
+"""Site -> the number of nodes that became one, for each place where the site is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +63,7 @@ def differing_chains(chains: Iterable[Chain], others: Iterable[Chain]) -> tuple[
     return tuple(chain for site, chain in sites.items() if by_site.get(site) != others_by_site.get(site))
 
 
-def contract(graph: Graph, chains: Iterable[Chain]) -> ContractedGraph:
+def contract(graph: Graph, chains: Iterable[Chain]) -> tuple[Graph, Sizes]:
     """Return ``graph`` with one node for each place where a site of ``chains`` is computed, factorized or dense.
 
     Raises:
@@ -77,9 +72,9 @@ def contract(graph: Graph, chains: Iterable[Chain]) -> ContractedGraph:
     factorized = {chain.site: chain for chain in graph.chains}
     contraction = _Contraction(graph)
     for chain in chains:
-        if chain.site in factorized:
-            chain = factorized[chain.site]
-            contraction.contract_site(_SiteTensors(chain, chain.factors, chain.factor_bias))
+        own = factorized.get(chain.site)
+        if own is not None:
+            contraction.contract_site(_SiteTensors(own, own.factors, own.factor_bias))
         else:
             contraction.contract_site(_SiteTensors(chain, (chain.weight,), chain.bias))
     return contraction.result()
@@ -99,18 +94,17 @@ class _Contraction:
         self.contracted: dict[int, Node] = {}
         """Index of the last node that was contracted -> the node in its place."""
         self.initializers = dict(graph.initializers)
-        self.sizes: dict[str, tuple[int, ...]] = {}
+        self.sizes: Sizes = {}
 
     def contract_site(self, site: _SiteTensors) -> None:
         """Contract one site wherever it is computed; a site that only training computes is nowhere in the graph."""
         products = [self._products(site, name) for name in site.weights]
-        sizes = []
+        regions = []
         for last in sorted(products[-1]):
             path = self._path(site, self._with_bias(site, last), products)
-            region = self._region(site, path)
-            self._replace(site, path, region, products)
-            sizes.append(len(region))
-        self.sizes[site.chain.site] = tuple(sizes)
+            regions.append(self._region(site, path))
+            self._replace(site, path, regions[-1], products)
+        self.sizes[site.chain.site] = tuple(map(len, regions))
         self._rename(site)
 
     def _products(self, site: _SiteTensors, name: str) -> dict[int, bool]:
@@ -133,11 +127,9 @@ class _Contraction:
         """Return the node that adds the bias, if that is another node than the last one to multiply."""
         if site.bias is None or site.bias in self.graph.nodes[last].inputs:
             return last
-        additions = [
-            index
-            for index in self.readers[self.graph.nodes[last].outputs[0]]
-            if self.graph.nodes[index].op == "Add" and site.bias in self.graph.nodes[index].inputs
-        ]
+        readers = self.readers[self.graph.nodes[last].outputs[0]]
+        nodes = self.graph.nodes
+        additions = [index for index in readers if nodes[index].op == "Add" and site.bias in nodes[index].inputs]
         if len(additions) != 1:
             raise ContractionError(f"the bias {site.bias!r} of the site {site.chain} is not added to its result", last)
         return additions[0]
@@ -153,7 +145,8 @@ class _Contraction:
                 remaining -= 1
             elif node.op not in _PASS_THROUGH and not (node.op == "Add" and index == last):
                 raise ContractionError(f"{node} stands inside the site {site.chain}", index)
-            producer = self.graph.producer(self._data_input(site, node))
+            bias_first = node.op == "Add" and node.inputs[0] == site.bias
+            producer = self.graph.producer(node.inputs[1 if bias_first else 0])
             if remaining == 0:
                 if site.chain.pads and producer is not None and self.graph.nodes[producer].op == "Pad":
                     path.append(producer)
@@ -162,10 +155,6 @@ class _Contraction:
                 raise ContractionError(f"the site {site.chain} reads {node.inputs[0]!r} on the way", index)
             path.append(producer)
 
-    def _data_input(self, site: _SiteTensors, node: Node) -> str:
-        """Return the value that a node on the path takes from the node before it."""
-        return node.inputs[1] if node.op == "Add" and node.inputs[0] == site.bias else node.inputs[0]
-
     def _check_addend(self, site: _SiteTensors, index: int) -> None:
         """Raise ContractionError unless a product adds only a stored tensor, or the exporter's zeros."""
         for name in filter(None, self.graph.nodes[index].inputs[2:]):
@@ -173,15 +162,13 @@ class _Contraction:
             while producer is not None and self.graph.nodes[producer].op in {"CastLike", "Expand"}:
                 value = self.graph.nodes[producer].inputs[0]
                 producer = self.graph.producer(value)
-            texts = (
-                [attribute.text for attribute in self.graph.nodes[producer].attributes] if producer is not None else []
-            )
-            is_zero = len(texts) == 1 and _ZERO.search(texts[0]) is not None
+            attributes = self.graph.nodes[producer].attributes if producer is not None else ()
+            is_zero = len(attributes) == 1 and _ZERO.search(attributes[0].text) is not None
             if not is_zero and value not in self.graph.initializers:
                 raise ContractionError(f"the site {site.chain} adds {value!r}, which is not its bias", index)
 
     def _region(self, site: _SiteTensors, path: Sequence[int]) -> set[int]:
-        """Return the nodes of a path, and the nodes that provide its weights and zeros."""
+        """Return the nodes of a path and those that provide its weights and zeros, without nodes that others read too."""
         data = self.graph.nodes[path[0]].inputs[0]
         region: set[int] = set()
         waiting = [path[-1]]
@@ -191,26 +178,20 @@ class _Contraction:
             if index not in path and node.op not in _HELPERS:
                 raise ContractionError(f"{node} has a part in the site {site.chain}", index)
             region.add(index)
-            producers = (self.graph.producer(name) for name in node.inputs if name and name != data)
+            producers = (self.graph.producer(name) for name in node.inputs if name != data)
             waiting.extend(producer for producer in producers if producer is not None and producer not in region)
-        return self._without_shared(site, region, path)
-
-    def _without_shared(self, site: _SiteTensors, region: set[int], path: Sequence[int]) -> set[int]:
-        """Return a region without nodes that others read too: the exporter stores equal constants once."""
-        unshared = set(region)
-        for index in sorted(region - {path[-1]}, reverse=True):
+        for index in sorted(region - {path[-1]}, reverse=True):  # the exporter stores equal constants once
             outputs = [name for name in self.graph.nodes[index].outputs if name]
-            if any(name in self.outputs or not unshared.issuperset(self.readers[name]) for name in outputs):
+            if any(name in self.outputs or not region.issuperset(self.readers[name]) for name in outputs):
                 if index in path:
                     text = f"a value inside the site {site.chain}, {outputs[0]!r}, is read elsewhere too"
                     raise ContractionError(text, index)
-                unshared.discard(index)
-        return unshared
+                region.discard(index)
+        return region
 
     def _replace(
         self, site: _SiteTensors, path: Sequence[int], region: set[int], products: Sequence[Mapping[int, bool]]
     ) -> None:
-        """Replace a region by one node."""
         nodes = [self.graph.nodes[index] for index in path]
         own_tensors = {*site.weights, site.bias}
         read = (name for node in nodes for name in node.inputs if name in self.graph.initializers)
@@ -237,44 +218,31 @@ class _Contraction:
         if bias is not None and site.chain.bias is not None:
             self.initializers[site.chain.bias] = replace(bias, name=site.chain.bias)
 
-    def result(self) -> ContractedGraph:
+    def result(self) -> tuple[Graph, Sizes]:
         """Return the contracted graph, without nodes and tensors that only removed nodes read."""
-        removed = self.removed | self._dead()
-        nodes = tuple(
-            self.contracted.get(index, node)
-            for index, node in enumerate(self.graph.nodes)
-            if index in self.contracted or index not in removed
-        )
+        removed = self._with_dead()
+        kept = (index for index in range(len(self.graph.nodes)) if index in self.contracted or index not in removed)
+        nodes = tuple(self.contracted.get(index, self.graph.nodes[index]) for index in kept)
         # Whether tensors that nothing reads are exported depends on whether the model is a graph already.
         read = {name for node in nodes for name in node.inputs} | self.outputs
         initializers = {name: tensor for name, tensor in self.initializers.items() if name in read}
         sources = sources_of(self.graph.inputs, initializers, nodes, self.graph.outputs)
         graph = replace(self.graph, nodes=nodes, initializers=initializers, sources=sources, chains=())
-        return ContractedGraph(graph, self.sizes)
+        return graph, self.sizes
 
-    def _dead(self) -> set[int]:
-        """Return the nodes whose last readers were removed."""
-        dead: set[int] = set()
+    def _with_dead(self) -> set[int]:
+        """Return the removed nodes, and the nodes whose last readers were removed."""
+        removed = set(self.removed)
         read = {name for node in self.contracted.values() for name in node.inputs} | self.outputs
-        waiting = self._producers(self.removed)
-        while waiting:
-            index = waiting.pop()
-            gone = self.removed | dead
-            outputs = [name for name in self.graph.nodes[index].outputs if name]
-            if index not in gone and all(name not in read and gone.issuperset(self.readers[name]) for name in outputs):
-                dead.add(index)
-                waiting.extend(self._producers([index]))
-        return dead
-
-    def _producers(self, indices: Iterable[int]) -> list[int]:
-        """Return the nodes that make the inputs of some nodes."""
-        producers = (self.graph.producer(name) for index in indices for name in self.graph.nodes[index].inputs)
-        return [producer for producer in producers if producer is not None]
+        for index in reversed(range(len(self.graph.nodes))):
+            outputs = self.graph.nodes[index].outputs
+            readers = [reader for name in outputs for reader in self.readers[name]]
+            if readers and removed.issuperset(readers) and read.isdisjoint(outputs):
+                removed.add(index)
+        return removed
 
 
-def describe_contractions(
-    chains: Sequence[Chain], sizes: dict[str, tuple[int, ...]], reference_sizes: dict[str, tuple[int, ...]]
-) -> tuple[str, ...]:
+def describe_contractions(chains: Sequence[Chain], sizes: Sizes, reference_sizes: Sizes) -> tuple[str, ...]:
     """Return a line for each contracted chain: what it was, and how many nodes became one on either side."""
     lines = []
     for chain in chains:

@@ -76,17 +76,19 @@ def export(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module to export.")
-    target = _check_path(path)
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ExportError(f"Cannot write {str(path)!r}. Name a file in a folder that exists and that you may write to.")
     check_tolerance(tolerance)
     names = _check_names(output_names)
     import onnx_ir
 
     from tdfx.onnx_proof.check_export import check_export
     from tdfx.onnx_proof.module_inputs import as_example_inputs
-    from tdfx.onnx_proof.torch_to_onnx import Settings, build_program
+    from tdfx.onnx_proof.torch_to_onnx import build_program
 
     inputs = as_example_inputs(example_inputs)
-    program = build_program(model, inputs, Settings(dynamic_axes=dynamic_axes, output_names=names, optimize=optimize))
+    program = build_program(model, inputs, dynamic_axes, names, optimize)
     weights = _external_file(program, target)
     try:
         with contextlib.ExitStack() as on_failure:
@@ -110,14 +112,6 @@ def export(
     return ExportReport(files=files, size=sum(written.stat().st_size for written in files), **checks)
 
 
-def _check_path(path: str | Path) -> Path:
-    """Return the file that a path leads to, with links resolved."""
-    target = Path(os.path.realpath(path))
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise ExportError(f"Cannot write {str(path)!r}. Name a file in a folder that exists and that you may write to.")
-    return target
-
-
 def _check_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
     if names is None:
         return None
@@ -129,17 +123,13 @@ def _check_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def _external_file(program: ONNXProgram, target: Path) -> Path | None:
-    """Return a new file for weights that are too large for the .onnx file; None if they fit into it.
-
-    Its name is new, so that the weights of the .onnx file that is being replaced stay until that is done.
-    """
+    """Return a file for weights that do not fit into the .onnx file; its name is new, so that the old weights stay."""
     values = (initializer.const_value for initializer in program.model.graph.initializers.values())
     size = sum(value.nbytes for value in values if value is not None)
     return target.with_name(f"{target.name}.{secrets.token_hex(4)}.data") if size > SINGLE_FILE_BYTES else None
 
 
 def _remove_old_weights(target: Path, keep: Path | None) -> None:
-    """Remove the weights of earlier exports to the same file."""
     pattern = re.compile(rf"{re.escape(target.name)}\.[0-9a-f]{{8}}\.data")
     with contextlib.suppress(OSError):
         for path in target.parent.iterdir():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from onnx import ModelProto
 from torch import nn
 
+from tdfx.checks import read_record
 from tdfx.errors import ExportError
 from tdfx.layers.factorized import Factorized, weight_of
 from tdfx.layers.parameter import FactorizedParameter
@@ -42,6 +41,10 @@ class Chain:
     """True if the dense weight is laid out as the factors' weights are."""
     exact: bool
     """True at full rank, where the chain can represent any weight."""
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            raise ValueError(f"the chain {self} has no factors")
 
     def __str__(self) -> str:
         return f"{self.site or 'the model itself'} ({self.scheme} {', '.join(map(str, self.ranks))})"
@@ -87,31 +90,9 @@ def chains_in(model: ModelProto) -> tuple[Chain, ...]:
     """
     texts = [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]
     try:
-        return tuple(_parse(record) for text in texts for record in json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return tuple(read_record(Chain, record) for text in texts for record in json.loads(text))
+    except (ValueError, TypeError) as error:
         raise ExportError(
             f"The ONNX file's metadata {METADATA_KEY!r} is damaged: {type(error).__name__}: {error}. Export the model "
             f"again with tdfx.export, or delete that entry to have the file treated like any other."
         ) from error
-
-
-_LISTS = {"ranks": int, "factors": str, "shape": int}
-_SCALARS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("site", "scheme", "weight"), (str,)),
-    **dict.fromkeys(("factor_bias", "bias"), (str, type(None))),
-    **dict.fromkeys(("pads", "oriented", "exact"), (bool,)),
-}
-
-
-def _parse(record: Mapping[str, Any]) -> Chain:
-    """Return a chain after checking every field, since the file may come from anywhere."""
-    if {*record} != {*_LISTS, *_SCALARS}:
-        raise ValueError(f"a record has the entries {sorted(record)}, not {sorted({*_LISTS, *_SCALARS})}")
-    lists = {name: tuple(record[name]) for name in _LISTS}
-    wrong = [name for name, kind in _LISTS.items() if not all(type(value) is kind for value in lists[name])]
-    wrong += [name for name, kinds in _SCALARS.items() if not isinstance(record[name], kinds)]
-    if not lists["factors"]:
-        wrong.append("factors")
-    if wrong:
-        raise ValueError(f"{wrong[0]} is {record[wrong[0]]!r}")
-    return Chain(**{**record, **lists})

@@ -27,11 +27,7 @@ Source = tuple[str, str | int, int]
 _NUMBERED = re.compile(r"(^|[._])(lifted_tensor_\d+|_tensor_constant\d+)$")
 """Names of tensors that a ``forward`` creates: torch.export and torch.fx number them, so their values identify them."""
 
-_FLOATS = {
-    TensorProto.DataType.Value(name)
-    for name in TensorProto.DataType.keys()  # noqa: SIM118 (an enum wrapper of protobuf, not a dictionary)
-    if "FLOAT" in name or name in {"DOUBLE", "COMPLEX64", "COMPLEX128"}
-}
+_FLOATS = {number for name, number in TensorProto.DataType.items() if re.search("FLOAT|DOUBLE|COMPLEX", name)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +38,9 @@ class Port:
     dtype: str
     shape: tuple[int | str, ...] | None
     """Sizes, with ``?0``, ``?1`` ... for dynamic axes, numbered by first appearance; None if unknown."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{'unknown' if self.shape is None else ', '.join(map(str, self.shape))}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +72,10 @@ class Node:
     def label(self) -> tuple[object, ...]:
         """What must be equal besides the wiring: operator, attributes, and which inputs and outputs are used."""
         return (self.op, self.attributes, tuple(map(bool, self.inputs)), tuple(map(bool, self.outputs)))
+
+    def attribute(self, name: str, default: str) -> str:
+        """Return the text of an attribute, or a default."""
+        return next((attribute.text for attribute in self.attributes if attribute.name == name), default)
 
     def __str__(self) -> str:
         return f"{self.name!r} ({self.op})"
@@ -107,28 +110,19 @@ class Graph:
 
 
 def read_graph(model: ModelProto) -> Graph:
-    """Return the graph of ``model``, with model-local functions inlined.
-
-    Raises:
-        ExportError: A node reads a value that no earlier node makes.
-    """
+    """Return the graph of ``model``, with model-local functions inlined; raise ExportError if it is not valid."""
     chains = chains_in(model)
     if model.functions:
         model = inliner.inline_local_functions(model)
     nodes = tuple(_read_node(node, index) for index, node in enumerate(model.graph.node))
-    initializers = _read_initializers(model.graph.initializer, {name for node in nodes for name in node.inputs})
+    read = {name for node in nodes for name in node.inputs}
+    initializers = {tensor.name: _read_initializer(tensor, read) for tensor in model.graph.initializer}
     symbols: dict[str, str] = {}
     inputs = tuple(_read_port(value, symbols) for value in model.graph.input if value.name not in initializers)
     outputs = tuple(_read_port(value, symbols) for value in model.graph.output)
-    return Graph(
-        opsets={_domain(opset.domain): opset.version for opset in model.opset_import},
-        inputs=inputs,
-        outputs=outputs,
-        initializers=initializers,
-        nodes=nodes,
-        sources=sources_of(inputs, initializers, nodes, outputs),
-        chains=chains,
-    )
+    opsets = {_domain(opset.domain): opset.version for opset in model.opset_import}
+    sources = sources_of(inputs, initializers, nodes, outputs)
+    return Graph(opsets, inputs, outputs, initializers, nodes, sources, chains)
 
 
 def compared_by_value(tensor: TensorProto) -> bool:
@@ -160,17 +154,10 @@ def _without_tail(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def _read_initializers(tensors: Iterable[TensorProto], read: set[str]) -> dict[str, Initializer]:
-    return {
-        tensor.name: Initializer(
-            name=tensor.name,
-            dtype=dtype_name(tensor.data_type),
-            shape=tuple(tensor.dims),
-            value=tensor_text(tensor) if tensor.name in read and compared_by_value(tensor) else None,
-            anonymous=_NUMBERED.search(tensor.name) is not None,
-        )
-        for tensor in tensors
-    }
+def _read_initializer(tensor: TensorProto, read: set[str]) -> Initializer:
+    value = tensor_text(tensor) if tensor.name in read and compared_by_value(tensor) else None
+    anonymous = _NUMBERED.search(tensor.name) is not None
+    return Initializer(tensor.name, dtype_name(tensor.data_type), tuple(tensor.dims), value, anonymous)
 
 
 def _read_port(value: ValueInfoProto, symbols: dict[str, str]) -> Port:
@@ -191,11 +178,7 @@ def _read_size(size: onnx.TensorShapeProto.Dimension, symbols: dict[str, str]) -
 def sources_of(
     inputs: Iterable[Port], initializers: dict[str, Initializer], nodes: Iterable[Node], outputs: Iterable[Port]
 ) -> dict[str, Source]:
-    """Return where each value comes from, by name.
-
-    Raises:
-        ExportError: A node reads a value that no earlier node makes.
-    """
+    """Return where each value comes from, by name; raise ExportError if no earlier node makes it."""
     sources: dict[str, Source] = {port.name: ("input", position, 0) for position, port in enumerate(inputs)}
     for name, tensor in initializers.items():
         sources[name] = ("constant", tensor.value or "", 0) if tensor.anonymous else ("initializer", name, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,24 +25,12 @@ Array = npt.NDArray[np.generic]
 _DYNAMIC_SIZE = 2
 """Size of dynamic axes of random inputs."""
 
-_ONNX_NAMES = {
-    torch.float64: "double",
-    torch.float32: "float",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.int64: "int64",
-    torch.int32: "int32",
-    torch.int16: "int16",
-    torch.int8: "int8",
-    torch.uint8: "uint8",
-    torch.bool: "bool",
-    torch.complex64: "complex64",
-    torch.complex128: "complex128",
-}
+_ONNX_NAMES = {torch.float64: "double", torch.float32: "float"}
+"""The types that ONNX calls by another name than torch."""
 
 
 def to_arrays(inputs: ExampleInputs, ports: Sequence[Port]) -> list[Array]:
-    """Return example inputs as arrays, in the graph's order, after checking that the graph takes them.
+    """Return example inputs as arrays, in the graph's order.
 
     Raises:
         InputError: Their number, names, dtypes or shapes differ from the graph's.
@@ -59,7 +48,7 @@ def to_arrays(inputs: ExampleInputs, ports: Sequence[Port]) -> list[Array]:
 
 
 def _to_array(tensor: Tensor, port: Port) -> Array:
-    dtype = _ONNX_NAMES.get(tensor.dtype, str(tensor.dtype))
+    dtype = _ONNX_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
     sizes = port.shape if port.shape is not None else tuple(tensor.shape)
     fits = len(sizes) == tensor.ndim and all(
         isinstance(size, str) or size == own for size, own in zip(sizes, tensor.shape, strict=True)
@@ -84,20 +73,17 @@ def as_array(tensor: Tensor) -> Array:
 def random_inputs(graph: Graph) -> list[Array]:
     """Return an array for each input, the same on every call: normal, or zeros and ones for integers and flags.
 
-    Raises:
-        InputError: An input has no fixed number of axes, or is not numeric.
+    Raises InputError if an input has no fixed number of axes, or is not numeric.
     """
     generator = np.random.default_rng(0)
     return [_random_input(port, generator) for port in graph.inputs]
 
 
 def _random_input(port: Port, generator: np.random.Generator) -> Array:
-    numpy_names = {"float": "float32", "double": "float64", "float16": "float16", "bool": "bool"}
-    name = numpy_names.get(port.dtype, port.dtype if port.dtype.startswith(("int", "uint")) else "")
-    if port.shape is None or not name:
+    name = {"float": "float32", "double": "float64"}.get(port.dtype, port.dtype)
+    if port.shape is None or not re.fullmatch(r"bool|float(16|32|64)|u?int\d+", name):
         raise InputError(
-            f"no random values can be made for input {port.name!r} ({port.dtype}, shape {port.shape}): "
-            f"pass example_inputs."
+            f"no random values can be made for input {port.name!r} ({port.dtype}, shape {port.shape}): pass example_inputs."
         )
     shape = [size if isinstance(size, int) else _DYNAMIC_SIZE for size in port.shape]
     if name.startswith("float"):

@@ -15,49 +15,36 @@ import networkx as nx
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
-    from tdfx.onnx_proof.graph import Graph, Node
+    from tdfx.onnx_proof.graph import Graph
 
 Vertex = tuple[str, str | int, int]
 """("value", name, 0), ("node", index, 0), ("argument", node index, position) or ("result", position, 0)."""
-
-Colours = dict[Vertex, int]
 
 
 def isomorphic(model: Graph, reference: Graph, pins: Mapping[str, str] | None = None) -> bool:
     """Return True if the two graphs match.
 
-    Args:
-        model: One graph.
-        reference: The other.
-        pins: Value of the model -> value of the reference that it must be matched with. Nodes whose outputs are all pinned
-            are settled, and only the rest is searched.
+    ``pins`` has values of the model that must be matched with values of the reference. Nodes whose outputs are all pinned
+    are settled, and only the rest is searched.
     """
     pins = pins or {}
-    numbers = {name: number for number, name in enumerate(pins)}
-    reference_numbers = {pins[name]: number for name, number in numbers.items()}
-    graph, other = to_digraph(model, numbers), to_digraph(reference, reference_numbers)
+    graph = to_digraph(model, {name: number for number, name in enumerate(pins)})
+    other = to_digraph(reference, {name: number for number, name in enumerate(pins.values())})
     if not refine(graph, other):
         return False
-    mapping = _match(graph, other)
-    return mapping is not None and all(other.has_edge(mapping[tail], mapping[head]) for tail, head in graph.edges)
-
-
-def _match(graph: nx.DiGraph, other: nx.DiGraph) -> dict[Vertex, Vertex] | None:
-    """Return a partner for every vertex of two refined graphs, or None if they do not match.
-
-    A vertex whose colour is unique has one possible partner. Vertices of one colour all have the same edges to it, or the
-    colour would have split, so the search among them can ignore it.
-    """
+    # A vertex whose colour is unique has one possible partner. Vertices of one colour all have the same edges to it, or
+    # the colour would have split, so the search among them can ignore it.
     counts = Counter(colour for _, colour in graph.nodes(data="colour"))
     by_colour = {colour: vertex for vertex, colour in other.nodes(data="colour")}
     mapping = {vertex: by_colour[colour] for vertex, colour in graph.nodes(data="colour") if counts[colour] == 1}
-    if len(mapping) == len(graph):
-        return mapping
-    matched = set(mapping.values())
-    rest = graph.subgraph(vertex for vertex in graph if vertex not in mapping)
-    other_rest = other.subgraph(vertex for vertex in other if vertex not in matched)
-    partners = nx.vf2pp_isomorphism(rest, other_rest, node_label="colour")
-    return None if partners is None else {**mapping, **partners}
+    if len(mapping) < len(graph):
+        rest = graph.subgraph(set(graph).difference(mapping))
+        other_rest = other.subgraph(set(other).difference(mapping.values()))
+        partners = nx.vf2pp_isomorphism(rest, other_rest, node_label="colour")
+        if partners is None:
+            return False
+        mapping |= partners
+    return all(other.has_edge(mapping[tail], mapping[head]) for tail, head in graph.edges)
 
 
 def to_digraph(graph: Graph, pinned: Mapping[str, int]) -> nx.DiGraph:
@@ -67,18 +54,14 @@ def to_digraph(graph: Graph, pinned: Mapping[str, int]) -> nx.DiGraph:
         if name not in pinned:
             result.add_node(("value", name, 0), label=_value_label(graph, name, pinned))
     for index, node in enumerate(graph.nodes):
-        if not _is_settled(node, pinned):
+        outputs = [name for name in node.outputs if name]
+        if not outputs or not all(name in pinned for name in outputs):
             _add_node(result, graph, index, pinned)
     for position, port in enumerate(graph.outputs):
         if port.name not in pinned:
             result.add_node(("result", position, 0), label=("result", position))
             result.add_edge(("value", port.name, 0), ("result", position, 0))
     return result
-
-
-def _is_settled(node: Node, pinned: Mapping[str, int]) -> bool:
-    outputs = [name for name in node.outputs if name]
-    return bool(outputs) and all(name in pinned for name in outputs)
 
 
 def _value_label(graph: Graph, name: str, pinned: Mapping[str, int]) -> Hashable:
@@ -94,10 +77,10 @@ def _add_node(result: nx.DiGraph, graph: Graph, index: int, pinned: Mapping[str,
     result.add_node(vertex, label=node.label)
     for position, name in enumerate(node.inputs):
         if name:
-            result.add_node(("value", name, 0), label=_value_label(graph, name, pinned))
-            result.add_node(("argument", index, position), label=("argument", position))
-            result.add_edge(("value", name, 0), ("argument", index, position))
-            result.add_edge(("argument", index, position), vertex)
+            value, argument = ("value", name, 0), ("argument", index, position)
+            result.add_node(value, label=_value_label(graph, name, pinned))
+            result.add_node(argument, label=("argument", position))
+            nx.add_path(result, [value, argument, vertex])
     for name in filter(None, node.outputs):
         result.add_edge(vertex, ("value", name, 0))
 
@@ -112,7 +95,7 @@ def refine(graph: nx.DiGraph, other: nx.DiGraph) -> bool:
     colours = [dict(side.nodes(data="label")) for side in graphs]
     for forward in (True, False):
         palette: dict[Hashable, int] = {}
-        colours = [_sweep(side, before, palette, forward) for side, before in zip(graphs, colours, strict=True)]
+        colours = [_sweep(*pair, palette, forward) for pair in zip(graphs, colours, strict=True)]
     classes = 0
     while Counter(colours[0].values()) == Counter(colours[1].values()):
         if len(set(colours[0].values())) == classes:
@@ -121,26 +104,26 @@ def refine(graph: nx.DiGraph, other: nx.DiGraph) -> bool:
             return True
         classes = len(set(colours[0].values()))
         palette = {}
-        colours = [_refine_once(side, before, palette) for side, before in zip(graphs, colours, strict=True)]
+        colours = [_refine_once(*pair, palette) for pair in zip(graphs, colours, strict=True)]
     return False
 
 
 def _sweep(
     graph: nx.DiGraph, colours: Mapping[Vertex, Hashable], palette: dict[Hashable, int], forward: bool
-) -> Colours:
+) -> dict[Vertex, int]:
     """Return new colours: a vertex's old colour, with the new ones of its predecessors, or successors."""
     order = list(nx.topological_sort(graph))
     neighbours = graph.predecessors if forward else graph.successors
-    result: Colours = {}
+    result: dict[Vertex, int] = {}
     for vertex in order if forward else reversed(order):
         near = tuple(sorted(result[neighbour] for neighbour in neighbours(vertex)))
         result[vertex] = palette.setdefault((colours[vertex], near), len(palette))
     return result
 
 
-def _refine_once(graph: nx.DiGraph, colours: Colours, palette: dict[Hashable, int]) -> Colours:
+def _refine_once(graph: nx.DiGraph, colours: Mapping[Vertex, int], palette: dict[Hashable, int]) -> dict[Vertex, int]:
     """Return new colours: a vertex's old colour, with the old ones of all its neighbours."""
-    result: Colours = {}
+    result: dict[Vertex, int] = {}
     for vertex, colour in colours.items():
         before = tuple(sorted(colours[neighbour] for neighbour in graph.predecessors(vertex)))
         after = tuple(sorted(colours[neighbour] for neighbour in graph.successors(vertex)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,21 +21,15 @@ Outputs = tuple[Tensor, ...]
 
 
 def as_example_inputs(inputs: object) -> ExampleInputs:
-    """Return example inputs as a tuple or a dict of tensors.
-
-    Raises:
-        InputError: They are something else.
-    """
+    """Return example inputs as a tuple or a dict of tensors, or raise InputError."""
     if isinstance(inputs, Tensor):
         return (inputs,)
     if isinstance(inputs, Mapping) and all(isinstance(tensor, Tensor) for tensor in inputs.values()):
         return dict(inputs)
     if isinstance(inputs, (tuple, list)) and all(isinstance(tensor, Tensor) for tensor in inputs):
         return tuple(inputs)
-    if isinstance(inputs, (tuple, list)):
-        passed = f"({', '.join(type(value).__name__ for value in inputs)})"
-    else:
-        passed = f"a {type(inputs).__name__}"
+    kinds = ", ".join(type(value).__name__ for value in inputs) if isinstance(inputs, (tuple, list)) else ""
+    passed = f"({kinds})" if isinstance(inputs, (tuple, list)) else f"a {type(inputs).__name__}"
     raise InputError(
         f"example_inputs must be a tuple of tensors, not {passed}: pass example_inputs=(x,), or a dict of tensors by the "
         f"names of forward's arguments."
@@ -54,7 +48,7 @@ def call_arguments(module: nn.Module, inputs: ExampleInputs) -> tuple[tuple[Tens
     if not isinstance(inputs, dict):
         return inputs, {}
     names = [name for name in inspect.signature(module.forward).parameters if name in inputs]
-    return (), {name: inputs[name] for name in [*names, *(name for name in inputs if name not in names)]}
+    return (), {name: inputs[name] for name in dict.fromkeys([*names, *inputs])}
 
 
 def argument_names(module: nn.Module, inputs: ExampleInputs) -> list[str] | None:
@@ -71,11 +65,7 @@ def argument_names(module: nn.Module, inputs: ExampleInputs) -> list[str] | None
 
 
 def dynamic_shapes(module: nn.Module, inputs: ExampleInputs, axes: Axes | None) -> dict[str, Any] | None:
-    """Return dynamic axes in the form that ``torch.export`` takes; None if there are none.
-
-    Raises:
-        InputError: There is no such argument or axis.
-    """
+    """Return dynamic axes as ``torch.export`` takes them, None if there are none; raise InputError for unknown ones."""
     if not axes:
         return None
     names = argument_names(module, inputs)
@@ -90,37 +80,29 @@ def dynamic_shapes(module: nn.Module, inputs: ExampleInputs, axes: Axes | None) 
             raise InputError(
                 f"dynamic_axes names {name!r}, which is none of the example inputs. Nearest: {nearest(name, names)}."
             )
-        _check_axes(name, sizes, tensors[name])
+        shape = list(tensors[name].shape)
+        for axis, size in sizes.items():
+            if not isinstance(axis, int) or not 0 <= axis < len(shape):
+                raise InputError(
+                    f"dynamic_axes names axis {axis!r} of {name!r}, whose example has the {len(shape)} axes of shape "
+                    f"{shape}. Count from 0."
+                )
+            if not isinstance(size, str) or not size.isidentifier():
+                raise InputError(
+                    f"dynamic_axes calls axis {axis} of {name!r} {size!r}: give it a name such as 'batch'. Axes with one "
+                    f"name have one size."
+                )
     return {name: dict(axes[name]) if axes.get(name) else None for name in names}
-
-
-def _check_axes(name: str, sizes: Mapping[int, str], tensor: Tensor) -> None:
-    for axis, size in sizes.items():
-        if not isinstance(axis, int) or not 0 <= axis < tensor.ndim:
-            raise InputError(
-                f"dynamic_axes names axis {axis!r} of {name!r}, whose example has the {tensor.ndim} axes of shape "
-                f"{list(tensor.shape)}. Count from 0."
-            )
-        if not isinstance(size, str) or not size.isidentifier():
-            raise InputError(
-                f"dynamic_axes calls axis {axis} of {name!r} {size!r}: give it a name such as 'batch'. Axes with one name "
-                f"have one size."
-            )
 
 
 def lengthen(module: nn.Module, inputs: ExampleInputs, axes: Axes) -> ExampleInputs:
     """Return example inputs that are longer by one in each dynamic axis: the first entry comes twice."""
     names = argument_names(module, inputs)
     assert names is not None, "dynamic_shapes has checked this"
-    tensors: Sequence[Tensor] = [inputs[name] for name in names] if isinstance(inputs, dict) else inputs
-    longer = {
-        name: _lengthen_tensor(tensor, sorted(axes.get(name, ()))) for name, tensor in zip(names, tensors, strict=True)
-    }
-    return longer if isinstance(inputs, dict) else tuple(longer.values())
-
-
-def _lengthen_tensor(tensor: Tensor, axes: Sequence[int]) -> Tensor:
-    for axis in axes:
-        index = [0, *range(tensor.shape[axis])] if tensor.shape[axis] else []
-        tensor = tensor.index_select(axis, torch.tensor(index, dtype=torch.int64, device=tensor.device))
-    return tensor
+    longer = dict(inputs) if isinstance(inputs, dict) else dict(zip(names, inputs, strict=True))
+    for name, sizes in axes.items():
+        for axis in sizes:
+            tensor = longer[name]
+            index = [0, *range(tensor.shape[axis])] if tensor.shape[axis] else []
+            longer[name] = tensor.index_select(axis, torch.tensor(index, dtype=torch.int64, device=tensor.device))
+    return {name: longer[name] for name in names} if isinstance(inputs, dict) else tuple(longer.values())

@@ -15,29 +15,10 @@ if TYPE_CHECKING:
 
 
 def read_file(path: Path) -> tuple[ModelProto, Graph]:
-    """Return the model in an ONNX file, as ``load_file`` reads it, and its graph.
+    """Return the model in an ONNX file, and its graph; of tensors in other files, read only those compared by value.
 
     Raises:
         ExportError: There is no such file, or no valid graph in it.
-    """
-    model = load_file(path)
-    try:
-        _check_texts(model)
-        return model, read_graph(model)
-    except ExportError:
-        raise
-    except Exception as error:  # the file may hold anything
-        raise ExportError(
-            f"{str(path)!r} holds a damaged ONNX graph: {type(error).__name__}: {first_line(error)}. Export the model "
-            f"again."
-        ) from error
-
-
-def load_file(path: Path) -> ModelProto:
-    """Read an ONNX file; of tensors stored in other files, read only those that are compared by value.
-
-    Raises:
-        ExportError: There is no such file, or it holds no ONNX graph.
     """
     if not path.is_file():
         raise ExportError(f"{str(path)!r} is not a file: give the path of an .onnx file, or pass the nn.Module itself.")
@@ -50,7 +31,14 @@ def load_file(path: Path) -> ModelProto:
         raise ExportError(f"{str(path)!r} cannot be read as ONNX: {error}. Export the model again.") from error
     if not model.ir_version or not model.graph.output:
         raise ExportError(f"{str(path)!r} holds no ONNX graph: no version or no outputs. Export the model again.")
-    return model
+    try:
+        _check_texts(model)
+        return model, read_graph(model)
+    except ExportError:
+        raise
+    except Exception as error:  # the file may hold anything
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise ExportError(f"{str(path)!r} holds a damaged ONNX graph: {cause}. Export the model again.") from error
 
 
 def _check_texts(model: ModelProto) -> None:
@@ -58,11 +46,16 @@ def _check_texts(model: ModelProto) -> None:
     graph = model.graph
     texts: list[object] = [item.name for item in (*graph.initializer, *graph.input, *graph.output, *graph.node)]
     for node in graph.node:
-        texts += [node.op_type, node.domain, *node.input, *node.output]
-        texts += [attribute.name for attribute in node.attribute]
+        texts += [
+            node.op_type,
+            node.domain,
+            *node.input,
+            *node.output,
+            *(attribute.name for attribute in node.attribute),
+        ]
     for port in (*graph.input, *graph.output):
         texts += [size.dim_param for size in port.type.tensor_type.shape.dim]
     texts += [text for entry in model.metadata_props for text in (entry.key, entry.value)]
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise ValueError(f"the name {wrong!r} is not UTF-8")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"the name {text!r} is not UTF-8")

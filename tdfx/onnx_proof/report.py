@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import textwrap
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,15 +78,10 @@ class VerifyReport:
         return self.ok
 
     def __str__(self) -> str:
-        return "\n  ".join(
-            [
-                "verified" if self.ok else "NOT verified",
-                *self._structure_lines(),
-                "same interface" if self.interface_matches else f"the interfaces differ: {self.interface}",
-                *self._numbers_lines(),
-                *(["", *self.place.split("\n")] if self.place is not None else []),
-            ]
-        ).replace("\n  \n", "\n\n")
+        head = "verified" if self.ok else "NOT verified"
+        same = "same interface" if self.interface_matches else f"the interfaces differ: {self.interface}"
+        text = "\n  ".join([head, *self._structure_lines(), same, *self._numbers_lines()])
+        return text if self.place is None else f"{text}\n\n{textwrap.indent(self.place, '  ')}"
 
     def _structure_lines(self) -> list[str]:
         after = f" after contracting {len(self.contracted)} chain(s) of factors" if self.contracted else ""
@@ -93,9 +89,9 @@ class VerifyReport:
             head = f"the structures differ{after}: {self.structure}"
         else:
             head = f"same structure ({self.nodes} nodes){after}"
+        lines = [head, *(f"  {line}" for line in self.contracted[:_MAX_CHAINS])]
         more = len(self.contracted) - _MAX_CHAINS
-        lines = [f"  {line}" for line in self.contracted[:_MAX_CHAINS]]
-        return [head, *lines, *([f"  and {more} more"] if more > 0 else [])]
+        return [*lines, f"  and {more} more"] if more > 0 else lines
 
     def _numbers_lines(self) -> list[str]:
         if self.problem is not None:
@@ -104,31 +100,17 @@ class VerifyReport:
         if self.numbers_match:
             return [f"same numbers ({error})"]
         if self.approximate:
-            return [
-                f"the numbers differ by the approximation ({error}); {self.approximate} chain(s) are below full rank"
-            ]
+            below = f"{self.approximate} chain(s) are below full rank"
+            return [f"the numbers differ by the approximation ({error}); {below}"]
         return [f"the numbers differ ({error})", *([f"  {self.weight}"] if self.weight is not None else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON; an error that is not a finite number becomes None."""
         return {
-            "ok": self.ok,
-            "structure_matches": self.structure_matches,
-            "interface_matches": self.interface_matches,
-            "numbers_match": self.numbers_match,
-            "structure": self.structure,
-            "interface": self.interface,
-            "place": self.place,
+            **{name: getattr(self, name) for name in ("ok", "structure_matches", "interface_matches", "numbers_match")},
+            **asdict(self),
             "max_error": self.max_error if math.isfinite(self.max_error) else None,
-            "tolerance": self.tolerance,
-            "problem": self.problem,
-            "weight": self.weight,
-            "inputs": self.inputs,
-            "nodes": self.nodes,
             "contracted": list(self.contracted),
-            "approximate": self.approximate,
-            "settled_by": self.settled_by,
-            "seconds": self.seconds,
         }
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import warnings
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir
@@ -18,14 +17,7 @@ from torch.onnx import ONNXProgram
 
 from tdfx.errors import ExportError, InputError, first_line
 from tdfx.onnx_proof.factor_chains import METADATA_KEY, chains_of, to_metadata
-from tdfx.onnx_proof.module_inputs import (
-    Axes,
-    ExampleInputs,
-    Outputs,
-    call_arguments,
-    describe_inputs,
-    dynamic_shapes,
-)
+from tdfx.onnx_proof.module_inputs import Axes, ExampleInputs, Outputs, call_arguments, describe_inputs, dynamic_shapes
 from tdfx.wrappers.compiled import is_wrapped
 
 if TYPE_CHECKING:
@@ -33,55 +25,60 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How to export a module."""
-
-    dynamic_axes: Axes | None = None
-    output_names: tuple[str, ...] | None = None
-    optimize: bool = False
-    """False keeps the graph as the model is written. The exporter's optimizer folds weights into constants, so that equal
-    models with unequal weights no longer have equal graphs."""
+def export_module(module: nn.Module, inputs: ExampleInputs, path: Path, dynamic_axes: Axes | None = None) -> None:
+    """Write ``module``, in eval mode, to ``path``, with its weights in a file beside it; errors as for ``build_program``."""
+    onnx_ir.save(build_program(module, inputs, dynamic_axes).model, path, external_data=f"{path.name}.data")
 
 
-def export_module(module: nn.Module, inputs: ExampleInputs, path: Path, settings: Settings | None = None) -> None:
-    """Write ``module``, in eval mode, to ``path``, with its weights in a file beside it.
+def build_program(
+    module: nn.Module,
+    inputs: ExampleInputs,
+    dynamic_axes: Axes | None = None,
+    output_names: tuple[str, ...] | None = None,
+    optimize: bool = False,
+) -> ONNXProgram:
+    """Return ``module``, in eval mode, as an ONNX model that shares its weights.
+
+    The exporter's messages about its own internals are hidden, for other threads of the process too. Its optimizer folds
+    weights into constants, so that equal models with unequal weights no longer have equal graphs; it is off by default.
 
     Raises:
         InputError: The module does not accept the inputs, or has no such axes.
         ExportError: The exporter cannot export it.
     """
-    onnx_ir.save(build_program(module, inputs, settings).model, path, external_data=f"{path.name}.data")
-
-
-def build_program(module: nn.Module, inputs: ExampleInputs, settings: Settings | None = None) -> ONNXProgram:
-    """Return ``module``, in eval mode, as an ONNX model that shares its weights; errors as for ``export_module``."""
-    module, settings = without_wrappers(module), settings or Settings()
+    module = without_wrappers(module)
     arguments, named = call_arguments(module, inputs)
-    shapes = dynamic_shapes(module, inputs, settings.dynamic_axes)
+    shapes = dynamic_shapes(module, inputs, dynamic_axes)
+    output = io.StringIO()
     try:
-        with eval_mode(module), _quiet():
+        with (
+            eval_mode(module),
+            warnings.catch_warnings(action="ignore"),
+            redirect_stdout(output),
+            redirect_stderr(output),
+        ):
             program = torch.onnx.export(
                 module,
                 arguments,
                 kwargs=named,
                 dynamo=True,
-                optimize=settings.optimize,
+                optimize=optimize,
                 verbose=False,
                 dynamic_shapes=shapes,
-                output_names=settings.output_names,
+                output_names=output_names,
                 custom_translation_table={torch.ops.aten.conv3d.default: _conv3d},
             )
     except Exception as error:
         run_module(module, inputs)  # raises InputError if the inputs are the cause
-        cause = _innermost_cause(error)
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter's own message only advises on debugging
+            cause = cause.__cause__
         raise ExportError(
             f"torch.onnx cannot export {type(module).__name__}: {type(cause).__name__}: {first_line(cause)}. "
             f"Make the model exportable, or verify its exportable parts one by one."
         ) from error
     assert program is not None
-    chains = chains_of(module)
-    if chains:
+    if chains := chains_of(module):
         program.model.metadata_props[METADATA_KEY] = to_metadata(chains)
     return program
 
@@ -89,8 +86,7 @@ def build_program(module: nn.Module, inputs: ExampleInputs, settings: Settings |
 def run_module(module: nn.Module, inputs: ExampleInputs) -> Outputs:
     """Return the tensors that ``module`` outputs in eval mode, in the order of an export.
 
-    Raises:
-        InputError: The module does not accept the inputs.
+    Raises InputError if the module does not accept the inputs.
     """
     module = without_wrappers(module)
     arguments, named = call_arguments(module, inputs)
@@ -116,7 +112,7 @@ def without_wrappers(module: nn.Module) -> nn.Module:
     return module
 
 
-@contextlib.contextmanager
+@contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put ``module`` into eval mode, and each submodule back into its own mode afterwards."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
@@ -129,28 +125,6 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
                 submodule.train(training)
         for submodule, training in modes:  # train() also changes the children, so set all flags once more
             submodule.training = training
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the exporter's messages about its own internals; exceptions pass.
-
-    During the export this holds for the whole process, and so for other threads too.
-    """
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _innermost_cause(error: BaseException) -> BaseException:
-    """Return the error that started a chain of errors: the exporter's own message only advises on debugging."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _conv3d(

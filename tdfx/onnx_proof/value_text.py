@@ -60,33 +60,13 @@ def attributes_of(node: NodeProto) -> tuple[tuple[Attribute, ...], tuple[str, ..
     are returned in the order of first use, and the text of the body holds only their numbers in that order.
     """
     captured: list[str] = []
-    attributes = [
-        Attribute(attribute.name, _kind(attribute), _attribute_text(attribute, captured))
-        for attribute in node.attribute
-    ]
+    attributes = []
+    for attribute in node.attribute:
+        kind = str(AttributeProto.AttributeType.Name(attribute.type))
+        value = onnx.helper.get_attribute_value(attribute)
+        texts = [_value_text(item, captured) for item in (value if kind.endswith("S") else [value])]
+        attributes.append(Attribute(attribute.name, kind, f"[{', '.join(texts)}]" if kind.endswith("S") else texts[0]))
     return tuple(sorted(attributes)), tuple(captured)
-
-
-def _kind(attribute: AttributeProto) -> str:
-    return str(AttributeProto.AttributeType.Name(attribute.type))
-
-
-def _attribute_text(attribute: AttributeProto, captured: list[str]) -> str:
-    value = onnx.helper.get_attribute_value(attribute)
-    if isinstance(value, (list, tuple)) or attribute.type in _LISTS:
-        return f"[{', '.join(_value_text(item, captured) for item in value)}]"
-    return _value_text(value, captured)
-
-
-_LISTS = {
-    AttributeProto.FLOATS,
-    AttributeProto.INTS,
-    AttributeProto.STRINGS,
-    AttributeProto.TENSORS,
-    AttributeProto.GRAPHS,
-    AttributeProto.SPARSE_TENSORS,
-    AttributeProto.TYPE_PROTOS,
-}
 
 
 def _value_text(value: object, captured: list[str]) -> str:

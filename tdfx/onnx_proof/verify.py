@@ -64,16 +64,24 @@ def verify(
     (True, 1, 0.0)
 
     """
-    _check_models(model, reference)
-    inputs = _check_inputs(example_inputs, needed=isinstance(model, nn.Module) or isinstance(reference, nn.Module))
+    for role, value in (("model", model), ("reference", reference)):
+        if not isinstance(value, (nn.Module, str, Path)):
+            raise ModelError(f"{role} is a {type(value).__name__}: pass an nn.Module or the path of an .onnx file.")
+    if example_inputs is None and (isinstance(model, nn.Module) or isinstance(reference, nn.Module)):
+        raise InputError(
+            "example_inputs is missing: a module is exported by running it on them. Pass example_inputs=(x,), with tensors "
+            "of the shape and dtype that the model takes; on the command line, --input with a shape."
+        )
+    from tdfx.onnx_proof.module_inputs import as_example_inputs
+
+    inputs = None if example_inputs is None else as_example_inputs(example_inputs)
     check_tolerance(tolerance)
     with tempfile.TemporaryDirectory(prefix="tdfx-verify-") as folder:
         path = _to_file(model, inputs, dynamic_axes, Path(folder, "model.onnx"))
-        if reference is model:  # no need to export it twice
-            reference_path = path
-        else:
-            reference_path = _to_file(reference, inputs, dynamic_axes, Path(folder, "reference.onnx"))
-        return _compare((path, reference_path), inputs, tolerance)
+        other = (
+            path if reference is model else _to_file(reference, inputs, dynamic_axes, Path(folder, "reference.onnx"))
+        )
+        return _compare((path, other), inputs, tolerance)
 
 
 def check_tolerance(tolerance: float | None) -> None:
@@ -82,58 +90,34 @@ def check_tolerance(tolerance: float | None) -> None:
         raise InputError(f"tolerance={tolerance!r} is not a relative error: pass a number such as 1e-5, or None.")
 
 
-def _check_models(model: object, reference: object) -> None:
-    for role, value in (("model", model), ("reference", reference)):
-        if not isinstance(value, (nn.Module, str, Path)):
-            raise ModelError(
-                f"{role} is a {type(value).__name__}: verify takes an nn.Module or the path of an .onnx file."
-            )
-
-
-def _check_inputs(inputs: object, needed: bool) -> ExampleInputs | None:
-    from tdfx.onnx_proof.module_inputs import as_example_inputs
-
-    if inputs is not None:
-        return as_example_inputs(inputs)
-    if needed:
-        raise InputError(
-            "example_inputs is missing: a module is exported by running it on example inputs. "
-            "Pass example_inputs=(x,), with tensors of the shape and dtype that the model takes; on the command line, "
-            "--input with a shape."
-        )
-    return None
-
-
 def _to_file(model: Model, inputs: ExampleInputs | None, axes: Axes | None, path: Path) -> Path:
     """Return the ONNX file of ``model``: its own, or ``path`` after an export."""
     if not isinstance(model, nn.Module):
         return Path(model)
-    from tdfx.onnx_proof.torch_to_onnx import Settings, export_module
+    from tdfx.onnx_proof.torch_to_onnx import export_module
 
     assert inputs is not None
-    export_module(model, inputs, path, Settings(dynamic_axes=axes))
+    export_module(model, inputs, path, axes)
     return path
 
 
 def _compare(paths: tuple[Path, Path], inputs: ExampleInputs | None, tolerance: float | None) -> VerifyReport:
     from tdfx.onnx_proof.compare_graphs import compare_factorized
-    from tdfx.onnx_proof.compare_outputs import compare_numbers, default_tolerance
-    from tdfx.onnx_proof.compare_weights import weight_difference
-    from tdfx.onnx_proof.draw_difference import draw_difference
+    from tdfx.onnx_proof.compare_outputs import compare_numbers, default_tolerance, weight_difference
+    from tdfx.onnx_proof.first_difference import draw_difference
     from tdfx.onnx_proof.onnx_file import read_file
 
     start = time.perf_counter()
     (proto, graph), (reference_proto, reference_graph) = (read_file(path) for path in paths)
     result = compare_factorized(graph, reference_graph)
-    comparison = result.comparison
+    structure, interface, first = result.comparison.structure, result.comparison.interface, result.comparison.first
     numbers = compare_numbers(paths, (graph, reference_graph), inputs)
     accepted = default_tolerance(graph) if tolerance is None else tolerance
-    differ = numbers.problem is None and not numbers.max_error <= accepted
-    explain = differ and not result.chains
+    explain = numbers.problem is None and not numbers.max_error <= accepted and not result.chains
     return VerifyReport(
-        structure=None if comparison.structure is None else comparison.structure.text,
-        interface=None if comparison.interface is None else comparison.interface.text,
-        place=None if comparison.first is None else draw_difference(comparison.first, *result.graphs),
+        structure=None if structure is None else structure.text,
+        interface=None if interface is None else interface.text,
+        place=None if first is None else draw_difference(first, *result.graphs),
         max_error=numbers.max_error,
         tolerance=accepted,
         problem=numbers.problem,
@@ -142,6 +126,6 @@ def _compare(paths: tuple[Path, Path], inputs: ExampleInputs | None, tolerance: 
         nodes=len(graph.nodes),
         contracted=result.contracted,
         approximate=sum(not chain.exact for chain in result.chains),
-        settled_by=comparison.settled_by,
+        settled_by=result.comparison.settled_by,
         seconds=time.perf_counter() - start,
     )

@@ -6,8 +6,8 @@ contradiction on the way therefore proves that the graphs do not match. Only nod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from tdfx.onnx_proof.first_difference import Difference
 
@@ -15,20 +15,8 @@ if TYPE_CHECKING:
     from tdfx.onnx_proof.graph import Graph
 
 
-class _Consumer(NamedTuple):
-    """What reads the two values that must be partners."""
-
-    text: str
-    node: int | None = None
-    other: int | None = None
-
-
-class _Pair(NamedTuple):
-    """Two values that must be partners."""
-
-    value: str
-    other: str
-    consumer: _Consumer
+_Pair = tuple[str, str, Difference]
+"""Two values that must be partners, and what reads them."""
 
 
 @dataclass(slots=True)
@@ -59,42 +47,34 @@ class Walk:
 def walk(model: Graph, reference: Graph) -> Walk:
     """Pair the values of two graphs with equally many outputs, starting from the outputs."""
     state = Walk(model, reference)
-    consumer = _Consumer("the graph's outputs")
-    waiting = [
-        _Pair(output.name, other.name, consumer) for output, other in zip(model.outputs, reference.outputs, strict=True)
-    ]
-    while waiting and state.conflict is None:
-        pair = waiting.pop()
-        if state.values.get(pair.value) == pair.other:
+    ports = zip(model.outputs, reference.outputs, strict=True)
+    waiting = [(output.name, other.name, Difference("the graph's outputs")) for output, other in ports]
+    while waiting:
+        value, counterpart, consumer = waiting.pop()
+        if state.values.get(value) == counterpart:
             continue
-        reason = _contradiction(state, pair.value, pair.other)
+        reason = _contradiction(state, value, counterpart)
         if reason is not None:
-            state.conflict = Difference(f"{pair.consumer.text}: {reason}", pair.consumer.node, pair.consumer.other)
-        else:
-            waiting.extend(_join_producers(state, pair.value, pair.other))
+            state.conflict = replace(consumer, text=f"{consumer.text}: {reason}")
+            break
+        waiting.extend(_join_producers(state, value, counterpart))
     return state
 
 
 def _contradiction(state: Walk, value: str, other: str) -> str | None:
     """Return why two values cannot be partners, or None."""
+    if value in state.values:
+        return f"{value!r} is used in two places that read {state.values[value]!r} and {other!r} in the reference"
+    if other in state.partners:
+        return f"{value!r} and {state.partners[other]!r} stand where the reference reads {other!r} twice"
     kind, key, slot = state.model.sources[value]
     other_kind, other_key, other_slot = state.reference.sources[other]
-    if value in state.values or other in state.partners:
-        return _second_partner(state, value, other)
     if kind != other_kind or slot != other_slot:
         return f"{value!r} comes from another kind of place than {other!r} in the reference"
     if kind != "node":
         return None if key == other_key else f"{value!r} stands where the reference has {other!r}"
     node, counterpart = state.model.nodes[int(key)], state.reference.nodes[int(other_key)]
     return None if node.label == counterpart.label else f"{node} stands where the reference has {counterpart}"
-
-
-def _second_partner(state: Walk, value: str, other: str) -> str:
-    """Describe two values of which at least one has another partner already."""
-    partner = state.values.get(value)
-    if partner is not None:
-        return f"{value!r} is used in two places that read {partner!r} and {other!r} in the reference"
-    return f"{value!r} and {state.partners.get(other)!r} stand where the reference reads {other!r} twice"
 
 
 def _join_producers(state: Walk, value: str, other: str) -> list[_Pair]:
@@ -109,7 +89,7 @@ def _join_producers(state: Walk, value: str, other: str) -> list[_Pair]:
     for output, other_output in zip(node.outputs, counterpart.outputs, strict=True):
         state.join(output, other_output)  # all at once, so that two nodes can never share one partner
     return [
-        _Pair(argument, other_argument, _Consumer(f"argument {position} of node {node}", index, partner))
+        (argument, other_argument, Difference(f"argument {position} of node {node}", index, partner))
         for position, (argument, other_argument) in enumerate(zip(node.inputs, counterpart.inputs, strict=True))
         if argument  # the labels of the nodes are equal, so both leave out the same arguments
     ]

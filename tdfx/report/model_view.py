@@ -1,13 +1,15 @@
-"""What reports show of a model besides its plan: the spectra of its weights, and its graph."""
+"""What reports show of a model besides its plan: the spectra of its weights, and its graph; writing reports."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from tdfx.errors import ModelError
+from tdfx.checkpoint.atomic import atomic_writer
+from tdfx.errors import ModelError, ReportError
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.pipeline import find_sites
@@ -52,3 +54,15 @@ def look(model: nn.Module, plan: Plan, *, example_inputs: Inputs | None = None) 
     if example_inputs is not None:
         program = ObserveInputs(example_inputs)(program).program
     return ModelView(plan=plan, spectra=curves_of(program.sites, plan), network=network_of(program))
+
+
+def write_report(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a report to a file; if that fails, raise ReportError and leave what was there."""
+    try:
+        with atomic_writer(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise ReportError(
+            f"The report {str(path)!r} could not be written: {error}. What was there before is unchanged. Name a file in a "
+            f"folder that exists, with room on its disk."
+        ) from error

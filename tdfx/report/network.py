@@ -59,21 +59,17 @@ def network_of(program: Program) -> Network:
     graph = _collapse_until_few(graph)
     thinned = graph.number_of_edges() > _MOST_EDGES * len(graph)
     edges = (nx.transitive_reduction(graph) if thinned else graph).edges
-    trace_order = nx.get_node_attributes(graph, "index")
-    numbers = {
-        node: number
-        for number, node in enumerate(nx.lexicographical_topological_sort(graph, key=trace_order.__getitem__))
-    }
+    order = nx.lexicographical_topological_sort(graph, key=lambda node: graph.nodes[node]["index"])
+    numbers = {node: number for number, node in enumerate(order)}
     boxes = {number: graph.nodes[node]["box"] for node, number in numbers.items()}
     return Network(boxes, tuple(sorted((numbers[tail], numbers[head]) for tail, head in edges)), thinned=thinned)
 
 
 def _network_of_sites(sites: tuple[Site, ...]) -> Network:
-    called = [site for site in sites if site.calls]
     boxes = {}
-    for number, site in enumerate(called):
-        path = tuple(site.name.split(".")) if site.name else ()
-        boxes[number] = Box(path, (site.name.rpartition(".")[2] or "(root)",), (site.name,))
+    for number, name in enumerate(site.name for site in sites if site.calls):
+        path = tuple(name.split(".")) if name else ()
+        boxes[number] = Box(path, path[-1:] or ("(root)",), (name,))
     return Network(boxes, ordered=False)
 
 
@@ -95,12 +91,11 @@ def _operations(traced: fx.Graph, program: Program) -> nx.DiGraph:
     starts = [node for node in graph if node.op == "placeholder" or graph.nodes[node]["box"].sites]
     on_data = set(starts).union(*(nx.descendants(graph, node) for node in starts if not graph.in_degree(node)))
     needed = on_data & nx.ancestors(graph, end) | {end}
-    graph.remove_nodes_from([node for node in graph if node not in needed])
+    graph.remove_nodes_from(set(graph) - needed)
     return graph
 
 
 def _is_not_a_tensor(node: fx.Node, without_data: set[fx.Node]) -> bool:
-    """Return True for a node whose result is a number or a shape."""
     if node.op == "call_method":
         return node.target in _SHAPE_METHODS
     if node.op != "call_function":
@@ -114,7 +109,6 @@ def _is_not_a_tensor(node: fx.Node, without_data: set[fx.Node]) -> bool:
 
 
 def _sites_inside(node: fx.Node, sites: tuple[Site, ...]) -> tuple[str, ...]:
-    """Return the sites inside a module that the graph calls as a whole."""
     if node.op != "call_module":
         return ()
     return tuple(site.name for site in sites if site.calls and site.name.startswith(f"{node.target}."))
@@ -145,10 +139,9 @@ def _path(node: fx.Node, site_of: Mapping[fx.Node, str]) -> tuple[str, ...]:
 def _join_chains(graph: nx.DiGraph) -> None:
     """Join each box that is not a site to the box before it, if only one box is before it and only it is after that."""
     for node in list(nx.topological_sort(graph)):
-        predecessors = list(graph.predecessors(node))
-        if len(predecessors) != 1 or graph.nodes[node]["box"].sites or node.op == "output":
+        if graph.in_degree(node) != 1 or graph.nodes[node]["box"].sites or node.op == "output":
             continue
-        (before,) = predecessors
+        (before,) = graph.predecessors(node)
         if graph.out_degree(before) != 1 or before.op == "placeholder":
             continue
         box = graph.nodes[before]["box"]
@@ -161,10 +154,9 @@ def _join_chains(graph: nx.DiGraph) -> None:
 
 def _collapse_until_few(graph: nx.DiGraph) -> nx.DiGraph:
     """Collapse modules into one box each, the innermost first, until the graph has few enough boxes."""
-    deepest = max((len(data["box"].path) for data in graph.nodes.values()), default=0)
-    for depth in range(deepest - 1, 0, -1):
-        if len(graph) <= MOST_BOXES:
-            break
+    depth = max((len(data["box"].path) for data in graph.nodes.values()), default=0)
+    while len(graph) > MOST_BOXES and depth > 1:
+        depth -= 1
         graph = _collapse(graph, depth)
     return graph
 

@@ -7,7 +7,8 @@ the pieces one after the other as the lines of a text, in columns where it is wi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -79,62 +80,55 @@ def _join_small(groups: list[list[int]], network: Network) -> list[list[int]]:
     """Join small successive groups of one module, such as the two halves of a transformer's block."""
     joined: list[list[int]] = []
     for group in groups:
-        if (
-            joined
-            and len(joined[-1]) + len(group) <= _MAX_JOINED
-            and _title(joined[-1], network) == _title(group, network)
-        ):
-            joined[-1] = [*joined[-1], *group]
+        last = joined[-1] if joined else []
+        if last and len(last) + len(group) <= _MAX_JOINED and _title(last, network) == _title(group, network):
+            last += group
         else:
-            joined.append(group)
+            joined.append([*group])
     return joined
 
 
 def _piece(network_graph: nx.DiGraph, group: Sequence[int], network: Network) -> Piece:
     """Lay out one group, with a start if it takes data from before, and with bends where edges pass layers."""
     graph = nx.DiGraph(network_graph.subgraph(group))
-    inside = set(group)
-    entries = [node for node in group if not inside.issuperset(network_graph.predecessors(node))]
+    entries = {head for tail, head in network_graph.in_edges(group) if tail not in graph}
     graph.add_edges_from((START, node) for node in entries)
     depth = _depths(graph)
     layers = _layers(depth)
-    bend = START
+    bends = itertools.count(START - 1, -1)
     edges: list[tuple[int, ...]] = []
     for tail, head in sorted(graph.edges):
-        way = [tail]
-        for layer in range(depth[tail] + 1, depth[head]):
-            bend -= 1
-            layers[layer].append(bend)
-            way.append(bend)
-        edges.append((*way, head))
+        passed = layers[depth[tail] + 1 : depth[head]]
+        way = (tail, *itertools.islice(bends, len(passed)), head)
+        for layer, bend in zip(passed, way[1:-1], strict=True):
+            layer.append(bend)
+        edges.append(way)
     return Piece(_title(group, network), _without_crossings(layers, edges), tuple(edges))
 
 
 def _without_crossings(layers: list[list[int]], edges: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
     """Order each layer by the mean place of its neighbours, down and up, so that few edges cross (Sugiyama et al. 1981)."""
-    above: dict[int, list[int]] = {}
-    below: dict[int, list[int]] = {}
-    for way in edges:
-        for upper, lower in itertools.pairwise(way):
-            above.setdefault(lower, []).append(upper)
-            below.setdefault(upper, []).append(lower)
-    place = {node: _relative_place(index, layer) for layer in layers for index, node in enumerate(layer)}
+    above, below = defaultdict[int, list[int]](list), defaultdict[int, list[int]](list)
+    for upper, lower in itertools.chain.from_iterable(map(itertools.pairwise, edges)):
+        above[lower].append(upper)
+        below[upper].append(lower)
+    place: dict[int, float] = {}
 
-    def mean_place(node: int, neighbours: dict[int, list[int]]) -> float:
-        places = [place[neighbour] for neighbour in neighbours.get(node, ())]
-        return sum(places) / len(places) if places else place[node]
+    def set_places(layer: list[int]) -> None:
+        place.update({node: (index + 0.5) / len(layer) for index, node in enumerate(layer)})
 
+    def mean_place(node: int, neighbours: Mapping[int, list[int]]) -> float:
+        places = [place[neighbour] for neighbour in neighbours.get(node, (node,))]
+        return sum(places) / len(places)
+
+    for layer in layers:
+        set_places(layer)
     for sweep in range(_SWEEPS):
-        neighbours = above if sweep % 2 == 0 else below
-        for layer in layers if sweep % 2 == 0 else reversed(layers):
+        neighbours, order = (above, layers) if sweep % 2 == 0 else (below, layers[::-1])
+        for layer in order:
             layer.sort(key=lambda node: (mean_place(node, neighbours), place[node]))
-            place.update({node: _relative_place(index, layer) for index, node in enumerate(layer)})
+            set_places(layer)
     return tuple(map(tuple, layers))
-
-
-def _relative_place(index: int, layer: Sequence[int]) -> float:
-    """Return where a box stands in its layer, in (0, 1)."""
-    return (index + 0.5) / len(layer)
 
 
 def _title(group: Sequence[int], network: Network) -> str:
@@ -146,7 +140,7 @@ def _title(group: Sequence[int], network: Network) -> str:
 
 def _pieces_by_module(network: Network) -> list[Piece]:
     """Return a piece without edges for each module that holds sites."""
-    groups: dict[tuple[str, ...], list[int]] = {}
+    groups = defaultdict[tuple[str, ...], list[int]](list)
     for number, box in network.boxes.items():
-        groups.setdefault(box.path[:-1], []).append(number)
+        groups[box.path[:-1]].append(number)
     return [Piece(".".join(path), tuple((number,) for number in group), ()) for path, group in groups.items()]

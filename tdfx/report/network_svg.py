@@ -47,14 +47,11 @@ def drawings_of(network: Network, plan: Plan) -> list[Drawing]:
     rewritten = {site.name: f"{site.scheme} {'/'.join(map(str, site.ranks or ()))}" for site in plan.factorized}
     numbers = {site.name: number for number, site in enumerate(plan)}
     pieces = pieces_of(network)
-    return [
-        _draw(piece, network, rewritten, numbers, arrow_below=network.ordered and piece is not pieces[-1])
-        for piece in pieces
-    ]
+    return [_draw(piece, network, rewritten, numbers, network.ordered and piece is not pieces[-1]) for piece in pieces]
 
 
 def _draw(
-    piece: Piece, network: Network, rewritten: Mapping[str, str], numbers: Mapping[str, int], *, arrow_below: bool
+    piece: Piece, network: Network, rewritten: Mapping[str, str], numbers: Mapping[str, int], arrow_below: bool
 ) -> Drawing:
     places, width, height = _place_all(piece, network)
     parts = [_edge([places[node] for node in way]) for way in piece.edges]
@@ -150,13 +147,9 @@ def _texts(box: Box, title: str, rewritten: Mapping[str, str], count: int) -> li
     if len(box.sites) == 1 and not box.collapsed:
         (name,) = box.sites
         decision = rewritten.get(name, "kept")
-        steps = " · ".join(box.steps[1:])
+        steps = f"; then {' · '.join(box.steps[1:])}" if box.steps[1:] else ""
         local_name = name.removeprefix(f"{title}.") if title else name
-        return [
-            f"{name or '(root)'}: {decision}" + (f"; then {steps}" if steps else ""),
-            local_name or "(root)",
-            decision,
-        ]
+        return [f"{name or '(root)'}: {decision}{steps}", local_name or "(root)", decision]
     path = ".".join(box.path)
     decision = f"{count} of {len(box.sites)} rewritten"
     return [f"{path}: {decision}", path, decision]

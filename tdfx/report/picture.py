@@ -17,8 +17,7 @@ from tdfx.errors import ReportError
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Plan, SitePlan
 from tdfx.plans.table import fold
-from tdfx.report.files import write_report
-from tdfx.report.model_view import ModelView, look
+from tdfx.report.model_view import ModelView, look, write_report
 from tdfx.report.spectra import SpectrumCurve
 from tdfx.text import short_number
 
@@ -82,11 +81,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
 
 def write_plot(view: ModelView, path: str | os.PathLike[str]) -> None:
-    """Draw a model view that was made already.
-
-    Raises:
-        ReportError: As for ``plot``.
-    """
+    """Draw a model view that was made already; errors as for ``plot``."""
     check_plot(path)
     kind = Path(path).suffix.lower().removeprefix(".")
     data = io.BytesIO()
@@ -101,16 +96,13 @@ def write_plot(view: ModelView, path: str | os.PathLike[str]) -> None:
                     pages.savefig(figure)
         else:
             (figure,) = figures
-            figure.savefig(data, format=kind, dpi=_dpi(figure), metadata={"Date": None} if kind == "svg" else None)
+            dpi = min(130.0, 12_000 / figure.get_figheight())  # some programs refuse to open very tall pictures
+            figure.savefig(data, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     write_report(path, data.getvalue())
 
 
 def _import(module: str) -> ModuleType:
-    """Return a module of matplotlib.
-
-    Raises:
-        ReportError: matplotlib is not installed.
-    """
+    """Return a module of matplotlib, or raise ReportError if that is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -119,13 +111,7 @@ def _import(module: str) -> ModuleType:
         ) from error
 
 
-def _dpi(figure: Figure) -> float:
-    """Return dots per inch: fewer for tall pictures, which some programs refuse to open otherwise."""
-    return min(130.0, 12_000 / figure.get_figheight())
-
-
 def _figures(view: ModelView, *, paged: bool) -> Iterator[Figure]:
-    """Yield a figure for each page."""
     numbered = [(number, site) for number, site in enumerate(view.plan, 1) if site.name in view.spectra]
     columns = max(3, min(MOST_COLUMNS, math.ceil(math.sqrt(2 * len(numbered)))))
     per_page = columns * ROWS_PER_PAGE if paged else max(1, len(numbered))
@@ -139,13 +125,8 @@ def _figure(view: ModelView, numbered: Sequence[tuple[int, SitePlan]], columns: 
     width, height = _PANEL[0] * columns, _PANEL[1] * rows + totals_height + 0.75
     layout = _import("matplotlib.layout_engine").ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05)
     figure: Figure = _import("matplotlib.figure").Figure(figsize=(width, height), layout=layout)
-    figure.suptitle(
-        f"{view.plan.model or 'model'}: {len(view.plan.factorized)} of {len(view.plan)} sites factorized",
-        fontsize=12,
-        color=_INK,
-        x=0.02,
-        ha="left",
-    )
+    title = f"{view.plan.model or 'model'}: {len(view.plan.factorized)} of {len(view.plan)} sites factorized"
+    figure.suptitle(title, fontsize=12, color=_INK, x=0.02, ha="left")
     top, bottom = _divide(figure, totals_height, _PANEL[1] * rows)
     if top is not None:
         _draw_totals(top, view.plan)
@@ -162,14 +143,12 @@ def _figure(view: ModelView, numbered: Sequence[tuple[int, SitePlan]], columns: 
 def _divide(figure: Figure, top_height: float, bottom_height: float) -> tuple[Any, Any]:
     """Return the parts of a figure for the totals and for the spectra; None for an empty part."""
     if top_height and bottom_height:
-        top, bottom = cast("Any", figure.subfigures(2, 1, height_ratios=[top_height, bottom_height]))
-        return top, bottom
+        return tuple(cast("Any", figure.subfigures(2, 1, height_ratios=[top_height, bottom_height])))
     whole = figure.subfigures(1, 1)
     return (whole, None) if top_height else (None, whole)
 
 
 def _draw_totals(part: Any, plan: Plan) -> None:
-    """Draw the costs of each site before and after."""
     left, right = part.subplots(1, 2)
     _draw_bars(left, *_time_or_operations(plan))
     counts = [(float(site.parameters_before), float(site.parameters_after)) for site in plan]
@@ -211,15 +190,12 @@ def _draw_bars(axes: Axes, pairs: Sequence[tuple[float, float]], title: str, uni
     axes.set_xlim(0.3, len(pairs) + 0.7)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=12, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=4))
-    axes.yaxis.set_major_formatter(
-        ticker.FuncFormatter(lambda value, _: short_number(value) if value >= 100 else f"{value:g}")
-    )
+    axes.yaxis.set_major_formatter(lambda value, _: short_number(value) if value >= 100 else f"{value:g}")
     axes.set_ylabel(unit, fontsize=7.5, color=_SOFT)
     axes.set_xlabel("site, as numbered below", fontsize=7.5, color=_SOFT)
 
 
 def _draw_spectrum(axes: Axes, number: int, site: SitePlan, curves: Sequence[SpectrumCurve]) -> None:
-    """Draw the curves of one site."""
     _soften(axes)
     kept = site.ranks is None
     for curve, colour in zip(curves, _MODES, strict=False):
@@ -243,11 +219,9 @@ def _draw_spectrum(axes: Axes, number: int, site: SitePlan, curves: Sequence[Spe
     last.set_horizontalalignment("right")
     axes.minorticks_off()
     ranks = "/".join(str(curve.rank) for curve in curves) if curves[0].rank is not None else "kept"
-    name = fold(site.name or "(root)", _MAX_LETTERS)
+    title = f"{number} · {fold(site.name or '(root)', _MAX_LETTERS)}\n{ranks}"
     # A name may contain dollar signs, which matplotlib would read as mathematics.
-    axes.set_title(
-        f"{number} · {name}\n{ranks}", fontsize=6.5, color=_SOFT if kept else _INK, loc="left", parse_math=False
-    )
+    axes.set_title(title, fontsize=6.5, color=_SOFT if kept else _INK, loc="left", parse_math=False)
 
 
 def _soften(axes: Axes) -> None:
@@ -260,7 +234,6 @@ def _soften(axes: Axes) -> None:
 
 
 def _draw_legend(part: Any, curves: Sequence[SpectrumCurve], columns: int) -> None:
-    """Explain the colours below the spectra, in a number of columns."""
     line = _import("matplotlib.lines").Line2D
     labels = _MODE_LABELS if any(curve.mode for curve in curves if curve.rank is not None) else ("singular values",)
     handles = [line([], [], color=colour, label=label) for colour, label in zip(_MODES, labels, strict=False)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,10 +36,6 @@ class SpectrumCurve:
 
 def curves_of(sites: Sequence[Site], plan: Plan) -> dict[str, tuple[SpectrumCurve, ...]]:
     """Return site name -> its curves, for every site that a scheme fits and whose weight has values.
-
-    Args:
-        sites: The sites of the model that the plan was made for.
-        plan: The schemes and ranks.
 
     Raises:
         PlanError: The plan was made for another model.
@@ -83,8 +78,7 @@ def _site_curves(site: Site, decision: SitePlan) -> tuple[SpectrumCurve, ...]:
         return ()
     if isinstance(site.layer, Factorized):
         check_weight(site)
-        ranks = decision.ranks or site.layer.origin.ranks
-        return _with_ranks(lowering_of(site.layer).spectra, ranks)
+        return _with_ranks(lowering_of(site.layer).spectra, decision.ranks or site.layer.origin.ranks)
     scheme = get_scheme(decision.scheme) if decision.scheme is not None else scheme_for(operation)
     if scheme is None:
         return ()
@@ -94,12 +88,10 @@ def _site_curves(site: Site, decision: SitePlan) -> tuple[SpectrumCurve, ...]:
 
 def _with_ranks(spectra: Sequence[Spectrum], ranks: Sequence[int] | None) -> tuple[SpectrumCurve, ...]:
     modes = _MODES.get(len(spectra), ("",) * len(spectra))
-    chosen = (None,) * len(spectra) if ranks is None else ranks
-    return tuple(itertools.starmap(_curve, zip(modes, spectra, chosen, strict=True)))
-
-
-def _curve(mode: str, spectrum: Spectrum, rank: int | None) -> SpectrumCurve:
-    largest = float(spectrum.values.max())
-    values = spectrum.values / largest if largest > 0 else spectrum.values
-    energy = None if rank is None else float(spectrum.energy()[min(rank, len(values)) - 1])
-    return SpectrumCurve(mode=mode, values=tuple(values.tolist()), rank=rank, energy=energy)
+    curves = []
+    for mode, spectrum, rank in zip(modes, spectra, ranks or (None,) * len(spectra), strict=True):
+        largest = float(spectrum.values.max())
+        values = spectrum.values / largest if largest > 0 else spectrum.values
+        energy = None if rank is None else float(spectrum.energy()[min(rank, len(values)) - 1])
+        curves.append(SpectrumCurve(mode=mode, values=tuple(values.tolist()), rank=rank, energy=energy))
+    return tuple(curves)

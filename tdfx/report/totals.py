@@ -27,9 +27,7 @@ class BeforeAfter:
             return "unchanged"
         if not self.after:
             return ""
-        if self.is_time:
-            return f"{self.before / self.after:.2f}× faster"
-        return f"{self.after / self.before:.0%} left"
+        return f"{self.before / self.after:.2f}× faster" if self.is_time else f"{self.after / self.before:.0%} left"
 
 
 def totals_of(plan: Plan) -> list[BeforeAfter]:
@@ -41,17 +39,18 @@ def totals_of(plan: Plan) -> list[BeforeAfter]:
     pairs = [(site.seconds_before, site.seconds_after) for site in plan]
     timed = [(before, after) for before, after in pairs if before is not None and after is not None]
     if timed:
-        before, after = (sum(times) for times in zip(*timed, strict=True))
+        before, after = map(sum, zip(*timed, strict=True))
         estimated = sum(site.estimated for site in plan)
         sites = f"{len(timed)} measured sites" + (f", {estimated} of them estimated" if estimated else "")
         result.append(BeforeAfter(f"time of {sites}, per step", before, after, _milliseconds, is_time=True))
-    result.append(BeforeAfter("parameters of the model", plan.parameters_before, plan.parameters_after, short_number))
-    if plan.flops_before is not None and plan.flops_after is not None:
-        result.append(BeforeAfter("FLOPs of the sites, forward", plan.flops_before, plan.flops_after, short_number))
-    if plan.memory_before is not None and plan.memory_after is not None:
-        result.append(
-            BeforeAfter("bytes of the sites in training", plan.memory_before, plan.memory_after, short_number)
-        )
+    counts = (
+        ("parameters of the model", plan.parameters_before, plan.parameters_after),
+        ("FLOPs of the sites, forward", plan.flops_before, plan.flops_after),
+        ("bytes of the sites in training", plan.memory_before, plan.memory_after),
+    )
+    for title, count, count_after in counts:
+        if count is not None and count_after is not None:
+            result.append(BeforeAfter(title, count, count_after, short_number))
     return result
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import os
 import platform
 from collections.abc import Callable
@@ -20,8 +19,7 @@ import tdfx
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Plan, SitePlan
 from tdfx.plans.table import totals
-from tdfx.report.files import write_report
-from tdfx.report.model_view import ModelView, look
+from tdfx.report.model_view import ModelView, look, write_report
 from tdfx.report.network_svg import drawings_of
 from tdfx.report.spectra import SpectrumCurve
 from tdfx.report.totals import BeforeAfter, totals_of
@@ -51,11 +49,7 @@ def page(model: nn.Module, plan: Plan, path: str | os.PathLike[str], *, example_
 
 
 def write_page(view: ModelView, path: str | os.PathLike[str]) -> None:
-    """Write the page of a model view that was made already.
-
-    Raises:
-        ReportError: The file cannot be written.
-    """
+    """Write the page of a model view that was made already; raise ReportError if that fails."""
     write_report(path, render_page(view).encode())
 
 
@@ -92,16 +86,10 @@ def render_page(view: ModelView) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _PageColumn:
-    """One column of the table."""
-
     title: str
     text: Callable[[SitePlan], str]
     key: Callable[[SitePlan], float | None] | None = None
     """What it is sorted by, by default its text; a site whose key is None comes last."""
-
-    @property
-    def numeric(self) -> bool:
-        return self.key is not None
 
 
 _COLUMNS = (
@@ -134,13 +122,12 @@ _COLUMNS = (
 def _row(site: SitePlan, columns: list[_PageColumn]) -> dict[str, Any]:
     cells = []
     for column in columns:
-        text = column.text(site)
-        cells.append({"title": column.title, "text": text, "key": _number(column.key(site)) if column.key else text})
+        text = key = column.text(site)
+        if column.key is not None:
+            value = column.key(site)
+            key = "" if value is None else repr(float(value))
+        cells.append({"title": column.title, "text": text, "key": key})
     return {"name": site.name or "(root)", "factorized": site.factorized, "cells": cells}
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else repr(float(value))
 
 
 def _bar_percent(total: BeforeAfter, value: float) -> str:
@@ -161,13 +148,9 @@ def _curve_data(curve: SpectrumCurve) -> dict[str, Any]:
         "rank": curve.rank,
         "energy": None if curve.energy is None else round(curve.energy, 5),
         "at": [place + 1 for place in places],
-        "values": [_three_digits(curve.values[place]) for place in places],
+        # Three digits are more than a screen shows.
+        "values": [float(f"{curve.values[place]:.3g}") if curve.values[place] > 1e-8 else 0.0 for place in places],
     }
-
-
-def _three_digits(value: float) -> float:
-    """Round a value in [0, 1] to three digits, which is more than a screen shows."""
-    return round(value, 2 - math.floor(math.log10(value))) if value > 1e-8 else 0.0
 
 
 def _policy_hash(text: str) -> str:
