@@ -66,11 +66,13 @@ def verify(
     """
     for role, value in (("model", model), ("reference", reference)):
         if not isinstance(value, (nn.Module, str, Path)):
-            raise ModelError(f"{role} is a {type(value).__name__}: pass an nn.Module or the path of an .onnx file.")
+            raise ModelError(
+                f"{role} is a {type(value).__name__}: verify takes an nn.Module or the path of an .onnx file."
+            )
     if example_inputs is None and (isinstance(model, nn.Module) or isinstance(reference, nn.Module)):
         raise InputError(
-            "example_inputs is missing: a module is exported by running it on them. Pass example_inputs=(x,), with tensors "
-            "of the shape and dtype that the model takes; on the command line, --input with a shape."
+            "example_inputs is missing: a module is exported by running it on example inputs. Pass example_inputs=(x,), "
+            "with tensors of the shape and dtype that the model takes; on the command line, --input with a shape."
         )
     from tdfx.onnx_proof.module_inputs import as_example_inputs
 
