@@ -42,6 +42,7 @@ class SpectrumCache:
             return self._lowering(site, site.layer, weights).spectra
         key = (site.name, scheme.name)
         if self._current is None or self._current[0] != key:
+            self._current = None  # the memory of two at once would be too much
             self._current = key, scheme.spectra(site.known_operation, working_weight(site, *weights))
         return self._current[1]
 
@@ -63,6 +64,7 @@ class SpectrumCache:
         self.evict(site)
         if not isinstance(site.layer, Factorized):
             cut = tuple(spectrum.cut(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
+            self._current = None
             self.hold(site, scheme, cut)
 
     def take(self, site: Site, scheme: Scheme) -> Spectra | None:
@@ -88,7 +90,7 @@ class SpectrumCache:
     def _lowering(self, site: Site, layer: Factorized, weights: Sequence[Tensor]) -> Lowering:
         """Return how a layer's factors can be split again; worked out once while the site is looked at."""
         if self._current_lowering is None or self._current_lowering[0] != site.name:
-            self._current_lowering = None  # the memory of two lowerings at once would be too much
+            self._current_lowering = None  # as above
             self._current_lowering = site.name, lowering_of(layer, weights)
         return self._current_lowering[1]
 

@@ -62,7 +62,7 @@ class Measured:
         numbers = all(is_number(value) or value == math.inf for value in (self.budget, self.update_bytes))
         if not (numbers and isinstance(self.cache, bool) and self.budget > 0 and is_whole and self.update_bytes >= 0):
             raise PolicyError(
-                f"{self!r} has a number out of range: budget is a time above 0, in seconds, rounds a whole number of at "
+                f"{self!r} has a number out of range: budget is a positive time in seconds, rounds a whole number of at "
                 f"least 1, update_bytes a number that is not negative, cache True or False. Leave fields out for defaults."
             )
 
