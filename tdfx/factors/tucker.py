@@ -117,8 +117,13 @@ class Tucker2(Scheme):
         if self.refine:
             return super().errors(operation, weight, grid, spectra)
         w_goik = to_groups(operation, weight)
-        core, *_ = self._bases(w_goik, [spectrum.basis.shape[-1] for spectrum in spectra], spectra)
-        kept_pq = core.square().flatten(3).sum((0, 3)).cumsum(0).cumsum(1)
+        # The inputs are last, so that both products are of whole matrices, and nothing is copied in between.
+        w_goki = w_goik.flatten(3).transpose(2, 3) if operation.dims else w_goik[:, :, None]
+        groups, outputs, taps, inputs = w_goki.shape
+        left, right = (spectrum.basis for spectrum in spectra)
+        w_gpki = (left.mT @ w_goki.reshape(groups, outputs, -1)).reshape(groups, -1, inputs)
+        core = (w_gpki @ right).reshape(groups, left.shape[2], taps, -1)
+        kept_pq = core.square_().sum((0, 2)).cumsum(0).cumsum(1)
         total = float(w_goik.square().sum())
         lost = [total - float(kept_pq[p - 1, q - 1]) for p, q in grid]
         return [math.sqrt(max(0.0, square) / total) if total > 0 else 0.0 for square in lost]
