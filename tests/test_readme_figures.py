@@ -77,6 +77,15 @@ def test_the_front_page_and_the_tools_agree_with_the_file_on_never_slower() -> N
     assert len(slow) == 4
 
 
+@pytest.mark.parametrize("net", ["vgg19", "resnet18", "gpt"])
+def test_the_times_of_a_switch_are_measured(net: str) -> None:
+    results = {row["version"]: row for row in results_of(f"planning_{net}.json")}
+    (former,) = (row for version, row in results.items() if version != "this")
+    seconds = [*(results["this"][part] for part in ("planning", "rewriting", "both")), former["both"]]
+    ratio = json.loads((ROOT / "tools" / "results" / f"planning_{net}.json").read_text("utf-8"))["ratios"]["both"]
+    assert f"| {net} | {' | '.join(f'{value:.2f}' for value in (*seconds, ratio))} |" in read(TOOLS)
+
+
 @pytest.mark.parametrize(
     ("file", "command"),
     [

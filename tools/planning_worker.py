@@ -58,11 +58,12 @@ class SwitchTimer:
         self.switch()
 
     def switch(self) -> dict[str, float]:
-        """Switch a copy after one more training step; return the seconds, and the number of factorized sites."""
+        """Switch a copy in a training loop, after a few steps; return the seconds, and the number of factorized sites."""
         model, optimizer = copy.deepcopy((self.model, self.optimizer))
-        self._train(model, optimizer)
-        switch = tdfx.Switch(tdfx.Policy(), when=tdfx.AtStep(1), total_steps=self.total_steps, clock=self.clock)
-        switch.step(model, optimizer=optimizer, example_inputs=(self.x,))
+        switch = tdfx.Switch(tdfx.Policy(), when=tdfx.AtStep(_STEPS), total_steps=self.total_steps, clock=self.clock)
+        for _ in range(_STEPS):
+            self._train(model, optimizer)
+            model = switch.step(model, optimizer=optimizer, example_inputs=(self.x,))
         factorized = 0 if switch.plan is None else len(switch.plan.factorized)
         return {**{part: switch.spent[part] for part in ("planning", "rewriting")}, "factorized": factorized}
 
