@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -20,6 +19,7 @@ from tdfx.passes.program import Program
 from tdfx.passes.transform.rewrite import Init
 from tdfx.plans.plan import Emit, Plan
 from tdfx.policies.policy import Policy
+from tdfx.text import without_addresses
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
 
@@ -216,7 +216,7 @@ def _check_same_arguments(
     text = policy.to_json() if isinstance(policy, Plan) else repr(policy)
     # The default repr of an object contains its address, which differs between processes.
     unwrapped.processes.check_same(
-        (re.sub(r" at 0x[0-9a-f]+", "", text), emit, init),
+        (without_addresses(text), emit, init),
         "The processes pass different policies, plans or settings to tdfx. Pass the same ones on each.",
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def short_number(value: float) -> str:
     """Return a count with three figures and a letter for the thousands.
@@ -62,3 +64,12 @@ def times_faster(before: float, after: float | None) -> str:
     '2.00x faster'
     """
     return f"{before / after:.2f}x faster" if after and after != before else ""
+
+
+def without_addresses(text: str) -> str:
+    """Return a repr without the addresses of objects, which differ between processes.
+
+    >>> without_addresses("Policy(cost=<Cost object at 0x7f00>)")
+    'Policy(cost=<Cost object>)'
+    """
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -33,9 +33,6 @@ class Task:
 class Processes(ABC):
     """The processes that train one model; all of them must call every method, in the same order."""
 
-    shares_work: bool
-    """True if ``map_tasks`` does each task on one process and sends the result to the others."""
-
     @property
     @abstractmethod
     def is_first(self) -> bool:
@@ -82,7 +79,6 @@ class Processes(ABC):
 class Solo(Processes):
     """The only process."""
 
-    shares_work = False
     is_first = True
 
     def broadcast_object(self, value: Any) -> Any:

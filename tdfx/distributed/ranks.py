@@ -35,8 +35,6 @@ class Ranks(Processes):
         replicated: True if every process holds whole parameters; False if each holds shards of them.
     """
 
-    shares_work = True
-
     def __init__(
         self, groups: Sequence[dist.ProcessGroup], device: torch.device | str, *, replicated: bool = True
     ) -> None:

@@ -6,9 +6,9 @@ import re
 
 from tdfx.policies.policy import PUBLIC, Policy
 from tdfx.ranks.budget import Budget
+from tdfx.text import without_addresses
 
 _REPLACED = (
-    (re.compile(r" at 0x[0-9a-f]+"), ""),  # addresses of objects, which differ between processes
     (re.compile(r"\bTarget\((?=parameters=|flops=)"), "Budget("),
     (re.compile(r", error='(outputs|curvature)'"), ""),
 )
@@ -29,6 +29,7 @@ def is_text_of(text: str, policy: Policy) -> bool:
 
 
 def _normalize(text: str) -> str:
+    text = without_addresses(text)
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)
     return text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from tdfx.plans.plan import Plan, Reason
 from tdfx.policies.former import is_text_of
 from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget
+from tdfx.text import without_addresses
 from tdfx.training.methods.rewarm import Rewarm
 from tdfx.training.switch.watch import RankWatch
 from tdfx.training.switch.when import Settled, When
@@ -186,4 +186,4 @@ def _start_rewarms(states: Sequence[Mapping[str, Any]], optimizers: Sequence[Opt
 
 def _repr(policy: Policy) -> str:
     """Return the repr of a policy without addresses, which differ between processes."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(policy))
+    return without_addresses(repr(policy))
