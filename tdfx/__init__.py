@@ -35,6 +35,7 @@ from tdfx.onnx_proof.export_model import export
 from tdfx.onnx_proof.report import ExportReport, VerifyReport
 from tdfx.onnx_proof.verify import verify
 from tdfx.optim.states import register_optimizer
+from tdfx.passes.analysis.moments import Moments
 from tdfx.plans.decisions import Emit, Reason, SitePlan
 from tdfx.plans.plan import Plan
 from tdfx.policies.file import read_policy
@@ -80,6 +81,7 @@ __all__ = [
     "ModelError",
     "ModelReferenceError",
     "Modelled",
+    "Moments",
     "Operation",
     "OptimizerError",
     "PassError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -47,6 +47,10 @@ class Processes(ABC):
         """Overwrite unsharded tensors, which each process has computed itself, with the first process's values."""
 
     @abstractmethod
+    def average_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean over all processes by name, the same bits on each; a tensor that one lacks counts as zero."""
+
+    @abstractmethod
     def map_tasks(self, tasks: Sequence[Task]) -> Iterable[tuple[Any, ...]]:
         """Do each task on one of the processes, and yield all results in order on every process."""
 
@@ -87,6 +91,10 @@ class Solo(Processes):
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Leave the tensors as they are."""
+
+    def average_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors."""
+        return dict(tensors)
 
     def map_tasks(self, tasks: Sequence[Task]) -> Iterable[tuple[Any, ...]]:
         """Yield the results, each computed when it is requested."""

@@ -7,7 +7,7 @@ exchanges whether a process has failed, and ``raise_on_all`` does so once more a
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -90,6 +90,28 @@ class Ranks(Processes):
         for tensor in tensors if self.replicated else ():
             tensor.copy_(self._broadcast_tensor(tensor.detach(), tensor.shape, tensor.dtype, self.places[0]))
 
+    def average_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean over all processes by name; a tensor that a process lacks counts as zero there."""
+        self.raise_pending()
+        headers = {name: _TensorHeader(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+        for known in self._gather_objects([headers]):
+            headers |= {name: header for name, header in known.items() if name not in headers}
+        means = {}
+        for name in sorted(headers):
+            shape, dtype = headers[name]
+            own = tensors.get(name)
+            total = (
+                torch.zeros(shape, dtype=dtype, device=self.device)
+                if own is None
+                else own.to(self.device).clone(memory_format=torch.contiguous_format)
+            )
+            for group in self.groups:
+                dist.all_reduce(total, group=group)
+            # A reduction may round differently on each process.
+            total = self._broadcast_tensor(total / len(self.places), shape, dtype, self.places[0])
+            means[name] = total if own is None else total.to(own.device)
+        return means
+
     def map_tasks(self, tasks: Sequence[Task]) -> Iterator[tuple[Any, ...]]:
         """Do each task on one process, as many at once as there are processes, and yield all results on every process.
 
@@ -134,16 +156,21 @@ class Ranks(Processes):
         """Tell the other processes whether this one has failed; raise the error of another that has."""
         if not self._is_true_anywhere(error is not None):
             return
-        failures: list[Any] = [None if error is None else (dist.get_rank(), type(error).__name__, str(error))]
-        for group in self.groups:
-            gathered: list[Any] = [None] * group.size()
-            dist.all_gather_object(gathered, failures, group=group)
-            failures = [failure for part in gathered for failure in part if failure is not None]
+        own = [] if error is None else [(dist.get_rank(), type(error).__name__, str(error))]
+        failures = self._gather_objects(own)
         if error is None:
             rank, name, text = min(failures)
             message = f"Process {rank} could not go on, so nothing was changed on any process. It says: {name}: {text}"
             # Of the same class on all processes, so that a caller can catch the error on each.
             raise self._shared(class_named(name)(message))
+
+    def _gather_objects(self, values: list[Any]) -> list[Any]:
+        """Return the values of all processes, which must be picklable, in one list."""
+        for group in self.groups:
+            gathered: list[Any] = [None] * group.size()
+            dist.all_gather_object(gathered, values, group=group)
+            values = [value for part in gathered for value in part]
+        return values
 
     def _shared(self, error: Exception) -> Exception:
         """Record and return an error that all processes raise, so that it is not exchanged again."""

@@ -1,0 +1,269 @@
+"""Hooks on a model in training that report each call of a site, with its input and its output, and change nothing."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+
+from tdfx.factors.operation import Operation
+from tdfx.kinds.functional import parse_call
+from tdfx.kinds.registry import find_kind, kind_of
+from tdfx.layers.copying import COMPILED
+from tdfx.layers.factorized import Factorized
+from tdfx.layers.parameter import FactorizedParameter
+from tdfx.passes.analysis.guard import storage_address
+
+
+class TrainingHooks:
+    """Reports the forward passes of a model, and the calls of its sites whose outputs require gradients.
+
+    While attached, the model runs eagerly where ``torch.compile`` has compiled it, because compiled code calls no hooks.
+    Nothing is reported where the model is traced, exported or captured, or called by a function that is compiled itself.
+    """
+
+    paths: set[str]
+    """The paths of the weights whose calls can be reported, without the names of wrappers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        on_forward: Callable[[tuple[Any, ...], dict[str, Any]], None],
+        on_call: Callable[[str, Operation, Tensor, Tensor], None],
+    ) -> None:
+        """Attach the hooks.
+
+        Args:
+            model: The model as the training loop calls it.
+            on_forward: Called before each forward pass of the model, with its arguments.
+            on_call: Called after each call of a site with the path of its weight, what it computes, its input and output.
+        """
+        self.paths = set()
+        self._on_forward, self._on_call = on_forward, on_call
+        self._owners: list[
+            tuple[nn.Module, str, str]
+        ] = []  # module, name of a weight in it, path or "" if not reported
+        self._owner_of: dict[int, tuple[nn.Module, str, str]] = {}
+        self._running: list[tuple[nn.Module, ExitStack]] = []
+        self._undo = ExitStack()
+        for path, module in _modules_by_path(model):
+            self._attach(path, module)
+        self._has_functions = any(path for _, _, path in self._owners)
+        for root in _wrappers(model):
+            before, after = _Hook(self, root, "_enter"), _Hook(self, root, "_leave")
+            self._undo.callback(root.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+            self._undo.callback(root.register_forward_hook(after, always_call=True).remove)
+
+    @property
+    def in_forward(self) -> bool:
+        """True while a forward pass of the model runs."""
+        return bool(self._running)
+
+    def remove(self) -> None:
+        """Take the hooks off; does nothing the second time."""
+        self._close()
+        self._undo.close()
+        self._owners, self._owner_of = [], {}
+
+    def _attach(self, path: str, module: nn.Module) -> None:
+        weight = _layer_weight(path, module)
+        if weight:
+            self.paths.add(weight)
+            hook = _Hook(self, module, "_report_layer", weight)
+            # First, so that it sees the output of the layer and not what a hook of the user's makes of it.
+            self._undo.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
+        for part in module.modules() if isinstance(module, Factorized) else (module,):
+            for name, value in (*part._parameters.items(), *part._modules.items()):
+                if isinstance(value, FactorizedParameter) or (isinstance(value, nn.Parameter) and value.dim() > 1):
+                    # What a layer that is hooked computes by functions is reported by its hook.
+                    self._owners.append((part, name, "" if weight else _join(path, name)))
+        self.paths.update(owner[2] for owner in self._owners if owner[2])
+        code = module.__dict__.get(COMPILED)
+        if code is not None:
+            self._run_eagerly(module, code)
+
+    def _run_eagerly(self, module: nn.Module, code: Callable[..., Any]) -> None:
+        """Run a module that is compiled in place without its compiled code, which includes the calls of its hooks."""
+        hooks = weakref.ref(self)
+
+        def call(*args: Any, **named: Any) -> Any:
+            with nullcontext() if hooks() is None or torch.compiler.is_compiling() else _eager():
+                return code(*args, **named)
+
+        def restore() -> None:
+            if module.__dict__.get(COMPILED) is call:
+                module.__dict__[COMPILED] = code
+
+        module.__dict__[COMPILED] = call
+        self._undo.callback(restore)
+
+    def _enter(self, root: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if any(running is root for running, _ in self._running):
+            self._close()  # an interrupt ended the former pass without a call of the hook
+        stack = ExitStack()
+        if not self._running:
+            stack.enter_context(_eager())
+            if self._has_functions:
+                stack.enter_context(_FunctionWatch(self._report_function))
+            self._on_forward(args, named)
+        self._running.append((root, stack))
+
+    def _leave(self, root: nn.Module, *_: Any) -> None:
+        if self._running and self._running[-1][0] is root:
+            self._running.pop()[1].close()
+
+    def _close(self) -> None:
+        while self._running:
+            self._running.pop()[1].close()
+
+    def _report_layer(
+        self, layer: nn.Module, path: str, args: tuple[Any, ...], named: Mapping[str, Any], output: Any
+    ) -> None:
+        x = next((value for value in (*args, *named.values()) if isinstance(value, Tensor)), None)
+        operation = layer.operation if isinstance(layer, Factorized) else kind_of(layer).operation(layer)
+        self._report(path, operation, x, output)
+
+    def _report_function(self, function: object, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+        call = parse_call(function, args, named)
+        if call is not None and isinstance(call.weight, nn.Parameter | FactorizedParameter):
+            path = self._path_of(call.weight)
+            if path:
+                self._report(path, call.operation(call.weight.shape), call.rest.get("input"), output)
+
+    def _report(self, path: str, operation: Operation | None, x: object, output: object) -> None:
+        if operation is None or not _is_plain(x) or not _is_plain(output) or not output.requires_grad:
+            return
+        dim, channels = -1 - operation.dims, (operation.in_channels, operation.out_channels)
+        if min(x.dim(), output.dim()) >= -dim and (x.shape[dim], output.shape[dim]) == channels:
+            self._on_call(path, operation, x, output)
+
+    def _path_of(self, weight: nn.Parameter | FactorizedParameter) -> str:
+        """Return the path of a weight, or "" for one that is not reported.
+
+        The weights are looked up anew when one is not known: FSDP2 replaces them while a module runs.
+        """
+        owner = self._owner_of.get(id(weight))
+        if owner is None or _held(owner) is not weight:
+            self._owner_of = {id(_held(owner)): owner for owner in reversed(self._owners)}
+            owner = self._owner_of.get(id(weight))
+        return "" if owner is None else owner[2]
+
+
+class _Hook:
+    """A hook of one module, which does nothing on any copy of the module, nor after the object that it calls is gone."""
+
+    __slots__ = ("arguments", "method", "module", "owner")
+
+    def __init__(
+        self, owner: object = None, module: nn.Module | None = None, method: str = "", *arguments: Any
+    ) -> None:
+        self.owner = None if owner is None else weakref.ref(owner)
+        self.module = None if module is None else weakref.ref(module)
+        self.method, self.arguments = method, arguments
+
+    def __call__(self, module: nn.Module, *values: Any) -> None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_capturing():
+            return
+        owner = None if self.owner is None else self.owner()
+        if owner is not None and self.module is not None and self.module() is module:
+            getattr(owner, self.method)(module, *self.arguments, *values)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+class _FunctionWatch(TorchFunctionMode):
+    """Calls ``report`` after every call of a torch function, with its arguments and its result."""
+
+    def __init__(self, report: Callable[[object, tuple[Any, ...], Mapping[str, Any], Any], None]) -> None:
+        super().__init__()
+        self.report = report
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        result = func(*args, **named)
+        self.report(func, args, named, result)
+        return result
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Return a context in which compiled code runs eagerly; one that does nothing where nothing can be compiled."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    try:
+        return torch.compiler.set_stance("force_eager")
+    except RuntimeError:  # a compiled function calls the model, in a part that could not be compiled
+        return nullcontext()
+
+
+def _modules_by_path(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module once, by its first path without the names of wrappers; the inside of a Factorized is left out."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        if not isinstance(module, Factorized):
+            inner = _wrapped(module)
+            children = [(name, child) for name, child in module._modules.items() if child is not None]
+            waiting += [(path if child is inner else _join(path, name), child) for name, child in reversed(children)]
+
+
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a model, and what is inside of it as long as it is a wrapper."""
+    module: nn.Module | None = model
+    while module is not None:
+        yield module
+        module = _wrapped(module)
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """Return what ``torch.compile`` or DistributedDataParallel has wrapped, or None if the module is no wrapper."""
+    return module._modules.get("module" if isinstance(module, DistributedDataParallel) else "_orig_mod")
+
+
+def _layer_weight(path: str, module: nn.Module) -> str:
+    """Return the path of a layer's dense weight; "" for a module that does not compute what a kind of layer computes."""
+    if isinstance(module, Factorized):
+        return path if isinstance(module, FactorizedParameter) else _join(path, module.kind.weight)
+    kind = find_kind(module)
+    if kind is None or not kind.is_intact(module) or module._parameters.get(kind.weight) is None:
+        return ""
+    return _join(path, kind.weight)
+
+
+def _held(owner: tuple[nn.Module, str, str]) -> object:
+    module, name, _ = owner
+    return module._parameters.get(name, module._modules.get(name))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _is_plain(value: object) -> TypeGuard[Tensor]:
+    """Return True for a dense tensor of floating-point numbers that holds its values itself."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.layout is torch.strided
+        and not value.is_nested
+        and storage_address(value) != 0
+    )
+
+
+def _is_capturing() -> bool:
+    """Return True while a CUDA graph is captured, which would repeat what a hook computes."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
