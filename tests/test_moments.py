@@ -8,7 +8,7 @@ import math
 import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tdfx
+import tdfx.layers.copying
 from tdfx.distributed.processes import Solo
 from tdfx.factors.moments import LARGEST_SIDE, sample_rows, second_moment
-from tdfx.passes.analysis.guard import watch_custom_functions
 from tdfx.passes.analysis.sandbox import random_states
 
 Rows = list[tuple[np.ndarray, np.ndarray]]
@@ -324,3 +324,473 @@ def test_checkpointed_blocks_count_once(reentrant: bool, root: bool) -> None:
     assert moments.units == 3
     assert_moments(moments, record, 1e-13)
     assert len(moments.batches) == 3
+
+
+def test_a_selective_checkpoint_is_not_disturbed() -> None:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def keep_some(context: Any, operation: Any, *args: Any, **named: Any) -> CheckpointPolicy:
+        products = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.bmm.default}
+        return CheckpointPolicy.MUST_SAVE if operation in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            contexts = lambda: create_selective_checkpoint_contexts(keep_some)  # noqa: E731
+            return checkpoint(self.body, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        return Checkpointed()
+
+    data = [(torch.randn(6, 4), torch.randn(6, 4)) for _ in range(3)]
+    _, moments = run_twice(lambda model: train(model, data), build)
+    found = moments.of("body.0.weight")
+    assert found is not None
+    assert found.samples == 18
+
+
+class Scaled(nn.Linear):
+    """A layer that is no stock layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) * 2
+
+
+class Functional(nn.Module):
+    """Parameters of its own that functions take, a layer called twice, and a layer with its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(6, 3, 3) / 3)
+        self.matrix = nn.Parameter(torch.randn(5, 6) / 3)
+        self.scaled = Scaled(5, 5)
+        self.twice = nn.Linear(5, 5)
+        self.unused = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv1d(x, self.kernel, groups=2, padding=1)
+        x = F.linear(x.mT, weight=self.matrix)
+        return self.twice(torch.tanh(self.twice(self.scaled(x))))  # type: ignore[no-any-return]
+
+
+def functional() -> Any:
+    torch.manual_seed(0)
+    return Functional().double()
+
+
+def sequences() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(4, 6, 9, dtype=torch.float64, generator=generator) for _ in range(2)]
+
+
+def functional_moments(model: Any) -> tdfx.Moments:
+    with tdfx.Moments(model, _share=1.0) as moments:
+        for x in sequences():
+            model(x).square().mean().backward()
+    return moments
+
+
+def test_functions_on_parameters_are_sites() -> None:
+    model = functional()
+    moments = functional_moments(model)
+    record: dict[str, Rows] = {"kernel": [], "matrix": [], "scaled.weight": []}
+    twice: Rows = []
+    for batch in sequences():
+        outputs = [F.conv1d(batch, model.kernel, groups=2, padding=1)]
+        outputs.append(F.linear(outputs[0].mT, model.matrix))
+        outputs.append(F.linear(outputs[1], model.scaled.weight, model.scaled.bias))
+        outputs.append(model.twice(outputs[2] * 2))
+        outputs.append(model.twice(torch.tanh(outputs[3])))
+        conv, linear, scaled, first, second = torch.autograd.grad(outputs[-1].square().mean(), outputs)
+        inputs = [np.moveaxis(batch.numpy(), 1, 2).reshape(-1, 6), *(rows_of(y, model.twice) for y in outputs[1:4])]
+        record["kernel"].append((inputs[0], np.moveaxis(conv.numpy(), 1, 2).reshape(-1, 6)))
+        record["matrix"].append((rows_of(outputs[0].mT, model.twice), rows_of(linear, model.twice)))
+        record["scaled.weight"].append((inputs[1], rows_of(scaled, model.twice)))
+        rows = (rows_of(outputs[2] * 2, model.twice), rows_of(torch.tanh(outputs[3]), model.twice))
+        gradients = (rows_of(first, model.twice), rows_of(second, model.twice))
+        twice.append((np.concatenate(rows), np.concatenate(gradients)))
+    record["twice.weight"] = twice
+    for path, calls in record.items():
+        found = moments.of(path)
+        assert found is not None, path
+        assert found.samples == sum(len(rows) for rows, _ in calls)
+        for value, expected in zip(
+            (found.inputs, found.outputs), reference(calls, 2 if path == "kernel" else 1), strict=True
+        ):
+            np.testing.assert_allclose(value, expected, rtol=0, atol=1e-13 * np.abs(expected).max())
+    assert moments.of("unused.weight") is None
+
+
+@pytest.mark.parametrize("emit", ["graph", "modules"])
+def test_a_factorized_site_keeps_its_path(emit: str) -> None:
+    model = functional()
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
+    example = torch.randn(4, 6, 9, dtype=torch.float64)
+    small = tdfx.rewrite(model, policy, example_inputs=example, emit=emit)
+    factorized = {path for path, part in small.named_modules() if isinstance(part, tdfx.Factorized)}
+    assert factorized >= {"matrix", "twice"}
+    expected, moments = functional_moments(model), functional_moments(small)
+    assert moments.state_dict()["sites"].keys() == expected.state_dict()["sites"].keys()
+    for path in ("kernel", "matrix", "scaled.weight", "twice.weight"):
+        old, new = expected.of(path), moments.of(path)
+        assert old is not None
+        assert new is not None
+        torch.testing.assert_close(new.inputs, old.inputs)
+        torch.testing.assert_close(new.outputs, old.outputs)
+
+
+def test_only_a_model_with_functional_sites_needs_a_mode() -> None:
+    modes: list[int] = []
+    layer = nn.Linear(5, 5)
+    layer.register_forward_hook(lambda *_: modes.append(torch._C._len_torch_function_stack()))
+    plain = nn.Sequential(layer)
+    with tdfx.Moments(plain):
+        plain(torch.randn(2, 5))
+    model = functional().float()
+    model.scaled = layer
+    with tdfx.Moments(model):
+        model(torch.randn(4, 6, 9))
+    assert modes == [0, 1]
+
+
+def test_a_method_other_than_forward_opens_a_unit() -> None:
+    class Encoder(Net):
+        def encode(self, x: Tensor) -> Tensor:
+            return self.grouped(self.first(x))  # type: ignore[no-any-return]
+
+    model = Encoder()
+    moments = tdfx.Moments(model)
+    for x, _ in batches(3):
+        model.encode(x).square().mean().backward()
+    assert moments.units == 3
+    assert moments.batches == []
+
+
+def test_two_forwards_before_one_backward_are_two_units() -> None:
+    model = net()
+    moments = tdfx.Moments(model)
+    (x, y), (other, _) = batches(2)
+    ((model(x) - model(other)) - y).square().mean().backward()
+    assert moments.units == 2
+    assert [args[0].data_ptr() for args, _ in moments.batches] == [x.data_ptr(), other.data_ptr()]
+
+
+def test_units_without_gradients_are_dropped() -> None:
+    model = net()
+    moments = tdfx.Moments(model)
+    (x, y), *_ = batches(1)
+    late, too_late = model(x), model(x)
+    del late
+    for _ in range(9):
+        model(x)
+    (too_late - y).square().mean().backward()
+    assert moments.units == 0
+    kept = model(x)
+    for _ in range(8):
+        model(x)
+    (kept - y).square().mean().backward()
+    assert moments.units == 1
+
+
+def test_the_last_batches_are_kept_without_copies() -> None:
+    class Named(Net):
+        def forward(self, x: Tensor, scale: Any = None) -> Tensor:
+            return super().forward(x) * (1 if scale is None else scale["by"])
+
+    model = Named()
+    moments = tdfx.Moments(model)
+    data = batches(10)
+    for x, y in data:
+        (model(x.requires_grad_(), scale={"by": 2}) - y).square().mean().backward()
+    assert moments.units == 10
+    assert len(moments.batches) == 8
+    for (x, _), (args, named) in zip(data[2:], moments.batches, strict=True):
+        assert args[0].data_ptr() == x.data_ptr()
+        assert not args[0].requires_grad
+        assert named == {"scale": {"by": 2}}
+
+
+def test_an_error_in_forward_leaves_nothing_behind() -> None:
+    class Fails(Functional):
+        error: type[BaseException] | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.error is not None:
+                raise self.error
+            return super().forward(x)
+
+    model = Fails().double()
+    x = torch.randn(4, 6, 9, dtype=torch.float64)
+    moments = tdfx.Moments(model)
+    for error in (ValueError, KeyboardInterrupt):
+        model.error = error
+        with pytest.raises(error):
+            model(x)
+        model.error = None
+        model(x).sum().backward()
+        assert torch._C._len_torch_function_stack() == 0
+    assert moments.units == 2
+    model.error = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    moments.remove()
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def hook_count(model: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+
+
+def test_remove_takes_all_hooks_off_and_keeps_what_was_recorded() -> None:
+    model = net()
+    user = model.first.register_forward_hook(lambda *_: None)
+    with tdfx.Moments(model) as moments:
+        assert hook_count(model) > 1
+        train(model, batches(2))
+    moments.remove()
+    assert hook_count(model) == 1
+    train(model, batches(2))
+    assert moments.units == 2
+    user.remove()
+
+
+def test_gradients_that_come_after_the_removal_count() -> None:
+    model = net()
+    (x, y), *_ = batches(1)
+    with tdfx.Moments(model) as moments:
+        loss = (model(x) - y).square().mean()
+    loss.backward()
+    assert moments.units == 1
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, saved_and_loaded, tdfx.layers.copying.structural_copy],
+    ids=["deepcopy", "save", "structural"],
+)
+def test_a_copy_of_the_model_feeds_nothing(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = net()
+    moments = tdfx.Moments(model)
+    train(model, batches(1))
+    other = copied(model)
+    train(other, batches(3))
+    assert moments.units == 1
+    train(model, batches(1))
+    assert moments.units == 2
+    own = tdfx.Moments(other)
+    train(other, batches(1))
+    assert own.units == 1
+    assert moments.units == 2
+
+
+def test_a_hook_survives_its_owner() -> None:
+    import gc
+
+    model = net()
+    tdfx.Moments(model)
+    gc.collect()
+    train(model, batches(1))
+    (hook, *_) = model.first._forward_hooks.values()
+    assert hook.owner() is None
+    assert pickle.loads(pickle.dumps(hook)).owner is None
+
+
+def test_the_output_of_a_layer_can_be_pickled() -> None:
+    model = net()
+    with tdfx.Moments(model):
+        output = model.head(torch.randn(2, 10))
+    assert torch.equal(pickle.loads(pickle.dumps(output.detach())), output.detach())
+
+
+@pytest.mark.parametrize("shape", [(300,), (4, 75), (3, 10, 10), (2, 5, 6, 5)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sampled_rows_are_rows(shape: tuple[int, ...], channels_last: bool) -> None:
+    rows, channels = math.prod(shape), 7
+    x = torch.arange(rows * channels).view(*shape, channels)
+    dim = -1 if channels_last else -len(shape)
+    x = x.movedim(-1, dim).contiguous() if len(shape) > 1 else x
+    dim = dim if len(shape) > 1 else -1
+    assert torch.equal(sample_rows(x, dim, 1.0, 3).sort(0).values, torch.arange(rows * channels).view(rows, channels))
+    sampled = sample_rows(x, dim, 0.01, 0)
+    assert torch.equal(sampled[:, 0] % channels, torch.zeros(len(sampled), dtype=torch.long))
+    assert torch.equal(sampled - sampled[:, :1], torch.arange(channels).expand(len(sampled), channels))
+    assert len(sampled[:, 0].unique()) == len(sampled) == rows
+
+
+def test_about_a_sixteenth_of_the_rows_is_sampled_from_all_columns() -> None:
+    x = torch.arange(64 * 32 * 32, dtype=torch.float32).view(64, 1, 32, 32)
+    samples = [sample_rows(x, -3, 1 / 16, turn)[:, 0].long() for turn in range(8)]
+    for sample in samples:
+        assert len(x.flatten()) / 16 <= len(sample) < len(x.flatten()) / 14
+        assert len((sample % 32).unique()) == 32
+        assert len((sample // 32 % 32).unique()) == 32
+    assert len(torch.cat(samples).unique()) == sum(map(len, samples))
+
+
+@pytest.mark.parametrize(("rows", "sampled"), [(0, 0), (1, 1), (255, 255), (256, 256), (1000, 334), (64 * 256, 1093)])
+def test_few_rows_are_all_sampled(rows: int, sampled: int) -> None:
+    assert len(sample_rows(torch.zeros(rows, 3), -1, 1 / 16, 0)) == sampled
+    assert sample_rows(torch.zeros(3), -1, 1 / 16, 0).shape == (1, 3)
+
+
+def test_a_sample_copies_only_its_rows() -> None:
+    sizes: list[int] = []
+    address = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.untyped_storage().data_ptr() != address:
+                sizes.append(result.untyped_storage().nbytes() // result.element_size())
+            return result
+
+    x = torch.zeros(64, 8, 32, 32)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = x.contiguous(memory_format=layout)
+        address = y.untyped_storage().data_ptr()
+        with Sizes():
+            sample_rows(y, -3, 1 / 16, 1)
+        assert x.numel() / 17 < max(sizes) < x.numel() / 14
+        sizes.clear()
+
+
+def test_sampled_moments_are_near_those_of_all_rows() -> None:
+    torch.manual_seed(3)
+    mixing = torch.randn(6, 6)
+    errors = []
+    for share in (1 / 16, 1.0):
+        model = nn.Conv2d(6, 6, 1)
+        moments = tdfx.Moments(model, _share=share)
+        x = torch.einsum("ij,njhw->nihw", mixing, torch.randn(32, 6, 32, 32))
+        (model(x) * torch.randn(32, 6, 32, 32)).sum().backward()
+        found = moments.of("weight")
+        assert found is not None
+        assert found.inputs is not None
+        errors.append(float((found.inputs[0] - mixing @ mixing.mT).norm() / (mixing @ mixing.mT).norm()))
+    # The error of a second moment of n normal rows is about sqrt(channels / n): of 2,100 rows 0.05, of 32,768 rows 0.014.
+    assert errors[1] < 0.03
+    assert errors[0] < 0.12
+
+
+def test_a_long_side_has_a_diagonal_only() -> None:
+    rows = torch.randn(5, LARGEST_SIDE + 1, dtype=torch.float64)
+    torch.testing.assert_close(second_moment(rows, 1), rows.square().sum(0, keepdim=True))
+    assert second_moment(torch.randn(5, 2 * LARGEST_SIDE), 2).shape == (2, LARGEST_SIDE, LARGEST_SIDE)
+    model = nn.Linear(4, LARGEST_SIDE + 1)
+    moments = tdfx.Moments(model)
+    model(torch.randn(3, 4)).square().mean().backward()
+    found = moments.of("weight")
+    assert found is not None
+    assert found.inputs is not None
+    assert found.outputs is not None
+    assert (found.inputs.shape, found.outputs.shape) == ((1, 4, 4), (1, LARGEST_SIDE + 1))
+    assert float(found.outputs.mean()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_other_rows_are_sampled_in_each_unit_and_no_random_numbers_are_drawn() -> None:
+    model = nn.Linear(1, 1)
+    moments = tdfx.Moments(model)
+    x = torch.arange(64 * 256.0).unsqueeze(1)
+    sums = []
+    for _ in range(2):
+        before = random_states()
+        model(x).sum().backward()
+        found = moments.of("weight")
+        assert found is not None
+        assert found.inputs is not None
+        sums.append(found.inputs.item())
+        assert random_states() == before
+    assert sums[0] != sums[1]
+
+
+def test_a_resumed_collection_goes_on() -> None:
+    data = batches(4)
+    whole, model = net().eval(), net().eval()
+    expected = tdfx.Moments(whole, _share=1.0)
+    train(whole, data, lr=0.0)
+    first = tdfx.Moments(model, _share=1.0)
+    train(model, data[:2], lr=0.0)
+    first.remove()
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = tdfx.Moments(model, _share=1.0)
+    second.load_state_dict(torch.load(file))
+    assert second.units == 2
+    train(model, data[2:], lr=0.0)
+    assert second.units == 4
+    for name in LAYERS:
+        old, new = expected.of(f"{name}.weight"), second.of(f"{name}.weight")
+        assert old is not None
+        assert new is not None
+        torch.testing.assert_close(new.inputs, old.inputs)
+        torch.testing.assert_close(new.outputs, old.outputs)
+        assert new.samples == old.samples
+
+
+def test_a_saved_state_does_not_change_later() -> None:
+    model = net()
+    moments = tdfx.Moments(model)
+    train(model, batches(1))
+    state = moments.state_dict()
+    before = copy.deepcopy(state)
+    train(model, batches(1))
+    assert moments.units == 2
+    assert state["units"] == before["units"]
+    for path, site in state["sites"].items():
+        assert torch.equal(site["inputs"], before["sites"][path]["inputs"])
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
+    model = net()
+    moments = tdfx.Moments(model)
+    train(model, batches(1))
+    other = nn.Sequential(nn.Linear(4, 4))
+    foreign = tdfx.Moments(other)
+    other(torch.randn(2, 4)).sum().backward()
+    message = (
+        r"moments of '0.weight', and the model has no such weight. Nearest: .*weight'.* Load it for the model that"
+    )
+    with pytest.raises(tdfx.CheckpointError, match=message):
+        moments.load_state_dict(foreign.state_dict())
+    for state in ({}, {"units": 1}, {"units": 1, "sites": {"first.weight": {}}}, [1]):
+        with pytest.raises(tdfx.CheckpointError, match=r"This is no state of tdfx.Moments .* Pass what state_dict"):
+            moments.load_state_dict(state)  # type: ignore[arg-type]
+    assert moments.units == 1
+    assert moments.of("first.weight") is not None
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(
+        tdfx.ModelError, match=r"model is a list, not a torch.nn.Module. Pass the module that you train"
+    ):
+        tdfx.Moments([])  # type: ignore[arg-type]
+    with pytest.raises(
+        tdfx.PolicyError, match="steps=0 is not a whole number of at least 1: it is about how many training"
+    ):
+        tdfx.Moments(net(), steps=0)
+
+
+def test_the_only_process_averages_with_nobody() -> None:
+    model = net()
+    moments = tdfx.Moments(model)
+    train(model, batches(2))
+    before = moments.state_dict()
+    moments.average(Solo())
+    after = moments.state_dict()
+    assert after["units"] == before["units"] == 2
+    assert list(after["sites"]) == list(before["sites"])
+    for path, site in after["sites"].items():
+        assert torch.equal(site["inputs"], before["sites"][path]["inputs"])
+        assert site["rows"] == before["sites"][path]["rows"]
