@@ -15,9 +15,11 @@ from tdfx.cost.modelled import MeasuringCost
 from tdfx.distributed.processes import Processes, Solo
 from tdfx.errors import PolicyError
 from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.shapes import ObserveInputs
 from tdfx.passes.analysis.trace import Trace
+from tdfx.passes.planning.attach_metric import AttachMetric
 from tdfx.passes.planning.select import Select
 from tdfx.passes.planning.spectra import SpectrumCache
 from tdfx.passes.planning.step_time import TimeStep
@@ -70,21 +72,34 @@ def find_sites(
     return Find()(program).program
 
 
-def make_plan(program: Program, policy: Policy, inputs: Inputs | None, *, loop_seconds: float | None = None) -> Planned:
-    """Decide for every site by a policy; ``loop_seconds`` is the time of a step in the training loop, where known."""
+def make_plan(
+    program: Program,
+    policy: Policy,
+    inputs: Inputs | None,
+    *,
+    moments: Moments | None = None,
+    loop_seconds: float | None = None,
+) -> Planned:
+    """Decide for every site by a policy.
+
+    ``moments`` were collected in training steps, and ``loop_seconds`` is the time of a step in the training loop, if known.
+    """
     spent = 0.0
     if inputs is not None:
         program = ObserveInputs(inputs)(program).program
         if isinstance(policy.rank, Budget) and policy.rank.is_of_time and isinstance(policy.cost, MeasuringCost):
             timed = TimeStep(inputs, policy.cost, strict=policy.rank.strict, loop_seconds=loop_seconds)(program)
             program, spent = timed.program, timed.spent
+    program = AttachMetric(moments, policy)(program).program
     selected = Select(policy, spent)(program)
     return Planned(selected.program, selected.spectra)
 
 
-def use_plan(program: Program, plan: Plan) -> Planned:
+def use_plan(program: Program, plan: Plan, moments: Moments | None = None) -> Planned:
     """Take over a plan that was made before, in another process perhaps; nothing of its weights was read."""
-    return Planned(replace(program, plan=program.processes.broadcast_object(plan)), SpectrumCache())
+    plan = program.processes.broadcast_object(plan)
+    program = AttachMetric(moments, plan)(program).program
+    return Planned(replace(program, plan=plan), SpectrumCache())
 
 
 def rewrite_by(planned: Planned, init: Init = "weight") -> Rewritten:

@@ -9,9 +9,11 @@ from torch import Tensor, fx, nn
 
 from tdfx.cost.count import Flow
 from tdfx.distributed.processes import Processes, Solo
+from tdfx.factors.metric import Metric
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import find_kind, kind_of
 from tdfx.layers.factorized import Factorized
+from tdfx.layers.parameter import FactorizedParameter
 from tdfx.plans.plan import Emit, Plan, Reason
 
 PLAN_ATTRIBUTE = "_tdfx_plan"
@@ -76,6 +78,9 @@ class Site:
     flows: tuple[Flow, ...] | None = None
     """What flows into each call; None without example inputs, empty where they do not reach the site in either mode."""
 
+    metric: Metric | None = None
+    """What errors of the weight are measured in; None for the weight itself."""
+
     @property
     def is_open(self) -> bool:
         """True for a site that a policy may decide on: one that may be rewritten, or whose ranks can be lowered."""
@@ -122,6 +127,14 @@ class Site:
     def path(self) -> str:
         """Path of the layer, or of the parameter that functions take as their weight."""
         return self.name if self.slot is None else self.slot.path
+
+    @property
+    def weight_path(self) -> str:
+        """Path of the dense weight, or the path that it had before it was factorized."""
+        if self.slot is not None or isinstance(self.layer, FactorizedParameter):
+            return self.path
+        name = (self.layer.kind if isinstance(self.layer, Factorized) else kind_of(self.layer)).weight
+        return f"{self.path}.{name}" if self.path else name
 
     @property
     def layer_path(self) -> str:

@@ -12,11 +12,13 @@ from torch.optim import Optimizer
 from tdfx.errors import ModelError, OptimizerError, PolicyError
 from tdfx.optim.companions import Companions
 from tdfx.optim.exchanges import join_exchange, split_exchange
+from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.pipeline import Planned, find_sites, make_plan, merge_back, rewrite_by, use_plan
 from tdfx.passes.planning.spectra import SpectrumCache
 from tdfx.passes.program import Program
 from tdfx.passes.transform.rewrite import Init
+from tdfx.passes.transform.statistics import renew_statistics
 from tdfx.plans.plan import Emit, Plan
 from tdfx.policies.policy import Policy
 from tdfx.text import without_addresses
@@ -31,6 +33,7 @@ def plan(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     masters: Any = None,
     emit: Emit = "graph",
+    moments: Moments | None = None,
 ) -> Plan:
     """Return what ``rewrite`` would do to each layer, or why it would keep the layer, without changing anything.
 
@@ -41,6 +44,8 @@ def plan(
             arguments. The FLOPs and times of layers are those at their shapes; without them, at nominal shapes.
         optimizer, masters: Not used; accepted so that calls written for earlier versions still work.
         emit: The form of the model that ``rewrite`` will return; see there.
+        moments: What ``Moments`` has collected in training steps of the model: errors are measured by it, as
+            ``Policy.metric`` says. Its hooks are taken off first.
 
     Returns:
         The plan. It prints as a table, converts to JSON by ``to_json()``, and can be passed to ``rewrite`` as the policy.
@@ -57,7 +62,7 @@ def plan(
         >>> plan.sites[0].scheme, plan.sites[0].ranks, plan.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
-    return plan_rewrite(model, policy, example_inputs, emit).plan
+    return plan_rewrite(model, policy, example_inputs, emit, moments).plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class PlannedRewrite:
 
     unwrapped: Unwrapped
     planned: Planned
+    moments: Moments | None = None
 
     @property
     def plan(self) -> Plan:
@@ -78,18 +84,25 @@ class PlannedRewrite:
         """Return the rewritten model; the arguments are those of ``rewrite``, and the model must not have changed since."""
         with self.unwrapped.processes.raise_on_all():
             companions = Companions.of(self.unwrapped, optimizer, averaged, masters)
-            commit = _prepare_rewrite(self.planned, companions, init)
+            commit = _prepare_rewrite(self.planned, companions, init, self.moments)
         return commit()
 
 
 def plan_rewrite(
-    model: nn.Module, policy: Policy | None, inputs: Inputs | None, emit: Emit, loop_seconds: float | None = None
+    model: nn.Module,
+    policy: Policy | None,
+    inputs: Inputs | None,
+    emit: Emit,
+    moments: Moments | None = None,
+    loop_seconds: float | None = None,
 ) -> PlannedRewrite:
     """Make a plan as ``plan`` does, by the seconds of a step in the training loop if they are known."""
+    if moments is not None:
+        moments.remove()  # hooks would be taken for the user's own
     unwrapped = unwrap(model)
     with unwrapped.processes.raise_on_all():
         _check_same_arguments(unwrapped, policy, emit)
-        return PlannedRewrite(unwrapped, _make_plan(unwrapped, policy, inputs, emit, loop_seconds))
+        return PlannedRewrite(unwrapped, _make_plan(unwrapped, policy, inputs, emit, moments, loop_seconds), moments)
 
 
 def rewrite(
@@ -102,6 +115,7 @@ def rewrite(
     masters: Any = None,
     emit: Emit = "graph",
     init: Init = "weight",
+    moments: Moments | None = None,
 ) -> nn.Module:
     """Return a model in which layers are replaced by chains of smaller layers, and which goes on training.
 
@@ -137,6 +151,9 @@ def rewrite(
             Initialization Paradigm for Tensorial Convolutional Neural Networks*, ICML 2022). Choose ranks by ``Ratio`` or
             ``Fixed`` then: other rules look for structure that an untrained weight does not have.
             ``"empty"``, with a plan: uninitialized, to be loaded. No weight is read: the model may be on the meta device.
+        moments: As for ``plan``. The running statistics of batch norms are estimated again too, from the last batches that
+            were collected, since the rewritten model computes other activations. A plan that was made with moments needs
+            them here too; without them its ranks are split by the weights.
 
     Returns:
         The rewritten model, on the same device, in the same mode, with the same dtypes, hooks and buffers.
@@ -156,16 +173,18 @@ def rewrite(
         >>> [tuple(parameter.shape) for parameter in optimizer.param_groups[0]["params"]]
         [(16, 64), (64, 16), (64,)]
     """
+    if moments is not None:
+        moments.remove()  # hooks would be taken for the user's own
     unwrapped = unwrap(model)
     with unwrapped.processes.raise_on_all():
         companions = Companions.of(unwrapped, optimizer, averaged, masters)
         _check_init(init, policy, companions)
         _check_same_arguments(unwrapped, policy, emit, init)
         if isinstance(policy, Plan):
-            planned = use_plan(_find_sites(unwrapped, policy.emit), policy)
+            planned = use_plan(_find_sites(unwrapped, policy.emit), policy, moments)
         else:
-            planned = _make_plan(unwrapped, policy, example_inputs, emit)
-        commit = _prepare_rewrite(planned, companions, init)
+            planned = _make_plan(unwrapped, policy, example_inputs, emit, moments)
+        commit = _prepare_rewrite(planned, companions, init, moments)
     return commit()
 
 
@@ -245,7 +264,12 @@ def _check_init(init: Init, policy: Policy | Plan | None, companions: Companions
 
 
 def _make_plan(
-    unwrapped: Unwrapped, policy: Policy | None, inputs: Inputs | None, emit: Emit, loop_seconds: float | None = None
+    unwrapped: Unwrapped,
+    policy: Policy | None,
+    inputs: Inputs | None,
+    emit: Emit,
+    moments: Moments | None = None,
+    loop_seconds: float | None = None,
 ) -> Planned:
     """Trace the model, find its sites, and decide for each by the policy."""
     policy = Policy() if policy is None else policy
@@ -254,20 +278,24 @@ def _make_plan(
             f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite and how far. Pass "
             f"tdfx.Policy(rank=...), or a plan to rewrite."
         )
-    return make_plan(_find_sites(unwrapped, emit), policy, inputs, loop_seconds=loop_seconds)
+    return make_plan(_find_sites(unwrapped, emit), policy, inputs, moments=moments, loop_seconds=loop_seconds)
 
 
 def _find_sites(unwrapped: Unwrapped, emit: Emit) -> Program:
     return find_sites(unwrapped.model, emit, unwrapped.processes, shards=unwrapped.shards)
 
 
-def _prepare_rewrite(planned: Planned, companions: Companions, init: Init) -> Callable[[], nn.Module]:
+def _prepare_rewrite(
+    planned: Planned, companions: Companions, init: Init, moments: Moments | None
+) -> Callable[[], nn.Module]:
     """Factorize the model and work out all changes of its companions; return the function that makes the changes."""
     masters = companions.masters
     if masters:
         # The masters are decomposed, so the spectra of the plan, which are those of the model's own weights, are not used.
         planned = Planned(planned.program.in_copy(masters.with_masters(planned.program.module)), SpectrumCache())
     rewritten = rewrite_by(planned, init)
+    if moments is not None and rewritten.swaps and init != "empty":
+        renew_statistics(rewritten.program, moments.batches)
     swaps = (replace(swap, factorized=masters.keep_masters(swap.factorized)) for swap in rewritten.swaps)
     exchanges = [split_exchange(swap) for swap in swaps]
     return companions.prepare(rewritten.program.module, exchanges, values=init != "empty", warn=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,10 +107,10 @@ class Moments:
             path: {"inputs": sums.inputs, "outputs": sums.outputs, "rows": sums.rows}
             for path, sums in self._totals.items()
         }
-        return {"units": self._units, "sites": sites}
+        return {"units": self._units, "begun": self._begun, "sites": sites}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned, in place of what was recorded here.
+        """Go on from what ``state_dict`` returned, in place of what was recorded here; ``"batches"`` may be added to it.
 
         Raises:
             CheckpointError: It is no such state, or that of another model.
@@ -128,6 +128,17 @@ class Moments:
             )
         self._waiting.clear()
         self._units, self._totals = units, totals
+        self._begun = int(state.get("begun", units))  # the rows that are sampled next depend on it
+        self._batches.clear()
+        self._batches.extend(state.get("batches", ()))
+
+    def knows(self, weight_paths: Iterable[str]) -> bool:
+        """Return True if the model has all of these weights."""
+        return self._hooks.paths.issuperset(weight_paths)
+
+    def join(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Record a call of the model that has begun already, with these positional arguments."""
+        self._hooks.enter(model, arguments, {})
 
     def average(self, processes: Processes) -> None:
         """Average what the processes have recorded, to the same bits on all of them, which must call this together."""

@@ -57,7 +57,7 @@ class TrainingHooks:
             self._attach(path, module)
         self._has_functions = any(path for _, _, path in self._owners)
         for root in _wrappers(model):
-            before, after = _Hook(self, root, "_enter"), _Hook(self, root, "_leave")
+            before, after = _Hook(self, root, "enter"), _Hook(self, root, "_leave")
             self._undo.callback(root.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
             self._undo.callback(root.register_forward_hook(after, always_call=True).remove)
 
@@ -104,7 +104,8 @@ class TrainingHooks:
         module.__dict__[COMPILED] = call
         self._undo.callback(restore)
 
-    def _enter(self, root: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def enter(self, root: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Report that a forward pass begins; the hook of the root calls this."""
         if any(running is root for running, _ in self._running):
             self._close()  # an interrupt ended the former pass without a call of the hook
         stack = ExitStack()

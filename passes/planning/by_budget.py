@@ -141,11 +141,12 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
     """Return the candidates for a dense site that the policy's budget allows; the cache keeps the bases if it has room."""
     operation, budget = site.known_operation, policy.rank
     assert isinstance(budget, Budget)
-    w_dense = working_weight(site, weight)
     shared: dict[str, Spectra] = {}
     errors: dict[Candidate, float] = {}
     signal: bool | None = None
-    for scheme in schemes_for(operation, policy):
+    schemes = list(schemes_for(operation, policy))
+    w_dense = working_weight(site, schemes[0], weight)  # several schemes of a budget all mix output channels
+    for scheme in schemes:
         # The bases of the first scheme, and of those that share them, are kept for the split; others have no room.
         spectra = shared.get(scheme.name) or (scheme.values if shared else scheme.spectra)(operation, w_dense)
         if not shared or scheme.name in shared:

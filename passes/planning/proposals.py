@@ -169,6 +169,7 @@ def factorize(kept: SitePlan, site: Site, candidate: Candidate, note: str, gain:
         flops_after=flops_of(site, candidate),
         memory_after=memory_of(site, candidate),
         gain=gain,
+        metric="weights" if site.metric is None else site.metric.name,
     )
 
 

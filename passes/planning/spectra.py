@@ -43,7 +43,7 @@ class SpectrumCache:
         key = (site.name, scheme.name)
         if self._current is None or self._current[0] != key:
             self._current = None  # the memory of two at once would be too much
-            self._current = key, scheme.spectra(site.known_operation, working_weight(site, *weights))
+            self._current = key, scheme.spectra(site.known_operation, working_weight(site, scheme, *weights))
         return self._current[1]
 
     def error(self, site: Site, scheme: Scheme, ranks: tuple[int, ...], weights: Sequence[Tensor]) -> float:
@@ -51,7 +51,7 @@ class SpectrumCache:
         if isinstance(site.layer, Factorized):
             return self._lowering(site, site.layer, weights).error(ranks)
         spectra = self._kept.get((site.name, scheme.name)) or self.spectra(site, scheme, weights)
-        return scheme.error(site.known_operation, working_weight(site, *weights), ranks, spectra)
+        return scheme.error(site.known_operation, working_weight(site, scheme, *weights), ranks, spectra)
 
     def hold(self, site: Site, scheme: Scheme, spectra: Spectra) -> None:
         """Keep the bases of a dense site, as far as there is room; the largest stay, as they take longest to compute."""
@@ -91,7 +91,7 @@ class SpectrumCache:
         """Return how a layer's factors can be split again; worked out once while the site is looked at."""
         if self._current_lowering is None or self._current_lowering[0] != site.name:
             self._current_lowering = None  # as above
-            self._current_lowering = site.name, lowering_of(layer, weights)
+            self._current_lowering = site.name, lowering_of(layer, weights, site.metric)
         return self._current_lowering[1]
 
 

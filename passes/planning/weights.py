@@ -3,35 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tdfx.errors import WeightError
-from tdfx.factors.scheme import Lowering
+from tdfx.factors.metric import Metric
+from tdfx.factors.scheme import Factors, Lowering, Scheme
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.placement import full
 from tdfx.passes.program import Site
 from tdfx.ranks.rule import RankRule
-from tdfx.ranks.spectrum import working_dtype
+from tdfx.ranks.spectrum import Spectrum, working_dtype
 
 
-def working_weight(site: Site, weight: Tensor | None = None) -> Tensor:
-    """Return a dense site's weight in the layout of its operation and the dtype in which it is decomposed, detached.
+def working_weight(site: Site, scheme: Scheme, weight: Tensor | None = None) -> Tensor:
+    """Return a dense site's weight as a scheme decomposes it, detached.
 
-    ``weight`` has the values of the parameter, if they were read already.
+    It is in the layout of the site's operation, in the working dtype, and in the site's metric. ``weight`` has the values of
+    the parameter, if they were read already.
     """
     dense = site.as_dense(full(*site.weights) if weight is None else weight)
-    return dense.to(working_dtype(dense))
+    dense = dense.to(working_dtype(dense))
+    return dense if site.metric is None else metric_for(site.metric, scheme).apply(site.known_operation, dense)
 
 
-def lowering_of(layer: Factorized, weights: Sequence[Tensor] | None = None) -> Lowering:
+def split_weight(
+    site: Site, scheme: Scheme, ranks: Sequence[int], weight: Tensor, spectra: Sequence[Spectrum] | None
+) -> Factors:
+    """Return the factors of a dense site's weight, split in its metric; ``spectra`` are those of the same scheme."""
+    operation, working = site.known_operation, working_weight(site, scheme, weight)
+    factors = scheme.split(operation, working, ranks, spectra or scheme.spectra(operation, working))
+    if site.metric is None:
+        return factors
+    return metric_for(site.metric, scheme).take_back(scheme.chain(operation, ranks), factors)
+
+
+def lowering_of(layer: Factorized, weights: Sequence[Tensor] | None = None, metric: Metric | None = None) -> Lowering:
     """Return how a factorized layer's factors can be split again, in the dtype in which they are decomposed.
 
     ``weights`` has the values of the factors, if they were read already.
     """
+    scheme, operation = layer.scheme, layer.operation
     values = [full(weight) for weight in layer.weights] if weights is None else weights
-    return layer.scheme.lowering(layer.operation, [weight.to(working_dtype(weight)) for weight in values])
+    factors = tuple(weight.to(working_dtype(weight)) for weight in values)
+    if metric is None:
+        return scheme.lowering(operation, factors)
+    metric = metric_for(metric, scheme)
+    chain = scheme.chain(operation, layer.origin.ranks)
+    lowering = scheme.lowering(operation, metric.apply_to_factors(chain, factors))
+    return replace(
+        lowering, split=lambda ranks: metric.take_back(scheme.chain(operation, ranks), lowering.split(ranks))
+    )
+
+
+def metric_for(metric: Metric, scheme: Scheme) -> Metric:
+    """Return a metric as a scheme can follow it."""
+    return metric if scheme.mixes_outputs else metric.by_channel()
 
 
 def has_values(site: Site) -> bool:

@@ -20,7 +20,7 @@ from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.planning.site_cost import Candidate
 from tdfx.passes.planning.spectra import SpectrumCache
-from tdfx.passes.planning.weights import lowering_of, working_weight
+from tdfx.passes.planning.weights import lowering_of, split_weight
 from tdfx.passes.program import PLAN_ATTRIBUTE, ParameterSlot, Program, Site
 from tdfx.passes.transform.check_plan import check_plan, planned_sites
 from tdfx.passes.transform.graph_module import FactorizedGraphModule
@@ -107,11 +107,12 @@ class Rewrite(Pass[Rewritten]):
             # Each becomes a tensor of the weight's dtype, device and layout when the layer is built.
             return tuple(torch.empty(step.weight_shape, device="meta") for step in chosen(operation))
         if isinstance(site.layer, Factorized):
-            return lowering_of(site.layer, weights).split(ranks)
-        weight = working_weight(site, *weights)
-        spectra = self.spectra.take(site, scheme) or scheme.spectra(operation, weight)
-        factors = scheme.split(operation, weight, ranks, spectra)
-        return factors if self.init == "weight" else _rescaled(factors, weight, scheme.join(operation, factors))
+            return lowering_of(site.layer, weights, site.metric).split(ranks)
+        factors = split_weight(site, scheme, ranks, *weights, self.spectra.take(site, scheme))
+        if self.init == "weight":
+            return factors
+        dense = site.as_dense(*weights)
+        return _rescaled(factors, dense.to(factors[0]), scheme.join(operation, factors))
 
 
 def _swap(site: Site, decision: SitePlan, factors: Sequence[Tensor]) -> Swap:

@@ -22,6 +22,7 @@ class Depthwise(TwoFactors):
     """
 
     name = "depthwise"
+    mixes_outputs = False
 
     def fits(self, operation: Operation) -> bool:
         """Return True for convolutions with more than one tap and more than one input channel in each group."""

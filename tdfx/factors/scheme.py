@@ -41,6 +41,8 @@ class Scheme(ABC):
 
     name: str
     """The name in policies and plans, with the options that are set."""
+    mixes_outputs: ClassVar[bool] = True
+    """Whether the last factor can mix the output channels of a group, so that a metric may."""
     options: ClassVar[tuple[str, ...]] = ()
     """Settings that may follow the name, as in ``tucker2:refine=3``: whole numbers of at least 1, passed by keyword."""
 

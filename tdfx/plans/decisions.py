@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from tdfx.errors import PlanError, nearest
+from tdfx.factors.metric import MetricName
 
 Int64 = Annotated[int, Interval(gt=-(2**63), lt=2**63)]
 """A whole number of 64 bits: a larger one in a plan file is a mistake, and could not be turned into a float."""
@@ -99,8 +100,11 @@ class SitePlan:
     gain: float | None = None
     """How many times faster the site's training step becomes, by the policy's cost; None where that was not asked."""
     error: float | None = None
-    """Frobenius norm of what the split loses, relative to that of the weight as it is now; None where the site is kept or
-    its weight has no values (meta device)."""
+    """Frobenius norm of what the split loses, relative to that of the weight as it is now, both in ``metric``; None where
+    the site is kept or its weight has no values (meta device)."""
+    metric: MetricName = "weights"
+    """What the error is measured in, and the split is the nearest in: the weight itself, what it does to the inputs that
+    were seen in training, or what that does to the loss."""
 
     def __post_init__(self) -> None:
         if (self.scheme is None) != (self.ranks is None) or (self.scheme is None) == (self.reason is None):

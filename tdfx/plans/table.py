@@ -207,8 +207,19 @@ def totals(plan: Decisions) -> list[str]:
         step = milliseconds(plan.step_seconds, plan.step_seconds_after)
         lines.append(f"training step {step} ms{faster}, as predicted")
     if plan.factorized and plan.total_error > 0:
-        lines.append(f"total error {plan.total_error:.3g} (the squares of the sites' errors, summed)")
+        lines.append(f"total error {plan.total_error:.3g} (the squares of the sites' errors, summed{_in_metric(plan)})")
     return lines
+
+
+def _in_metric(plan: Decisions) -> str:
+    """Return what the errors of the factorized sites are measured in, as far as that is not the weights."""
+    words = {
+        "weights": "of the weights",
+        "inputs": "of what the weights do to their inputs",
+        "loss": "in the metric of the loss",
+    }
+    names = list(dict.fromkeys(site.metric for site in plan.factorized))
+    return "" if names == ["weights"] else f"; errors {', '.join(words[name] for name in names)}"
 
 
 def _in_brackets(text: str) -> str:

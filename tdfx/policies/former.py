@@ -11,6 +11,7 @@ from tdfx.text import without_addresses
 _REPLACED = (
     (re.compile(r"\bTarget\((?=parameters=|flops=)"), "Budget("),
     (re.compile(r", error='(outputs|curvature)'"), ""),
+    (re.compile(r", metric='auto'"), ""),
 )
 """What earlier versions printed -> what this version prints for the same settings."""
 

@@ -26,8 +26,11 @@ _DEFAULTS: dict[str, Any] = {
     "min_gain": 1.05,
     "round_to": 8,
     "cost": Measured(),
+    "metric": "auto",
 }
 """The settings that an override inherits, and what they are where nothing is given."""
+METRICS = ("auto", "loss", "inputs", "weights")
+"""What errors may be measured in."""
 BUDGETS = ("speedup", "seconds", "flops", "parameters", "memory")
 """The settings that stand for a budget in place of a rank rule."""
 _EVERY_SITE: dict[str, Any] = {"include": ("*",), "exclude": (), "overrides": {}}
@@ -64,8 +67,8 @@ class Policy:
     """Patterns of the sites that are kept, whatever ``include`` says."""
     overrides: Mapping[str, Policy | None] = field(default_factory=dict, compare=False)
     """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts. Overrides inherit
-    every ``rank``, ``scheme``, ``min_gain``, ``round_to`` and ``cost`` that they leave out. Where the rank is a budget, the
-    sites of an override that gives no rank are part of it, and use this policy's ``cost``."""
+    every ``rank``, ``scheme``, ``min_gain``, ``round_to``, ``cost`` and ``metric`` that they leave out. Where the rank is a
+    budget, the sites of an override that gives no rank are part of it, and use this policy's ``cost``."""
     min_gain: float = LEFT_OUT
     """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every site and
     measures nothing unless a budget of time asks for it."""
@@ -75,6 +78,10 @@ class Policy:
     128 bytes; CPU: a vector register); a rank below it goes up to a power of two instead, so that no rank is doubled."""
     cost: Cost = LEFT_OUT
     """What says how long a site takes, dense and factorized: measured on this machine, or ``Modelled()``."""
+    metric: Literal["auto", "loss", "inputs", "weights"] = LEFT_OUT
+    """What errors are measured in, so that ranks, budgets and splits all follow it: ``"weights"``, the weights themselves;
+    ``"inputs"``, what they do to the inputs that were seen in training; ``"loss"``, what that does to the loss, to second
+    order. The last two need ``tdfx.Moments``. ``"auto"`` is ``"loss"`` where there are moments, else ``"weights"``."""
     speedup: InitVar[float | None] = None
     seconds: InitVar[float | None] = None
     flops: InitVar[float | None] = None
@@ -137,6 +144,11 @@ class Policy:
                 f"min_gain={self.min_gain!r} is not a number of at least 0: it is how many times faster a site must "
                 f"get to be rewritten. Pass 1.05 for five percent, or 0 to rewrite every site whatever it costs."
             )
+        if self.metric not in METRICS:
+            raise PolicyError(
+                f"metric={self.metric!r} is not known: errors are measured in the 'weights', in what these do to their "
+                f"'inputs', or in what that does to the 'loss'. Leave it out for the loss where moments are given."
+            )
         if self.round_to != AUTO_MULTIPLE and not is_count(self.round_to):
             raise PolicyError(
                 f"round_to={self.round_to!r} is not a whole number of at least 1: ranks are rounded up to a multiple "
@@ -176,7 +188,7 @@ class Policy:
                 yield name
 
     def __hash__(self) -> int:
-        return hash((self.rank, self.scheme, self.include, self.exclude, self.min_gain, self.round_to))
+        return hash((self.rank, self.scheme, self.include, self.exclude, self.min_gain, self.round_to, self.metric))
 
     def wants(self, *names: str) -> bool:
         """Return True if ``include`` names a site, by any of its names, and ``exclude`` does not; overrides do not count."""

@@ -83,7 +83,7 @@ def _site_curves(site: Site, decision: SitePlan) -> tuple[SpectrumCurve, ...]:
     if scheme is None:
         return ()
     check_weight(site)
-    return _with_ranks(scheme.spectra(operation, working_weight(site)), decision.ranks)
+    return _with_ranks(scheme.spectra(operation, working_weight(site, scheme)), decision.ranks)
 
 
 def _with_ranks(spectra: Sequence[Spectrum], ranks: Sequence[int] | None) -> tuple[SpectrumCurve, ...]:

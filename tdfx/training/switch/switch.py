@@ -21,15 +21,17 @@ from tdfx.api import PlannedRewrite, plan_rewrite, rewrite
 from tdfx.distributed.processes import Processes
 from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
+from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Emit, Plan
 from tdfx.plans.scalars import Writer, check_writer, log_plan
 from tdfx.policies.policy import Policy
 from tdfx.training.methods.rewarm import Rewarm, check_rates
+from tdfx.training.switch.collect import COLLECTED_STEPS, Collection, wants_moments
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
 from tdfx.training.switch.state import SwitchEvent, SwitchState
 from tdfx.training.switch.watch import RankWatch, modelled_seconds
-from tdfx.training.switch.when import Settled, When, check_settings
+from tdfx.training.switch.when import Settled, When, check_settings, early
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
 _PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {"model", "policy", "example_inputs", "optimizer"}
@@ -52,7 +54,7 @@ class Switch:
 
     Args:
         policy: What to rewrite and how far; ``Policy()`` for None.
-        when: ``AtStep``, ``AtEpoch`` or ``Settled``.
+        when: ``AtStep``, ``AtEpoch`` or ``Settled``. Left out, it is an early step of ``total_steps``: see ``early``.
         total_steps: Steps of the whole training. With it the model is switched only if the steps that are left are predicted
             to save more time than making the plan took plus ``recompile_seconds``. Step times are measured; the share of a
             step that is saved comes from the plan's measurements, or else from the sites' modelled times, as if nothing else
@@ -60,6 +62,8 @@ class Switch:
             remaining layers are estimated.
         recompile_seconds: Time to compile or capture the rewritten model, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
+        collect: Steps before the decision at which second moments are collected, and used as ``Policy.metric`` says; 0 for
+            none. They cost less than one more step in all. With ``torch.compile`` the model runs eagerly in these steps.
         writer: Where to log the plan and the step time before the switch: a ``SummaryWriter``, or anything with
             ``add_scalar(tag, value, step)``. Pass it on one process only.
         clock: Returns the time in seconds.
@@ -83,25 +87,29 @@ class Switch:
         self,
         policy: Policy | None = None,
         *,
-        when: When,
+        when: When | None = None,
         total_steps: int | None = None,
         recompile_seconds: float = 0.0,
         rewarm: int = 0,
+        collect: int = COLLECTED_STEPS,
         writer: Writer | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.policy = Policy() if policy is None else policy
-        check_settings(self.policy, when, total_steps, recompile_seconds, rewarm)
+        when = early(total_steps) if when is None else when
+        check_settings(self.policy, when, total_steps, recompile_seconds, rewarm, collect)
         if writer is not None:
             check_writer(writer)
         self.when = when
         self.total_steps = total_steps
         self.recompile_seconds = recompile_seconds
         self.rewarm = rewarm
+        self.collect = collect if wants_moments(self.policy) else 0
         self.writer = writer
         self._clock = clock
         self._state = SwitchState(next=1 if isinstance(when, Settled) else when.at)
         self._last: float | None = None  # when the last step ended
+        self._collection = Collection()
         self._spent = {"watching": 0.0, "planning": 0.0, "rewriting": 0.0}
 
     @property
@@ -174,11 +182,16 @@ class Switch:
             except BaseException:
                 vars(self).update(before, _last=None)
                 raise
+        if not self.done and self.steps >= self._state.next - self.collect:
+            self._collection.attach(model)
+        else:
+            self._collection.remove()
         self._last = self._clock()
         return model
 
     def _decide(self, model: nn.Module, inputs: Inputs | None, *, emit: Emit = "graph", **arguments: Any) -> nn.Module:
         """Switch if it is time and pays off; whatever is kept then is kept for good."""
+        moments = self._collection.detach()
         wrapped = unwrap(model)
         with wrapped.processes.raise_on_all():
             why: str | None = "the step that was asked for"
@@ -186,7 +199,7 @@ class Switch:
                 why = self._look(self.when, wrapped, inputs, emit)
             if why is None:
                 return model
-            planned, pays, verdict = self._plan_switch(model, wrapped.processes, inputs, emit)
+            planned, pays, verdict = self._plan_switch(model, wrapped.processes, inputs, emit, moments)
             names = [site.name for site in planned.plan.factorized]
             if names and pays:
                 model = self._rewrite(planned, **arguments)
@@ -218,7 +231,7 @@ class Switch:
         return f"{ranks} held within {when.tolerance:g} over {when.window} looks"
 
     def _plan_switch(
-        self, model: nn.Module, processes: Processes, inputs: Inputs | None, emit: Emit
+        self, model: nn.Module, processes: Processes, inputs: Inputs | None, emit: Emit, moments: Moments | None
     ) -> tuple[PlannedRewrite, bool, str]:
         """Return what would be switched, whether it pays off, and why."""
         began = self._clock()
@@ -228,7 +241,7 @@ class Switch:
             left, step_seconds = processes.broadcast_object([max(0, self.total_steps - self.steps), step_seconds])
             policy = cap_measuring_time(policy, left, step_seconds)
         loop_seconds = step_seconds if step_seconds > 0 else None
-        planned = plan_rewrite(model, policy, inputs, emit, loop_seconds)
+        planned = plan_rewrite(model, policy, inputs, emit, moments, loop_seconds)
         planning = processes.broadcast_object(self._clock() - began)
         self._spend("planning", began)
         if self.total_steps is None or not planned.plan.factorized:
@@ -272,7 +285,7 @@ class Switch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later decisions depend on, in plain types and tensors."""
-        return self._state.to_dict(self.policy, self.when)
+        return self._state.to_dict(self.policy, self.when) | {"moments": self._collection.state_dict()}
 
     def load_state_dict(
         self, state: Mapping[str, Any], *, optimizer: Optimizer | Sequence[Optimizer] | None = None
@@ -291,6 +304,7 @@ class Switch:
         for rewarm in self._state.rewarms:
             rewarm.remove()
         self._state, self._last = loaded, None
+        self._collection.load_state_dict(state.get("moments"))
 
     def __str__(self) -> str:
         head = f"Switch(when={self.when!r}): {self.steps} steps, {'done' if self.done else 'waiting'}"

@@ -116,8 +116,32 @@ When = AtStep | AtEpoch | Settled
 """What ``Switch`` takes as ``when=``."""
 
 
+_EARLY = 0.03
+"""Share of the training after which to switch where nothing else is said; chosen by ``tools/study_default.py``."""
+_LEAST_EARLY = 10
+"""Steps before such a switch at the least: the first steps of a training show little."""
+
+
+def early(total_steps: int | None) -> AtStep:
+    """Return an early step of a training: the earlier the switch, the more is saved, and a few steps show what is needed.
+
+    >>> early(10_000), early(100)
+    (AtStep(step=300), AtStep(step=10))
+
+    Raises:
+        PolicyError: The steps of the training are not known.
+    """
+    if total_steps is None:
+        raise PolicyError(
+            "Neither when= nor total_steps= is given, so no moment to switch can be chosen. Pass total_steps=, the steps of "
+            "the whole training, or for example when=tdfx.AtStep(500)."
+        )
+    check_whole("total_steps", total_steps, "the steps of the whole training", "total_steps=10_000")
+    return AtStep(max(_LEAST_EARLY, round(_EARLY * total_steps)))
+
+
 def check_settings(
-    policy: object, when: object, total_steps: int | None, recompile_seconds: float, rewarm: int
+    policy: object, when: object, total_steps: int | None, recompile_seconds: float, rewarm: int, collect: int
 ) -> None:
     """Raise PolicyError if a setting is out of range."""
     if not isinstance(policy, Policy):
@@ -137,5 +161,7 @@ def check_settings(
             f"recompile_seconds={recompile_seconds!r} is not a time of at least 0: it is the time to compile the "
             f"rewritten model, in seconds. Leave it out if nothing is compiled."
         )
+    if collect != 0:
+        check_whole("collect", collect, "the steps at which moments are collected, or 0 for none", "collect=8")
     if rewarm != 0:
         check_whole("rewarm", rewarm, "the steps of the re-warm-up, or 0 for none", "rewarm=200")
