@@ -209,7 +209,11 @@ def test_the_command_lists_the_configs() -> None:
     assert (
         "--run digit5 names no config. There are: digits-resnet18, digits-resnet56, digits-vgg, text-" in result.output
     )
-    assert set(tool("paper_table").configs_of(["digits-v"], [])) == {"digits-vgg"}
+    (config,) = tool("paper_table").configs_of(["digits-v"], []).values()
+    assert (config.model.name, config.output.evaluate) == ("vgg", 5)
+    (config,) = tool("paper_table").configs_of(["digits-v"], ["output.evaluate=1"]).values()
+    assert config.output.evaluate == 1
+    assert len(tool("paper_table").configs_of([], [])) == 6
 
 
 def test_the_block_replaces_the_former_one() -> None:

@@ -82,10 +82,10 @@ def main(
 
 
 def settings_named(parts: Sequence[str], added: Sequence[str]) -> list[StudySettings]:
-    """Return the candidates that are named or whose names contain a part, then the added ones; all candidates for neither."""
+    """Return the candidates that are named or contain a part, then the added ones; all candidates for neither."""
     wanted = parts or (() if added else ("",))
     chosen = [
-        name for name in CANDIDATES if any(name == part or part not in CANDIDATES and part in name for part in wanted)
+        name for name in CANDIDATES if any(name == part or (part not in CANDIDATES and part in name) for part in wanted)
     ]
     try:
         return list(dict.fromkeys(StudySettings.parse(name) for name in (*chosen, *added)))
