@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def run(name: str, *arguments: str, code: int = 0) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("name", ["bench_common", "bench_cost", "bench_planning", "study_data", "study_default"])
+@pytest.mark.parametrize("name", ["bench_common", "bench_cost", "bench_planning", "study_data", "study_runs"])
 def test_the_examples_of_the_benchmarks_run(name: str) -> None:
     result = doctest.testmod(tool(name))
     assert (result.failed, result.attempted > 0) == (0, True)
@@ -218,77 +219,115 @@ def test_a_checkout_whose_tdfx_is_not_imported_is_refused(tmp_path: Path) -> Non
     assert "first on its path imported tdfx from" in output
 
 
-# The study of default policies.
+# The study of the default.
 
 
 @pytest.fixture(scope="module")
-def study(_tools: None) -> Any:
+def task(_tools: None) -> Any:
     class Tiny(tool("study_tasks").Vgg):  # type: ignore[misc]
         name, steps = "tiny", 10
 
         def model(self) -> nn.Module:
             return build_model(16)
 
-    return tool("study_runs").Study(Tiny(), 0, 10, time.process_time)
+    return Tiny()
+
+
+class Settings:
+    """Settings of a policy, with a switch after the second step, however little it saves."""
+
+    name = "low"
+
+    def __init__(self, policy: tdfx.Policy) -> None:
+        self.policy = policy
+
+    def switch(self, steps: int, clock: Any) -> tdfx.Switch:
+        return tdfx.Switch(self.policy, when=tdfx.AtStep(2), clock=clock)
+
+    def constants(self) -> Any:
+        return nullcontext()
+
+
+def study_run(task: Any, policy: tdfx.Policy, times: dict[str, float] | None = None) -> Any:
+    """Train for 10 steps with a policy."""
+    return tool("study_runs").train_with(
+        Settings(policy), task, 0, 10, time.process_time, {} if times is None else times
+    )
 
 
 @pytest.fixture(scope="module")
-def dense(study: Any) -> Any:
-    return study.dense()
+def dense(task: Any) -> Any:
+    return tool("study_runs").train(task, "dense", 0, 10, time.process_time)
 
 
-def test_a_run_with_nothing_rewritten_is_the_dense_run(study: Any, dense: Any) -> None:
-    unchanged = study.with_policy("none", tdfx.Policy(exclude=("*",)), {})
+def test_a_run_with_nothing_rewritten_is_the_dense_run(task: Any, dense: Any) -> None:
+    unchanged = study_run(task, tdfx.Policy(exclude=("*",)))
     assert (unchanged.accuracy, unchanged.loss) == (dense.accuracy, dense.loss)
-    assert (unchanged.factorized, unchanged.error) == (0, 0.0)
+    assert (unchanged.factorized, unchanged.error, unchanged.cold) == (0, 0.0, False)
 
 
-def test_a_run_with_low_ranks_differs(study: Any, dense: Any) -> None:
+def test_a_run_with_low_ranks_differs(task: Any, dense: Any) -> None:
     # The policy asks for some gain, so that layers are measured, and any gain is enough.
     times, policy = dict[str, float](), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0.01)
-    low = study.with_policy("low", policy, times)
+    low = study_run(task, policy, times)
     assert low.loss != dense.loss
-    assert (low.factorized, low.error > 0, low.refused) == (7, True, "")
-    assert low.first_plan > 0
+    assert (low.factorized, low.error > 0, low.refused, low.at) == (7, True, "", 2)
+    assert low.seconds > low.switching > 0
+    assert low.cold
     assert times
-    assert study.with_policy("low", policy, times).first_plan == 0.0
+    assert not study_run(task, policy, times).cold
 
 
-def test_a_refused_policy_is_recorded(study: Any, dense: Any) -> None:
-    refused = study.with_policy("fast", tdfx.Policy(speedup=1000.0), {})
-    assert "cannot be kept" in refused.refused
+def test_a_refused_policy_is_recorded(task: Any) -> None:
+    assert "cannot be kept" in study_run(task, tdfx.Policy(speedup=1000.0)).refused
     assert tool("study_default").read_runs(None) == []
 
 
-def test_the_time_of_a_run_is_that_of_its_parts(dense: Any) -> None:
-    low = replace(dense, dense_seconds=10.0, step=0.5, first_plan=4.0, plan=1.0, rewrite=0.5, merge=0.5)
-    assert low.faster(measuring=False) == pytest.approx(10 / (2 + 4 + 1 + 0.5 + 0.5))
-    assert low.faster(measuring=True) == pytest.approx(10 / (2 + 4 + 4 + 0.5 + 0.5))
-    assert replace(low, first_plan=0.0).faster(measuring=True) == low.faster(measuring=False)
+def test_a_shorter_dense_run_has_the_whole_schedule(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(type(task), "take_step", lambda self, model, optimizer, batch, share: shares.append(share))
+    tool("study_runs").train(task, "dense, 40 %", 0, 4, time.process_time)
+    assert shares == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_runs_in_a_file_are_not_repeated(study: Any, dense: Any, tmp_path: Path) -> None:
-    tools, policies = tool("study_default"), {"none": tdfx.Policy(exclude=("*",))}
-    runs = list(tools.runs_of([study.task], policies, 1, 1.0, time.process_time))
-    assert [run.policy for run in runs] == ["dense", "none"]
+def test_every_run_has_its_control_and_runs_in_a_file_are_not_repeated(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools, settings = tool("study_default"), [Settings(tdfx.Policy(exclude=("*",)))]
+    monkeypatch.setattr(tools, "control_of", lambda run, full: ("dense, 40 %", 4))
+
+    def missing(done: Any = ()) -> list[Any]:
+        return list(tools.runs_of([task], settings, 1, 1.0, time.process_time, done))
+
+    runs = missing()
+    assert [(run.policy, run.steps) for run in runs] == [("dense", 10), ("low", 10), ("dense, 40 %", 4)]
     file = tmp_path / "out.json"
     tool("bench_common").write_results(file, [tools.asdict(run) for run in runs])
-    read = tuple(tools.read_runs(file))
-    assert read == tuple(runs)
-    assert list(tools.runs_of([study.task], policies, 1, 1.0, time.process_time, read)) == []
-    (missing,) = tools.runs_of([study.task], policies, 1, 1.0, time.process_time, read[:1])
-    assert (missing.policy, missing.loss) == ("none", runs[1].loss)
-
-
-def test_the_summary_has_the_worst_task_and_the_mean_speed(dense: Any) -> None:
-    runs = []
-    for task, step, accuracy in (("first", 0.5, 97.0), ("second", 0.125, 98.5)):
-        full = replace(dense, task=task, accuracy=98.0, loss=1.0, dense_seconds=1.0)
-        runs += [full, replace(full, policy="p", accuracy=accuracy, loss=1.1, step=step)]
-    for table in (tool("study_default").summary(runs), tool("study_default").table_of("first", runs)):
+    read = tools.read_runs(file)
+    assert read == runs
+    assert missing(read) == []
+    again, control = missing(read[:1])
+    assert (again.policy, again.loss) == ("low", runs[1].loss)
+    assert (control.policy, control.loss) == ("dense, 40 %", runs[2].loss)
+    for table in (tools.table_of("tiny", runs), tools.summary(runs)):
         assert all(column.header for column in table.columns)
+
+
+def test_the_summary_compares_with_the_full_runs_and_the_controls() -> None:
+    new, runs = tool("study_runs").StudyRun, []
+    for task, seconds, control, accuracy in (("first", 4.1, "dense, 45 %", 97.0), ("second", 1.0, "dense, 10 %", 98.5)):
+        runs += [
+            new(task=task, policy="dense", seed=0, accuracy=98.0, loss=1.0, steps=100, seconds=10.0),
+            new(task=task, policy="p", seed=0, accuracy=accuracy, loss=1.1, seconds=seconds, cold=task == "first"),
+            new(task=task, policy=control, seed=0, accuracy=96.0, loss=1.2, steps=45, seconds=4.5),
+            new(task=task, policy="none", seed=0, refused="cannot be kept"),
+        ]
     (row,) = zip(*(column.cells for column in tool("study_default").summary(runs).columns), strict=True)
-    assert row[:4] == ("p", "+1.00", "+0.100", "4.00")
+    assert row == ("p", "10.00", "2.44", "-0.25", "+0.1000", "-1.00", "+1.75", "-0.1000", "2")
+    table = tool("study_default").table_of("first", runs[:4])
+    assert list(table.columns[0].cells) == ["dense", "p", "dense, 45 %", "none"]
+    assert list(table.columns[1].cells) == ["98.00", "97.00", "96.00", "refused"]
+    assert tool("study_runs").control_of(replace(runs[1], seconds=12.0), runs[0]) == ("dense", 100)
 
 
 def test_text_is_held_out_and_labels_are_the_next_bytes() -> None:
@@ -301,6 +340,39 @@ def test_text_is_held_out_and_labels_are_the_next_bytes() -> None:
 
 
 def test_every_candidate_has_its_own_name() -> None:
-    candidates = tool("study_default").candidates()
-    assert len(candidates) == 17
-    assert tdfx.Policy() in candidates.values()
+    study, settings = tool("study_default"), tool("study_runs").StudySettings
+    chosen = study.settings_named((), ())
+    assert len(chosen) == len({each.name for each in chosen}) == len(study.CANDIDATES)
+    assert chosen[0] == settings()
+    assert chosen[0].policy() == tdfx.Policy()
+    assert [each.name for each in study.settings_named(("floors",), ("flops=0.3 moment=0.02",))] == [
+        "floors=false",
+        "flops=0.3 moment=0.02",
+    ]
+    assert study.settings_named((), ("collect=4",)) == [settings(collect=4)]
+    assert study.settings_named(("speedup=3",), ()) == [settings(speedup=3)]
+
+
+def test_settings_become_a_policy_and_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    study_runs, default = tool("study_runs"), tdfx.Policy().rank
+    assert isinstance(default, tdfx.Budget)
+    parse, passed = study_runs.StudySettings.parse, list[dict[str, Any]]()
+    assert parse("speedup=3 floors=false").policy().rank == replace(default, speedup=3.0, floor=0.0, noise_floor=0.0)
+    assert parse("flops=0.25").policy().rank == replace(default, speedup=None, flops=0.25)
+    monkeypatch.setattr(tdfx, "Switch", lambda policy, **options: passed.append(options))
+    for name in ("default", "moment=0.05 collect=4"):
+        parse(name).switch(200, time.process_time)
+    common = {"total_steps": 200, "clock": time.process_time}
+    assert passed == [common, {**common, "when": tdfx.AtStep(10), "collect": 4}]
+    monkeypatch.setattr(study_runs, "DAMPING", "study_runs.PERCENT")
+    with parse("damping=0.1").constants():
+        assert study_runs.PERCENT == 0.1
+    assert study_runs.PERCENT == 5
+
+
+@pytest.mark.parametrize("added", ["speed=3", "speedup", "speedup=fast"])
+def test_a_wrong_setting_of_the_study_is_named(added: str) -> None:
+    result = CliRunner().invoke(tool("study_default").main, ["--add", added])
+    assert result.exit_code == 2
+    assert f"'{added}'" in result.output
+    assert "Write for example 'speedup=3 moment=0.05'" in " ".join(result.output.replace("│", " ").split())

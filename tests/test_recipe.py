@@ -102,8 +102,36 @@ def test_a_run_of_few_steps_is_not_rewritten_by_default() -> None:
     assert same(bits(run), run.model.state_dict())
 
 
+@pytest.mark.parametrize(("every", "scored"), [(1, [1, 2, 3]), (2, [2]), (0, [])])
+def test_held_out_data_are_scored_as_often_as_asked(every: int, scored: list[int], tmp_path: Path) -> None:
+    run = run_of(config_of(output__evaluate=every))
+    lines: list[str] = []
+    run.train(lines.append)
+    record = tool("recipe.record").record_of(run)
+    assert [epoch["epoch"] for epoch in record.epochs if "accuracy" in epoch] == scored
+    assert ["held out" in line for line in lines] == [epoch in scored for epoch in (1, 2, 3)]
+    always = run_of(config_of())
+    always.train()
+    assert record.accuracy == tool("recipe.record").record_of(always).accuracy
+    if _has("matplotlib"):
+        tool("recipe.plot").plot_runs({"tiny": [record]}, tmp_path / "run.png")
+
+
+def test_a_run_may_end_within_an_epoch() -> None:
+    whole, short = run_of(config_of(switch__policy="none")), run_of(config_of(switch__policy="none", training__steps=5))
+    assert short.train()
+    record = tool("recipe.record").record_of(short)
+    assert (record.steps, len(record.epochs)) == (5, 2)
+    assert not whole.train(most_steps=5)
+    # The data are those of the first steps of a longer run; the schedule is shorter.
+    taken = {int(state["step"]) for run in (whole, short) for state in run.optimizer.state.values()}
+    assert taken == {5}
+    assert short.optimizer.param_groups[0]["lr"] < whole.optimizer.param_groups[0]["lr"]
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "average, warm-up again": {"training__ema": 0.8, "switch__rewarm": 4},
+    "within an epoch": {"training__steps": 11},
     "settled, momentum": {
         "training__optimizer": "sgd",
         "switch__when": "settled",
@@ -210,5 +238,5 @@ def test_a_mistake_is_reported_without_a_traceback(tmp_path: Path) -> None:
     result = command(tmp_path, "--set", "training.epoch=3")
     assert (result.exit_code, result.output) == (
         1,
-        "Error: There is no setting 'training.epoch'. Nearest: 'epochs'.\n",
+        "Error: There is no setting 'training.epoch'. Nearest: 'epochs', 'steps'.\n",
     )

@@ -13,6 +13,8 @@ from recipe_runs import config_of, run_of, tool
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
+import tdfx
+
 pytestmark = needs("train.py")
 
 
@@ -50,6 +52,14 @@ def test_rates_rise_before_they_fall(schedule: dict[str, Any]) -> None:
     assert all_rates[:10] == pytest.approx([0.04 * (step + 1) for step in range(10)])
     assert all(before >= after for before, after in itertools.pairwise(all_rates[9:]))
     assert all_rates[-1] < 0.1
+
+
+@pytest.mark.parametrize("schedule", [{}, {"schedule": "step", "milestones": [0.5]}], ids=["cosine", "step"])
+def test_a_training_of_so_many_steps_has_the_rates_of_one_that_is_as_long(schedule: dict[str, Any]) -> None:
+    whole = training(epochs=3, lr=0.4, warmup=0.5, **schedule)
+    by_steps = training(epochs=30, steps=12, lr=0.4, warmup=0.5, **schedule)
+    assert rates(whole, 4) == rates(by_steps, 4)[:12]
+    assert rates(whole, 4) != rates(training(epochs=30, lr=0.4, warmup=0.5, **schedule), 4)[:12]
 
 
 def test_the_average_follows_its_formula() -> None:
@@ -134,6 +144,26 @@ def test_time_counts_to_the_phase_in_which_it_passes() -> None:
     assert phases.training == 27.0
 
 
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [({"when": "auto"}, {"total_steps"}), ({"when": "epoch"}, {"when", "total_steps"}), ({"weigh": False}, {"when"})],
+)
+def test_the_moment_of_the_switch_is_left_to_it_unless_it_is_given(
+    settings: dict[str, Any], given: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_state, passed = tool("recipe.run_state"), list[set[str]]()
+    monkeypatch.setattr(run_state.tdfx, "Switch", lambda policy, **options: passed.append(set(options)))
+    overrides = {f"switch__{name}": value for name, value in {"weigh": True, **settings}.items()}
+    run_state.make_switch(config_of(**overrides), 10)
+    assert passed == [given | {"rewarm", "clock"}]
+
+
+def test_the_default_policy_is_that_of_tdfx() -> None:
+    settings = tool("recipe.settings").SwitchingSettings()
+    assert settings.policy_with(tdfx.Policy().cost) == tdfx.Policy()
+    assert settings.policy_with(tdfx.Measured(budget=settings.measure)) == tdfx.Policy()
+
+
 # Settings.
 
 
@@ -156,6 +186,7 @@ def test_time_counts_to_the_phase_in_which_it_passes() -> None:
         ("switch.min_gain=-1.0", r"\[switch\] has settings that no policy can have: min_gain=-1.0"),
         ("switch.measure=0", "switch.measure=0 is not allowed: it should be greater than 0"),
         ("switch.epoch=0", "switch.epoch=0 is below 1"),
+        ("switch={when='auto', weigh=false}", "switch.when='auto' and switch.weigh=False do not go together"),
         ("training.milestones=[0.5, 2.0]", "are not shares of the training in"),
         ("training.milestones=['a']", "training.milestones.0='a' is not allowed: it should be a valid number"),
         ("switch.epoch=3", "switch.epoch=3 leaves none of the training.epochs=3 after the switch"),

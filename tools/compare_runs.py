@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bench_common import separate_times
+from bench_common import Clock, separate_times
 from compare_methods import Continuation, Method, apply_quietly
-from study_runs import FULL, ROUNDS, Study
+from study_data import train_step
+from study_runs import FULL
+from study_tasks import StudyTask
 from torch import nn
 from torch.optim import Optimizer
 
 from tdfx.cost.timing import take_turns
 
+SWITCH_AT = 0.2
+"""Share of the steps after which a method is applied."""
+ROUNDS = 5
+"""Steps of each model that are timed in turns."""
 SLOWEST = 10.0
 """Most dense steps that a step may take for a method to be trained to the end."""
 
@@ -45,8 +51,18 @@ class MethodResult:
     """The first line of the error that it ended with."""
 
 
-class MethodStudy(Study):
+class MethodStudy:
     """The methods on one task with one seed, from the same trained state."""
+
+    def __init__(self, task: StudyTask, seed: int, steps: int, clock: Clock) -> None:
+        """Train up to the switch."""
+        self.task, self.seed, self.steps, self.clock = task, seed, steps, clock
+        self.switch = max(1, round(SWITCH_AT * steps))
+        torch.manual_seed(seed)
+        self.start = task.model().train()
+        self.optimizer = task.optimizer(self.start.parameters())
+        self.example = next(task.data(seed))
+        self.train(self.start, self.optimizer, range(self.switch))
 
     def results(self, methods: Sequence[Method], share: float, *, dense: bool) -> list[MethodResult]:
         """Switch, time and train on with each method, and if ``dense`` with the dense model too."""
@@ -65,6 +81,17 @@ class MethodStudy(Study):
             figures[name]["switch_steps"] /= seconds[FULL]
         chosen = [name for name in continuations if name != FULL or dense]
         return [*(self._train_on(name, continuations[name], figures[name]) for name in chosen), *failures]
+
+    def step(self, model: nn.Module, optimizer: Optimizer) -> Callable[[], object]:
+        """Return a training step on the first batches of the run, with the preparation of its batch."""
+        data = self.task.data(self.seed)
+        return lambda: train_step(model, optimizer, *next(data))
+
+    def train(self, model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+        """Train for some steps of the schedule, on the batches of that part of the run."""
+        data = self.task.data(self.seed if steps.start == 0 else 1000 + self.seed)
+        for index in steps:
+            self.task.take_step(model, optimizer, next(data), (index + 1) / self.steps)
 
     def _apply(self, method: Method, share: float) -> tuple[Continuation, dict[str, Any]]:
         """Apply a method, and take one step with what it returns, on a copy."""

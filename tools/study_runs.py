@@ -1,145 +1,174 @@
-"""One run of ``study_default.py``: dense up to the switch, then with a policy on the same batches; and its results."""
+"""One run of ``study_default.py``: a whole training, dense or with a switch of some settings, and its results."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import json
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from bench_common import Clock, separate_times
-from study_data import learning_rate, train_step
 from study_tasks import StudyTask
-from torch import nn
-from torch.optim import Optimizer
 
 import tdfx
-from tdfx.cost.timing import take_turns
-from tdfx.demo.run import LEARNING_RATE
+from tdfx.checks import read_record
 
-SWITCH_AT = 0.2
-"""Share of the steps after which a run is rewritten."""
-ROUNDS = 5
-"""Steps of each model that are timed in turns."""
 FULL = "dense"
 """The name of a run that is not rewritten."""
+PERCENT = 5
+"""The control's steps are rounded up to a multiple of this share of the full run's, so that several settings share one."""
+DAMPING = "tdfx.factors.metric.DAMPING"
+"""The constant that the setting ``damping`` replaces."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudySettings:
+    """What a study varies; None and True leave it as tdfx has it by default."""
+
+    speedup: float | None = None
+    flops: float | None = None
+    """Budgets, as in ``tdfx.Policy``; the default's floors and strictness stay."""
+    metric: str | None = None
+    """As in ``tdfx.Policy``."""
+    floors: bool = True
+    """Whether the default's floors hold; without them any rank may be taken."""
+    moment: float | None = None
+    """Share of the steps after which to switch, in (0, 1)."""
+    collect: int | None = None
+    """Steps at which moments are collected."""
+    damping: float | None = None
+    """What is added to the moments, relative to their mean diagonal."""
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """Return the settings of a name, as ``"speedup=3 moment=0.05"``.
+
+        >>> StudySettings.parse("speedup=3 floors=false").name
+        'speedup=3 floors=false'
+        >>> StudySettings.parse("default").name
+        'default'
+        """
+        parts = (part.partition("=")[::2] for part in name.split() if part != "default")
+        return read_record(cls, {key: value if key == "metric" else json.loads(value) for key, value in parts})
+
+    @property
+    def name(self) -> str:
+        """The settings that are not those of tdfx, as text."""
+        values = ((each.name, getattr(self, each.name), each.default) for each in dataclasses.fields(self))
+        return " ".join(f"{name}={_text(value)}" for name, value, default in values if value != default) or "default"
+
+    def policy(self) -> tdfx.Policy:
+        """Return the policy of these settings."""
+        rank, changes = tdfx.Policy().rank, dict[str, Any]()
+        assert isinstance(rank, tdfx.Budget), "the default's rank rule is no budget any more"
+        if self.speedup is not None or self.flops is not None:
+            changes |= {"speedup": self.speedup, "flops": self.flops}
+        if not self.floors:
+            changes |= {"floor": 0.0, "noise_floor": 0.0}
+        given: dict[str, Any] = {"rank": replace(rank, **changes)} if changes else {}
+        if self.metric is not None:
+            given["metric"] = self.metric
+        return tdfx.Policy(**given)
+
+    def switch(self, steps: int, clock: Clock) -> tdfx.Switch:
+        """Return the switch of a run of so many steps."""
+        options: dict[str, Any] = {"total_steps": steps, "clock": clock}
+        if self.moment is not None:
+            options["when"] = tdfx.AtStep(max(1, round(self.moment * steps)))
+        if self.collect is not None:
+            options["collect"] = self.collect
+        return tdfx.Switch(self.policy(), **options)
+
+    def constants(self) -> AbstractContextManager[object]:
+        """Replace the constants of tdfx that no argument sets, as long as the context lasts."""
+        return nullcontext() if self.damping is None else patch(DAMPING, self.damping)
+
+
+def _text(value: str | float) -> str:
+    return value if isinstance(value, str) else json.dumps(value) if isinstance(value, bool) else f"{value:g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRun:
-    """The results of one policy on one task with one seed."""
+    """The results of one run."""
 
     task: str
     policy: str
+    """The name of the settings, or of a dense run."""
     seed: int
     accuracy: float = 0.0
     loss: float = 0.0
-    """Both on the held-out data, in percent and in nats."""
-    step: float = 1.0
-    """Time of a step after the switch, relative to a dense step."""
-    dense_seconds: float = 0.0
-    """Time of a complete dense run."""
-    first_plan: float = 0.0
-    """Seconds of planning when no layer times were known; 0 where some were."""
-    plan: float = 0.0
-    """Seconds of planning when layer times were known."""
-    rewrite: float = 0.0
-    merge: float = 0.0
-    """Both in seconds."""
+    """Both of the merged model on the held-out data, in percent and in nats."""
+    steps: int = 0
+    seconds: float = 0.0
+    """Of the whole training, with planning, rewriting and merging."""
+    switching: float = 0.0
+    """Seconds of these that the switch took: planning, with the measuring of layers, and rewriting."""
+    cold: bool = False
+    """True if the run had to measure layers, because no layer times were known."""
+    at: int = 0
+    """The step after which was decided."""
     factorized: int = 0
     """Sites that were rewritten."""
     error: float = 0.0
     """The plan's total error."""
-    predicted: float | None = None
-    """How many times faster the plan predicted the step to be, if it did."""
     refused: str = ""
     """Why tdfx refused the policy; "" if it did not."""
 
-    def faster(self, *, measuring: bool) -> float:
-        """Return how many times faster the whole run was than a dense one, with or without measuring layers."""
-        plan = (self.first_plan or self.plan) if measuring else self.plan
-        return self.dense_seconds / (self.dense_seconds / self.faster_if_long + plan + self.rewrite + self.merge)
 
-    @property
-    def faster_if_long(self) -> float:
-        """How many times faster a run would be that is so long that only its steps count."""
-        return 1 / (SWITCH_AT + (1 - SWITCH_AT) * self.step)
+def control_of(run: StudyRun, full: StudyRun) -> tuple[str, int]:
+    """Return name and steps of the dense run that takes as long as a run, or a little longer; the full run for a slow one.
+
+    >>> full = StudyRun(task="t", policy=FULL, seed=0, steps=200, seconds=10.0)
+    >>> control_of(StudyRun(task="t", policy="p", seed=0, seconds=4.1), full)
+    ('dense, 45 %', 90)
+    """
+    percent = PERCENT * math.ceil(100 * run.seconds / full.seconds / PERCENT)
+    if percent >= 100:
+        return FULL, full.steps
+    return f"dense, {percent} %", max(1, percent * full.steps // 100)
 
 
-class Study:
-    """Runs of one task with one seed, from the same trained state."""
+def train(task: StudyTask, policy: str, seed: int, steps: int, clock: Clock) -> StudyRun:
+    """Train without a switch."""
+    return _train(StudyRun(task=task.name, policy=policy, seed=seed, steps=steps), task, None, clock)
 
-    def __init__(self, task: StudyTask, seed: int, steps: int, clock: Clock, dense_seconds: float = 0.0) -> None:
-        """Train up to the switch; pass ``dense_seconds`` if the time of a dense run is known."""
-        self.task, self.seed, self.steps, self.clock = task, seed, steps, clock
-        self.switch = max(1, round(SWITCH_AT * steps))
-        torch.manual_seed(seed)
-        self.start = task.model().train()
-        self.optimizer = task.optimizer(self.start.parameters())
-        self.example = next(task.data(seed))
-        self.train(self.start, self.optimizer, range(self.switch))
-        self.dense_seconds = dense_seconds
 
-    def dense(self) -> StudyRun:
-        """Continue without a rewrite."""
-        model, optimizer = copy.deepcopy((self.start, self.optimizer))
-        (timing,) = take_turns([self.step(*copy.deepcopy((model, optimizer)))], rounds=ROUNDS)
-        self.dense_seconds = self.steps * timing.seconds
-        self.train(model, optimizer, range(self.switch, self.steps))
-        return self._result(FULL, model)
+def train_with(
+    settings: StudySettings, task: StudyTask, seed: int, steps: int, clock: Clock, times: dict[str, float]
+) -> StudyRun:
+    """Train with a switch; the layer times that it measures are added to ``times``."""
+    none_known, run = not times, StudyRun(task=task.name, policy=settings.name, seed=seed, steps=steps)
+    with separate_times(times), settings.constants():
+        try:
+            run = _train(run, task, settings.switch(steps, clock), clock)
+        except tdfx.PolicyError as error:
+            return replace(run, refused=str(error))
+    return replace(run, cold=none_known and bool(times))
 
-    def with_policy(self, name: str, policy: tdfx.Policy, times: dict[str, float]) -> StudyRun:
-        """Continue with a policy; the layer times that it measures are added to ``times``."""
-        model, optimizer = copy.deepcopy((self.start, self.optimizer))
-        cold = not times
-        with separate_times(times):
-            try:
-                first, _ = self._timed_plan(model, policy, optimizer)
-                again, plan = self._timed_plan(model, policy, optimizer)
-            except (tdfx.PolicyError, tdfx.InputError) as error:
-                return StudyRun(task=self.task.name, policy=name, seed=self.seed, refused=str(error))
-        begin = self.clock()
-        rewritten = tdfx.rewrite(model, plan, optimizer=optimizer)
-        rewrite = self.clock() - begin
-        dense_step = self.step(*copy.deepcopy((self.start, self.optimizer)))
-        before, after = take_turns([dense_step, self.step(*copy.deepcopy((rewritten, optimizer)))], rounds=ROUNDS)
-        self.train(rewritten, optimizer, range(self.switch, self.steps))
-        begin = self.clock()
-        merged = tdfx.merge(rewritten)
-        step_seconds = self.dense_seconds / self.steps
-        return self._result(
-            name,
-            merged,
-            merge=self.clock() - begin,
-            step=after.seconds / before.seconds,
-            first_plan=first if cold else 0.0,
-            plan=again,
-            rewrite=rewrite,
-            factorized=len(plan.factorized),
-            error=plan.total_error,
-            predicted=step_seconds / plan.predicted_seconds(step_seconds),
-        )
 
-    def step(self, model: nn.Module, optimizer: Optimizer) -> Callable[[], object]:
-        """Return a training step on the first batches of the run, with the preparation of its batch."""
-        data = self.task.data(self.seed)
-        return lambda: train_step(model, optimizer, *next(data))
-
-    def train(self, model: nn.Module, optimizer: Optimizer, steps: range) -> None:
-        """Train for some steps of the schedule, on the batches of that part of the run."""
-        data = self.task.data(self.seed if steps.start == 0 else 1000 + self.seed)
-        for index in steps:
-            for group in optimizer.param_groups:
-                group["lr"] = self.task.peak * learning_rate((index + 1) / self.steps) / LEARNING_RATE
-            train_step(model, optimizer, *next(data))
-
-    def _timed_plan(self, model: nn.Module, policy: tdfx.Policy, optimizer: Optimizer) -> tuple[float, tdfx.Plan]:
-        begin = self.clock()
-        plan = tdfx.plan(model, policy, example_inputs=(self.example[0],), optimizer=optimizer)
-        return self.clock() - begin, plan
-
-    def _result(self, name: str, model: nn.Module, **figures: float | None) -> StudyRun:
-        accuracy, loss = self.task.score(model)
-        identity = {"task": self.task.name, "policy": name, "seed": self.seed}
-        scores = {"accuracy": accuracy, "loss": loss, "dense_seconds": self.dense_seconds}
-        return StudyRun(**identity, **scores, **figures)  # type: ignore[arg-type]
+def _train(run: StudyRun, task: StudyTask, switch: tdfx.Switch | None, clock: Clock) -> StudyRun:
+    torch.manual_seed(run.seed)
+    model = task.model().train()
+    optimizer, data = task.optimizer(model.parameters()), task.data(run.seed)
+    example = next(task.data(run.seed))[0]
+    began = clock()
+    for step in range(run.steps):
+        task.take_step(model, optimizer, next(data), (step + 1) / run.steps)
+        if switch is not None:
+            model = switch.step(model, optimizer=optimizer, example_inputs=(example,))
+    plan = None if switch is None else switch.plan
+    if plan is not None:
+        model = tdfx.merge(model)
+    run = replace(run, seconds=clock() - began)
+    accuracy, loss = task.score(model)
+    run = replace(run, accuracy=accuracy, loss=loss)
+    if switch is None:
+        return run
+    at = max((event.step for event in switch.events), default=0)
+    run = replace(run, switching=sum(switch.spent.values()), at=at)
+    return run if plan is None else replace(run, factorized=len(plan.factorized), error=plan.total_error)

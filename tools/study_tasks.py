@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from nets import CharacterModel, ResNetForSmallImages
 from options import is_chosen
-from study_data import Batch, batches, loss_of, pieces, python_sources
+from study_data import Batch, batches, learning_rate, loss_of, pieces, python_sources, train_step
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from tdfx.demo.run import Digits, build_model, load_digits
+from tdfx.demo.run import LEARNING_RATE, Digits, build_model, load_digits
 
 _HELD_OUT = 256
 """Pieces of text that are held out."""
@@ -44,6 +44,12 @@ class StudyTask(ABC):
     @abstractmethod
     def held_out(self) -> Batch:
         """Return the data that are never trained on."""
+
+    def take_step(self, model: nn.Module, optimizer: Optimizer, batch: Batch, progress: float) -> None:
+        """Take one training step at the learning rate after a share of the training."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.peak * learning_rate(progress) / LEARNING_RATE
+        train_step(model, optimizer, *batch)
 
     @torch.no_grad()
     def held_out_outputs(self, model: nn.Module) -> Tensor:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from bench_common import Clock
 
 PHASES = ("data", "step", "watching", "planning", "rewriting", "merging", "evaluation", "saving")
-TRAINING = PHASES[:-2]
-"""The phases that count as training: all but the scoring of held-out data and saving."""
+NOT_COUNTED = ("evaluation", "saving")
+"""The phases that do not count as training: the scoring of held-out data, and saving."""
+
+
+def training_seconds(seconds: Mapping[str, float]) -> float:
+    """Return the seconds of training among seconds by phase.
+
+    >>> training_seconds({"step": 2.0, "evaluation": 1.0})
+    2.0
+    """
+    return sum(value for name, value in seconds.items() if name not in NOT_COUNTED)
 
 
 class Phases:
@@ -40,12 +49,12 @@ class Phases:
 
     def add(self, name: str, seconds: float) -> None:
         """Count seconds to a phase that were measured elsewhere."""
-        self.seconds[name] += seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     @property
     def training(self) -> float:
         """Seconds of training."""
-        return sum(self.seconds[name] for name in TRAINING)
+        return training_seconds(self.seconds)
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":

@@ -24,8 +24,12 @@ def plot_runs(runs: Mapping[str, Sequence[RunRecord]], file: Path, title: str = 
     axes = figure.add_subplot()
     for color, (name, records) in enumerate(runs.items()):
         for index, record in enumerate(records):
-            points = zip(*((epoch["seconds"], epoch["accuracy"]) for epoch in record.epochs), strict=True)
-            axes.plot(*points, color=f"C{color}", label=name if index == 0 else "")
+            points = [(epoch["seconds"], epoch["accuracy"]) for epoch in record.epochs if "accuracy" in epoch]
+            axes.plot(
+                *zip(*points, (record.total, record.accuracy), strict=True),
+                color=f"C{color}",
+                label=name if index == 0 else "",
+            )
     axes.set(xlabel="training time, s", ylabel="accuracy on held-out data, %", title=title)
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)

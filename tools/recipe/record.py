@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import tdfx
-from recipe.phases import TRAINING
+from recipe.phases import training_seconds
 from recipe.trainer import TrainingRun
 
 
@@ -21,7 +21,8 @@ class RunRecord:
     processes: int
     device: str
     epochs: list[dict[str, float]]
-    """For each epoch: training loss, held-out loss and accuracy in percent, and the seconds of training up to its end."""
+    """For each epoch: training loss, the seconds of training up to its end, and where it was scored held-out loss and
+    accuracy in percent."""
     accuracy: float
     loss: float
     """Both of the merged model, in percent and in nats."""
@@ -30,6 +31,8 @@ class RunRecord:
     parameters: int
     parameters_after: int
     """From the switch to the merge."""
+    steps: int = 0
+    """Steps of the whole training."""
     flops: int | None = None
     """Forward operations of the sites for one batch, before a switch; None if there was no switch."""
     flops_after: int | None = None
@@ -46,7 +49,7 @@ class RunRecord:
     @property
     def total(self) -> float:
         """Seconds of training: all phases but evaluation and saving."""
-        return sum(self.seconds[name] for name in TRAINING)
+        return training_seconds(self.seconds)
 
 
 def record_of(run: TrainingRun) -> RunRecord:
@@ -64,6 +67,7 @@ def record_of(run: TrainingRun) -> RunRecord:
         seconds=dict(run.phases.seconds),
         parameters=run.parameters,
         parameters_after=run.parameters if plan is None else plan.parameters_after,
+        steps=run.total_steps,
         flops=None if plan is None else plan.flops_before,
         flops_after=None if plan is None else plan.flops_after,
         sites=0 if plan is None else len(plan),

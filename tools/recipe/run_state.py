@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from bench_common import Clock
@@ -19,7 +20,7 @@ from recipe.datasets import load_data
 from recipe.models import build
 from recipe.phases import Phases
 from recipe.processes import Process
-from recipe.schedule import make_average, make_optimizer
+from recipe.schedule import make_average, make_optimizer, total_steps
 from recipe.score import to_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,6 +54,7 @@ class RunState:
         self.average: AveragedModel | None = make_average(self.model, config.training.ema)
         self.optimizer = make_optimizer(self.model.parameters(), config.training)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.training.amp == "fp16")
+        self.total_steps = total_steps(self.data.steps, config.training)
         self.switch = make_switch(config, self.data.steps, clock)
         if config.training.compile:
             self.model.compile()
@@ -86,11 +88,14 @@ def make_switch(config: RunConfig, steps: int, clock: Clock = time.perf_counter)
     settings = config.switch
     if settings.policy == "none":
         return None
-    when: tdfx.AtEpoch | tdfx.Settled = tdfx.Settled(every=settings.every, timeout=settings.epoch * steps or None)
+    options: dict[str, Any] = {"rewarm": settings.rewarm, "clock": clock}
     if settings.when == "epoch":
-        when = tdfx.AtEpoch(settings.epoch, steps_per_epoch=steps)
-    total = config.training.epochs * steps if settings.weigh else None
+        options["when"] = tdfx.AtEpoch(settings.epoch, steps_per_epoch=steps)
+    elif settings.when == "settled":
+        options["when"] = tdfx.Settled(every=settings.every, timeout=settings.epoch * steps or None)
+    if settings.weigh:
+        options["total_steps"] = total_steps(steps, config.training)
     # Layers are timed under the autocast of the training steps.
     measured = tdfx.Measured(autocast=DTYPES.get(config.training.amp), budget=settings.measure)
     policy = settings.policy_with(tdfx.Modelled() if settings.cost == "modelled" else measured)
-    return tdfx.Switch(policy, when=when, total_steps=total, rewarm=settings.rewarm, clock=clock)
+    return tdfx.Switch(policy, **options)

@@ -14,6 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 from recipe.settings import TrainingSettings
 
 
+def total_steps(steps_per_epoch: int, settings: TrainingSettings) -> int:
+    """Return the steps of the whole training."""
+    return settings.steps or settings.epochs * steps_per_epoch
+
+
 def rate_at(step: int, steps_per_epoch: int, settings: TrainingSettings) -> float:
     """Return the learning rate of a step; the first step is 0.
 
@@ -22,7 +27,7 @@ def rate_at(step: int, steps_per_epoch: int, settings: TrainingSettings) -> floa
     [0.1, 1.0, 1.0, 0.5, 0.002]
     """
     warmup = settings.warmup * steps_per_epoch
-    total = settings.epochs * steps_per_epoch
+    total = total_steps(steps_per_epoch, settings)
     if step + 1 < warmup:
         return settings.lr * (step + 1) / warmup
     if settings.schedule == "step":

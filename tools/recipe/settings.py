@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
@@ -59,6 +59,8 @@ class TrainingSettings(SettingsTable):
     """The optimizer, its schedule, and how steps are computed."""
 
     epochs: int = Field(ge=1)
+    steps: int = Field(default=0, ge=0)
+    """Steps after which the training ends, within an epoch too, in place of ``epochs``; 0 for all steps of the epochs."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """``"sgd"`` with Nesterov momentum, or ``"adamw"``."""
     lr: float = Field(default=0.05, gt=0)
@@ -68,7 +70,7 @@ class TrainingSettings(SettingsTable):
     schedule: Literal["cosine", "step"] = "cosine"
     """``"cosine"`` lowers the rate to zero; ``"step"`` multiplies it by ``gamma`` at each of ``milestones``."""
     warmup: float = Field(default=0.0, ge=0)
-    """Epochs in which the rate rises to its largest value, less than ``epochs``."""
+    """Epochs in which the rate rises to its largest value, less than ``epochs`` if these end the training."""
     milestones: Floats = ()
     """Shares of the training, in (0, 1) and ascending, after which ``step`` lowers the rate."""
     gamma: float = Field(default=0.1, gt=0, lt=1)
@@ -85,7 +87,7 @@ class TrainingSettings(SettingsTable):
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:
-        if self.warmup >= self.epochs:
+        if not self.steps and self.warmup >= self.epochs:
             raise ValueError(f"training.warmup={self.warmup} is not in [0, {self.epochs}), the epochs.")
         milestones = list(self.milestones)
         if milestones != sorted(set(milestones)) or not all(0 < share < 1 for share in milestones):
@@ -103,14 +105,16 @@ class SwitchingSettings(SettingsTable):
 
     policy: str = "default"
     """``"none"`` for no rewrite, ``"default"`` for ``tdfx.Policy()``, or a rule as for ``tdfx inspect``."""
-    when: Literal["epoch", "settled"] = "epoch"
-    """``"settled"`` switches each layer when its rank has settled."""
+    metric: Literal["auto", "loss", "inputs", "weights"] = "auto"
+    """As in ``tdfx.Policy``."""
+    when: Literal["auto", "epoch", "settled"] = "epoch"
+    """``"auto"`` leaves the moment to ``tdfx.Switch``, and ``"settled"`` switches when the ranks have settled."""
     epoch: int = Field(default=1, ge=0)
     """Epochs before the switch, at least 1; with ``"settled"``, epochs after which no layer waits longer, 0 for no limit."""
     every: int = Field(default=100, ge=1)
     """Steps between two looks at the ranks."""
-    min_gain: float = 1.05
-    round_to: int = 8
+    min_gain: float = tdfx.Policy().min_gain
+    round_to: int | Literal["auto"] = tdfx.Policy().round_to
     exclude: Strings = ()
     """These three as in ``tdfx.Policy``."""
     cost: Literal["measured", "modelled"] = "measured"
@@ -126,6 +130,11 @@ class SwitchingSettings(SettingsTable):
     def _check_policy(self) -> Self:
         if self.when == "epoch" and self.epoch < 1:
             raise ValueError(f"switch.epoch={self.epoch} is below 1, the first epoch after which a run can switch.")
+        if self.when == "auto" and not self.weigh:
+            raise ValueError(
+                "switch.when='auto' and switch.weigh=False do not go together: the moment is chosen by the steps of the "
+                "whole training. Leave switch.weigh out, or set switch.when='epoch'."
+            )
         try:
             self.policy_with(tdfx.Modelled())
         except tdfx.PolicyError as error:
@@ -134,8 +143,10 @@ class SwitchingSettings(SettingsTable):
 
     def policy_with(self, cost: tdfx.Modelled | tdfx.Measured) -> tdfx.Policy:
         """Return the policy of the settings with a cost model."""
-        rule = tdfx.Policy().rank if self.policy in {"none", "default"} else parse_rule(self.policy)
-        return tdfx.Policy(rank=rule, min_gain=self.min_gain, round_to=self.round_to, exclude=self.exclude, cost=cost)
+        given: dict[str, Any] = {} if self.policy in {"none", "default"} else {"rank": parse_rule(self.policy)}
+        if self.metric != "auto":
+            given["metric"] = self.metric
+        return tdfx.Policy(min_gain=self.min_gain, round_to=self.round_to, exclude=self.exclude, cost=cost, **given)
 
 
 class OutputSettings(SettingsTable):
@@ -147,5 +158,7 @@ class OutputSettings(SettingsTable):
     """Steps after which it is also saved within an epoch; 0 for never."""
     tensorboard: str = ""
     """Folder for TensorBoard; "" for none."""
+    evaluate: int = Field(default=1, ge=0)
+    """Epochs between two scorings on held-out data; 0 for none. The merged model is scored in any case."""
     verify: bool = True
     """Whether ONNX exports are compared at the end; the outputs before and after the merge are compared in any case."""

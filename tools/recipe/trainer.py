@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -28,17 +29,17 @@ class TrainingRun(RunState):
     """Largest difference of outputs before and after the merge, relative to the largest output; None without a merge."""
 
     def train(self, echo: Callable[[str], None] = lambda line: None, most_steps: int | None = None) -> bool:
-        """Train to the end of all epochs, save as the settings say, and merge; ``echo`` gets the figures of each epoch.
+        """Train to the last step, save as the settings say, and merge; ``echo`` gets the figures of each epoch.
 
         After ``most_steps`` steps it stops, as if the process had been killed. Return True if it came to its end.
         """
         board = Board(self.config.output.tensorboard if self.process.is_first else "")
         steps = 0
-        while self.progress.epoch < self.config.training.epochs:
+        while epoch_steps := self._epoch_steps():
             self.model.train()
             batches = self.data.batches(self.progress.epoch, self.progress.step)
             total = torch.tensor(self.progress.loss, dtype=torch.float64, device=self.device)
-            while self.progress.step < self.data.steps:
+            while self.progress.step < epoch_steps:
                 if steps == most_steps:
                     return False
                 steps += 1
@@ -56,6 +57,10 @@ class TrainingRun(RunState):
             self._merge()
         board.close()
         return True
+
+    def _epoch_steps(self) -> int:
+        """Return the steps of the current epoch: fewer if the training ends within it, and none after its end."""
+        return max(0, min(self.data.steps, self.total_steps - self.progress.epoch * self.data.steps))
 
     def _step(self, batch: Batch) -> Tensor:
         """Take one training step and return its loss, without waiting for the device."""
@@ -87,26 +92,31 @@ class TrainingRun(RunState):
             self.model, optimizer=self.optimizer, example_inputs=self.example, averaged=self.average
         )
         for name, seconds in self.switch.spent.items():
-            self.phases.add(name, seconds - before[name])
+            self.phases.add(name, seconds - before.get(name, 0.0))
 
     def _save_within_epoch(self, total: Tensor) -> None:
         every, step = self.config.output.every, self.progress.step
-        if self.config.output.checkpoint and every and step % every == 0 and step < self.data.steps:
+        if self.config.output.checkpoint and every and step % every == 0 and step < self._epoch_steps():
             self.progress.loss = float(total)
             self._save()
 
     def _end_epoch(self, board: Board, echo: Callable[[str], None]) -> None:
-        held_out = self._score(self.average.module if self.average is not None else self.model)
-        loss = self.progress.loss / self.data.steps
-        epoch = self.progress.epoch + 1
-        self.progress = RunProgress(epoch)
-        figures = {"epoch": epoch, "training_loss": loss, **asdict(held_out), "seconds": self.phases.training}
+        loss = self.progress.loss / self.progress.step
+        epoch, every = self.progress.epoch + 1, self.config.output.evaluate
+        figures = {"epoch": epoch, "training_loss": loss}
+        text = ""
+        if every and epoch % every == 0:
+            held_out = self._score(self.average.module if self.average is not None else self.model)
+            figures |= asdict(held_out)
+            text = f"held out: loss {held_out.loss:.4f}, accuracy {held_out.accuracy:.2f} %, "
+        figures["seconds"] = self.phases.training
         self.history.append(figures)
-        rate = rate_at(epoch * self.data.steps - 1, self.data.steps, self.config.training)
-        board.write(epoch, {**figures, "learning_rate": rate})
+        last = self.progress.epoch * self.data.steps + self.progress.step - 1
+        self.progress = RunProgress(epoch)
+        board.write(epoch, {**figures, "learning_rate": rate_at(last, self.data.steps, self.config.training)})
+        epochs = math.ceil(self.total_steps / self.data.steps)
         echo(
-            f"{self.config.name}, epoch {epoch} of {self.config.training.epochs}: training loss {loss:.4f}, "
-            f"held out: loss {held_out.loss:.4f}, accuracy {held_out.accuracy:.2f} %, {self.phases.training:.1f} s"
+            f"{self.config.name}, epoch {epoch} of {epochs}: training loss {loss:.4f}, {text}{self.phases.training:.1f} s"
         )
         if self.config.output.checkpoint:
             self._save()
