@@ -31,7 +31,12 @@ class AttachMetric(Pass[PassResult]):
         """Whether a metric that the moments cannot give is an error."""
 
     def requires(self, program: Program) -> None:
-        """A metric that the policy asks for by name has its moments."""
+        """A metric that the policy asks for by name has its moments, and these were collected."""
+        if self.moments is not None and not self.moments.units:
+            raise PolicyError(
+                "moments= has seen no training step: it counts a forward pass of the model and its backward pass. Take a "
+                "few steps before you pass it, or leave it out."
+            )
         for site in program.sites if self.strict and self.moments is None else ():
             if site.is_open and (name := self.wanted(site)) in {"loss", "inputs"}:
                 raise PolicyError(

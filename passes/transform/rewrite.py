@@ -108,7 +108,7 @@ class Rewrite(Pass[Rewritten]):
             return tuple(torch.empty(step.weight_shape, device="meta") for step in chosen(operation))
         if isinstance(site.layer, Factorized):
             return lowering_of(site.layer, weights, site.metric).split(ranks)
-        factors = split_weight(site, scheme, ranks, *weights, self.spectra.take(site, scheme))
+        factors = split_weight(site, scheme, ranks, weights[0], self.spectra.take(site, scheme))
         if self.init == "weight":
             return factors
         dense = site.as_dense(*weights)

@@ -40,8 +40,8 @@ class Metric:
     """L in the same way, shape (g, o, o) or (g, o)."""
 
     @classmethod
-    def of(cls, moments: SiteMoments, name: MetricName, damping: float = DAMPING) -> Metric:
-        """Return the metric of a name, from moments that have what it needs."""
+    def of(cls, moments: SiteMoments, name: MetricName, damping: float | None = None) -> Metric:
+        """Return the metric of a name, from moments that have what it needs; ``damping`` is ``DAMPING`` for None."""
         inputs = None if name == "weights" else moments.inputs
         outputs = moments.outputs if name == "loss" else None
         return cls(*(None if moment is None else _root(moment, damping) for moment in (inputs, outputs)))
@@ -93,9 +93,9 @@ def balanced(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(factor * (target / norm) for factor, norm in zip(factors, norms, strict=True))
 
 
-def _root(moment: Tensor, damping: float) -> Tensor:
+def _root(moment: Tensor, damping: float | None) -> Tensor:
     """Return the Cholesky factor of a moment (g, n, n), or the root of a diagonal (g, n), scaled and damped, in float64."""
-    moment = moment.double()
+    moment, damping = moment.double(), DAMPING if damping is None else damping
     diagonal = moment if moment.dim() == 2 else moment.diagonal(dim1=1, dim2=2)
     scale = float(diagonal.mean())
     moment = moment / scale if scale > 0 else torch.zeros_like(moment)
@@ -103,7 +103,8 @@ def _root(moment: Tensor, damping: float) -> Tensor:
         return (moment + damping).sqrt()
     damped = moment.clone()
     damped.diagonal(dim1=1, dim2=2).add_(damping)
-    return torch.linalg.cholesky(damped)
+    root: Tensor = torch.linalg.cholesky(damped)
+    return root
 
 
 def _on_inputs(w_goik: Tensor, root: Tensor | None, *, inverse: bool = False) -> Tensor:

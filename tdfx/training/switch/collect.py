@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
@@ -22,11 +23,13 @@ _LARGEST_BATCHES = 2**26
 class Collection:
     """The moments of the model in training, from some step on, and the state of a former run to go on from."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self._steps = max(steps, 1)
         self._model: nn.Module | None = None
         self._moments: Moments | None = None
         self._saved: Mapping[str, Any] | None = None
         self._waiting: RemovableHandle | None = None
+        self._trained: set[int] = set()
 
     def attach(self, model: nn.Module) -> None:
         """Collect from the next step on, or go on doing so; a model that takes the place of another one goes on for it."""
@@ -66,10 +69,15 @@ class Collection:
         # A clone has a storage of its own; a view, such as a slice of the data set, would save all of it.
         return {**self._moments.state_dict(), "batches": tree_map_only(Tensor, Tensor.clone, batches)}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a state, with the next module that is called and has the weights that were seen."""
+    def load_state_dict(self, state: Mapping[str, Any] | None, optimizers: Sequence[Optimizer]) -> None:
+        """Go on from a state, with the next module that is called and has the weights that were seen.
+
+        Its parameters must be those of the optimizers, if some are given: it is not the only model in many a process.
+        """
         self.remove()
         if state is not None:
+            groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+            self._trained = {id(parameter) for group in groups for parameter in group["params"]}
             self._saved = state
             self._waiting = register_module_forward_pre_hook(self._join)
 
@@ -77,6 +85,8 @@ class Collection:
         """Begin to collect in a call of the model: the first one after a state was loaded, before ``attach`` can see it."""
         saved = self._saved
         if saved is None or not module.training:
+            return
+        if self._trained and not any(id(parameter) in self._trained for parameter in module.parameters()):
             return
         moments = Moments(module)
         if moments.knows(saved["sites"]):
@@ -87,7 +97,7 @@ class Collection:
             moments.remove()
 
     def _start(self, model: nn.Module, saved: Mapping[str, Any] | None) -> Moments:
-        moments = Moments(model)
+        moments = Moments(model, steps=self._steps)
         if saved is not None:
             moments.load_state_dict(saved)
         self._model, self._moments = model, moments

@@ -109,7 +109,7 @@ class Switch:
         self._clock = clock
         self._state = SwitchState(next=1 if isinstance(when, Settled) else when.at)
         self._last: float | None = None  # when the last step ended
-        self._collection = Collection()
+        self._collection = Collection(self.collect)
         self._spent = {"watching": 0.0, "planning": 0.0, "rewriting": 0.0}
 
     @property
@@ -304,7 +304,7 @@ class Switch:
         for rewarm in self._state.rewarms:
             rewarm.remove()
         self._state, self._last = loaded, None
-        self._collection.load_state_dict(state.get("moments"))
+        self._collection.load_state_dict(state.get("moments"), as_optimizers(optimizer))
 
     def __str__(self) -> str:
         head = f"Switch(when={self.when!r}): {self.steps} steps, {'done' if self.done else 'waiting'}"
