@@ -172,14 +172,22 @@ def test_moments_without_a_training_step_are_refused() -> None:
 
 
 def test_a_site_without_moments_is_measured_by_its_weights_and_named() -> None:
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)})
-    model.forward = lambda x: model["used"](x)  # type: ignore[method-assign]
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, both: bool = False) -> Tensor:
+            return self.unused(self.used(x)) if both else self.used(x)
+
+    model = Half()
     with tdfx.Moments(model) as moments:
         model(torch.randn(64, 8)).square().sum().backward()
-    plan = tdfx.plan(model, QUARTER, moments=moments, emit="modules")
+    plan = tdfx.plan(model, QUARTER, moments=moments, example_inputs=(torch.randn(64, 8), True))
     assert plan["used"].metric == "loss"
     assert plan["unused"].metric == "weights"
+    assert "no moments were seen of 'unused': errors of the weights there" in plan.notes
+    assert "errors in the metric of the loss, of the weights" in str(plan)
 
 
 def test_running_statistics_are_those_of_the_rewritten_model_on_the_last_batches() -> None:
