@@ -48,6 +48,7 @@ from tdfx.ranks.stable import StableRank
 from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
 from tdfx.training.methods.decay import FrobeniusDecay
+from tdfx.training.methods.factor_rate import FactorRate
 from tdfx.training.methods.freeze import Freeze
 from tdfx.training.methods.penalty import LowRankPenalty
 from tdfx.training.methods.rewarm import Rewarm
@@ -68,6 +69,7 @@ __all__ = [
     "Energy",
     "ExportError",
     "ExportReport",
+    "FactorRate",
     "Factorized",
     "Fixed",
     "Freeze",

@@ -46,7 +46,7 @@ STAGES = {"analysis": {"base", "program"}, "planning": {"analysis"}, "transform"
 
 PASSES = {
     "analysis": {"trace", "find", "shapes"},
-    "planning": {"step_time", "select"},
+    "planning": {"step_time", "attach_metric", "select"},
     "transform": {"rewrite", "merge"},
 }
 """The files that hold the passes; the other files of these folders are what the passes share."""

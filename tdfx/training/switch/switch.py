@@ -11,11 +11,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from tdfx.api import PlannedRewrite, plan_rewrite, rewrite
 from tdfx.distributed.processes import Processes
@@ -26,6 +27,7 @@ from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Emit, Plan
 from tdfx.plans.scalars import Writer, check_writer, log_plan
 from tdfx.policies.policy import Policy
+from tdfx.training.methods.factor_rate import SGD_TIMES, FactorRate
 from tdfx.training.methods.rewarm import Rewarm, check_rates
 from tdfx.training.switch.collect import COLLECTED_STEPS, Collection, wants_moments
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
@@ -64,6 +66,8 @@ class Switch:
         rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
         collect: Steps before the decision at which second moments are collected, and used as ``Policy.metric`` says; 0 for
             none. They cost less than one more step in all. With ``torch.compile`` the model runs eagerly in these steps.
+        factor_rate: How many times the learning rate of the factors is that of their group, see ``FactorRate``; for SGD only.
+            None for 2 where the loss was the metric, and 1 otherwise.
         writer: Where to log the plan and the step time before the switch: a ``SummaryWriter``, or anything with
             ``add_scalar(tag, value, step)``. Pass it on one process only.
         clock: Returns the time in seconds.
@@ -92,12 +96,13 @@ class Switch:
         recompile_seconds: float = 0.0,
         rewarm: int = 0,
         collect: int = COLLECTED_STEPS,
+        factor_rate: float | None = None,
         writer: Writer | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.policy = Policy() if policy is None else policy
         when = early(total_steps) if when is None else when
-        check_settings(self.policy, when, total_steps, recompile_seconds, rewarm, collect)
+        check_settings(self.policy, when, total_steps, recompile_seconds, rewarm, collect, factor_rate)
         if writer is not None:
             check_writer(writer)
         self.when = when
@@ -106,10 +111,12 @@ class Switch:
         self.rewarm = rewarm
         self.collect = collect if wants_moments(self.policy) else 0
         self.writer = writer
+        self.factor_rate = factor_rate
         self._clock = clock
         self._state = SwitchState(next=1 if isinstance(when, Settled) else when.at)
         self._last: float | None = None  # when the last step ended
         self._collection = Collection(self.collect)
+        self._rates: tuple[FactorRate, ...] = ()
         self._spent = {"watching": 0.0, "planning": 0.0, "rewriting": 0.0}
 
     @property
@@ -263,6 +270,7 @@ class Switch:
         self._spend("rewriting", began)
         plan = self._state.join_plan(replace(planned.plan, policy=repr(self.policy)))
         self._state = replace(self._state, plan=plan)
+        self._set_rates(model, as_optimizers(optimizer), self._rate_for(planned.plan))
         if self.rewarm:
             for rewarm in self._state.rewarms:
                 rewarm.remove()
@@ -270,6 +278,21 @@ class Switch:
         if self.writer is not None:
             self._log(self.writer, plan)
         return model
+
+    def _rate_for(self, plan: Plan) -> float:
+        if self.factor_rate is not None:
+            return self.factor_rate
+        return SGD_TIMES if any(site.metric == "loss" for site in plan.factorized) else 1.0
+
+    def _set_rates(self, model: nn.Module | None, optimizers: Sequence[Optimizer], times: float) -> None:
+        """Change the learning rate of the factors; of none where an optimizer holds wider copies of them."""
+        for rate in self._rates:
+            rate.remove()
+        self._rates = ()
+        for optimizer in optimizers if times != 1 else ():
+            if isinstance(optimizer, SGD):
+                with suppress(OptimizerError):
+                    self._rates = (*self._rates, FactorRate(model, optimizer, times))
 
     def _log(self, writer: Writer, plan: Plan) -> None:
         """Log the switch; a logger that fails must not undo it, since the optimizer was changed too."""
@@ -285,7 +308,10 @@ class Switch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later decisions depend on, in plain types and tensors."""
-        return self._state.to_dict(self.policy, self.when) | {"moments": self._collection.state_dict()}
+        return self._state.to_dict(self.policy, self.when) | {
+            "moments": self._collection.state_dict(),
+            "factor_rate": self._rates[0].times if self._rates else 1.0,
+        }
 
     def load_state_dict(
         self, state: Mapping[str, Any], *, optimizer: Optimizer | Sequence[Optimizer] | None = None
@@ -304,6 +330,7 @@ class Switch:
         for rewarm in self._state.rewarms:
             rewarm.remove()
         self._state, self._last = loaded, None
+        self._set_rates(None, as_optimizers(optimizer), state.get("factor_rate", 1.0))
         self._collection.load_state_dict(state.get("moments"), as_optimizers(optimizer))
 
     def __str__(self) -> str:

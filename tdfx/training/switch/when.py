@@ -141,7 +141,13 @@ def early(total_steps: int | None) -> AtStep:
 
 
 def check_settings(
-    policy: object, when: object, total_steps: int | None, recompile_seconds: float, rewarm: int, collect: int
+    policy: object,
+    when: object,
+    total_steps: int | None,
+    recompile_seconds: float,
+    rewarm: int,
+    collect: int,
+    factor_rate: float | None,
 ) -> None:
     """Raise PolicyError if a setting is out of range."""
     if not isinstance(policy, Policy):
@@ -163,5 +169,10 @@ def check_settings(
         )
     if collect != 0:
         check_whole("collect", collect, "the steps at which moments are collected, or 0 for none", "collect=8")
+    if factor_rate is not None and not (is_number(factor_rate) and factor_rate > 0):
+        raise PolicyError(
+            f"factor_rate={factor_rate!r} is not a positive number: it is how many times the learning rate of the factors is "
+            f"that of their group. Pass 1 for the same rate."
+        )
     if rewarm != 0:
         check_whole("rewarm", rewarm, "the steps of the re-warm-up, or 0 for none", "rewarm=200")
