@@ -201,3 +201,20 @@ def test_the_output_of_the_layer_itself_is_watched_where_a_hook_replaces_it() ->
     torch.testing.assert_close(found.outputs, other.outputs)
     assert found.outputs is not None
     assert float(found.outputs[0, 3, 3]) > 2
+
+
+def test_a_weight_that_a_layer_shares_is_recorded_at_the_layer_alone() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(4, 4))
+            self.layer = nn.Linear(4, 4)
+            self.layer.weight = self.matrix
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)  # type: ignore[no-any-return]
+
+    model = Tied()
+    with tdfx.Moments(model) as moments:
+        model(torch.randn(3, 4)).sum().backward()
+    assert list(moments.state_dict()["sites"]) == ["layer.weight"]

@@ -153,6 +153,29 @@ def test_no_bit_of_the_training_changes(backend: str) -> None:
     torch.testing.assert_close(losses(True), losses(False), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("compiled", [wrapped, in_place])
+def test_a_compiled_part_is_recorded_outside_of_the_forward_of_the_model(compiled: Callable[..., Any]) -> None:
+    class Trained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = compiled(net(), counter)
+
+        def training_step(self) -> Any:
+            return self.net(X).square().mean()
+
+    counter = Counter()
+    model = Trained()
+    with tdfx.Moments(model) as moments:
+        for _ in range(2):
+            model.training_step().backward()
+    assert moments.units == 2
+    assert counter.runs == 0
+    for path in PATHS:
+        assert moments.of(f"net.{path}") is not None
+    model.training_step()
+    assert counter.runs > 0
+
+
 def test_a_collector_that_is_gone_leaves_compiled_code() -> None:
     import gc
 

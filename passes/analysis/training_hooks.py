@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -48,19 +48,20 @@ class TrainingHooks:
         """
         self.operations = {}
         self._on_forward, self._on_call = on_forward, on_call
-        self._owners: list[
-            tuple[nn.Module, str, str]
-        ] = []  # module, name of a weight in it, path or "" if not reported
-        self._owner_of: dict[int, tuple[nn.Module, str, str]] = {}
+        self._owners: list[_Owner] = []
+        self._owner_of: dict[int, _Owner] = {}  # by the identity of the weight
         self._running: list[tuple[nn.Module, ExitStack]] = []
         self._undo = ExitStack()
         self._roots = [weakref.ref(root) for root in _wrappers(model)]
-        for path, module in _modules_by_path(model):
+        modules = list(_modules_by_path(model))
+        for path, module in modules:
             self._attach(path, module)
-        self._has_functions = any(path for _, _, path in self._owners)
-        # What holds weights of functions is watched by itself too: it may run outside of the model's forward.
-        holders = {id(module): module for module, _, path in self._owners if path}
-        for module in ({id(root): root for root in _wrappers(model)} | holders).values():
+        self._has_functions = any(owner.path for owner in self._owners)
+        # Some are watched by themselves, because they may run outside of the model's forward: what holds weights of
+        # functions, and what torch.compile has wrapped.
+        parts = [owner.module for owner in self._owners if owner.path]
+        parts += [module for _, module in modules if _wrapped(module) is not None]
+        for module in {id(module): module for module in (*_wrappers(model), *parts)}.values():
             before, after = _Hook(self, module, "_enter"), _Hook(self, module, "_leave")
             self._undo.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
             self._undo.callback(module.register_forward_hook(after, always_call=True).remove)
@@ -88,7 +89,7 @@ class TrainingHooks:
                 if isinstance(value, FactorizedParameter) or _is_matrix(value):
                     # What a layer that is hooked computes by functions is reported by its hook.
                     is_reported = bool(weight) or isinstance(part, nn.Embedding | nn.EmbeddingBag)
-                    self._owners.append((part, name, "" if is_reported else _join(path, name)))
+                    self._owners.append(_Owner(part, name, "" if is_reported else _join(path, name)))
                     if not is_reported:
                         self.operations.setdefault(_join(path, name), None)
         code = module.__dict__.get(COMPILED)
@@ -116,11 +117,11 @@ class TrainingHooks:
             self._close()  # an interrupt, which is no Exception, has ended a former pass without a call of the hook
         stack = ExitStack()
         if not self._running:
+            if is_root:
+                self._on_forward(args, named)
             stack.enter_context(_eager())
             if self._has_functions and torch.is_grad_enabled():
                 stack.enter_context(_FunctionWatch(self._report_function))
-            if is_root:
-                self._on_forward(args, named)
         self._running.append((module, stack))
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
@@ -160,10 +161,26 @@ class TrainingHooks:
         The weights are looked up anew when one is not known: FSDP2 replaces them while a module runs.
         """
         owner = self._owner_of.get(id(weight))
-        if owner is None or _held(owner) is not weight:
-            self._owner_of = {id(_held(owner)): owner for owner in reversed(self._owners)}
+        if owner is None or owner.weight is not weight:
+            # Of several owners of a weight the first counts, but one that reports its calls by itself before all others.
+            owners = sorted(self._owners, key=lambda owner: bool(owner.path))
+            self._owner_of = {id(owner.weight): owner for owner in reversed(owners)}
             owner = self._owner_of.get(id(weight))
-        return "" if owner is None else owner[2]
+        return "" if owner is None else owner.path
+
+
+class _Owner(NamedTuple):
+    """A module that holds a weight."""
+
+    module: nn.Module
+    name: str
+    path: str
+    """The path of the weight; "" if calls of functions on it are not reported."""
+
+    @property
+    def weight(self) -> object:
+        """The weight that the module holds now."""
+        return self.module._parameters.get(self.name, self.module._modules.get(self.name))
 
 
 class _Hook:
@@ -261,11 +278,6 @@ def _operation(layer: nn.Module) -> Operation | None:
 
 def _is_matrix(value: object) -> bool:
     return isinstance(value, nn.Parameter) and (isinstance(value, UninitializedParameter) or value.dim() > 1)
-
-
-def _held(owner: tuple[nn.Module, str, str]) -> object:
-    module, name, _ = owner
-    return module._parameters.get(name, module._modules.get(name))
 
 
 def _join(path: str, name: str) -> str:
