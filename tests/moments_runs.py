@@ -153,7 +153,7 @@ class Scaled(nn.Linear):
 
 
 class Functional(nn.Module):
-    """Parameters of its own that functions take, a layer called twice, and a layer with its own forward."""
+    """Parameters that functions take, one of them in a layer, a layer called twice, and a layer with its own forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,12 +161,14 @@ class Functional(nn.Module):
         self.matrix = nn.Parameter(torch.randn(5, 6) / 3)
         self.scaled = Scaled(5, 5)
         self.twice = nn.Linear(5, 5)
+        self.outside = nn.Linear(5, 5)
         self.unused = nn.Linear(5, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.conv1d(x, self.kernel, groups=2, padding=1)
         x = F.linear(x.mT, weight=self.matrix)
-        return self.twice(torch.tanh(self.twice(self.scaled(x))))  # type: ignore[no-any-return]
+        x = F.linear(self.scaled(x), self.outside.weight)
+        return self.twice(torch.tanh(self.twice(x)))  # type: ignore[no-any-return]
 
 
 def functional() -> Any:

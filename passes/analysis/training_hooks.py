@@ -49,6 +49,8 @@ class TrainingHooks:
         self.operations = {}
         self._on_forward, self._on_call = on_forward, on_call
         self._owners: list[_Owner] = []
+        self._layers: set[int] = set()  # identities of the layers with a hook
+        self._uncalled: set[str] = set()  # weights of those that have not been called yet
         self._owner_of: dict[int, _Owner] = {}  # by the identity of the weight
         self._running: list[tuple[nn.Module, ExitStack]] = []
         self._undo = ExitStack()
@@ -56,11 +58,10 @@ class TrainingHooks:
         modules = list(_modules_by_path(model))
         for path, module in modules:
             self._attach(path, module)
-        self._has_functions = any(owner.path for owner in self._owners)
-        # Some are watched by themselves, because they may run outside of the model's forward: what holds weights of
-        # functions, and what torch.compile has wrapped.
-        parts = [owner.module for owner in self._owners if owner.path]
-        parts += [module for _, module in modules if _wrapped(module) is not None]
+        self._has_functions = any(owner.by_function for owner in self._owners)
+        # What takes part in functions, and what torch.compile has wrapped, may run outside of the model's forward.
+        parts = [owner.module for owner in self._owners]
+        parts += [module for _, module in modules if id(module) in self._layers or _wrapped(module) is not None]
         for module in {id(module): module for module in (*_wrappers(model), *parts)}.values():
             before, after = _Hook(self, module, "_enter"), _Hook(self, module, "_leave")
             self._undo.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
@@ -81,17 +82,16 @@ class TrainingHooks:
         weight = _layer_weight(path, module)
         if weight:
             self.operations[weight] = _operation(module)
+            self._layers.add(id(module))
+            self._uncalled.add(weight)
             hook = _Hook(self, module, "_report_layer", weight)
             # First, so that it sees the output of the layer and not what a hook of the user's makes of it.
             self._undo.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
-        for part in module.modules() if isinstance(module, Factorized) else (module,):
-            for name, value in (*part._parameters.items(), *part._modules.items()):
-                if isinstance(value, FactorizedParameter) or _is_matrix(value):
-                    # What a layer that is hooked computes by functions is reported by its hook.
-                    is_reported = bool(weight) or isinstance(part, nn.Embedding | nn.EmbeddingBag)
-                    self._owners.append(_Owner(part, name, "" if is_reported else _join(path, name)))
-                    if not is_reported:
-                        self.operations.setdefault(_join(path, name), None)
+        for name, value in (*module._parameters.items(), *module._modules.items()):
+            if isinstance(value, FactorizedParameter) or _is_matrix(value):
+                by_function = not weight and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+                self._owners.append(_Owner(module, name, _join(path, name), by_function))
+                self.operations.setdefault(_join(path, name), None)
         code = module.__dict__.get(COMPILED)
         if code is not None:
             self._run_eagerly(module, code)
@@ -120,7 +120,8 @@ class TrainingHooks:
             if is_root:
                 self._on_forward(args, named)
             stack.enter_context(_eager())
-            if self._has_functions and torch.is_grad_enabled():
+            # A layer that is not called may be one whose weight is passed to a function.
+            if (self._has_functions or self._uncalled) and torch.is_grad_enabled():
                 stack.enter_context(_FunctionWatch(self._report_function))
         self._running.append((module, stack))
 
@@ -138,11 +139,14 @@ class TrainingHooks:
     def _report_layer(
         self, layer: nn.Module, path: str, args: tuple[Any, ...], named: Mapping[str, Any], output: Any
     ) -> None:
+        self._uncalled.discard(path)
         x = next((value for value in (*args, *named.values()) if isinstance(value, Tensor)), None)
         self._report(path, _operation(layer), x, output)
 
     def _report_function(self, function: object, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
         call = parse_call(function, args, named)
+        if self._running and id(self._running[-1][0]) in self._layers:
+            return  # the layer reports itself
         if call is not None and isinstance(call.weight, nn.Parameter | FactorizedParameter):
             path = self._path_of(call.weight)
             if path:
@@ -156,15 +160,13 @@ class TrainingHooks:
             self._on_call(path, operation, x, output)
 
     def _path_of(self, weight: nn.Parameter | FactorizedParameter) -> str:
-        """Return the path of a weight, or "" for one that is not reported.
+        """Return the path of a weight by its first owner, or "" for a weight of another model.
 
         The weights are looked up anew when one is not known: FSDP2 replaces them while a module runs.
         """
         owner = self._owner_of.get(id(weight))
         if owner is None or owner.weight is not weight:
-            # Of several owners of a weight the first counts, but one that reports its calls by itself before all others.
-            owners = sorted(self._owners, key=lambda owner: bool(owner.path))
-            self._owner_of = {id(owner.weight): owner for owner in reversed(owners)}
+            self._owner_of = {id(owner.weight): owner for owner in reversed(self._owners)}
             owner = self._owner_of.get(id(weight))
         return "" if owner is None else owner.path
 
@@ -175,7 +177,8 @@ class _Owner(NamedTuple):
     module: nn.Module
     name: str
     path: str
-    """The path of the weight; "" if calls of functions on it are not reported."""
+    by_function: bool
+    """True if only a call of a function can make a site of the weight."""
 
     @property
     def weight(self) -> object:
