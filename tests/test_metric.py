@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_schemes import EPS, fitting, operation, operations, random
 from torch import Tensor, nn
 
-from tdfx.factors.metric import DAMPING, Metric, balanced
+from tdfx.factors.metric import DAMPING, Metric
 from tdfx.factors.moments import SiteMoments
 from tdfx.factors.operation import Operation, to_groups
 from tdfx.factors.registry import get_scheme
@@ -228,12 +228,19 @@ def _operations_of(layer: nn.Module) -> Iterator[Operation]:
     yield found
 
 
-def test_balanced_factors_have_equal_norms_and_the_same_product() -> None:
-    factors = (torch.ones(3, 3), 100 * torch.ones(2, 3), 1e-3 * torch.ones(4, 2))
-    scaled = balanced(factors)
-    norms = [float(factor.norm()) for factor in scaled]
-    assert norms == pytest.approx([norms[0]] * 3)
-    first, middle, last = factors
-    assert torch.allclose(scaled[2] @ scaled[1] @ scaled[0], last @ middle @ first)
-    zero = (torch.ones(2, 2), torch.zeros(2, 2))
-    assert all(map(torch.equal, balanced(zero), zero))
+@given(operations(), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_balanced_factors_have_equal_norms_and_the_same_product(dense: Operation, seed: int) -> None:
+    torch.manual_seed(seed)
+    for scheme in fitting(dense):
+        full = scheme.full_ranks(dense)
+        weight = random(*dense.weight_shape)
+        first, *others = scheme.split(dense, weight, full, scheme.spectra(dense, weight))
+        scaled = scheme.balanced(dense, (100 * first, *others), full)
+        joined = scheme.join(dense, scaled)
+        assert torch.allclose(joined, 100 * weight, rtol=1e-8, atol=1e-9), scheme.name
+        norms = [float(factor.norm()) for factor in scaled]
+        assert len(scaled) > 2 or norms == pytest.approx([norms[0]] * len(norms), rel=1e-6), scheme.name
+        zero = scheme.balanced(dense, (0 * first, *others), full)
+        assert not scheme.join(dense, zero).any()
+        assert all(bool(factor.isfinite().all()) for factor in zero)

@@ -17,7 +17,7 @@ from torch.utils.hooks import unserializable_hook
 from tdfx.checks import check_whole
 from tdfx.distributed.processes import Processes
 from tdfx.errors import CheckpointError, ModelError, nearest
-from tdfx.factors.moments import SiteMoments, mean_diagonal, sample_rows, second_moment
+from tdfx.factors.moments import SiteMoments, mean_diagonal, moment_shape, sample_rows, second_moment
 from tdfx.factors.operation import Operation
 from tdfx.passes.analysis.training_hooks import TrainingHooks
 
@@ -117,15 +117,25 @@ class Moments:
         """
         try:
             units, totals = int(state["units"]), {path: _Sums(**site) for path, site in state["sites"].items()}
+            shapes = {path: (tuple(sums.inputs.shape), tuple(sums.outputs.shape)) for path, sums in totals.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"This is no state of tdfx.Moments ({type(error).__name__}: {error}). Pass what state_dict() returned."
             ) from error
-        if unknown := sorted(totals.keys() - self._hooks.paths):
-            raise CheckpointError(
-                f"The state has moments of {unknown[0]!r}, and the model has no such weight. Nearest: "
-                f"{nearest(unknown[0], self._hooks.paths)}. Load it for the model that it was recorded on."
-            )
+        operations = self._hooks.operations
+        for path, shape in shapes.items():
+            if path not in operations:
+                raise CheckpointError(
+                    f"The state has moments of {path!r}, and the model has no such weight. Nearest: "
+                    f"{nearest(path, operations)}. Load it for the model that it was recorded on."
+                )
+            operation = operations[path]
+            channels = operation and (operation.in_channels, operation.out_channels)
+            if operation and channels and shape != tuple(moment_shape(operation.groups, count) for count in channels):
+                raise CheckpointError(
+                    f"The state has moments of shapes {shape[0]} and {shape[1]} for {path!r}, which has {channels[0]} input "
+                    f"and {channels[1]} output channels. Load it for the model that it was recorded on."
+                )
         self._waiting.clear()
         self._units, self._totals = units, totals
         self._begun = int(state.get("begun", units))  # the rows that are sampled next depend on it
@@ -134,7 +144,7 @@ class Moments:
 
     def knows(self, weight_paths: Iterable[str]) -> bool:
         """Return True if the model has all of these weights."""
-        return self._hooks.paths.issuperset(weight_paths)
+        return self._hooks.operations.keys() >= set(weight_paths)
 
     def join(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
         """Record a call of the model that has begun already, with these positional arguments."""
@@ -176,12 +186,12 @@ class Moments:
         if unit is None or (unit.sites and not self._hooks.in_forward and not _in_backward()):
             unit = self._begin()
         dim, groups, share, turn = -1 - operation.dims, operation.groups, self._share, unit.number
-        with _aside(x):
+        with _aside(), torch.autocast(x.device.type, enabled=False):
             rows = sample_rows(x, dim, share, turn)
             inputs, count = second_moment(rows, groups), len(rows)
 
         def on_gradient(gradient: Tensor) -> None:
-            with _aside(gradient):
+            with _aside(), torch.autocast(gradient.device.type, enabled=False):
                 outputs = second_moment(sample_rows(gradient, dim, share, turn), groups)
                 unit.add(path, _Sums(inputs, outputs, count))
 
@@ -197,18 +207,19 @@ class Moments:
             return
         units = [unit for unit in self._waiting if unit.sites]
         self._waiting = deque((unit for unit in self._waiting if not unit.sites), self._waiting.maxlen)
-        moments = [(unit, path, sums.normalized()) for unit in units for path, sums in unit.sites.items()]
-        flags = _read_flags([sums.is_finite() for _, _, sums in moments])
-        finite = set()
-        for (unit, path, sums), is_finite in zip(moments, flags, strict=True):
-            if is_finite:
-                finite.add(unit.number)
-                total = self._totals.get(path)
-                self._totals[path] = sums if total is None else total.plus(sums)
-            else:
-                self.nonfinite[path] += 1
-        self._units += len(finite)
-        self._batches.extend(unit.batch for unit in units if unit.batch is not None and unit.number in finite)
+        with _aside():
+            for unit in units:
+                usable = unit.usable_sites()
+                for path in list(unit.sites):
+                    sums = unit.sites.pop(path)  # frees the memory of one site after the other
+                    if path not in usable:
+                        self.nonfinite[path] += 1
+                        continue
+                    total = self._totals.get(path)
+                    self._totals[path] = sums.normalized() if total is None else total.plus(sums.normalized())
+                if usable:
+                    self._units += 1
+                    self._batches.extend([unit.batch] if unit.batch is not None else [])
 
 
 _Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -233,13 +244,12 @@ class _Sums:
         return _Sums(inputs, outputs, self.rows + other.rows)
 
     def normalized(self) -> _Sums:
-        """Return the sums with ``outputs`` scaled to a mean diagonal of one a row; not finite if it is zero."""
-        mean = mean_diagonal(self.outputs, diagonal=self.outputs.dim() == 2)
-        return _Sums(self.inputs, self.outputs / mean * self.rows, self.rows)
+        """Return the sums with ``outputs`` scaled to a mean diagonal of one a row."""
+        return _Sums(self.inputs, self.outputs / mean_diagonal(self.outputs) * self.rows, self.rows)
 
-    def is_finite(self) -> Tensor:
-        """Return whether all values are finite, as a tensor."""
-        return self.inputs.isfinite().all() & self.outputs.isfinite().all()
+    def is_usable(self) -> Tensor:
+        """Return whether all values are finite and the gradients are not all zero, as a tensor."""
+        return self.inputs.isfinite().all() & self.outputs.isfinite().all() & (mean_diagonal(self.outputs) > 0)
 
 
 @dataclass(slots=True)
@@ -252,30 +262,26 @@ class _Unit:
     """Path of a weight -> the sums over its calls whose gradients have arrived."""
 
     def add(self, path: str, sums: _Sums) -> None:
+        """Add the sums over one call."""
         self.sites[path] = self.sites[path].plus(sums) if path in self.sites else sums
 
-
-def _read_flags(flags: list[Tensor]) -> list[bool]:
-    """Return the values of tensors, read from each device at once."""
-    by_device: defaultdict[torch.device, list[int]] = defaultdict(list)
-    for index, flag in enumerate(flags):
-        by_device[flag.device].append(index)
-    values = [False] * len(flags)
-    for indices in by_device.values():
-        for index, value in zip(indices, torch.stack([flags[index] for index in indices]).tolist(), strict=True):
-            values[index] = value
-    return values
+    def usable_sites(self) -> set[str]:
+        """Return the sites with usable sums, which are read from each device at once."""
+        by_device: defaultdict[torch.device, dict[str, Tensor]] = defaultdict(dict)
+        for path, sums in self.sites.items():
+            by_device[sums.inputs.device][path] = sums.is_usable()
+        return {
+            path
+            for flags in by_device.values()
+            for path, is_usable in zip(flags, torch.stack(list(flags.values())).tolist(), strict=True)
+            if is_usable
+        }
 
 
 @contextmanager
-def _aside(x: Tensor) -> Iterator[None]:
-    """Compute outside of autograd and autocast, and unseen by the user's modes that count or record operations."""
-    with (
-        torch.no_grad(),
-        torch.autocast(x.device.type, enabled=False),
-        torch._C.DisableTorchFunction(),
-        _disable_current_modes(),
-    ):
+def _aside() -> Iterator[None]:
+    """Compute outside of autograd and unseen by the user's modes, which count or record operations."""
+    with torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
         yield
 
 

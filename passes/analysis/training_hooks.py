@@ -6,11 +6,12 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from tdfx.factors.operation import Operation
@@ -29,8 +30,8 @@ class TrainingHooks:
     Nothing is reported where the model is traced, exported or captured, or called by a function that is compiled itself.
     """
 
-    paths: set[str]
-    """The paths of the weights whose calls can be reported, without the names of wrappers."""
+    operations: dict[str, Operation | None]
+    """Path of a weight whose calls can be reported, without the names of wrappers -> what its layer computes, if known."""
 
     def __init__(
         self,
@@ -45,26 +46,31 @@ class TrainingHooks:
             on_forward: Called before each forward pass of the model, with its arguments.
             on_call: Called after each call of a site with the path of its weight, what it computes, its input and output.
         """
-        self.paths = set()
+        self.operations = {}
         self._on_forward, self._on_call = on_forward, on_call
-        self._owners: list[
-            tuple[nn.Module, str, str]
-        ] = []  # module, name of a weight in it, path or "" if not reported
-        self._owner_of: dict[int, tuple[nn.Module, str, str]] = {}
+        self._owners: list[_Owner] = []
+        self._layers: set[int] = set()  # identities of the layers with a hook
+        self._uncalled: set[str] = set()  # weights of those that have not been called yet
+        self._owner_of: dict[int, _Owner] = {}  # by the identity of the weight
         self._running: list[tuple[nn.Module, ExitStack]] = []
         self._undo = ExitStack()
-        for path, module in _modules_by_path(model):
+        self._roots = [weakref.ref(root) for root in _wrappers(model)]
+        modules = list(_modules_by_path(model))
+        for path, module in modules:
             self._attach(path, module)
-        self._has_functions = any(path for _, _, path in self._owners)
-        for root in _wrappers(model):
-            before, after = _Hook(self, root, "enter"), _Hook(self, root, "_leave")
-            self._undo.callback(root.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
-            self._undo.callback(root.register_forward_hook(after, always_call=True).remove)
+        self._has_functions = any(owner.by_function for owner in self._owners)
+        # What takes part in functions, and what torch.compile has wrapped, may run outside of the model's forward.
+        parts = [owner.module for owner in self._owners]
+        parts += [module for _, module in modules if id(module) in self._layers or _wrapped(module) is not None]
+        for module in {id(module): module for module in (*_wrappers(model), *parts)}.values():
+            before, after = _Hook(self, module, "enter"), _Hook(self, module, "_leave")
+            self._undo.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+            self._undo.callback(module.register_forward_hook(after, always_call=True).remove)
 
     @property
     def in_forward(self) -> bool:
         """True while a forward pass of the model runs."""
-        return bool(self._running)
+        return any(self._is_root(module) for module, _ in self._running)
 
     def remove(self) -> None:
         """Take the hooks off; does nothing the second time."""
@@ -75,16 +81,17 @@ class TrainingHooks:
     def _attach(self, path: str, module: nn.Module) -> None:
         weight = _layer_weight(path, module)
         if weight:
-            self.paths.add(weight)
+            self.operations[weight] = _operation(module)
+            self._layers.add(id(module))
+            self._uncalled.add(weight)
             hook = _Hook(self, module, "_report_layer", weight)
             # First, so that it sees the output of the layer and not what a hook of the user's makes of it.
             self._undo.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
-        for part in module.modules() if isinstance(module, Factorized) else (module,):
-            for name, value in (*part._parameters.items(), *part._modules.items()):
-                if isinstance(value, FactorizedParameter) or (isinstance(value, nn.Parameter) and value.dim() > 1):
-                    # What a layer that is hooked computes by functions is reported by its hook.
-                    self._owners.append((part, name, "" if weight else _join(path, name)))
-        self.paths.update(owner[2] for owner in self._owners if owner[2])
+        for name, value in (*module._parameters.items(), *module._modules.items()):
+            if isinstance(value, FactorizedParameter) or _is_matrix(value):
+                by_function = not weight and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+                self._owners.append(_Owner(module, name, _join(path, name), by_function))
+                self.operations.setdefault(_join(path, name), None)
         code = module.__dict__.get(COMPILED)
         if code is not None:
             self._run_eagerly(module, code)
@@ -104,21 +111,27 @@ class TrainingHooks:
         module.__dict__[COMPILED] = call
         self._undo.callback(restore)
 
-    def enter(self, root: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Report that a forward pass begins; the hook of the root calls this."""
-        if any(running is root for running, _ in self._running):
-            self._close()  # an interrupt ended the former pass without a call of the hook
+    def enter(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Report that a forward pass begins, if it is that of the model; the hook of the module calls this."""
+        is_root = self._is_root(module)
+        if is_root and any(running is module or not self._is_root(running) for running, _ in self._running):
+            self._close()  # an interrupt, which is no Exception, has ended a former pass without a call of the hook
         stack = ExitStack()
         if not self._running:
+            if is_root:
+                self._on_forward(args, named)
             stack.enter_context(_eager())
-            if self._has_functions:
+            # A layer that is not called may be one whose weight is passed to a function.
+            if (self._has_functions or self._uncalled) and torch.is_grad_enabled():
                 stack.enter_context(_FunctionWatch(self._report_function))
-            self._on_forward(args, named)
-        self._running.append((root, stack))
+        self._running.append((module, stack))
 
-    def _leave(self, root: nn.Module, *_: Any) -> None:
-        if self._running and self._running[-1][0] is root:
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if self._running and self._running[-1][0] is module:
             self._running.pop()[1].close()
+
+    def _is_root(self, module: nn.Module) -> bool:
+        return any(root() is module for root in self._roots)
 
     def _close(self) -> None:
         while self._running:
@@ -127,12 +140,14 @@ class TrainingHooks:
     def _report_layer(
         self, layer: nn.Module, path: str, args: tuple[Any, ...], named: Mapping[str, Any], output: Any
     ) -> None:
+        self._uncalled.discard(path)
         x = next((value for value in (*args, *named.values()) if isinstance(value, Tensor)), None)
-        operation = layer.operation if isinstance(layer, Factorized) else kind_of(layer).operation(layer)
-        self._report(path, operation, x, output)
+        self._report(path, _operation(layer), x, output)
 
     def _report_function(self, function: object, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
         call = parse_call(function, args, named)
+        if self._running and id(self._running[-1][0]) in self._layers:
+            return  # the layer reports itself
         if call is not None and isinstance(call.weight, nn.Parameter | FactorizedParameter):
             path = self._path_of(call.weight)
             if path:
@@ -146,15 +161,30 @@ class TrainingHooks:
             self._on_call(path, operation, x, output)
 
     def _path_of(self, weight: nn.Parameter | FactorizedParameter) -> str:
-        """Return the path of a weight, or "" for one that is not reported.
+        """Return the path of a weight by its first owner, or "" for a weight of another model.
 
         The weights are looked up anew when one is not known: FSDP2 replaces them while a module runs.
         """
         owner = self._owner_of.get(id(weight))
-        if owner is None or _held(owner) is not weight:
-            self._owner_of = {id(_held(owner)): owner for owner in reversed(self._owners)}
+        if owner is None or owner.weight is not weight:
+            self._owner_of = {id(owner.weight): owner for owner in reversed(self._owners)}
             owner = self._owner_of.get(id(weight))
-        return "" if owner is None else owner[2]
+        return "" if owner is None else owner.path
+
+
+class _Owner(NamedTuple):
+    """A module that holds a weight."""
+
+    module: nn.Module
+    name: str
+    path: str
+    by_function: bool
+    """True if only a call of a function can make a site of the weight."""
+
+    @property
+    def weight(self) -> object:
+        """The weight that the module holds now."""
+        return self.module._parameters.get(self.name, self.module._modules.get(self.name))
 
 
 class _Hook:
@@ -170,7 +200,7 @@ class _Hook:
         self.method, self.arguments = method, arguments
 
     def __call__(self, module: nn.Module, *values: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_capturing():
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or _is_capturing():
             return
         owner = None if self.owner is None else self.owner()
         if owner is not None and self.module is not None and self.module() is module:
@@ -201,9 +231,10 @@ def _eager() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     try:
-        return torch.compiler.set_stance("force_eager")
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     except RuntimeError:  # a compiled function calls the model, in a part that could not be compiled
         return nullcontext()
+    return stance
 
 
 def _modules_by_path(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -245,9 +276,12 @@ def _layer_weight(path: str, module: nn.Module) -> str:
     return _join(path, kind.weight)
 
 
-def _held(owner: tuple[nn.Module, str, str]) -> object:
-    module, name, _ = owner
-    return module._parameters.get(name, module._modules.get(name))
+def _operation(layer: nn.Module) -> Operation | None:
+    return layer.operation if isinstance(layer, Factorized) else kind_of(layer).operation(layer)
+
+
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, nn.Parameter) and (isinstance(value, UninitializedParameter) or value.dim() > 1)
 
 
 def _join(path: str, name: str) -> str:
@@ -267,4 +301,4 @@ def _is_plain(value: object) -> TypeGuard[Tensor]:
 
 def _is_capturing() -> bool:
     """Return True while a CUDA graph is captured, which would repeat what a hook computes."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]

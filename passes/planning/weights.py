@@ -37,7 +37,8 @@ def split_weight(
     factors = scheme.split(operation, working, ranks, spectra or scheme.spectra(operation, working))
     if site.metric is None:
         return factors
-    return metric_for(site.metric, scheme).take_back(scheme.chain(operation, ranks), factors)
+    factors = metric_for(site.metric, scheme).take_back(scheme.chain(operation, ranks), factors)
+    return scheme.balanced(operation, factors, ranks)
 
 
 def lowering_of(layer: Factorized, weights: Sequence[Tensor] | None = None, metric: Metric | None = None) -> Lowering:
@@ -53,9 +54,12 @@ def lowering_of(layer: Factorized, weights: Sequence[Tensor] | None = None, metr
     metric = metric_for(metric, scheme)
     chain = scheme.chain(operation, layer.origin.ranks)
     lowering = scheme.lowering(operation, metric.apply_to_factors(chain, factors))
-    return replace(
-        lowering, split=lambda ranks: metric.take_back(scheme.chain(operation, ranks), lowering.split(ranks))
-    )
+
+    def split(ranks: Sequence[int]) -> Factors:
+        split_factors = metric.take_back(scheme.chain(operation, ranks), lowering.split(ranks))
+        return scheme.balanced(operation, split_factors, ranks)
+
+    return replace(lowering, split=split)
 
 
 def metric_for(metric: Metric, scheme: Scheme) -> Metric:

@@ -72,8 +72,8 @@ class Metric:
         return self._on_chain(chain, factors)
 
     def take_back(self, chain: Sequence[Operation], factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return factors whose product is W, for factors whose product is W'; all of them get equal norms."""
-        return balanced(self._on_chain(chain, factors, inverse=True))
+        """Return factors whose product is W, for factors whose product is W'; their norms are not balanced."""
+        return self._on_chain(chain, factors, inverse=True)
 
     def _on_chain(
         self, chain: Sequence[Operation], factors: Sequence[Tensor], *, inverse: bool = False
@@ -82,15 +82,6 @@ class Metric:
         w_first = _on_inputs(to_groups(chain[0], first), self.inputs, inverse=inverse)
         w_last = _on_outputs(to_groups(chain[-1], last), self.outputs, inverse=inverse)
         return from_groups(chain[0], w_first), *middle, from_groups(chain[-1], w_last)
-
-
-def balanced(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Scale factors so that all have the same norm and their product stays; factors of a zero weight stay as they are."""
-    norms = torch.stack([factor.norm() for factor in factors])
-    if not bool((norms > 0).all()):
-        return tuple(factors)
-    target = norms.log().mean().exp()
-    return tuple(factor * (target / norm) for factor, norm in zip(factors, norms, strict=True))
 
 
 def _root(moment: Tensor, damping: float | None) -> Tensor:

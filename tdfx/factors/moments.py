@@ -32,27 +32,31 @@ class SiteMoments:
     """Rows of the input that ``inputs`` is the mean of."""
 
 
+def moment_shape(groups: int, channels: int) -> tuple[int, ...]:
+    """Return the shape of the second moment of all channels of a layer.
+
+    >>> moment_shape(2, 64), moment_shape(1, 4096)
+    ((2, 32, 32), (1, 4096))
+    """
+    side = channels // groups
+    return (groups, side) if side > LARGEST_SIDE else (groups, side, side)
+
+
 def second_moment(rows: Tensor, groups: int) -> Tensor:
-    """Return the sum over rows of the products of channels, (g, c, c); its diagonal, (g, c), above ``LARGEST_SIDE``.
+    """Return the sum over rows of the products of channels, of the shape ``moment_shape``; float32, or float64 of float64.
 
     Args:
-        rows: Shape (rows, g * c), floating-point.
-        groups: The number of groups g.
+        rows: Shape (rows, channels), floating-point.
+        groups: Blocks of channels that are taken apart.
     """
-    rows_gnc = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (groups, -1)).transpose(0, 1)
-    if rows_gnc.shape[2] > LARGEST_SIDE:
-        return rows_gnc.square().sum(1)
-    return rows_gnc.mT @ rows_gnc
+    rows_ngc = rows.to(torch.promote_types(rows.dtype, torch.float32)).view(len(rows), groups, rows.shape[1] // groups)
+    rows_gnc = rows_ngc.transpose(0, 1)
+    return rows_gnc.square().sum(1) if len(moment_shape(groups, rows.shape[1])) == 2 else rows_gnc.mT @ rows_gnc
 
 
-def mean_diagonal(moment: Tensor, *, diagonal: bool) -> Tensor:
-    """Return the mean of a moment's diagonal over all groups and channels, a tensor of no dimensions.
-
-    Args:
-        moment: Shape (g, c, c), or (g, c) if it is ``diagonal``.
-        diagonal: Whether the moment holds a diagonal only.
-    """
-    return (moment if diagonal else moment.diagonal(dim1=1, dim2=2)).mean()
+def mean_diagonal(moment: Tensor) -> Tensor:
+    """Return the mean of a moment's diagonal over all groups and channels, a tensor of no dimensions."""
+    return (moment if moment.dim() == 2 else moment.diagonal(dim1=1, dim2=2)).mean()
 
 
 def sample_rows(x: Tensor, channel_dim: int, share: float, turn: int) -> Tensor:
