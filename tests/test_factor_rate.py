@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import tdfx
+from tdfx.training.methods.factor_rate import product_speed
 
 POLICY = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1, exclude=("1",))
 
@@ -135,19 +136,43 @@ def switched(optimizer: type[Optimizer], **settings: Any) -> tuple[tdfx.Switch, 
 @pytest.mark.parametrize(
     ("optimizer", "settings", "times"),
     [
-        (SGD, {}, 2.0),
-        (SGD, {"collect": 0}, 1.0),
-        (SGD, {"factor_rate": 3.0}, 3.0),
-        (SGD, {"factor_rate": 1}, 1.0),
-        (AdamW, {}, 1.0),
+        (SGD, {}, [2.0, 2.0]),
+        (SGD, {"collect": 0}, None),
+        (SGD, {"factor_rate": 3.0}, [3.0, 3.0]),
+        (SGD, {"factor_rate": 1}, None),
+        (AdamW, {}, None),
     ],
 )
 def test_a_switch_sets_the_rate_for_sgd_and_the_metric_of_the_loss(
-    optimizer: type[Optimizer], settings: dict[str, Any], times: float
+    optimizer: type[Optimizer], settings: dict[str, Any], times: list[float] | None
 ) -> None:
     switch, made = switched(optimizer, **settings)
-    assert switch.state_dict()["factor_rate"] == times
-    assert bool(made._optimizer_step_pre_hooks) == (times != 1)
+    rates = switch.state_dict()["factor_rates"]
+    assert [rate["times"][:2] for rate in rates] == ([] if times is None else [times])
+    assert all(set(rate["times"][2:]) == {1.0} for rate in rates)
+    assert bool(made._optimizer_step_pre_hooks) == (times is not None)
+
+
+def test_a_layer_that_moves_fast_already_keeps_its_rate() -> None:
+    model, optimizer = build()
+    slow = tdfx.FactorRate(model, optimizer).state_dict()["times"]
+    with torch.no_grad():
+        for weight in model[0].weights:  # type: ignore[index]
+            weight.mul_(4)
+    fast = tdfx.FactorRate(model, optimizer).state_dict()["times"]
+    assert slow == [2.0, 2.0, 1.0, 1.0, 1.0]
+    assert set(fast) == {1.0}
+
+
+def test_the_speed_of_a_product_bounds_how_far_a_step_moves_it() -> None:
+    torch.manual_seed(0)
+    factors = [torch.randn(3, 6), torch.randn(4, 3), torch.randn(5, 4)]
+    gradient = torch.randn(5, 6)
+    a, b, c = (factor.requires_grad_() for factor in factors)
+    moved = torch.autograd.functional.vjp(lambda *f: f[2] @ f[1] @ f[0], (a, b, c), gradient)[1]
+    move = c @ b @ moved[0] + c @ moved[1] @ a + moved[2] @ b @ a
+    ratio = float(move.detach().norm() / gradient.norm())
+    assert 0.2 * product_speed(factors) < ratio <= product_speed(factors)
 
 
 def test_a_resumed_run_has_the_rate_from_its_first_step_on() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,24 +14,28 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tdfx.checks import is_number
 from tdfx.errors import ModelError, OptimizerError, PolicyError
 from tdfx.layers.factorized import Factorized
+from tdfx.layers.placement import full
 
-SGD_TIMES = 2.0
-"""The factor that ``Switch`` uses for SGD; chosen by ``tools/study_default.py``."""
+_TIMES = 2.0
+"""How many times the rate is by itself, where that is safe; a power of two, so that gradients are restored exactly.
+Chosen by ``tools/study_default.py``."""
+_LARGEST_SPEED = 3.0
+"""The speed of a layer's product up to which the rate is raised by itself; see ``product_speed``."""
 
 
 class FactorRate:
-    """Multiplies the learning rate of all factors of a model, by scaling their gradients inside ``optimizer.step()``.
+    """Multiplies the learning rate of a model's factors, by scaling their gradients inside ``optimizer.step()``.
 
     The step of SGD is proportional to the gradient, so a weight in factors moves with a speed that depends on their scale.
-    Twice the rate gained accuracy in every training with SGD that was tried after a split in the metric of the loss. Adam and
-    its kin divide the scale out, and gained nothing. Groups, schedulers and gradient clipping are not affected, gradients are
-    restored after the step, and weight decay stays as it is.
+    After a split in the metric of the loss twice the rate gained accuracy in every training with SGD that was tried. Adam
+    divides the scale out, and gained nothing. Groups, schedulers, weight decay and gradient clipping are not affected, and
+    gradients are restored after the step.
 
     Args:
-        model: A model that ``tdfx.rewrite`` returned. None for whichever factors the optimizer holds at its next step, as in
-            a run that is resumed.
+        model: A model that ``tdfx.rewrite`` returned.
         optimizer: The SGD that trains it.
-        times: How many times the rate of the factors is that of their group, positive.
+        times: How many times the rate of the factors is that of their group, positive. None for twice the rate in every
+            layer whose product is slow enough to stay stable, and the same rate in the others.
 
     Raises:
         ModelError: The model holds no factorized layer.
@@ -46,72 +50,96 @@ class FactorRate:
         >>> rate.remove()
     """
 
-    def __init__(self, model: nn.Module | None, optimizer: Optimizer, times: float = SGD_TIMES) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, times: float | None = None) -> None:
         if not isinstance(optimizer, SGD):
             raise OptimizerError(
-                f"The step of {type(optimizer).__name__} is not proportional to the gradient, so scaling gradients would not "
-                f"change the learning rate. Use SGD, or leave FactorRate out: other optimizers gained nothing from it."
+                f"The step of {type(optimizer).__name__} is not proportional to the gradient, so scaling gradients would "
+                f"not change the learning rate. Use SGD, or leave FactorRate out: other optimizers gained nothing from it."
             )
-        if not (is_number(times) and times > 0):
+        if times is not None and not (is_number(times) and times > 0):
             raise PolicyError(
-                f"times={times!r} is not a positive number: it is how many times the learning rate of the factors is that of "
-                f"their group. Pass for example times=2."
+                f"times={times!r} is not a positive number: it is how many times the learning rate of the factors is that "
+                f"of their group. Pass for example times=2."
             )
-        self.times = float(times)
-        self._factors: WeakIdKeyDictionary | None = None
-        if model is not None:
-            self._factors = _factors_of(module for module in model.modules() if isinstance(module, Factorized))
-            if not self._factors:
-                raise ModelError(
-                    f"{type(model).__name__} holds no factorized layer. Pass the model that tdfx.rewrite returned, and make a "
-                    f"new FactorRate after each rewrite."
-                )
-            if not any(parameter in self._factors for parameter in _parameters(optimizer)):
-                raise OptimizerError(
-                    f"The {type(optimizer).__name__} holds none of the factors of this {type(model).__name__}: it trains "
-                    f"another model, or wider copies of the parameters. Pass the optimizer that holds the model's own."
-                )
-        self._scaled: list[Tensor] = []
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        layers = [module for module in model.modules() if isinstance(module, Factorized)]
+        if not layers:
+            raise ModelError(
+                f"{type(model).__name__} holds no factorized layer. Pass the model that tdfx.rewrite returned, and make a "
+                f"new FactorRate after each rewrite."
+            )
+        chosen = {weight: times or _times_of(layer) for layer in layers for weight in layer.weights}
+        if not any(parameter in chosen for parameter in _parameters(optimizer)):
+            raise OptimizerError(
+                f"The {type(optimizer).__name__} holds none of the factors of this {type(model).__name__}: it trains "
+                f"another model, or wider copies of the parameters. Pass the optimizer that holds the model's own."
+            )
+        self._times: WeakIdKeyDictionary | None = WeakIdKeyDictionary(chosen)
+        self._saved: Sequence[float] = ()
+        self._attach(optimizer)
+
+    @classmethod
+    def resumed(cls, optimizer: Optimizer, state: Mapping[str, Any]) -> FactorRate:
+        """Go on from a state; its factors are those that the optimizer holds at its next step, in the same order."""
+        rate = cls.__new__(cls)
+        rate._times, rate._saved = None, tuple(map(float, state["times"]))
+        rate._attach(optimizer)
+        return rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many times the rate is for each parameter of the optimizer, in its order."""
+        times = (
+            self._saved
+            if self._times is None
+            else [self._times.get(each, 1.0) for each in _parameters(self._optimizer)]
+        )
+        return {"times": list(times)}
 
     def remove(self) -> None:
         """Give the factors the rate of their group again."""
         for handle in self._handles:
             handle.remove()
 
+    def _attach(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._scaled: list[Tensor] = []
+        self._by: list[float] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Scale the gradients now, or once a closure has computed them."""
-        if self._factors is None:
-            self._factors = _factors_of(each for each in gc.get_objects() if issubclass(type(each), Factorized))
         self._restore()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._scale(optimizer)
+            self._scale()
             return None
         if "closure" in kwargs:
-            return args, {**kwargs, "closure": self._scaling(optimizer, closure)}
-        return (args[0], self._scaling(optimizer, closure), *args[2:]), kwargs
+            return args, {**kwargs, "closure": self._scaling(closure)}
+        return (args[0], self._scaling(closure), *args[2:]), kwargs
 
-    def _scaling(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _scaling(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def scaled() -> Any:
             loss = closure()
-            self._scale(optimizer)
+            self._scale()
             return loss
 
         return scaled
 
     @torch.no_grad()
-    def _scale(self, optimizer: Optimizer) -> None:
-        assert self._factors is not None
-        factors = [parameter for parameter in _parameters(optimizer) if parameter in self._factors]
-        self._scaled = [factor.grad for factor in factors if factor.grad is not None]
+    def _scale(self) -> None:
+        if self._times is None:
+            self._times = WeakIdKeyDictionary(zip(_parameters(self._optimizer), self._saved, strict=False))
+        for parameter in _parameters(self._optimizer):
+            times = self._times.get(parameter, 1.0)
+            if parameter.grad is not None and times != 1:
+                self._scaled.append(parameter.grad)
+                self._by.append(times)
         if self._scaled:
-            torch._foreach_mul_(self._scaled, self.times)
+            torch._foreach_mul_(self._scaled, self._by)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
@@ -119,13 +147,24 @@ class FactorRate:
     @torch.no_grad()
     def _restore(self) -> None:
         if self._scaled:
-            torch._foreach_div_(self._scaled, self.times)
-        self._scaled = []
+            torch._foreach_div_(self._scaled, self._by)
+        self._scaled, self._by = [], []
 
 
-def _factors_of(layers: Iterable[Factorized]) -> WeakIdKeyDictionary:
-    """Return the weights of factorized layers; it keeps none of them alive."""
-    return WeakIdKeyDictionary({weight: True for layer in layers for weight in layer.weights})
+def _times_of(layer: Factorized) -> float:
+    return _TIMES if product_speed([full(weight) for weight in layer.weights]) <= _LARGEST_SPEED else 1.0
+
+
+def product_speed(factors: Sequence[Tensor]) -> float:
+    """Return how fast the product of factors moves at most when they follow its gradient, relative to a dense weight.
+
+    By the chain rule each factor moves the product by at most the squared spectral norms of the others, multiplied.
+
+    >>> product_speed([torch.eye(3), 2 * torch.eye(3)])
+    5.0
+    """
+    squares = [float(torch.linalg.matrix_norm(factor.detach().flatten(1).double(), 2)) ** 2 for factor in factors]
+    return math.fsum(math.prod(squares[:index] + squares[index + 1 :]) for index in range(len(squares)))
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:

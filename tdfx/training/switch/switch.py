@@ -27,7 +27,7 @@ from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Emit, Plan
 from tdfx.plans.scalars import Writer, check_writer, log_plan
 from tdfx.policies.policy import Policy
-from tdfx.training.methods.factor_rate import SGD_TIMES, FactorRate
+from tdfx.training.methods.factor_rate import FactorRate
 from tdfx.training.methods.rewarm import Rewarm, check_rates
 from tdfx.training.switch.collect import COLLECTED_STEPS, Collection, wants_moments
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
@@ -66,8 +66,8 @@ class Switch:
         rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
         collect: Steps before the decision at which second moments are collected, and used as ``Policy.metric`` says; 0 for
             none. They cost less than one more step in all. With ``torch.compile`` the model runs eagerly in these steps.
-        factor_rate: How many times the learning rate of the factors is that of their group, see ``FactorRate``; for SGD only.
-            None for 2 where the loss was the metric, and 1 otherwise.
+        factor_rate: How many times the learning rate of the factors is that of their group, for SGD only; see
+            ``FactorRate``. None for its own choice where the loss was the metric, and 1 otherwise.
         writer: Where to log the plan and the step time before the switch: a ``SummaryWriter``, or anything with
             ``add_scalar(tag, value, step)``. Pass it on one process only.
         clock: Returns the time in seconds.
@@ -270,7 +270,7 @@ class Switch:
         self._spend("rewriting", began)
         plan = self._state.join_plan(replace(planned.plan, policy=repr(self.policy)))
         self._state = replace(self._state, plan=plan)
-        self._set_rates(model, as_optimizers(optimizer), self._rate_for(planned.plan))
+        self._set_rates(model, as_optimizers(optimizer), planned.plan)
         if self.rewarm:
             for rewarm in self._state.rewarms:
                 rewarm.remove()
@@ -279,20 +279,21 @@ class Switch:
             self._log(self.writer, plan)
         return model
 
-    def _rate_for(self, plan: Plan) -> float:
-        if self.factor_rate is not None:
-            return self.factor_rate
-        return SGD_TIMES if any(site.metric == "loss" for site in plan.factorized) else 1.0
-
-    def _set_rates(self, model: nn.Module | None, optimizers: Sequence[Optimizer], times: float) -> None:
-        """Change the learning rate of the factors; of none where an optimizer holds wider copies of them."""
-        for rate in self._rates:
-            rate.remove()
-        self._rates = ()
-        for optimizer in optimizers if times != 1 else ():
+    def _set_rates(self, model: nn.Module, optimizers: Sequence[Optimizer], plan: Plan) -> None:
+        """Raise the learning rate of the factors; of none where an optimizer holds wider copies of them."""
+        in_loss = any(site.metric == "loss" for site in plan.factorized)
+        wanted = self.factor_rate != 1 and (in_loss or self.factor_rate is not None)
+        rates = []
+        for optimizer in optimizers if wanted else ():
             if isinstance(optimizer, SGD):
                 with suppress(OptimizerError):
-                    self._rates = (*self._rates, FactorRate(model, optimizer, times))
+                    rates.append(FactorRate(model, optimizer, self.factor_rate))
+        self._replace_rates(rates)
+
+    def _replace_rates(self, rates: Sequence[FactorRate]) -> None:
+        for rate in self._rates:
+            rate.remove()
+        self._rates = tuple(rates)
 
     def _log(self, writer: Writer, plan: Plan) -> None:
         """Log the switch; a logger that fails must not undo it, since the optimizer was changed too."""
@@ -310,7 +311,7 @@ class Switch:
         """Return everything that later decisions depend on, in plain types and tensors."""
         return self._state.to_dict(self.policy, self.when) | {
             "moments": self._collection.state_dict(),
-            "factor_rate": self._rates[0].times if self._rates else 1.0,
+            "factor_rates": [rate.state_dict() for rate in self._rates],
         }
 
     def load_state_dict(
@@ -326,12 +327,14 @@ class Switch:
             PolicyError: It is no state of a switch, or one with another policy or ``when``. Then nothing was loaded.
             OptimizerError: A re-warm-up was under way, and another number of optimizers is given.
         """
-        loaded = SwitchState.load(state, self.policy, self.when, as_optimizers(optimizer))
+        optimizers = as_optimizers(optimizer)
+        loaded = SwitchState.load(state, self.policy, self.when, optimizers)
         for rewarm in self._state.rewarms:
             rewarm.remove()
         self._state, self._last = loaded, None
-        self._set_rates(None, as_optimizers(optimizer), state.get("factor_rate", 1.0))
-        self._collection.load_state_dict(state.get("moments"), as_optimizers(optimizer))
+        pairs = zip([each for each in optimizers if isinstance(each, SGD)], state.get("factor_rates", ()), strict=False)
+        self._replace_rates([FactorRate.resumed(each, rate) for each, rate in pairs])
+        self._collection.load_state_dict(state.get("moments"), optimizers)
 
     def __str__(self) -> str:
         head = f"Switch(when={self.when!r}): {self.steps} steps, {'done' if self.done else 'waiting'}"

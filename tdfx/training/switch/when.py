@@ -171,8 +171,8 @@ def check_settings(
         check_whole("collect", collect, "the steps at which moments are collected, or 0 for none", "collect=8")
     if factor_rate is not None and not (is_number(factor_rate) and factor_rate > 0):
         raise PolicyError(
-            f"factor_rate={factor_rate!r} is not a positive number: it is how many times the learning rate of the factors is "
-            f"that of their group. Pass 1 for the same rate."
+            f"factor_rate={factor_rate!r} is not a positive number: it is how many times the learning rate of the factors "
+            f"is that of their group. Pass 1 for the same rate."
         )
     if rewarm != 0:
         check_whole("rewarm", rewarm, "the steps of the re-warm-up, or 0 for none", "rewarm=200")
