@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 import tdfx
-from tdfx.demo.run import BATCH, LEARNING_RATE, SWITCH_AT, Digits, accuracy, build_model, load_digits
+from tdfx.demo.run import BATCH, LEARNING_RATE, Digits, accuracy, build_model, load_digits
 from tdfx.training.methods.factor_groups import Train
 
 WAYS = {
@@ -100,7 +100,7 @@ def train_and_rewrite(
     model = build_model(width)
     optimizer: Optimizer = SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
     per_epoch = len(digits.train_x) // BATCH
-    switch, total = max(1, round(SWITCH_AT * epochs)) * per_epoch, epochs * per_epoch
+    switch, total = max(1, epochs // 8) * per_epoch, epochs * per_epoch
     train(model, optimizer, digits, seed, range(switch), total)
     policy = tdfx.Policy(rank=tdfx.Ratio(of=share))
     model = tdfx.rewrite(model, policy, example_inputs=(digits.train_x[:BATCH],), optimizer=optimizer)

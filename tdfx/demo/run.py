@@ -17,21 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdfx.api import merge, plan, rewrite
+from tdfx.api import merge
 from tdfx.errors import PolicyError, TdfxError
 from tdfx.onnx_proof.report import VerifyReport
 from tdfx.onnx_proof.verify import verify
 from tdfx.plans.plan import Plan
 from tdfx.policies.policy import Policy
-from tdfx.ranks.budget import DEFAULT_RULE
+from tdfx.training.switch.switch import Switch
 
 BATCH = 64
 LEARNING_RATE = 0.05
 DEFAULT_EPOCHS = 24
-SPEEDUP = 3.0
-"""How many times faster a training step should become, or as close to it as possible."""
-SWITCH_AT = 0.125
-"""Share of the epochs after which the model is rewritten."""
 TRAINING_SHARE = 2 / 3
 """Share of the images to train on; the others are held out."""
 TURN, ZOOM, SHIFT = 0.25, 0.15, 0.2
@@ -67,8 +63,10 @@ class DemoResult:
 
     seed: int
     epochs: int
-    switch_epoch: int
-    """Epochs trained before the rewrite."""
+    switch_step: int
+    """Training steps before the rewrite."""
+    steps: int
+    """Training steps in all."""
     full: Run
     tdfx: Run
     merged_accuracy: float
@@ -96,7 +94,7 @@ class DemoResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures for JSON; times are in seconds and accuracies in percent."""
         return {
-            **{name: getattr(self, name) for name in ("seed", "epochs", "switch_epoch")},
+            **{name: getattr(self, name) for name in ("seed", "epochs", "steps", "switch_step")},
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "full": asdict(self.full),
@@ -161,20 +159,21 @@ def run_demo(*, seed: int = 0, epochs: int = DEFAULT_EPOCHS, on_epoch: EpochCall
     _Trainer(few, seed=0, epochs=1).full()  # so that neither run includes what torch sets up once
     trainer = _Trainer(digits, seed, epochs, on_epoch)
     full_model, full_seconds = trainer.full()
-    switch_epoch = max(1, round(SWITCH_AT * epochs))
-    factorized, merged, used_plan, switch_seconds, tdfx_seconds = trainer.with_tdfx(switch_epoch)
+    factorized, merged, switch, tdfx_seconds = trainer.with_tdfx()
+    assert switch.plan is not None
     reference = build_model()
     reference.load_state_dict(merged.state_dict(), strict=True)
     return DemoResult(
         seed=seed,
         epochs=epochs,
-        switch_epoch=switch_epoch,
+        switch_step=switch.events[0].step,
+        steps=switch.steps,
         full=Run(full_seconds, accuracy(full_model, digits)),
         tdfx=Run(tdfx_seconds, accuracy(factorized, digits)),
         merged_accuracy=accuracy(merged, digits),
-        switch_seconds=switch_seconds,
+        switch_seconds=sum(switch.spent.values()),
         merge_error=_relative_difference(merged, factorized, digits.test_x),
-        plan=used_plan,
+        plan=switch.plan,
         report=verify(merged, reference, example_inputs=(digits.test_x[:BATCH],)),
         numbers=verify(merged, factorized, example_inputs=(digits.test_x[:BATCH],)),
     )
@@ -219,11 +218,11 @@ class _Trainer:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, LEARNING_RATE, total_steps=steps)
         return model
 
-    def train(self, model: nn.Module, name: str, epochs: range) -> None:
-        """Train for a range of epochs."""
+    def train(self, model: nn.Module, name: str, switch: Switch | None = None) -> nn.Module:
+        """Train for all epochs, with a switch if there is one, and return the model."""
         model.train()
-        self.on_epoch(name, epochs.start, self.epochs)
-        for epoch in epochs:
+        self.on_epoch(name, 0, self.epochs)
+        for epoch in range(self.epochs):
             order = torch.randperm(len(self.digits.train_x), generator=self.order)
             for indices in torch.split(order, BATCH)[: self.batches]:
                 images = jitter(self.digits.train_x[indices], self.order)
@@ -232,32 +231,30 @@ class _Trainer:
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
                 self.schedule.step()
+                if switch is not None:
+                    model = switch.step(model, optimizer=self.optimizer, example_inputs=(images,))
             self.on_epoch(name, epoch + 1, self.epochs)
+        return model
 
     def full(self) -> tuple[nn.Module, float]:
         """Train without tdfx."""
         start = time.perf_counter()
         model = self.start()
-        self.train(model, "full", range(self.epochs))
+        self.train(model, "full")
         return model, time.perf_counter() - start
 
-    def with_tdfx(self, switch_epoch: int) -> tuple[nn.Module, nn.Module, Plan, float, float]:
-        """Train, rewrite, train on with the same optimizer, merge."""
+    def with_tdfx(self) -> tuple[nn.Module, nn.Module, Switch, float]:
+        """Train, rewrite at the moment that the switch chooses, train on with the same optimizer, merge."""
         start = time.perf_counter()
-        model = self.start()
-        self.train(model, "tdfx", range(switch_epoch))
-        switch_start = time.perf_counter()
-        used_plan = plan(model, demo_policy(), example_inputs=(self.digits.train_x[:BATCH],))
-        model = rewrite(model, used_plan, optimizer=self.optimizer)
-        switch_seconds = time.perf_counter() - switch_start
-        self.train(model, "tdfx", range(switch_epoch, self.epochs))
+        switch = Switch(demo_policy(), total_steps=self.epochs * self.batches, weigh=False)
+        model = self.train(self.start(), "tdfx", switch)
         merged = merge(model)
-        return model, merged, used_plan, switch_seconds, time.perf_counter() - start
+        return model, merged, switch, time.perf_counter() - start
 
 
 def demo_policy() -> Policy:
-    """Return the default policy with a higher speedup."""
-    return Policy(rank=replace(DEFAULT_RULE, speedup=SPEEDUP))
+    """Return the policy of the demo: the default."""
+    return Policy()
 
 
 @torch.no_grad()

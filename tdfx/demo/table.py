@@ -30,7 +30,7 @@ def _lines(result: DemoResult) -> list[str]:
     numbers = f"{'agrees with' if result.numbers.numbers_match else 'DIFFERS from'} the factorized model"
     return [
         f"tdfx trained {result.speedup:.2f}x faster in all; {len(result.plan.factorized)} of {len(result.plan)} sites "
-        f"factorized after epoch {result.switch_epoch} of {result.epochs}",
+        f"factorized after step {result.switch_step} of {result.steps}",
         f"the switch took {result.switch_seconds:.2f} s (plan and rewrite, counted above; so is the merge)",
         f"merge: outputs differ by {result.merge_error:.1e} relative to the factorized model's",
         f"ONNX: merged model: {verdict}; ONNX Runtime: it {numbers} (relative error {result.numbers.max_error:.1e})",

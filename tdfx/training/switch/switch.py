@@ -62,6 +62,7 @@ class Switch:
             step that is saved comes from the plan's measurements, or else from the sites' modelled times, as if nothing else
             took time. Measuring layers takes at most a hundredth of the time left, or the time of thirty steps; the
             remaining layers are estimated.
+        weigh: Whether the model is switched only if that pays; False switches in any case. Only with ``total_steps``.
         recompile_seconds: Time to compile or capture the rewritten model, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
         collect: Steps before the decision at which second moments are collected, and used as ``Policy.metric`` says; 0 for
@@ -93,6 +94,7 @@ class Switch:
         *,
         when: When | None = None,
         total_steps: int | None = None,
+        weigh: bool = True,
         recompile_seconds: float = 0.0,
         rewarm: int = 0,
         collect: int = COLLECTED_STEPS,
@@ -107,6 +109,7 @@ class Switch:
             check_writer(writer)
         self.when = when
         self.total_steps = total_steps
+        self.weigh = weigh
         self.recompile_seconds = recompile_seconds
         self.rewarm = rewarm
         self.collect = collect if wants_moments(self.policy) else 0
@@ -251,7 +254,7 @@ class Switch:
         planned = plan_rewrite(model, policy, inputs, emit, moments, loop_seconds)
         planning = processes.broadcast_object(self._clock() - began)
         self._spend("planning", began)
-        if self.total_steps is None or not planned.plan.factorized:
+        if self.total_steps is None or not self.weigh or not planned.plan.factorized:
             return planned, True, ""
         # All arguments are the same on all processes.
         seconds = modelled_seconds(self.policy, planned.planned.program)
