@@ -35,7 +35,7 @@ class Moments:
     Args:
         model: The model, in whatever wrapper it trains.
         steps: About how many steps will be recorded. The share of rows that is sampled is ``1 / (2 * steps)``, but at least
-            256 rows of each call, so that all of them together cost less than one step.
+            128 rows of each call; and after the first step each site is recorded at every second one.
 
     Example:
         >>> import tdfx, torch
@@ -57,7 +57,7 @@ class Moments:
             )
         check_whole("steps", steps, "about how many training steps will be recorded", "steps=8")
         self.nonfinite = Counter()
-        self._share = 1 / (2 * steps) if _share is None else _share
+        self._share, self._takes_turns = (1 / (2 * steps), True) if _share is None else (_share, False)
         self._totals: dict[str, _Sums] = {}
         self._units = 0
         self._begun = 0
@@ -185,6 +185,8 @@ class Moments:
         # A method other than forward begins a unit when the former has its gradients.
         if unit is None or (unit.sites and not self._hooks.in_forward and not _in_backward()):
             unit = self._begin()
+        if self._rests(path, unit.number):
+            return
         dim, groups, share, turn = -1 - operation.dims, operation.groups, self._share, unit.number
         with _aside(), torch.autocast(x.device.type, enabled=False):
             rows = sample_rows(x, dim, share, turn)
@@ -200,6 +202,10 @@ class Moments:
         is_same = base is not None and base.numel() == output.numel() and base.shape[dim:] == output.shape[dim:]
         target = base if base is not None and is_same and base.requires_grad else output
         target.register_hook(unserializable_hook(on_gradient))  # type: ignore[no-untyped-call]
+
+    def _rests(self, path: str, number: int) -> bool:
+        """Return True if a site is not recorded in a unit: half of the sites in turns, after the first unit."""
+        return self._takes_turns and number > 0 and (number + self._hooks.turn_of(path)) % 2 == 0
 
     def _fold(self) -> None:
         """Add the units that have their gradients to the totals, with one wait for each device."""

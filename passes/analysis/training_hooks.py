@@ -47,6 +47,7 @@ class TrainingHooks:
             on_call: Called after each call of a site with the path of its weight, what it computes, its input and output.
         """
         self.operations = {}
+        self._turns: dict[str, int] = {}
         self._on_forward, self._on_call = on_forward, on_call
         self._owners: list[_Owner] = []
         self._layers: set[int] = set()  # identities of the layers with a hook
@@ -66,6 +67,12 @@ class TrainingHooks:
             before, after = _Hook(self, module, "enter"), _Hook(self, module, "_leave")
             self._undo.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
             self._undo.callback(module.register_forward_hook(after, always_call=True).remove)
+
+    def turn_of(self, path: str) -> int:
+        """Return the position of a weight among all."""
+        if len(self._turns) != len(self.operations):
+            self._turns = {weight: turn for turn, weight in enumerate(self.operations)}
+        return self._turns.get(path, 0)
 
     @property
     def in_forward(self) -> bool:
