@@ -37,8 +37,7 @@ def split_weight(
     factors = scheme.split(operation, working, ranks, spectra or scheme.spectra(operation, working))
     if site.metric is None:
         return factors
-    factors = metric_for(site.metric, scheme).take_back(scheme.chain(operation, ranks), factors)
-    return scheme.balanced(operation, factors, ranks)
+    return metric_for(site.metric, scheme).take_back(scheme.chain(operation, ranks), factors)
 
 
 def lowering_of(layer: Factorized, weights: Sequence[Tensor] | None = None, metric: Metric | None = None) -> Lowering:
@@ -54,12 +53,9 @@ def lowering_of(layer: Factorized, weights: Sequence[Tensor] | None = None, metr
     metric = metric_for(metric, scheme)
     chain = scheme.chain(operation, layer.origin.ranks)
     lowering = scheme.lowering(operation, metric.apply_to_factors(chain, factors))
-
-    def split(ranks: Sequence[int]) -> Factors:
-        split_factors = metric.take_back(scheme.chain(operation, ranks), lowering.split(ranks))
-        return scheme.balanced(operation, split_factors, ranks)
-
-    return replace(lowering, split=split)
+    return replace(
+        lowering, split=lambda ranks: metric.take_back(scheme.chain(operation, ranks), lowering.split(ranks))
+    )
 
 
 def metric_for(metric: Metric, scheme: Scheme) -> Metric:

@@ -72,8 +72,12 @@ class Metric:
         return self._on_chain(chain, factors)
 
     def take_back(self, chain: Sequence[Operation], factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return factors whose product is W, for factors whose product is W'; their norms are not balanced."""
-        return self._on_chain(chain, factors, inverse=True)
+        """Return factors whose product is W, for factors whose product is W'; all of them get the same norm.
+
+        Their components stay those of W', so that directions which inputs or gradients seldom take are larger in the
+        factors, and learn faster. Components balanced in W itself lost half a point in trainings with SGD.
+        """
+        return _with_equal_norms(self._on_chain(chain, factors, inverse=True))
 
     def _on_chain(
         self, chain: Sequence[Operation], factors: Sequence[Tensor], *, inverse: bool = False
@@ -82,6 +86,15 @@ class Metric:
         w_first = _on_inputs(to_groups(chain[0], first), self.inputs, inverse=inverse)
         w_last = _on_outputs(to_groups(chain[-1], last), self.outputs, inverse=inverse)
         return from_groups(chain[0], w_first), *middle, from_groups(chain[-1], w_last)
+
+
+def _with_equal_norms(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return factors of the same product and of equal norms; factors of a zero weight stay as they are."""
+    norms = torch.stack([factor.norm() for factor in factors])
+    if not bool((norms > 0).all()):
+        return tuple(factors)
+    mean = norms.log().mean().exp()
+    return tuple(factor * (mean / norm) for factor, norm in zip(factors, norms, strict=True))
 
 
 def _root(moment: Tensor, damping: float | None) -> Tensor:

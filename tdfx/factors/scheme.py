@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tdfx.factors.operation import Operation
@@ -105,17 +104,6 @@ class Scheme(ABC):
         A weight that is similar to the joined weight, such as its average over time, gets factors in the same bases, so that
         averaging can go on. At full rank nothing is lost.
         """
-
-    def balanced(self, operation: Operation, factors: Sequence[Tensor], ranks: Sequence[int]) -> Factors:
-        """Return factors of the same product whose norms are equal, so that none learns much faster than another.
-
-        A scheme that can split its factors again without loss overrides it, and balances each component.
-        """
-        norms = torch.stack([factor.norm() for factor in factors])
-        if not bool((norms > 0).all()):
-            return tuple(factors)
-        mean = norms.log().mean().exp()
-        return tuple(factor * (mean / norm) for factor, norm in zip(factors, norms, strict=True))
 
     def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
         """Return how factors can be split again.

@@ -128,10 +128,6 @@ class Tucker2(Scheme):
         lost = [total - float(kept_pq[p - 1, q - 1]) for p, q in grid]
         return [math.sqrt(max(0.0, square) / total) if total > 0 else 0.0 for square in lost]
 
-    def balanced(self, operation: Operation, factors: Sequence[Tensor], ranks: Sequence[int]) -> Factors:
-        """Return factors of the same product as ``split`` makes them: orthogonal components of equal norms on both sides."""
-        return self.lowering(operation, factors).split(ranks)
-
     def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
         """Make both outer factors orthonormal (QR), multiply the core by the rest of them, and split that."""
         core, left, right = _from_factors(operation, factors)

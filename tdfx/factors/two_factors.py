@@ -81,10 +81,6 @@ class TwoFactors(Scheme):
         """Return the norm of the cut singular values, relative to all of them."""
         return _tail(ranks[0], spectra[0])
 
-    def balanced(self, operation: Operation, factors: Sequence[Tensor], ranks: Sequence[int]) -> Factors:
-        """Return factors of the same product as ``split`` makes them: orthogonal components of equal norms on both sides."""
-        return self.lowering(operation, factors).split(ranks)
-
     def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
         """Make both matrices orthonormal (QR), and split the small matrix that is left between them."""
         left, right = self.to_matrices(operation, factors)

@@ -19,7 +19,7 @@ from tdfx.layers.placement import full
 _TIMES = 2.0
 """How many times the rate is by itself, where that is safe; a power of two, so that gradients are restored exactly.
 Chosen by ``tools/study_default.py``."""
-_LARGEST_SPEED = 3.0
+_LARGEST_SPEED = 10.0
 """The speed of a layer's product up to which the rate is raised by itself; see ``product_speed``."""
 
 
