@@ -16,6 +16,7 @@ from tdfx.distributed.processes import Processes
 from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of
+from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.blockers import blocker_of_weight, layers_inside_leaves
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.analysis.uses import Uses, uses_of
@@ -88,7 +89,7 @@ def _with_functional_sites(runs: _Runs) -> list[Site]:
     module, uses, in_eval = runs.program.module, runs.uses, runs.in_eval
     inside = layers_inside_leaves(module)
     new = in_eval.functional.keys() - uses.functional.keys()
-    slots = [ParameterSlot.of(path) for path, parameter in module.named_parameters() if id(parameter) in new]
+    slots = [ParameterSlot.of(path) for path, parameter in parameters_by_path(module) if id(parameter) in new]
     slots = [slot for slot in slots if id(module.get_submodule(slot.owner)) not in inside]
     if not slots:
         return list(runs.program.sites)

@@ -7,6 +7,7 @@ from collections import Counter
 from tdfx.errors import PlanError, PolicyError, nearest
 from tdfx.kinds.functional import FunctionCall
 from tdfx.layers.factorized import Factorized
+from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.blockers import blocker_of_weight
 from tdfx.passes.analysis.uses import owners_of
 from tdfx.passes.planning.site_cost import Candidate
@@ -21,7 +22,7 @@ _UNSEEN = (Reason.READ_ELSEWHERE, Reason.CUSTOM_FORWARD)
 def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
     """Return the program's sites by name, with those that the plan knows from example inputs."""
     sites = {site.name: site for site in program.sites}
-    parameters = dict(program.module.named_parameters())
+    parameters = dict(parameters_by_path(program.module))
     owners = owners_of(program.module)
     for decision in plan.factorized:
         site = sites.get(decision.name)

@@ -14,6 +14,7 @@ from tdfx.errors import MergeError
 from tdfx.layers.copying import rebind, structural_copy
 from tdfx.layers.factorized import Factorized, weight_of
 from tdfx.layers.parameter import FactorizedParameter, restore_parameter
+from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import PLAN_ATTRIBUTE, Program
 from tdfx.passes.transform.graph_module import FactorizedGraphModule
@@ -81,7 +82,7 @@ class Merge(Pass[Merged]):
         """No factor is left, and the keys are the original's, in the original's order."""
         merged = result.program.module
         self.check(not any(isinstance(part, Factorized) for part in merged.modules()), "no factorized layer is left")
-        names = [name for name, _ in merged.named_parameters(remove_duplicate=False)]
+        names = [name for name, _ in parameters_by_path(merged, remove_duplicate=False)]
         expected = list(_merged_names(before.module))
         self.check(names == expected, "parameters have the original names, in the original order")
         self.check(not isinstance(merged, FactorizedGraphModule), "the class is the original's")
