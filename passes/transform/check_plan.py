@@ -76,7 +76,8 @@ def _check_decision(decision: SitePlan, site: Site) -> None:
     scheme, ranks = chosen.scheme, chosen.ranks
     if isinstance(site.layer, Factorized):
         _check_lowering(decision, ranks, site.layer)
-        return
+        if site.is_open or ranks == site.layer.origin.ranks:
+            return
     if site.reason is not None:
         raise PlanError(
             f"The plan factorizes site {site.name!r}, which must be kept: {site.reason} ({site.note}). "
