@@ -63,12 +63,12 @@ def check_plan(plan: Plan, program: Program, *, reads_values: bool = True) -> No
                 f"made for another model. Nearest: {nearest(decision.name, sites)}. Make it again with tdfx.plan."
             )
         if decision.factorized:
-            _check_decision(decision, sites[decision.name])
+            _check_decision(decision, sites[decision.name], reads_values)
             if reads_values and not isinstance(sites[decision.name].layer, Factorized):
                 check_weight(sites[decision.name])
 
 
-def _check_decision(decision: SitePlan, site: Site) -> None:
+def _check_decision(decision: SitePlan, site: Site, reads_values: bool) -> None:
     try:
         chosen = Candidate.of(decision)
     except PolicyError as error:
@@ -78,7 +78,8 @@ def _check_decision(decision: SitePlan, site: Site) -> None:
         _check_lowering(decision, ranks, site.layer)
         if site.is_open or ranks == site.layer.origin.ranks:
             return
-    if site.reason is not None:
+    # Values can be loaded into factors that do not train.
+    if site.reason is not None and (reads_values or site.reason is not Reason.FROZEN):
         raise PlanError(
             f"The plan factorizes site {site.name!r}, which must be kept: {site.reason} ({site.note}). "
             f"Make the plan again for the model as it is now."

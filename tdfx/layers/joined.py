@@ -35,8 +35,8 @@ class JoinedWeight(Tensor):
         if tree_any_only(cls, lambda _: True, written):
             raise ModelError(
                 f"{name} would write to the dense weight of a factorized layer, which is joined from the factors at each "
-                f"reading, so the change would be lost. Change the layer's factors, write to a clone() of the weight, or keep "
-                f"the layer dense: Policy(exclude=...)."
+                f"reading, so the change would be lost. Change the layer's factors, write to a clone() of the weight, or "
+                f"keep the layer dense: Policy(exclude=...)."
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **named)
