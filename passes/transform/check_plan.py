@@ -9,7 +9,7 @@ from tdfx.kinds.functional import FunctionCall
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.blockers import blocker_of_weight
-from tdfx.passes.analysis.uses import owners_of
+from tdfx.passes.analysis.owners import owners_of
 from tdfx.passes.planning.site_cost import Candidate
 from tdfx.passes.planning.weights import check_weight
 from tdfx.passes.program import ParameterSlot, Program, Site

@@ -19,6 +19,7 @@ from tdfx.layers.factorized import Factorized
 from tdfx.layers.frozen import frozen_indices
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.layers.paths import parameters_by_path
+from tdfx.optim.inner import with_inner
 from tdfx.optim.masters import as_masters
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.program import PLAN_ATTRIBUTE
@@ -107,7 +108,8 @@ def state(
         "tied": tied_names(inner),
         "masters": {name: as_plain(master, f"the master of {name!r}") for name, master in named_masters.items()},
         "optimizers": [
-            _optimizer_record(each, inner, named_masters, index) for index, each in enumerate(as_optimizers(optimizer))
+            _optimizer_record(each, inner, named_masters, index)
+            for index, each in enumerate(with_inner(as_optimizers(optimizer)))
         ],
         "extra": as_plain(extra, "extra"),
     }

@@ -18,6 +18,7 @@ from tdfx.checkpoint.record import Record, check_record, dense_names, read, tied
 from tdfx.errors import CheckpointError, TdfxError, nearest
 from tdfx.layers.copying import rebind, structural_copy
 from tdfx.layers.paths import parameters_by_path
+from tdfx.optim.inner import check_holders, with_inner
 from tdfx.optim.masters import as_masters
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.pipeline import find_sites, rewrite_by, use_plan
@@ -64,7 +65,7 @@ def load(
         See ``tdfx.save``.
     """
     record = check_record(path) if isinstance(path, dict) else read(path)
-    optimizers = as_optimizers(optimizer)
+    optimizers = with_inner(as_optimizers(optimizer))
     if optimizers and not isinstance(build_model, nn.Module):
         raise CheckpointError(
             "With optimizer=, build_model must be the dense model whose parameters it holds, not a function that builds "
@@ -81,6 +82,7 @@ def load(
     trained_before = {**dict(parameters_by_path(dense)), **dense_masters.by_name(dense)}
     trained_after = {**dict(parameters_by_path(model)), **loaded_masters}
     dense_of = dense_names(model)
+    check_holders(optimizers, {f"the parameter {name!r}": (tensor,) for name, tensor in trained_before.items()})
     commit = prepare_optimizers(optimizers, record, trained_before, trained_after, dense_of)
     result = wrapped.wrap(model)
     commit()

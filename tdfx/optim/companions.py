@@ -15,8 +15,9 @@ from tdfx.errors import TdfxWarning
 from tdfx.layers.placement import full_precise, shard_like, user_attributes
 from tdfx.optim.averages import Average, as_average, as_holders
 from tdfx.optim.carriers import carry
+from tdfx.optim.inner import check_holders, with_inner
 from tdfx.optim.masters import Masters, as_masters
-from tdfx.optim.surgery import Exchange, as_optimizers, check_groups, prepare_surgery
+from tdfx.optim.surgery import Exchange, as_optimizers, check_groups, check_states, prepare_surgery
 from tdfx.wrappers.unwrap import Unwrapped
 
 
@@ -37,7 +38,7 @@ class Companions:
             ModelError: An average belongs to another model, or the processes pass different arguments.
             OptimizerError: An optimizer cannot be carried over, or the masters do not go with the model.
         """
-        optimizers, holders = as_optimizers(optimizer), as_holders(averaged)
+        optimizers, holders = with_inner(as_optimizers(optimizer)), as_holders(averaged)
         checked_masters = as_masters(masters, unwrapped.model, shards=unwrapped.shards)
         # Before the averages are unwrapped, which the processes may have to do together.
         unwrapped.processes.check_same(
@@ -65,6 +66,10 @@ class Companions:
         if warn:
             _warn_of_losses(sides.model, has_optimizers=bool(self.optimizers))
         check_groups(self.optimizers, sides.optimizer)
+        check_holders(
+            self.optimizers, {f"the weight of site {exchange.site!r}": exchange.old for exchange in sides.optimizer}
+        )
+        check_states(self.optimizers, sides.optimizer)
         processes = self.unwrapped.processes
         processes.raise_pending()
         surgery = prepare_surgery(self.optimizers, sides.optimizer)
