@@ -160,10 +160,13 @@ def tied_names(model: nn.Module) -> list[list[str]]:
     return sorted(sorted(group) for group in names.values() if len(group) > 1)
 
 
-def dense_names(model: nn.Module) -> dict[str, str]:
-    """Return name of a factor's parameter -> name of the dense parameter that it stands for."""
+def dense_names(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, str]:
+    """Return name of a factor's parameter -> name of the dense parameter that it stands for.
+
+    A layer that the model holds more than once counts under its first path, or under all with ``remove_duplicate=False``.
+    """
     names: dict[str, str] = {}
-    for path, layer in model.named_modules():
+    for path, layer in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(layer, Factorized):
             prefix = f"{path}." if path else ""
             weight = path if isinstance(layer, FactorizedParameter) else f"{prefix}{layer.kind.weight}"
