@@ -136,7 +136,7 @@ def _names_in(value: Any, seen: set[int]) -> Iterator[str]:
         yield from _names_in(value.__func__, seen)
         code = getattr(value.__func__, "__code__", None)
         for name in _code_names(code) if code is not None else ():
-            yield from _names_in((getattr(type(value.__self__), name, None)), seen)
+            yield from _names_in(getattr(type(value.__self__), name, None), seen)
     elif isinstance(value, types.FunctionType):
         yield from _names_in_function(value, seen)
     elif callable(value) and not isinstance(value, type | types.BuiltinFunctionType):
