@@ -116,7 +116,7 @@ class Site:
     def weights(self) -> tuple[nn.Parameter, ...]:
         """The parameters that make the weight: the weight itself, or its factors; none where the weight is computed."""
         if isinstance(self.layer, Factorized):
-            return self.layer.weights
+            return self.layer.weights if self.is_open else ()  # altered factors may have none
         return () if self.weight is None else (self.weight,)
 
     def as_dense(self, weight: Tensor) -> Tensor:

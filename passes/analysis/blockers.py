@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import kind_of, operation_of
 from tdfx.layers.placement import is_sharded
+from tdfx.passes.analysis.owners import Owners
 from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.analysis.uses import Uses
 from tdfx.plans.plan import Reason
@@ -53,19 +54,20 @@ def blocker_of_weight(
     weight: nn.Parameter,
     kind: str,
     operation: Operation | None,
-    owners: Mapping[int, int],
+    owners: Owners,
     reads: Collection[int],
     shards: bool = False,
 ) -> tuple[Reason | None, str]:
     """Return the first reason why no policy may rewrite a weight, and the reason in words; None and "" if one may.
 
-    ``owners`` counts the modules that hold each parameter, and ``reads`` are the parameters that something reads besides,
-    by identity. With ``shards``, FSDP2 gathers sharded weights, so that they count as plain tensors.
+    ``owners`` says who else holds each parameter, and ``reads`` are the parameters that something reads besides, by
+    identity. With ``shards``, FSDP2 gathers sharded weights, so that they count as plain tensors.
     """
     if is_traceable_wrapper_subclass(weight) and not (shards and is_sharded(weight)):
         return Reason.PARAMETRIZED, f"its weight is a {type(weight.data).__name__}, which is no plain tensor"
-    if owners[id(weight)] > 1:
-        return Reason.TIED, f"{owners[id(weight)]} modules hold its weight"
+    reason, note = owners.blocker(weight)
+    if reason is not None:
+        return reason, note
     if id(weight) in reads:
         return Reason.READ_ELSEWHERE, "forward reads its weight without calling it"
     if not weight.requires_grad:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of, operation_of
+from tdfx.layers.alterations import alteration_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.analysis.blockers import blocker_of_layer, blocker_of_weight, layers_inside_leaves, note_of_reader
@@ -38,7 +39,7 @@ class Find(Pass[PassResult]):
     def ensures(self, before: Program, result: PassResult) -> None:
         """Every convolution and linear layer is a site, once."""
         modules = list(before.module.modules())
-        factors = {factor for layer in modules if isinstance(layer, Factorized) for factor in layer.factors}
+        factors = {factor for layer in modules if isinstance(layer, Factorized) for factor in layer.modules()}
         layers = {name for name, layer in before.module.named_modules() if is_candidate(layer) and layer not in factors}
         names = [site.name for site in result.program.sites]
         self.check(layers <= set(names), "every convolution and linear layer is a site")
@@ -122,5 +123,7 @@ def _factorized_site(path: str, layer: Factorized, uses: Uses, root: nn.Module) 
     calls = uses.count(nodes) if id(layer) in uses.traced else 1
     kind, operation = kind_of(original).name, operation_of(original)
     site = Site(name=path, layer=layer, kind=kind, operation=operation, calls=calls, nodes=nodes, slot=slot)
+    if alteration := alteration_of(layer):
+        return replace(site, reason=Reason.CUSTOM_FORWARD, note=f"its factors were altered: {alteration}")
     note = f"{layer.origin.scheme} at {'/'.join(map(str, layer.origin.ranks))}"
     return replace(site, reason=Reason.FACTORIZED, note=note)

@@ -144,17 +144,23 @@ class _CallRecorder(TorchFunctionMode):
         self.paths[id(layer)] = path
         is_stock = isinstance(layer, Factorized) or kind_of(layer).is_intact(layer)
 
+        inside: list[nn.Module] = []
+
         def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inside.append(layer)
             self.depth_in_layers += is_stock
             x = next((value for value in (*arguments, *named.values()) if isinstance(value, Tensor)), None)
             if x is not None:
                 self._record_input(path, x)
 
         def after(*_: Any) -> None:
-            self.depth_in_layers -= is_stock
+            if inside:  # else a hook of the user's has failed before the layer ran
+                inside.pop()
+                self.depth_in_layers -= is_stock
 
-        layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-        layer.register_forward_hook(after, always_call=True)
+        # Within the user's own hooks, so that what these read is recorded, and what enters the layer after they changed it.
+        layer.register_forward_pre_hook(before, with_kwargs=True)
+        layer.register_forward_hook(after, always_call=True, prepend=True)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -16,6 +16,7 @@ from tdfx.distributed.processes import Processes
 from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of
+from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.blockers import blocker_of_weight, layers_inside_leaves
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.analysis.uses import Uses, uses_of
@@ -88,7 +89,7 @@ def _with_functional_sites(runs: _Runs) -> list[Site]:
     module, uses, in_eval = runs.program.module, runs.uses, runs.in_eval
     inside = layers_inside_leaves(module)
     new = in_eval.functional.keys() - uses.functional.keys()
-    slots = [ParameterSlot.of(path) for path, parameter in module.named_parameters() if id(parameter) in new]
+    slots = [ParameterSlot.of(path) for path, parameter in parameters_by_path(module) if id(parameter) in new]
     slots = [slot for slot in slots if id(module.get_submodule(slot.owner)) not in inside]
     if not slots:
         return list(runs.program.sites)
@@ -152,11 +153,17 @@ def _with_flows_of_either_mode(sites: Sequence[Site], runs: _Runs) -> list[Site]
 
 def _with_flows(site: Site, observed: Observed, in_graph: bool) -> Site:
     """Attach to a site what a run showed: its calls, what flows into them, and whether anything else reads its weight."""
-    calls = observed.functional.get(id(site.weight), ()) if site.slot is not None else ()
+    seen = observed.functional.get(id(site.weight), []) if site.slot is not None else []
     # Without calls it is a layer, or a parameter that is factorized already.
-    entered = [each for _, each in calls] or observed.entering.get(site.path, [])
-    if not entered and site.reason is Reason.READ_ELSEWHERE and not site.nodes:
+    all_entered = [each for _, each in seen] or observed.entering.get(site.path, [])
+    if not all_entered and site.reason is Reason.READ_ELSEWHERE and not site.nodes:
         return site  # neither a graph nor a run shows what enters it
+    # A call with an empty batch, as of an expert that gets no tokens, computes nothing.
+    calls = [(call, each) for call, each in seen if math.prod(each.shape)]
+    entered = [each for each in all_entered if math.prod(each.shape)]
+    if all_entered and not entered and site.reason is None:
+        note = "the example inputs send no values through it"
+        return replace(site, flows=(), calls=len(all_entered), reason=Reason.NOT_CALLED, note=note)
     flows = tuple(_flow(each, site, site.operation) for each in entered) if site.operation is not None else ()
     if calls and site.weight is not None:
         operations = (call.operation(site.weight.shape) for call, _ in calls)

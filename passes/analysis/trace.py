@@ -15,6 +15,7 @@ from tdfx.errors import ModelError
 from tdfx.kinds.registry import is_candidate
 from tdfx.layers.copying import COMPILED, structural_copy
 from tdfx.layers.factorized import Factorized
+from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.fidelity import ForwardMonitor, mismatch_of_block, mismatch_of_root
 from tdfx.passes.analysis.guard import (
     CustomFunctionError,
@@ -87,7 +88,7 @@ def _why_not_looked_into(module: nn.Module) -> str:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, int]]:
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    named = [*parameters_by_path(module, remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return [(name, id(tensor)) for name, tensor in named]
 
 

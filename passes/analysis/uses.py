@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import find_kind
+from tdfx.passes.analysis.owners import Owners, owners_of
 from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.program import Program
 
@@ -43,8 +44,8 @@ class Uses:
     """Parameters that a graph reads for anything else."""
     traced: frozenset[int]
     """Modules whose calls some graph would show, called or not."""
-    owners: Mapping[int, int]
-    """Parameter -> the number of modules that hold it."""
+    owners: Owners
+    """Who else holds the parameters."""
     runs: Mapping[int, tuple[str, int]]
     """Graph, by identity -> the path of its module, and how often that module runs in one forward pass."""
     shards: bool = False
@@ -66,7 +67,7 @@ def uses_of(program: Program) -> Uses:
     reads: set[int] = set()
     traced: set[int] = set()
     runs: dict[int, tuple[str, int]] = {}
-    uses = Uses(calls, functional, frozenset(), frozenset(), {}, runs)  # type: ignore[arg-type]
+    uses = Uses(calls, functional, frozenset(), frozenset(), Owners({}, {}, {}), runs)  # type: ignore[arg-type]
     for path in sorted(program.graphs, key=lambda path: path.count(".") + bool(path)):
         root = program.module.get_submodule(path)
         # A module that an outer graph calls runs as often as it is called; for any other the count is not known.
@@ -116,12 +117,6 @@ def _reads_metadata(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _METADATA
     return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA
-
-
-def owners_of(root: nn.Module) -> Mapping[int, int]:
-    """Return for each parameter, by its identity, the number of modules that hold it."""
-    held = (parameter for module in root.modules() for parameter in module._parameters.values())
-    return Counter(id(parameter) for parameter in held if parameter is not None)
 
 
 def _attribute(root: nn.Module, target: str) -> object:

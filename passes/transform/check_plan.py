@@ -7,8 +7,9 @@ from collections import Counter
 from tdfx.errors import PlanError, PolicyError, nearest
 from tdfx.kinds.functional import FunctionCall
 from tdfx.layers.factorized import Factorized
+from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.blockers import blocker_of_weight
-from tdfx.passes.analysis.uses import owners_of
+from tdfx.passes.analysis.owners import owners_of
 from tdfx.passes.planning.site_cost import Candidate
 from tdfx.passes.planning.weights import check_weight
 from tdfx.passes.program import ParameterSlot, Program, Site
@@ -21,7 +22,7 @@ _UNSEEN = (Reason.READ_ELSEWHERE, Reason.CUSTOM_FORWARD)
 def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
     """Return the program's sites by name, with those that the plan knows from example inputs."""
     sites = {site.name: site for site in program.sites}
-    parameters = dict(program.module.named_parameters())
+    parameters = dict(parameters_by_path(program.module))
     owners = owners_of(program.module)
     for decision in plan.factorized:
         site = sites.get(decision.name)
@@ -62,12 +63,12 @@ def check_plan(plan: Plan, program: Program, *, reads_values: bool = True) -> No
                 f"made for another model. Nearest: {nearest(decision.name, sites)}. Make it again with tdfx.plan."
             )
         if decision.factorized:
-            _check_decision(decision, sites[decision.name])
+            _check_decision(decision, sites[decision.name], reads_values)
             if reads_values and not isinstance(sites[decision.name].layer, Factorized):
                 check_weight(sites[decision.name])
 
 
-def _check_decision(decision: SitePlan, site: Site) -> None:
+def _check_decision(decision: SitePlan, site: Site, reads_values: bool) -> None:
     try:
         chosen = Candidate.of(decision)
     except PolicyError as error:
@@ -75,8 +76,10 @@ def _check_decision(decision: SitePlan, site: Site) -> None:
     scheme, ranks = chosen.scheme, chosen.ranks
     if isinstance(site.layer, Factorized):
         _check_lowering(decision, ranks, site.layer)
-        return
-    if site.reason is not None:
+        if site.is_open or ranks == site.layer.origin.ranks:
+            return
+    # Values can be loaded into factors that do not train.
+    if site.reason is not None and (reads_values or site.reason is not Reason.FROZEN):
         raise PlanError(
             f"The plan factorizes site {site.name!r}, which must be kept: {site.reason} ({site.note}). "
             f"Make the plan again for the model as it is now."

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from tdfx.distributed.processes import Task
 from tdfx.errors import MergeError
+from tdfx.layers.alterations import alteration_of
 from tdfx.layers.copying import rebind, structural_copy
 from tdfx.layers.factorized import Factorized, weight_of
 from tdfx.layers.parameter import FactorizedParameter, restore_parameter
+from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import PLAN_ATTRIBUTE, Program
 from tdfx.passes.transform.graph_module import FactorizedGraphModule
@@ -48,13 +50,19 @@ class Merge(Pass[Merged]):
     name = "merge"
 
     def requires(self, program: Program) -> None:
-        """The model came from a rewrite."""
+        """The model came from a rewrite, and its factors are what the rewrite made, with other values at most."""
         module = program.module
         if not any(PLAN_ATTRIBUTE in part.__dict__ or isinstance(part, Factorized) for part in module.modules()):
             raise MergeError(
                 f"{type(module).__name__} holds no factorized layer and no record of a rewrite, so there is nothing to "
                 f"merge. Pass the model that tdfx.rewrite returned."
             )
+        for path, layer in module.named_modules():
+            if isinstance(layer, Factorized) and (alteration := alteration_of(layer)):
+                raise MergeError(
+                    f"The factors of {path or 'the model'!r} are not as rewrite made them, so their product would not be "
+                    f"what the layer computes: {alteration}"
+                )
 
     @torch.no_grad()
     def run(self, program: Program) -> Merged:
@@ -81,7 +89,7 @@ class Merge(Pass[Merged]):
         """No factor is left, and the keys are the original's, in the original's order."""
         merged = result.program.module
         self.check(not any(isinstance(part, Factorized) for part in merged.modules()), "no factorized layer is left")
-        names = [name for name, _ in merged.named_parameters(remove_duplicate=False)]
+        names = [name for name, _ in parameters_by_path(merged, remove_duplicate=False)]
         expected = list(_merged_names(before.module))
         self.check(names == expected, "parameters have the original names, in the original order")
         self.check(not isinstance(merged, FactorizedGraphModule), "the class is the original's")

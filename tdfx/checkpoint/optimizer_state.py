@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from tdfx.checkpoint.record import Record, dense_names
 from tdfx.errors import CheckpointError
+from tdfx.layers.paths import parameters_by_path
 from tdfx.optim.masters import Masters
 
 
@@ -37,7 +38,7 @@ def load_masters(
             f"The checkpoint holds masters of {len(saved_names)} of the dense model's parameters, and {len(passed_names)} "
             f"were passed: {name!r} has a master only {where}. Pass masters= for the same parameters as to tdfx.save."
         )
-    parameters = dict(loaded.named_parameters())
+    parameters = dict(parameters_by_path(loaded))
 
     def master(value: Tensor, parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(torch.empty_like(value, device=parameter.device).copy_(value), parameter.requires_grad)

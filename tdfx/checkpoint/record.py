@@ -18,6 +18,8 @@ from tdfx.errors import CheckpointError
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.frozen import frozen_indices
 from tdfx.layers.parameter import FactorizedParameter
+from tdfx.layers.paths import parameters_by_path
+from tdfx.optim.inner import with_inner
 from tdfx.optim.masters import as_masters
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.program import PLAN_ATTRIBUTE
@@ -106,7 +108,8 @@ def state(
         "tied": tied_names(inner),
         "masters": {name: as_plain(master, f"the master of {name!r}") for name, master in named_masters.items()},
         "optimizers": [
-            _optimizer_record(each, inner, named_masters, index) for index, each in enumerate(as_optimizers(optimizer))
+            _optimizer_record(each, inner, named_masters, index)
+            for index, each in enumerate(with_inner(as_optimizers(optimizer)))
         ],
         "extra": as_plain(extra, "extra"),
     }
@@ -152,15 +155,18 @@ def check_record(record: Any) -> Record:
 def tied_names(model: nn.Module) -> list[list[str]]:
     """Return, for each parameter that the model holds under several names, these names."""
     names: defaultdict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters_by_path(model, remove_duplicate=False):
         names[id(parameter)].append(name)
     return sorted(sorted(group) for group in names.values() if len(group) > 1)
 
 
-def dense_names(model: nn.Module) -> dict[str, str]:
-    """Return name of a factor's parameter -> name of the dense parameter that it stands for."""
+def dense_names(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, str]:
+    """Return name of a factor's parameter -> name of the dense parameter that it stands for.
+
+    A layer that the model holds more than once counts under its first path, or under all with ``remove_duplicate=False``.
+    """
     names: dict[str, str] = {}
-    for path, layer in model.named_modules():
+    for path, layer in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(layer, Factorized):
             prefix = f"{path}." if path else ""
             weight = path if isinstance(layer, FactorizedParameter) else f"{prefix}{layer.kind.weight}"
@@ -203,7 +209,7 @@ def _frozen(model: nn.Module) -> list[str]:
     layers = [layer for layer in model.modules() if isinstance(layer, Factorized)]
     scheduled = {id(layer.weights[index]) for layer in layers for index in frozen_indices(layer)}
     trains = {
-        name: parameter.requires_grad or id(parameter) in scheduled for name, parameter in model.named_parameters()
+        name: parameter.requires_grad or id(parameter) in scheduled for name, parameter in parameters_by_path(model)
     }
     return [name for name, trains_now in trains.items() if not trains_now]
 
@@ -226,7 +232,7 @@ def _optimizer_record(
     optimizer: Optimizer, model: nn.Module, masters: Mapping[str, Tensor], index: int
 ) -> dict[str, Any]:
     """Return groups and state by parameter names; a master has its parameter's name, a foreign parameter has None."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in parameters_by_path(model)}
     names |= {id(master): name for name, master in masters.items()}
     if not any(id(parameter) in names for group in optimizer.param_groups for parameter in group["params"]):
         raise CheckpointError(

@@ -17,6 +17,8 @@ from tdfx.checkpoint.optimizer_state import load_masters, prepare_optimizers
 from tdfx.checkpoint.record import Record, check_record, dense_names, read, tied_names
 from tdfx.errors import CheckpointError, TdfxError, nearest
 from tdfx.layers.copying import rebind, structural_copy
+from tdfx.layers.paths import parameters_by_path
+from tdfx.optim.inner import check_holders, with_inner
 from tdfx.optim.masters import as_masters
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.pipeline import find_sites, rewrite_by, use_plan
@@ -63,7 +65,7 @@ def load(
         See ``tdfx.save``.
     """
     record = check_record(path) if isinstance(path, dict) else read(path)
-    optimizers = as_optimizers(optimizer)
+    optimizers = with_inner(as_optimizers(optimizer))
     if optimizers and not isinstance(build_model, nn.Module):
         raise CheckpointError(
             "With optimizer=, build_model must be the dense model whose parameters it holds, not a function that builds "
@@ -77,9 +79,10 @@ def load(
     with torch.no_grad():
         _load_tensors(model, record, None if map_location is None else torch.device(map_location))
     loaded_masters = load_masters(dense_masters, record, dense, model, needed=bool(dense_masters or optimizers))
-    trained_before = {**dict(dense.named_parameters()), **dense_masters.by_name(dense)}
-    trained_after = {**dict(model.named_parameters()), **loaded_masters}
+    trained_before = {**dict(parameters_by_path(dense)), **dense_masters.by_name(dense)}
+    trained_after = {**dict(parameters_by_path(model)), **loaded_masters}
     dense_of = dense_names(model)
+    check_holders(optimizers, {f"the parameter {name!r}": (tensor,) for name, tensor in trained_before.items()})
     commit = prepare_optimizers(optimizers, record, trained_before, trained_after, dense_of)
     result = wrapped.wrap(model)
     commit()
@@ -196,14 +199,24 @@ def _check_tensors(model: nn.Module, record: Record) -> None:
         )
 
 
+def _state_dict_keys(model: nn.Module) -> dict[int, str]:
+    """Return the key of each tensor in the state_dict, by identity: a hook may have changed it from the tensor's path."""
+    try:
+        tensors = model.state_dict(keep_vars=True)
+    except TypeError:  # a user's own state_dict, which does not take the argument
+        return {}
+    return {id(tensor): key for key, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
 def _load_tensors(model: nn.Module, record: Record, device: torch.device | None) -> None:
     """Give the model new tensors with the saved dtypes and memory formats, and load the saved values as torch does."""
     saved, frozen = record["tensors"], set(record["frozen"])
+    keys = _state_dict_keys(model)
 
     def new_tensor(name: str, tensor: Tensor) -> Tensor:
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             return copy.deepcopy(tensor)
-        values = saved.get(name)
+        values = saved.get(keys.get(id(tensor), name))
         if isinstance(values, Tensor):
             new = torch.empty_like(values, device=device or (values.device if tensor.is_meta else tensor.device))
         elif tensor.is_meta:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _WrappedHook
 from torch.utils.hooks import RemovableHandle
 
 from tdfx.layers.placement import placeholder
@@ -117,9 +118,15 @@ def shell_of(module: ModuleT) -> ModuleT:
 
 
 def copy_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Give one module the call hooks of another, in place of its own."""
+    """Give one module the hooks of another: those of calls in place of its own, those of saving and loading besides them.
+
+    A hook that is given its module, or is a method of it, gets the target.
+    """
+    translate = _Translator({id(source): target})
     for name in HOOKS:
-        target.__dict__[name] = copy.copy(source.__dict__[name])
+        target.__dict__[name] = translate(source.__dict__[name])
+    for name in STATE_DICT_HOOKS:
+        target.__dict__[name].update(translate(source.__dict__[name]))
 
 
 def _modules_to_copy(model: nn.Module, replace: Mapping[nn.Module, nn.Module]) -> Iterator[nn.Module]:
@@ -165,6 +172,10 @@ class _Translator:
             return self._function(value)
         if isinstance(value, RemovableHandle):
             return self._handle(value)
+        if isinstance(value, weakref.ref):
+            return self._weak_reference(value)
+        if isinstance(value, _WrappedHook):
+            return self._module_hook(value)
         if not isinstance(value, (dict, list, tuple, set, frozenset, deque, functools.partial)):
             return value
         if id(value) not in self.copies:
@@ -196,6 +207,18 @@ class _Translator:
         )
         twin.extra_dict_ref = tuple(extra)
         return twin
+
+    def _weak_reference(self, reference: weakref.ref[Any]) -> weakref.ref[Any]:
+        """Return a weak reference to the twin, where it refers to a module or to a module's bound method."""
+        target = reference()
+        if isinstance(reference, weakref.WeakMethod):
+            return reference if (method := self(target)) is target else weakref.WeakMethod(method)
+        return weakref.ref(self.twins[id(target)]) if id(target) in self.twins else reference
+
+    def _module_hook(self, hook: _WrappedHook) -> _WrappedHook:
+        """Return a hook that passes the twin to the user's function: torch wraps hooks that are given their module."""
+        module = hook.module() if hook.with_module else None
+        return _WrappedHook(self(hook.hook), None if module is None else self(module))
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, functools.partial):

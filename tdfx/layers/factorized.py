@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tdfx.errors import ModelError
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.factors.scheme import Scheme
@@ -18,6 +19,7 @@ from tdfx.kinds.registry import kind_of, operation_of
 from tdfx.kinds.stock import build_layer
 from tdfx.layers.copying import copy_hooks, shell_of, structural_copy
 from tdfx.layers.frozen import FROZEN_FACTORS, frozen_indices
+from tdfx.layers.joined import read_only
 from tdfx.layers.placement import full_precise, is_sharded, shard_like
 
 
@@ -120,7 +122,11 @@ class Factorized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, of the original's shape; it is joined at each reading, so changes to it are lost."""
+        """The dense weight, of the original's shape; it is joined at each reading, so writing to it raises ModelError."""
+        return read_only(self.dense_weight())
+
+    def dense_weight(self) -> Tensor:
+        """Return the dense weight as a plain tensor, for computations that do not write to it."""
         return self.kind.from_dense(self.join(*self.weights))
 
     def join(self, *factors: Tensor) -> Tensor:
@@ -188,6 +194,19 @@ class Factorized(nn.Module):
     def extra_repr(self) -> str:
         """Name the original, the scheme and the ranks."""
         return f"{self.origin.layer}, scheme={self.origin.scheme!r}, ranks={self.origin.ranks}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name != "training" and self._is_of_original(name):
+            raise ModelError(
+                f"{name!r} is an attribute of the {self.kind.name} that these factors replace; the factors would go on as "
+                f"before if it were set here. Set it before the rewrite, or keep the layer: Policy(exclude=...)."
+            )
+        super().__setattr__(name, value)
+
+    def _is_of_original(self, name: str) -> bool:
+        """Return True for the name of an attribute that belongs to the original, and is only read here."""
+        origin = self.__dict__.get("origin")
+        return origin is not None and (name in origin.layer.__dict__ or name in (self.kind.weight, self.kind.bias))
 
     def __getattr__(self, name: str) -> Any:
         try:

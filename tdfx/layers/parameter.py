@@ -32,9 +32,9 @@ class FactorizedParameter(Factorized):
 
     def __init__(self, factors: nn.Sequential, origin: Origin, siblings: Sequence[str] = ()) -> None:
         super().__init__(factors, origin)
-        self.siblings = tuple(siblings)
-        self.shape = weight_of(origin.layer).shape
-        self.layout = (self.operation.groups, self.operation.transposed)
+        shape, layout = weight_of(origin.layer).shape, (self.operation.groups, self.operation.transposed)
+        # Set in __dict__, because code that sets an attribute of a tensor here means the parameter, and gets an error.
+        self.__dict__.update(siblings=tuple(siblings), shape=shape, layout=layout)
 
     def forward(self, input: Tensor, bias: Tensor | None = None, **geometry: Any) -> Tensor:  # type: ignore[override]
         """Compute what the function computes with the dense weight.
@@ -51,7 +51,7 @@ class FactorizedParameter(Factorized):
 
     def _run(self, operation: Operation, x: Tensor, bias: Tensor | None) -> Tensor:
         if (operation.groups, operation.transposed) != self.layout or not self.scheme.fits(operation):
-            return apply_operation(operation, x, self.weight, bias)
+            return apply_operation(operation, x, self.dense_weight(), bias)
         chain = self.scheme.chain(operation, self.origin.ranks)
         *first, (last, last_weight) = zip(chain, self.weights, strict=True)
         for step, weight in first:
@@ -69,8 +69,16 @@ class FactorizedParameter(Factorized):
             operation = call.operation(call.weight.shape)
             if operation is not None:
                 return call.weight._run(operation, *map(_dense, (call.rest["input"], call.rest.get("bias"))))
-        args, named = tree_map(_dense, (args, named))
+        # A function that writes gets the weight that cannot be written to, and raises.
+        dense = _read_only if getattr(func, "__name__", "").endswith("_") or "out" in named else _dense
+        args, named = tree_map(dense, (args, named))
         return func(*args, **named)
+
+    def _is_of_original(self, name: str) -> bool:
+        return hasattr(Tensor, name) or super()._is_of_original(name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.weight[index]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -83,18 +91,22 @@ class FactorizedParameter(Factorized):
 
 def _on_dense(name: str) -> Callable[..., Any]:
     def operator(self: FactorizedParameter, *args: Any) -> Any:
-        return getattr(self.weight, name)(*args)
+        return getattr(self.dense_weight(), name)(*args)
 
     return operator
 
 
 # Python looks operators up on the class, where __getattr__ is not asked.
 _BINARY = ("add", "sub", "mul", "truediv", "pow", "matmul")
-for _name in ("neg", "getitem", "len", *_BINARY, *(f"r{_operator}" for _operator in _BINARY)):
+for _name in ("neg", "len", *_BINARY, *(f"r{_operator}" for _operator in _BINARY)):
     setattr(FactorizedParameter, f"__{_name}__", _on_dense(f"__{_name}__"))
 
 
 def _dense(value: Any) -> Any:
+    return value.dense_weight() if isinstance(value, FactorizedParameter) else value
+
+
+def _read_only(value: Any) -> Any:
     return value.weight if isinstance(value, FactorizedParameter) else value
 
 

@@ -7,7 +7,9 @@ The files in the order of the work, which starts in two public functions:
 From a module to a file:
 
 - ``module_inputs``: example inputs as ``forward`` takes them, and dynamic axes
+- ``plain_forward``: modules that take or give more than tensors, as ones that take and give tensors only
 - ``factor_chains``: which nodes are chains of factors, stored as metadata of the file
+- ``alias_groups``: the names of tensors that the model holds more than once, stored there too
 - ``torch_to_onnx``: torch's exporter
 - ``check_export``: the check that an exported file does what its module does
 
@@ -19,6 +21,7 @@ From a file to a graph:
 
 Comparing two graphs, and two files:
 
+- ``first_names``: the same name on both sides for a tensor that has several
 - ``chain_geometry``, ``contract_chains``: each chain of factors becomes one node, as the layer that it replaces
 - ``compare_interface``: opsets, stored tensors, inputs and outputs
 - ``walk_from_outputs``, ``isomorphism``: the nodes

@@ -9,7 +9,7 @@ from torch import nn
 from tdfx.errors import ExportError, InputError
 from tdfx.onnx_proof.compare_outputs import default_tolerance, measure, run
 from tdfx.onnx_proof.graph_inputs import as_array, to_arrays
-from tdfx.onnx_proof.module_inputs import Axes, ExampleInputs, argument_names, describe_inputs, lengthen
+from tdfx.onnx_proof.module_inputs import Axes, ExampleInputs, describe_inputs, graph_names, input_tensors, lengthen
 from tdfx.onnx_proof.onnx_file import read_file
 from tdfx.onnx_proof.torch_to_onnx import run_module, without_wrappers
 
@@ -55,11 +55,11 @@ def check_export(
 
 def _check_interface(graph: Graph, module: nn.Module, inputs: ExampleInputs, axes: Axes | None) -> None:
     """Raise ExportError unless the graph's inputs have the names of ``forward``'s arguments and the dynamic axes."""
-    names = argument_names(module, inputs)
-    graph_names = [port.name for port in graph.inputs]
-    if names is not None and graph_names != names:
+    names = graph_names(module, inputs)
+    present = [port.name for port in graph.inputs]
+    if names is not None and present != names:
         raise ExportError(
-            f"The exported model takes {graph_names}, and forward takes {names}. Pass only inputs that it uses."
+            f"The exported model takes {present}, and forward takes {names}. Pass only inputs that it uses."
         )
     shapes = {port.name: port.shape for port in graph.inputs}
     for name, sizes in (axes or {}).items():
@@ -74,7 +74,7 @@ def _check_interface(graph: Graph, module: nn.Module, inputs: ExampleInputs, axe
 
 def _relative_error(path: Path, graph: Graph, module: nn.Module, inputs: ExampleInputs) -> float:
     expected = [as_array(tensor) for tensor in run_module(module, inputs)]
-    arrays = to_arrays(inputs, graph.inputs)
+    arrays = to_arrays(input_tensors(inputs), graph.inputs)
     try:
         outputs = run(path, arrays)
     except Exception as error:  # the errors of onnxruntime have no other common base class

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from tdfx.onnx_proof.compare_interface import input_difference, output_difference, stored_difference
 from tdfx.onnx_proof.contract_chains import ContractionError, contract, describe_contractions, differing_chains
 from tdfx.onnx_proof.first_difference import Difference, first_difference
+from tdfx.onnx_proof.first_names import with_first_names
 from tdfx.onnx_proof.graph import Graph, read_graph
 from tdfx.onnx_proof.isomorphism import isomorphic
 from tdfx.onnx_proof.walk_from_outputs import walk
@@ -70,6 +71,7 @@ def compare_graphs(model: Graph, reference: Graph, output_names: bool = True) ->
 
 def compare_factorized(model: Graph, reference: Graph) -> FactorizedComparison:
     """Compare two graphs after contracting the chains of factors that only one of them has."""
+    model, reference = with_first_names((model, reference))
     chains = differing_chains(model.chains, reference.chains)
     if not chains:
         return FactorizedComparison(compare_graphs(model, reference), (model, reference))

@@ -17,6 +17,7 @@ from onnx import ModelProto, TensorProto, external_data_helper, numpy_helper
 
 from tdfx.onnx_proof.compare_interface import type_difference
 from tdfx.onnx_proof.graph_inputs import Array, random_inputs, to_arrays
+from tdfx.onnx_proof.module_inputs import input_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +77,7 @@ def compare_numbers(paths: tuple[Path, Path], graphs: tuple[Graph, Graph], input
         conflict = _conflict(kind, getattr(model, f"{kind}s"), getattr(reference, f"{kind}s"))
         if conflict is not None:
             return Numbers(math.nan, conflict)
-    arrays = random_inputs(model) if inputs is None else to_arrays(inputs, model.inputs)
+    arrays = random_inputs(model) if inputs is None else to_arrays(input_tensors(inputs), model.inputs)
     results = []
     for role, path in zip(("model", "reference"), paths, strict=True):
         try:

@@ -54,6 +54,8 @@ class _SiteTensors:
     chain: Chain
     weights: tuple[str, ...]
     bias: str | None
+    pads: bool
+    """True if an operation of its own pads the input before the first product."""
 
 
 def differing_chains(chains: Iterable[Chain], others: Iterable[Chain]) -> tuple[Chain, ...]:
@@ -74,9 +76,10 @@ def contract(graph: Graph, chains: Iterable[Chain]) -> tuple[Graph, Sizes]:
     for chain in chains:
         own = factorized.get(chain.site)
         if own is not None:
-            contraction.contract_site(_SiteTensors(own, own.factors, own.factor_bias))
+            pads = own.pads if own.first_pads is None else own.first_pads
+            contraction.contract_site(_SiteTensors(own, own.factors, own.factor_bias, pads))
         else:
-            contraction.contract_site(_SiteTensors(chain, (chain.weight,), chain.bias))
+            contraction.contract_site(_SiteTensors(chain, (chain.weight,), chain.bias, chain.pads))
     return contraction.result()
 
 
@@ -95,6 +98,8 @@ class _Contraction:
         """Index of the last node that was contracted -> the node in its place."""
         self.initializers = dict(graph.initializers)
         self.sizes: Sizes = {}
+        self.renamed: dict[str, str] = {}
+        """Name of a bias in the graph -> its name in the dense model; a layer that is no site may share it."""
 
     def contract_site(self, site: _SiteTensors) -> None:
         """Contract one site wherever it is computed; a site that only training computes is nowhere in the graph."""
@@ -148,7 +153,7 @@ class _Contraction:
             bias_first = node.op == "Add" and node.inputs[0] == site.bias
             producer = self.graph.producer(node.inputs[1 if bias_first else 0])
             if remaining == 0:
-                if site.chain.pads and producer is not None and self.graph.nodes[producer].op == "Pad":
+                if site.pads and producer is not None and self.graph.nodes[producer].op == "Pad":
                     path.append(producer)
                 return path[::-1]
             if producer is None:
@@ -217,18 +222,22 @@ class _Contraction:
             self.initializers[site.chain.weight] = Initializer(site.chain.weight, first.dtype, shape, None, False)
         if bias is not None and site.chain.bias is not None:
             self.initializers[site.chain.bias] = replace(bias, name=site.chain.bias)
+            self.renamed[bias.name] = site.chain.bias
 
     def result(self) -> tuple[Graph, Sizes]:
         """Return the contracted graph, without nodes and tensors that only removed nodes read."""
         removed = self._with_dead()
         kept = (index for index in range(len(self.graph.nodes)) if index in self.contracted or index not in removed)
-        nodes = tuple(self.contracted.get(index, self.graph.nodes[index]) for index in kept)
+        nodes = tuple(self._renamed(self.contracted.get(index, self.graph.nodes[index])) for index in kept)
         # Whether tensors that nothing reads are exported depends on whether the model is a graph already.
         read = {name for node in nodes for name in node.inputs} | self.outputs
         initializers = {name: tensor for name, tensor in self.initializers.items() if name in read}
         sources = sources_of(self.graph.inputs, initializers, nodes, self.graph.outputs)
         graph = replace(self.graph, nodes=nodes, initializers=initializers, sources=sources, chains=())
         return graph, self.sizes
+
+    def _renamed(self, node: Node) -> Node:
+        return replace(node, inputs=tuple(self.renamed.get(name, name) for name in node.inputs))
 
     def _with_dead(self) -> set[int]:
         """Return the removed nodes, and the nodes whose last readers were removed."""

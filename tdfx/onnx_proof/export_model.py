@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ def export(
     model: nn.Module,
     path: str | Path,
     *,
-    example_inputs: Sequence[Tensor] | Tensor | Mapping[str, Tensor],
+    example_inputs: Sequence[Any] | Tensor | Mapping[str, Any],
     dynamic_axes: Axes | None = None,
     output_names: Sequence[str] | None = None,
     optimize: bool = False,
@@ -51,7 +51,8 @@ def export(
     Args:
         model: any module; ``torch.compile`` and DistributedDataParallel around it are removed.
         path: the file to write.
-        example_inputs: a tensor, a tuple of positional arguments, or a mapping by argument name.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping by argument name. Tensors may be in lists
+            and dicts, which become inputs such as ``batch_mask``; numbers, None and text are constants of the file.
         dynamic_axes: axes of variable size: argument -> axis -> name, as ``{"x": {0: "batch"}}``. All other axes keep the
             sizes of the example inputs.
         output_names: names for the outputs, in order; by default the exporter chooses names.

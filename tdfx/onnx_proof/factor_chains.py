@@ -10,6 +10,7 @@ from torch import nn
 
 from tdfx.checks import read_record
 from tdfx.errors import ExportError
+from tdfx.factors.operation import Operation
 from tdfx.layers.factorized import Factorized, weight_of
 from tdfx.layers.parameter import FactorizedParameter
 
@@ -41,6 +42,8 @@ class Chain:
     """True if the dense weight is laid out as the factors' weights are."""
     exact: bool
     """True at full rank, where the chain can represent any weight."""
+    first_pads: bool | None = None
+    """True if the first factor pads by a separate operation; None, from earlier versions, if ``pads`` says so."""
 
     def __post_init__(self) -> None:
         if not self.factors:
@@ -71,10 +74,19 @@ def _chain(path: str, layer: Factorized) -> Chain:
         shape=tuple(weight_of(layer.origin.layer).shape),
         factor_bias=f"{prefix}factors.{last}.bias" if has_bias else None,
         bias=f"{prefix}{kind.bias}" if has_bias else None,
-        pads=operation.padding_mode != "zeros" or isinstance(operation.padding, str),
+        pads=_pads_separately(operation),
+        first_pads=_pads_separately(layer.scheme.chain(operation, layer.origin.ranks)[0]),
         oriented=is_parameter or operation.dims > 0 or isinstance(layer.origin.layer, nn.Linear),
         exact=all(rank >= full for rank, full in zip(layer.origin.ranks, full_ranks, strict=True)),
     )
+
+
+def _pads_separately(operation: Operation) -> bool:
+    """Return True if torch pads the input by an operation of its own: other values than zeros, or unequal sides."""
+    if operation.padding_mode != "zeros":
+        return True
+    reaches = (dilation * (taps - 1) for dilation, taps in zip(operation.dilation, operation.kernel, strict=True))
+    return operation.padding == "same" and any(reach % 2 for reach in reaches)
 
 
 def to_metadata(chains: tuple[Chain, ...]) -> str:

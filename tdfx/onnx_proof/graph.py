@@ -14,6 +14,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, inliner
 
 from tdfx.errors import ExportError
+from tdfx.onnx_proof.alias_groups import Groups, aliases_in
 from tdfx.onnx_proof.factor_chains import Chain, chains_in
 from tdfx.onnx_proof.value_text import Attribute, attributes_of, dtype_name, tensor_text
 
@@ -94,6 +95,8 @@ class Graph:
     """Value name -> where the value comes from."""
     chains: tuple[Chain, ...] = ()
     """The factorized sites that the file lists."""
+    aliases: Groups = ()
+    """The names of tensors that the model holds more than once, as the file lists them."""
 
     def producer(self, name: str) -> int | None:
         """Return the index of the node that computes a value; None for inputs, stored tensors and ``""``."""
@@ -111,7 +114,7 @@ class Graph:
 
 def read_graph(model: ModelProto) -> Graph:
     """Return the graph of ``model``, with model-local functions inlined; raise ExportError if it is not valid."""
-    chains = chains_in(model)
+    chains, aliases = chains_in(model), aliases_in(model)
     if model.functions:
         model = inliner.inline_local_functions(model)
     nodes = tuple(_read_node(node, index) for index, node in enumerate(model.graph.node))
@@ -122,7 +125,7 @@ def read_graph(model: ModelProto) -> Graph:
     outputs = tuple(_read_port(value, symbols) for value in model.graph.output)
     opsets = {_domain(opset.domain): opset.version for opset in model.opset_import}
     sources = sources_of(inputs, initializers, nodes, outputs)
-    return Graph(opsets, inputs, outputs, initializers, nodes, sources, chains)
+    return Graph(opsets, inputs, outputs, initializers, nodes, sources, chains, aliases)
 
 
 def compared_by_value(tensor: TensorProto) -> bool:

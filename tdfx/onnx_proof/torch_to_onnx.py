@@ -14,10 +14,24 @@ from onnxscript.function_libs.torch_lib.ops.core import aten_conv3d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.onnx import ONNXProgram
+from torch.utils._pytree import tree_leaves
 
 from tdfx.errors import ExportError, InputError, first_line
+from tdfx.onnx_proof import alias_groups
+from tdfx.onnx_proof.alias_groups import aliases_of
 from tdfx.onnx_proof.factor_chains import METADATA_KEY, chains_of, to_metadata
-from tdfx.onnx_proof.module_inputs import Axes, ExampleInputs, Outputs, call_arguments, describe_inputs, dynamic_shapes
+from tdfx.onnx_proof.module_inputs import (
+    Axes,
+    ExampleInputs,
+    Outputs,
+    call_arguments,
+    describe_inputs,
+    dynamic_shapes,
+    graph_names,
+    is_plain,
+)
+from tdfx.onnx_proof.plain_forward import PlainForward, gives_tensors_only, output_tensors
+from tdfx.passes.analysis.sandbox import scratch_copy
 from tdfx.wrappers.compiled import is_wrapped
 
 if TYPE_CHECKING:
@@ -48,23 +62,29 @@ def build_program(
     """
     module = without_wrappers(module)
     arguments, named = call_arguments(module, inputs)
-    shapes = dynamic_shapes(module, inputs, dynamic_axes)
+    shapes: Any = dynamic_shapes(module, inputs, dynamic_axes)
+    exported, input_names = module, None
+    if not is_plain(inputs) or not gives_tensors_only(_outputs_of(scratch_copy(module, training=False), inputs)):
+        exported, input_names = PlainForward(module, arguments, named), graph_names(module, inputs)
+        arguments, named = tuple(leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, torch.Tensor)), {}
+        shapes = None if shapes is None else {"tensors": tuple(shapes.values())}
     output = io.StringIO()
     try:
         with (
-            eval_mode(module),
+            eval_mode(exported),
             warnings.catch_warnings(action="ignore"),
             redirect_stdout(output),
             redirect_stderr(output),
         ):
             program = torch.onnx.export(
-                module,
+                exported,
                 arguments,
                 kwargs=named,
                 dynamo=True,
                 optimize=optimize,
                 verbose=False,
                 dynamic_shapes=shapes,
+                input_names=input_names,
                 output_names=output_names,
                 custom_translation_table={torch.ops.aten.conv3d.default: _conv3d},
             )
@@ -78,6 +98,11 @@ def build_program(
             f"Make the model exportable, or verify its exportable parts one by one."
         ) from error
     assert program is not None
+    if exported is not module:
+        for name, value in list(program.model.graph.initializers.items()):
+            value.name = name.removeprefix(PlainForward.PREFIX)
+    if groups := aliases_of(module):
+        program.model.metadata_props[alias_groups.METADATA_KEY] = alias_groups.to_metadata(groups)
     if chains := chains_of(module):
         program.model.metadata_props[METADATA_KEY] = to_metadata(chains)
     return program
@@ -86,21 +111,22 @@ def build_program(
 def run_module(module: nn.Module, inputs: ExampleInputs) -> Outputs:
     """Return the tensors that ``module`` outputs in eval mode, in the order of an export.
 
-    Raises InputError if the module does not accept the inputs.
+    Raises InputError if the module does not accept the inputs, and ExportError if it gives objects without tensors.
     """
-    module = without_wrappers(module)
+    return output_tensors(_outputs_of(without_wrappers(module), inputs))
+
+
+def _outputs_of(module: nn.Module, inputs: ExampleInputs) -> Any:
     arguments, named = call_arguments(module, inputs)
     try:
         with eval_mode(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            outputs = module(*arguments, **named)
+            return module(*arguments, **named)
     except Exception as error:  # whatever the model raises, these inputs cause it
         raise InputError(
             f"{type(module).__name__} does not accept the example inputs {describe_inputs(inputs)}: "
             f"{type(error).__name__}: {first_line(error)}. Pass example_inputs (--input on the command line) with the "
             f"shapes, dtypes and device that its forward takes."
         ) from error
-    leaves = torch.utils._pytree.tree_leaves(outputs)
-    return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def without_wrappers(module: nn.Module) -> nn.Module:

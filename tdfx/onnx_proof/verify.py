@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ Model = nn.Module | str | Path
 def verify(
     model: Model,
     reference: Model,
-    example_inputs: Sequence[Tensor] | Tensor | Mapping[str, Tensor] | None = None,
+    example_inputs: Sequence[Any] | Tensor | Mapping[str, Any] | None = None,
     *,
     tolerance: float | None = None,
     dynamic_axes: Axes | None = None,
@@ -46,8 +46,9 @@ def verify(
     Args:
         model: a module, or the path of an ONNX file.
         reference: what the model should be equal to, likewise.
-        example_inputs: inputs of both models: a tensor, a tuple of positional arguments, or a mapping by argument name. For
-            two files they may be left out: the inputs are then random, the same each time, with 2 for dynamic axes.
+        example_inputs: inputs of both models: a tensor, a tuple of positional arguments, or a mapping by argument name, in
+            which tensors may be in lists and dicts, beside numbers and None. For two files they may be left out: the inputs
+            are then random, the same each time, with 2 for dynamic axes.
         tolerance: largest relative error to accept, at least 0. By default ``16 * eps * sqrt(depth)``, with the eps of
             the coarsest floating-point type in the model's graph and the number of nodes on its longest path.
         dynamic_axes: for modules, axes to export as dynamic: argument -> axis -> name, as ``{"x": {0: "batch"}}``.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tdfx.distributed.processes import Processes
 from tdfx.errors import ModelError
 from tdfx.layers.factorized import kernel_factor, new_parameter
+from tdfx.layers.paths import parameters_by_path
 from tdfx.layers.placement import full_precise
 from tdfx.optim.carriers import carry
 from tdfx.optim.surgery import Exchange
@@ -98,4 +99,4 @@ def as_average(holder: Any, model: nn.Module) -> Average:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a model by name; shared ones by each of their names."""
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    return dict([*parameters_by_path(model, remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ from tdfx.errors import TdfxWarning
 from tdfx.layers.placement import full_precise, shard_like, user_attributes
 from tdfx.optim.averages import Average, as_average, as_holders
 from tdfx.optim.carriers import carry
+from tdfx.optim.copies import untrained_copies
+from tdfx.optim.inner import check_holders, with_inner
 from tdfx.optim.masters import Masters, as_masters
-from tdfx.optim.surgery import Exchange, as_optimizers, check_groups, prepare_surgery
+from tdfx.optim.surgery import Exchange, as_optimizers, check_groups, check_states, prepare_surgery
 from tdfx.wrappers.unwrap import Unwrapped
 
 
@@ -37,7 +39,7 @@ class Companions:
             ModelError: An average belongs to another model, or the processes pass different arguments.
             OptimizerError: An optimizer cannot be carried over, or the masters do not go with the model.
         """
-        optimizers, holders = as_optimizers(optimizer), as_holders(averaged)
+        optimizers, holders = with_inner(as_optimizers(optimizer)), as_holders(averaged)
         checked_masters = as_masters(masters, unwrapped.model, shards=unwrapped.shards)
         # Before the averages are unwrapped, which the processes may have to do together.
         unwrapped.processes.check_same(
@@ -56,15 +58,19 @@ class Companions:
             rewritten: The model after the rewrite or merge; where there are masters, it holds these.
             exchanges: The parameters that left the model and those that replace them.
             values: Whether the new parameters have values.
-            warn: Whether to warn of hooks that are lost and of an optimizer that is missing.
+            warn: Whether to warn of an optimizer that is missing, and of copies that the model keeps of its weights.
 
         Returns:
             A function that makes all changes and returns the model in the wrappers of the old one. It cannot fail.
         """
         sides = self.masters.both_sides(exchanges, self.optimizers)
-        if warn:
-            _warn_of_losses(sides.model, has_optimizers=bool(self.optimizers))
         check_groups(self.optimizers, sides.optimizer)
+        check_holders(
+            self.optimizers, {f"the weight of site {exchange.site!r}": exchange.old for exchange in sides.optimizer}
+        )
+        check_states(self.optimizers, sides.optimizer)
+        for text in self._losses(sides.model, rewrites=warn):
+            warnings.warn(text, TdfxWarning, stacklevel=4)
         processes = self.unwrapped.processes
         processes.raise_pending()
         surgery = prepare_surgery(self.optimizers, sides.optimizer)
@@ -85,25 +91,34 @@ class Companions:
 
         return commit
 
-
-def _warn_of_losses(exchanges: Sequence[Exchange], has_optimizers: bool) -> None:
-    """Warn of weights with hooks or attributes of the user's, and of trained weights without an optimizer."""
-    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    texts = [
-        f"The weight of site {exchange.site!r} has hooks or attributes of its own, which its factors do not get. Keep "
-        f"the site, exclude=({exchange.site!r},), or attach them anew."
-        for exchange in exchanges
-        if any(user_attributes(weight) or any(getattr(weight, name, None) for name in hooks) for weight in exchange.old)
-    ]
-    trained = [exchange.site for exchange in exchanges if any(weight.grad is not None for weight in exchange.old)]
-    if trained and not has_optimizers:
-        texts.append(
-            f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients, {trained[0]!r} "
-            f"first: the optimizer that trains them would go on with the old weights and never see the factors. Pass "
-            f"optimizer=..., or make a new optimizer from the returned model's parameters."
-        )
-    for text in texts:
-        warnings.warn(text, TdfxWarning, stacklevel=4)
+    def _losses(self, exchanges: Sequence[Exchange], *, rewrites: bool) -> Iterator[str]:
+        """Yield a warning for each thing that does not go along: hooks of parameters; at a rewrite, optimizer and copies."""
+        hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+        for exchange in exchanges:
+            hooked = any(getattr(weight, name, None) for name in hooks for weight in exchange.old)
+            if hooked or any(map(user_attributes, exchange.old)):
+                whose, what = ("The weight", "its factors do") if rewrites else ("A factor", "the merged weight does")
+                keep = f"Keep the site, exclude=({exchange.site!r},), or attach" if rewrites else "Attach"
+                yield (
+                    f"{whose} of site {exchange.site!r} has hooks or attributes of its own, which {what} not get. {keep} "
+                    f"them anew."
+                )
+        trained = [exchange.site for exchange in exchanges if any(weight.grad is not None for weight in exchange.old)]
+        if rewrites and trained and not self.optimizers:
+            yield (
+                f"No optimizer= was given, but the weights of {len(trained)} rewritten sites have gradients, {trained[0]!r} "
+                f"first: the optimizer that trains them would go on with the old weights and never see the factors. Pass "
+                f"optimizer=..., or make a new optimizer from the returned model's parameters."
+            )
+        dense = {exchange.site: exchange.old[0] for exchange in exchanges if rewrites and len(exchange.old) == 1}
+        if copies := list(untrained_copies(self.unwrapped.model, dense, () if self.masters else self.optimizers)):
+            path, site = copies[0]
+            yield (
+                f"The model holds {len(copies)} copies of weights that will be factorized, and does not train them, as a "
+                f"momentum encoder or a moving average: {path!r} of site {site!r} first. They stay dense, so an update that "
+                f"goes through both side by side would fail or pair the wrong ones. Keep these sites, "
+                f"exclude=({site!r}, ...), or make the copies anew from the returned model."
+            )
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from tdfx.errors import OptimizerError
 from tdfx.layers.copying import structural_copy
 from tdfx.layers.factorized import Factorized, kernel_factor, new_parameter
+from tdfx.layers.paths import parameters_by_path
 from tdfx.optim.pairs import Pair, WritePairs, read_pairs
 from tdfx.optim.surgery import Exchange
 
@@ -48,7 +49,7 @@ class Masters:
 
     def by_name(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the masters by the names of their parameters, apart from parameters that are their own masters."""
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        names = {id(parameter): name for name, parameter in parameters_by_path(model)}
         return {names[id(parameter)]: master for parameter, master in self.pairs if parameter is not master}
 
     def write_loaded(
@@ -63,10 +64,10 @@ class Masters:
             dense_of: Name of a factor's parameter in the loaded model -> the name of the dense parameter.
         """
         own_masters = {id(parameter) for parameter, master in self.pairs if parameter is master}
-        names = {name for name, parameter in model.named_parameters() if id(parameter) in own_masters}
+        names = {name for name, parameter in parameters_by_path(model) if id(parameter) in own_masters}
         pairs = [
             (parameter, loaded.get(name, parameter))
-            for name, parameter in loaded_model.named_parameters()
+            for name, parameter in parameters_by_path(loaded_model)
             if name in loaded or dense_of.get(name, name) in names
         ]
         self.write(pairs)

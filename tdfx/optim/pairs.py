@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdfx.errors import OptimizerError
+from tdfx.layers.paths import parameters_by_path
 
 Pair = tuple[nn.Parameter, Tensor]
 """A parameter of the model and its master."""
@@ -26,7 +27,7 @@ def read_pairs(masters: Any, model: nn.Module) -> tuple[list[Pair], WritePairs]:
         OptimizerError: It is no mapping, list of pairs, or two lists side by side, or it does not go with the model.
     """
     pairs, write = _open_container(masters)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in parameters_by_path(model)}
     for index, (parameter, master) in enumerate(pairs):
         if id(parameter) not in names:
             raise OptimizerError(

@@ -169,6 +169,11 @@ def _format_of(optimizer: Optimizer, state: State) -> StateFormat | None:
     return None if state_format.folded and any(map(is_sharded, state.values())) else state_format
 
 
+def is_known(optimizer: Optimizer, state: State) -> bool:
+    """Return True if the meaning of a state that an optimizer keeps is known."""
+    return _format_of(optimizer, state) is not None
+
+
 def warn_of_lost_state(optimizer: Optimizer, leaving: Sequence[nn.Parameter]) -> None:
     """Warn if parameters that leave have state that is not known, so that those that replace them start afresh."""
     states = [optimizer.state.get(parameter) for parameter in leaving]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -13,7 +13,8 @@ from torch.optim import LBFGS, Optimizer
 
 from tdfx.errors import OptimizerError
 from tdfx.optim.carriers import Carrier
-from tdfx.optim.states import new_states, warn_of_lost_state
+from tdfx.optim.inner import families
+from tdfx.optim.states import is_known, new_states, warn_of_lost_state
 from tdfx.wrappers.unwrap import is_instance_by_name
 
 
@@ -104,11 +105,12 @@ def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchang
     """
     surgery = Surgery()
     for optimizer in optimizers:
-        parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        held = [exchange for exchange in exchanges if id(exchange.old[0]) in parameters]
         for group in optimizer.param_groups:
             # Every exchange, because a bias may be in another optimizer than its weight.
             _exchange_in_group(group, exchanges, surgery)
+    for optimizer in _of_different_states(optimizers):
+        parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = [exchange for exchange in exchanges if id(exchange.old[0]) in parameters]
         for exchange in held:
             states = new_states(optimizer, exchange.old, exchange.new, exchange.carriers)
             surgery.states.append((optimizer, exchange, states))
@@ -120,10 +122,12 @@ def check_groups(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange])
     """Raise OptimizerError unless each exchange's old parameters are in one group of one optimizer, if there is any."""
     if not optimizers:
         return
-    places = defaultdict(list)  # parameter by id -> the groups that hold it, by id
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        for parameter in group["params"]:
-            places[id(parameter)].append(id(group))
+    places = defaultdict(set)  # parameter by id -> the families, optimizers and groups that hold it, by their positions
+    for family, members in enumerate(families(optimizers)):
+        for member, optimizer in enumerate(members):
+            for position, group in enumerate(optimizer.param_groups):
+                for parameter in group["params"]:
+                    places[id(parameter)].add((family, member, position))
     missing = [exchange.site for exchange in exchanges if not {*map(id, exchange.old)} <= places.keys()]
     if missing:
         raise OptimizerError(
@@ -133,18 +137,44 @@ def check_groups(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange])
             f"it holds wider copies of them, such as float32 beside half precision, pass these too: masters=."
         )
     for exchange in exchanges:
-        groups = {group for parameter in exchange.old for group in places[id(parameter)]}
-        holders = max(len(places[id(parameter)]) for parameter in exchange.old)
+        groups = {place for parameter in exchange.old for place in places[id(parameter)]}
+        holders = len({family for family, _, _ in groups})
         if holders > 1:
             raise OptimizerError(
                 f"The weight of site {exchange.site!r} is held by {holders} of the optimizers given, so its state could not "
                 f"be moved to one of them. Give each parameter to one optimizer."
             )
-        if len(groups) > 1:
+        most_groups = max(Counter(place[:2] for place in groups).values())
+        if most_groups > 1:
             raise OptimizerError(
-                f"The factors of site {exchange.site!r} are in {len(groups)} parameter groups, so it is not known to "
+                f"The factors of site {exchange.site!r} are in {most_groups} parameter groups, so it is not known to "
                 f"which of them the merged weight belongs. Put them into one group first."
             )
+
+
+def check_states(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> None:
+    """Raise OptimizerError if an optimizer around others keeps state of the weights that leave, and it is not declared.
+
+    Factors without that state are not enough then: such an optimizer may have made it in its constructor.
+    """
+    for outer, *inner in families(optimizers):
+        readers = [optimizer for optimizer in inner if optimizer.state is outer.state]
+        for exchange in exchanges if inner else ():
+            state = outer.state.get(exchange.old[0])
+            if state and not any(is_known(optimizer, state) for optimizer in (outer, *readers)):
+                entries, name = ", ".join(map(str, state)), type(outer).__name__
+                declared = ", ".join(f"{entry}='iterate'" for entry in state)
+                raise OptimizerError(
+                    f"{name} is an optimizer around {', '.join(type(each).__name__ for each in inner)}, and keeps state of "
+                    f"the weight of site {exchange.site!r} of its own ({entries}), whose meaning is not known. Declare it: "
+                    f"tdfx.register_optimizer({name}, {declared}) for copies or averages of the parameter, and other roles "
+                    f"as its documentation says."
+                )
+
+
+def _of_different_states(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
+    """Return one optimizer for each state: of those that share one, the last, which is the innermost."""
+    return list({id(optimizer.state): optimizer for optimizer in optimizers}.values())
 
 
 def _exchange_in_group(group: dict[str, Any], exchanges: Sequence[Exchange], surgery: Surgery) -> None:

@@ -40,6 +40,11 @@ def unwrap(model: nn.Module) -> Unwrapped:
             "A CUDA graph is being captured, so the computations of a rewrite would be repeated at every replay. Rewrite "
             "before the capture, and capture graphs of the old model anew afterwards: they refer to its weights."
         )
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "This runs inside torch.inference_mode(), where every new tensor is one that can never be trained: factors and "
+            "optimizer state would be such tensors. Leave that block first, or use torch.no_grad() instead."
+        )
     if isinstance(model, InPlaceModule):
         return _unwrap_target(model)
     if is_wrapped(model):
