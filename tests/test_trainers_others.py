@@ -158,7 +158,8 @@ def test_the_best_model_is_loaded_whoever_made_the_model(tmp_path: Path) -> None
 def test_a_run_is_resumed_with_model_init_and_other_epochs(tmp_path: Path) -> None:
     first = hf_trainer(tmp_path, [hf.make_callback()], save_strategy="epoch")
     first.train()
-    for changed in ({}, {"per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 2}):
+    changes: list[dict[str, Any]] = [{}, {"per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 2}]
+    for changed in changes:
         callback = hf.make_callback()
         second = hf_trainer(tmp_path / "again", [callback], **changed)
         second.model_init = hf.bert

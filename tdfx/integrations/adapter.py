@@ -205,7 +205,8 @@ class TrainerAdapter:
                 f"DistributedDataParallel, so they could not switch together. Train with DDP, or in a loop of your own with "
                 f"tdfx.Switch."
             )
-        inputs, averages = self._inputs, None
+        inputs = self._inputs
+        averages: list[Any] | None = None
         if self.switch.due:
             copies = Copies(part.model, part.target)
             averages = self._averages(copies, holders)

@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -182,7 +183,7 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
 
 def _calling_trainer() -> Trainer | None:
     """Return the Trainer that calls a callback, which it does not pass to it; None if it is not found."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, Trainer):
