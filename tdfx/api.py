@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
+from weakref import WeakSet
 
 from torch import nn
 from torch.optim import Optimizer
 
-from tdfx.errors import ModelError, OptimizerError, PolicyError
+from tdfx.errors import ModelError, OptimizerError, PolicyError, TdfxWarning
 from tdfx.optim.companions import Companions
 from tdfx.optim.exchanges import join_exchange, split_exchange
 from tdfx.passes.analysis.moments import Moments
@@ -17,6 +19,7 @@ from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.pipeline import Planned, find_sites, make_plan, merge_back, rewrite_by, use_plan
 from tdfx.passes.planning.spectra import SpectrumCache
 from tdfx.passes.program import Program
+from tdfx.passes.transform.merge import is_rewritten
 from tdfx.passes.transform.rewrite import Init
 from tdfx.passes.transform.statistics import renew_statistics
 from tdfx.plans.plan import Emit, Plan
@@ -200,7 +203,8 @@ def merge(
     The factorized model is left as it was. The returned model shares with it every parameter that is not a factor.
 
     Args:
-        model: A model that ``rewrite`` returned, trained further or not.
+        model: A model that ``rewrite`` returned, trained further or not. A dense model comes back as it is, with a warning
+            unless it was merged already, or a ``Switch`` has decided to keep it.
         optimizer: As for ``rewrite``, if training goes on. Afterwards it holds the parameters of the merged model.
         averaged, masters: As for ``rewrite``. An average is merged from its own factors. Masters are joined, and the model
             gets the rounded weights.
@@ -209,7 +213,7 @@ def merge(
         The merged model, on the same device, in the same mode, with the same dtypes, hooks and buffers.
 
     Raises:
-        MergeError: The model did not come from ``rewrite``.
+        MergeError: The factors are not what ``rewrite`` made.
         ModelError: The model has a wrapper that cannot be taken off, or an average belongs to another model.
         OptimizerError: The optimizer does not hold the factors, or the masters do not go with the model.
 
@@ -223,9 +227,30 @@ def merge(
     unwrapped = unwrap(model)
     with unwrapped.processes.raise_on_all():
         companions = Companions.of(unwrapped, optimizer, averaged, masters)
+        if not is_rewritten(unwrapped.model):
+            if model not in _DENSE and unwrapped.model not in _DENSE:
+                warnings.warn(
+                    f"{type(unwrapped.model).__name__} was never rewritten: it holds no factorized layer and no record of a "
+                    f"rewrite, so it comes back as it is. If it should have been rewritten, see whether the model that "
+                    f"tdfx.rewrite or Switch.step returned is the one that was trained.",
+                    TdfxWarning,
+                    stacklevel=2,
+                )
+            return model
         merged = merge_back(companions.masters.with_masters(unwrapped.model), unwrapped.processes)
         commit = companions.prepare(merged.program.module, [join_exchange(join) for join in merged.joins])
-    return commit()
+    dense = commit()
+    record_dense(dense)
+    return dense
+
+
+_DENSE: WeakSet[nn.Module] = WeakSet()
+"""The models that are known to be dense for a reason: they were merged, or a switch has decided to keep them."""
+
+
+def record_dense(model: nn.Module) -> None:
+    """Record that a model is dense for a reason, so that ``merge`` does not warn."""
+    _DENSE.add(model)
 
 
 def _check_same_arguments(

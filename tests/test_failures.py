@@ -188,12 +188,29 @@ def test_a_rewrite_during_a_cuda_graph_capture_is_refused(monkeypatch: pytest.Mo
         tdfx.rewrite(nn.Linear(4, 4), QUARTER)
 
 
-def test_merging_a_model_that_was_never_rewritten_is_refused() -> None:
+def test_merging_a_model_that_was_never_rewritten_returns_it_with_a_warning() -> None:
     model, optimizer = trained()
     before = snapshot(model, optimizer)
-    with pytest.raises(tdfx.MergeError, match="Sequential holds no factorized layer and no record of a rewrite"):
-        tdfx.merge(model, optimizer=optimizer)
+    with pytest.warns(tdfx.TdfxWarning, match="Sequential was never rewritten: it holds no factorized layer"):
+        assert tdfx.merge(model, optimizer=optimizer) is model
     assert snapshot(model, optimizer) == before
+
+
+def test_merging_what_a_switch_has_kept_or_what_was_merged_says_nothing() -> None:
+    model, optimizer = trained()
+    switch = tdfx.Switch(tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=1e9), when=tdfx.AtStep(1))
+    assert switch.step(model, optimizer=optimizer) is model
+    assert switch.done
+    assert tdfx.merge(model, optimizer=optimizer) is model
+    merged = tdfx.merge(tdfx.rewrite(model, QUARTER))
+    assert tdfx.merge(merged) is merged
+
+
+def test_checking_the_steps_of_a_dense_model_is_refused() -> None:
+    model, _ = trained()
+    plan = tdfx.plan(model, QUARTER)
+    with pytest.raises(tdfx.MergeError, match="Sequential is dense"):
+        tdfx.check_step(replace(plan, sites=()), model, example_inputs=torch.zeros(1))
 
 
 def test_merging_with_the_optimizer_of_another_model_is_refused() -> None:

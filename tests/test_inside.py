@@ -109,7 +109,7 @@ def test_a_missing_part_and_a_single_layer_are_refused() -> None:
     with pytest.raises(tdfx.ModelError, match=r"A Linear cannot become a Factorized.*Name the module that holds it"):
         part.replace_with(rewritten)
     with pytest.raises(tdfx.ModelError, match="a single Linear"):
-        make_adapter().prepare(nn.Linear(4, 4))
+        make_adapter().begin(InPlaceModule(nn.Linear(4, 4)), [], steps_per_epoch=lambda: 1, steps_left=1)
 
 
 def test_a_module_takes_the_form_of_what_is_loaded() -> None:
@@ -125,6 +125,19 @@ def test_a_module_takes_the_form_of_what_is_loaded() -> None:
         follower.load_state_dict({f"net.{key}": value for key, value in model.state_dict().items()}, strict=False)
         assert sites(follower) == count
         assert torch.equal(follower.net(X), model(X))
+
+
+def test_a_hook_of_the_whole_finds_the_part_when_something_is_loaded() -> None:
+    split, holder = Holder(), Holder()
+    replace_in_place(split.net, tdfx.rewrite(split.net, POLICY, emit="modules"))
+    plan = tdfx.plan(Net(), POLICY, emit="modules")
+    del holder.net
+    hook = FollowCheckpoint(lambda: plan, "", lambda module: cast("Holder", module).net)
+    cast("Any", holder).register_load_state_dict_pre_hook(hook)
+    holder.net = cast("Net", torch.compile(Net(), backend="eager"))
+    holder.load_state_dict({key.replace("net.", "net._orig_mod."): value for key, value in split.state_dict().items()})
+    assert sites(holder) == 2
+    assert torch.equal(holder.net(X), split.net(X))
 
 
 def test_a_state_without_a_site_leaves_it_as_it_is() -> None:

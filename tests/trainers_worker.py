@@ -45,7 +45,9 @@ def check_same(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         assert torch.equal(value, state[key]), key
 
 
-def lightning_run(folder: Path, *, epochs: int = 3, ckpt: Path | None = None, save: Path | None = None) -> Any:
+def lightning_run(
+    folder: Path, *, epochs: int = 3, ckpt: Path | None = None, save: Path | None = None, when: Any = None
+) -> Any:
     import lightning.pytorch as pl
     from test_lightning import POLICY, Classifier, loader
 
@@ -57,7 +59,8 @@ def lightning_run(folder: Path, *, epochs: int = 3, ckpt: Path | None = None, sa
             assert trainer.strategy.model.module is pl_module
 
     torch.manual_seed(0)
-    module, callback = Classifier(steps=6), SwitchCallback(POLICY, epoch=1, merge=False, total_steps=None)
+    moment: dict[str, Any] = {"epoch": 1} if when is None else {"when": when}
+    module, callback = Classifier(steps=6), SwitchCallback(POLICY, **moment, merge=False, total_steps=None)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings: dict[str, Any] = {"accelerator": "cpu", "strategy": "ddp", "devices": 2, "enable_checkpointing": False}
     callbacks = [callback, CheckWrapper()]
@@ -83,11 +86,23 @@ def check_lightning_resumes(folder: Path) -> None:
     check_same(resumed, WHOLE["lightning"])
 
 
-def transformers_run(folder: Path, *, resume: Path | None = None, merge: bool = False) -> Any:
+def check_lightning_resumes_while_it_collects(folder: Path) -> None:
+    """The processes have seen other data, and one of them writes the checkpoint from which both go on."""
+    when = tdfx.AtStep(5)
+    lightning_run(folder, epochs=1, save=folder / "collecting.ckpt", when=when)
+    (state,) = torch.load(folder / "collecting.ckpt", weights_only=False)["callbacks"].values()
+    assert state["switch"]["moments"]["units"] == 2
+    runs = [lightning_run(folder, ckpt=folder / "collecting.ckpt", when=when) for _ in range(2)]
+    assert sites(runs[0]) == 3
+    check_bits(runs[0])
+    check_same(runs[1], runs[0].state_dict())
+
+
+def transformers_run(folder: Path, *, resume: Path | None = None, merge: bool = False, **settings: Any) -> Any:
     from test_transformers import bert, make_callback, make_trainer
 
     torch.manual_seed(0)
-    model, callback = bert(), make_callback(merge=merge)
+    model, callback = bert(), make_callback(merge=merge, **settings)
     trainer = make_trainer(folder, model, callback, ddp_find_unused_parameters=False, per_device_train_batch_size=4)
     trainer.train(resume_from_checkpoint=None if resume is None else callback.resume(trainer, resume))
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
@@ -107,6 +122,16 @@ def check_transformers_resumes(folder: Path) -> None:
     """A run that is resumed after the switch ends with the same bits."""
     resumed = transformers_run(folder / "again", resume=folder / "whole" / "checkpoint-8")
     check_same(resumed, WHOLE["transformers"])
+
+
+def check_transformers_resumes_while_it_collects(folder: Path) -> None:
+    """A run that is killed while it collects ends with the same bits."""
+    early: dict[str, Any] = {"epoch": None, "when": tdfx.AtStep(6)}
+    whole = transformers_run(folder / "early", **early)
+    assert sites(whole) > 3
+    state = {key: value.clone() for key, value in whole.state_dict().items()}
+    resumed = transformers_run(folder / "again", resume=folder / "early" / "checkpoint-4", **early)
+    check_same(resumed, state)
 
 
 def check_transformers_merges(folder: Path) -> None:

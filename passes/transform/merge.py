@@ -44,6 +44,11 @@ class Merged(PassResult):
     joins: tuple[Join, ...] = ()
 
 
+def is_rewritten(module: nn.Module) -> bool:
+    """Return True if a module, or a part of it, came from a rewrite."""
+    return any(PLAN_ATTRIBUTE in part.__dict__ or isinstance(part, Factorized) for part in module.modules())
+
+
 class Merge(Pass[Merged]):
     """Join the factors of every factorized layer and give the model its original class back."""
 
@@ -52,7 +57,7 @@ class Merge(Pass[Merged]):
     def requires(self, program: Program) -> None:
         """The model came from a rewrite, and its factors are what the rewrite made, with other values at most."""
         module = program.module
-        if not any(PLAN_ATTRIBUTE in part.__dict__ or isinstance(part, Factorized) for part in module.modules()):
+        if not is_rewritten(module):
             raise MergeError(
                 f"{type(module).__name__} holds no factorized layer and no record of a rewrite, so there is nothing to "
                 f"merge. Pass the model that tdfx.rewrite returned."

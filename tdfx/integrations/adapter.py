@@ -6,33 +6,30 @@ the form of a checkpoint that is loaded, and the state of the switch is saved wi
 
 from __future__ import annotations
 
-import inspect
-import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
-from tdfx.api import merge
-from tdfx.checks import check_whole
-from tdfx.errors import ModelError, PolicyError
+from tdfx.api import merge, record_dense
+from tdfx.errors import ModelError
+from tdfx.integrations.capture import Capture
+from tdfx.integrations.copies import Copies
 from tdfx.integrations.follow import FollowCheckpoint, Names, factorize_like, names_of, restore_order
+from tdfx.integrations.moment import Moment
 from tdfx.kinds.registry import is_candidate
 from tdfx.layers.factorized import Factorized
+from tdfx.optim.averages import as_holders
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Plan
 from tdfx.policies.policy import Policy
 from tdfx.training.methods.step_hooks import groups_by_parameter
 from tdfx.training.switch.switch import Switch
-from tdfx.training.switch.when import AtEpoch, AtStep, When
-from tdfx.wrappers.compiled import inner_module, is_wrapped
+from tdfx.training.switch.when import AtStep, When
 from tdfx.wrappers.in_place import InPlaceModule
 
 
@@ -41,12 +38,15 @@ class TrainerAdapter:
 
     Args:
         policy: What to rewrite and how far; ``tdfx.Policy()`` if left out.
-        when: ``tdfx.AtStep``, ``tdfx.AtEpoch`` or ``tdfx.Settled``, in optimizer steps; or pass ``epoch``.
-        epoch: Epochs before the switch, at least 1.
+        when: ``tdfx.AtStep``, ``tdfx.AtEpoch`` or ``tdfx.Settled``, in optimizer steps. With neither this nor ``epoch``, it
+            is an early step, as ``Switch`` chooses it from the total number of steps, which the trainer knows.
+        epoch: Epochs before the switch, at least 1; in the place of ``when``.
         merge: Whether to merge at the end of training, so that what is saved afterwards has the original keys.
         example_inputs: Inputs of the module, to time its layers; the first batch if left out.
-        options: Other arguments of ``tdfx.Switch``: ``rewarm``, ``recompile_seconds``, ``total_steps`` (the trainer's own
-            number if left out; None to switch even if that takes longer than it saves).
+        averaged: Averages of the model that others keep, as for ``rewrite``, or a function that returns them. Those that the
+            trainer's callbacks keep are found without it.
+        options: Other arguments of ``tdfx.Switch``: ``rewarm``, ``recompile_seconds``, ``collect``, ``total_steps`` (the
+            trainer's own number if left out; None to switch even if that takes longer than it saves).
 
     Raises:
         PolicyError: A setting is out of range.
@@ -54,6 +54,8 @@ class TrainerAdapter:
 
     switch: Switch
     """The switch; ``print(callback.switch)`` shows its decisions."""
+    key = ""
+    """Which part of the model is rewritten, if there are several callbacks."""
     advice = ""
     """What an error tells the user to do if factors are loaded and it is not known how they were split."""
 
@@ -65,27 +67,24 @@ class TrainerAdapter:
         epoch: int | None = None,
         merge: bool = True,
         example_inputs: Inputs | None = None,
+        averaged: Any = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        if (when is None) == (epoch is None):
-            raise PolicyError(
-                f"when={when!r} and epoch={epoch!r}: exactly one of them must say when to switch. Pass for example epoch=3, "
-                f"or when=tdfx.AtStep(500), or when=tdfx.Settled(timeout=20_000)."
-            )
-        if epoch is not None:
-            check_whole("epoch", epoch, "the epochs before the switch", "epoch=3")
         self.merge = merge
         self.merged = False
         self._make_switch: Callable[[When], Switch] = lambda when: Switch(policy, when=when, **options)
-        self._epoch = epoch
+        self._moment = Moment(when, epoch)
         self._takes_total_steps = "total_steps" not in options
-        # The step of an epoch is known only when training begins; any step does to check the settings now.
+        self._total_steps: int | None = options.get("total_steps")
+        # The step is known only when training begins; any step does to check the settings now.
         self.switch = self._make_switch(when or AtStep(1))
-        self._inputs = example_inputs
+        self._inputs, self._averaged = example_inputs, averaged
         self._saved: Mapping[str, Any] | None = None
         self._trained: tuple[nn.Module, Sequence[Optimizer]] | None = None
-        self._capture: _Capture | None = None
+        self._capture: Capture | None = None
+        self._running: tuple[InPlaceModule, Sequence[Optimizer]] | None = None
+        """The module and the optimizers of the training that is under way."""
 
     @property
     def replica(self) -> DistributedDataParallel | None:
@@ -98,29 +97,32 @@ class TrainerAdapter:
         return self.switch.plan if self._saved is None else _plan_of(self._saved)
 
     def prepare(
-        self, module: nn.Module, checkpoint_state: Callable[[], Mapping[str, Any] | None] = lambda: None
+        self,
+        module: nn.Module,
+        checkpoint_state: Callable[[], Mapping[str, Any] | None] = lambda: None,
+        locate: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
-        """Let a module, which must not be a single layer, take the form of each checkpoint that is loaded into it.
+        """Let a module, or the part of it that is rewritten, take the form of each checkpoint that is loaded into it.
 
-        ``checkpoint_state`` returns the callback's state in the checkpoint that is being loaded, if it is known.
+        Args:
+            module: The module, in which the part need not exist yet.
+            checkpoint_state: Returns the callback's state in the checkpoint that is being loaded, if it is known.
+            locate: Returns the part of the module, or of a copy of it; it must not be a single layer.
         """
-        if is_candidate(module) or isinstance(module, Factorized):
-            raise ModelError(
-                f"The module to be rewritten is a single {type(module).__name__}, which a rewrite replaces by a module of "
-                f"another class. Name the module that holds it."
-            )
         self.release(module)
-        cast("Any", module).register_load_state_dict_pre_hook(
-            FollowCheckpoint(lambda: _plan_of(checkpoint_state()) or self.plan, self.advice)
-        )
+        follow = FollowCheckpoint(lambda: _plan_of(checkpoint_state()) or self.plan, self.advice, locate, self.key)
+        cast("Any", module).register_load_state_dict_pre_hook(follow)
 
     def release(self, module: nn.Module) -> None:
-        """Remove all hooks from a module."""
+        """Remove all hooks from a module, also those of an earlier callback for the same part."""
         hooks = module._load_state_dict_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "hook", hook), FollowCheckpoint)]:
-            del hooks[key]
+        for number, hook in [(number, getattr(hook, "hook", hook)) for number, hook in hooks.items()]:
+            if isinstance(hook, FollowCheckpoint) and hook.key == self.key:
+                del hooks[number]
         if self._capture is not None:
             self._capture.remove()
+        self._running = None
+        self.switch.pause()
 
     def factorize_as_saved(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Give a module and its optimizers the form that they had in the loaded state."""
@@ -135,6 +137,7 @@ class TrainerAdapter:
         *,
         steps_per_epoch: Callable[[], int],
         steps_left: int | None,
+        length: int | None = None,
     ) -> None:
         """Begin training, or go on from the loaded state; the states of the optimizers are loaded already.
 
@@ -143,34 +146,55 @@ class TrainerAdapter:
             optimizers: The optimizers that train it.
             steps_per_epoch: Returns how many optimizer steps an epoch has; called only for a switch at an epoch.
             steps_left: Optimizer steps until the training ends; None if the trainer does not know.
+            length: Optimizer steps from which an early step is chosen, where they are known better than ``steps_left``.
+
+        Raises:
+            PolicyError: The state was saved with other settings, or no early step can be chosen.
+            OptimizerError: The optimizers hold other parameters than those of the state.
         """
-        if self._epoch is not None and self.switch.plan is None and not self.switch.done:
-            self.switch = self._make_switch(AtEpoch(self._epoch, steps_per_epoch=steps_per_epoch()))
-        saved, self._saved = self._saved, None
+        check_not_layer(part.target)
+        saved = self._saved if self._saved is not None and _has_begun(self._saved) else None
+        switch = self.switch
+        if saved is not None and not saved["merged"]:
+            state, when = self._moment.resumed(saved["switch"], steps_per_epoch)
+            switch = self._make_switch(when)
+            switch.load_state_dict(state, optimizer=optimizers)
+        elif saved is not None or not self._goes_on(part.model):
+            switch = self._make_switch(self._moment.first(steps_per_epoch, self._total_steps or length or steps_left))
         if saved is not None:
-            self.switch.load_state_dict(saved["switch"], optimizer=optimizers)
-            self.merged = bool(saved["merged"])
             restore_order(optimizers, saved["names"], part.model)
+        self.switch, self.merged = switch, False
+        self._saved = None
         if self._takes_total_steps:
             # The switch counts its own steps, and the trainer may have taken others before or after.
             self.switch.total_steps = None if steps_left is None else self.switch.steps + max(1, steps_left)
         self._trained = part.model, optimizers
-        self._capture = _Capture(part.wrapped_target)
+        self._capture = Capture(part.wrapped_target)
+        self._running = part, optimizers
+        self.switch.begin(part)
+
+    def _goes_on(self, model: nn.Module) -> bool:
+        """Return True if the switch has counted steps of this model, which may be trained several times before a merge."""
+        is_same = self._trained is not None and self._trained[0] is model
+        return is_same and self.switch.steps > 0 and not self.merged
 
     def step(
         self,
         part: InPlaceModule,
         optimizers: Sequence[Optimizer],
         *,
-        averaged: Sequence[Any] = (),
+        holders: Sequence[object] = (),
         autocast: AbstractContextManager[Any] | None = None,
-    ) -> None:
+    ) -> bool:
         """Count an optimizer step of a part, and switch if it is time.
 
         Args:
             part, optimizers: As for ``begin``.
-            averaged: As for ``rewrite``.
+            holders: The objects that may keep averages or other copies of the model, such as the other callbacks.
             autocast: The context in which the model runs and in which its layers are timed.
+
+        Returns:
+            True if it was rewritten.
 
         Raises:
             ModelError: Several processes train it, and it is not in DistributedDataParallel.
@@ -181,19 +205,39 @@ class TrainerAdapter:
                 f"DistributedDataParallel, so they could not switch together. Train with DDP, or in a loop of your own with "
                 f"tdfx.Switch."
             )
-        inputs, averages = self._inputs, list(averaged) or None
+        inputs = self._inputs
+        averages: list[Any] | None = None
+        if self.switch.due:
+            copies = Copies(part.model, part.target)
+            averages = self._averages(copies, holders)
+            copies.warn_of_others(holders, averages)
         if inputs is None and self._capture is not None:
             inputs = self._capture.inputs
         with autocast or nullcontext():
             rewritten = self.switch.step(
                 part, optimizer=optimizers, example_inputs=inputs, emit="modules", averaged=averages
             )
-        if rewritten is not part:
-            part.replace_with(rewritten)
+        if rewritten is part:
+            return False
+        part.replace_with(rewritten)
+        return True
 
-    def end(self, part: InPlaceModule, optimizers: Sequence[Optimizer], *, averaged: Sequence[Any] = ()) -> None:
-        """End training: merge, if that was asked for."""
+    def _averages(self, copies: Copies, holders: Sequence[object]) -> list[Any]:
+        """Return the averages of the module that is rewritten: those that the user passed, and those of others."""
+        passed = self._averaged
+        if callable(passed) and not hasattr(passed, "module"):  # an AveragedModel can be called, too
+            passed = passed()
+        averages = [copies.as_average(average) for average in as_holders(passed)]
+        modules = {id(average.module) for average in averages}
+        return averages + [average for average in copies.averages(holders) if id(average.module) not in modules]
+
+    def end(self, part: InPlaceModule, optimizers: Sequence[Optimizer], *, holders: Sequence[object] = ()) -> None:
+        """End training: merge, if that was asked for; ``holders`` are as for ``step``."""
+        self._running = None
+        self.switch.pause()
         layers = [module for module in part.target.modules() if isinstance(module, Factorized)]
+        if not layers and self.switch.done:
+            record_dense(part.model)
         if not self.merge or not layers:
             # The trainer may have loaded its best checkpoint, with other parameters.
             part.rebuild_reducer()
@@ -201,8 +245,15 @@ class TrainerAdapter:
         held = set().union(*map(groups_by_parameter, optimizers))
         # The optimizers do not hold the factors of a checkpoint that was loaded in the meantime.
         trained = all(id(weight) in held for layer in layers for weight in layer.weights)
-        part.replace_with(merge(part, optimizer=optimizers if trained else None, averaged=list(averaged) or None))
+        averages = self._averages(Copies(part.model, part.target), holders)
+        part.replace_with(merge(part, optimizer=optimizers if trained else None, averaged=averages))
+        record_dense(part.model)
         self.merged = True
+
+    def average(self) -> None:
+        """Average what the processes have collected, before one of them saves it for all; all must call this together."""
+        if self._running is not None and self._running[0].ddp is not None:
+            self.switch.average(self._running[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside model and optimizers, in plain types and tensors."""
@@ -212,62 +263,42 @@ class TrainerAdapter:
         return {"switch": self.switch.state_dict(), "merged": self.merged, "names": names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep a state until training begins; until then it says which form the model has in a checkpoint."""
-        self._saved = state
+        """Keep a state until training begins; until then it says which form the model has in a checkpoint.
+
+        In a training that is under way, as a learning rate finder goes back to its start, it is loaded at once.
+        """
+        if self._running is None:
+            self._saved = state
+            return
+        part, optimizers = self._running
+        self.switch.load_state_dict(state["switch"], optimizer=optimizers)
+        self.merged = bool(state["merged"])
+        self.switch.begin(part)
+
+
+def check_not_layer(module: nn.Module) -> None:
+    """Raise ModelError if a module is a single layer, which cannot be rewritten in place."""
+    if is_candidate(module) or isinstance(module, Factorized):
+        raise ModelError(
+            f"The module to be rewritten is a single {type(module).__name__}, which a rewrite replaces by a module of "
+            f"another class. Name the module that holds it."
+        )
+
+
+def refuse_engine(engine: str) -> None:
+    """Raise ModelError: the model is sharded by an engine whose shards cannot be rewritten."""
+    raise ModelError(
+        f"The training uses {engine}, which keeps the parameters in a form that cannot be rewritten in the middle of it. "
+        f"Train with DDP, or without the callback in a loop of your own with fully_shard (FSDP2) and tdfx.Switch."
+    )
+
+
+def _has_begun(state: Mapping[str, Any]) -> bool:
+    """Return True if a state is that of a training; trainers also save checkpoints before any."""
+    switch = state["switch"]
+    return bool(switch["step"] or switch["done"] or switch["plan"])
 
 
 def _plan_of(state: Mapping[str, Any] | None) -> Plan | None:
     text = None if state is None else state["switch"]["plan"]
     return None if text is None else Plan.from_json(text)
-
-
-def steps_per_epoch(batches: float, accumulated: int) -> int:
-    """Return how many optimizer steps an epoch has; raise ModelError if the number of batches is infinite."""
-    if not math.isfinite(batches):
-        raise ModelError(
-            "The training data has no length, so it is not known how many steps an epoch has. Pass when=tdfx.AtStep(...) in "
-            "place of epoch=."
-        )
-    return math.ceil(batches / accumulated)
-
-
-class _Capture:
-    """A hook that keeps the inputs of the first training step of a module, and the DistributedDataParallel around it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.inputs: Inputs | None = None
-        self.replica: Callable[[], DistributedDataParallel | None] = lambda: None
-        """Returns the DistributedDataParallel in which the module ran, if there is one."""
-        self._module = module
-        # A compiled model must not trace into the hook.
-        self._hook = cast("Any", torch.compiler).disable(self._keep)
-        module.register_forward_pre_hook(self._hook, with_kwargs=True)
-
-    def remove(self) -> None:
-        """Remove the hook; a handle would not find it in a module that was replaced in place."""
-        for key in [key for key, hook in self._module._forward_pre_hooks.items() if hook is self._hook]:
-            del self._module._forward_pre_hooks[key]
-            self._module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Lightning replaces the forward of its module by other methods for a while, whose inputs are not the model's.
-        has_own_forward = is_wrapped(module) or inspect.ismethod(module.forward)
-        if module is not self._module or not module.training or not has_own_forward:
-            return
-        self.remove()
-        active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
-        if active is not None:
-            self.replica = weakref.ref(active)
-        self.inputs = _as_inputs(module, *tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
-
-
-def _as_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """Return arguments as example inputs: positional, or all by name."""
-    if not kwargs:
-        return args
-    bound = inspect.signature(inner_module(module).forward).bind(*args, **kwargs)
-    inputs: dict[str, Any] = {}
-    for key, value in bound.arguments.items():
-        kind = bound.signature.parameters[key].kind
-        inputs.update(value if kind is inspect.Parameter.VAR_KEYWORD else {key: value})
-    return inputs

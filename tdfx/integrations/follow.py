@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from tdfx.api import merge, rewrite
 from tdfx.errors import CheckpointError, OptimizerError
+from tdfx.kinds.registry import find_kind
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.plans.plan import Plan
@@ -31,10 +33,19 @@ class FollowCheckpoint:
     """Returns the plan by which sites may be factorized; None if there is none."""
     advice: str
     """What the user can do if the state holds factors and it is not known how they were split."""
+    locate: Callable[[nn.Module], nn.Module] = lambda module: module
+    """Returns the part of the hooked module, or of a copy of it, that may be factorized."""
+    key: str = ""
+    """Whose hook it is, among several of one module."""
 
     def __call__(self, module: nn.Module, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
         """Read from the keys of the state which sites it holds as factors, and factorize those."""
-        keys = {key.removeprefix(prefix).replace("_orig_mod.", "") for key in state if key.startswith(prefix)}
+        target = self.locate(module)
+        path = next(name for name, part in module.named_modules() if part is target)
+        prefix = (prefix + f"{path}." * bool(path)).replace("_orig_mod.", "")
+        state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+        module = target
+        keys = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
         present = {key.replace("_orig_mod.", "") for key in module.state_dict()}
         factorized = _factorized(module)
         # A site that the state does not hold stays as it is.
@@ -88,12 +99,41 @@ def factorize_like(
     if paths and plan is not None:
         sites = tuple(site for path, site in decisions.items() if path in paths)
         part = replace(plan, sites=sites, emit="modules")
-        changed = rewrite(changed, part, init="empty", optimizer=optimizer or None)
+        with _trainable(changed, paths) as frozen:
+            changed = rewrite(changed, part, init="empty", optimizer=optimizer or None)
+        for path in frozen:
+            for weight in cast("Factorized", changed.get_submodule(path)).weights:
+                weight.requires_grad_(False)
     for name, parameter in changed.named_parameters():
         # Factors that were there before may be missing in what is loaded.
         if name in before and before[name] is not parameter and before[name].shape == parameter.shape:
             parameter.copy_(before[name])
     replace_in_place(module, changed)
+
+
+@contextmanager
+def _trainable(module: nn.Module, paths: Iterable[str]) -> Iterator[list[str]]:
+    """Let the weights of sites require gradients, and yield the sites whose weights are frozen.
+
+    A layer may have been frozen again since it was factorized, and a frozen one would not be factorized.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    weights = {path: parameters.get(path, parameters.get(_weight_path(module, path))) for path in paths}
+    frozen = {path: weight for path, weight in weights.items() if weight is not None and not weight.requires_grad}
+    try:
+        for weight in frozen.values():
+            weight.requires_grad_()
+        yield list(frozen)
+    finally:
+        for weight in frozen.values():
+            weight.requires_grad_(False)
+
+
+def _weight_path(module: nn.Module, path: str) -> str:
+    """Return the path of the weight of a layer; "" if there is no such layer."""
+    layer = dict(module.named_modules()).get(path)
+    kind = None if layer is None else find_kind(layer)
+    return "" if kind is None else f"{path}.{kind.weight}".removeprefix(".")
 
 
 def _factorized(module: nn.Module) -> dict[str, str]:

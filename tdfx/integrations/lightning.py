@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
-from typing import Any
+from contextlib import ExitStack, nullcontext
+from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from tdfx.integrations.adapter import TrainerAdapter, steps_per_epoch
+from tdfx.integrations.adapter import TrainerAdapter, check_not_layer, refuse_engine
+from tdfx.integrations.moment import steps_per_epoch
 from tdfx.policies.policy import Policy
 from tdfx.wrappers.in_place import InPlaceModule
 
@@ -27,24 +29,30 @@ except ImportError:
             "pip install 'tdfx[lightning]'"
         ) from error
 
+_SHARDING = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+"""The strategies of Lightning that shard the model."""
+
 
 class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
     """Factorizes the module of a Lightning ``Trainer`` in the middle of training, and merges it at the end.
 
     The module stays the same object, with its class and methods; only its layers change. Optimizers, schedulers, gradient
     accumulation, precision and DDP stay the Trainer's. To resume from a checkpoint, from before, at or after the switch, put
-    the same callback into the Trainer: the weights become those of a run without interruption. An average that the
-    ``WeightAveraging`` callback keeps, or an ``AveragedModel`` in the module, is rewritten too.
+    the same callback into the Trainer: the weights become those of a run without interruption. An ``AveragedModel`` in the
+    module or in another callback is rewritten too, and so is the average of ``WeightAveraging`` and of
+    ``StochasticWeightAveraging``. The callback goes before those that save the model at the end.
 
     Args:
         policy: What to rewrite and how far; ``tdfx.Policy()`` if left out.
         attribute: Path of the module to rewrite in the ``LightningModule``. If left out, its only child that has parameters;
             or the whole module if there are several, or if the child is a single layer.
-        settings: As for ``TrainerAdapter``: ``when`` or ``epoch``, ``merge``, ``example_inputs``, options of ``Switch``.
+        settings: As for ``TrainerAdapter``: ``when`` or ``epoch``, ``merge``, ``example_inputs``, ``averaged``, options of
+            ``Switch``.
 
     Raises:
-        PolicyError: A setting is out of range.
-        ModelError: At the start of training, if ``attribute`` names no module, or a single layer.
+        PolicyError: A setting is out of range, or no early step can be chosen since the training has no known length.
+        ModelError: At the start of training, if ``attribute`` names no module, or a single layer, or the strategy shards the
+            model.
 
     Example:
         >>> import pytest, tdfx; _ = pytest.importorskip("lightning")
@@ -58,7 +66,9 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
     def __init__(self, policy: Policy | None = None, *, attribute: str | None = None, **settings: Any) -> None:
         super().__init__(policy, **settings)
         self.attribute = attribute
+        self.key = attribute or ""
         self._counted = 0
+        self._eager = ExitStack()
 
     @property
     def state_key(self) -> str:
@@ -67,8 +77,19 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         return key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the module take the form of the checkpoint that will be loaded."""
-        self.prepare(self._part(pl_module).target, lambda: _state_in_checkpoint(trainer, self.state_key))
+        """Let the module, and averages of it, take the form of the checkpoint that will be loaded."""
+        _check_strategy(trainer.strategy)
+        _put_first(trainer)
+        # Layers that configure_model makes do not exist yet.
+        if type(pl_module).configure_model.__module__.partition(".")[0] in {"lightning", "pytorch_lightning"}:
+            check_not_layer(self._part(pl_module).target)
+        modules = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+        for module in [*(each for each in modules if type(each) is type(pl_module)), pl_module]:
+            self.prepare(
+                module,
+                lambda: _state_in_checkpoint(trainer, self.state_key),
+                lambda hooked: self._part(hooked).target,
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on from a checkpoint, or begin."""
@@ -76,27 +97,46 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
             self._trained_part(trainer, pl_module),
             trainer.optimizers,
             steps_per_epoch=lambda: steps_per_epoch(trainer.num_training_batches, trainer.accumulate_grad_batches),
-            steps_left=_steps_left(trainer, pl_module),
+            steps_left=_steps_left(trainer) if pl_module.automatic_optimization else None,
+            length=_steps_left(trainer),
         )
         self._counted = trainer.global_step
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        """Run the steps of a compiled ``LightningModule`` eagerly while moments are collected: it calls no hooks."""
+        if self.switch.collecting and getattr(pl_module, "_compiler_ctx", None) is not None:
+            self._eager.enter_context(cast("Any", torch.compiler.set_stance("force_eager")))
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         """Count an optimizer step if there was one, and switch if it is time."""
+        self._eager.close()
         if trainer.global_step == self._counted:
             return
         self._counted = trainer.global_step
-        part, averages = self._trained_part(trainer, pl_module), self._averages(trainer, pl_module)
         autocast = getattr(trainer.precision_plugin, "autocast_context_manager", nullcontext)()
-        self.step(part, trainer.optimizers, averaged=averages, autocast=autocast)
+        part, holders = self._trained_part(trainer, pl_module), _others(trainer)
+        if self.step(part, trainer.optimizers, holders=holders, autocast=autocast):
+            _rename_in_finetuning(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge."""
-        part = self._trained_part(trainer, pl_module)
-        self.end(part, trainer.optimizers, averaged=self._averages(trainer, pl_module))
+        self.end(self._trained_part(trainer, pl_module), trainer.optimizers, holders=_others(trainer))
+        _rename_in_finetuning(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save what all processes have collected; the first one writes the checkpoint."""
+        if trainer.world_size > 1 and not trainer.interrupted:
+            self.average()
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook on a module whose training has failed."""
+        self._eager.close()
+        self.switch.pause()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks from the module."""
-        self.release(self._part(pl_module).target)
+        self.release(pl_module)
 
     def _part(self, whole: nn.Module) -> InPlaceModule:
         """Return the module to rewrite, as a part of a ``LightningModule`` or of the wrapper around one."""
@@ -115,36 +155,42 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         whole = trainer.strategy.model
         return self._part(pl_module if whole is None else whole)
 
-    def _averages(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
-        """Return the averages of the module to rewrite: in the ``LightningModule``, and of a callback's whole average."""
-        inside = self._part(pl_module).target
-        path = next(name for name, module in pl_module.named_modules() if module is inside)
-        in_module = [module for module in pl_module.modules() if isinstance(module, AveragedModel)]
-        averages = [getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", [])]
-        return [
-            *(average for average in in_module if isinstance(average.module, type(inside))),
-            *(_PartOfAverage(average, path) for average in averages if isinstance(average, AveragedModel)),
-        ]
+
+def _check_strategy(strategy: object) -> None:
+    """Raise ModelError if a strategy shards the model."""
+    for cls in type(strategy).__mro__:
+        if cls.__name__ in _SHARDING:
+            refuse_engine(f"Lightning's {type(strategy).__name__}")
 
 
-class _PartOfAverage:
-    """A submodule of an average of the whole ``LightningModule``, which looks like an average of that submodule."""
+def _put_first(trainer: Trainer) -> None:
+    """Put this package's callbacks before all others, so that whoever saves the model at the end saves the merged one.
 
-    def __init__(self, average: AveragedModel, path: str) -> None:
-        self._average = average
-        self._path = path
+    Only those that put an average into the module at the end come before them.
+    """
+    averaging = [callback for callback in trainer.callbacks if hasattr(callback, "_average_model")]
+    switches = [callback for callback in trainer.callbacks if isinstance(callback, TrainerAdapter)]
+    first = [*averaging, *switches]
+    # A new list, because the Trainer is going through the old one.
+    trainer.callbacks = [*first, *(callback for callback in trainer.callbacks if callback not in first)]
 
-    @property
-    def module(self) -> nn.Module:
-        """The averaged copy."""
-        return self._average.module.get_submodule(self._path)
 
-    @module.setter
-    def module(self, module: nn.Module) -> None:
-        if self._path:
-            self._average.module.set_submodule(self._path, module)
-        else:
-            self._average.module = module
+def _others(trainer: Trainer) -> list[object]:
+    """Return the other callbacks."""
+    return [callback for callback in trainer.callbacks if not isinstance(callback, TrainerAdapter)]
+
+
+def _rename_in_finetuning(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Give the callbacks that unfreeze layers, and save the groups of the optimizers by name, the present names."""
+    names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+    for callback in trainer.callbacks:
+        saved = getattr(callback, "_internal_optimizer_metadata", None)
+        for index in list(saved) if isinstance(saved, dict) else ():
+            groups = trainer.optimizers[index].param_groups
+            if all(id(parameter) in names for group in groups for parameter in group["params"]):
+                saved[index] = [
+                    {**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in groups
+                ]
 
 
 def _state_in_checkpoint(trainer: Trainer, key: str) -> Mapping[str, Any] | None:
@@ -154,10 +200,11 @@ def _state_in_checkpoint(trainer: Trainer, key: str) -> Mapping[str, Any] | None
     return state
 
 
-def _steps_left(trainer: Trainer, pl_module: LightningModule) -> int | None:
-    """Return how many optimizer steps are left; None if the training ends otherwise or is optimized manually."""
-    if not pl_module.automatic_optimization:
-        return None
+def _steps_left(trainer: Trainer) -> int | None:
+    """Return how many optimizer steps are left; None if the training ends otherwise.
+
+    Where it is optimized manually, these are batches at the beginning and mean nothing later.
+    """
     try:
         total = float(trainer.estimated_stepping_batches)
     except MisconfigurationException:  # the number of accumulated batches changes between epochs

@@ -12,10 +12,11 @@ from torch.optim import SGD, Optimizer
 
 from tdfx.api import merge
 from tdfx.cost.timing import take_turns
-from tdfx.errors import PlanError
+from tdfx.errors import MergeError, PlanError
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.sandbox import isolated
 from tdfx.passes.planning.step_time import TrainingStep
+from tdfx.passes.transform.merge import is_rewritten
 from tdfx.plans.plan import Plan
 from tdfx.wrappers.unwrap import unwrap
 
@@ -91,6 +92,11 @@ def check_step(
         raise PlanError(
             "This plan has no measured times, so it predicts nothing that could be checked. Make it with example_inputs=... "
             "and a cost that measures, Policy(cost=tdfx.Measured())."
+        )
+    if dense is None and not is_rewritten(unwrap(model).model):
+        raise MergeError(
+            f"{type(model).__name__} is dense, so its steps cannot be compared with those of a dense model. Pass the model "
+            f"that tdfx.rewrite returned."
         )
     models = merge(model) if dense is None else dense, model
     steps = [TrainingStep(copy.deepcopy(unwrap(each).model), example_inputs, autocast) for each in models]

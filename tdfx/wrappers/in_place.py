@@ -31,12 +31,15 @@ class InPlaceModule(nn.Module):
     """The module that is rewritten, without a wrapper."""
     wrapped_target: nn.Module
     """The same module in its own ``torch.compile`` wrapper, if it has one."""
+    called: nn.Module
+    """What the training calls to run that module: itself, or the outermost ``torch.compile`` around it."""
 
     def __init__(self, trained: nn.Module, path: str = "") -> None:
         super().__init__()
-        ddp, model = None, trained
+        ddp, model, compiled = None, trained, None
         while is_wrapped(model) or isinstance(model, DistributedDataParallel):
             ddp = model if isinstance(model, DistributedDataParallel) else ddp
+            compiled = model if compiled is None and is_wrapped(model) else compiled
             model = cast("nn.Module", model._orig_mod if is_wrapped(model) else model.module)
         try:
             wrapped_target = model.get_submodule(path)
@@ -45,8 +48,10 @@ class InPlaceModule(nn.Module):
             raise ModelError(
                 f"{type(model).__name__} has no module {path!r} to be rewritten. It has {names or 'none'}."
             ) from error
+        called = wrapped_target if path or compiled is None else compiled
         # Set in __dict__, so that they do not become its submodules: it owns none of them.
-        self.__dict__.update(ddp=ddp, model=model, target=inner_module(wrapped_target), wrapped_target=wrapped_target)
+        self.__dict__.update(ddp=ddp, model=model, target=inner_module(wrapped_target))
+        self.__dict__.update(wrapped_target=wrapped_target, called=called)
 
     def replace_with(self, rewritten: nn.Module) -> None:
         """Move what ``merge``, or ``rewrite`` with ``emit="modules"``, returned into the trainer's module, and set up DDP.

@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from tdfx.distributed.processes import Processes
 from tdfx.passes.analysis.moments import Moments
 from tdfx.policies.policy import Policy
+from tdfx.wrappers.in_place import InPlaceModule
 
 COLLECTED_STEPS = 8
 """Steps at which moments are collected before a decision; chosen by ``tools/study_default.py``."""
@@ -31,8 +33,15 @@ class Collection:
         self._waiting: RemovableHandle | None = None
         self._trained: set[int] = set()
 
+    @property
+    def is_attached(self) -> bool:
+        """True while the hooks are on a model."""
+        return self._model is not None
+
     def attach(self, model: nn.Module) -> None:
         """Collect from the next step on, or go on doing so; a model that takes the place of another one goes on for it."""
+        if isinstance(model, InPlaceModule):
+            model = model.called
         if self._model is not model:
             saved = self.state_dict()
             self.remove()
@@ -44,6 +53,7 @@ class Collection:
         ``attach`` goes on from there.
         """
         self._model = None
+        self._stop_waiting()
         if self._moments is None:
             return None
         self._moments.remove()
@@ -53,9 +63,13 @@ class Collection:
         """Take all hooks off the model, and forget what was collected."""
         if self._moments is not None:
             self._moments.remove()
-        if self._waiting is not None:
-            self._waiting.remove()
-        self._model = self._moments = self._saved = self._waiting = None
+        self._stop_waiting()
+        self._model = self._moments = self._saved = None
+
+    def average(self, processes: Processes) -> None:
+        """Average what was collected so far over the processes, which must call this together."""
+        if self._moments is not None:
+            self._moments.average(processes)
 
     def state_dict(self) -> Mapping[str, Any] | None:
         """Return what was collected so far, in plain types and tensors; None if nothing is being collected."""
@@ -80,6 +94,11 @@ class Collection:
             self._trained = {id(parameter) for group in groups for parameter in group["params"]}
             self._saved = state
             self._waiting = register_module_forward_pre_hook(self._join)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.remove()
+        self._waiting = None
 
     def _join(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         """Begin to collect in a call of the model: the first one after a state was loaded, before ``attach`` can see it."""

@@ -18,7 +18,7 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from tdfx.api import PlannedRewrite, plan_rewrite, rewrite
+from tdfx.api import PlannedRewrite, plan_rewrite, record_dense, rewrite
 from tdfx.distributed.processes import Processes
 from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
@@ -138,6 +138,16 @@ class Switch:
         return self._state.done
 
     @property
+    def collecting(self) -> bool:
+        """True while hooks on the model collect moments."""
+        return self._collection.is_attached
+
+    @property
+    def due(self) -> bool:
+        """True if the next call of ``step`` decides something."""
+        return not self.done and self.steps + 1 >= self._state.next
+
+    @property
     def plan(self) -> Plan | None:
         """The plan of what was switched, from the dense model; None as long as nothing was."""
         return self._state.plan
@@ -173,6 +183,7 @@ class Switch:
         """
         if self.done:
             self._state = self._state.count()
+            self._record_kept(model)
             return model
         now = self._clock()
         if unknown := sorted(arguments.keys() - _PASSED_ON):
@@ -192,12 +203,36 @@ class Switch:
             except BaseException:
                 vars(self).update(before, _last=None)
                 raise
+        self.begin(model)
+        self._record_kept(model)
+        self._last = self._clock()
+        return model
+
+    def _record_kept(self, model: nn.Module) -> None:
+        """Let ``merge`` return a model without a warning that was kept by a decision."""
+        if self.done and self.plan is None:
+            record_dense(model)
+
+    def begin(self, model: nn.Module) -> None:
+        """Collect moments in the next step, if it is one of those; ``step`` does so from the second step on.
+
+        A trainer calls it before the first step, also where a state was loaded, because it knows the model by then.
+        """
         if not self.done and self.steps >= self._state.next - self.collect:
             self._collection.attach(model)
         else:
             self._collection.remove()
-        self._last = self._clock()
-        return model
+
+    def average(self, model: nn.Module) -> None:
+        """Average the moments collected so far over the processes that train a model, which must call this together.
+
+        Call it before one process saves a state that all of them will load: each has seen other data.
+        """
+        self._collection.average(unwrap(model).processes)
+
+    def pause(self) -> None:
+        """Take all hooks off the model until the next call of ``begin`` or ``step``; what was collected stays."""
+        self._collection.detach()
 
     def _decide(self, model: nn.Module, inputs: Inputs | None, *, emit: Emit = "graph", **arguments: Any) -> nn.Module:
         """Switch if it is time and pays off; whatever is kept then is kept for good."""
