@@ -15,6 +15,7 @@ from tdfx.errors import ModelError
 from tdfx.kinds.registry import is_candidate
 from tdfx.layers.copying import COMPILED, structural_copy
 from tdfx.layers.factorized import Factorized
+from tdfx.passes.analysis.code_reader import CodeReader, UnsafeCodeError
 from tdfx.passes.analysis.fidelity import ForwardMonitor, mismatch_of_block, mismatch_of_root
 from tdfx.passes.analysis.guard import (
     CustomFunctionError,
@@ -25,7 +26,7 @@ from tdfx.passes.analysis.guard import (
 )
 from tdfx.passes.analysis.modes import unify
 from tdfx.passes.analysis.sandbox import isolated, remove_hooks, scratch_copy
-from tdfx.passes.analysis.tracer import SiteTracer, is_site_or_leaf
+from tdfx.passes.analysis.tracer import HiddenLayerError, SiteTracer, is_site_or_leaf
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import Program, Traced
 
@@ -159,16 +160,24 @@ class _ModeTrace:
         scratch = scratch_copy(module, training=training)
         remove_hooks(scratch)
         monitor = ForwardMonitor(scratch)
+        self.reader = CodeReader(lambda: tracer.running)
         mismatches: dict[str, str] = {}
         try:
-            with isolated(scratch), ParameterGuard(module), watch_custom_functions(refuse_custom_function):
+            with (
+                isolated(scratch),
+                ParameterGuard(module),
+                watch_custom_functions(refuse_custom_function),
+                self.reader.watch(),
+            ):
                 self.graph = self.tracer.trace_in_mode(scratch, training)
+            if self.reader.refusal:  # the forward has caught the error
+                raise UnsafeCodeError(self.reader.refusal)
                 if monitor.drew_random_numbers() and not self.tracer.mismatches:
                     mismatches[""] = "its forward draws random numbers that a graph would freeze"
         except Exception as error:  # a user's forward may raise any class when it meets a Proxy
             _refuse_hidden_layers(module, error)
-            refused = isinstance(error, WritesParameterError | CustomFunctionError)
-            self.error = str(error) if refused else _describe_error(error)
+            refused = isinstance(error, WritesParameterError | CustomFunctionError | UnsafeCodeError)
+            self.graph, self.error = None, str(error) if refused else _describe_error(error)
         self.mismatches = {**monitor.mismatches(), **mismatches, **self.tracer.mismatches}
         """Path of a module -> what its forward did that a graph would not do again."""
 
@@ -213,7 +222,7 @@ def _bypass(graph: fx.Graph, opaque: dict[str, nn.Module]) -> str:
 
 def _refuse_hidden_layers(module: nn.Module, error: Exception) -> None:
     """Raise ModelError where forward calls a layer through an object that was shared, not copied."""
-    if isinstance(error, NameError) and "not installed as a submodule" in str(error):
+    if isinstance(error, HiddenLayerError):
         raise ModelError(
             f"{type(module).__name__} calls a layer that it reaches through an object of its own, not as a submodule, so it "
             f"would go on calling the old layer after a rewrite. Hold the layer as an attribute of a module."
