@@ -8,9 +8,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from torch import nn
+
 from tdfx.passes.analysis.safe_calls import MUTATING_METHODS, refusal_of_callable, torch_codes
 from tdfx.passes.analysis.safe_code import SafeCode, UnsafeConstructError
-from tdfx.passes.analysis.source import TORCH, definition_of, is_users_file, line_of
+from tdfx.passes.analysis.source import STANDARD_LIBRARY, TORCH, definition_of, is_users_file, line_of
 
 _COMPREHENSIONS = {"<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>"}
 _CALLED_FROM_FORWARD = tuple(
@@ -113,6 +115,15 @@ class CodeReader:
         where = f" ({line_of(frame.f_code, frame.f_lineno)})" if frame is not None else ""
         self.refusal = f"its forward {what}{where}"
         raise UnsafeCodeError(self.refusal)
+
+
+def refuse_wrapped_forward(module: nn.Module) -> None:
+    """Raise UnsafeCodeError if Python's library runs code around a module's forward, as contextlib does."""
+    code = getattr(getattr(module.forward, "__func__", module.forward), "__code__", None)
+    if code is None or (code.co_filename.startswith(STANDARD_LIBRARY) and not is_users_file(code.co_filename)):
+        raise UnsafeCodeError(
+            f"the forward of {type(module).__name__} is wrapped, and what runs around it is not known"
+        )
 
 
 def _comprehensions(code: types.CodeType) -> Iterator[types.CodeType]:

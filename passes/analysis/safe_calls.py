@@ -9,7 +9,7 @@ import math
 import operator
 import types
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -58,7 +58,22 @@ _KEEPING_METHODS = frozenset(
     {"backward", "register_hook", "register_post_accumulate_grad_hook", "apply_", "map_", "map2_", "set_"}
 )
 """Methods of tensors that do something beside their result, or call functions that a graph does not show."""
-_CONTAINERS = (list, dict, set, tuple, str, bytes, int, float, complex, frozenset, range, slice, types.MappingProxyType)
+CONTAINERS = (
+    list,
+    dict,
+    set,
+    deque,
+    tuple,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    frozenset,
+    range,
+    slice,
+    types.MappingProxyType,
+)
 
 
 @cache
@@ -144,7 +159,7 @@ def refusal_of_callable(function: Any) -> str:
 
 def _refusal_of_builtin(function: Any) -> str:
     owner, name = getattr(function, "__self__", None), function.__name__
-    if isinstance(owner, types.ModuleType | types.NoneType) or not isinstance(owner, _CONTAINERS):
+    if isinstance(owner, types.ModuleType | types.NoneType) or not isinstance(owner, CONTAINERS):
         return f"calls {name}(), which leaves no trace in a graph"
     return f"changes a container by {name}()" if name in MUTATING_METHODS else ""
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_any
 
 from tdfx.passes.analysis.modes import Mode
 from tdfx.passes.analysis.safe_calls import (
+    CONTAINERS,
     LOOKING,
     MUTATING_METHODS,
     PURE_METHODS,
@@ -418,7 +419,8 @@ def _member(owner: Any, name: str) -> Any:
     if isinstance(value, types.FunctionType):
         return types.MethodType(value, owner)
     if hasattr(type(value), "__get__"):  # a method of a class that is written in C
-        return getattr(owner, name, UNKNOWN) if type(owner).__getattribute__ is object.__getattribute__ else value
+        is_plain = type(owner) in CONTAINERS or type(owner).__getattribute__ is object.__getattribute__
+        return getattr(owner, name, UNKNOWN) if is_plain else value
     return value
 
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import repeat
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tdfx.cost.count import Flow
 from tdfx.distributed.processes import Processes
 from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of
+from tdfx.passes.analysis.beside import difference
 from tdfx.passes.analysis.blockers import blocker_of_weight, layers_inside_leaves
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.analysis.readers import MAY_READ
@@ -58,6 +59,7 @@ class ObserveInputs(Pass[PassResult]):
             runs.program = program
         sites = _broadcast_sites(program.processes, _with_flows_of_either_mode(_with_functional_sites(runs), runs))
         changes = tuple(Change(site.name, "shape known") for site in sites if site.flows)
+        program = _checked_graph(program, self.inputs)
         return PassResult(replace(program, sites=tuple(sites)), changes)
 
     def ensures(self, before: Program, result: PassResult) -> None:
@@ -65,6 +67,18 @@ class ObserveInputs(Pass[PassResult]):
         names_before, names = ([site.name for site in program.sites] for program in (before, result.program))
         self.check([name for name in names if name in set(names_before)] == names_before, "no site is lost or moved")
         self.check(len(names) == len(set(names)), "every site is listed once")
+
+
+def _checked_graph(program: Program, inputs: Inputs) -> Program:
+    """Run the graph of the model beside its module; unless both do the same, the model is to keep its class."""
+    if program.emit != "graph" or "" not in program.graphs or isinstance(program.module, fx.GraphModule):
+        return program
+    why = program.processes.broadcast_object(difference(program.module, program.graphs[""], inputs))
+    if not why:
+        return program
+    note = f"given back as {type(program.module).__name__}, not as a graph: {why}"
+    notes = (*(each for each in program.notes if not each.startswith("the graph calls")), note)
+    return replace(program, emit="modules", notes=notes)
 
 
 class _Runs:

@@ -18,7 +18,7 @@ from tdfx.errors import TdfxError
 TORCH = str(Path(torch.__file__).parent)
 """The folder of PyTorch."""
 _OWN = (str(Path(inspect.getfile(TdfxError)).parent), str(Path(__file__).resolve().parents[1]))
-_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _MODULES_OF_TORCH = f"{TORCH}/nn/modules/"
 _GENERATED = ("<eval_with_key>", "<frozen ")
 """How the names begin of files that have no source of the user's: the code of graphs, and Python's own."""
@@ -36,7 +36,7 @@ def is_users_file(name: str) -> bool:
         return not name.endswith(("/module.py", "/container.py"))
     if name.startswith((TORCH, *_OWN, *_GENERATED)):
         return False
-    return not (name.startswith(_STANDARD_LIBRARY) and "site-packages" not in name)
+    return not (name.startswith(STANDARD_LIBRARY) and "site-packages" not in name)
 
 
 def definition_of(code: CodeType) -> Definition | None:

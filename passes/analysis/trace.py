@@ -15,7 +15,7 @@ from tdfx.errors import ModelError
 from tdfx.kinds.registry import is_candidate
 from tdfx.layers.copying import COMPILED, structural_copy
 from tdfx.layers.factorized import Factorized
-from tdfx.passes.analysis.code_reader import CodeReader, UnsafeCodeError
+from tdfx.passes.analysis.code_reader import CodeReader, UnsafeCodeError, refuse_wrapped_forward
 from tdfx.passes.analysis.fidelity import ForwardMonitor, mismatch_of_block, mismatch_of_root
 from tdfx.passes.analysis.guard import (
     CustomFunctionError,
@@ -26,6 +26,7 @@ from tdfx.passes.analysis.guard import (
 )
 from tdfx.passes.analysis.modes import unify
 from tdfx.passes.analysis.sandbox import isolated, remove_hooks, scratch_copy
+from tdfx.passes.analysis.stores import stored_names
 from tdfx.passes.analysis.tracer import HiddenLayerError, SiteTracer, is_site_or_leaf
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import Program, Traced
@@ -111,6 +112,7 @@ class ModuleTracer:
             tracers = [SiteTracer(self.opaque_classes, opaque_paths) for _ in range(2)]
             train, evaluation = _ModeTrace(module, True, tracers[0]), _ModeTrace(module, False, tracers[1])
             block = train.opaque_block() or evaluation.opaque_block() or _block_with_two_forwards(train, evaluation)
+            block = block or train.reader_of_stored() or evaluation.reader_of_stored()
             if block is None or not self._make_opaque(module, *block, opaque_paths):
                 return self._result(module, train, evaluation, opaque_paths)
 
@@ -138,6 +140,8 @@ class ModuleTracer:
     ) -> Traced:
         if train.graph is None or evaluation.graph is None:
             return Traced((), train.error if train.graph is None else evaluation.error)
+        if reader := train.reader_of_stored() or evaluation.reader_of_stored():
+            return Traced((), reader[1])
         called = train.tracer.opaque_modules | evaluation.tracer.opaque_modules
         opaque = {path: opaque_paths.get(path) or self.opaque_classes[type(block)] for path, block in called.items()}
         mismatch = next(iter([*train.mismatches.values(), *evaluation.mismatches.values()]), "")
@@ -169,6 +173,7 @@ class _ModeTrace:
                 watch_custom_functions(refuse_custom_function),
                 self.reader.watch(),
             ):
+                refuse_wrapped_forward(scratch)
                 self.graph = self.tracer.trace_in_mode(scratch, training)
             if self.reader.refusal:  # the forward has caught the error
                 raise UnsafeCodeError(self.reader.refusal)
@@ -186,6 +191,14 @@ class _ModeTrace:
         if self.graph is None:
             return (self.tracer.failed_at, self.error) if self.tracer.failed_at else None
         return next(((path, why) for path, why in self.mismatches.items() if path), None)
+
+    def reader_of_stored(self) -> tuple[str, str] | None:
+        """Return the path of a module that reads what a block which the graph calls may change, and what that is."""
+        stored = {name: block for block in self.tracer.opaque_modules.values() for name in stored_names(block)}
+        for path, names in self.reader.attributes.items():
+            if self.graph is not None and (name := min(names & stored.keys(), default="")):
+                return path, f"its forward reads {name!r}, which a {type(stored[name]).__name__} inside it may change"
+        return None
 
 
 def _block_with_two_forwards(train: _ModeTrace, evaluation: _ModeTrace) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from tdfx.kinds.registry import find_kind
 from tdfx.layers.factorized import Factorized
-from tdfx.passes.analysis.code_reader import UnsafeCodeError
+from tdfx.passes.analysis.code_reader import UnsafeCodeError, refuse_wrapped_forward
 from tdfx.passes.analysis.modes import Mode
 from tdfx.passes.analysis.sandbox import random_states
 
@@ -104,6 +104,7 @@ class SiteTracer(fx.Tracer):
         self._running.append(path)
         mismatches_before, states_before = len(self.mismatches), random_states()
         try:
+            refuse_wrapped_forward(m)
             result = super().call_module(m, forward, args, kwargs)
             if self._may_return_its_mode(path, result):
                 self._record_mismatch("returns a number that may depend on its mode")
