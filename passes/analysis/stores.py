@@ -12,7 +12,8 @@ from torch import nn
 from tdfx.passes.analysis.safe_calls import MUTATING_METHODS, PURE_METHODS, tensor_methods
 from tdfx.passes.analysis.source import definition_of, is_users_file
 
-_BEFORE_FORWARD = {"__init__", "reset_parameters", "__setstate__"}
+_NOT_IN_FORWARD = {"__init__", "reset_parameters", "__setstate__", "train", "eval", "load_state_dict"}
+"""Methods by which a class builds, restores or switches its modules; the mode is followed by other means."""
 
 
 def stored_names(module: nn.Module) -> frozenset[str]:
@@ -22,7 +23,7 @@ def stored_names(module: nn.Module) -> frozenset[str]:
 
 @lru_cache(maxsize=1024)
 def _stored_by(kind: type) -> frozenset[str]:
-    functions = (value for base in kind.__mro__ for name, value in vars(base).items() if name not in _BEFORE_FORWARD)
+    functions = (value for base in kind.__mro__ for name, value in vars(base).items() if name not in _NOT_IN_FORWARD)
     codes = (function.__code__ for function in functions if isinstance(function, types.FunctionType))
     definitions = (definition_of(code) for code in codes if is_users_file(code.co_filename))
     return frozenset(name for definition in definitions if definition is not None for name in _stored_in(definition))
