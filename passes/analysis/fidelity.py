@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import textwrap
-from functools import lru_cache
-from typing import Any
 
 from torch import fx, nn
 from torch.nn.parameter import UninitializedBuffer
@@ -16,8 +12,6 @@ from tdfx.passes.analysis.sandbox import random_states
 
 _CALL_METHODS = frozenset({"__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "_compiled_call_impl"})
 """Methods through which nn.Module is called; a graph calls the operations inside a block, and none of these."""
-_UNTRACED_NAMES = frozenset({"is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"})
-"""Functions whose result steers a model's code without a trace in a graph."""
 _GRAPH_NAMES = frozenset({"__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__"}) | {
     name
     for name in {*vars(fx.GraphModule(nn.Module(), fx.Graph())), *vars(fx.GraphModule), "_graph_state", "_body_class"}
@@ -62,6 +56,8 @@ def mismatch_of_root(module: nn.Module) -> str:
     names = {*_own_names(type(module)), *module.__dict__, *module._modules, *module._parameters, *module._buffers}
     if taken := sorted(names & _GRAPH_NAMES):
         return f"its attribute {taken[0]!r} has a name that GraphModule uses itself"
+    if slots := next((base for base in _user_classes(type(module)) if vars(base).get("__slots__")), None):
+        return f"{slots.__name__} has __slots__, which a GraphModule has no place for"
     return _mismatch_of_code(module)
 
 
@@ -76,8 +72,6 @@ def _mismatch_of_code(module: nn.Module) -> str:
     kind: type = type(module)
     if overridden := _CALL_METHODS & _own_names(kind):
         return f"{kind.__name__} has its own {min(overridden)}(), which a graph would not call"
-    if expression := _untraced_expression(kind):
-        return f"{kind.__name__} uses {expression}, which leaves no trace in a graph"
     return ""
 
 
@@ -88,29 +82,6 @@ def _user_classes(kind: type) -> list[type]:
 
 def _own_names(kind: type) -> set[str]:
     return {name for base in _user_classes(kind) for name in vars(base)}
-
-
-@lru_cache(maxsize=1024)
-def _untraced_expression(kind: type) -> str:
-    """Return the first expression in a class's code that steers it without leaving a trace; "" if there is none."""
-    functions = (value for base in _user_classes(kind) for value in vars(base).values() if inspect.isfunction(value))
-    return next(filter(None, map(_untraced_expression_in, functions)), "")
-
-
-def _untraced_expression_in(function: Any) -> str:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # made at run time, without a source to read
-        return ""
-    for node in ast.walk(tree):
-        match node:
-            case ast.Name(id=name) | ast.Attribute(attr=name) if name in _UNTRACED_NAMES:
-                return name
-            case ast.Call(ast.Name("isinstance"), [_, classes]) if "Tensor" in ast.unparse(classes):
-                return "isinstance(..., Tensor)"
-            case ast.Compare() if "training is " in ast.unparse(node):
-                return "`training is`"
-    return ""
 
 
 def _attributes(root: nn.Module) -> dict[tuple[str, str], tuple[int, int]]:

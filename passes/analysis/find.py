@@ -15,6 +15,7 @@ from tdfx.layers.alterations import alteration_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.analysis.blockers import blocker_of_layer, blocker_of_weight, layers_inside_leaves, note_of_reader
+from tdfx.passes.analysis.readers import read_weights
 from tdfx.passes.analysis.uses import Uses, uses_of
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import ParameterSlot, Program, Site
@@ -33,7 +34,10 @@ class Find(Pass[PassResult]):
         """Look at every layer and every parameter once; a layer called twice is one site with two calls."""
         aliases = _aliases(program.module)
         found = _sites(program.module, uses_of(program))
-        sites = tuple(replace(site, aliases=aliases.get(site.name, ())) for site in found)
+        listed, named = read_weights(program)
+        sites = tuple(
+            replace(_read_elsewhere(site, named | listed), aliases=aliases.get(site.name, ())) for site in found
+        )
         return PassResult(replace(program, sites=sites), tuple(Change(site.name, "found") for site in sites))
 
     def ensures(self, before: Program, result: PassResult) -> None:
@@ -44,6 +48,12 @@ class Find(Pass[PassResult]):
         names = [site.name for site in result.program.sites]
         self.check(layers <= set(names), "every convolution and linear layer is a site")
         self.check(len(names) == len(set(names)), "every site is listed once")
+
+
+def _read_elsewhere(site: Site, reads: Mapping[int, str]) -> Site:
+    """Keep a site whose weight is read, or may be, by code that no graph shows."""
+    why = reads.get(id(site.weight)) if site.reason is None else None
+    return site if why is None else replace(site, reason=Reason.READ_ELSEWHERE, note=why)
 
 
 def _sites(root: nn.Module, uses: Uses) -> Iterator[Site]:

@@ -14,20 +14,23 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from tdfx.layers.copying import HOOKS, structural_copy
+from tdfx.passes.analysis.user_state import UserState
 
 
 @contextmanager
 def isolated(module: nn.Module) -> Iterator[None]:
-    """Silence warnings, and restore the random generators of torch, NumPy and Python afterwards.
+    """Silence warnings, and restore what its code can change afterwards: random generators, and all that it keeps.
 
     Of torch's generators it restores that of the CPU and those of the CUDA devices that hold the module.
     """
     devices = {tensor.device for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    state = UserState(module)
     try:
         with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(sorted(each.index for each in devices)):
             yield
     finally:
+        state.restore()
         random.setstate(python_state)
         np.random.set_state(numpy_state)
 

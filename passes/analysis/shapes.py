@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import repeat
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tdfx.cost.count import Flow
 from tdfx.distributed.processes import Processes
@@ -17,8 +17,10 @@ from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.paths import parameters_by_path
+from tdfx.passes.analysis.beside import difference
 from tdfx.passes.analysis.blockers import blocker_of_weight, layers_inside_leaves
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
+from tdfx.passes.analysis.readers import MAY_READ
 from tdfx.passes.analysis.uses import Uses, uses_of
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import ParameterSlot, Program, Site
@@ -53,8 +55,12 @@ class ObserveInputs(Pass[PassResult]):
                 f"dtype and device that its forward takes, or leave them out to plan without shapes."
             ) from error
         runs = _Runs(program, self.inputs, in_eval)
+        if isinstance(runs.reads_in_train, frozenset):
+            program = replace(program, sites=tuple(map(_reopened, program.sites)))
+            runs.program = program
         sites = _broadcast_sites(program.processes, _with_flows_of_either_mode(_with_functional_sites(runs), runs))
         changes = tuple(Change(site.name, "shape known") for site in sites if site.flows)
+        program = _checked_graph(program, self.inputs)
         return PassResult(replace(program, sites=tuple(sites)), changes)
 
     def ensures(self, before: Program, result: PassResult) -> None:
@@ -62,6 +68,18 @@ class ObserveInputs(Pass[PassResult]):
         names_before, names = ([site.name for site in program.sites] for program in (before, result.program))
         self.check([name for name in names if name in set(names_before)] == names_before, "no site is lost or moved")
         self.check(len(names) == len(set(names)), "every site is listed once")
+
+
+def _checked_graph(program: Program, inputs: Inputs) -> Program:
+    """Run the graph of the model beside its module; unless both do the same, the model is to keep its class."""
+    if program.emit != "graph" or "" not in program.graphs or isinstance(program.module, fx.GraphModule):
+        return program
+    why = program.processes.broadcast_object(difference(program.module, program.graphs[""], inputs))
+    if not why:
+        return program
+    note = f"given back as {type(program.module).__name__}, not as a graph: {why}"
+    notes = (*(each for each in program.notes if not each.startswith("the graph calls")), note)
+    return replace(program, emit="modules", notes=notes)
 
 
 class _Runs:
@@ -83,6 +101,19 @@ class _Runs:
                 return observe(self.program.module, self.inputs, training=True, gather=gather)
         except Exception as error:  # whatever the model raises
             return type(error).__name__  # the error itself would keep all tensors of the run alive
+
+    @cached_property
+    def reads_in_train(self) -> frozenset[int] | None:
+        """The parameters that train mode reads besides, where no graph shows them all; None if that is not known."""
+        root = self.program.graphs.get("")
+        if root is not None and not root.mismatch and not root.opaque:
+            return frozenset()
+        return frozenset(self.in_train.reads) if isinstance(self.in_train, Observed) else None
+
+
+def _reopened(site: Site) -> Site:
+    """Open a site of which a run with example inputs tells what its source did not."""
+    return replace(site, reason=None, note="") if site.note.endswith(MAY_READ) else site
 
 
 def _with_functional_sites(runs: _Runs) -> list[Site]:
@@ -138,6 +169,7 @@ def _in_order(root: nn.Module, sites: list[Site]) -> list[Site]:
 
 def _with_flows_of_either_mode(sites: Sequence[Site], runs: _Runs) -> list[Site]:
     """Attach to each site what flows into it in eval mode; for sites that eval mode does not reach, in train mode."""
+    runs.in_eval.reads |= runs.reads_in_train or frozenset()
     in_graph = [id(site.layer) in runs.uses.traced and bool(site.nodes) for site in sites]
     observed = list(map(_with_flows, sites, repeat(runs.in_eval), in_graph))
     missed = [
@@ -145,9 +177,11 @@ def _with_flows_of_either_mode(sites: Sequence[Site], runs: _Runs) -> list[Site]
         for index, (site, after) in enumerate(zip(sites, observed, strict=True))
         if site.is_open and after.is_missed and (after.is_open or after.reason is Reason.NOT_CALLED)
     ]
-    if missed and isinstance(runs.in_train, Observed):
-        for index in missed:
+    for index in missed:
+        if isinstance(runs.in_train, Observed):
             observed[index] = _with_flows(sites[index], runs.in_train, in_graph[index])
+        elif sites[index].reason is None:  # whether train mode calls it is not known
+            observed[index] = replace(sites[index], flows=())
     return observed
 
 

@@ -16,6 +16,7 @@ from tdfx.kinds.registry import is_candidate
 from tdfx.layers.copying import COMPILED, structural_copy
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.paths import parameters_by_path
+from tdfx.passes.analysis.code_reader import CodeReader, UnsafeCodeError, refuse_wrapped_forward
 from tdfx.passes.analysis.fidelity import ForwardMonitor, mismatch_of_block, mismatch_of_root
 from tdfx.passes.analysis.guard import (
     CustomFunctionError,
@@ -26,7 +27,8 @@ from tdfx.passes.analysis.guard import (
 )
 from tdfx.passes.analysis.modes import unify
 from tdfx.passes.analysis.sandbox import isolated, remove_hooks, scratch_copy
-from tdfx.passes.analysis.tracer import SiteTracer, is_site_or_leaf
+from tdfx.passes.analysis.stores import stored_names
+from tdfx.passes.analysis.tracer import HiddenLayerError, SiteTracer, is_site_or_leaf
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import Program, Traced
 
@@ -111,6 +113,7 @@ class ModuleTracer:
             tracers = [SiteTracer(self.opaque_classes, opaque_paths) for _ in range(2)]
             train, evaluation = _ModeTrace(module, True, tracers[0]), _ModeTrace(module, False, tracers[1])
             block = train.opaque_block() or evaluation.opaque_block() or _block_with_two_forwards(train, evaluation)
+            block = block or train.reader_of_stored() or evaluation.reader_of_stored()
             if block is None or not self._make_opaque(module, *block, opaque_paths):
                 return self._result(module, train, evaluation, opaque_paths)
 
@@ -138,6 +141,8 @@ class ModuleTracer:
     ) -> Traced:
         if train.graph is None or evaluation.graph is None:
             return Traced((), train.error if train.graph is None else evaluation.error)
+        if reader := train.reader_of_stored() or evaluation.reader_of_stored():
+            return Traced((), reader[1])
         called = train.tracer.opaque_modules | evaluation.tracer.opaque_modules
         opaque = {path: opaque_paths.get(path) or self.opaque_classes[type(block)] for path, block in called.items()}
         mismatch = next(iter([*train.mismatches.values(), *evaluation.mismatches.values()]), "")
@@ -160,16 +165,25 @@ class _ModeTrace:
         scratch = scratch_copy(module, training=training)
         remove_hooks(scratch)
         monitor = ForwardMonitor(scratch)
+        self.reader = CodeReader(lambda: tracer.running)
         mismatches: dict[str, str] = {}
         try:
-            with isolated(scratch), ParameterGuard(module), watch_custom_functions(refuse_custom_function):
+            with (
+                isolated(scratch),
+                ParameterGuard(module),
+                watch_custom_functions(refuse_custom_function),
+                self.reader.watch(),
+            ):
+                refuse_wrapped_forward(scratch)
                 self.graph = self.tracer.trace_in_mode(scratch, training)
+            if self.reader.refusal:  # the forward has caught the error
+                raise UnsafeCodeError(self.reader.refusal)
                 if monitor.drew_random_numbers() and not self.tracer.mismatches:
                     mismatches[""] = "its forward draws random numbers that a graph would freeze"
         except Exception as error:  # a user's forward may raise any class when it meets a Proxy
             _refuse_hidden_layers(module, error)
-            refused = isinstance(error, WritesParameterError | CustomFunctionError)
-            self.error = str(error) if refused else _describe_error(error)
+            refused = isinstance(error, WritesParameterError | CustomFunctionError | UnsafeCodeError)
+            self.graph, self.error = None, str(error) if refused else _describe_error(error)
         self.mismatches = {**monitor.mismatches(), **mismatches, **self.tracer.mismatches}
         """Path of a module -> what its forward did that a graph would not do again."""
 
@@ -178,6 +192,14 @@ class _ModeTrace:
         if self.graph is None:
             return (self.tracer.failed_at, self.error) if self.tracer.failed_at else None
         return next(((path, why) for path, why in self.mismatches.items() if path), None)
+
+    def reader_of_stored(self) -> tuple[str, str] | None:
+        """Return the path of a module that reads what a block which the graph calls may change, and what that is."""
+        stored = {name: block for block in self.tracer.opaque_modules.values() for name in stored_names(block)}
+        for path, names in self.reader.attributes.items():
+            if self.graph is not None and (name := min(names & stored.keys(), default="")):
+                return path, f"its forward reads {name!r}, which a {type(stored[name]).__name__} inside it may change"
+        return None
 
 
 def _block_with_two_forwards(train: _ModeTrace, evaluation: _ModeTrace) -> tuple[str, str] | None:
@@ -214,7 +236,7 @@ def _bypass(graph: fx.Graph, opaque: dict[str, nn.Module]) -> str:
 
 def _refuse_hidden_layers(module: nn.Module, error: Exception) -> None:
     """Raise ModelError where forward calls a layer through an object that was shared, not copied."""
-    if isinstance(error, NameError) and "not installed as a submodule" in str(error):
+    if isinstance(error, HiddenLayerError):
         raise ModelError(
             f"{type(module).__name__} calls a layer that it reaches through an object of its own, not as a submodule, so it "
             f"would go on calling the old layer after a rewrite. Hold the layer as an attribute of a module."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,12 +14,54 @@ from torch.utils._pytree import tree_leaves
 
 from tdfx.kinds.registry import find_kind
 from tdfx.layers.factorized import Factorized
+from tdfx.passes.analysis.code_reader import UnsafeCodeError, refuse_wrapped_forward
 from tdfx.passes.analysis.modes import Mode
 from tdfx.passes.analysis.sandbox import random_states
 
 
+class HiddenLayerError(RuntimeError):
+    """A forward calls a layer of the model through an object that was shared, not copied."""
+
+
+class RecordingProxy(fx.Proxy):
+    """Stands for data in a trace; it records assignments in place, and refuses those to attributes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in {"node", "tracer"}:
+            raise UnsafeCodeError(f"its forward assigns to {name!r} of a value that flows through it")
+        super().__setattr__(name, value)
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def assign(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return assign
+
+
+for _name in [
+    "add",
+    "and",
+    "floordiv",
+    "lshift",
+    "mod",
+    "mul",
+    "or",
+    "pow",
+    "rshift",
+    "sub",
+    "truediv",
+    "xor",
+    "matmul",
+]:
+    setattr(RecordingProxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+
+
 class SiteTracer(fx.Tracer):
     """Keeps every layer that can be a site, every factorized layer and every opaque module as one call in the graph."""
+
+    proxy_buffer_attributes = True
+    """A forward that asks for the value of a buffer cannot be traced, where it would get the present one for good."""
 
     def __init__(self, opaque_classes: Collection[type[nn.Module]] = (), opaque_paths: Collection[str] = ()) -> None:
         super().__init__()
@@ -32,11 +75,14 @@ class SiteTracer(fx.Tracer):
         """Paths of the modules whose own mode decided something."""
         self.failed_at: str | None = None
         """Path of the innermost module whose forward raised an error; None for the root."""
+        self.parameters: frozenset[int] = frozenset()
+        """The parameters of the model that is traced, by identity."""
         self._running: list[str] = []
         self._context = _execution_context()
 
     def trace_in_mode(self, scratch: nn.Module, training: bool) -> fx.Graph:
         """Trace a scratch copy in a mode, and record which modules' own modes decide something."""
+        self.parameters = frozenset(map(id, scratch.parameters()))
         for path, module in scratch.named_modules():
             module.__dict__["training"] = Mode(training, path, self._record_mode_use)
         return self.trace(scratch)
@@ -52,12 +98,13 @@ class SiteTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep track of which forward is running, and record a mismatch if it draws random numbers itself."""
-        path = self.path_of_module(m)
+        path = self._path_of(m)
         if self.is_leaf_module(m, path):  # its forward does not run
             return super().call_module(m, forward, args, kwargs)
         self._running.append(path)
         mismatches_before, states_before = len(self.mismatches), random_states()
         try:
+            refuse_wrapped_forward(m)
             result = super().call_module(m, forward, args, kwargs)
             if self._may_return_its_mode(path, result):
                 self._record_mismatch("returns a number that may depend on its mode")
@@ -69,6 +116,23 @@ class SiteTracer(fx.Tracer):
         finally:
             self._running.pop()
         return result
+
+    def _path_of(self, module: nn.Module) -> str:
+        try:
+            return self.path_of_module(module)
+        except NameError as error:
+            if any(parameter in self.parameters for parameter in map(id, module.parameters())):
+                raise HiddenLayerError(type(module).__name__) from error
+            raise UnsafeCodeError(f"its forward calls a {type(module).__name__} that is no submodule") from error
+
+    @property
+    def running(self) -> str:
+        """The path of the module whose forward is running."""
+        return self._running[-1] if self._running else ""
+
+    def proxy(self, node: fx.Node) -> RecordingProxy:
+        """Return what stands for data in this trace."""
+        return RecordingProxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record a mismatch if the operation runs under a gradient mode, autocast or checkpoint of the forward's own."""

@@ -15,11 +15,11 @@ from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.program import Program
 
 _SHAPE = {"dim", "ndim", "numel", "shape", "size"}
-_METADATA = _SHAPE | {"device", "dtype", "is_complex", "is_floating_point", "layout", "requires_grad"}
+METADATA = _SHAPE | {"device", "dtype", "is_complex", "is_floating_point", "layout", "requires_grad"}
 """Attributes and methods of a tensor that do not read its values."""
 
 METADATA_FUNCTIONS = frozenset(
-    method if callable(method) else method.__get__ for method in (getattr(Tensor, name) for name in _METADATA)
+    method if callable(method) else method.__get__ for method in (getattr(Tensor, name) for name in METADATA)
 )
 """The same as functions, as ``__torch_function__`` gets them."""
 
@@ -115,8 +115,8 @@ def _functional_uses(node: fx.Node) -> Iterator[FunctionalUse]:
 
 def _reads_metadata(node: fx.Node) -> bool:
     if node.op == "call_method":
-        return node.target in _METADATA
-    return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA
+        return node.target in METADATA
+    return node.op == "call_function" and node.target is getattr and node.args[1] in METADATA
 
 
 def _attribute(root: nn.Module, target: str) -> object:

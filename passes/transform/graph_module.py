@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+from abc import ABCMeta
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import fx, nn
 from torch.fx.node import map_aggregate
@@ -28,6 +30,7 @@ class FactorizedGraphModule(fx.GraphModule):
         train, *others = graphs
         super().__init__(body, train, class_name=type(body).__name__)
         self.__dict__["_eval_graph"] = None
+        self.__dict__["_shares_class"] = False
         self.__dict__["_graph_state"] = frozenset(self.__dict__) - MODULE_STATE
         self.__dict__["_body_class"] = type(body)
         self.__dict__.update(body.__dict__)
@@ -35,10 +38,22 @@ class FactorizedGraphModule(fx.GraphModule):
         graph_class = type(self)
         methods = {"__getitem__": _body_item} if isinstance(body, nn.Sequential) else {}
         namespace = {"__module__": graph_class.__module__, **methods}
-        self.__class__ = type(graph_class.__name__, (graph_class, type(body)), namespace)
+        self.__class__ = _make_class(graph_class.__name__, (graph_class, type(body)), namespace)
         if others:
             (self.__dict__["_eval_graph"],) = others
             self.recompile()
+        self._share_class()
+
+    def _share_class(self) -> None:
+        """Take the class of a module with the same code, because torch.func stacks only modules of one class."""
+        codes = [graph.python_code("self") for graph in self._tdfx_graphs()]
+        named = frozenset((name, id(value)) for code in codes for name, value in code.globals.items())
+        key = (self.__dict__["_body_class"], tuple(code.src for code in codes), named)
+        self.__class__ = _CLASSES.setdefault(key, type(self))
+        self.__dict__["_shares_class"] = True
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Keep from the original's class that there is a class which derives from it: it may register those, or refuse."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -61,6 +76,8 @@ class FactorizedGraphModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate the code of ``forward`` again, after a graph was changed."""
+        if self.__dict__.get("_shares_class"):
+            self._leave_class()
         full_class = type(self)
         if "_body_class" in self.__dict__:
             # GraphModule wraps __call__ of the instance's class once; if it wrapped a second class, the two would call each
@@ -75,6 +92,15 @@ class FactorizedGraphModule(fx.GraphModule):
         finally:
             self.__class__ = full_class
         return code
+
+    def _leave_class(self) -> None:
+        """Take a class of its own, with the same code, before that changes."""
+        full_class = type(self)
+        graph_class = full_class.__bases__[0]
+        own = _make_class(graph_class.__name__, graph_class.__bases__, _own_namespace(graph_class))
+        bases = (own, *full_class.__bases__[1:])
+        self.__class__ = _make_class(full_class.__name__, bases, _own_namespace(full_class))
+        self.__dict__["_shares_class"] = False
 
     def _tdfx_graphs(self) -> list[fx.Graph]:
         """Return the graph, or those of train and of eval mode."""
@@ -101,6 +127,24 @@ class FactorizedGraphModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._tdfx_body(), [_pack(graph) for graph in self._tdfx_graphs()])
+
+
+_CLASSES: WeakValueDictionary[Any, type] = WeakValueDictionary()
+"""Class of the original, code, and what that names -> the class of the modules that have them."""
+
+
+def _own_namespace(kind: type) -> dict[str, Any]:
+    """Return what a class defines, for a class like it; what torch.fx has put there to call the class is left out."""
+    left_out = {"__dict__", "__weakref__", "_wrapped_call", "__call__"}
+    return {name: value for name, value in vars(kind).items() if name not in left_out}
+
+
+def _make_class(name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> type:
+    """Return a class of the metaclass that the bases have, without running code of a user's metaclass."""
+    metaclass = type(bases[-1])
+    make = ABCMeta if issubclass(metaclass, ABCMeta) else type
+    made: type = make.__new__(metaclass, name, bases, namespace)  # type: ignore[call-overload]
+    return made
 
 
 def _follow_mode(train: Callable[..., Any], evaluation: Callable[..., Any]) -> Callable[..., Any]:

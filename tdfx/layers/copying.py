@@ -82,7 +82,18 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
     for module in copied:
         attributes = {key: translate(value) for key, value in module.__dict__.items() if key != COMPILED}
         twins[id(module)].__dict__.update(attributes)
+        for name, slot in slots_of(type(module)):
+            if hasattr(module, name):
+                slot.__set__(twins[id(module)], translate(getattr(module, name)))
     return twins[id(model)]
+
+
+def slots_of(kind: type) -> Iterator[tuple[str, types.MemberDescriptorType]]:
+    """Yield the ``__slots__`` of a class, by name."""
+    for base in kind.__mro__:
+        for name, value in vars(base).items():
+            if "__slots__" in vars(base) and isinstance(value, types.MemberDescriptorType):
+                yield name, value
 
 
 def rebind(model: nn.Module, former: nn.Module) -> None:

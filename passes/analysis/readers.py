@@ -1,0 +1,114 @@
+"""Code that reads parameters beside the calls of their layers, found in the source where no graph shows what it does."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from tdfx.kinds.registry import is_candidate, kind_of
+from tdfx.passes.analysis.safe_code import UNKNOWN, SafeCode
+from tdfx.passes.analysis.source import definition_of, is_users_file
+from tdfx.passes.analysis.tracer import is_site_or_leaf
+from tdfx.passes.analysis.uses import METADATA
+from tdfx.passes.program import Program
+
+_LISTING = {"parameters", "named_parameters", "state_dict", "_parameters", "get_parameter", "parameters_to_vector"}
+
+
+MAY_READ = "may read its weight besides calling it; example_inputs would tell"
+
+
+def read_weights(program: Program) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the parameters that a forward reads, or may read, where no graph shows it: parameter, by identity -> why.
+
+    The first are those of modules whose parameters are listed, as by ``self.parameters()``; the second are weights that
+    are read by name, of which a run with example inputs tells whether that is a call of a function that a site may be.
+    """
+    proven = {
+        id(module)
+        for path, traced in program.graphs.items()
+        if not traced.mismatch
+        for module in _shown(program.module.get_submodule(path), list(traced.opaque))
+    }
+    listed: dict[int, str] = {}
+    named: dict[int, str] = {}
+    for module in program.module.modules():
+        if id(module) in proven or is_site_or_leaf(module):
+            continue
+        for owner, attribute in _reads(module):
+            why = f"forward of {type(module).__name__} "
+            if attribute in _LISTING:
+                listed |= dict.fromkeys(map(id, owner.parameters()), f"{why}goes through parameters")
+            elif is_candidate(owner) and kind_of(owner).weight == attribute:
+                named |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}{MAY_READ}")
+    return listed, named
+
+
+def _shown(root: nn.Module, opaque: list[str]) -> Iterator[nn.Module]:
+    """Yield the modules whose forwards a graph has recorded."""
+    for path, module in root.named_modules():
+        if not any(path == each or path.startswith(f"{each}.") for each in opaque):
+            yield module
+
+
+def _reads(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules whose parameters the code of a module's forward reads, and by which attribute."""
+    seen: set[types.CodeType] = set()
+    waiting: list[tuple[Any, Any]] = [(module.forward, module)]
+    while waiting:
+        function, owner = waiting.pop()
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        code = getattr(function, "__code__", None)
+        if not isinstance(function, types.FunctionType) or code in seen or not is_users_file(code.co_filename):
+            continue
+        seen.add(code)
+        if (definition := definition_of(code)) is None:
+            continue
+        arguments = {code.co_varnames[0]: owner} if owner is not None and code.co_argcount else {}
+        reading = SafeCode(definition, arguments | _closure(function), function.__globals__)
+        parents = {id(child): node for node in reading.all_nodes() for child in ast.iter_child_nodes(node)}
+        for node in reading.all_nodes():
+            match node:
+                case ast.Attribute(value=value, attr=name) if not _is_metadata(node, parents):
+                    owned = reading.value_of(value)
+                    if name in _LISTING and not _is_first(node, parents):
+                        yield (owned if isinstance(owned, nn.Module) else module), name
+                    elif isinstance(owned, nn.Module):
+                        yield owned, name
+                case ast.Name(id="parameters_to_vector"):
+                    yield module, "parameters_to_vector"
+            if isinstance(node, ast.Call):
+                called = reading.value_of(node.func)
+                if called is not UNKNOWN:
+                    waiting.append((called, getattr(called, "__self__", None)))
+
+
+def _closure(function: types.FunctionType) -> dict[str, Any]:
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    values: dict[str, Any] = {}
+    for name, cell in cells:
+        try:
+            values[name] = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    return values
+
+
+def _is_metadata(node: ast.Attribute, parents: Mapping[int, ast.AST]) -> bool:
+    """Return True for a weight of which only the shape, the device or the like is read."""
+    parent = parents.get(id(node))
+    return isinstance(parent, ast.Attribute) and parent.attr in METADATA
+
+
+def _is_first(node: ast.Attribute, parents: Mapping[int, ast.AST]) -> bool:
+    """Return True for ``next(module.parameters())``, by which code finds the device or the dtype of a model."""
+    call = parents.get(id(node))
+    outer = parents.get(id(call))
+    if isinstance(outer, ast.Call) and isinstance(outer.func, ast.Name) and outer.func.id == "iter":
+        outer = parents.get(id(outer))
+    return isinstance(outer, ast.Call) and isinstance(outer.func, ast.Name) and outer.func.id == "next"

@@ -1,0 +1,239 @@
+"""What a user's forward may keep beside its buffers: saved before a run and put back, so that looking leaves no trace."""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from tdfx.layers.copying import HOOKS, MODULE_STATE, slots_of
+
+_MOST_OBJECTS = 100_000
+"""So many objects are looked at; a trainer or a data set behind an attribute may hold millions."""
+_NOT_USERS = frozenset({"torch", "numpy", "tdfx", "functorch"}) | sys.stdlib_module_names
+_PLAIN = (types.SimpleNamespace,)
+_ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, types.BuiltinFunctionType)
+
+Undo = Callable[[], None]
+
+
+class UserState:
+    """The contents of every object that the code of a module can reach and change.
+
+    These are the attributes of its modules and of their classes, containers, arrays, tensors, random generators and objects
+    of a user's own classes, however deep; and the names of files and outer functions that the code of a forward names.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.contents: dict[str, Any] = {}
+        """Where an object was found -> what it held, for a comparison."""
+        self._undo: list[Undo] = []
+        self._seen: set[int] = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        self._alive: list[Any] = []
+        self._waiting: deque[tuple[str, Any]] = deque()
+        for path, submodule in module.named_modules():
+            self._waiting.append((path, submodule))
+        while self._waiting and len(self._seen) < _MOST_OBJECTS:
+            self._visit(*self._waiting.popleft())
+
+    def restore(self) -> None:
+        """Put everything back that has changed since."""
+        for undo in self._undo:
+            undo()
+
+    def _visit(self, path: str, value: Any) -> None:
+        if isinstance(value, _ATOMS) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        self._alive.append(value)  # so that no other object gets its id
+        if isinstance(value, nn.Module):
+            self._visit_module(path, value)
+        elif isinstance(value, Tensor):
+            self._visit_tensor(path, value)
+        elif isinstance(value, list | dict | set | deque | bytearray):
+            self._visit_container(path, value)
+        elif isinstance(value, tuple | frozenset):
+            self._waiting.extend((f"{path}[{index}]", item) for index, item in enumerate(value))
+        elif isinstance(value, np.ndarray):
+            if value.flags.writeable:
+                self._keep(path, value.copy(), lambda saved: np.copyto(value, saved))
+        elif isinstance(value, types.FunctionType):
+            self._visit_function(path, value)
+        elif isinstance(value, types.MethodType):
+            self._waiting += [(path, value.__self__), (path, value.__func__)]
+        elif isinstance(value, staticmethod | classmethod | property):
+            functions = (value.fget, value.fset) if isinstance(value, property) else (value.__func__,)
+            self._waiting.extend((path, function) for function in functions)
+        elif not self._visit_generator(path, value):
+            self._visit_object(path, value)
+
+    def _keep(self, path: str, saved: Any, restore: Callable[[Any], None]) -> None:
+        self.contents[path] = saved
+        self._undo.append(lambda: restore(saved))
+
+    def _visit_module(self, path: str, module: nn.Module) -> None:
+        attributes = {name: value for name, value in module.__dict__.items() if name not in MODULE_STATE}
+        self._keep_names(path, module.__dict__, attributes)
+        self._waiting.extend((f"{path}.{name}", module.__dict__[name]) for name in HOOKS)
+        self._waiting.extend((f"{path}.{name}", buffer) for name, buffer in module._buffers.items())
+        self._visit_class(type(module))
+
+    def _visit_class(self, kind: type) -> None:
+        for base in kind.__mro__:
+            if id(base) in self._seen or base.__module__.split(".")[0] in _NOT_USERS:
+                continue
+            self._seen.add(id(base))
+            attributes = {name: value for name, value in vars(base).items() if not name.startswith("__")}
+            attributes |= {name: vars(base)[name] for name in ("__call__", "__init__") if name in vars(base)}
+            self._waiting.extend((f"{base.__qualname__}.{name}", value) for name, value in attributes.items())
+            plain = {name: value for name, value in attributes.items() if not callable(value)}
+            self._keep(base.__qualname__, plain, lambda saved, base=base: _restore_class(base, saved))  # type: ignore[misc]
+
+    def _visit_tensor(self, path: str, tensor: Tensor) -> None:
+        if isinstance(tensor, UninitializedBuffer) or tensor.is_meta or is_traceable_wrapper_subclass(tensor):
+            return
+        version, saved = tensor._version, tensor.detach().clone()
+        data = tensor.detach()
+
+        def restore(saved: Tensor) -> None:
+            if tensor._version != version or tensor.data_ptr() != data.data_ptr():
+                data.copy_(saved)
+                tensor.data = data
+
+        if not tensor.is_inference():
+            self._keep(path, saved, restore)
+
+    def _visit_container(self, path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            items = list(dict.items(value))
+
+            def restore(saved: Any) -> None:
+                if [*map(id, dict.values(value))] != [id(item) for _, item in saved] or list(value) != [
+                    k for k, _ in saved
+                ]:
+                    dict.clear(value)
+                    dict.update(value, saved)
+
+            self._keep(path, items, restore)
+            self._waiting.extend((f"{path}[{key!r}]" if isinstance(key, _ATOMS) else path, item) for key, item in items)
+        elif isinstance(value, set):
+            self._keep(path, set(value), lambda saved: (value.clear(), value.update(saved)))  # type: ignore[arg-type, return-value]
+        else:
+            self._keep(path, list(value), lambda saved: _refill(value, saved))
+            self._waiting.extend(
+                (f"{path}[{index}]", item) for index, item in enumerate(value) if not isinstance(item, _ATOMS)
+            )
+        if hasattr(value, "__dict__"):
+            self._keep_names(path, value.__dict__, dict(value.__dict__))
+
+    def _visit_generator(self, path: str, value: Any) -> bool:
+        """Save the state of a random generator; return False for anything else."""
+        if isinstance(value, random.Random):
+            self._keep(path, value.getstate(), value.setstate)
+        elif isinstance(value, np.random.RandomState):
+            self._keep(path, value.get_state(), value.set_state)
+        elif isinstance(value, np.random.Generator | np.random.BitGenerator):
+            bits = value.bit_generator if isinstance(value, np.random.Generator) else value
+            self._keep(path, bits.state, lambda saved: setattr(bits, "state", saved))
+        elif isinstance(value, torch.Generator):
+            self._keep(path, value.get_state(), value.set_state)
+        else:
+            return False
+        return True
+
+    def _visit_function(self, path: str, function: types.FunctionType) -> None:
+        if str(function.__globals__.get("__name__", "")).split(".")[0] in _NOT_USERS:
+            function = getattr(function, "__wrapped__", function)  # by a decorator of torch or functools
+            if str(function.__globals__.get("__name__", "")).split(".")[0] in _NOT_USERS:
+                return
+        self._waiting.append((path, getattr(function, "__wrapped__", None)))
+        self._waiting.append((path, function.__defaults__))
+        self._waiting.append((path, function.__kwdefaults__))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            self._visit_cell(f"{path}: {name}", cell)
+        names = set(_names(function.__code__))
+        found = {name: function.__globals__[name] for name in names if name in function.__globals__}
+        self._keep_names(f"{function.__module__}", function.__globals__, found)
+        for name, value in found.items():
+            if isinstance(value, types.ModuleType) and not _is_foreign(value):
+                self._keep_names(name, vars(value), {key: vars(value)[key] for key in names if key in vars(value)})
+
+    def _visit_cell(self, path: str, cell: types.CellType) -> None:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not assigned yet
+            return
+
+        def restore(saved: Any) -> None:
+            if cell.cell_contents is not saved:
+                cell.cell_contents = saved
+
+        self._keep(path, content, restore)
+        self._waiting.append((path, content))
+
+    def _visit_object(self, path: str, value: Any) -> None:
+        if isinstance(value, type):
+            self._visit_class(value)
+            return
+        if type(value).__module__.split(".")[0] in _NOT_USERS and not isinstance(value, _PLAIN):
+            self._waiting.append((path, getattr(value, "__wrapped__", None)))
+            return
+        if isinstance(getattr(value, "__dict__", None), dict):
+            self._keep_names(path, value.__dict__, dict(value.__dict__))
+        for name, slot in slots_of(type(value)):
+            if hasattr(value, name):
+                held = getattr(value, name)
+                self._keep(f"{path}.{name}", held, lambda saved, slot=slot: slot.__set__(value, saved))  # type: ignore[misc]
+                self._waiting.append((f"{path}.{name}", held))
+        self._visit_class(type(value))
+
+    def _keep_names(self, path: str, holder: dict[str, Any], values: dict[str, Any]) -> None:
+        """Save some names of a namespace, and visit what they stand for."""
+        is_module = holder.keys() >= MODULE_STATE
+
+        def restore(saved: dict[str, Any]) -> None:
+            for name, value in saved.items():
+                if name not in holder or holder[name] is not value:
+                    holder[name] = value
+            if is_module or "__name__" not in holder:  # of a file only the names are known that the code names
+                for name in [name for name in holder if name not in saved and not (is_module and name in MODULE_STATE)]:
+                    del holder[name]
+
+        self.contents[path] = (
+            self.contents.get(path, {}) | values if isinstance(self.contents.get(path), dict) else values
+        )
+        self._undo.append(lambda: restore(values))
+        self._waiting.extend((f"{path}.{name}", value) for name, value in values.items())
+
+
+def _restore_class(kind: type, saved: dict[str, Any]) -> None:
+    for name, value in saved.items():
+        if vars(kind).get(name) is not value:
+            type.__setattr__(kind, name, value)
+
+
+def _refill(container: Any, saved: list[Any]) -> None:
+    if [*map(id, container)] != [*map(id, saved)]:
+        container.clear()
+        container.extend(saved)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Yield the names of files and attributes that a function names, those of functions inside it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _is_foreign(module: types.ModuleType) -> bool:
+    return module.__name__.split(".")[0] in _NOT_USERS or "site-packages" in (getattr(module, "__file__", None) or "")

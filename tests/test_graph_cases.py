@@ -1,0 +1,367 @@
+"""Forwards that a trace does not see all of: a graph is given only where it does what the model's own code does."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import tdfx
+from tdfx.passes.analysis import shapes
+
+FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
+TOLERANCE = 1e-9  # relative, in float64: a few products of sixteen terms
+LOG: list[Tensor] = []
+ACTIVATION = nn.GELU()
+
+
+class Pair(nn.Module):
+    """Two linear layers, and what a forward may keep."""
+
+    last: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.kept: dict[str, Any] = {}
+        self.window: deque[Any] = deque(maxlen=2)
+        self.context = SimpleNamespace(value=None)
+        self.counts = np.zeros(1)
+        self.dice = random.Random(0)
+        self.rng = np.random.default_rng(0)
+        self.tune = True
+
+
+def model_of(forward: Callable[..., Any]) -> nn.Module:
+    torch.manual_seed(0)
+    return type("Net", (Pair,), {"forward": forward})().double()
+
+
+def batch(seed: int = 1) -> Tensor:
+    return torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def adds_to_a_second_name(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    kept = y
+    y += x
+    return self.b(y) + kept
+
+
+def adds_to_a_view(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    part = y[:, :4]
+    part *= 2
+    return self.b(y)
+
+
+def collects(self: Any, x: Tensor) -> Tensor:
+    found = []
+    for layer in (self.a, self.b):
+        x = layer(x)
+        found.append(x)
+    named = {"all": torch.stack(found)}
+    named["sum"] = named["all"].sum(0)
+    return named["sum"]
+
+
+def branches_on_configuration(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    if self.tune and self.last is None and isinstance(self.b, nn.Linear):
+        y = self.b(y)
+    return y
+
+
+@pytest.mark.parametrize("forward", [adds_to_a_second_name, adds_to_a_view, collects, branches_on_configuration])
+def test_a_graph_repeats_assignments_in_place_and_code_on_configuration(forward: Callable[..., Any]) -> None:
+    dense = model_of(forward)
+    rewritten = tdfx.rewrite(dense, FULL, example_inputs=(batch(),))
+    assert isinstance(rewritten, fx.GraphModule), tdfx.plan(dense, FULL).notes
+    assert any(isinstance(module, tdfx.Factorized) for module in rewritten.modules())
+    for _ in range(2):
+        torch.testing.assert_close(rewritten(batch()), dense(batch()), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def sets_data(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    y.data = y.data.clamp(-0.3, 0.3)
+    return self.b(y)
+
+
+def enters_a_context(self: Any, x: Tensor) -> Tensor:
+    with torch.set_grad_enabled(self.tune):
+        y = self.a(x)
+    return self.b(y)
+
+
+@torch.autocast("cpu", enabled=False)
+def is_decorated_by_a_context(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x))
+
+
+def keeps_in_a_dict(self: Any, x: Tensor) -> Tensor:
+    self.kept["y"] = y = self.a(x)
+    return self.b(y)
+
+
+def keeps_in_a_deque(self: Any, x: Tensor) -> Tensor:
+    window = self.window
+    window.append(self.a(x))
+    return self.b(window[-1])
+
+
+def keeps_in_an_object(self: Any, x: Tensor) -> Tensor:
+    self.context.value = y = self.a(x)
+    return self.b(y)
+
+
+def keeps_in_a_global(self: Any, x: Tensor) -> Tensor:
+    LOG.append(self.a(x))
+    return self.b(LOG[-1])
+
+
+def keeps_in_the_class(self: Any, x: Tensor) -> Tensor:
+    type(self).last = y = self.a(x)
+    return self.b(y)
+
+
+def counts_in_an_array(self: Any, x: Tensor) -> Tensor:
+    self.counts[0] += 1
+    return self.b(self.a(x)) / float(self.counts[0])
+
+
+def draws_from_numpy(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) * self.rng.random()
+
+
+def draws_from_python(self: Any, x: Tensor) -> Tensor:
+    draw = self.dice.random
+    return self.b(self.a(x)) * draw()
+
+
+def asks_for_a_class(self: Any, x: Any) -> Tensor:
+    return self.b(self.a(x[0] if isinstance(x, tuple) else x))
+
+
+def asks_for_a_type(self: Any, x: Any) -> Tensor:
+    return self.b(self.a(x[0] if type(x) is list else x))
+
+
+def asks_for_an_attribute(self: Any, x: Any) -> Tensor:
+    return self.b(self.a(getattr(x, "tensors", x)))
+
+
+def asks_for_a_dtype(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x.double() if x.dtype is torch.uint8 else x))
+
+
+def helper(x: Any) -> Any:
+    return x if x is not None else 0
+
+
+def asks_in_a_helper(self: Any, x: Tensor) -> Tensor:
+    return self.b(helper(self.a(x)))
+
+
+def tries(self: Any, x: Tensor) -> Tensor:
+    try:
+        count = int(x.shape[0])
+    except TypeError:
+        count = 1
+    return self.b(self.a(x)) / count
+
+
+def asks_whether_it_is_exported(self: Any, x: Tensor) -> Tensor:
+    y = self.b(self.a(x))
+    return y.sigmoid() if torch.compiler.is_exporting() else y
+
+
+def makes_a_module(self: Any, x: Tensor) -> Tensor:
+    return self.b(nn.ReLU()(self.a(x)))
+
+
+def calls_a_module_of_the_file(self: Any, x: Tensor) -> Tensor:
+    return self.b(ACTIVATION(self.a(x)))
+
+
+UNSAFE = {
+    sets_data: "assigns to an attribute, y.data",
+    enters_a_context: "enters a context by with",
+    is_decorated_by_a_context: "enters autocast",
+    keeps_in_a_dict: "assigns to an item, self.kept['y']",
+    keeps_in_a_deque: "changes a container by append()",
+    keeps_in_an_object: "assigns to an attribute, self.context.value",
+    keeps_in_a_global: "changes a container by append()",
+    keeps_in_the_class: "assigns to an attribute, type(self).last",
+    counts_in_an_array: "assigns to an item, self.counts[0]",
+    draws_from_numpy: "calls Generator.random()",
+    draws_from_python: "calls random()",
+    asks_for_a_class: "asks for isinstance(x, tuple)",
+    asks_for_a_type: "asks whether type(x) is list",
+    asks_for_an_attribute: "asks for getattr(x, 'tensors', x)",
+    asks_for_a_dtype: "asks whether x.dtype is torch.uint8",
+    asks_in_a_helper: "asks whether x is not None",
+    tries: "uses try",
+    asks_whether_it_is_exported: "calls is_exporting()",
+    makes_a_module: "makes a ReLU",
+    calls_a_module_of_the_file: "calls a GELU that is no submodule",
+}
+
+
+@pytest.mark.parametrize("block", [False, True], ids=["model", "block"])
+@pytest.mark.parametrize("forward", UNSAFE)
+def test_code_that_is_not_known_to_be_safe_runs_as_it_is(forward: Callable[..., Any], block: bool) -> None:
+    dense: nn.Module = model_of(forward)
+    if block:
+        dense = nn.Sequential(dense, nn.Linear(16, 4)).double()
+    twin = copy.deepcopy(dense)
+    LOG.clear()
+    plan = tdfx.plan(dense, FULL, example_inputs=(batch(),))
+    (note,) = plan.notes
+    assert UNSAFE[forward] in note
+    assert f"{__name__.rpartition('.')[2]}.py:" in note or "enters autocast" in note or "no submodule" in note
+    assert plan.emit == ("graph" if block else "modules")
+    assert not LOG
+    rewritten = tdfx.rewrite(dense, FULL, example_inputs=(batch(),))
+    assert any(isinstance(module, tdfx.Factorized) for module in rewritten.modules())
+    for _ in range(3):
+        torch.testing.assert_close(rewritten(batch()), twin(batch()), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("forward", [keeps_in_a_dict, keeps_in_an_object, keeps_in_a_deque, counts_in_an_array])
+def test_planning_leaves_what_the_model_keeps_as_it_was(forward: Callable[..., Any]) -> None:
+    model: Any = model_of(forward)
+    draws = model.rng.bit_generator.state, model.dice.getstate()
+    for inputs in (None, (batch(),)):
+        tdfx.plan(model, FULL, example_inputs=inputs)
+    assert (model.kept, list(model.window), model.context.value, float(model.counts[0])) == ({}, [], None, 0.0)
+    assert (model.rng.bit_generator.state, model.dice.getstate()) == draws
+
+
+class Outer(nn.Module):
+    """Adds what its block has put aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = model_of(keeps_in_an_object), nn.Linear(16, 4).double()
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.head(self.block(x))
+        return y, self.block.context.value
+
+
+def test_what_a_block_leaves_for_its_parent_is_read_when_the_model_runs() -> None:
+    dense = Outer()
+    rewritten = tdfx.rewrite(dense, FULL)
+    torch.testing.assert_close(rewritten(batch())[1], dense(batch())[1], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_code_without_a_source_gives_no_graph() -> None:
+    names: dict[str, Any] = {}
+    exec("def forward(self, x):\n    return self.b(self.a(x))\n", names)
+    (note,) = tdfx.plan(model_of(names["forward"]), FULL).notes
+    assert "its forward runs forward(), whose source cannot be had" in note
+
+
+@pytest.mark.parametrize("what", ["outputs", "gradients", "buffers"])
+def test_a_graph_that_differs_on_the_example_inputs_is_not_given(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)).double()
+
+    def plant(program: Any, inputs: Any) -> Any:
+        graph = program.graphs[""].graphs[0]
+        last = next(node for node in graph.nodes if node.target == "1")
+        with graph.inserting_after(last):
+            if what == "outputs":
+                fault = graph.call_function(torch.mul, (last, 1.001))
+            elif what == "gradients":
+                fault = graph.call_method("detach", (last,))
+            else:
+                fault = graph.call_module("1", last.args)
+        last.replace_all_uses_with(fault, delete_user_cb=lambda user: user is not fault)
+        return real(program, inputs)
+
+    real = shapes._checked_graph
+    monkeypatch.setattr(shapes, "_checked_graph", plant)
+    plan = tdfx.plan(model, FULL, example_inputs=(batch(),))
+    assert plan.emit == "modules"
+    assert "a graph of it differs in its" in plan.notes[-1]
+
+
+def penalizes(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) + sum(parameter.square().sum() for parameter in self.parameters())
+
+
+def renormalizes(self: Any, x: Tensor) -> Tensor:
+    self.b.weight.data = torch.renorm(self.b.weight.data, 2, 0, 0.1)
+    return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("inputs", [None, (batch(),)], ids=["without inputs", "with inputs"])
+@pytest.mark.parametrize(("forward", "read"), [(penalizes, {"a", "b"}), (renormalizes, {"b"})])
+def test_a_weight_that_is_read_beside_its_layer_is_kept(forward: Any, read: set[str], inputs: Any) -> None:
+    plan = tdfx.plan(model_of(forward), FULL, example_inputs=inputs)
+    assert {site.name for site in plan if site.reason is tdfx.Reason.READ_ELSEWHERE} == read
+
+
+class Final(nn.Module):
+    """Must not be derived from, and takes no keyword."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        raise TypeError("final")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+class Registering(type):
+    """A metaclass that lists its classes."""
+
+    classes: ClassVar[list[str]] = []
+
+    def __init__(cls, name: str, *_: Any) -> None:
+        Registering.classes.append(name)
+
+
+class Registered(nn.Module, metaclass=Registering):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("build", [Final, Registered])
+def test_a_class_that_watches_its_subclasses_does_not_see_the_graphs(build: Callable[[], nn.Module]) -> None:
+    rewritten = tdfx.rewrite(build(), FULL)
+    assert isinstance(rewritten, fx.GraphModule)
+    assert isinstance(rewritten, build)  # type: ignore[arg-type]
+    assert Registering.classes == ["Registered"]
+
+
+def test_modules_with_the_same_graph_share_a_class_until_one_is_changed() -> None:
+    model = model_of(adds_to_a_view)
+    first, second = (tdfx.rewrite(copy.deepcopy(model), FULL) for _ in range(2))
+    third = tdfx.rewrite(model_of(collects), FULL)
+    assert type(first) is type(second)
+    assert type(first) is not type(third)
+    before = second(batch())
+    assert isinstance(first, fx.GraphModule)
+    output = next(node for node in first.graph.nodes if node.op == "output")
+    with first.graph.inserting_before(output):
+        output.args = (first.graph.call_function(torch.neg, (output.args[0],)),)
+    first.recompile()
+    assert torch.equal(second(batch()), before)
+    torch.testing.assert_close(first(batch()), -before, rtol=TOLERANCE, atol=TOLERANCE)
