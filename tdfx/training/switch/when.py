@@ -116,7 +116,7 @@ When = AtStep | AtEpoch | Settled
 """What ``Switch`` takes as ``when=``."""
 
 
-_EARLY = 0.05
+_EARLY = 0.03
 """Share of the training after which to switch where nothing else is said; chosen by ``tools/study_default.py``."""
 _LEAST_EARLY = 10
 """Steps before such a switch at the least: the first steps of a training show little."""
@@ -126,7 +126,7 @@ def early(total_steps: int | None) -> AtStep:
     """Return an early step of a training: the earlier the switch, the more is saved, and a few steps show what is needed.
 
     >>> early(10_000), early(100)
-    (AtStep(step=500), AtStep(step=10))
+    (AtStep(step=300), AtStep(step=10))
 
     Raises:
         PolicyError: The steps of the training are not known.
