@@ -55,8 +55,8 @@ class Adapter(nn.Module):
 class Doubled(nn.Sequential):
     """Computes something else than its base class."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return cast("Tensor", 2 * super().forward(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return cast("Tensor", 2 * super().forward(x))  # type: ignore[no-untyped-call]
 
 
 def adapter(layer: Any) -> None:
@@ -92,7 +92,8 @@ def hook_between(layer: Any) -> None:
 
 
 def quantized(layer: Any) -> None:
-    torch.ao.quantization.quantize_dynamic(layer.factors, {nn.Linear}, dtype=torch.qint8, inplace=True)
+    quantize: Any = torch.ao.quantization.quantize_dynamic
+    quantize(layer.factors, {nn.Linear}, dtype=torch.qint8, inplace=True)
 
 
 def patched(layer: Any) -> None:
@@ -195,7 +196,8 @@ WRITES: dict[str, Callable[[Any], Any]] = {
 def test_a_write_to_the_weight_of_factors_raises(write: Callable[[Any], Any], grad: bool) -> None:
     model = rewritten()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    for get in (lambda: model[2].weight, lambda: model[3].kernel):
+    reads: tuple[Callable[[], Tensor], ...] = (lambda: model[2].weight, lambda: model[3].kernel)
+    for get in reads:
         with (
             torch.set_grad_enabled(grad),
             pytest.raises(tdfx.ModelError, match=r"would be lost|is an attribute of the"),
@@ -216,7 +218,7 @@ def test_what_is_computed_from_the_weight_of_factors_is_a_plain_tensor() -> None
     for value in (weight * 2, weight.square().sum(), weight.clone(), weight.double(), copy.deepcopy(weight.detach())):
         assert type(value) is Tensor
     weight.clone().mul_(2)
-    weight.square().sum().backward()
+    weight.square().sum().backward()  # type: ignore[no-untyped-call]
     assert layer.factors[0].weight.grad.norm() > 0
     assert type(pickle.loads(pickle.dumps(weight.detach()))) is Tensor
     torch.save({"weight": weight.detach()}, file := io.BytesIO())

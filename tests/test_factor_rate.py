@@ -28,8 +28,8 @@ def build() -> tuple[nn.Module, SGD]:
 def step(model: nn.Module, optimizer: Optimizer, x: Tensor, *, closure: str = "") -> None:
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = model(x).square().mean()
-        value.backward()
+        value: Tensor = model(x).square().mean()
+        value.backward()  # type: ignore[no-untyped-call]
         return value
 
     if closure == "named":
@@ -169,7 +169,7 @@ def test_the_speed_of_a_product_bounds_how_far_a_step_moves_it() -> None:
     factors = [torch.randn(3, 6), torch.randn(4, 3), torch.randn(5, 4)]
     gradient = torch.randn(5, 6)
     a, b, c = (factor.requires_grad_() for factor in factors)
-    moved = torch.autograd.functional.vjp(lambda *f: f[2] @ f[1] @ f[0], (a, b, c), gradient)[1]
+    moved = torch.autograd.functional.vjp(lambda *f: f[2] @ f[1] @ f[0], (a, b, c), gradient)[1]  # type: ignore[no-untyped-call]
     move = c @ b @ moved[0] + c @ moved[1] @ a + moved[2] @ b @ a
     ratio = float(move.detach().norm() / gradient.norm())
     assert 0.1 * product_speed(factors) < ratio <= product_speed(factors)

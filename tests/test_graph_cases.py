@@ -42,21 +42,22 @@ class Pair(nn.Module):
 
 def model_of(forward: Callable[..., Any]) -> nn.Module:
     torch.manual_seed(0)
-    return type("Net", (Pair,), {"forward": forward})().double()
+    model: Pair = type("Net", (Pair,), {"forward": forward})()
+    return model.double()
 
 
 def batch(seed: int = 1) -> Tensor:
     return torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def adds_to_a_second_name(self: Any, x: Tensor) -> Tensor:
+def adds_to_a_second_name(self: Any, x: Tensor) -> Any:
     y = self.a(x)
     kept = y
     y += x
     return self.b(y) + kept
 
 
-def adds_to_a_view(self: Any, x: Tensor) -> Tensor:
+def adds_to_a_view(self: Any, x: Tensor) -> Any:
     y = self.a(x)
     part = y[:, :4]
     part *= 2
@@ -73,7 +74,7 @@ def collects(self: Any, x: Tensor) -> Tensor:
     return named["sum"]
 
 
-def branches_on_configuration(self: Any, x: Tensor) -> Tensor:
+def branches_on_configuration(self: Any, x: Tensor) -> Any:
     y = self.a(x)
     if self.tune and self.last is None and isinstance(self.b, nn.Linear):
         y = self.b(y)
@@ -90,76 +91,76 @@ def test_a_graph_repeats_assignments_in_place_and_code_on_configuration(forward:
         torch.testing.assert_close(rewritten(batch()), dense(batch()), rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def sets_data(self: Any, x: Tensor) -> Tensor:
+def sets_data(self: Any, x: Tensor) -> Any:
     y = self.a(x)
     y.data = y.data.clamp(-0.3, 0.3)
     return self.b(y)
 
 
-def enters_a_context(self: Any, x: Tensor) -> Tensor:
+def enters_a_context(self: Any, x: Tensor) -> Any:
     with torch.set_grad_enabled(self.tune):
         y = self.a(x)
     return self.b(y)
 
 
-@torch.autocast("cpu", enabled=False)
-def is_decorated_by_a_context(self: Any, x: Tensor) -> Tensor:
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+def is_decorated_by_a_context(self: Any, x: Tensor) -> Any:
     return self.b(self.a(x))
 
 
-def keeps_in_a_dict(self: Any, x: Tensor) -> Tensor:
+def keeps_in_a_dict(self: Any, x: Tensor) -> Any:
     self.kept["y"] = y = self.a(x)
     return self.b(y)
 
 
-def keeps_in_a_deque(self: Any, x: Tensor) -> Tensor:
+def keeps_in_a_deque(self: Any, x: Tensor) -> Any:
     window = self.window
     window.append(self.a(x))
     return self.b(window[-1])
 
 
-def keeps_in_an_object(self: Any, x: Tensor) -> Tensor:
+def keeps_in_an_object(self: Any, x: Tensor) -> Any:
     self.context.value = y = self.a(x)
     return self.b(y)
 
 
-def keeps_in_a_global(self: Any, x: Tensor) -> Tensor:
+def keeps_in_a_global(self: Any, x: Tensor) -> Any:
     LOG.append(self.a(x))
     return self.b(LOG[-1])
 
 
-def keeps_in_the_class(self: Any, x: Tensor) -> Tensor:
+def keeps_in_the_class(self: Any, x: Tensor) -> Any:
     type(self).last = y = self.a(x)
     return self.b(y)
 
 
-def counts_in_an_array(self: Any, x: Tensor) -> Tensor:
+def counts_in_an_array(self: Any, x: Tensor) -> Any:
     self.counts[0] += 1
     return self.b(self.a(x)) / float(self.counts[0])
 
 
-def draws_from_numpy(self: Any, x: Tensor) -> Tensor:
+def draws_from_numpy(self: Any, x: Tensor) -> Any:
     return self.b(self.a(x)) * self.rng.random()
 
 
-def draws_from_python(self: Any, x: Tensor) -> Tensor:
+def draws_from_python(self: Any, x: Tensor) -> Any:
     draw = self.dice.random
     return self.b(self.a(x)) * draw()
 
 
-def asks_for_a_class(self: Any, x: Any) -> Tensor:
+def asks_for_a_class(self: Any, x: Any) -> Any:
     return self.b(self.a(x[0] if isinstance(x, tuple) else x))
 
 
-def asks_for_a_type(self: Any, x: Any) -> Tensor:
+def asks_for_a_type(self: Any, x: Any) -> Any:
     return self.b(self.a(x[0] if type(x) is list else x))
 
 
-def asks_for_an_attribute(self: Any, x: Any) -> Tensor:
+def asks_for_an_attribute(self: Any, x: Any) -> Any:
     return self.b(self.a(getattr(x, "tensors", x)))
 
 
-def asks_for_a_dtype(self: Any, x: Tensor) -> Tensor:
+def asks_for_a_dtype(self: Any, x: Tensor) -> Any:
     return self.b(self.a(x.double() if x.dtype is torch.uint8 else x))
 
 
@@ -167,11 +168,11 @@ def helper(x: Any) -> Any:
     return x if x is not None else 0
 
 
-def asks_in_a_helper(self: Any, x: Tensor) -> Tensor:
+def asks_in_a_helper(self: Any, x: Tensor) -> Any:
     return self.b(helper(self.a(x)))
 
 
-def tries(self: Any, x: Tensor) -> Tensor:
+def tries(self: Any, x: Tensor) -> Any:
     try:
         count = int(x.shape[0])
     except TypeError:
@@ -179,16 +180,16 @@ def tries(self: Any, x: Tensor) -> Tensor:
     return self.b(self.a(x)) / count
 
 
-def asks_whether_it_is_exported(self: Any, x: Tensor) -> Tensor:
+def asks_whether_it_is_exported(self: Any, x: Tensor) -> Any:
     y = self.b(self.a(x))
     return y.sigmoid() if torch.compiler.is_exporting() else y
 
 
-def makes_a_module(self: Any, x: Tensor) -> Tensor:
+def makes_a_module(self: Any, x: Tensor) -> Any:
     return self.b(nn.ReLU()(self.a(x)))
 
 
-def calls_a_module_of_the_file(self: Any, x: Tensor) -> Tensor:
+def calls_a_module_of_the_file(self: Any, x: Tensor) -> Any:
     return self.b(ACTIVATION(self.a(x)))
 
 
@@ -251,7 +252,8 @@ class Outer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block, self.head = model_of(keeps_in_an_object), nn.Linear(16, 4).double()
+        self.block: Any = model_of(keeps_in_an_object)
+        self.head = nn.Linear(16, 4).double()
 
     def forward(self, x: Tensor) -> Any:
         y = self.head(self.block(x))
@@ -295,11 +297,11 @@ def test_a_graph_that_differs_on_the_example_inputs_is_not_given(what: str, monk
     assert "a graph of it differs in its" in plan.notes[-1]
 
 
-def penalizes(self: Any, x: Tensor) -> Tensor:
+def penalizes(self: Any, x: Tensor) -> Any:
     return self.b(self.a(x)) + sum(parameter.square().sum() for parameter in self.parameters())
 
 
-def renormalizes(self: Any, x: Tensor) -> Tensor:
+def renormalizes(self: Any, x: Tensor) -> Any:
     self.b.weight.data = torch.renorm(self.b.weight.data, 2, 0, 0.1)
     return self.b(self.a(x))
 

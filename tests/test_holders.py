@@ -98,9 +98,9 @@ class Proxy(Optimizer):
         self.optimizer = inner
         self._zero_grad_profile_name = ""
 
-    param_groups = property(lambda self: self.optimizer.param_groups)  # type: ignore[assignment]
-    state = property(lambda self: self.optimizer.state)  # type: ignore[assignment]
-    defaults = property(lambda self: self.optimizer.defaults)  # type: ignore[assignment]
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+    defaults = property(lambda self: self.optimizer.defaults)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
@@ -143,10 +143,11 @@ def test_optimizers_inside_optimizers_go_along(build: Callable[[nn.Module], Opti
     optimizer = build(model)
     for _ in range(4):
         step(model, optimizer)
-    for act in (
+    actions: tuple[Callable[[nn.Module], nn.Module], ...] = (
         lambda net: tdfx.rewrite(net, FULL, optimizer=optimizer),
         lambda net: tdfx.merge(net, optimizer=optimizer),
-    ):
+    )
+    for act in actions:
         model = cast("nn.Sequential", act(model))
         parameters = {id(parameter) for parameter in model.parameters()}
         carried: set[int] = set()
@@ -256,7 +257,12 @@ def own_average(model: nn.Module) -> Optimizer:
 
 def step_hook(model: nn.Module) -> Optimizer:
     optimizer, parameters = sgd(model), list(model.parameters())
-    optimizer.register_step_post_hook(lambda *_: [parameter.data.clamp_(-1, 1) for parameter in parameters])
+
+    def clamp(*_: Any) -> None:
+        for parameter in parameters:
+            parameter.data.clamp_(-1, 1)
+
+    optimizer.register_step_post_hook(clamp)
     return optimizer
 
 
@@ -299,9 +305,13 @@ def test_a_list_of_factors_is_refused_at_the_merge() -> None:
 def test_a_hook_that_asks_the_optimizer_is_no_holder() -> None:
     model = mlp()
     optimizer = sgd(model)
-    optimizer.register_step_post_hook(
-        lambda each, *_: [p.data.clamp_(-1, 1) for g in each.param_groups for p in g["params"]]
-    )
+
+    def clamp(optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.data.clamp_(-1, 1)
+
+    optimizer.register_step_post_hook(clamp)
     scheduler: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     cast("Any", optimizer).schedule = [scheduler]
     step(model, optimizer)

@@ -104,9 +104,12 @@ def test_tensors_that_are_one_in_one_model_only_are_told_apart() -> None:
 class Gate(nn.Module):
     """One padded tensor for two convolutions, which is given back too."""
 
-    def __init__(self, kernel: int, padding: Any, mode: str = "zeros") -> None:
+    def __init__(self, kernel: int, padding: Any, mode: Any = "zeros") -> None:
         super().__init__()
-        make = lambda: nn.Conv1d(16, 16, kernel, padding=padding, padding_mode=mode)  # noqa: E731
+
+        def make() -> nn.Conv1d:
+            return nn.Conv1d(16, 16, kernel, padding=padding, padding_mode=mode)
+
         self.filter, self.gate = make(), make()
 
     def forward(self, signal: Tensor) -> tuple[Tensor, Tensor]:

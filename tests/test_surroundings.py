@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -41,7 +42,8 @@ class Hooked(nn.Module):
         self.double()
         self.calls: list[tuple[str, Any]] = []
         self.me = weakref.ref(self)
-        for module in (self, self.stem):
+        modules: list[Any] = [self, self.stem]
+        for module in modules:
             module.register_state_dict_pre_hook(lambda module, *_: self.calls.append(("before saving", module)))
             module.register_state_dict_post_hook(lambda module, *_: self.calls.append(("after saving", module)))
             module.register_load_state_dict_pre_hook(lambda module, *_: self.calls.append(("before loading", module)))
@@ -83,7 +85,7 @@ def test_the_original_keeps_its_own_hooks(emit: tdfx.Emit) -> None:
 
 @every_emit
 def test_a_checkpoint_wrapper_inside_outlives_the_original(emit: tdfx.Emit) -> None:
-    model = tdfx.rewrite(nn.Sequential(checkpoint_wrapper(mlp()), nn.Linear(4, 4)).double(), HALF, emit=emit)  # type: ignore[no-untyped-call]
+    model = tdfx.rewrite(nn.Sequential(checkpoint_wrapper(mlp()), nn.Linear(4, 4)).double(), HALF, emit=emit)
     gc.collect()
     model.load_state_dict(model.state_dict())
     torch.testing.assert_close(copy.deepcopy(model)(batch()), model(batch()))
@@ -92,7 +94,7 @@ def test_a_checkpoint_wrapper_inside_outlives_the_original(emit: tdfx.Emit) -> N
 @every_emit
 def test_a_checkpoint_wrapper_at_the_root_is_merged_saved_and_loaded(emit: tdfx.Emit, tmp_path: Any) -> None:
     def wrapped() -> nn.Module:
-        return cast("nn.Module", checkpoint_wrapper(mlp()))  # type: ignore[no-untyped-call]
+        return checkpoint_wrapper(mlp())
 
     def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
@@ -182,11 +184,12 @@ def test_inference_mode_is_refused_before_anything_changes() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rewritten = tdfx.rewrite(model, HALF, optimizer=optimizer)
     held = [id(parameter) for parameter in optimizer.param_groups[0]["params"]]
-    for act in (
+    actions: tuple[Callable[[], nn.Module], ...] = (
         lambda: tdfx.rewrite(mlp(), HALF),
         lambda: tdfx.rewrite(rewritten, tdfx.Policy(rank=tdfx.Ratio(of=0.1), min_gain=0), optimizer=optimizer),
         lambda: tdfx.merge(rewritten, optimizer=optimizer),
-    ):
+    )
+    for act in actions:
         with torch.inference_mode(), pytest.raises(tdfx.ModelError, match=r"torch.inference_mode\(\), where every new"):
             act()
     assert [id(parameter) for parameter in optimizer.param_groups[0]["params"]] == held
@@ -238,7 +241,7 @@ def test_values_are_loaded_into_layers_that_were_frozen_since() -> None:
 
 def test_a_rewritten_model_with_hooks_can_be_pickled() -> None:
     for emit in EMITS:
-        model = tdfx.rewrite(checkpoint_wrapper(mlp()), HALF, emit=emit)  # type: ignore[no-untyped-call]
+        model = tdfx.rewrite(checkpoint_wrapper(mlp()), HALF, emit=emit)
         again = pickle.loads(pickle.dumps(model))
         again.load_state_dict(model.state_dict())
         torch.testing.assert_close(again(batch()), model(batch()))

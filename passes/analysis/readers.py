@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from tdfx.kinds.registry import is_candidate, kind_of
-from tdfx.passes.analysis.safe_code import UNKNOWN, SafeCode
+from tdfx.passes.analysis.scope import UNKNOWN, Scope
 from tdfx.passes.analysis.source import definition_of, is_users_file
 from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.analysis.uses import METADATA
@@ -63,19 +63,21 @@ def _reads(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     while waiting:
         function, owner = waiting.pop()
         function = inspect.unwrap(getattr(function, "__func__", function))
-        code = getattr(function, "__code__", None)
-        if not isinstance(function, types.FunctionType) or code in seen or not is_users_file(code.co_filename):
+        if not isinstance(function, types.FunctionType):
+            continue
+        code = function.__code__
+        if code in seen or not is_users_file(code.co_filename):
             continue
         seen.add(code)
         if (definition := definition_of(code)) is None:
             continue
         arguments = {code.co_varnames[0]: owner} if owner is not None and code.co_argcount else {}
-        reading = SafeCode(definition, arguments | _closure(function), function.__globals__)
-        parents = {id(child): node for node in reading.all_nodes() for child in ast.iter_child_nodes(node)}
-        for node in reading.all_nodes():
+        scope = Scope(definition, arguments | _closure(function), function.__globals__)
+        parents = {id(child): node for node in scope.all_nodes() for child in ast.iter_child_nodes(node)}
+        for node in scope.all_nodes():
             match node:
                 case ast.Attribute(value=value, attr=name) if not _is_metadata(node, parents):
-                    owned = reading.value_of(value)
+                    owned = scope.value_of(value)
                     if name in _LISTING and not _is_first(node, parents):
                         yield (owned if isinstance(owned, nn.Module) else module), name
                     elif isinstance(owned, nn.Module):
@@ -83,7 +85,7 @@ def _reads(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 case ast.Name(id="parameters_to_vector"):
                     yield module, "parameters_to_vector"
             if isinstance(node, ast.Call):
-                called = reading.value_of(node.func)
+                called = scope.value_of(node.func)
                 if called is not UNKNOWN:
                     waiting.append((called, getattr(called, "__self__", None)))
 

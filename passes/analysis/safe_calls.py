@@ -82,7 +82,8 @@ def _torch_functions() -> frozenset[Any]:
     with warnings.catch_warnings(action="ignore"):
         listed = get_overridable_functions()
     functions = {function for functions in listed.values() for function in functions if callable(function)}
-    return frozenset(functions) | {torch._assert, torch.jit.is_scripting, torch._jit_internal.is_scripting}
+    is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
+    return frozenset(functions) | {torch._assert, is_scripting, torch._jit_internal.is_scripting}
 
 
 @cache

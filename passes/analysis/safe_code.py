@@ -10,29 +10,24 @@ from __future__ import annotations
 
 import ast
 import builtins
-import inspect
-import types
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx
 from torch.utils._pytree import tree_any
 
 from tdfx.passes.analysis.modes import Mode
 from tdfx.passes.analysis.safe_calls import (
-    CONTAINERS,
     LOOKING,
     MUTATING_METHODS,
     PURE_METHODS,
     refusal_of_callable,
     tensor_methods,
 )
+from tdfx.passes.analysis.scope import FRESH, UNKNOWN, Scope, is_proxy, last_name, makes_container
 from tdfx.passes.analysis.source import Definition
 
-UNKNOWN: Any = object()
-"""The value of an expression that cannot be told without running it."""
-_STATEMENTS = {
+_STATEMENTS: dict[type[ast.AST], str] = {
     ast.Try: "uses try",
     ast.With: "enters a context by with",
     ast.AsyncWith: "enters a context by with",
@@ -50,10 +45,7 @@ _STATEMENTS = {
     **({ast.TryStar: "uses try"} if hasattr(ast, "TryStar") else {}),
 }
 """Statements and expressions that are refused wherever they stand."""
-_FRESH = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
-_FRESH_CALLS = {"list", "dict", "set", "OrderedDict"}
 _NUMBERS = {"len", "int", "float", "sum", "max", "min", "abs", "round"}
-_SCOPES = (ast.FunctionDef, ast.Lambda)
 
 
 class UnsafeConstructError(Exception):
@@ -64,23 +56,11 @@ class UnsafeConstructError(Exception):
         self.line = getattr(node, "lineno", 0)
 
 
-def is_proxy(value: Any) -> bool:
-    """Return True for what a trace has in the place of data."""
-    return isinstance(value, fx.Proxy)
-
-
-class SafeCode:
-    """Reads one call of a function: its definition, its arguments, and the names that it sees."""
+class SafeCode(Scope):
+    """Checks one call of a function: whether a graph repeats all that its code does."""
 
     def __init__(self, definition: Definition, names: Mapping[str, Any], global_names: Mapping[str, Any]) -> None:
-        self.definition = definition
-        self.names = dict(names)
-        """Arguments and names of outer functions -> their values."""
-        self.globals = global_names
-        self.body = definition.body if isinstance(definition.body, list) else [definition.body]
-        self.nodes = [node for part in self.body for node in _walk(part)]
-        self.arguments = {node.arg for node in ast.walk(definition.args) if isinstance(node, ast.arg)}
-        self.bindings = _bindings(self.nodes)
+        super().__init__(definition, names, global_names)
         self.data = {name for name, value in self.names.items() if tree_any(is_proxy, value)}
         """The names that hold data."""
         self._spread_data()
@@ -97,10 +77,6 @@ class SafeCode:
             check = getattr(self, f"_check_{type(node).__name__.lower()}", None)
             if check is not None and (what := check(node)):
                 raise UnsafeConstructError(what, node)
-
-    def all_nodes(self) -> list[ast.AST]:
-        """Return all of its code, that of functions inside it included."""
-        return [node for part in self.body for node in ast.walk(part)]
 
     def _spread_data(self) -> None:
         """Mark the names that are bound to data, until no more are."""
@@ -140,7 +116,7 @@ class SafeCode:
             return f"changes its argument {name!r} in place"
         for value in self.bindings[name]:
             is_number = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in _NUMBERS
-            is_new = is_number or isinstance(value, (ast.Constant, ast.BinOp, ast.UnaryOp, *_FRESH))
+            is_new = is_number or isinstance(value, (ast.Constant, ast.BinOp, ast.UnaryOp, *FRESH))
             if self._is_config(value) and not is_new:
                 return f"may change in place what {name!r} stands for"
         return ""
@@ -163,7 +139,7 @@ class SafeCode:
     def _is_fresh(self, name: str) -> bool:
         """Return True for a name that only ever stands for a container which this call of the function made."""
         values = self.bindings.get(name, ())
-        return name not in self.names and bool(values) and all(map(_makes_container, values))
+        return name not in self.names and bool(values) and all(map(makes_container, values))
 
     # What is looked at
 
@@ -208,10 +184,8 @@ class SafeCode:
     def _messages(self) -> set[ast.AST]:
         """Return all that stands in the messages of errors, which nobody reads unless there is one."""
         errors = [node for node in self.nodes if isinstance(node, ast.Raise | ast.Assert)]
-        parts: list[ast.AST] = [
-            node.msg if isinstance(node, ast.Assert) else node for node in errors if node is not None
-        ]
-        calls = (node for node in self.nodes if isinstance(node, ast.Call) and _last_name(node.func) == "_assert")
+        parts: list[ast.AST | None] = [node.msg if isinstance(node, ast.Assert) else node for node in errors]
+        calls = (node for node in self.nodes if isinstance(node, ast.Call) and last_name(node.func) == "_assert")
         parts += [argument for call in calls for argument in call.args[1:]]
         return {node for part in parts if part is not None for node in ast.walk(part)}
 
@@ -221,7 +195,7 @@ class SafeCode:
         if node in self._messages():
             return ""
         function = self.value_of(node.func)
-        name = _last_name(node.func)
+        name = last_name(node.func)
         if function is not UNKNOWN:
             if getattr(builtins, name, None) is function and name in LOOKING:
                 return self._refusal_of_looking(node, name)
@@ -253,7 +227,7 @@ class SafeCode:
             self.fresh_lines.add(node.lineno)
             keys = node.args[:1] if name in {"add", "setdefault", "pop", "get"} else []
             return next(filter(None, map(self._refusal_of_key, keys)), "")
-        if isinstance(owner, ast.Call) and _last_name(owner.func) == "super":
+        if isinstance(owner, ast.Call) and last_name(owner.func) == "super":
             return ""  # it is read when it runs
         is_known = name in tensor_methods() or name in PURE_METHODS or name in {"forward", "named_children", "children"}
         if not is_known or (name in MUTATING_METHODS and self._is_config(owner)):
@@ -302,7 +276,7 @@ class SafeCode:
 
     def _may_be_mode(self, node: ast.AST, seen: frozenset[str] = frozenset()) -> bool:
         for part in ast.walk(node):
-            name = _last_name(part)
+            name = last_name(part)
             if name == "training" or isinstance(self.names.get(name), Mode):
                 return True
             values = self.bindings.get(name, ()) if isinstance(part, ast.Name) and name not in seen else ()
@@ -315,121 +289,3 @@ class SafeCode:
         if not isinstance(node, ast.Name) or node.id in self.bindings:
             return False
         return not is_proxy(self.names.get(node.id, fx.Proxy))
-
-    def value_of(self, node: ast.AST) -> Any:
-        """Return what an expression stands for, as far as that can be told without running anything."""
-        match node:
-            case ast.Constant(value=value):
-                return value
-            case ast.Name(id=name) if name in self.bindings:
-                values = self.bindings[name]
-                is_alias = len(values) == 1 and isinstance(values[0], ast.Attribute) and name not in self.names
-                return self.value_of(values[0]) if is_alias else UNKNOWN
-            case ast.Name(id=name) if name in self.names:
-                return UNKNOWN if tree_any(is_proxy, self.names[name]) else self.names[name]
-            case ast.Name(id=name) if name in self.arguments:
-                return UNKNOWN
-            case ast.Name(id=name):
-                return self.globals.get(name, getattr(builtins, name, UNKNOWN))
-            case ast.Attribute(value=base, attr=name):
-                owner = self.value_of(base)
-                return UNKNOWN if owner is UNKNOWN else _member(owner, name)
-            case ast.Subscript(value=base, slice=key):
-                owner, index = self.value_of(base), self.value_of(key)
-                return UNKNOWN if UNKNOWN in (owner, index) else _item(owner, index)
-        return UNKNOWN
-
-
-def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield all of a function's own code; functions inside it are read when they run."""
-    yield node
-    if isinstance(node, _SCOPES):
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from _walk(child)
-
-
-def _bindings(nodes: list[ast.AST]) -> dict[str, list[ast.AST]]:
-    """Return for each name that a function binds the expressions that it is bound to."""
-    bindings: defaultdict[str, list[ast.AST]] = defaultdict(list)
-
-    def bind(target: ast.AST, value: ast.AST) -> None:
-        if isinstance(target, ast.Name):
-            bindings[target.id].append(value)
-        elif isinstance(target, ast.Tuple | ast.List | ast.Starred):
-            parts = list(ast.iter_child_nodes(target))
-            values = value.elts if isinstance(value, ast.Tuple) and len(value.elts) + 1 == len(parts) else None
-            for index, part in enumerate(parts[:-1]):  # the last is the context
-                bind(part, values[index] if values is not None else _item_of(value))
-
-    for node in nodes:
-        match node:
-            case ast.Assign(targets=targets, value=value):
-                for target in targets:
-                    bind(target, value)
-            case ast.AnnAssign(target=target, value=value) if value is not None:
-                bind(target, value)
-            case ast.AugAssign(target=target, op=operator, value=value):
-                bind(target, value if _makes_container(value) else ast.BinOp(target, operator, value))
-            case ast.For(target=target, iter=values) | ast.comprehension(target=target, iter=values):
-                bind(target, _item_of(values))
-            case ast.NamedExpr(target=target, value=value):
-                bind(target, value)
-            case ast.FunctionDef(name=name):
-                bindings[name].append(ast.Lambda())
-    return dict(bindings)
-
-
-def _item_of(whole: ast.AST) -> ast.AST:
-    """Return an expression for an item of a value, of which nothing is known but whether it is data."""
-    return ast.Starred(
-        value=whole,  # type: ignore[arg-type]
-        ctx=ast.Load(),
-    )
-
-
-def _makes_container(node: ast.AST) -> bool:
-    return isinstance(node, _FRESH) or (isinstance(node, ast.Call) and _last_name(node.func) in _FRESH_CALLS)
-
-
-def _last_name(node: ast.AST) -> str:
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-
-
-def _member(owner: Any, name: str) -> Any:
-    """Return an attribute of an object without running any code of its class."""
-    own: Mapping[str, Any] = getattr(owner, "__dict__", {})
-    if isinstance(owner, types.ModuleType):
-        return own.get(name, UNKNOWN)
-    if isinstance(owner, nn.Module):
-        for held in (own, own["_modules"], own["_parameters"], own["_buffers"]):
-            if name in held:
-                return held[name]
-    if isinstance(owner, Tensor) or is_proxy(owner):
-        return UNKNOWN
-    value = inspect.getattr_static(owner, name, UNKNOWN)
-    if isinstance(value, staticmethod):
-        return value.__func__
-    if isinstance(value, classmethod):
-        return types.MethodType(value.__func__, owner if isinstance(owner, type) else type(owner))
-    if isinstance(value, property | types.GetSetDescriptorType | types.MemberDescriptorType):
-        return UNKNOWN
-    if isinstance(owner, type) or name in own:
-        return value
-    if isinstance(value, types.FunctionType):
-        return types.MethodType(value, owner)
-    if hasattr(type(value), "__get__"):  # a method of a class that is written in C
-        is_plain = type(owner) in CONTAINERS or type(owner).__getattribute__ is object.__getattribute__
-        return getattr(owner, name, UNKNOWN) if is_plain else value
-    return value
-
-
-def _item(owner: Any, index: Any) -> Any:
-    if isinstance(owner, nn.ModuleDict):
-        owner = owner._modules
-    elif isinstance(owner, nn.ModuleList | nn.Sequential):
-        owner = list(owner._modules.values())
-    try:
-        return owner[index] if type(owner) in {dict, list, tuple} else UNKNOWN
-    except (LookupError, TypeError):
-        return UNKNOWN

@@ -6,6 +6,7 @@ import ast
 import types
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,8 @@ _NOT_IN_FORWARD = {"__init__", "reset_parameters", "__setstate__", "train", "eva
 
 def stored_names(module: nn.Module) -> frozenset[str]:
     """Return the names of all attributes that the code of a module and of those inside it may change."""
-    return frozenset().union(*(_stored_by(type(part)) for part in module.modules()))
+    kinds: list[Any] = [type(part) for part in module.modules()]
+    return frozenset().union(*map(_stored_by, kinds))
 
 
 @lru_cache(maxsize=1024)

@@ -39,21 +39,9 @@ def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return assign
 
 
-for _name in [
-    "add",
-    "and",
-    "floordiv",
-    "lshift",
-    "mod",
-    "mul",
-    "or",
-    "pow",
-    "rshift",
-    "sub",
-    "truediv",
-    "xor",
-    "matmul",
-]:
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_BITWISE = ("and", "or", "xor", "lshift", "rshift")
+for _name in (*_ARITHMETIC, *_BITWISE):
     setattr(RecordingProxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 

@@ -23,7 +23,7 @@ _NOT_USERS = frozenset({"torch", "numpy", "tdfx", "functorch"}) | sys.stdlib_mod
 _PLAIN = (types.SimpleNamespace,)
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, types.BuiltinFunctionType)
 
-Undo = Callable[[], None]
+Undo = Callable[[], object]
 
 
 class UserState:
@@ -76,7 +76,7 @@ class UserState:
         elif not self._visit_generator(path, value):
             self._visit_object(path, value)
 
-    def _keep(self, path: str, saved: Any, restore: Callable[[Any], None]) -> None:
+    def _keep(self, path: str, saved: Any, restore: Callable[[Any], object]) -> None:
         self.contents[path] = saved
         self._undo.append(lambda: restore(saved))
 
@@ -126,7 +126,7 @@ class UserState:
             self._keep(path, items, restore)
             self._waiting.extend((f"{path}[{key!r}]" if isinstance(key, _ATOMS) else path, item) for key, item in items)
         elif isinstance(value, set):
-            self._keep(path, set(value), lambda saved: (value.clear(), value.update(saved)))  # type: ignore[arg-type, return-value]
+            self._keep(path, set(value), lambda saved: _refill_set(value, saved))
         else:
             self._keep(path, list(value), lambda saved: _refill(value, saved))
             self._waiting.extend(
@@ -225,6 +225,11 @@ def _refill(container: Any, saved: list[Any]) -> None:
     if [*map(id, container)] != [*map(id, saved)]:
         container.clear()
         container.extend(saved)
+
+
+def _refill_set(container: set[Any], saved: set[Any]) -> None:
+    container.clear()
+    container.update(saved)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -143,7 +143,7 @@ def _make_class(name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -
     """Return a class of the metaclass that the bases have, without running code of a user's metaclass."""
     metaclass = type(bases[-1])
     make = ABCMeta if issubclass(metaclass, ABCMeta) else type
-    made: type = make.__new__(metaclass, name, bases, namespace)  # type: ignore[call-overload]
+    made: type = make.__new__(metaclass, name, bases, namespace)
     return made
 
 

@@ -71,7 +71,7 @@ class Copies:
         """Return an average that the user passed as one of the module that is rewritten."""
         return self._holder(average, "module") if isinstance(_module_of(average), nn.Module) else average
 
-    def warn_of_others(self, holders: Sequence[object], known: Sequence[object]) -> None:
+    def warn_of_others(self, holders: Sequence[object], known: Sequence[Any]) -> None:
         """Warn of each copy that some objects keep and that will not follow a rewrite; ``known`` are averages that will."""
         kept = {id(average.get() if isinstance(average, CopyHolder) else average.module) for average in known}
         for holder in holders:

@@ -185,7 +185,9 @@ def _rename_in_finetuning(trainer: Trainer, pl_module: LightningModule) -> None:
     names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
     for callback in trainer.callbacks:
         saved = getattr(callback, "_internal_optimizer_metadata", None)
-        for index in list(saved) if isinstance(saved, dict) else ():
+        if not isinstance(saved, dict):
+            continue
+        for index in list(saved):
             groups = trainer.optimizers[index].param_groups
             if all(id(parameter) in names for group in groups for parameter in group["params"]):
                 saved[index] = [

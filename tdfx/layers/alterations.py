@@ -7,7 +7,7 @@ factors that are exactly as ``rewrite`` made them are joined, with other values 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ def _alterations(layer: Factorized) -> Iterator[str]:
 def _alterations_of_factor(factor: nn.Module, step: Operation, may_have_bias: bool) -> Iterator[str]:
     name = type(factor).__name__
     if parametrize.is_parametrized(factor):
-        parametrized = next(iter(factor.parametrizations))  # type: ignore[call-overload]
+        parametrized = next(iter(cast("nn.ModuleDict", factor.parametrizations)))
         yield (
             f"computes its {parametrized} by a parametrization. Call "
             f"torch.nn.utils.parametrize.remove_parametrizations(factor, {parametrized!r}) first."

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
@@ -110,7 +110,7 @@ def memory_of(tensor: Tensor) -> tuple[int, int, int] | None:
     if is_traceable_wrapper_subclass(tensor):
         return None
     try:
-        storage, offset = tensor.untyped_storage()._cdata, tensor.storage_offset()
+        storage, offset = tensor.untyped_storage()._cdata, cast("int", tensor.storage_offset())
         spans = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         reach = sum(spans) + 1 if tensor.numel() else 0
     except (RuntimeError, NotImplementedError, ValueError):  # a lazy parameter, or a subclass without a storage

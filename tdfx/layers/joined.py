@@ -50,11 +50,11 @@ class JoinedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as a plain tensor."""
         with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
-            copied: Tensor = self.as_subclass(Tensor).__deepcopy__(memo)
+            copied: Tensor = self.as_subclass(Tensor).__deepcopy__(memo)  # type: ignore[no-untyped-call]
             return copied
 
 
@@ -68,6 +68,7 @@ def read_only(weight: Tensor) -> Tensor:
 def _address(tensor: Tensor) -> int:
     """Return what identifies the memory of a tensor; its own identity if it has none."""
     try:
-        return tensor.untyped_storage()._cdata
+        address: int = tensor.untyped_storage()._cdata
+        return address
     except (RuntimeError, NotImplementedError):  # a subclass without a storage
         return id(tensor)

@@ -90,7 +90,7 @@ class FactorRate:
         times = (
             self._saved
             if self._times is None
-            else [self._times.get(each, 1.0) for each in _parameters(self._optimizer)]
+            else [self._times.get(each, 1.0) for each in _parameters(self._optimizer)]  # type: ignore[no-untyped-call]
         )
         return {"times": list(times)}
 
@@ -134,7 +134,7 @@ class FactorRate:
         if self._times is None:
             self._times = WeakIdKeyDictionary(zip(_parameters(self._optimizer), self._saved, strict=False))
         for parameter in _parameters(self._optimizer):
-            times = self._times.get(parameter, 1.0)
+            times = self._times.get(parameter, 1.0)  # type: ignore[no-untyped-call]
             if parameter.grad is not None and times != 1:
                 self._scaled.append(parameter.grad)
                 self._by.append(times)
