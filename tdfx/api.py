@@ -184,6 +184,8 @@ def rewrite(
         _check_init(init, policy, companions)
         _check_same_arguments(unwrapped, policy, emit, init)
         if isinstance(policy, Plan):
+            if moments is None and init != "empty":
+                _warn_of_metric(policy, companions)
             planned = use_plan(_find_sites(unwrapped, policy.emit), policy, moments)
         else:
             planned = _make_plan(unwrapped, policy, example_inputs, emit, moments)
@@ -285,6 +287,18 @@ def _check_init(init: Init, policy: Policy | Plan | None, companions: Companions
         raise ModelError(
             "init='empty' makes factors without values, in whose bases no average could be expressed. Load the average by "
             "itself: rewrite the averaged copy with init='empty' too, and load its values."
+        )
+
+
+def _warn_of_metric(plan: Plan, companions: Companions) -> None:
+    """Warn if a model in the middle of a training would be split by its weights, though the plan chose ranks otherwise."""
+    sites = [site.name for site in plan.factorized if site.metric != "weights"]
+    if sites and any(optimizer.state for optimizer in companions.optimizers):
+        warnings.warn(
+            f"The plan chose the ranks of {len(sites)} sites, {sites[0]!r} first, by moments, and none were given: the weights "
+            f"themselves are split, which loses more than the plan says. Pass the same moments=.",
+            TdfxWarning,
+            stacklevel=4,
         )
 
 

@@ -92,6 +92,15 @@ def test_plan_and_rewrite_measure_errors_in_the_metric_of_the_loss() -> None:
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
 
 
+def test_a_plan_made_with_moments_says_that_it_needs_them_in_the_middle_of_a_training() -> None:
+    model, moments, optimizer = trained()
+    plan = tdfx.plan(model, QUARTER, moments=moments)
+    with pytest.warns(tdfx.TdfxWarning, match=r"The plan chose the ranks of 3 sites, 'head' first, by moments"):
+        tdfx.rewrite(model, plan, optimizer=optimizer)
+    fresh = Net().double()  # as in a resumed run, which loads its values afterwards
+    tdfx.rewrite(fresh, plan, optimizer=SGD(fresh.parameters(), lr=0.1))
+
+
 def test_at_full_rank_the_metric_changes_nothing() -> None:
     model, moments, _ = trained(steps=1)  # fewer rows than channels on some sides
     full = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0)
