@@ -295,8 +295,8 @@ def _warn_of_metric(plan: Plan, companions: Companions) -> None:
     sites = [site.name for site in plan.factorized if site.metric != "weights"]
     if sites and any(optimizer.state for optimizer in companions.optimizers):
         warnings.warn(
-            f"The plan chose the ranks of {len(sites)} sites, {sites[0]!r} first, by moments, and none were given: the weights "
-            f"themselves are split, which loses more than the plan says. Pass the same moments=.",
+            f"The plan chose the ranks of {len(sites)} sites, {sites[0]!r} first, by moments, and none were given: the "
+            f"weights themselves are split, which loses more than the plan says. Pass the same moments=.",
             TdfxWarning,
             stacklevel=4,
         )
