@@ -161,6 +161,48 @@ def test_optimizers_inside_optimizers_go_along(build: Callable[[nn.Module], Opti
         assert not any(map(torch.equal, before, model.parameters())), "some parameters do not move"
 
 
+class WithOwnGroups(Optimizer):
+    """Holds the parameters of the optimizer inside in groups of its own."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__([parameter for group in inner.param_groups for parameter in group["params"]], {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+EARLIER = {**WRAPPERS, "own groups": lambda model: WithOwnGroups(sgd(model))}
+
+
+@pytest.mark.parametrize("build", EARLIER.values(), ids=EARLIER.keys())
+def test_a_checkpoint_without_the_optimizers_inside_is_loaded(build: Callable[[nn.Module], Optimizer]) -> None:
+    model, other = mlp(), mlp()
+    optimizer, loading = build(model), build(other)
+    model = cast("nn.Sequential", tdfx.rewrite(model, HALF, optimizer=optimizer))
+    for _ in range(4):
+        step(model, optimizer)
+    record = tdfx.state(model, optimizer=optimizer)
+    record["optimizers"] = record["optimizers"][:1]  # as earlier versions saved it
+    loaded = tdfx.load(record, other, optimizer=loading)
+    parameters = list(loaded.parameters())
+    for each in with_inner([loading]):
+        held_now = {id(parameter) for group in each.param_groups for parameter in group["params"]}
+        assert held_now <= set(map(id, parameters))
+        assert set(map(id, each.state)) <= held_now
+    for parameter, saved in zip(parameters, model.parameters(), strict=True):
+        assert loading.state.get(parameter, {}).keys() == optimizer.state.get(saved, {}).keys()
+    before = [parameter.detach().clone() for parameter in parameters]
+    step(loaded, loading)
+    assert not any(map(torch.equal, before, parameters)), "some parameters do not move"
+    third, unused = mlp(), tdfx.state(model, optimizer=optimizer)
+    unused["optimizers"] *= 4
+    with pytest.raises(
+        tdfx.CheckpointError, match=r"optimizers, and 1 were passed, with \d more inside\. Pass as many"
+    ):
+        tdfx.load(unused, third, optimizer=build(third))
+
+
 def test_a_wrapped_optimizer_carries_what_the_plain_one_does() -> None:
     plain, wrapped = mlp(), mlp()
     optimizer, wrapper = sgd(plain), Proxy(sgd(wrapped))

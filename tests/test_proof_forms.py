@@ -99,6 +99,8 @@ def test_tensors_that_are_one_in_one_model_only_are_told_apart() -> None:
     assert aliases_of(shared) == (("a.bias", "b.bias"),)
     assert not tdfx.verify(shared, apart, example_inputs=(X,)).graphs_match
     assert not tdfx.verify(tdfx.rewrite(shared, FULL), apart, example_inputs=(X,)).graphs_match
+    assert not tdfx.verify(tdfx.rewrite(apart, FULL), shared, example_inputs=(X,)).graphs_match
+    assert tdfx.verify(tdfx.rewrite(shared, FULL), shared, example_inputs=(X,)).graphs_match
 
 
 class Gate(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from tdfx.checkpoint.record import Record, dense_names
 from tdfx.errors import CheckpointError
 from tdfx.layers.paths import parameters_by_path
+from tdfx.optim.inner import with_inner
 from tdfx.optim.masters import Masters
 
 
@@ -47,7 +48,7 @@ def load_masters(
 
 
 def prepare_optimizers(
-    optimizers: Sequence[Optimizer],
+    passed: Sequence[Optimizer],
     record: Record,
     dense: Mapping[str, Tensor],
     loaded: Mapping[str, Tensor],
@@ -55,15 +56,22 @@ def prepare_optimizers(
 ) -> Callable[[], None]:
     """Work out what the optimizers will hold, and return what changes them; if there are none, ignore the saved ones.
 
+    The optimizers inside those that were passed go along. Earlier versions did not save them: from such a file they get the
+    loaded parameters, with fresh state.
+
     ``dense`` and ``loaded`` have, by name, what the optimizers train of both models: parameters, or their masters.
     ``dense_of`` has the name of the dense parameter for each parameter of a factor.
 
     Raises:
         CheckpointError: The optimizers differ from the saved ones in number, class or groups.
     """
-    if optimizers and len(record["optimizers"]) != len(optimizers):
+    count = len(record["optimizers"])
+    every = with_inner(passed)
+    optimizers = passed if count == len(passed) else every
+    if passed and count != len(optimizers):
+        inside = f", with {len(every) - len(passed)} more inside" if len(every) > len(passed) else ""
         raise CheckpointError(
-            f"The checkpoint holds the state of {len(record['optimizers'])} optimizers, and {len(optimizers)} were passed. "
+            f"The checkpoint holds the state of {count} optimizers, and {len(passed)} were passed{inside}. "
             f"Pass as many as were passed to tdfx.save, in the same order, or none."
         )
     groups: list[tuple[dict[str, Any], list[Tensor], dict[str, Any]]] = []
@@ -88,6 +96,14 @@ def prepare_optimizers(
                 if state:
                     states[parameter] = _state_like(state, parameter, saved_group["settings"])
         optimizer_states.append((optimizer, states))
+    restored = {id(group) for group, _, _ in groups}
+    states_of = {id(optimizer.state) for optimizer in optimizers}
+    for optimizer in (each for each in every if each not in optimizers):
+        for group in optimizer.param_groups:
+            if id(group) not in restored:  # an optimizer may share the groups of the one inside it
+                groups.append((group, _loaded_for(group["params"], dense, loaded, dense_of), {}))
+        if id(optimizer.state) not in states_of:
+            optimizer_states.append((optimizer, {}))
 
     def commit() -> None:  # nothing here can fail
         for group, parameters, settings in groups:
@@ -98,6 +114,21 @@ def prepare_optimizers(
             optimizer.state.update(states)
 
     return commit
+
+
+def _loaded_for(
+    parameters: Sequence[Tensor], dense: Mapping[str, Tensor], loaded: Mapping[str, Tensor], dense_of: Mapping[str, str]
+) -> list[Tensor]:
+    """Return the loaded parameters that stand for dense ones, and those of something else as they are."""
+    names = {id(tensor): name for name, tensor in dense.items()}
+    by_dense: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for name, tensor in loaded.items():
+        by_dense[dense_of.get(name, name)].append(tensor)
+    return [
+        tensor
+        for parameter in parameters
+        for tensor in (by_dense[names[id(parameter)]] if id(parameter) in names else [parameter])
+    ]
 
 
 def _match_group(

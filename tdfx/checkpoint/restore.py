@@ -65,7 +65,8 @@ def load(
         See ``tdfx.save``.
     """
     record = check_record(path) if isinstance(path, dict) else read(path)
-    optimizers = with_inner(as_optimizers(optimizer))
+    passed = as_optimizers(optimizer)
+    optimizers = with_inner(passed)
     if optimizers and not isinstance(build_model, nn.Module):
         raise CheckpointError(
             "With optimizer=, build_model must be the dense model whose parameters it holds, not a function that builds "
@@ -83,7 +84,7 @@ def load(
     trained_after = {**dict(parameters_by_path(model)), **loaded_masters}
     dense_of = dense_names(model)
     check_holders(optimizers, {f"the parameter {name!r}": (tensor,) for name, tensor in trained_before.items()})
-    commit = prepare_optimizers(optimizers, record, trained_before, trained_after, dense_of)
+    commit = prepare_optimizers(passed, record, trained_before, trained_after, dense_of)
     result = wrapped.wrap(model)
     commit()
     dense_masters.write_loaded(dense, model, loaded_masters, dense_of)

@@ -103,6 +103,9 @@ class _Contraction:
 
     def contract_site(self, site: _SiteTensors) -> None:
         """Contract one site wherever it is computed; a site that only training computes is nowhere in the graph."""
+        if site.bias is not None and site.chain.bias is not None:  # sites that share a bias still share it afterwards
+            name = self.renamed.setdefault(site.bias, site.chain.bias)
+            site = replace(site, chain=replace(site.chain, bias=name))
         products = [self._products(site, name) for name in site.weights]
         regions = []
         for last in sorted(products[-1]):
@@ -222,7 +225,6 @@ class _Contraction:
             self.initializers[site.chain.weight] = Initializer(site.chain.weight, first.dtype, shape, None, False)
         if bias is not None and site.chain.bias is not None:
             self.initializers[site.chain.bias] = replace(bias, name=site.chain.bias)
-            self.renamed[bias.name] = site.chain.bias
 
     def result(self) -> tuple[Graph, Sizes]:
         """Return the contracted graph, without nodes and tensors that only removed nodes read."""

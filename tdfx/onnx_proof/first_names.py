@@ -11,16 +11,23 @@ from tdfx.onnx_proof.graph import Graph
 def with_first_names(graphs: tuple[Graph, Graph]) -> tuple[Graph, Graph]:
     """Return two graphs in which the tensors of each group have its first name.
 
-    A group is left out where a graph stores more than one of its names: then they are different tensors.
+    A group is left out where a graph stores more than one tensor for its names, dense or as factors: then they are
+    different tensors.
     """
     first: dict[str, str] = {}
     for group in (group for graph in graphs for group in graph.aliases):
-        stored = [sum(name in graph.initializers for name in group) for graph in graphs]
-        if max(stored) == 1:
+        if max(_count_stored(graph, group) for graph in graphs) == 1:
             name = next((first[name] for name in group if name in first), group[0])
             first.update(dict.fromkeys(group, name))
     model, reference = (_renamed(graph, first) for graph in graphs)
     return model, reference
+
+
+def _count_stored(graph: Graph, group: Iterable[str]) -> int:
+    """Return how many different tensors a graph stores for these names; factors stand for the dense tensors."""
+    factors = {chain.weight: chain.factors[0] for chain in graph.chains}
+    factors |= {chain.bias: chain.factor_bias for chain in graph.chains if chain.bias and chain.factor_bias}
+    return len({factors.get(name, name) for name in group} & graph.initializers.keys())
 
 
 def _renamed(graph: Graph, names: Mapping[str, str]) -> Graph:

@@ -33,7 +33,7 @@ def as_example_inputs(inputs: object) -> ExampleInputs:
         arguments = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
         leaves = tree_leaves(arguments)
         odd = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_CONSTANTS))]
-        if not odd and any(isinstance(leaf, Tensor) for leaf in leaves):
+        if not odd and (not arguments or any(isinstance(leaf, Tensor) for leaf in leaves)):
             return dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
         passed = f"({', '.join(type(value).__name__ for value in odd or arguments)})"
     raise InputError(

@@ -64,18 +64,12 @@ def build_program(
     arguments, named = call_arguments(module, inputs)
     shapes: Any = dynamic_shapes(module, inputs, dynamic_axes)
     exported, input_names = module, None
-    if not is_plain(inputs) or not gives_tensors_only(_outputs_of(scratch_copy(module, training=False), inputs)):
+    if not is_plain(inputs) or not _gives_tensors_only(module, inputs):
         exported, input_names = PlainForward(module, arguments, named), graph_names(module, inputs)
         arguments, named = tuple(leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, torch.Tensor)), {}
         shapes = None if shapes is None else {"tensors": tuple(shapes.values())}
-    output = io.StringIO()
     try:
-        with (
-            eval_mode(exported),
-            warnings.catch_warnings(action="ignore"),
-            redirect_stdout(output),
-            redirect_stderr(output),
-        ):
+        with eval_mode(exported), _without_messages():
             program = torch.onnx.export(
                 exported,
                 arguments,
@@ -106,6 +100,20 @@ def build_program(
     if chains := chains_of(module):
         program.model.metadata_props[METADATA_KEY] = to_metadata(chains)
     return program
+
+
+def _gives_tensors_only(module: nn.Module, inputs: ExampleInputs) -> bool:
+    """Return True if an exporter can take what a copy of ``module`` gives as it is."""
+    with _without_messages():
+        return gives_tensors_only(_outputs_of(scratch_copy(module, training=False), inputs))
+
+
+@contextmanager
+def _without_messages() -> Iterator[None]:
+    """Hide warnings, and what is printed."""
+    output = io.StringIO()
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(output), redirect_stderr(output):
+        yield
 
 
 def run_module(module: nn.Module, inputs: ExampleInputs) -> Outputs:
