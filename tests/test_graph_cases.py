@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections import deque
 from collections.abc import Callable
@@ -21,12 +22,14 @@ FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
 TOLERANCE = 1e-9  # relative, in float64: a few products of sixteen terms
 LOG: list[Tensor] = []
 ACTIVATION = nn.GELU()
+NUMBERS = itertools.count()
 
 
 class Pair(nn.Module):
     """Two linear layers, and what a forward may keep."""
 
     last: Any = None
+    numbers = itertools.count()
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,6 +248,37 @@ def test_planning_leaves_what_the_model_keeps_as_it_was(forward: Callable[..., A
         tdfx.plan(model, FULL, example_inputs=inputs)
     assert (model.kept, list(model.window), model.context.value, float(model.counts[0])) == ({}, [], None, 0.0)
     assert (model.rng.bit_generator.state, model.dice.getstate()) == draws
+
+
+def numbers_its_calls(self: Any, x: Tensor) -> Any:
+    return self.b(self.a(x)) + next(self.read(self))
+
+
+NUMBERING: dict[str, Callable[[Any], Any]] = {
+    "attribute": lambda net: net.kept_numbers,
+    "dict": lambda net: net.kept["numbers"],
+    "list": lambda net: net.window[0],
+    "object": lambda net: net.context.value,
+    "class": lambda net: type(net).numbers,
+    "file": lambda net: NUMBERS,
+}
+
+
+@pytest.mark.parametrize("block", [False, True], ids=["model", "block"])
+@pytest.mark.parametrize("numbers", ["count", "list"])
+@pytest.mark.parametrize("where", NUMBERING)
+def test_planning_leaves_iterators_where_they_are(where: str, numbers: str, block: bool, monkeypatch: Any) -> None:
+    iterator: Any = itertools.count() if numbers == "count" else iter(list(range(1000)))
+    net: Any = model_of(numbers_its_calls)
+    net.read = NUMBERING[where]
+    net.kept_numbers = net.kept["numbers"] = net.context.value = type(net).numbers = iterator
+    net.window.append(iterator)
+    monkeypatch.setitem(globals(), "NUMBERS", iterator)
+    model = nn.Sequential(net, nn.Linear(16, 4)).double() if block else net
+    tdfx.plan(model, FULL, example_inputs=(batch(),))
+    assert NUMBERING[where](net) is iterator
+    model(batch())
+    assert next(iterator) == 1, "planning moved it, or the model does not"
 
 
 class Outer(nn.Module):

@@ -28,6 +28,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     state = UserState(module)
     try:
         with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(sorted(each.index for each in devices)):
+            state.lend_iterators()
             yield
     finally:
         state.restore()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import random
 import sys
 import types
@@ -23,7 +26,10 @@ _NOT_USERS = frozenset({"torch", "numpy", "tdfx", "functorch"}) | sys.stdlib_mod
 _PLAIN = (types.SimpleNamespace,)
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, types.BuiltinFunctionType)
 
-Undo = Callable[[], object]
+_ITERATORS: tuple[type, ...] = (itertools.count, type(iter([])), type(iter(())), type(iter(range(0))), type(iter("")))
+"""Iterators whose copies go on from the same place and leave the original where it is."""
+
+Action = Callable[[], object]
 
 
 class UserState:
@@ -36,7 +42,9 @@ class UserState:
     def __init__(self, module: nn.Module) -> None:
         self.contents: dict[str, Any] = {}
         """Where an object was found -> what it held, for a comparison."""
-        self._undo: list[Undo] = []
+        self._undo: list[Action] = []
+        self._loans: list[Action] = []
+        self._copies: dict[int, Any] = {}
         self._seen: set[int] = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
         self._alive: list[Any] = []
         self._waiting: deque[tuple[str, Any]] = deque()
@@ -44,6 +52,11 @@ class UserState:
             self._waiting.append((path, submodule))
         while self._waiting and len(self._seen) < _MOST_OBJECTS:
             self._visit(*self._waiting.popleft())
+
+    def lend_iterators(self) -> None:
+        """Let the code use copies of its iterators until ``restore``, because an iterator cannot be set back."""
+        for lend in self._loans:
+            lend()
 
     def restore(self) -> None:
         """Put everything back that has changed since."""
@@ -80,6 +93,11 @@ class UserState:
         self.contents[path] = saved
         self._undo.append(lambda: restore(saved))
 
+    def _lend(self, value: Any, store: Callable[[Any], object]) -> None:
+        """Note where an iterator is stored; a copy of it will stand there."""
+        if isinstance(value, _ITERATORS):
+            self._loans.append(lambda: store(self._copies.setdefault(id(value), _copy_of(value))))
+
     def _visit_module(self, path: str, module: nn.Module) -> None:
         attributes = {name: value for name, value in module.__dict__.items() if name not in MODULE_STATE}
         self._keep_names(path, module.__dict__, attributes)
@@ -96,6 +114,8 @@ class UserState:
             attributes |= {name: vars(base)[name] for name in ("__call__", "__init__") if name in vars(base)}
             self._waiting.extend((f"{base.__qualname__}.{name}", value) for name, value in attributes.items())
             plain = {name: value for name, value in attributes.items() if not callable(value)}
+            for name, value in plain.items():
+                self._lend(value, functools.partial(type.__setattr__, base, name))
             self._keep(base.__qualname__, plain, lambda saved, base=base: _restore_class(base, saved))  # type: ignore[misc]
 
     def _visit_tensor(self, path: str, tensor: Tensor) -> None:
@@ -124,11 +144,15 @@ class UserState:
                     dict.update(value, saved)
 
             self._keep(path, items, restore)
+            for key, item in items:
+                self._lend(item, functools.partial(dict.__setitem__, value, key))
             self._waiting.extend((f"{path}[{key!r}]" if isinstance(key, _ATOMS) else path, item) for key, item in items)
         elif isinstance(value, set):
             self._keep(path, set(value), lambda saved: _refill_set(value, saved))
         else:
             self._keep(path, list(value), lambda saved: _refill(value, saved))
+            for index, item in enumerate(value):
+                self._lend(item, functools.partial(value.__setitem__, index))
             self._waiting.extend(
                 (f"{path}[{index}]", item) for index, item in enumerate(value) if not isinstance(item, _ATOMS)
             )
@@ -178,6 +202,7 @@ class UserState:
                 cell.cell_contents = saved
 
         self._keep(path, content, restore)
+        self._lend(content, functools.partial(setattr, cell, "cell_contents"))
         self._waiting.append((path, content))
 
     def _visit_object(self, path: str, value: Any) -> None:
@@ -193,6 +218,7 @@ class UserState:
             if hasattr(value, name):
                 held = getattr(value, name)
                 self._keep(f"{path}.{name}", held, lambda saved, slot=slot: slot.__set__(value, saved))  # type: ignore[misc]
+                self._lend(held, functools.partial(slot.__set__, value))
                 self._waiting.append((f"{path}.{name}", held))
         self._visit_class(type(value))
 
@@ -212,7 +238,17 @@ class UserState:
             self.contents.get(path, {}) | values if isinstance(self.contents.get(path), dict) else values
         )
         self._undo.append(lambda: restore(values))
+        for name, value in values.items():
+            self._lend(value, functools.partial(holder.__setitem__, name))
         self._waiting.extend((f"{path}.{name}", value) for name, value in values.items())
+
+
+def _copy_of(iterator: Any) -> Any:
+    """Return a copy of an iterator; itself where this version of Python copies no such iterator."""
+    try:
+        return copy.copy(iterator)
+    except TypeError:
+        return iterator
 
 
 def _restore_class(kind: type, saved: dict[str, Any]) -> None:
