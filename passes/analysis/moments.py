@@ -17,7 +17,7 @@ from torch.utils.hooks import unserializable_hook
 from tdfx.checks import check_whole
 from tdfx.distributed.processes import Processes
 from tdfx.errors import CheckpointError, ModelError, nearest
-from tdfx.factors.moments import SiteMoments, mean_diagonal, moment_shape, sample_rows, second_moment
+from tdfx.factors.moments import FEWEST_ROWS, SiteMoments, mean_diagonal, moment_shape, sample_rows, second_moment
 from tdfx.factors.operation import Operation
 from tdfx.passes.analysis.training_hooks import TrainingHooks
 
@@ -35,7 +35,7 @@ class Moments:
     Args:
         model: The model, in whatever wrapper it trains.
         steps: About how many steps will be recorded. The share of rows that is sampled is ``1 / (2 * steps)``, but at least
-            128 rows of each call; and after the first step each site is recorded at every second one.
+            128 rows of each call; and after the first step a site with more rows is recorded at every second one.
 
     Example:
         >>> import tdfx, torch
@@ -185,7 +185,7 @@ class Moments:
         # A method other than forward begins a unit when the former has its gradients.
         if unit is None or (unit.sites and not self._hooks.in_forward and not _in_backward()):
             unit = self._begin()
-        if self._rests(path, unit.number):
+        if x.numel() > FEWEST_ROWS * operation.in_channels and self._rests(path, unit.number):
             return
         dim, groups, share, turn = -1 - operation.dims, operation.groups, self._share, unit.number
         with _aside(), torch.autocast(x.device.type, enabled=False):
