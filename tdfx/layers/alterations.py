@@ -29,6 +29,7 @@ _REMOVE_HOOKS = "Remove the hook first: call remove() of the handle that registe
 def alteration_of(layer: Factorized) -> str:
     """Return what a factorized layer has that ``rewrite`` did not make, and what to do; "" if there is nothing.
 
+    >>> import tdfx
     >>> alteration_of(tdfx.rewrite(nn.Linear(8, 8), tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)))
     ''
     """

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -43,7 +44,7 @@ def untrained_copies(
     ours = set(map(id, leaving.values()))
     trained = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
     for path, tensor in _kept_tensors(model, trained):
-        candidates = by_shape.get(tuple(tensor.shape), []) if id(tensor) not in ours and _has_values(tensor) else []
+        candidates = by_shape.get(tuple(tensor.shape), []) if _has_values(tensor) and id(tensor) not in ours else []
         for site, weight in candidates:
             if not share_memory(tensor, weight) and _cosine(tensor, weight) > _LEAST_COSINE:
                 yield path, site
@@ -66,7 +67,8 @@ def _kept_tensors(model: nn.Module, trained: set[int]) -> Iterator[tuple[str, Te
 
 def _has_values(tensor: Tensor) -> bool:
     return (
-        tensor.is_floating_point()
+        not isinstance(tensor, UninitializedTensorMixin)
+        and tensor.is_floating_point()
         and tensor.numel() > 1
         and not tensor.is_meta
         and not is_traceable_wrapper_subclass(tensor)

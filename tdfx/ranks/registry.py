@@ -47,7 +47,7 @@ def parse_rule(text: str) -> RankRule:
     >>> parse_rule("speedup:2")
     Budget(speedup=2.0)
     >>> parse_rule("default:3")
-    Budget(speedup=3.0, strict=False, floor=0.125, noise_floor=0.25)
+    Budget(speedup=3.0, strict=False, floor=0.25, noise_floor=0.25)
     >>> parse_rule("vbmf | ratio:0.5")
     VBMF(floor=0.25, weaken=1.0) | Ratio(of=0.5)
 
