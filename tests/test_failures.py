@@ -202,7 +202,7 @@ def test_merging_what_a_switch_has_kept_or_what_was_merged_says_nothing() -> Non
     assert switch.step(model, optimizer=optimizer) is model
     assert switch.done
     assert tdfx.merge(model, optimizer=optimizer) is model
-    merged = tdfx.merge(tdfx.rewrite(model, QUARTER))
+    merged = tdfx.merge(tdfx.rewrite(model, QUARTER, optimizer=optimizer), optimizer=optimizer)
     assert tdfx.merge(merged) is merged
 
 

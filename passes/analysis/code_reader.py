@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
 from collections import defaultdict
@@ -49,17 +50,24 @@ class CodeReader:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Read what runs meanwhile in this thread."""
-        before = sys.getprofile()
+        """Read what runs meanwhile in this thread.
+
+        The garbage collector waits: its callbacks and finalizers would run in between, and are no code of the trace.
+        """
+        before, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()
         sys.setprofile(self._on_event)
         try:
             yield
         finally:
             sys.setprofile(before)
+            if collects:
+                gc.enable()
 
     def _on_event(self, frame: types.FrameType, event: str, argument: object) -> None:
         if event == "call":
-            self._on_call(frame)
+            if frame.f_code.co_name != "__del__":  # nobody calls a finalizer
+                self._on_call(frame)
         elif event == "c_call" and frame.f_code in self._fresh_lines:
             self._on_builtin(frame, argument)
 
