@@ -212,14 +212,14 @@ def totals(plan: Decisions) -> list[str]:
 
 
 def _in_metric(plan: Decisions) -> str:
-    """Return what the errors of the factorized sites are measured in, as far as that is not the weights."""
+    """Return what the errors of the factorized sites are measured in."""
     words = {
         "weights": "of the weights",
         "inputs": "of what the weights do to their inputs",
         "loss": "in the metric of the loss",
     }
     names = list(dict.fromkeys(site.metric for site in plan.factorized))
-    return "" if names == ["weights"] else f"; errors {', '.join(words[name] for name in names)}"
+    return f"; errors {', '.join(words[name] for name in names)}"
 
 
 def _in_brackets(text: str) -> str:
