@@ -57,7 +57,7 @@ def test_a_copy_of_a_policy_keeps_its_budget() -> None:
     with pytest.raises(PolicyError, match=r"rank=Budget\(.*\) and speedup=3 both say which ranks to take"):
         dataclasses.replace(policy, speedup=3)
     assert repr(policy.rank) in repr(policy)
-    assert Policy().rank == Budget(speedup=2.8, strict=False, floor=0.25, noise_floor=0.25)
+    assert Policy().rank == Budget(speedup=2.5, strict=False, floor=0.25, noise_floor=0.25)
 
 
 def test_an_override_without_a_rank_is_part_of_the_budget() -> None:

@@ -79,7 +79,7 @@ def check(result: DemoResult) -> None:
 def test_the_demo_comes_as_close_to_its_budget_as_it_can(by_default: DemoResult) -> None:
     check(by_default)
     # A network this narrow cannot become that much faster.
-    assert any("speedup=2.8, strict=False" in note and "cannot be kept" in note for note in by_default.plan.notes)
+    assert any("speedup=2.5, strict=False" in note and "cannot be kept" in note for note in by_default.plan.notes)
     assert {str(site.reason) for site in by_default.plan.kept} <= {"not_needed", "no_gain", "too_small"}
     assert all(site.gain is not None and site.gain >= tdfx.Policy().min_gain for site in by_default.plan.factorized)
 

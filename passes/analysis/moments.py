@@ -35,7 +35,7 @@ class Moments:
     Args:
         model: The model, in whatever wrapper it trains.
         steps: About how many steps will be recorded. The share of rows that is sampled is ``1 / (2 * steps)``, but at least
-            128 rows of each call; and after the first step a site with more rows is recorded at every second one.
+            256 rows of each call; and after the first step a site with more rows is recorded at every second one.
 
     Example:
         >>> import tdfx, torch

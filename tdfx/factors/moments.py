@@ -11,7 +11,7 @@ from torch import Tensor
 LARGEST_SIDE = 2048
 """Channels of one group up to which a second moment is a full matrix; above, only its diagonal is kept."""
 
-FEWEST_ROWS = 128
+FEWEST_ROWS = 256
 """Rows that are sampled from every call, as far as it has that many."""
 
 

@@ -147,5 +147,5 @@ def Target(*, parameters: float | None = None, flops: float | None = None) -> Bu
     return budget
 
 
-DEFAULT_RULE = Budget(speedup=2.8, strict=False, floor=0.25, noise_floor=0.25)
+DEFAULT_RULE = Budget(speedup=2.5, strict=False, floor=0.25, noise_floor=0.25)
 """The rank rule of a policy that gives none; chosen by ``tools/study_default.py``."""

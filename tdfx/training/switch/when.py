@@ -116,17 +116,19 @@ When = AtStep | AtEpoch | Settled
 """What ``Switch`` takes as ``when=``."""
 
 
-_EARLY = 0.03
-"""Share of the training after which to switch where nothing else is said; chosen by ``tools/study_default.py``."""
+_EARLY = 100
+"""Steps after which to switch where nothing else is said: before, too little of what will be needed shows."""
+_EARLIEST, _LATEST = 0.03, 0.1
+"""Shares of the training between which such a switch lies."""
 _LEAST_EARLY = 10
-"""Steps before such a switch at the least: the first steps of a training show little."""
+"""Steps before such a switch at the least."""
 
 
 def early(total_steps: int | None) -> AtStep:
     """Return an early step of a training: the earlier the switch, the more is saved, and a few steps show what is needed.
 
-    >>> early(10_000), early(100)
-    (AtStep(step=300), AtStep(step=10))
+    >>> early(10_000), early(2_000), early(400), early(50)
+    (AtStep(step=300), AtStep(step=100), AtStep(step=40), AtStep(step=10))
 
     Raises:
         PolicyError: The steps of the training are not known.
@@ -137,7 +139,8 @@ def early(total_steps: int | None) -> AtStep:
             "the whole training, or for example when=tdfx.AtStep(500)."
         )
     check_whole("total_steps", total_steps, "the steps of the whole training", "total_steps=10_000")
-    return AtStep(max(_LEAST_EARLY, round(_EARLY * total_steps)))
+    earliest, latest = (round(share * total_steps) for share in (_EARLIEST, _LATEST))
+    return AtStep(max(_LEAST_EARLY, earliest, min(_EARLY, latest)))
 
 
 def check_settings(
