@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import random
 from collections import deque
@@ -340,8 +341,20 @@ def renormalizes(self: Any, x: Tensor) -> Any:
     return self.b(self.a(x))
 
 
+def checks_arguments(self: Any, x: Tensor) -> Any:
+    assert len(inspect.signature(self.a.forward).parameters) == 1
+    return self.b(self.a(x))
+
+
+READS: list[tuple[Callable[..., Any], set[str]]] = [
+    (penalizes, {"a", "b"}),
+    (renormalizes, {"b"}),
+    (checks_arguments, set()),
+]
+
+
 @pytest.mark.parametrize("inputs", [None, (batch(),)], ids=["without inputs", "with inputs"])
-@pytest.mark.parametrize(("forward", "read"), [(penalizes, {"a", "b"}), (renormalizes, {"b"})])
+@pytest.mark.parametrize(("forward", "read"), READS)
 def test_a_weight_that_is_read_beside_its_layer_is_kept(forward: Any, read: set[str], inputs: Any) -> None:
     plan = tdfx.plan(model_of(forward), FULL, example_inputs=inputs)
     assert {site.name for site in plan if site.reason is tdfx.Reason.READ_ELSEWHERE} == read

@@ -155,7 +155,8 @@ def test_at_full_rank_the_switch_does_not_change_the_outputs(tmp_path: Path) -> 
     for module, callbacks in ((dense, []), (other, [SwitchCallback(FULL, epoch=1, merge=False, total_steps=None)])):
         make_trainer(tmp_path, callbacks, epochs=1, precision="64-true").fit(module, loader())
     assert (sites(dense), sites(other)) == (0, 3)
-    torch.testing.assert_close(other.eval()(x), dense.eval()(x), rtol=1e-9, atol=1e-11)
+    # In train mode, because the switch estimates the running statistics of batch norms again.
+    torch.testing.assert_close(other.train()(x), dense.train()(x), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

@@ -78,7 +78,7 @@ def _reads(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             match node:
                 case ast.Attribute(value=value, attr=name) if not _is_metadata(node, parents):
                     owned = scope.value_of(value)
-                    if name in _LISTING and not _is_first(node, parents):
+                    if name in _LISTING and not _is_first(node, parents) and not _is_signature(value, scope):
                         yield (owned if isinstance(owned, nn.Module) else module), name
                     elif isinstance(owned, nn.Module):
                         yield owned, name
@@ -105,6 +105,11 @@ def _is_metadata(node: ast.Attribute, parents: Mapping[int, ast.AST]) -> bool:
     """Return True for a weight of which only the shape, the device or the like is read."""
     parent = parents.get(id(node))
     return isinstance(parent, ast.Attribute) and parent.attr in METADATA
+
+
+def _is_signature(node: ast.AST, scope: Scope) -> bool:
+    """Return True for ``inspect.signature(function)``, whose ``parameters`` are the arguments of a function."""
+    return isinstance(node, ast.Call) and scope.value_of(node.func) is inspect.signature
 
 
 def _is_first(node: ast.Attribute, parents: Mapping[int, ast.AST]) -> bool:
