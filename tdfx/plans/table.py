@@ -207,7 +207,7 @@ def totals(plan: Decisions) -> list[str]:
         step = milliseconds(plan.step_seconds, plan.step_seconds_after)
         lines.append(f"training step {step} ms{faster}, as predicted")
     if plan.factorized and plan.total_error > 0:
-        lines.append(f"total error {plan.total_error:.3g} (the squares of the sites' errors, summed{_in_metric(plan)})")
+        lines.append(f"total error {plan.total_error:.3g} (the sites' squared errors, summed{_in_metric(plan)})")
     return lines
 
 
