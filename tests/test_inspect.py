@@ -280,9 +280,10 @@ def test_a_policy_comes_from_a_file_and_options_override_it() -> None:
     expected = tdfx.Policy(
         rank=tdfx.Ratio(of=0.5), min_gain=0, exclude=("stem",), cost=tdfx.Modelled(), overrides={"head": None}
     )
-    # Where the source of a model cannot be read, its plan differs in the form that it is given back in.
-    assert plan.factorized == tdfx.plan(build(), expected).factorized
     assert plan.policy == repr(expected)
+    # The source of this instance cannot be read, so no graph says that the spare layer is not called.
+    expected_sites = [site for site in tdfx.plan(build(), expected).factorized if site.name != "spare"]
+    assert list(plan.factorized) == expected_sites
     assert "2 of 4" in shown("--policy", "p.toml", "--modelled", "--exclude", "spare")
     assert "0 of 4" in shown("--policy", "p.toml", "--modelled", "--include", "spare")
     assert "0 of 4" in shown("--policy", "p.toml", "--modelled", "--min-gain", "1e9")
