@@ -27,6 +27,7 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "min_gain": (2.0, 2.0),
     "round_to": (4, 4),
     "cost": (Modelled(seconds_per_call=0), {"use": "modelled", "seconds_per_call": 0}),
+    "metric": ("inputs", "inputs"),
 }
 """Every setting that is inherited, with a value for Python and for a file."""
 OTHERS: dict[str, tuple[Any, Any]] = {
@@ -35,6 +36,7 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     "min_gain": (1.05, 1.05),
     "round_to": (8, 8),
     "cost": (Measured(), "measured"),
+    "metric": ("auto", "auto"),
 }
 """Other values; most are the defaults, which count too where an override gives them."""
 
@@ -204,10 +206,10 @@ def test_overrides_from_files_follow_a_change(name: str, tmp_path: Path) -> None
 def test_a_file_that_names_the_default_rule_gives_it() -> None:
     override = {"overrides": {"fc": {"rank": "default", "scheme": "svd"}}}
     with pytest.raises(
-        PolicyError, match=r"key overrides: .*the override for 'fc' has Budget\(speedup=2\.0, strict=False"
+        PolicyError, match=r"key overrides: .*the override for 'fc' has Budget\(speedup=2\.5, strict=False"
     ):
         tdfx.read_policy({"rank": "ratio:0.5", **override})
-    with pytest.raises(PolicyError, match=r"the override for 'fc' has Budget\(speedup=2\.0"):
+    with pytest.raises(PolicyError, match=r"the override for 'fc' has Budget\(speedup=2\.5"):
         tdfx.read_policy({"rank": "ratio:0.5", "overrides": {"*": override}})
     joint = tdfx.read_policy(override)
     assert joint.overrides["fc"] == Policy(scheme="svd")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -67,7 +67,7 @@ def _kept_tensors(model: nn.Module, trained: set[int]) -> Iterator[tuple[str, Te
 
 def _has_values(tensor: Tensor) -> bool:
     return (
-        not isinstance(tensor, UninitializedTensorMixin)
+        not isinstance(tensor, UninitializedBuffer | UninitializedParameter)
         and tensor.is_floating_point()
         and tensor.numel() > 1
         and not tensor.is_meta
