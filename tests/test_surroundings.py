@@ -245,3 +245,17 @@ def test_a_rewritten_model_with_hooks_can_be_pickled() -> None:
         again = pickle.loads(pickle.dumps(model))
         again.load_state_dict(model.state_dict())
         torch.testing.assert_close(again(batch()), model(batch()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_rewritten_model_can_be_scripted() -> None:
+    for emit in EMITS:
+        model = tdfx.rewrite(mlp(), HALF, emit=emit)
+        torch.testing.assert_close(torch.jit.script(model)(batch()), model(batch()))
+        assert not any(isinstance(module, tdfx.Factorized) for module in tdfx.merge(model).modules())
+    upsample = tdfx.rewrite(nn.Sequential(nn.ConvTranspose2d(8, 8, 3, stride=2)), HALF)
+    scripted = torch.jit.script(upsample.get_submodule("0"))
+    x = torch.randn(1, 8, 4, 4)
+    torch.testing.assert_close(scripted(x), upsample(x))
+    with pytest.raises(Exception, match="factors take no output_size in TorchScript"):
+        scripted(x, [10, 10])

@@ -25,6 +25,8 @@ class FactorizedGraphModule(fx.GraphModule):
     ``graph`` and ``code`` are those of the present mode.
     """
 
+    __jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, "code"]  # noqa: RUF012 - as in torch
+
     def __init__(self, body: nn.Module, graphs: Sequence[fx.Graph]) -> None:
         """Share the children of a body, the original with its sites swapped; it has one graph, or one for each mode."""
         train, *others = graphs

@@ -18,7 +18,7 @@ from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import find_kind, operation_of
 from tdfx.kinds.stock import build_layer
 from tdfx.layers.copying import HOOKS
-from tdfx.layers.factorized import Factorized
+from tdfx.layers.factorized import Factorized, FactorizedByName
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.layers.placement import is_sharded
 
@@ -37,7 +37,7 @@ def alteration_of(layer: Factorized) -> str:
 
 
 def _alterations(layer: Factorized) -> Iterator[str]:
-    if type(layer) not in (Factorized, FactorizedParameter) or "forward" in layer.__dict__:
+    if type(layer) not in (Factorized, FactorizedByName, FactorizedParameter) or "forward" in layer.__dict__:
         yield f"its forward is no longer the one that it was made with. {_UNDO}"
     foreign = [*(layer._modules.keys() - {"factors"}), *layer._parameters, *layer._buffers]
     if foreign:

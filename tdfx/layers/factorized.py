@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,15 +44,13 @@ class Factorized(nn.Module):
     factors represent; it is differentiable, and computed each time it is read.
     """
 
-    factors: nn.Sequential
-    """The layers of the chain, in the order of the data."""
-    origin: Origin
-    """The layer that was replaced, and how its weight was split."""
-
     def __init__(self, factors: nn.Sequential, origin: Origin) -> None:
         super().__init__()
+        # Not annotated in the class, because torch.jit.script takes those annotations for types of TorchScript.
         self.factors = factors
+        """The layers of the chain, in the order of the data."""
         self.origin = origin
+        """The layer that was replaced, and how its weight was split."""
 
     @classmethod
     def of(cls, layer: nn.Module, scheme: Scheme, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
@@ -67,23 +66,30 @@ class Factorized(nn.Module):
         assert operation is not None, f"no scheme applies to {layer}"
         bias = layer._parameters.get(kind_of(layer).bias or "")
         factors = _build_chain(scheme.chain(operation, ranks), weights, bias, weight_of(layer))
-        factorized = cls(factors, Origin(shell_of(layer), scheme.name, tuple(ranks)))
+        takes_input = "input" in inspect.signature(layer.forward).parameters
+        kind = cls if takes_input else FactorizedByName
+        factorized = kind(factors, Origin(shell_of(layer), scheme.name, tuple(ranks)))
         copy_hooks(layer, factorized)
         return factorized.train(layer.training)
 
-    def forward(self, input: Tensor | None = None, output_size: Sequence[int] | None = None, **named: Tensor) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Run the chain.
 
         Args:
             input: The input of the original layer.
             output_size: The size of the output, for a transposed convolution only, as in torch: with strides, several sizes
                 are possible. Only the last, spatial dimensions are read.
-            named: The input by the name that a user's own kind of layer gives it, in place of ``input``.
 
         Raises:
             TypeError: ``output_size`` is given and the layer was no transposed convolution.
         """
-        (x,) = named.values() if input is None else (input,)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            assert output_size is None, "factors take no output_size in TorchScript"
+            return self.factors(input)  # type: ignore[no-any-return]
+        else:  # noqa: RET505 - TorchScript compiles what does not stand in a branch
+            return self._run(input, output_size)
+
+    def _run(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
         if output_size is None:
             return cast("Tensor", self.factors(x))
         if not self.operation.transposed:
@@ -220,6 +226,18 @@ class Factorized(nn.Module):
             if name not in origin.layer.__dict__:
                 raise
         return origin.layer.__dict__[name]
+
+    __jit_unused_properties__ = tuple(name for name, value in vars().items() if isinstance(value, property))
+    """The properties that torch.jit.script leaves out: all."""
+
+
+class FactorizedByName(Factorized):
+    """The chain for a layer of a user's own kind whose input has another name, by which it may be called."""
+
+    def forward(self, input: Tensor | None = None, output_size: Sequence[int] | None = None, **named: Tensor) -> Tensor:
+        """Run the chain on the input, under whatever name it comes; TorchScript has no such arguments."""
+        (x,) = named.values() if input is None else (input,)
+        return self._run(x, output_size)
 
 
 def _build_chain(
