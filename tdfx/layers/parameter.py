@@ -47,9 +47,9 @@ class FactorizedParameter(Factorized):
         call = FunctionCall("", len(self.shape) - 2, self.layout[1], self, {"input": input, "bias": bias, **geometry})
         operation = call.operation(self.shape)
         assert operation is not None, f"{geometry} does not go with a weight of shape {tuple(self.shape)}"
-        return self._run(operation, input, bias)
+        return self._apply_factors(operation, input, bias)
 
-    def _run(self, operation: Operation, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _apply_factors(self, operation: Operation, x: Tensor, bias: Tensor | None) -> Tensor:
         if (operation.groups, operation.transposed) != self.layout or not self.scheme.fits(operation):
             return apply_operation(operation, x, self.dense_weight(), bias)
         chain = self.scheme.chain(operation, self.origin.ranks)
@@ -68,7 +68,7 @@ class FactorizedParameter(Factorized):
         if call is not None and isinstance(call.weight, FactorizedParameter):
             operation = call.operation(call.weight.shape)
             if operation is not None:
-                return call.weight._run(operation, *map(_dense, (call.rest["input"], call.rest.get("bias"))))
+                return call.weight._apply_factors(operation, *map(_dense, (call.rest["input"], call.rest.get("bias"))))
         # A function that writes gets the weight that cannot be written to, and raises.
         dense = _read_only if getattr(func, "__name__", "").endswith("_") or "out" in named else _dense
         args, named = tree_map(dense, (args, named))
