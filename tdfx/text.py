@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 
 def short_number(value: float) -> str:
@@ -73,3 +74,12 @@ def without_addresses(text: str) -> str:
     'Policy(cost=<Cost object>)'
     """
     return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Return the first three names, and dots for the others.
+
+    >>> first_names(["a", "b"]), first_names(["a", "b", "c", "d"])
+    ("'a', 'b'", "'a', 'b', 'c' ...")
+    """
+    return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")

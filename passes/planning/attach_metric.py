@@ -12,9 +12,8 @@ from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import Program, Site
 from tdfx.plans.plan import Plan
 from tdfx.policies.policy import Policy
+from tdfx.text import first_names
 
-_NAMED = 3
-"""How many sites a note names."""
 Wanted = Callable[[Site], str]
 """From a site to the metric that is wanted for it; "auto" for the best that the moments give."""
 
@@ -76,10 +75,10 @@ class AttachMetric(Pass[PassResult]):
     def _notes(self, sites: Sequence[Site], measured: Sequence[Site]) -> list[str]:
         notes = []
         if long := [site.name for site in measured if site.metric is not None and site.metric.is_diagonal]:
-            notes.append(f"the channels of a long side are weighed one by one in {_few(long)}")
+            notes.append(f"the channels of a long side are weighed one by one in {first_names(long)}")
         unseen = [site.name for site in sites if site.metric is None and self.wanted(site) != "weights"]
         if unseen and measured:
-            notes.append(f"no moments were seen of {_few(unseen)}: errors of the weights there")
+            notes.append(f"no moments were seen of {first_names(unseen)}: errors of the weights there")
         return notes
 
 
@@ -94,7 +93,3 @@ def _by_policy(policy: Policy) -> Wanted:
 def _by_plan(plan: Plan) -> Wanted:
     metrics = {decision.name: decision.metric for decision in plan}
     return lambda site: metrics.get(site.name, "weights")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:_NAMED])) + (" ..." if len(names) > _NAMED else "")

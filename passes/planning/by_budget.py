@@ -27,6 +27,7 @@ from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget
 from tdfx.ranks.signal import NO_SIGNAL, has_signal
 from tdfx.ranks.spectrum import Spectrum
+from tdfx.text import first_names
 
 _MISSED = "the example inputs do not reach it, so it is not known how long it takes"
 _SCHEMES = ("tucker2", "tucker1_out", "tucker1_in", "spatial", "svd")
@@ -108,8 +109,8 @@ def _keep_chosen_bases(site: Site, decision: SitePlan, cache: SpectrumCache) -> 
 
 def _unreached(missed: Sequence[Site]) -> str:
     return (
-        f"the example inputs do not reach {_few([site.name for site in missed])}, in train mode neither: left as they are, "
-        f"since it is not known how long they take. Pass inputs that the model trains on, if they matter"
+        f"the example inputs do not reach {first_names([site.name for site in missed])}, in train mode neither: left as "
+        f"they are, since it is not known how long they take. Pass inputs that the model trains on, if they matter"
     )
 
 
@@ -118,13 +119,9 @@ def _noisy(names: Sequence[str], budget: Budget) -> str:
         f"no rank there is below {budget.noise_floor:g} of the full one" if budget.noise_floor else "they have no floor"
     )
     return (
-        f"{len(names)} of the weights that are cut show nothing above the noise yet ({_few(names)}); {floor}. Train longer "
-        f"before the switch, or keep them with noise_floor=1, if the loss suffers"
+        f"{len(names)} of the weights that are cut show nothing above the noise yet ({first_names(names)}); {floor}. Train "
+        f"longer before the switch, or keep them with noise_floor=1, if the loss suffers"
     )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,4 +148,4 @@ def Target(*, parameters: float | None = None, flops: float | None = None) -> Bu
 
 
 DEFAULT_RULE = Budget(speedup=2.5, strict=False, floor=0.25, noise_floor=0.25)
-"""The rank rule of a policy that gives none; chosen by ``tools/study_default.py``."""
+"""The rank rule of a policy that gives none; tools/README.md says how it was chosen."""

@@ -17,7 +17,7 @@ from tdfx.policies.policy import Policy
 from tdfx.wrappers.in_place import InPlaceModule
 
 COLLECTED_STEPS = 8
-"""Steps at which moments are collected before a decision; chosen by ``tools/study_default.py``."""
+"""Steps at which moments are collected before a decision."""
 _LARGEST_BATCHES = 2**26
 """Bytes of batches, from which batch norms' statistics are estimated, up to which they are part of a saved state."""
 

@@ -66,7 +66,7 @@ class Switch:
         recompile_seconds: Time to compile or capture the rewritten model, in seconds.
         rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
         collect: Steps before the decision at which second moments are collected, and used as ``Policy.metric`` says; 0 for
-            none. They cost less than one more step in all. With ``torch.compile`` the model runs eagerly in these steps.
+            none. They cost a part of a step each. With ``torch.compile`` the model runs eagerly in these steps.
         factor_rate: How many times the learning rate of the factors is that of their group, for SGD only; see
             ``FactorRate``. None for its own choice where the loss was the metric, and 1 otherwise.
         writer: Where to log the plan and the step time before the switch: a ``SummaryWriter``, or anything with
