@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_VERSION = 3
+_VERSION = 4
 """Raise this when what is timed changes, so that older times are not mistaken for current ones."""
 
 

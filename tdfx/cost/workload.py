@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdfx.cost.count import Flow, count_chain
 from tdfx.cost.setting import computing_in
-from tdfx.factors.functions import apply_operation
+from tdfx.factors.functions import apply_factor, apply_operation
 from tdfx.factors.operation import Operation
 
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -65,9 +65,10 @@ class Workload:
         return [x.requires_grad_(self.setting.wants_input_gradient) for x in inputs]
 
     def _forward(self, x: Tensor) -> Tensor:
+        apply = apply_factor if len(self.chain) > 1 else apply_operation
         with computing_in(self.setting.autocast, self.setting.device_type):
             for operation, weight in zip(self.chain, self.weights, strict=True):
-                x = apply_operation(operation, x, weight)
+                x = apply(operation, x, weight)
         return x
 
     def _random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

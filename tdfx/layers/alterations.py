@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import find_kind, operation_of
-from tdfx.kinds.stock import build_layer
+from tdfx.kinds.stock import build_factor, build_layer
 from tdfx.layers.copying import HOOKS
 from tdfx.layers.factorized import Factorized, FactorizedByName
 from tdfx.layers.parameter import FactorizedParameter
@@ -67,8 +67,9 @@ def _alterations_of_factor(factor: nn.Module, step: Operation, may_have_bias: bo
         )
     if prune.is_pruned(factor) and any(isinstance(hook, prune.BasePruningMethod) for hook in _hooks(factor)):
         yield "is pruned. Call torch.nn.utils.prune.remove(factor, 'weight') first."
-    stock = build_layer(step, nn.Parameter(torch.empty(step.weight_shape, device="meta")), None)
-    if type(factor) is not type(stock):
+    parameter = nn.Parameter(torch.empty(step.weight_shape, device="meta"))
+    stock = build_layer(step, parameter, None)
+    if type(factor) not in (type(stock), type(build_factor(step, parameter, None))):
         yield (
             f"is a {type(factor).__module__}.{name}, not the torch.nn.{type(stock).__name__} that rewrite made. Undo that "
             f"first: merge_and_unload() of an adapter, or take the model from before it was quantized."

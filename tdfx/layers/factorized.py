@@ -17,7 +17,7 @@ from tdfx.factors.registry import get_scheme
 from tdfx.factors.scheme import Scheme
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import kind_of, operation_of
-from tdfx.kinds.stock import build_layer
+from tdfx.kinds.stock import build_factor
 from tdfx.layers.copying import copy_hooks, shell_of, structural_copy
 from tdfx.layers.frozen import FROZEN_FACTORS, frozen_indices
 from tdfx.layers.joined import read_only
@@ -245,7 +245,7 @@ def _build_chain(
 ) -> nn.Sequential:
     parameters = [new_parameter(weight, template) for weight in weights]
     biases = [None] * (len(chain) - 1) + [bias]
-    return nn.Sequential(*map(build_layer, chain, parameters, biases))
+    return nn.Sequential(*map(build_factor, chain, parameters, biases))
 
 
 def kernel_factor(weights: Sequence[nn.Parameter]) -> nn.Parameter:
