@@ -56,17 +56,17 @@ class ReplacedModel:
 
     def __init__(self, model: nn.Module, step: int) -> None:
         self._step = step
-        self._old = [_Weight.of(parameter) for parameter in _parameters(model)]
-        self._factors: list[tuple[weakref.ref[Tensor], int]] = []
+        self._old = [_Noted.of(parameter) for parameter in _parameters(model)]
+        self._factors: list[_Noted] = []
         self._checked: weakref.ref[nn.Module] | None = None
 
     def replaced_by(self, model: nn.Module) -> None:
-        """Tell the replaced weights from the shared ones, and remember the new ones with torch's counts of their writes."""
+        """Tell the replaced weights from those that are shared, and note the new ones."""
         after = {id(parameter): parameter for parameter in _parameters(model)}
         before = {id(weight.tensor()) for weight in self._old}
         self._old = [weight for weight in self._old if id(weight.tensor()) not in after]
-        factors = [factor for key, factor in after.items() if key not in before and factor.requires_grad]
-        self._factors = [(weakref.ref(factor), factor._version) for factor in factors]
+        factors = [factor for key, factor in after.items() if key not in before]
+        self._factors = [_Noted.of(factor) for factor in factors if factor.requires_grad]
 
     def check(self, model: nn.Module) -> None:
         """Raise ModelError if this model holds the weights that were replaced, or if the loop trains these elsewhere."""
@@ -79,12 +79,12 @@ class ReplacedModel:
             if any(id(parameter) in replaced for parameter in _parameters(model)):
                 self._refuse(model)
             self._checked = weakref.ref(module)
-        if self._factors and any((factor := ref()) is None or factor._version != count for ref, count in self._factors):
-            self._factors = []  # somebody trains them
+        if any(factor.was_trained for factor in self._factors):
+            self._factors = []
         if self._factors and any(weight.has_new_gradient for weight in self._old):
             raise ModelError(
-                f"Since the switch at step {self._step} the model that was replaced has received new gradients, and no "
-                f"factor has moved: the loop trains another reference to it, such as its compiled or "
+                f"Since the switch at step {self._step} the model that was replaced has received new gradients, and the "
+                f"factors none: the loop trains another reference to it, such as its compiled or "
                 f"DistributedDataParallel form, or an attribute that holds it. Pass that form to step(), and train what it "
                 f"returns: model = switch.step(model, ...)."
             )
@@ -100,28 +100,34 @@ class ReplacedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class _Weight:
-    """A weight that was replaced, and its gradient at the switch."""
+class _Noted:
+    """A parameter and its gradient, with torch's counts of what was written to them; it keeps neither alive."""
 
     tensor: weakref.ref[Tensor]
-    gradient: weakref.ref[Tensor] | None
     writes: int
+    gradient: weakref.ref[Tensor] | None
+    gradient_writes: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Weight:
+    def of(cls, tensor: Tensor) -> _Noted:
         gradient = tensor.grad
-        if gradient is None:
-            return cls(weakref.ref(tensor), None, 0)
-        return cls(weakref.ref(tensor), weakref.ref(gradient), gradient._version)
+        noted = (None, 0) if gradient is None else (weakref.ref(gradient), gradient._version)
+        return cls(weakref.ref(tensor), tensor._version, *noted)
 
     @property
     def has_new_gradient(self) -> bool:
-        """True if a backward has written to the gradient since the switch."""
+        """True if a backward has written to the gradient since."""
         tensor = self.tensor()
         gradient = None if tensor is None else tensor.grad
         if gradient is None:
             return False
-        return self.gradient is None or gradient is not self.gradient() or gradient._version != self.writes
+        return self.gradient is None or gradient is not self.gradient() or gradient._version != self.gradient_writes
+
+    @property
+    def was_trained(self) -> bool:
+        """True if it moved by another gradient than the one that it had, or if it is gone."""
+        tensor = self.tensor()
+        return tensor is None or self.has_new_gradient or (tensor._version != self.writes and tensor.grad is None)
 
 
 def _check_resumed(model: nn.Module, plan: Plan) -> None:
