@@ -147,8 +147,8 @@ def _read_pickle(path: Path, trusted: bool) -> Any:
         if not trusted:
             # torch's own text would advise to run the code.
             raise CheckpointError(
-                f"The checkpoint {str(path)!r} could not be read: UnpicklingError: it holds more than tensors, and code in a file is not "
-                f"run. If you wrote it yourself, say so: tdfx merge --trusted, or trusted=True."
+                f"The checkpoint {str(path)!r} could not be read: UnpicklingError: it holds more than tensors, "
+                f"and code in a file is not run. If you wrote it yourself, say so: tdfx merge --trusted, or trusted=True."
             ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=False)

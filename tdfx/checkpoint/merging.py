@@ -76,7 +76,7 @@ def merge_checkpoint(
         check_target(target, source)
     dense = read_dense(checkpoint if source is None else source, plan=plan, trusted=trusted)
     contents = dense.contents
-    if not dense.joined and contents.record is None and not contents.plans:
+    if not dense.joined and plan is None and contents.record is None and not contents.plans:
         warnings.warn(
             "The checkpoint holds no factors and no plan, so it comes back as it is. If it should hold factors, see whether "
             "the model that was saved is the one that tdfx.rewrite or Switch.step returned.",

@@ -25,8 +25,8 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--output",
     type=_PATH,
     required=True,
-    help="A .safetensors or .pt file for the state_dict; a .ckpt file, if Lightning wrote the checkpoint; or a new folder, if "
-    "Hugging Face did.",
+    help="A .safetensors or .pt file for the state_dict; a .ckpt file, if Lightning wrote the checkpoint; or a new "
+    "folder, if Hugging Face did.",
 )
 @click.option(
     "--plan",
