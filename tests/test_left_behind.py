@@ -195,6 +195,10 @@ def test_the_old_model_may_train_on() -> None:
     kept = tdfx.rewrite(dense, QUARTER)
     for _ in range(3):
         learn(dense, optimizer)
+    assert len(left_behind._watched) == 1
+    for _ in range(left_behind._LOOKS):
+        optimizer.step()
+    assert left_behind._watched == []
     assert kept is not dense
 
 

@@ -108,7 +108,9 @@ def test_columns_that_would_be_empty_are_left_out() -> None:
 def test_a_gain_is_called_modelled_where_nothing_was_timed() -> None:
     modelled = Plan(sites=(site("conv", seconds_before=None, seconds_after=None), kept("fc")))
     assert shown(modelled, None)[0].split()[-2:] == ["modelled", "note"]
-    assert shown(Plan(sites=(site("conv"),)), None)[0].split()[-2:] == ["ms", "gain"]
+    mixed = shown(Plan(sites=(site("conv"), site("fc", seconds_before=None, seconds_after=None))), None)
+    assert mixed[0].split()[-2:] == ["ms", "gain"]
+    assert [line.split()[-1] for line in mixed[1:3]] == ["2.45x", "~2.45x"]
 
 
 def test_what_has_not_run_is_called_predicted() -> None:
@@ -136,9 +138,10 @@ def test_every_rule_shows_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_budget_of_time_that_measures_nothing_says_so() -> None:
     net = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    rule = tdfx.Budget(speedup=1.1, strict=False)
     note = r"speedup=1\.1.* is kept by modelled times, since there are no example inputs"
-    assert re.search(note, str(tdfx.plan(net, tdfx.Policy(speedup=1.1))))
-    by_cost = tdfx.plan(net, tdfx.Policy(speedup=1.1, cost=tdfx.Modelled()), example_inputs=torch.ones(2, 256))
+    assert re.search(note, str(tdfx.plan(net, tdfx.Policy(rank=rule))))
+    by_cost = tdfx.plan(net, tdfx.Policy(rank=rule, cost=tdfx.Modelled()), example_inputs=torch.ones(2, 256))
     assert re.search(r"is kept by modelled times, since Modelled measures nothing", str(by_cost))
 
 

@@ -19,6 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from tdfx.errors import TdfxWarning
 
+_LOOKS = 100
+"""Steps of an optimizer with replaced weights after which new ones without gradients are taken for a copy, not trained."""
+
 
 class LeftBehind:
     """The weights that were replaced and those that took their place; it keeps none of them alive and reads no values."""
@@ -33,6 +36,7 @@ class LeftBehind:
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         """Optimizers that hold replaced weights and have taken a step."""
         self._warned = False
+        self._looks = 0
 
     @property
     def is_over(self) -> bool:
@@ -58,10 +62,12 @@ class LeftBehind:
         if not replaced:
             self._counts[optimizer] = count
             return False
+        self._looks += 1
         unmoved = sum(tensor.grad is not None for tensor, _ in living.values())
-        if not unmoved or optimizer not in self._seen:
-            if unmoved:
-                self._seen.add(optimizer)  # another optimizer may have its turn before this one's next step
+        if not unmoved:
+            return self._looks >= _LOOKS
+        if optimizer not in self._seen:
+            self._seen.add(optimizer)  # another optimizer may have its turn before this one's next step
             return False
         self._warned = True  # a warning may be raised as an error
         warnings.warn(

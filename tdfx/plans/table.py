@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 from rich.cells import cell_len
@@ -37,6 +37,11 @@ def _shape(site: SitePlan) -> str:
     return "×".join(map(str, site.shape)) or "?"
 
 
+def _approximate(site: SitePlan) -> str:
+    """Return the mark of a gain that is modelled among others that were measured."""
+    return "~" if site.gain is not None and site.seconds_after is None else ""
+
+
 _NAME = _TableColumn("site", lambda site: site.name or "(root)")
 _LAYER = _TableColumn("layer", lambda site: f"{site.kind} {_shape(site)}")
 _SHAPE = _TableColumn("shape", _shape)
@@ -50,9 +55,9 @@ _FLOPS_LEFT = _TableColumn("FLOPs", lambda site: share(site.flops_before, site.f
 _MILLISECONDS = _TableColumn(
     "ms", lambda site: milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated), right=True
 )
-_GAIN = _TableColumn("gain", lambda site: f"{site.gain:.2f}x" if site.gain is not None else "", right=True)
-_MODELLED = replace(_GAIN, title="modelled")
+_MODELLED = _TableColumn("modelled", lambda site: f"{site.gain:.2f}x" if site.gain is not None else "", right=True)
 """The gain where nothing was timed: it counts operations and memory traffic."""
+_GAIN = _TableColumn("gain", lambda site: _approximate(site) + _MODELLED.text(site), right=True)
 _NOTE = _TableColumn("note", lambda site: site.note)
 
 _WIDE = (_NAME, _LAYER, _SCHEME, _RANKS, _ERROR, _PARAMETERS, _FLOPS, _MILLISECONDS, _GAIN)
