@@ -364,7 +364,7 @@ def test_weights_of_another_model_are_refused_with_the_first_differences() -> No
         in message
     )
     torch.save([1, 2], "list.pt")
-    assert "the file holds a list, not a mapping from names to tensors" in refused("--weights", "list.pt")
+    assert "the checkpoint holds a list, not a mapping from names to tensors" in refused("--weights", "list.pt")
 
 
 # Devices.
