@@ -71,7 +71,7 @@ def plain(folder: Path, outcome: str, kill_after: int | None) -> tdfx.Switch:
             raise Killed
         loss = nn.functional.cross_entropy(model(x), y)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         model = switch.step(model, optimizer=optimizer, example_inputs=(x,))
         extra = {"switch": switch.state_dict(), "step": step + 1}

@@ -66,7 +66,8 @@ def test_a_model_whose_replacement_was_dropped_is_an_error(wrap: Callable[[nn.Mo
 
 def test_a_model_that_is_trained_under_another_reference_is_an_error() -> None:
     model = net()
-    switch, optimizer, compiled = switch_at_1(), sgd(model), torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
+    switch, optimizer = switch_at_1(), sgd(model)
     learn(compiled, optimizer)
     model = switch.step(model, optimizer=optimizer)
     learn(compiled, optimizer)

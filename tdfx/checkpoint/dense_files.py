@@ -128,8 +128,8 @@ def _write_folder(state: Mapping[str, Any], target: Path, contents: Contents, so
         "metadata": {"total_size": size},
         "weight_map": {name: shard for shard, tensors in shards.items() for name in tensors},
     }
-    with atomic_writer(target / _INDEX) as file:
-        file.write(json.dumps(index, indent=2).encode())
+    with atomic_writer(target / _INDEX) as index_file:
+        index_file.write(json.dumps(index, indent=2).encode())
 
 
 def _file_of(name: str, files: Mapping[str, str]) -> str:

@@ -70,11 +70,12 @@ def merge_checkpoint(
         >>> torch.nn.Linear(64, 64).load_state_dict(dense)
         <All keys matched successfully>
     """
-    source = None if isinstance(checkpoint, Mapping) else Path(checkpoint)
+    given = checkpoint if isinstance(checkpoint, Mapping) else Path(checkpoint)
+    source = given if isinstance(given, Path) else None
     target = None if output is None else Path(output)
     if target is not None:
         check_target(target, source)
-    dense = read_dense(checkpoint if source is None else source, plan=plan, trusted=trusted)
+    dense = read_dense(given, plan=plan, trusted=trusted)
     contents = dense.contents
     if not dense.joined and plan is None and contents.record is None and not contents.plans:
         warnings.warn(
