@@ -85,14 +85,31 @@ def make_plan(
     ``moments`` were collected in training steps, and ``loop_seconds`` is the time of a step in the training loop, if known.
     """
     spent = 0.0
+    budget = policy.rank if isinstance(policy.rank, Budget) and policy.rank.is_of_time else None
+    if budget is not None and (inputs is None or not isinstance(policy.cost, MeasuringCost)):
+        program = replace(program, notes=(*program.notes, _modelled(policy, inputs)))
     if inputs is not None:
         program = ObserveInputs(inputs)(program).program
-        if isinstance(policy.rank, Budget) and policy.rank.is_of_time and isinstance(policy.cost, MeasuringCost):
-            timed = TimeStep(inputs, policy.cost, strict=policy.rank.strict, loop_seconds=loop_seconds)(program)
+        # Where every site is rewritten whatever it costs, nothing is timed; in shards only what a budget needs.
+        timed_anyway = policy.min_gain > 0 and not program.shards
+        if isinstance(policy.cost, MeasuringCost) and (budget is not None or timed_anyway):
+            timed = TimeStep(
+                inputs,
+                policy.cost,
+                strict=budget is not None and budget.strict,
+                needed=budget is not None,
+                loop_seconds=loop_seconds,
+            )(program)
             program, spent = timed.program, timed.spent
     program = AttachMetric(moments, policy)(program).program
     selected = Select(policy, spent)(program)
     return Planned(selected.program, selected.spectra)
+
+
+def _modelled(policy: Policy, inputs: Inputs | None) -> str:
+    """Return the note that a budget of time was not kept by measured times."""
+    why = "there are no example inputs" if inputs is None else f"{type(policy.cost).__name__} measures nothing"
+    return f"{policy.rank!r} is kept by modelled times, since {why}: from operation counts, and no prediction of a step"
 
 
 def use_plan(program: Program, plan: Plan, moments: Moments | None = None) -> Planned:

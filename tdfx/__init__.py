@@ -6,6 +6,7 @@ moment of a training loop. ``save`` and ``load`` write and read checkpoints of f
 """
 
 from tdfx.api import merge, plan, rewrite
+from tdfx.checkpoint.merging import merge_checkpoint
 from tdfx.checkpoint.record import read, save, state
 from tdfx.checkpoint.restore import load
 from tdfx.cost.measured import Measured
@@ -111,6 +112,7 @@ __all__ = [
     "export",
     "load",
     "merge",
+    "merge_checkpoint",
     "plan",
     "read",
     "read_policy",

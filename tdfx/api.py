@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import Any
 from weakref import WeakSet
 
 from torch import nn
 from torch.optim import Optimizer
 
-from tdfx.errors import ModelError, OptimizerError, PolicyError, TdfxWarning
+from tdfx.errors import TdfxWarning
 from tdfx.optim.companions import Companions
-from tdfx.optim.exchanges import join_exchange, split_exchange
+from tdfx.optim.exchanges import join_exchange
 from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
-from tdfx.passes.pipeline import Planned, find_sites, make_plan, merge_back, rewrite_by, use_plan
-from tdfx.passes.planning.spectra import SpectrumCache
-from tdfx.passes.program import Program
+from tdfx.passes.pipeline import merge_back, use_plan
 from tdfx.passes.transform.merge import is_rewritten
 from tdfx.passes.transform.rewrite import Init
-from tdfx.passes.transform.statistics import renew_statistics
+from tdfx.planned_rewrite import (
+    check_init,
+    check_same_arguments,
+    plan_by_policy,
+    plan_rewrite,
+    prepare_rewrite,
+    sites_of,
+    warn_of_metric,
+)
 from tdfx.plans.plan import Emit, Plan
 from tdfx.policies.policy import Policy
-from tdfx.text import without_addresses
-from tdfx.wrappers.unwrap import Unwrapped, unwrap
+from tdfx.wrappers.unwrap import unwrap
 
 
 def plan(
@@ -66,46 +70,6 @@ def plan(
         ('svd', (16,), 2048)
     """
     return plan_rewrite(model, policy, example_inputs, emit, moments).plan
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRewrite:
-    """A plan for a model in training, with everything that the rewrite needs, so that no work is done twice."""
-
-    unwrapped: Unwrapped
-    planned: Planned
-    moments: Moments | None = None
-
-    @property
-    def plan(self) -> Plan:
-        """The decisions."""
-        return self.planned.plan
-
-    def apply(
-        self, optimizer: Any = None, averaged: Any = None, masters: Any = None, init: Init = "weight"
-    ) -> nn.Module:
-        """Return the rewritten model; the arguments are those of ``rewrite``, and the model must not have changed since."""
-        with self.unwrapped.processes.raise_on_all():
-            companions = Companions.of(self.unwrapped, optimizer, averaged, masters)
-            commit = _prepare_rewrite(self.planned, companions, init, self.moments)
-        return commit()
-
-
-def plan_rewrite(
-    model: nn.Module,
-    policy: Policy | None,
-    inputs: Inputs | None,
-    emit: Emit,
-    moments: Moments | None = None,
-    loop_seconds: float | None = None,
-) -> PlannedRewrite:
-    """Make a plan as ``plan`` does, by the seconds of a step in the training loop if they are known."""
-    if moments is not None:
-        moments.remove()  # hooks would be taken for the user's own
-    unwrapped = unwrap(model)
-    with unwrapped.processes.raise_on_all():
-        _check_same_arguments(unwrapped, policy, emit)
-        return PlannedRewrite(unwrapped, _make_plan(unwrapped, policy, inputs, emit, moments, loop_seconds), moments)
 
 
 def rewrite(
@@ -181,15 +145,15 @@ def rewrite(
     unwrapped = unwrap(model)
     with unwrapped.processes.raise_on_all():
         companions = Companions.of(unwrapped, optimizer, averaged, masters)
-        _check_init(init, policy, companions)
-        _check_same_arguments(unwrapped, policy, emit, init)
+        check_init(init, policy, companions)
+        check_same_arguments(unwrapped, policy, emit, init)
         if isinstance(policy, Plan):
             if moments is None and init != "empty":
-                _warn_of_metric(policy, companions)
-            planned = use_plan(_find_sites(unwrapped, policy.emit), policy, moments)
+                warn_of_metric(policy, companions)
+            planned = use_plan(sites_of(unwrapped, policy.emit), policy, moments)
         else:
-            planned = _make_plan(unwrapped, policy, example_inputs, emit, moments)
-        commit = _prepare_rewrite(planned, companions, init, moments)
+            planned = plan_by_policy(unwrapped, policy, example_inputs, emit, moments)
+        commit = prepare_rewrite(planned, companions, init, moments)
     return commit()
 
 
@@ -230,7 +194,7 @@ def merge(
     with unwrapped.processes.raise_on_all():
         companions = Companions.of(unwrapped, optimizer, averaged, masters)
         if not is_rewritten(unwrapped.model):
-            if model not in _DENSE and unwrapped.model not in _DENSE:
+            if not is_known_dense(model) and not is_known_dense(unwrapped.model):
                 warnings.warn(
                     f"{type(unwrapped.model).__name__} was never rewritten: it holds no factorized layer and no record of a "
                     f"rewrite, so it comes back as it is. If it should have been rewritten, see whether the model that "
@@ -255,86 +219,6 @@ def record_dense(model: nn.Module) -> None:
     _DENSE.add(model)
 
 
-def _check_same_arguments(
-    unwrapped: Unwrapped, policy: Policy | Plan | None, emit: Emit, init: Init | None = None
-) -> None:
-    """Raise ModelError unless all processes pass the same arguments."""
-    text = policy.to_json() if isinstance(policy, Plan) else repr(policy)
-    # The default repr of an object contains its address, which differs between processes.
-    unwrapped.processes.check_same(
-        (without_addresses(text), emit, init),
-        "The processes pass different policies, plans or settings to tdfx. Pass the same ones on each.",
-    )
-
-
-def _check_init(init: Init, policy: Policy | Plan | None, companions: Companions) -> None:
-    if init not in get_args(Init):
-        raise PolicyError(
-            f"init={init!r} is not known: factors start from the 'weight', as after training, from its 'variance', for a "
-            f"model that was not trained yet, or 'empty', where values will be loaded."
-        )
-    if init == "empty" and not isinstance(policy, Plan):
-        raise PolicyError(
-            "init='empty' reads no weight, and a policy would choose ranks by them. Pass the plan in place of the policy: "
-            "tdfx.Plan.from_json, or tdfx.plan of a model that has its values."
-        )
-    if init == "empty" and any(optimizer.state for optimizer in companions.optimizers):
-        raise OptimizerError(
-            "init='empty' makes factors without values, and the optimizer's state could not be carried to them. Pass an "
-            "optimizer that has taken no step, and load its state afterwards."
-        )
-    if init == "empty" and companions.averages:
-        raise ModelError(
-            "init='empty' makes factors without values, in whose bases no average could be expressed. Load the average by "
-            "itself: rewrite the averaged copy with init='empty' too, and load its values."
-        )
-
-
-def _warn_of_metric(plan: Plan, companions: Companions) -> None:
-    """Warn if a model in the middle of a training would be split by its weights, though the plan chose ranks otherwise."""
-    sites = [site.name for site in plan.factorized if site.metric != "weights"]
-    if sites and any(optimizer.state for optimizer in companions.optimizers):
-        warnings.warn(
-            f"The plan chose the ranks of {len(sites)} sites, {sites[0]!r} first, by moments, and none were given: the "
-            f"weights themselves are split, which loses more than the plan says. Pass the same moments=.",
-            TdfxWarning,
-            stacklevel=4,
-        )
-
-
-def _make_plan(
-    unwrapped: Unwrapped,
-    policy: Policy | None,
-    inputs: Inputs | None,
-    emit: Emit,
-    moments: Moments | None = None,
-    loop_seconds: float | None = None,
-) -> Planned:
-    """Trace the model, find its sites, and decide for each by the policy."""
-    policy = Policy() if policy is None else policy
-    if not isinstance(policy, Policy):
-        raise PolicyError(
-            f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite and how far. Pass "
-            f"tdfx.Policy(rank=...), or a plan to rewrite."
-        )
-    return make_plan(_find_sites(unwrapped, emit), policy, inputs, moments=moments, loop_seconds=loop_seconds)
-
-
-def _find_sites(unwrapped: Unwrapped, emit: Emit) -> Program:
-    return find_sites(unwrapped.model, emit, unwrapped.processes, shards=unwrapped.shards)
-
-
-def _prepare_rewrite(
-    planned: Planned, companions: Companions, init: Init, moments: Moments | None
-) -> Callable[[], nn.Module]:
-    """Factorize the model and work out all changes of its companions; return the function that makes the changes."""
-    masters = companions.masters
-    if masters:
-        # The masters are decomposed, so the spectra of the plan, which are those of the model's own weights, are not used.
-        planned = Planned(planned.program.in_copy(masters.with_masters(planned.program.module)), SpectrumCache())
-    rewritten = rewrite_by(planned, init)
-    if moments is not None and rewritten.swaps and init != "empty":
-        renew_statistics(rewritten.program, moments.batches)
-    swaps = (replace(swap, factorized=masters.keep_masters(swap.factorized)) for swap in rewritten.swaps)
-    exchanges = [split_exchange(swap) for swap in swaps]
-    return companions.prepare(rewritten.program.module, exchanges, values=init != "empty", warn=True)
+def is_known_dense(model: nn.Module) -> bool:
+    """Return True for a model that was merged, or kept by a switch."""
+    return model in _DENSE

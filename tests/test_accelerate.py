@@ -65,6 +65,14 @@ def test_the_readmes_loop_switches_and_merges(precision: str) -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**4)
 
 
+def test_the_readmes_loop_survives_a_model_that_is_kept() -> None:
+    namespace = names("no")
+    namespace["policy"] = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=1e9, cost=tdfx.Modelled())
+    exec(compile(loop(), str(README), "exec"), namespace)
+    assert [event.what for event in namespace["switch"].events] == ["kept"]
+    assert list(namespace["model"].state_dict()) == ["0.weight", "0.bias", "3.weight", "3.bias"]
+
+
 def test_the_rewritten_model_runs_under_autocast() -> None:
     namespace = names("bf16")
     exec(compile(loop(), str(README), "exec"), namespace)

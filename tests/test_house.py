@@ -35,7 +35,7 @@ LAYERS = (
     {"passes"},
     {"wrappers", "optim"},
     {"checkpoint", "onnx_proof"},
-    {"api"},
+    {"api", "planned_rewrite"},
     {"training"},
     {"integrations", "report", "demo", "cli", "__init__", "__main__"},
 )

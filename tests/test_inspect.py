@@ -347,7 +347,7 @@ def test_safetensors_without_their_library_say_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     Path("w.safetensors").write_bytes(b"")
     message = refused("--weights", "w.safetensors")
-    assert "are read by the library safetensors, which is not installed. Install it: pip install safetensors" in message
+    assert "could not be read: the library safetensors is not installed. Install it: pip install safetensors" in message
 
 
 def test_weights_of_another_model_are_refused_with_the_first_differences() -> None:
@@ -364,7 +364,7 @@ def test_weights_of_another_model_are_refused_with_the_first_differences() -> No
         in message
     )
     torch.save([1, 2], "list.pt")
-    assert "the file holds a list, not a mapping from names to tensors" in refused("--weights", "list.pt")
+    assert "the checkpoint holds a list, not a mapping from names to tensors" in refused("--weights", "list.pt")
 
 
 # Devices.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -100,7 +102,47 @@ def test_a_long_note_is_cut_on_a_terminal() -> None:
 
 def test_columns_that_would_be_empty_are_left_out() -> None:
     plan = tdfx.plan(nn.Linear(64, 64), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))
-    assert shown(plan, None)[0].split() == ["site", "layer", "scheme", "ranks", "error", "params", "gain"]
+    assert shown(plan, None)[0].split() == ["site", "layer", "scheme", "ranks", "error", "params", "modelled"]
+
+
+def test_a_gain_is_called_modelled_where_nothing_was_timed() -> None:
+    modelled = Plan(sites=(site("conv", seconds_before=None, seconds_after=None), kept("fc")))
+    assert shown(modelled, None)[0].split()[-2:] == ["modelled", "note"]
+    mixed = shown(Plan(sites=(site("conv"), site("fc", seconds_before=None, seconds_after=None))), None)
+    assert mixed[0].split()[-2:] == ["ms", "gain"]
+    assert [line.split()[-1] for line in mixed[1:3]] == ["2.45x", "~2.45x"]
+
+
+def test_what_has_not_run_is_called_predicted() -> None:
+    plan = Plan(sites=(site("conv"),), step_seconds=0.02)
+    assert shown(plan, None)[-2:] == [
+        "training step: measured 20 ms now, predicted 12.7 ms after the rewrite (1.58x faster)",
+        "total error 0.0151 (the sites' squared errors, summed; errors of the weights)",
+    ]
+    dense = Plan(sites=(kept("conv"),), step_seconds=0.02)
+    assert shown(dense, None)[-1] == "training step: measured 20 ms now"
+    estimated = Plan(sites=(site("conv", estimated=True),))
+    assert "estimated, 1 sites: 12.3 → 5.01 ms a step (2.46x faster)" in shown(estimated, None)
+
+
+def test_every_rule_shows_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: 0.02)
+    net = nn.Sequential(nn.Linear(64, 64))
+    for rule in (tdfx.Ratio(of=0.25), tdfx.Energy(), tdfx.Budget(parameters=0.5)):
+        plan = tdfx.plan(net, tdfx.Policy(rank=rule, min_gain=1e-9), example_inputs=torch.ones(2, 64))
+        assert plan.step_seconds == 0.02
+        assert "training step: measured 20 ms now" in str(plan)
+    untimed = tdfx.plan(net, tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0), example_inputs=torch.ones(2, 64))
+    assert untimed.step_seconds is None
+
+
+def test_a_budget_of_time_that_measures_nothing_says_so() -> None:
+    net = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    rule = tdfx.Budget(speedup=1.1, strict=False)
+    note = r"speedup=1\.1.* is kept by modelled times, since there are no example inputs"
+    assert re.search(note, str(tdfx.plan(net, tdfx.Policy(rank=rule))))
+    by_cost = tdfx.plan(net, tdfx.Policy(rank=rule, cost=tdfx.Modelled()), example_inputs=torch.ones(2, 256))
+    assert re.search(r"is kept by modelled times, since Modelled measures nothing", str(by_cost))
 
 
 def test_a_table_of_some_sites_says_how_many_there_are() -> None:

@@ -74,6 +74,17 @@ def test_the_training_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sum(map(torch.numel, lowered.parameters())) < sum(map(torch.numel, before.parameters()))
 
 
+def test_the_training_readme_runs_where_the_switch_keeps_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeps = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=1e9, cost=tdfx.Modelled())
+    switch = tdfx.Switch
+    monkeypatch.setattr(tdfx, "Switch", lambda policy, **settings: switch(keeps, **settings))
+    names = run(TRAINING, tmp_path, monkeypatch)
+    assert [event.what for event in names["switch"].events] == ["kept"]
+    assert isinstance(names["merged"], torch.nn.Sequential)
+
+
 def test_the_compiler_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run(PASSES, tmp_path, monkeypatch)
     (site,) = tdfx.plan(names["Projection"](64, 64), tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0))

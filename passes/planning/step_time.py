@@ -24,8 +24,8 @@ from tdfx.passes.analysis.sandbox import clone_parameters, isolated, remove_hook
 from tdfx.passes.base import Pass, PassResult
 from tdfx.passes.program import Program
 
-_PART = 0.5
-"""Part of the measuring time that the step as a whole may take."""
+_PART, _PART_TO_SHOW = 0.5, 0.2
+"""Parts of the measuring time that the step as a whole may take: where a budget needs it, and where it is only shown."""
 _ADVICE = (
     "Pass inputs that it trains on, or a policy whose budget and cost need no times: flops=, parameters=, "
     "cost=tdfx.Modelled()."
@@ -45,18 +45,25 @@ class Timed(PassResult):
 class TimeStep(Pass[Timed]):
     """Time forward and backward of a scratch copy in train mode, and add the optimizer's share as the cost counts it.
 
-    If ``strict``, a step that cannot be timed is an error. A first sample that agrees with ``loop_seconds``, the time of a
-    step in the training loop, needs no others.
+    If ``strict``, a step that cannot be timed is an error; else it is a note, if a budget ``needed`` it. A first sample that
+    agrees with ``loop_seconds``, the time of a step in the training loop, needs no others.
     """
 
     name = "time_step"
 
     def __init__(
-        self, inputs: Inputs, cost: MeasuringCost, *, strict: bool = True, loop_seconds: float | None = None
+        self,
+        inputs: Inputs,
+        cost: MeasuringCost,
+        *,
+        strict: bool = True,
+        needed: bool = True,
+        loop_seconds: float | None = None,
     ) -> None:
         self.inputs = inputs
         self.cost = cost
         self.strict = strict
+        self.needed = needed
         self.loop_seconds = loop_seconds
 
     def requires(self, program: Program) -> None:
@@ -77,7 +84,7 @@ class TimeStep(Pass[Timed]):
         except InputError as error:
             if self.strict:
                 raise
-            return Timed(_with_note(program, str(error)))
+            return Timed(_with_note(program, str(error)) if self.needed else program)
         return Timed(replace(program, step_seconds=seconds), spent=time.perf_counter() - began)
 
     def _seconds(self, program: Program) -> float:
@@ -103,7 +110,8 @@ class TimeStep(Pass[Timed]):
     @property
     def _most_seconds(self) -> float:
         """About how long timing may take; the step is timed once in any case."""
-        return _PART * self.cost.budget if isinstance(self.cost, Measured) else math.inf
+        part = _PART if self.needed else _PART_TO_SHOW
+        return part * self.cost.budget if isinstance(self.cost, Measured) else math.inf
 
     def ensures(self, before: Program, result: Timed) -> None:
         """The time is known, unless it need not be, and nothing else has changed."""

@@ -81,6 +81,16 @@ def read_sealed(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
+def is_sealed(path: Path) -> bool:
+    """Return True for a file that ends with the mark of a seal, damaged or not."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _SEAL.size))
+            return file.read().startswith(_MARK)
+    except OSError:
+        return False
+
+
 def _check_seal(file: BinaryIO, path: str) -> None:
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _SEAL.size))

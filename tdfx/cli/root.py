@@ -12,6 +12,7 @@ from tdfx.cli.cache import cache
 from tdfx.cli.completion import completion
 from tdfx.cli.demo import demo
 from tdfx.cli.inspect import inspect
+from tdfx.cli.merge import merge
 from tdfx.cli.output import INTERRUPTED, STOPPED
 from tdfx.cli.verify import verify
 from tdfx.errors import TdfxError, first_line
@@ -53,5 +54,5 @@ def main(debug: bool) -> None:
     """Train PyTorch models faster by factorizing their layers during training."""
 
 
-for command in (inspect, demo, verify, cache, completion):
+for command in (inspect, merge, demo, verify, cache, completion):
     main.add_command(command)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from tdfx.errors import KindError
+from tdfx.errors import KindError, nearest
 from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.stock import BUILT_IN
@@ -72,6 +72,24 @@ def kind_of(layer: nn.Module) -> LayerKind:
             f"the code that calls tdfx.register_kind for it."
         )
     return kind
+
+
+def kind_named(name: str) -> LayerKind:
+    """Return the kind that plans know by a name; of several, the one that was registered last.
+
+    >>> kind_named("Conv2d").dotted_name
+    'torch.nn.modules.conv.Conv2d'
+
+    Raises:
+        KindError: No kind of that name is registered.
+    """
+    kinds = [kind for kind in _kinds.values() if kind.name == name]
+    if not kinds:
+        raise KindError(
+            f"No layer kind {name!r} is registered, but one was when the model was rewritten. Import the code that calls "
+            f"tdfx.register_kind for it. Nearest: {nearest(name, [kind.name for kind in _kinds.values()])}."
+        )
+    return kinds[-1]
 
 
 def is_candidate(module: nn.Module) -> bool:

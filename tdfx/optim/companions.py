@@ -17,6 +17,7 @@ from tdfx.optim.averages import Average, as_average, as_holders
 from tdfx.optim.carriers import carry
 from tdfx.optim.copies import untrained_copies
 from tdfx.optim.inner import check_holders, with_inner
+from tdfx.optim.left_behind import LeftBehind, watch_steps
 from tdfx.optim.masters import Masters, as_masters
 from tdfx.optim.surgery import Exchange, as_optimizers, check_groups, check_states, prepare_surgery
 from tdfx.wrappers.unwrap import Unwrapped
@@ -82,14 +83,27 @@ class Companions:
         new_averages = [average.convert(model, rewritten, sides.model, processes) for average in self.averages]
         result = self.unwrapped.wrap(rewritten)
 
+        left_behind = self._left_behind(sides.model, "rewrite" if warn else "merge")
+
         def commit() -> nn.Module:
             surgery.commit()
+            if left_behind is not None:
+                watch_steps(left_behind)
             self.masters.commit()
             for average, module in zip(self.averages, new_averages, strict=True):
                 average.holder.module = module
             return result
 
         return commit
+
+    def _left_behind(self, exchanges: Sequence[Exchange], verb: str) -> LeftBehind | None:
+        """Return what an optimizer that was not given may go on with; None where that is known, or was said already."""
+        old = [parameter for exchange in exchanges for parameter in exchange.old]
+        said = verb == "rewrite" and any(parameter.grad is not None for parameter in old)
+        # fully_shard makes other parameters of the new ones.
+        if self.optimizers or self.unwrapped.shards or said or not old:
+            return None
+        return LeftBehind(old, (parameter for exchange in exchanges for parameter in exchange.new), verb)
 
     def _losses(self, exchanges: Sequence[Exchange], *, rewrites: bool) -> Iterator[str]:
         """Yield a warning for each thing that does not go along: hooks of parameters; at a rewrite, optimizer and copies."""

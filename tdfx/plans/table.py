@@ -37,6 +37,11 @@ def _shape(site: SitePlan) -> str:
     return "×".join(map(str, site.shape)) or "?"
 
 
+def _approximate(site: SitePlan) -> str:
+    """Return the mark of a gain that is modelled among others that were measured."""
+    return "~" if site.gain is not None and site.seconds_after is None else ""
+
+
 _NAME = _TableColumn("site", lambda site: site.name or "(root)")
 _LAYER = _TableColumn("layer", lambda site: f"{site.kind} {_shape(site)}")
 _SHAPE = _TableColumn("shape", _shape)
@@ -50,7 +55,9 @@ _FLOPS_LEFT = _TableColumn("FLOPs", lambda site: share(site.flops_before, site.f
 _MILLISECONDS = _TableColumn(
     "ms", lambda site: milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated), right=True
 )
-_GAIN = _TableColumn("gain", lambda site: f"{site.gain:.2f}x" if site.gain is not None else "", right=True)
+_MODELLED = _TableColumn("modelled", lambda site: f"{site.gain:.2f}x" if site.gain is not None else "", right=True)
+"""The gain where nothing was timed: it counts operations and memory traffic."""
+_GAIN = _TableColumn("gain", lambda site: _approximate(site) + _MODELLED.text(site), right=True)
 _NOTE = _TableColumn("note", lambda site: site.note)
 
 _WIDE = (_NAME, _LAYER, _SCHEME, _RANKS, _ERROR, _PARAMETERS, _FLOPS, _MILLISECONDS, _GAIN)
@@ -99,7 +106,7 @@ def _table(rows: Sequence[SitePlan], width: int | None) -> Table:
 
 def _cell(column: _TableColumn, site: SitePlan) -> Text:
     """Return a cell as Text, because a name may hold text that rich reads as markup."""
-    styles = {_SCHEME: "cyan", _GAIN: "green"} if site.factorized else {_SCHEME: "yellow"}
+    styles = {_SCHEME: "cyan", _GAIN: "green", _MODELLED: "green"} if site.factorized else {_SCHEME: "yellow"}
     style = "dim" if column is _NOTE else styles.get(column, "")
     # A line break or a colour code in a name would break the table.
     return Text("".join(letter if letter.isprintable() else "�" for letter in column.text(site)), style=style)
@@ -107,11 +114,12 @@ def _cell(column: _TableColumn, site: SitePlan) -> Text:
 
 def _fit(rows: Sequence[SitePlan], width: int | None) -> tuple[list[_TableColumn], int, int]:
     """Return the columns that fit, and the widths of the names and of the notes."""
+    wide = _WIDE if _has_text(_MILLISECONDS, rows) else (*_WIDE[:-1], _MODELLED)
     widths = {
         column: max(map(cell_len, (column.title, *map(column.text, rows))))
-        for column in (*_WIDE, *_SHORTER.values(), _NOTE)
+        for column in (*wide, *_SHORTER.values(), _NOTE)
     }
-    columns = [column for column in _WIDE if column is _NAME or _has_text(column, rows)]
+    columns = [column for column in wide if column is _NAME or _has_text(column, rows)]
     has_notes = _has_text(_NOTE, rows)
     if width is None:
         return [*columns, *([_NOTE] if has_notes else [])], _UNBOUNDED, _UNBOUNDED
@@ -199,16 +207,25 @@ def totals(plan: Decisions) -> list[str]:
     if timed:
         before, after = (sum(getattr(site, f"seconds_{when}") for site in timed) for when in ("before", "after"))
         count = sum(site.estimated for site in timed)
-        sites = f"{len(timed)} sites" + (f", {count} of them by estimate" if count else "")
+        how = "estimated" if count == len(timed) else "measured"
+        sites = f"{len(timed)} sites" + (f", {count} of them by estimate" if count and how == "measured" else "")
         faster = _in_brackets(times_faster(before, after))
-        lines.append(f"measured, {sites}: {milliseconds(before, after)} ms a step{faster}")
+        lines.append(f"{how}, {sites}: {milliseconds(before, after)} ms a step{faster}")
     if plan.step_seconds is not None:
-        faster = _in_brackets(times_faster(plan.step_seconds, plan.step_seconds_after))
-        step = milliseconds(plan.step_seconds, plan.step_seconds_after)
-        lines.append(f"training step {step} ms{faster}, as predicted")
+        lines.append(
+            f"training step: measured {milliseconds(plan.step_seconds, plan.step_seconds)} ms now{_predicted(plan)}"
+        )
     if plan.factorized and plan.total_error > 0:
         lines.append(f"total error {plan.total_error:.3g} (the sites' squared errors, summed{_in_metric(plan)})")
     return lines
+
+
+def _predicted(plan: Decisions) -> str:
+    """Return how long the step is predicted to take after the rewrite; "" where it stays as it is."""
+    before, after = plan.step_seconds, plan.step_seconds_after
+    if before is None or after is None or before == after:
+        return ""
+    return f", predicted {milliseconds(after, after)} ms after the rewrite ({times_faster(before, after)})"
 
 
 def _in_metric(plan: Decisions) -> str:

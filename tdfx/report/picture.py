@@ -168,7 +168,9 @@ def _time_or_operations(plan: Plan) -> tuple[list[tuple[float, float]], str, str
         title = f"time by site ({estimated} estimated)" if estimated else "time by site"
         title += f"; in all {before:.3g} → {after:.3g} ms per step"
         if plan.step_seconds is not None and plan.step_seconds_after is not None:
-            title += f", of the whole step {1e3 * plan.step_seconds:.3g} → {1e3 * plan.step_seconds_after:.3g}"
+            title += (
+                f", of the whole step {1e3 * plan.step_seconds:.3g} → {1e3 * plan.step_seconds_after:.3g} (predicted)"
+            )
         return pairs, title, "ms per step"
     operations = [(float(site.flops_before or 0), float(site.flops_after or 0)) for site in plan]
     if not any(before for before, _ in operations):

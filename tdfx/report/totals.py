@@ -34,7 +34,7 @@ def totals_of(plan: Plan) -> list[BeforeAfter]:
     """Return the totals that are known: time, parameters, operations, memory."""
     result = []
     if plan.step_seconds is not None and plan.step_seconds_after is not None:
-        title = "time of a training step, predicted"
+        title = "time of a training step, measured now, predicted after"
         result.append(BeforeAfter(title, plan.step_seconds, plan.step_seconds_after, _milliseconds, is_time=True))
     pairs = [(site.seconds_before, site.seconds_after) for site in plan]
     timed = [(before, after) for before, after in pairs if before is not None and after is not None]

@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -65,6 +65,8 @@ def render_page(view: ModelView) -> str:
         lstrip_blocks=True,
     )
     columns = [column for column in _COLUMNS if any(column.text(site) for site in view.plan)]
+    if not any(column.title == "ms" for column in columns):  # nothing was timed
+        columns = [replace(column, title="modelled gain") if column.title == "gain" else column for column in columns]
     text = environment.get_template("page.html.jinja").render(
         plan=view.plan,
         columns=columns,

@@ -6,41 +6,38 @@ rewrites, and records what was decided. ``state`` saves and loads all of it.
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from tdfx.api import PlannedRewrite, plan_rewrite, record_dense, rewrite
+from tdfx.api import record_dense
 from tdfx.distributed.processes import Processes
-from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
-from tdfx.plans.plan import Emit, Plan
-from tdfx.plans.scalars import Writer, check_writer, log_plan
+from tdfx.planned_rewrite import PlannedRewrite, plan_rewrite
+from tdfx.plans.plan import Emit
+from tdfx.plans.scalars import Writer, check_writer
 from tdfx.policies.policy import Policy
-from tdfx.training.methods.factor_rate import FactorRate
 from tdfx.training.methods.rewarm import Rewarm, check_rates
 from tdfx.training.switch.collect import COLLECTED_STEPS, Collection, wants_moments
+from tdfx.training.switch.follow_up import FactorRates, log_switch
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
-from tdfx.training.switch.state import SwitchEvent, SwitchState
-from tdfx.training.switch.watch import RankWatch, modelled_seconds
-from tdfx.training.switch.when import Settled, When, check_settings, early
+from tdfx.training.switch.replaced import ModelGuard, ReplacedModel
+from tdfx.training.switch.settle import look_at_ranks
+from tdfx.training.switch.state import SwitchState
+from tdfx.training.switch.status import SwitchStatus
+from tdfx.training.switch.watch import modelled_seconds
+from tdfx.training.switch.when import Settled, When, check_arguments, check_settings, early
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
-_PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {"model", "policy", "example_inputs", "optimizer"}
-"""Arguments of ``rewrite`` that ``step`` passes on."""
 
-
-class Switch:
+class Switch(SwitchStatus):
     """Decides after each training step whether to factorize the model now, and does so.
 
     Call ``step`` once after each optimizer step, before the next backward, and go on with the model that it returns: the
@@ -119,43 +116,9 @@ class Switch:
         self._state = SwitchState(next=1 if isinstance(when, Settled) else when.at)
         self._last: float | None = None  # when the last step ended
         self._collection = Collection(self.collect)
-        self._rates: tuple[FactorRate, ...] = ()
+        self._rates = FactorRates()
+        self._guard = ModelGuard()
         self._spent = {"watching": 0.0, "planning": 0.0, "rewriting": 0.0}
-
-    @property
-    def spent(self) -> dict[str, float]:
-        """Seconds spent in this process so far: ``"watching"`` ranks, ``"planning"``, and ``"rewriting"``."""
-        return dict(self._spent)
-
-    @property
-    def steps(self) -> int:
-        """Steps counted so far."""
-        return self._state.step
-
-    @property
-    def done(self) -> bool:
-        """True once the decision is made, and nothing will be switched any more."""
-        return self._state.done
-
-    @property
-    def collecting(self) -> bool:
-        """True while hooks on the model collect moments."""
-        return self._collection.is_attached
-
-    @property
-    def due(self) -> bool:
-        """True if the next call of ``step`` decides something."""
-        return not self.done and self.steps + 1 >= self._state.next
-
-    @property
-    def plan(self) -> Plan | None:
-        """The plan of what was switched, from the dense model; None as long as nothing was."""
-        return self._state.plan
-
-    @property
-    def events(self) -> tuple[SwitchEvent, ...]:
-        """The decisions so far, earliest first."""
-        return self._state.events
 
     def step(
         self,
@@ -179,22 +142,16 @@ class Switch:
         Raises:
             PolicyError: ``rewrite`` has no such argument.
             OptimizerError: A re-warm-up was asked for, and there is no optimizer.
-            ModelError, InputError, WeightError: As for ``plan`` and ``rewrite``. Then nothing was changed or counted.
+            ModelError: The model is the one that the switch has replaced, or the loop still trains that one; or as for
+                ``plan`` and ``rewrite``, like InputError and WeightError. Then nothing was changed or counted.
         """
+        self._guard.check(model)
         if self.done:
             self._state = self._state.count()
             self._record_kept(model)
             return model
         now = self._clock()
-        if unknown := sorted(arguments.keys() - _PASSED_ON):
-            raise PolicyError(
-                f"step() got {unknown[0]!r}, which tdfx.rewrite does not take. Nearest: {nearest(unknown[0], _PASSED_ON)}."
-            )
-        if self.rewarm and optimizer is None:
-            raise OptimizerError(
-                f"rewarm={self.rewarm} scales learning rates, and step() got no optimizer=. Pass the optimizer that trains "
-                f"the model, or leave rewarm out."
-            )
+        check_arguments(arguments, self.rewarm, optimizer)
         before = vars(self).copy()
         self._state = self._state.count(None if self._last is None else now - self._last)
         if self.steps >= self._state.next:
@@ -247,7 +204,7 @@ class Switch:
             planned, pays, verdict = self._plan_switch(model, wrapped.processes, inputs, emit, moments)
             names = [site.name for site in planned.plan.factorized]
             if names and pays:
-                model = self._rewrite(planned, **arguments)
+                model = self._rewrite(model, planned, **arguments)
                 self._state = self._state.record("switched", names, f"{why}{verdict}")
             elif names:
                 self._state = self._state.record("too_late", names, verdict)
@@ -257,23 +214,9 @@ class Switch:
     def _look(self, when: Settled, wrapped: Unwrapped, inputs: Inputs | None, emit: Emit) -> str | None:
         """Look at the stable ranks; return why it is time to switch, or None if it is not."""
         began = self._clock()
-        watch = self._state.watch or RankWatch.begin(when, wrapped, self.policy, inputs, emit)
-        if not watch.sites:
-            why = "the policy wants no site of the model that may be rewritten"
-            self._state = replace(self._state.record("kept", (), why), done=True)
-            return None
-        if self.steps == 1 or self.steps % watch.interval == 0:
-            watch = watch.look(wrapped.model)
-        timed_out = when.timeout is not None and self.steps >= when.timeout
-        settled = 0 if timed_out else cast("int", wrapped.processes.broadcast_object(len(watch.settled())))
+        self._state, why = look_at_ranks(self._state, when, wrapped, self.policy, inputs, emit)
         self._spend("watching", began)
-        self._state = replace(self._state, watch=watch, next=watch.next_look(self.steps))
-        if timed_out:
-            return "the timeout"
-        if 2 * settled < len(watch.sites):
-            return None
-        ranks = f"the stable rank{'s' * (settled != 1)} of {settled} of {len(watch.sites)} sites"
-        return f"{ranks} held within {when.tolerance:g} over {when.window} looks"
+        return why
 
     def _plan_switch(
         self, model: nn.Module, processes: Processes, inputs: Inputs | None, emit: Emit, moments: Moments | None
@@ -297,50 +240,30 @@ class Switch:
         return planned, *pays
 
     def _rewrite(
-        self, planned: PlannedRewrite, optimizer: Optimizer | Sequence[Optimizer] | None, **arguments: Any
+        self,
+        model: nn.Module,
+        planned: PlannedRewrite,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        **arguments: Any,
     ) -> nn.Module:
         """Rewrite the model, start the re-warm-up, and log."""
         optimizers = as_optimizers(optimizer) if self.rewarm else ()
         for each in optimizers:
             check_rates(each)  # after the rewrite it would be too late to fail
         began = self._clock()
+        replaced = ReplacedModel(model, self.steps)
         model = planned.apply(optimizer=optimizer, **arguments)
+        self._guard.switched(replaced, model)
         self._spend("rewriting", began)
         plan = self._state.join_plan(replace(planned.plan, policy=repr(self.policy)))
         self._state = replace(self._state, plan=plan)
-        self._set_rates(model, as_optimizers(optimizer), planned.plan)
+        self._rates.set(model, as_optimizers(optimizer), planned.plan, self.factor_rate)
         if self.rewarm:
             for rewarm in self._state.rewarms:
                 rewarm.remove()
             self._state = replace(self._state, rewarms=tuple(Rewarm(each, self.rewarm) for each in optimizers))
-        if self.writer is not None:
-            self._log(self.writer, plan)
+        log_switch(self.writer, plan, self.steps, self._state.times)
         return model
-
-    def _set_rates(self, model: nn.Module, optimizers: Sequence[Optimizer], plan: Plan) -> None:
-        """Raise the learning rate of the factors; of none where an optimizer holds wider copies of them."""
-        in_loss = any(site.metric == "loss" for site in plan.factorized)
-        wanted = self.factor_rate != 1 and (in_loss or self.factor_rate is not None)
-        rates = []
-        for optimizer in optimizers if wanted else ():
-            if isinstance(optimizer, SGD):
-                with suppress(OptimizerError):
-                    rates.append(FactorRate(model, optimizer, self.factor_rate))
-        self._replace_rates(rates)
-
-    def _replace_rates(self, rates: Sequence[FactorRate]) -> None:
-        for rate in self._rates:
-            rate.remove()
-        self._rates = tuple(rates)
-
-    def _log(self, writer: Writer, plan: Plan) -> None:
-        """Log the switch; a logger that fails must not undo it, since the optimizer was changed too."""
-        try:
-            log_plan(writer, plan, self.steps)
-            if times := self._state.times:
-                writer.add_scalar("tdfx/step_ms_before_switch", 1e3 * statistics.median(times), self.steps)
-        except Exception as error:  # of whatever class the logger has
-            warnings.warn(f"The switch at step {self.steps} was not logged: {error!r}.", TdfxWarning, stacklevel=2)
 
     def _spend(self, what: str, began: float) -> None:
         self._spent = {**self._spent, what: self._spent[what] + self._clock() - began}
@@ -349,7 +272,7 @@ class Switch:
         """Return everything that later decisions depend on, in plain types and tensors."""
         return self._state.to_dict(self.policy, self.when) | {
             "moments": self._collection.state_dict(),
-            "factor_rates": [rate.state_dict() for rate in self._rates],
+            "factor_rates": self._rates.state_dict(),
         }
 
     def load_state_dict(
@@ -370,10 +293,6 @@ class Switch:
         for rewarm in self._state.rewarms:
             rewarm.remove()
         self._state, self._last = loaded, None
-        pairs = zip([each for each in optimizers if isinstance(each, SGD)], state.get("factor_rates", ()), strict=False)
-        self._replace_rates([FactorRate.resumed(each, rate) for each, rate in pairs])
+        self._guard.loaded(loaded.plan)
+        self._rates.load_state_dict(state.get("factor_rates", ()), optimizers)
         self._collection.load_state_dict(state.get("moments"), optimizers)
-
-    def __str__(self) -> str:
-        head = f"Switch(when={self.when!r}): {self.steps} steps, {'done' if self.done else 'waiting'}"
-        return "\n".join([head, *(f"  {event}" for event in self.events)])

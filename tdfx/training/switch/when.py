@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 
+from torch.optim import Optimizer
+
+from tdfx.api import rewrite
 from tdfx.checks import check_whole, is_number
-from tdfx.errors import PolicyError
+from tdfx.errors import OptimizerError, PolicyError, nearest
 from tdfx.policies.policy import Policy
 
 
@@ -122,6 +127,8 @@ _EARLIEST, _LATEST = 0.03, 0.1
 """Shares of the training between which such a switch lies."""
 _LEAST_EARLY = 10
 """Steps before such a switch at the least."""
+_PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {"model", "policy", "example_inputs", "optimizer"}
+"""Arguments of ``rewrite`` that ``Switch.step`` passes on."""
 
 
 def early(total_steps: int | None) -> AtStep:
@@ -179,3 +186,16 @@ def check_settings(
         )
     if rewarm != 0:
         check_whole("rewarm", rewarm, "the steps of the re-warm-up, or 0 for none", "rewarm=200")
+
+
+def check_arguments(arguments: Iterable[str], rewarm: int, optimizer: Optimizer | Sequence[Optimizer] | None) -> None:
+    """Raise an error unless ``rewrite`` takes the arguments of a step, and there is an optimizer if one is needed."""
+    if unknown := sorted(set(arguments) - _PASSED_ON):
+        raise PolicyError(
+            f"step() got {unknown[0]!r}, which tdfx.rewrite does not take. Nearest: {nearest(unknown[0], _PASSED_ON)}."
+        )
+    if rewarm and optimizer is None:
+        raise OptimizerError(
+            f"rewarm={rewarm} scales learning rates, and step() got no optimizer=. Pass the optimizer that trains the "
+            f"model, or leave rewarm out."
+        )
