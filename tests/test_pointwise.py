@@ -87,7 +87,7 @@ def test_small_batches_of_one_thread_are_products_at_any_size(monkeypatch: pytes
 
 def test_both_ends_of_a_chain_are_products(products: list[Tensor]) -> None:
     model = rewritten()
-    assert [type(factor) for factor in model[0].factors] == [PointwiseConv2d, nn.Conv2d, PointwiseConv2d]  # type: ignore[index, union-attr]
+    assert [type(factor) for factor in model[0].factors] == [PointwiseConv2d, nn.Conv2d, PointwiseConv2d]  # type: ignore[index]
     model(images(2, 16, 6, 6))
     assert len(products) == 2
 
@@ -135,6 +135,6 @@ def test_layers_are_pickled_merged_and_stacked() -> None:
 
 def test_factors_of_former_versions_are_merged() -> None:
     model = rewritten()
-    for factor in model[0].factors:  # type: ignore[index, union-attr]
+    for factor in model[0].factors:  # type: ignore[index]
         factor.__class__ = nn.Conv2d  # as they were pickled
     assert type(tdfx.merge(model)[0]) is nn.Conv2d  # type: ignore[index]

@@ -70,7 +70,7 @@ def product_is_faster(x: Tensor) -> bool:
 
     Only plain tensors on a CPU are, in channels last; never while a graph is recorded, which must not depend on the size.
     """
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if x.dim() != 4 or x.stride(1) != 1 or x.dtype not in (torch.float32, torch.float64):
         return False
