@@ -29,6 +29,7 @@ from tdfx.passes.analysis.modes import unify
 from tdfx.passes.analysis.sandbox import isolated, remove_hooks, scratch_copy
 from tdfx.passes.analysis.stores import stored_names
 from tdfx.passes.analysis.tracer import HiddenLayerError, SiteTracer, is_site_or_leaf
+from tdfx.passes.analysis.user_state import UserState
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import Program, Traced
 
@@ -43,6 +44,7 @@ class Trace(Pass[PassResult]):
 
     def run(self, program: Program) -> PassResult:
         """Trace the root and, where that fails, its children, down to single layers."""
+        UserState(program.module).wrap_iterators()
         module = structural_copy(program.module)
         tracer = ModuleTracer(_compiled_modules(program.module, module))
         traces = dict(_trace_tree(module, "", tracer))
@@ -167,7 +169,7 @@ class _ModeTrace:
         self.reader = CodeReader(lambda: tracer.running)
         mismatches: dict[str, str] = {}
         try:
-            with isolated(scratch):
+            with isolated(scratch, traces=True):
                 monitor = ForwardMonitor(scratch)
                 with ParameterGuard(module), watch_custom_functions(refuse_custom_function), self.reader.watch():
                     refuse_wrapped_forward(scratch)
