@@ -63,53 +63,53 @@ def main(programs: int, first: int, show: bool) -> None:
     started = time.perf_counter()
     for seed in show_progress(range(first, first + programs)):
         program = Program(random.Random(seed))
-        for given in (True, False):
-            outcome = examine(program, given)
+        for inputs, outcome in zip(("with", "without"), examine(program), strict=False):
             counts[f"{outcome.kind} {outcome.emit}".strip()] += 1
             if outcome.kind == "wrong":
-                click.echo(f"{seed} {'with' if given else 'without'} example inputs: {outcome.detail}")
+                click.echo(f"{seed} {inputs} example inputs: {outcome.detail}")
                 if show:
                     click.echo(program.text[program.text.index("class Block") :])
     click.echo(", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
     click.echo(f"{programs} programs, with and without example inputs, in {time.perf_counter() - started:.0f} s")
-    if counts["wrong graph"] + counts["wrong modules"] + counts["wrong"]:
+    if any(kind.startswith("wrong") for kind in counts):
         sys.exit(1)
 
 
-def examine(program: Program, with_inputs: bool = True) -> Outcome:
-    """Rewrite a program's model and compare it with a twin, in three calls in each mode."""
+def examine(program: Program) -> list[Outcome]:
+    """Rewrite a program's model with and without example inputs; compare it with a twin, in three calls in each mode."""
     calls = [call for mode in (True, False) for call in _calls(program, mode)]
     with warnings.catch_warnings(action="ignore"):
-        wanted = []
-        twin = _Run(program)
+        twin, wanted = _Run(program), []
         for call in calls:
             try:
                 wanted.append(twin.observe(*call))
             except Exception as error:  # whatever the program raises
                 wanted.append(error)
-        if all(isinstance(each, Exception) for each in wanted[:2]):
-            return Outcome("fails")
-        run = _Run(program)
-        before = run.facts()
-        try:
-            plan = tdfx.plan(run.model, FULL, example_inputs=calls[0][0] if with_inputs else None)
+        if isinstance(wanted[0], Exception):
+            return [Outcome("fails")]
+        return [_examine(program, inputs, calls, wanted) for inputs in (calls[0][0], None)]
+
+
+def _examine(program: Program, inputs: Any, calls: list[Any], wanted: list[Any]) -> Outcome:
+    run = _Run(program)
+    before, emit, sites = run.facts(), "", 0
+    try:
+        if inputs is not None:
+            tdfx.plan(run.model, FULL, example_inputs=inputs)
             _compare(run.facts(), before, "after planning")
-            result = tdfx.rewrite(run.model, FULL, example_inputs=calls[0][0] if with_inputs else None)
-            _compare(run.facts(), before, "after rewriting")
-        except tdfx.TdfxError as error:
-            return Outcome("refused", detail=str(error).splitlines()[0])
-        except DifferenceError as difference:
-            return Outcome("wrong", detail=str(difference))
+        result = tdfx.rewrite(run.model, FULL, example_inputs=inputs)
+        _compare(run.facts(), before, "after rewriting")
+        emit = "graph" if isinstance(result, fx.GraphModule) else "modules"
+        sites = sum(isinstance(module, tdfx.Factorized) for module in result.modules())
         run.hidden = vars(result).keys() - vars(run.model).keys()
         run.model = result
-        sites = sum(isinstance(module, tdfx.Factorized) for module in result.modules())
-        try:
-            for index, (call, want) in enumerate(zip(calls, wanted, strict=True)):
-                where = f"call {index % 3} in {'train' if call[2] else 'eval'} mode"
-                _check(run, call, want, where)
-        except DifferenceError as difference:
-            return Outcome("wrong", plan.emit, sites, str(difference))
-    return Outcome("right", plan.emit, sites)
+        for index, (call, want) in enumerate(zip(calls, wanted, strict=True)):
+            _check(run, call, want, f"call {index % 3} in {'train' if call[2] else 'eval'} mode")
+    except tdfx.TdfxError as error:
+        return Outcome("refused", detail=str(error).splitlines()[0])
+    except DifferenceError as difference:
+        return Outcome("wrong", emit, sites, str(difference))
+    return Outcome("right", emit, sites)
 
 
 def _check(run: _Run, call: Any, want: Any, where: str) -> None:
