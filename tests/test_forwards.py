@@ -19,7 +19,9 @@ SOME = settings(deadline=None, max_examples=8, derandomize=True, suppress_health
 def test_a_forward_does_the_same_after_a_rewrite(dice: random.Random) -> None:
     program = tool("forward_programs").Program(dice)
     outcomes = tool("check_forwards").examine(program)
-    assert not [outcome for outcome in outcomes if outcome.kind == "wrong"], program.text[program.text.index("class Bl") :]
+    assert not [outcome for outcome in outcomes if outcome.kind == "wrong"], program.text[
+        program.text.index("class Bl") :
+    ]
 
 
 def test_both_forms_come_out() -> None:
@@ -28,7 +30,12 @@ def test_both_forms_come_out() -> None:
     assert {"graph", "modules"} <= {outcome.emit for outcome in outcomes if outcome.kind == "right" and outcome.sites}
 
 
-STATEFUL = ["self.count += 1", "self.kept['n'] = self.kept.get('n', 0) + 1", "h = h * next(self.numbers)", "LOG.append(h)"]
+STATEFUL = [
+    "self.count += 1",
+    "self.kept['n'] = self.kept.get('n', 0) + 1",
+    "h = h * next(self.numbers)",
+    "LOG.append(h)",
+]
 
 
 @pytest.mark.parametrize("statement", STATEFUL)

@@ -254,7 +254,9 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [x for each in (held or vars(value).values() if hasattr(value, "__dict__") else held) for x in _tensors(each)]
+    return [
+        x for each in (held or vars(value).values() if hasattr(value, "__dict__") else held) for x in _tensors(each)
+    ]
 
 
 def _map(value: Any, change: Callable[[Tensor], Any]) -> Any:

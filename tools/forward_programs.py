@@ -7,7 +7,7 @@ import random
 import textwrap
 from typing import Any
 
-PRELUDE = '''
+PRELUDE = """
 import contextlib, functools, itertools, random
 from collections import OrderedDict, deque
 from dataclasses import dataclass
@@ -118,7 +118,7 @@ class Base(nn.Module):
         self.numbers, self.turns, self.rows = itertools.count(), itertools.cycle([1.0, 2.0, 3.0]), iter([2.0] * 99)
         self.yielded, self.chained = numbers(), itertools.chain([1.0, 2.0], itertools.repeat(3.0))
         self.zipped, self.tensor = zip(itertools.count(), itertools.count(5)), torch.ones(6, dtype=torch.float64)
-'''
+"""
 """What every program begins with."""
 
 STATEMENTS = {
@@ -243,7 +243,7 @@ SIGNATURES = {
 """Signature of the forward of a model -> the kind of arguments that it is called with."""
 
 OPENINGS = {
-    "optional": ("h = h + 1 if extra is None else h + extra", "h = pick(h, extra)",  "h = h * 1"),
+    "optional": ("h = h + 1 if extra is None else h + extra", "h = pick(h, extra)", "h = h * 1"),
     "rest": ("h = h + len(extra)", "h = h + extra[0] if extra else h", "h = h * 1"),
     "either": (
         "h = batch['h'] if isinstance(batch, dict) else batch",
@@ -291,7 +291,9 @@ class Program:
             body.append("y = first_of(self.block(y))" if self.dice.random() < 0.5 else "y = self.block(y)")
         returned = f"return {self._filled(pick(returns))}"
         block = "self.block = nn.Identity()" if name == "Block" else "self.block = Block()"
-        forward = f"{pick(DECORATORS)}\ndef forward({signature}):\n" + textwrap.indent("\n".join([*body, returned]), "    ")
+        forward = f"{pick(DECORATORS)}\ndef forward({signature}):\n" + textwrap.indent(
+            "\n".join([*body, returned]), "    "
+        )
         start = f"def __init__(self):\n    super().__init__()\n    {block}\n"
         step = f"{pick(DECORATORS)}\ndef step(self, h):\n    return self.layers[0](h).relu()\n"
         frozen = "@torch.no_grad()\ndef frozen(self, h):\n    return self.b(h)\n"
