@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from types import FunctionType, ModuleType

@@ -7,127 +7,16 @@ import random
 import textwrap
 from typing import Any
 
-PRELUDE = """
-import contextlib, functools, itertools, random
-from collections import OrderedDict, deque
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-
-LOG, STATE, ACT, ACTS = [], {"calls": 0}, nn.GELU(), {"silu": nn.SiLU()}
-NUMBERS, LAST, GENERATOR = itertools.count(), None, np.random.default_rng(3)
-
-
-class Point(NamedTuple):
-    first: Any
-    second: Any
-
-
-@dataclass
-class Result:
-    logits: Any
-    loss: Any = None
-
-
-class Output(OrderedDict):
-    def __init__(self, **named):
-        super().__init__(**named)
-        for name, value in named.items():
-            setattr(self, name, value)
-
-
-class Recorder:
-    def __init__(self):
-        self.seen, self.calls = {}, 0
-
-    def save(self, name, value):
-        self.seen[name] = value
-        self.calls += 1
-
-    def __call__(self, value):
-        self.calls += 1
-        return value
-
-
-class Centre(nn.Module):
-    def forward(self, h):
-        return h - h.mean(-1, keepdim=True)
-
-
-class Dims:
-    __slots__ = ("rows",)
-
-
-def numbers():
-    number = 0
-    while True:
-        number += 1
-        yield number
-
-
-def keep_last(value):
-    global LAST
-    LAST = value
-
-
-def pick(value, other):
-    return value if other is None else value + other
-
-
-def first_of(value):
-    return value[0] if isinstance(value, (tuple, list)) else value
-
-
-def rows_of(value):
-    try:
-        return int(value.shape[0])
-    except TypeError:
-        return 1
-
-
-def scaled(value, by):
-    value *= by
-    return value
-
-
-class Base(nn.Module):
-    last = None
-    history = []
-    total = 0
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.key = nn.Linear(6, 6).requires_grad_(False)
-        self.norm, self.drop, self.act = nn.BatchNorm1d(6), nn.Dropout(0.5), nn.ReLU()
-        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
-        self.weight = nn.Parameter(torch.randn(6, 6) / 2)
-        self.register_buffer("running", torch.ones(6))
-        self.kept, self.slots, self.window = {}, [None, None], deque(maxlen=2)
-        self.nested, self.context, self.recorder = {"in": [0, {}]}, SimpleNamespace(value=None, calls=0), Recorder()
-        self.counts, self.count, self.tune, self.rate, self.names = np.zeros(2), 0, True, 0.5, {"x"}
-        self.dims = Dims()
-        self.rng, self.dice, self.old_rng = np.random.default_rng(0), random.Random(0), np.random.RandomState(0)
-        self.torch_rng = torch.Generator().manual_seed(0)
-        self.numbers, self.turns, self.rows = itertools.count(), itertools.cycle([1.0, 2.0, 3.0]), iter([2.0] * 99)
-        self.yielded, self.chained = numbers(), itertools.chain([1.0, 2.0], itertools.repeat(3.0))
-        self.zipped, self.tensor = zip(itertools.count(), itertools.count(5)), torch.ones(6, dtype=torch.float64)
-"""
-"""What every program begins with."""
+from forward_prelude import PRELUDE
 
 STATEMENTS = {
     "layers": """
         {x} = self.a({y}) | {x} = self.b({y}).relu() | {x} = self.norm({y}) | {x} = self.drop({y}) | {x} = {x} + {y}
-        {x} = self.block({y}) | {x} = first_of(self.block({y})) | {x} = F.linear({y}, self.weight) | {x} = torch.tanh({y})
-        {x} = self.layers[0]({y}) | {x} = self.act({y}) | {x} = torch.cat([{x}, {y}], 1)[:, ::2] | {x} = {y}.mT.mT * 2
-        {x} = self.a(self.b({y})) | {x} = functools.reduce(lambda v, layer: layer(v), self.layers, {y})
-        {x} = getattr(self, "a")({y}) | {x} = nn.Linear.forward(self.a, {y}) | {x} = self.a.forward({y})
+        {x} = self.block({y}) | {x} = first_of(self.block({y})) | {x} = F.linear({y}, self.weight)
+        {x} = torch.tanh({y}) | {x} = self.layers[0]({y}) | {x} = self.act({y})
+        {x} = torch.cat([{x}, {y}], 1)[:, ::2] | {x} = {y}.mT.mT * 2 | {x} = self.a(self.b({y}))
+        {x} = functools.reduce(lambda v, layer: layer(v), self.layers, {y}) | {x} = getattr(self, "a")({y})
+        {x} = nn.Linear.forward(self.a, {y}) | {x} = self.a.forward({y})
         {x} = [layer({y}) for layer in self.layers][-1] | {x} = (lambda v: self.b(v))({y}) | {x} = self.step({y})
         {x} = {y} @ self.weight | {x} = super().__getattr__("a")({y}) | {x} = F.dropout({y}, 0.5, self.training)
     """,
@@ -154,61 +43,76 @@ STATEMENTS = {
         LOG.append({x}) | STATE["calls"] += 1 | keep_last({x}) | type(self).last = {x} | self.counts[0] += 1
         self.count += 1 | self.running.mul_(0.9).add_({x}.detach().mean(0), alpha=0.1) | Base.history.append(1)
         self.running = {x}.detach().mean(0) | self.nested["in"][0] += 1 | self.nested["in"][1]["y"] = {x}
-        self.names.add("y") | self.kept.update(n=1) | self.kept |= {{"m": 2}} | self.slots += [1] | self.slots.insert(0, 4)
-        self.names.discard("x") | self.kept.clear() | self.kept.pop("n", None) | self.dims.rows = len({x})
-        {x} = {y} * float(self.counts.sum()) | {x} = {y} * len(LOG) | {x} = {y} / (1 + self.count) | {x} = {y} + self.running
-        {x} = {y} + len(self.window) + STATE["calls"] | {x} = {y} * (1 if self.last is None else 2)
-        {x} = {y} * (1 if self.context.value is None else 2) | {x} = {y} * self.recorder.calls | {x} = {y} * (LAST is None)
-        {x} = self.recorder({y}) | {x} = {y} * len(self.slots) | {x} = {y} * self.kept.get("n", 1) | self.flag = True
+        self.names.add("y") | self.kept.update(n=1) | self.kept |= {{"m": 2}} | self.slots += [1]
+        self.slots.insert(0, 4) | self.names.discard("x") | self.kept.clear() | self.kept.pop("n", None)
+        self.dims.rows = len({x}) | {x} = {y} * float(self.counts.sum()) | {x} = {y} * len(LOG)
+        {x} = {y} / (1 + self.count) | {x} = {y} + self.running | {x} = {y} + len(self.window) + STATE["calls"]
+        {x} = {y} * (1 if self.last is None else 2) | {x} = {y} * (1 if self.context.value is None else 2)
+        {x} = {y} * self.recorder.calls | {x} = {y} * (LAST is None) | {x} = self.recorder({y})
+        {x} = {y} * len(self.slots) | {x} = {y} * self.kept.get("n", 1) | self.flag = True
         {x} = {y} * (2 if hasattr(self, "flag") else 3) | vars(self)["count"] = 7 | self.__dict__["rate"] = 0.25
         object.__setattr__(self, "rate", 0.125) | {x} = {y} * self.rate | setattr(self, "count", self.count + 2)
-        Base.total += 1; {x} = {y} * Base.total | {x} = {y} * len(self.history) | globals()["LAST"] = {x} | self.slots.reverse()
-        np.add(self.counts, 1, out=self.counts) | self.counts = self.counts + 1 | self.counts.fill(2)
-        {x} = {y} + sum(self.kept.values()) if not self.kept else {y} | self.nested["in"].append(0) | pick.calls = 1
-        {x} = {y} * getattr(pick, "calls", 3) | self.register_buffer("extra", {x}.detach()) | self.eval() | self.b.train(True)
-        {x} = {y} + next(self.numbers) | {x} = {y} * next(self.turns) | {x} = {y} * next(self.rows) | {x} = {y} + next(NUMBERS)
-        {x} = {y} * next(self.yielded) | {x} = {y} * next(self.chained) | {x} = {y} * next(self.zipped)[1]
+        Base.total += 1; {x} = {y} * Base.total | {x} = {y} * len(self.history) | globals()["LAST"] = {x}
+        self.slots.reverse() | np.add(self.counts, 1, out=self.counts) | self.counts = self.counts + 1
+        self.counts.fill(2) | {x} = {y} + sum(self.kept.values()) if not self.kept else {y}
+        self.nested["in"].append(0) | pick.calls = 1 | {x} = {y} * getattr(pick, "calls", 3)
+        self.register_buffer("extra", {x}.detach()) | self.eval() | self.b.train(True)
+        {x} = {y} + next(self.numbers) | {x} = {y} * next(self.turns) | {x} = {y} * next(self.rows)
+        {x} = {y} + next(NUMBERS) | {x} = {y} * next(self.yielded) | {x} = {y} * next(self.chained)
+        {x} = {y} * next(self.zipped)[1]
     """,
     "generators": """
         {x} = {y} * self.rng.random() | {x} = {y} * self.dice.random() | {x} = {y} * self.old_rng.rand()
-        {x} = {y} * random.random() | {x} = {y} * np.random.rand() | {x} = {y} * torch.rand(()) | {x} = {y} * torch.rand_like({y})
-        {x} = {y} * torch.rand((), generator=self.torch_rng) | {x} = {y}[torch.randperm({y}.shape[0])]
-        {x} = {y} * float(torch.rand(())) | {x} = {y} + torch.randn(6, dtype=torch.float64) | {x} = {y} * GENERATOR.random()
+        {x} = {y} * random.random() | {x} = {y} * np.random.rand() | {x} = {y} * torch.rand(())
+        {x} = {y} * torch.rand_like({y}) | {x} = {y} * torch.rand((), generator=self.torch_rng)
+        {x} = {y}[torch.randperm({y}.shape[0])] | {x} = {y} * float(torch.rand(()))
+        {x} = {y} + torch.randn(6, dtype=torch.float64) | {x} = {y} * GENERATOR.random()
         {x} = {y} + torch.randn({y}.shape, dtype={y}.dtype) | {x} = torch.bernoulli(torch.sigmoid({y})) * {x}
-        random.shuffle(self.slots) | torch.manual_seed(5); {x} = {y} * torch.rand(()) | {x} = {y} * self.dice.choice([1, 2])
-        {x} = {y}.new_empty({y}.shape).uniform_(0, 1) * {x} | {x} = {y} * torch.empty(6, dtype={y}.dtype).normal_()
+        random.shuffle(self.slots) | torch.manual_seed(5); {x} = {y} * torch.rand(())
+        {x} = {y} * self.dice.choice([1, 2]) | {x} = {y}.new_empty({y}.shape).uniform_(0, 1) * {x}
+        {x} = {y} * torch.empty(6, dtype={y}.dtype).normal_()
     """,
     "looks": """
         {x} = {y} * rows_of({y}) | {x} = pick({y}, None) | {x} = {y} * (2 if {y}.dtype == torch.float64 else 3)
-        {x} = {y} * (2 if {y}.dim() == 2 else 3) | {x} = {y} * (2 if {y}.requires_grad else 3) | {x} = {y} / {y}.shape[0]
-        {x} = {y} * (2 if {y}.grad_fn is None else 3) | assert {x}.shape[1] == 6 | {x} = {y} * len(str({y}.shape))
-        {x} = {y} * float({y}.mean()) | {x} = {y} * {y}.sum().item() | {x} = {y} * {y}.tolist()[0][0] | {x} = {y} * len({y})
-        {x} = {y} * (2 if {x} is {y} else 3) | {x} = {y} * (2 if torch.is_tensor({y}) else 3) | {x} = {y} / {y}.numel()
-        {x} = {y} * (2 if isinstance({y}, torch.fx.Proxy) else 3) | {x} = {y} * (2 if {y}.__class__ is torch.Tensor else 3)
-        {x} = {y} * (2 if torch.is_floating_point({y}) else 3) | {x} = {y} * len(f"{{{y}.dtype}}") | {x} = {y} * (2 if callable({y}) else 3)
-        {x} = {y} * (2 if id({x}) == id({y}) else 3) | {x} = {y} * (2 if {y}.is_leaf else 3) | {x} = {y} * {y}.stride(0)
-        {x} = {y} * (2 if {y}.is_contiguous() else 3) | {x} = {y} * (2 if "cpu" in str({y}.device) else 3) | {x} = {y} * {y}.ndim
-        {x} = {y} * (2 if torch.equal({x}, {y}) else 3) | {x} = {y} * (2 if {y}.any() else 3) | {x} = {y} * ({y}.size(0) > 3)
-        {x} = torch.stack([row for row in {y}]) | {x} = torch.stack([{y}[i] for i in range({y}.shape[0])]) | {x} = {y} * {y}._version
+        {x} = {y} * (2 if {y}.dim() == 2 else 3) | {x} = {y} * (2 if {y}.requires_grad else 3)
+        {x} = {y} / {y}.shape[0] | {x} = {y} * (2 if {y}.grad_fn is None else 3) | assert {x}.shape[1] == 6
+        {x} = {y} * len(str({y}.shape)) | {x} = {y} * float({y}.mean()) | {x} = {y} * {y}.sum().item()
+        {x} = {y} * {y}.tolist()[0][0] | {x} = {y} * len({y}) | {x} = {y} * (2 if {x} is {y} else 3)
+        {x} = {y} * (2 if torch.is_tensor({y}) else 3) | {x} = {y} / {y}.numel()
+        {x} = {y} * (2 if isinstance({y}, torch.fx.Proxy) else 3)
+        {x} = {y} * (2 if {y}.__class__ is torch.Tensor else 3)
+        {x} = {y} * (2 if torch.is_floating_point({y}) else 3) | {x} = {y} * len(f"{{{y}.dtype}}")
+        {x} = {y} * (2 if callable({y}) else 3) | {x} = {y} * (2 if id({x}) == id({y}) else 3)
+        {x} = {y} * (2 if {y}.is_leaf else 3) | {x} = {y} * {y}.stride(0)
+        {x} = {y} * (2 if {y}.is_contiguous() else 3) | {x} = {y} * (2 if "cpu" in str({y}.device) else 3)
+        {x} = {y} * {y}.ndim | {x} = {y} * (2 if torch.equal({x}, {y}) else 3) | {x} = {y} * (2 if {y}.any() else 3)
+        {x} = {y} * ({y}.size(0) > 3) | {x} = torch.stack([row for row in {y}])
+        {x} = torch.stack([{y}[i] for i in range({y}.shape[0])]) | {x} = {y} * {y}._version
         {x} = torch.tensor({y}.tolist(), dtype={y}.dtype) | {x} = {y} + torch.from_numpy({y}.detach().numpy() * 2)
-        {x} = {y} * (not {y}.is_complex()) | {x} = {y} * {{True: 2, False: 3}}[{y}.shape[0] > 3] | {x} = {y} * max({y}.shape)
+        {x} = {y} * (not {y}.is_complex()) | {x} = {y} * {{True: 2, False: 3}}[{y}.shape[0] > 3]
+        {x} = {y} * max({y}.shape)
     """,
     "exports": """
         {x} = {y} * (2 if torch.jit.is_tracing() else 3) | {x} = {y} * (2 if torch.compiler.is_compiling() else 3)
         {x} = {y} * (2 if torch.onnx.is_in_onnx_export() else 3) | {x} = {y} * (2 if torch.jit.is_scripting() else 3)
-        {x} = {y} * (2 if torch.compiler.is_exporting() else 3) | {x} = {y} * (2 if torch.fx._symbolic_trace.is_fx_tracing() else 3)
+        {x} = {y} * (2 if torch.compiler.is_exporting() else 3)
+        {x} = {y} * (2 if torch.fx._symbolic_trace.is_fx_tracing() else 3)
     """,
     "modules": """
-        {x} = nn.ReLU()({y}) | {x} = ACT({y}) | {x} = ACTS["silu"]({y}) | {x} = {y} + nn.MSELoss()({x}, {y}) | {x} = Centre()({y})
-        {x} = nn.Sequential(self.a, nn.ReLU())({y}) | {x} = nn.Dropout(0.5)({y}) | {x} = nn.Dropout(0.5).train(self.training)({y})
+        {x} = nn.ReLU()({y}) | {x} = ACT({y}) | {x} = ACTS["silu"]({y}) | {x} = {y} + nn.MSELoss()({x}, {y})
+        {x} = Centre()({y}) | {x} = nn.Sequential(self.a, nn.ReLU())({y}) | {x} = nn.Dropout(0.5)({y})
+        {x} = nn.Dropout(0.5).train(self.training)({y})
     """,
     "parameters": """
-        {x} = {y} + sum(p.square().sum() for p in self.parameters()) | {x} = {y} + self.a.weight.sum() | {x} = {y} * self.a.bias
-        self.a.weight.data.clamp_(-0.3, 0.3) | {x} = {y} @ self.b.weight | self.key.weight.data.lerp_(self.a.weight.data, 0.1)
-        {x} = {y} + torch.nn.utils.parameters_to_vector(self.a.parameters()).sum() | {x} = {y} * len(list(self.parameters()))
-        {x} = {y} + self.state_dict()["a.bias"] | {x} = {y} + self.get_parameter("a.bias") | {x} = {y}.to(self.a.weight.dtype)
-        {x} = {y}.to(next(self.parameters()).device) | {x} = self.key({y}) | self.key.load_state_dict(self.a.state_dict())
-        {x} = {y} * sum(p.requires_grad for p in self.parameters()) | self.a.weight.requires_grad_(False)
+        {x} = {y} + sum(p.square().sum() for p in self.parameters()) | {x} = {y} + self.a.weight.sum()
+        {x} = {y} * self.a.bias | self.a.weight.data.clamp_(-0.3, 0.3) | {x} = {y} @ self.b.weight
+        self.key.weight.data.lerp_(self.a.weight.data, 0.1)
+        {x} = {y} + torch.nn.utils.parameters_to_vector(self.a.parameters()).sum()
+        {x} = {y} * len(list(self.parameters())) | {x} = {y} + self.state_dict()["a.bias"]
+        {x} = {y} + self.get_parameter("a.bias") | {x} = {y}.to(self.a.weight.dtype)
+        {x} = {y}.to(next(self.parameters()).device) | {x} = self.key({y})
+        self.key.load_state_dict(self.a.state_dict()) | {x} = {y} * sum(p.requires_grad for p in self.parameters())
+        self.a.weight.requires_grad_(False)
     """,
 }
 """Kind -> statements that are let into a forward, as templates; each changes or makes tensors of six columns."""
@@ -216,19 +120,22 @@ STATEMENTS = {
 WRAPPERS = """
     if self.training: | if self.tune: | if torch.is_grad_enabled(): | if {x}.shape[0] > 3: | if {x}.mean() > 0:
     if isinstance({x}, torch.Tensor): | if type({x}) is torch.Tensor: | if hasattr({x}, "tensors"): | if {x} is None:
-    if not self.training: | if {x}.dtype is torch.float64: | if self.count < 2: | if isinstance({x}, tuple): | for _ in range(2):
-    with torch.no_grad(): | with torch.set_grad_enabled(self.tune): | with torch.autocast("cpu", enabled=False):
-    with torch.autocast("cpu", dtype=torch.bfloat16): | with contextlib.nullcontext(): | for layer in self.layers: | while True:
-    if len(LOG) < 2: | if self.dice.random() < 0.5: | if torch.compiler.is_compiling(): | with torch.random.fork_rng(devices=[]):
-    if isinstance(self.a, nn.Linear): | if self.b.training: | if random.random() < 0.5: | try: | with torch.inference_mode(False):
-    if torch.rand(()) < 0.5: | for _ in self.slots: | if STATE["calls"] % 2: | for i, _ in enumerate(self.layers): | if self.kept:
+    if not self.training: | if {x}.dtype is torch.float64: | if self.count < 2: | if isinstance({x}, tuple):
+    for _ in range(2): | with torch.no_grad(): | with torch.set_grad_enabled(self.tune):
+    with torch.autocast("cpu", enabled=False): | with torch.autocast("cpu", dtype=torch.bfloat16):
+    with contextlib.nullcontext(): | for layer in self.layers: | while True: | if len(LOG) < 2:
+    if self.dice.random() < 0.5: | if torch.compiler.is_compiling(): | with torch.random.fork_rng(devices=[]):
+    if isinstance(self.a, nn.Linear): | if self.b.training: | if random.random() < 0.5: | try:
+    with torch.inference_mode(False): | if torch.rand(()) < 0.5: | for _ in self.slots: | if STATE["calls"] % 2:
+    for i, _ in enumerate(self.layers): | if self.kept:
 """
 """What may stand around statements."""
 
 RETURNS = """
-    {x} | {x}, {y} | [{x}, {y}] | {{"x": {x}, "y": {y}}} | Point({x}, {y}) | Result({x}) | Output(logits={x}) | {x}, None
-    {x}, 3.0 | {x}, {x}.shape[0] | OrderedDict(x={x}) | {x}, self.count | {x}, [None, ({y},)] | {x} if self.training else ({x}, {y})
-    {x}, {x} | Result(logits={x}, loss={y}.mean()) | SimpleNamespace(x={x}) | {x}, self.kept | {x}, {x}.dtype | {x}, self.training
+    {x} | {x}, {y} | [{x}, {y}] | {{"x": {x}, "y": {y}}} | Point({x}, {y}) | Result({x}) | Output(logits={x})
+    {x}, None | {x}, 3.0 | {x}, {x}.shape[0] | OrderedDict(x={x}) | {x}, self.count | {x}, [None, ({y},)]
+    {x} if self.training else ({x}, {y}) | {x}, {x} | Result(logits={x}, loss={y}.mean()) | SimpleNamespace(x={x})
+    {x}, self.kept | {x}, {x}.dtype | {x}, self.training
 """
 """What a model may return."""
 

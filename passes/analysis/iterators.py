@@ -1,4 +1,4 @@
-"""Iterators that a user's model keeps: what its code may draw from while it is looked at, so that they stay where they are."""
+"""Iterators that a user's model keeps: what its code draws from while it is looked at, so that they stay where they are."""
 
 from __future__ import annotations
 

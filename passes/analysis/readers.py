@@ -27,7 +27,8 @@ def read_weights(program: Program) -> tuple[dict[int, str], dict[int, str]]:
     """Return the parameters that a forward reads, or may read, where no graph shows it: parameter, by identity -> why.
 
     The first are those of modules whose parameters are listed, as by ``self.parameters()``, and of layers whose class is
-    asked for, because factors have another class; the second are weights that are read by name, of which a run with example inputs tells whether that is a call of a function that a site may be.
+    asked for, because factors have another class; the second are weights that are read by name, of which a run with example
+    inputs tells whether that is a call of a function that a site may be.
     """
     proven = {
         id(module)
