@@ -61,7 +61,7 @@ def main(programs: int, first: int, show: bool) -> None:
     """Examine programs and count what became of them."""
     counts: Counter[str] = Counter()
     started = time.perf_counter()
-    for seed in show_progress(range(first, first + programs)):
+    for seed in map(int, show_progress([str(seed) for seed in range(first, first + programs)])):
         program = Program(random.Random(seed))
         for inputs, outcome in zip(("with", "without"), examine(program), strict=False):
             counts[f"{outcome.kind} {outcome.emit}".strip()] += 1
@@ -79,7 +79,8 @@ def examine(program: Program) -> list[Outcome]:
     """Rewrite a program's model with and without example inputs; compare it with a twin, in three calls in each mode."""
     calls = [call for mode in (True, False) for call in _calls(program, mode)]
     with warnings.catch_warnings(action="ignore"):
-        twin, wanted = _Run(program), []
+        twin = _Run(program)
+        wanted: list[Any] = []
         for call in calls:
             try:
                 wanted.append(twin.observe(*call))
@@ -157,13 +158,18 @@ class _Run:
         leaves: list[Tensor] = []
         _seed()
         grad = torch.is_grad_enabled()
-        given = _map(arguments, lambda x: leaves.append(x.clone().requires_grad_()) or leaves[-1] * 1)
+
+        def leaf(x: Tensor) -> Tensor:
+            leaves.append(x.clone().requires_grad_())
+            return leaves[-1] * 1  # no leaf itself, so that a forward may change it in place
+
+        given = _map(arguments, leaf)
         try:
             with context:
                 output = self.model(*given)
             sums = [x.double().square().sum() for x in _tensors(output) if x.requires_grad]
             if sums:
-                torch.stack(sums).sum().backward()
+                torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
         finally:
             torch.set_grad_enabled(grad)
         gradients = [leaf.grad for leaf in leaves]
