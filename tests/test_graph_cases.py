@@ -360,6 +360,83 @@ def test_a_weight_that_is_read_beside_its_layer_is_kept(forward: Any, read: set[
     assert {site.name for site in plan if site.reason is tdfx.Reason.READ_ELSEWHERE} == read
 
 
+def asks_for_the_class_of_a_layer(self: Any, x: Tensor) -> Any:
+    y = self.a(x)
+    return self.b(y * 2 if isinstance(self.b, nn.Linear) else y)
+
+
+def asks_for_the_classes_of_layers(self: Any, x: Tensor) -> Any:
+    for layer in self.children():
+        x = layer(x) if type(layer) is nn.Linear else x
+    return x
+
+
+@pytest.mark.parametrize("emit", ["graph", "modules"])
+@pytest.mark.parametrize(
+    ("forward", "asked"), [(asks_for_the_class_of_a_layer, {"b"}), (asks_for_the_classes_of_layers, {"a", "b"})]
+)
+def test_a_layer_whose_class_is_asked_for_is_kept_where_the_code_runs(forward: Any, asked: set[str], emit: Any) -> None:
+    dense = model_of(forward)
+    plan = tdfx.plan(dense, FULL, example_inputs=(batch(),), emit=emit)
+    kept = {site.name for site in plan if "asks for its class" in site.note}
+    assert kept == (asked if plan.emit == "modules" else set())
+    rewritten = tdfx.rewrite(dense, FULL, example_inputs=(batch(),), emit=emit)
+    torch.testing.assert_close(rewritten(batch()), dense(batch()), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def draws_from(name: str) -> Callable[..., Any]:
+    def forward(self: Any, x: Tensor) -> Any:
+        for number in self.kept[name]:
+            return self.b(self.a(x)) * number
+        return x
+
+    return forward
+
+
+def counting() -> Any:
+    number = 0.0
+    while True:
+        number += 1.0
+        yield number
+
+
+def begun() -> Any:
+    numbers = counting()
+    next(numbers)
+    return numbers
+
+
+ITERATORS: dict[str, Callable[[], Any]] = {
+    "cycle": lambda: itertools.cycle([1.0, 2.0, 3.0]),
+    "cycle of a generator": lambda: itertools.cycle(number for number in [1.0, 2.0]),
+    "chain": lambda: itertools.chain([1.0, 2.0], itertools.repeat(3.0)),
+    "map": lambda: map(float, itertools.count(1)),
+    "islice": lambda: itertools.islice(itertools.count(1.0), 999),
+    "generator": counting,
+    "generator that has begun": begun,
+    "islice of a generator that has begun": lambda: itertools.islice(begun(), 999),
+    "dict": lambda: iter({float(number): None for number in range(1, 999)}),
+}
+
+
+@pytest.mark.parametrize("block", [False, True], ids=["model", "block"])
+@pytest.mark.parametrize("kind", ITERATORS)
+def test_an_iterator_gives_what_it_would_have_given(kind: str, block: bool) -> None:
+    models: list[Any] = []
+    for _ in range(2):
+        net: Any = model_of(draws_from(kind))
+        net.kept[kind] = ITERATORS[kind]()
+        models.append(nn.Sequential(net, nn.Linear(16, 4)).double() if block else net)
+    models[1].load_state_dict(models[0].state_dict())
+    dense, model = models
+    for inputs in (None, (batch(),)):
+        (note,) = tdfx.plan(model, FULL, example_inputs=inputs).notes
+        assert "draws from an iterator that it keeps" in note
+    rewritten = tdfx.rewrite(model, FULL, example_inputs=(batch(),))
+    for _ in range(4):
+        torch.testing.assert_close(rewritten(batch()), dense(batch()), rtol=TOLERANCE, atol=TOLERANCE)
+
+
 class Final(nn.Module):
     """Must not be derived from, and takes no keyword."""
 

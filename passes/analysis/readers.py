@@ -11,14 +11,14 @@ from typing import Any
 from torch import nn
 
 from tdfx.kinds.registry import is_candidate, kind_of
-from tdfx.passes.analysis.scope import UNKNOWN, Scope
+from tdfx.passes.analysis.scope import UNKNOWN, Scope, last_name
 from tdfx.passes.analysis.source import definition_of, is_users_file
 from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.analysis.uses import METADATA
 from tdfx.passes.program import Program
 
 _LISTING = {"parameters", "named_parameters", "state_dict", "_parameters", "get_parameter", "parameters_to_vector"}
-
+_ASKING = {"isinstance", "type"}
 
 MAY_READ = "may read its weight besides calling it; example_inputs would tell"
 
@@ -26,8 +26,9 @@ MAY_READ = "may read its weight besides calling it; example_inputs would tell"
 def read_weights(program: Program) -> tuple[dict[int, str], dict[int, str]]:
     """Return the parameters that a forward reads, or may read, where no graph shows it: parameter, by identity -> why.
 
-    The first are those of modules whose parameters are listed, as by ``self.parameters()``; the second are weights that
-    are read by name, of which a run with example inputs tells whether that is a call of a function that a site may be.
+    The first are those of modules whose parameters are listed, as by ``self.parameters()``, and of layers whose class is
+    asked for, because factors have another class; the second are weights that are read by name, of which a run with example
+    inputs tells whether that is a call of a function that a site may be.
     """
     proven = {
         id(module)
@@ -38,11 +39,16 @@ def read_weights(program: Program) -> tuple[dict[int, str], dict[int, str]]:
     listed: dict[int, str] = {}
     named: dict[int, str] = {}
     for module in program.module.modules():
-        if id(module) in proven or is_site_or_leaf(module):
+        is_proven = id(module) in proven
+        if is_site_or_leaf(module) or (is_proven and program.emit == "graph"):
             continue
         for owner, attribute in _reads(module):
             why = f"forward of {type(module).__name__} "
-            if attribute in _LISTING:
+            if attribute == "__class__" and is_candidate(owner):
+                listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}asks for its class")
+            elif is_proven:
+                continue
+            elif attribute in _LISTING:
                 listed |= dict.fromkeys(map(id, owner.parameters()), f"{why}goes through parameters")
             elif is_candidate(owner) and kind_of(owner).weight == attribute:
                 named |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}{MAY_READ}")
@@ -85,9 +91,30 @@ def _reads(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 case ast.Name(id="parameters_to_vector"):
                     yield module, "parameters_to_vector"
             if isinstance(node, ast.Call):
+                if last_name(node.func) in _ASKING and node.args:
+                    yield from ((layer, "__class__") for layer in _modules_of(node.args[0], scope))
                 called = scope.value_of(node.func)
                 if called is not UNKNOWN:
                     waiting.append((called, getattr(called, "__self__", None)))
+
+
+def _modules_of(node: ast.AST, scope: Scope) -> list[nn.Module]:
+    """Return the modules that an expression may stand for: one, or the items of what a loop goes through."""
+    value = scope.value_of(node)
+    if isinstance(value, nn.Module):
+        return [value]
+    items = [item.value for item in scope.bindings.get(last_name(node), ()) if isinstance(item, ast.Starred)]
+    modules: list[nn.Module] = []
+    for item in items:
+        listing = item.func if isinstance(item, ast.Call) else item
+        holder = scope.value_of(listing)
+        if isinstance(listing, ast.Attribute) and isinstance(holder, types.MethodType):
+            holder = holder.__self__
+        if isinstance(holder, nn.Module):
+            modules.extend(holder.modules())
+        elif isinstance(holder, list | tuple):
+            modules.extend(each for each in holder if isinstance(each, nn.Module))
+    return modules
 
 
 def _closure(function: types.FunctionType) -> dict[str, Any]:

@@ -18,17 +18,18 @@ from tdfx.passes.analysis.user_state import UserState
 
 
 @contextmanager
-def isolated(module: nn.Module) -> Iterator[None]:
+def isolated(module: nn.Module, *, traces: bool = False) -> Iterator[None]:
     """Silence warnings, and restore what its code can change afterwards: random generators, and all that it keeps.
 
-    Of torch's generators it restores that of the CPU and those of the CUDA devices that hold the module.
+    With ``traces``, draws from iterators that it keeps raise UnsafeCodeError. Of torch's generators it restores that of the
+    CPU and those of the CUDA devices that hold the module.
     """
     devices = {tensor.device for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     state = UserState(module)
     try:
         with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(sorted(each.index for each in devices)):
-            state.lend_iterators()
+            state.lend_iterators(refuse=traces)
             yield
     finally:
         state.restore()

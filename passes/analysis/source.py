@@ -43,7 +43,8 @@ def definition_of(code: CodeType) -> Definition | None:
     """Return the definition that a function was compiled from; None if its source cannot be had."""
     candidates = _definitions(code.co_filename).get((code.co_firstlineno, code.co_name), ())
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    fitting = [each for each in candidates if tuple(arg.arg for arg in _arguments(each)) == names]
+    # torch.fx runs a root that takes *args as code that takes them as one argument.
+    fitting = [each for each in candidates if _names(each) == names or _names(each, rest=True) == names]
     return fitting[0] if len(fitting) == 1 else None
 
 
@@ -53,9 +54,12 @@ def line_of(code: CodeType, number: int) -> str:
     return f"{Path(code.co_filename).name}:{number}" + (f": {text}" if text else "")
 
 
-def _arguments(definition: Definition) -> list[ast.arg]:
+def _names(definition: Definition, *, rest: bool = False) -> tuple[str, ...]:
+    """Return the names of the arguments of a function, with those of ``*args`` and ``**kwargs`` or without."""
     arguments = definition.args
-    return [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    others = [each for each in (arguments.vararg, arguments.kwarg) if each is not None and rest]
+    return tuple(argument.arg for argument in (*named, *others))
 
 
 def _definitions(filename: str) -> dict[tuple[int, str], list[Definition]]:

@@ -29,6 +29,7 @@ from tdfx.passes.analysis.modes import unify
 from tdfx.passes.analysis.sandbox import isolated, remove_hooks, scratch_copy
 from tdfx.passes.analysis.stores import stored_names
 from tdfx.passes.analysis.tracer import HiddenLayerError, SiteTracer, is_site_or_leaf
+from tdfx.passes.analysis.user_state import UserState
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import Program, Traced
 
@@ -43,6 +44,7 @@ class Trace(Pass[PassResult]):
 
     def run(self, program: Program) -> PassResult:
         """Trace the root and, where that fails, its children, down to single layers."""
+        UserState(program.module).wrap_iterators()
         module = structural_copy(program.module)
         tracer = ModuleTracer(_compiled_modules(program.module, module))
         traces = dict(_trace_tree(module, "", tracer))
@@ -164,27 +166,24 @@ class _ModeTrace:
         """Why there is no graph."""
         scratch = scratch_copy(module, training=training)
         remove_hooks(scratch)
-        monitor = ForwardMonitor(scratch)
         self.reader = CodeReader(lambda: tracer.running)
         mismatches: dict[str, str] = {}
         try:
-            with (
-                isolated(scratch),
-                ParameterGuard(module),
-                watch_custom_functions(refuse_custom_function),
-                self.reader.watch(),
-            ):
-                refuse_wrapped_forward(scratch)
-                self.graph = self.tracer.trace_in_mode(scratch, training)
-            if self.reader.refusal:  # the forward has caught the error
-                raise UnsafeCodeError(self.reader.refusal)
+            with isolated(scratch, traces=True):
+                monitor = ForwardMonitor(scratch)
+                with ParameterGuard(module), watch_custom_functions(refuse_custom_function), self.reader.watch():
+                    refuse_wrapped_forward(scratch)
+                    self.graph = self.tracer.trace_in_mode(scratch, training)
+                if self.reader.refusal:  # the forward has caught the error
+                    raise UnsafeCodeError(self.reader.refusal)
+                mismatches = monitor.mismatches()
                 if monitor.drew_random_numbers() and not self.tracer.mismatches:
-                    mismatches[""] = "its forward draws random numbers that a graph would freeze"
+                    mismatches.setdefault("", "its forward draws random numbers that a graph would freeze")
         except Exception as error:  # a user's forward may raise any class when it meets a Proxy
             _refuse_hidden_layers(module, error)
             refused = isinstance(error, WritesParameterError | CustomFunctionError | UnsafeCodeError)
             self.graph, self.error = None, str(error) if refused else _describe_error(error)
-        self.mismatches = {**monitor.mismatches(), **mismatches, **self.tracer.mismatches}
+        self.mismatches = {**mismatches, **self.tracer.mismatches}
         """Path of a module -> what its forward did that a graph would not do again."""
 
     def opaque_block(self) -> tuple[str, str] | None:

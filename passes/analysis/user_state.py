@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import itertools
 import random
 import sys
 import types
@@ -19,15 +17,21 @@ from torch.nn.parameter import UninitializedBuffer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tdfx.layers.copying import HOOKS, MODULE_STATE, slots_of
+from tdfx.passes.analysis.iterators import (
+    RecordingIterator,
+    RefusingIterator,
+    ReplayingIterator,
+    copy_of,
+    is_iterator,
+    parts_of,
+    put_back,
+)
 
 _MOST_OBJECTS = 100_000
 """So many objects are looked at; a trainer or a data set behind an attribute may hold millions."""
 _NOT_USERS = frozenset({"torch", "numpy", "tdfx", "functorch"}) | sys.stdlib_module_names
 _PLAIN = (types.SimpleNamespace,)
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, types.BuiltinFunctionType)
-
-_ITERATORS: tuple[type, ...] = (itertools.count, type(iter([])), type(iter(())), type(iter(range(0))), type(iter("")))
-"""Iterators whose copies go on from the same place and leave the original where it is."""
 
 Action = Callable[[], object]
 
@@ -43,8 +47,8 @@ class UserState:
         self.contents: dict[str, Any] = {}
         """Where an object was found -> what it held, for a comparison."""
         self._undo: list[Action] = []
-        self._loans: list[Action] = []
-        self._copies: dict[int, Any] = {}
+        self._iterators: list[tuple[Any, Callable[[Any], object]]] = []
+        self._lent: dict[int, Any] = {}
         self._seen: set[int] = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
         self._alive: list[Any] = []
         self._waiting: deque[tuple[str, Any]] = deque()
@@ -53,15 +57,32 @@ class UserState:
         while self._waiting and len(self._seen) < _MOST_OBJECTS:
             self._visit(*self._waiting.popleft())
 
-    def lend_iterators(self) -> None:
-        """Let the code use copies of its iterators until ``restore``, because an iterator cannot be set back."""
-        for lend in self._loans:
-            lend()
+    def lend_iterators(self, *, refuse: bool = False) -> None:
+        """Let the code use copies of its iterators until ``restore``, because an iterator cannot be set back.
+
+        With ``refuse``, draws from them raise UnsafeCodeError.
+        """
+        for iterator, store in self._iterators:
+            if id(iterator) not in self._lent:
+                self._lent[id(iterator)] = RefusingIterator() if refuse else copy_of(iterator)
+            store(self._lent[id(iterator)])
+
+    def wrap_iterators(self) -> None:
+        """Put iterators in the place of those that cannot be copied, such as a generator that has begun.
+
+        They give the same values, and again those that are drawn from them while the model is looked at.
+        """
+        wrapped: dict[int, Any] = {}
+        for iterator, store in self._iterators:
+            if isinstance(copy_of(iterator), RecordingIterator) and not isinstance(iterator, ReplayingIterator):
+                store(wrapped.setdefault(id(iterator), ReplayingIterator(iterator)))
 
     def restore(self) -> None:
         """Put everything back that has changed since."""
         for undo in self._undo:
             undo()
+        for iterator, _ in self._iterators:
+            put_back(iterator, self._lent.get(id(iterator)))
 
     def _visit(self, path: str, value: Any) -> None:
         if isinstance(value, _ATOMS) or id(value) in self._seen:
@@ -86,6 +107,8 @@ class UserState:
         elif isinstance(value, staticmethod | classmethod | property):
             functions = (value.fget, value.fset) if isinstance(value, property) else (value.__func__,)
             self._waiting.extend((path, function) for function in functions)
+        elif is_iterator(value):
+            self._waiting.extend((path, part) for part in parts_of(value))
         elif not self._visit_generator(path, value):
             self._visit_object(path, value)
 
@@ -95,8 +118,8 @@ class UserState:
 
     def _lend(self, value: Any, store: Callable[[Any], object]) -> None:
         """Note where an iterator is stored; a copy of it will stand there."""
-        if isinstance(value, _ITERATORS):
-            self._loans.append(lambda: store(self._copies.setdefault(id(value), _copy_of(value))))
+        if is_iterator(value):
+            self._iterators.append((value, store))
 
     def _visit_module(self, path: str, module: nn.Module) -> None:
         attributes = {name: value for name, value in module.__dict__.items() if name not in MODULE_STATE}
@@ -241,14 +264,6 @@ class UserState:
         for name, value in values.items():
             self._lend(value, functools.partial(holder.__setitem__, name))
         self._waiting.extend((f"{path}.{name}", value) for name, value in values.items())
-
-
-def _copy_of(iterator: Any) -> Any:
-    """Return a copy of an iterator; itself where this version of Python copies no such iterator."""
-    try:
-        return copy.copy(iterator)
-    except TypeError:
-        return iterator
 
 
 def _restore_class(kind: type, saved: dict[str, Any]) -> None:
