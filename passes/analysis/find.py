@@ -118,9 +118,10 @@ def _functional_site(name: str, kind: str, slot: ParameterSlot, owner: nn.Module
     functional_uses = uses.functional[id(parameter)]
     # Its factors will take stride, padding and dilation from each call, so any call gives the operation.
     operation = functional_uses[0].call.operation(parameter.shape)
-    nodes = tuple(use.node for use in functional_uses)
+    nodes = tuple(use.node for use in functional_uses if use.node is not None)
+    calls = uses.count(nodes) or len(functional_uses)
     reason, note = blocker_of_weight(parameter, kind, operation, uses.owners, uses.reads, uses.shards)
-    site = Site(name=name, layer=owner, kind=kind, operation=operation, calls=uses.count(nodes), nodes=nodes, slot=slot)
+    site = Site(name=name, layer=owner, kind=kind, operation=operation, calls=calls, nodes=nodes, slot=slot)
     return replace(site, reason=reason, note=note)
 
 
@@ -129,7 +130,8 @@ def _factorized_site(path: str, layer: Factorized, uses: Uses, root: nn.Module) 
     slot = ParameterSlot.of(path) if isinstance(layer, FactorizedParameter) else None
     if slot is not None and is_candidate(root.get_submodule(slot.owner)):
         path = slot.owner
-    nodes = uses.calls.get(id(layer), ()) + tuple(use.node for use in uses.functional.get(id(layer), ()))
+    functional = (use.node for use in uses.functional.get(id(layer), ()) if use.node is not None)
+    nodes = (*uses.calls.get(id(layer), ()), *functional)
     calls = uses.count(nodes) if id(layer) in uses.traced else 1
     kind, operation = kind_of(original).name, operation_of(original)
     site = Site(name=path, layer=layer, kind=kind, operation=operation, calls=calls, nodes=nodes, slot=slot)

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdfx.cost.setting import Setting, autocast_now
 from tdfx.distributed.processes import Processes
+from tdfx.kinds.attention import attend
 from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.factorized import Factorized
@@ -166,6 +168,9 @@ class _CallRecorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
+        if func is F.multi_head_attention_forward:
+            with self:
+                return attend(*args, **named)
         if not self.depth_in_layers:
             self._record(func, args, named)
         return func(*args, **named)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from tdfx.kinds.attention import is_transformer_block
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.passes.analysis.scope import UNKNOWN, Scope
 from tdfx.passes.analysis.source import definition_of, is_users_file
@@ -38,7 +39,7 @@ def read_weights(program: Program) -> tuple[dict[int, str], dict[int, str]]:
     listed: dict[int, str] = {}
     named: dict[int, str] = {}
     for module in program.module.modules():
-        if id(module) in proven or is_site_or_leaf(module):
+        if id(module) in proven or is_site_or_leaf(module) or is_transformer_block(module):
             continue
         for owner, attribute in _reads(module):
             why = f"forward of {type(module).__name__} "

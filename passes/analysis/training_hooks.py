@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from tdfx.factors.operation import Operation
+from tdfx.kinds.attention import attend
 from tdfx.kinds.functional import parse_call
 from tdfx.kinds.registry import find_kind, kind_of
 from tdfx.layers.copying import COMPILED
@@ -228,6 +230,9 @@ class _FunctionWatch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
+        if func is F.multi_head_attention_forward:
+            with self:
+                return attend(*args, **named)
         result = func(*args, **named)
         self.report(func, args, named, result)
         return result

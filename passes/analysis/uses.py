@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from tdfx.kinds.attention import is_attention, projections
 from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import find_kind
 from tdfx.passes.analysis.owners import Owners, owners_of
@@ -28,7 +29,8 @@ METADATA_FUNCTIONS = frozenset(
 class FunctionalUse:
     """One call in a graph that takes a parameter as its weight."""
 
-    node: fx.Node
+    node: fx.Node | None
+    """The call; None where no graph shows it, and the class of the module tells."""
     call: FunctionCall
 
 
@@ -79,7 +81,9 @@ def uses_of(program: Program) -> Uses:
                 if node.op == "call_module":
                     called = root.get_submodule(str(node.target))
                     calls[id(called)].append(node)
-                    if is_site_or_leaf(called) and find_kind(called) is None:
+                    if is_attention(called):
+                        _add_projections(functional, called, node)
+                    elif is_site_or_leaf(called) and find_kind(called) is None:
                         reads.update(id(parameter) for parameter in called.parameters())
                 elif node.op == "get_attr":
                     value = _attribute(root, str(node.target))
@@ -87,6 +91,9 @@ def uses_of(program: Program) -> Uses:
                     functional[id(value)].extend(functional_uses)
                     if len(functional_uses) < sum(not _reads_metadata(user) for user in node.users):
                         reads.add(id(value))
+    for module in program.module.modules():
+        if is_attention(module) and id(module) not in traced:
+            _add_projections(functional, module, None)
     return Uses(
         calls={key: tuple(nodes) for key, nodes in calls.items()},
         functional={key: tuple(listed) for key, listed in functional.items() if listed},
@@ -96,6 +103,14 @@ def uses_of(program: Program) -> Uses:
         runs=runs,
         shards=program.shards,
     )
+
+
+def _add_projections(
+    functional: Mapping[int, list[FunctionalUse]], attention: nn.MultiheadAttention, node: fx.Node | None
+) -> None:
+    """Add the calls that an attention of torch.nn makes with the weights of its projections."""
+    for owner, name in projections(attention):
+        functional[id(owner._parameters[name])].append(FunctionalUse(node, FunctionCall("F.linear", 0, False, None)))
 
 
 def _shown(root: nn.Module, opaque: Collection[str]) -> Iterator[nn.Module]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from tdfx.distributed.processes import Solo, Task
 from tdfx.kinds.functional import parse_call
 from tdfx.kinds.stock import build_layer
+from tdfx.layers.attention import mark_encoders
 from tdfx.layers.copying import rebind, structural_copy
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
@@ -148,6 +149,7 @@ def _emit(program: Program, swaps: Sequence[Swap]) -> nn.Module:
         owner = body.get_submodule(swap.slot.owner)
         del owner._parameters[swap.slot.name]
         owner._modules[swap.slot.name] = swap.factorized
+    mark_encoders(body)
     if isinstance(body, FactorizedGraphModule):
         graphs: Sequence[fx.Graph] = body._tdfx_graphs()
         body = body._tdfx_body()

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tdfx.factors.functions import apply_operation
 from tdfx.factors.operation import Operation
+from tdfx.kinds.attention import attend
 from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.layers.factorized import Factorized, Origin, weight_of
 
@@ -64,6 +66,8 @@ class FactorizedParameter(Factorized):
     ) -> Any:
         """Compute the chain if the function's weight is factorized; give all other functions the dense weight."""
         named = dict(kwargs or {})
+        if func is F.multi_head_attention_forward:
+            return attend(*args, **named)
         call = parse_call(func, args, named)
         if call is not None and isinstance(call.weight, FactorizedParameter):
             operation = call.operation(call.weight.shape)
@@ -73,6 +77,18 @@ class FactorizedParameter(Factorized):
         dense = _read_only if getattr(func, "__name__", "").endswith("_") or "out" in named else _dense
         args, named = tree_map(dense, (args, named))
         return func(*args, **named)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dense weight."""
+        return self.weights[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the dense weight."""
+        return self.weights[0].device
+
+    __jit_unused_properties__ = (*Factorized.__jit_unused_properties__, "dtype", "device")
 
     def _is_of_original(self, name: str) -> bool:
         return hasattr(Tensor, name) or super()._is_of_original(name)

@@ -1,0 +1,57 @@
+"""Attention of torch.nn: its projections as calls of their own, and the modules whose forwards only call what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeGuard, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TRANSFORMER_BLOCKS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+"""Modules of torch.nn that call the layers inside them. Their fast path, which reads the weights instead, is not taken where
+a weight is factorized or functions are watched."""
+
+
+def _with_globals(function: Callable[..., Any], **changed: Any) -> Callable[..., Any]:
+    """Return a function with the same code that sees other objects under some global names."""
+    original = cast("FunctionType", function)
+    copied = FunctionType(
+        original.__code__, {**original.__globals__, **changed}, original.__name__, original.__defaults__
+    )
+    copied.__kwdefaults__ = original.__kwdefaults__
+    return copied
+
+
+attend: Callable[..., tuple[Tensor, Tensor | None]] = _with_globals(
+    F.multi_head_attention_forward, has_torch_function=lambda _: False
+)
+"""``F.multi_head_attention_forward`` in torch's own code, except that it never hands itself over as a whole to a
+``__torch_function__``: its projections do that, each as a call of ``F.linear``."""
+
+
+def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """Return True for a module that calls ``F.multi_head_attention_forward`` with its parameters and does no more."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return False
+    return type(module).forward is nn.MultiheadAttention.forward and "forward" not in module.__dict__
+
+
+def is_transformer_block(module: nn.Module) -> bool:
+    """Return True for a module with the forward of one of torch.nn's blocks, which calls the layers inside it."""
+    base = next((block for block in TRANSFORMER_BLOCKS if isinstance(module, block)), None)
+    return base is not None and type(module).forward is base.forward and "forward" not in module.__dict__
+
+
+def projections(module: nn.MultiheadAttention) -> list[tuple[nn.Module, str]]:
+    """Return where the weights of an attention's projections are: the module that holds each, and its name there."""
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    held = [(module, name) for name in names if module._parameters.get(name) is not None]
+    return [*held, (module.out_proj, "weight")]
