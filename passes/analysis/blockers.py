@@ -18,6 +18,9 @@ from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.analysis.uses import Uses
 from tdfx.plans.plan import Reason
 
+USED_TWICE = "forward uses its weight in two ways: its dimensions have other roles in one call than in another"
+"""The note for a parameter whose calls differ in what they sum over."""
+
 
 def layers_inside_leaves(root: nn.Module) -> dict[int, type[nn.Module]]:
     """Return the layers inside modules that no graph looks into: layer, by identity -> class of that module."""

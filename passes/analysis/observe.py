@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tdfx.cost.setting import Setting, autocast_now
 from tdfx.distributed.processes import Processes
 from tdfx.kinds.attention import attend
-from tdfx.kinds.functional import FunctionCall, parse_call
+from tdfx.kinds.functional import FunctionCall
+from tdfx.kinds.products import ProductCall, View, parse_product, parse_use, view_by
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
@@ -44,8 +45,8 @@ class Entered:
     """Where and how the call computed, as far as its input shows; the dtype is the input's."""
 
     @classmethod
-    def of(cls, tensor: Tensor, input_addresses: Collection[int]) -> Entered:
-        """Describe a tensor, given the addresses of the storages of the model's own inputs."""
+    def of(cls, tensor: Tensor, input_addresses: Collection[int], shape: tuple[int, ...] | None = None) -> Entered:
+        """Describe a tensor, given the addresses of the storages of the model's own inputs, and its shape as a flow."""
         kind = tensor.device.type
         setting = Setting(
             device=kind,
@@ -54,7 +55,7 @@ class Entered:
             channels_last=is_channels_last(tensor),
             wants_input_gradient=storage_address(tensor) not in input_addresses,
         )
-        return cls(tuple(tensor.shape), setting)
+        return cls(tuple(tensor.shape) if shape is None else shape, setting)
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -140,6 +141,8 @@ class _CallRecorder(TorchFunctionMode):
         self.input_addresses = input_addresses
         self.depth_in_layers = 0
         self.paths: dict[int, str] = {}
+        self.views: dict[int, tuple[Tensor, View]] = {}
+        """Views of parameters, by identity: they live until the end of the run."""
 
     def attach(self, path: str, layer: nn.Module) -> None:
         """Record what enters a layer; inside a layer that computes what its kind does, record nothing else."""
@@ -171,22 +174,41 @@ class _CallRecorder(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return attend(*args, **named)
-        if not self.depth_in_layers:
+        if self.depth_in_layers:
+            return func(*args, **named)
+        view = view_by(func, self._view(args[0]), args[1:], named) if args else None
+        if view is None:
             self._record(func, args, named)
-        return func(*args, **named)
+        result = func(*args, **named)
+        if view is not None and isinstance(result, Tensor):
+            self.views[id(result)] = (result, view)
+        return result
+
+    def _view(self, value: Any) -> View | None:
+        if isinstance(value, nn.Parameter):
+            return View.of(value)
+        return self.views[id(value)][1] if id(value) in self.views else None
 
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if func in METADATA_FUNCTIONS:
             return
-        call = parse_call(func, args, named)
+        call = parse_use(func, args, named)
+        if call is not None and id(call.weight) in self.views:
+            product = parse_product(func, args, named)
+            call = None if product is None else product.on(self.views[id(call.weight)][1])
+        if isinstance(call, ProductCall) and isinstance(call.weight, nn.Parameter):
+            call = call if call.layout(call.weight.shape) is not None else None
         if call is None:
             self._record_reads((args, named))
             return
         x = call.rest.get("input")
-        if isinstance(call.weight, nn.Parameter) and isinstance(x, Tensor):
-            self.observed.functional[id(call.weight)].append((call, Entered.of(x, self.input_addresses)))
-        elif isinstance(call.weight, FactorizedParameter) and isinstance(x, Tensor):
-            self._record_input(self.paths[id(call.weight)], x)
+        first = x[0] if isinstance(x, tuple) else x
+        if isinstance(call.weight, nn.Parameter) and isinstance(first, Tensor):
+            entered = Entered.of(first, self.input_addresses, call.flow_shape(call.weight.shape))
+            self.observed.functional[id(call.weight)].append((call, entered))
+        elif isinstance(call.weight, FactorizedParameter) and isinstance(first, Tensor):
+            shape = call.flow_shape(call.weight.shape)
+            self.observed.entering[self.paths[id(call.weight)]].append(Entered.of(first, self.input_addresses, shape))
         self._record_reads(call.rest)
 
     def record_custom_function(self, function: type, arguments: Any) -> None:
@@ -198,4 +220,6 @@ class _CallRecorder(TorchFunctionMode):
         self.observed.entering[path].append(Entered.of(x, self.input_addresses))
 
     def _record_reads(self, values: Any) -> None:
-        self.observed.reads.update(id(value) for value in tree_leaves(values) if isinstance(value, nn.Parameter))
+        for value in tree_leaves(values):
+            if (view := self._view(value)) is not None:
+                self.observed.reads.add(id(view.parameter))

@@ -15,10 +15,11 @@ from tdfx.cost.count import Flow
 from tdfx.distributed.processes import Processes
 from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
+from tdfx.kinds.products import common_use
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.beside import difference
-from tdfx.passes.analysis.blockers import blocker_of_weight, layers_inside_leaves
+from tdfx.passes.analysis.blockers import USED_TWICE, blocker_of_weight, layers_inside_leaves
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.analysis.readers import MAY_READ
 from tdfx.passes.analysis.uses import Uses, uses_of
@@ -146,14 +147,17 @@ def _functional_site(
     layer_kind = kind_of(owner) if is_candidate(owner) else None
     if layer_kind is not None and slot.name != layer_kind.weight:
         return None
-    kind = layer_kind.name if layer_kind is not None else calls[0][0].name
-    operation = calls[0][0].operation(parameter.shape)
+    common = common_use([call for call, _ in calls], parameter.shape)
+    operation, layout = common or (None, None)
+    kind = layer_kind.name if layer_kind is not None else calls[0][0].name if layout is None else layout.name
     reason, note = blocker_of_weight(parameter, kind, operation, uses.owners, reads, uses.shards)
     if reason is None and doubt:
         reason, note = Reason.READ_ELSEWHERE, doubt
+    if common is None:
+        reason, note = Reason.READ_ELSEWHERE, USED_TWICE
     name = slot.owner if layer_kind is not None else slot.path
     site = Site(name=name, layer=owner, kind=kind, operation=operation, calls=len(calls), slot=slot)
-    return replace(site, reason=reason, note=note)
+    return replace(site, layout=layout, reason=reason, note=note)
 
 
 def _in_order(root: nn.Module, sites: list[Site]) -> list[Site]:
@@ -199,7 +203,7 @@ def _with_flows(site: Site, observed: Observed, in_graph: bool) -> Site:
         note = "the example inputs send no values through it"
         return replace(site, flows=(), calls=len(all_entered), reason=Reason.NOT_CALLED, note=note)
     flows = tuple(_flow(each, site, site.operation) for each in entered) if site.operation is not None else ()
-    if calls and site.weight is not None:
+    if calls and site.weight is not None and site.operation is not None and site.operation.dims:
         operations = (call.operation(site.weight.shape) for call, _ in calls)
         flows = tuple(replace(flow, operation=operation) for flow, operation in zip(flows, operations, strict=False))
     if site.reason is None and id(site.weight) in observed.reads:

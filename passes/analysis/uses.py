@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from tdfx.kinds.attention import is_attention, projections
-from tdfx.kinds.functional import FunctionCall, parse_call
+from tdfx.kinds.functional import FunctionCall
+from tdfx.kinds.products import PackedCall, ProductCall, parse_use
 from tdfx.kinds.registry import find_kind
 from tdfx.passes.analysis.owners import Owners, owners_of
 from tdfx.passes.analysis.tracer import is_site_or_leaf
@@ -23,6 +24,9 @@ METADATA_FUNCTIONS = frozenset(
     method if callable(method) else method.__get__ for method in (getattr(Tensor, name) for name in METADATA)
 )
 """The same as functions, as ``__torch_function__`` gets them."""
+
+
+_FUNCTIONS = {"call_function", "call_method"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +86,21 @@ def uses_of(program: Program) -> Uses:
                     called = root.get_submodule(str(node.target))
                     calls[id(called)].append(node)
                     if is_attention(called):
-                        _add_projections(functional, called, node)
+                        _add_projections(functional, called, node, _is_self_attention(node))
                     elif is_site_or_leaf(called) and find_kind(called) is None:
                         reads.update(id(parameter) for parameter in called.parameters())
                 elif node.op == "get_attr":
                     value = _attribute(root, str(node.target))
-                    functional_uses = list(_functional_uses(node))
+                    functional_uses = list(_functional_uses(node, value))
                     functional[id(value)].extend(functional_uses)
                     if len(functional_uses) < sum(not _reads_metadata(user) for user in node.users):
                         reads.add(id(value))
+    crossing = {
+        id(layer.multihead_attn) for layer in program.module.modules() if isinstance(layer, nn.TransformerDecoderLayer)
+    }
     for module in program.module.modules():
         if is_attention(module) and id(module) not in traced:
-            _add_projections(functional, module, None)
+            _add_projections(functional, module, None, id(module) not in crossing)
     return Uses(
         calls={key: tuple(nodes) for key, nodes in calls.items()},
         functional={key: tuple(listed) for key, listed in functional.items() if listed},
@@ -106,11 +113,26 @@ def uses_of(program: Program) -> Uses:
 
 
 def _add_projections(
-    functional: Mapping[int, list[FunctionalUse]], attention: nn.MultiheadAttention, node: fx.Node | None
+    functional: Mapping[int, list[FunctionalUse]],
+    attention: nn.MultiheadAttention,
+    node: fx.Node | None,
+    is_self: bool,
 ) -> None:
-    """Add the calls that an attention of torch.nn makes with the weights of its projections."""
+    """Add the calls that an attention of torch.nn makes with the weights of its projections.
+
+    ``is_self`` says whether query, key and value are the same.
+    """
     for owner, name in projections(attention):
-        functional[id(owner._parameters[name])].append(FunctionalUse(node, FunctionCall("F.linear", 0, False, None)))
+        call = FunctionCall("F.linear", 0, False, None)
+        if name == "in_proj_weight" and not is_self:
+            call = PackedCall("attention", 0, False, None, {"groups": 3})
+        functional[id(owner._parameters[name])].append(FunctionalUse(node, call))
+
+
+def _is_self_attention(node: fx.Node) -> bool:
+    """Return True for a call of an attention module with the same query, key and value."""
+    inputs = {**dict(zip(("query", "key", "value"), node.args, strict=False)), **node.kwargs}
+    return inputs.get("query") is inputs.get("key") is inputs.get("value")
 
 
 def _shown(root: nn.Module, opaque: Collection[str]) -> Iterator[nn.Module]:
@@ -120,11 +142,14 @@ def _shown(root: nn.Module, opaque: Collection[str]) -> Iterator[nn.Module]:
     return (module for module in root.modules() if id(module) not in hidden)
 
 
-def _functional_uses(node: fx.Node) -> Iterator[FunctionalUse]:
+def _functional_uses(node: fx.Node, value: object) -> Iterator[FunctionalUse]:
     """Yield the calls that take a node as their weight and as nothing else."""
     for user in node.users:
-        call = parse_call(user.target, user.args, user.kwargs) if user.op == "call_function" else None
-        if call is not None and call.weight is node and node not in call.rest.values():
+        function = getattr(Tensor, str(user.target), None) if user.op == "call_method" else user.target
+        call = parse_use(function, user.args, user.kwargs, node) if user.op in _FUNCTIONS else None
+        if call is None or call.weight is not node or node in call.rest.values():
+            continue
+        if not isinstance(call, ProductCall) or call.layout(getattr(value, "shape", ())) is not None:
             yield FunctionalUse(user, call)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 from tdfx.errors import PlanError, PolicyError, nearest
 from tdfx.kinds.functional import FunctionCall
+from tdfx.kinds.products import layout_named
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.blockers import blocker_of_weight
@@ -31,7 +32,9 @@ def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
         slot = ParameterSlot.of(decision.parameter)
         weight = parameters[decision.parameter]
         dims, rest = len(decision.shape) - 2, {"groups": decision.groups}
-        operation = FunctionCall(decision.kind, dims, decision.transposed, None, rest).operation(weight.shape)
+        layout = layout_named(decision.kind, weight.shape)
+        call = FunctionCall(decision.kind, dims, decision.transposed, None, rest)
+        operation = call.operation(weight.shape) if layout is None else layout.operation()
         # Whether anything else reads the weight was checked when the plan was made, with example inputs.
         reason, note = blocker_of_weight(weight, decision.kind, operation, owners, (), program.shards)
         sites[decision.name] = Site(
@@ -43,6 +46,7 @@ def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
             reason=reason,
             note=note,
             slot=slot,
+            layout=layout,
         )
     return sites
 

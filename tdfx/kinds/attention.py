@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, TypeGuard, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 TRANSFORMER_BLOCKS = (
     nn.Transformer,
@@ -30,11 +31,32 @@ def _with_globals(function: Callable[..., Any], **changed: Any) -> Callable[...,
     return copied
 
 
+def packed_projections(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None
+) -> Sequence[Tensor]:
+    """Return the projections of query, key and value that are not all the same; a function that can be overridden.
+
+    Args:
+        query, key, value: Shape (..., in).
+        weight: Shape (3 in, in): the three weights, one below the other.
+        bias: Shape (3 in,), or None.
+    """
+    given = (query, key, value, weight, bias)
+    if has_torch_function(given):
+        return cast("Sequence[Tensor]", handle_torch_function(packed_projections, given, *given))
+    return cast("Sequence[Tensor]", F._in_projection_packed(*given))
+
+
+def _project(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
+    is_same = query is key and key is value
+    return (F._in_projection_packed if is_same else packed_projections)(query, key, value, weight, bias)
+
+
 attend: Callable[..., tuple[Tensor, Tensor | None]] = _with_globals(
-    F.multi_head_attention_forward, has_torch_function=lambda _: False
+    F.multi_head_attention_forward, has_torch_function=lambda _: False, _in_projection_packed=_project
 )
 """``F.multi_head_attention_forward`` in torch's own code, except that it never hands itself over as a whole to a
-``__torch_function__``: its projections do that, each as a call of ``F.linear``."""
+``__torch_function__``: its projections do that, as calls of ``F.linear`` or ``packed_projections``."""
 
 
 def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
