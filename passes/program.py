@@ -11,7 +11,7 @@ from tdfx.cost.count import Flow
 from tdfx.distributed.processes import Processes, Solo
 from tdfx.factors.metric import Metric
 from tdfx.factors.operation import Operation
-from tdfx.kinds.products import Layout
+from tdfx.kinds.layouts import Layout
 from tdfx.kinds.registry import find_kind, kind_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tdfx.cost.setting import Setting, autocast_now
 from tdfx.distributed.processes import Processes
 from tdfx.kinds.attention import attend
 from tdfx.kinds.functional import FunctionCall
-from tdfx.kinds.products import ProductCall, View, parse_product, parse_use, view_by
+from tdfx.kinds.products import FORMS, Views, product_name
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
@@ -76,6 +77,8 @@ class Observed:
     """Path of a layer -> its input, call by call."""
     functional: defaultdict[int, list[tuple[FunctionCall, Entered]]] = field(default_factory=lambda: defaultdict(list))
     """Parameter, by identity -> the calls of functions that took it as their weight, with their inputs."""
+    multiplied: dict[int, str] = field(default_factory=dict)
+    """Parameters, by identity, that take part in a product in a way that factors cannot, with the name of the product."""
     reads: set[int] = field(default_factory=set)
     """Parameters, by identity, that were read for anything else, outside of the layers that hold them."""
 
@@ -114,12 +117,14 @@ def _run(scratch: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Ob
         recorder,
         watch_custom_functions(recorder.record_custom_function),
     ):
-        scratch(*arguments, **named)
+        recorder.record_output(scratch(*arguments, **named))
     for clone, original in originals.items():
         if clone in observed.functional:
             observed.functional[original] = observed.functional.pop(clone)
         if clone in observed.reads:
             observed.reads.add(original)
+        if clone in observed.multiplied:
+            observed.multiplied[original] = observed.multiplied.pop(clone)
     return observed
 
 
@@ -141,8 +146,9 @@ class _CallRecorder(TorchFunctionMode):
         self.input_addresses = input_addresses
         self.depth_in_layers = 0
         self.paths: dict[int, str] = {}
-        self.views: dict[int, tuple[Tensor, View]] = {}
-        """Views of parameters, by identity: they live until the end of the run."""
+        self.views = Views()
+        self.parts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        """Tensor that was taken out of a parameter, or is another form of one -> the parameter, by identity."""
 
     def attach(self, path: str, layer: nn.Module) -> None:
         """Record what enters a layer; inside a layer that computes what its kind does, record nothing else."""
@@ -176,28 +182,29 @@ class _CallRecorder(TorchFunctionMode):
                 return attend(*args, **named)
         if self.depth_in_layers:
             return func(*args, **named)
-        view = view_by(func, self._view(args[0]), args[1:], named) if args else None
-        if view is None:
-            self._record(func, args, named)
         result = func(*args, **named)
-        if view is not None and isinstance(result, Tensor):
-            self.views[id(result)] = (result, view)
+        if self.views.record(func, args, named, result):
+            return result
+        self._record(func, args, named)
+        if args and getattr(func, "__name__", "") in FORMS and (source := self._source(args[0])) is not None:
+            self.parts.update({part: source for part in tree_leaves(result) if isinstance(part, Tensor)})
         return result
 
-    def _view(self, value: Any) -> View | None:
-        if isinstance(value, nn.Parameter):
-            return View.of(value)
-        return self.views[id(value)][1] if id(value) in self.views else None
+    def _source(self, value: Any) -> int | None:
+        """Return the parameter, by identity, that a value is, or was taken from; None if it is neither."""
+        if (view := self.views.of(value)) is not None:
+            return id(view.parameter)
+        return self.parts.get(value) if isinstance(value, Tensor) else None
 
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if func in METADATA_FUNCTIONS:
             return
-        call = parse_use(func, args, named)
-        if call is not None and id(call.weight) in self.views:
-            product = parse_product(func, args, named)
-            call = None if product is None else product.on(self.views[id(call.weight)][1])
-        if isinstance(call, ProductCall) and isinstance(call.weight, nn.Parameter):
-            call = call if call.layout(call.weight.shape) is not None else None
+        call = self.views.call(func, args, named)
+        is_use = call is not None and isinstance(call.weight, nn.Parameter | FactorizedParameter)
+        if (name := product_name(func)) is not None:
+            operands = tree_leaves(call.rest if call is not None and is_use else (args, named))
+            sources = [self._source(operand) for operand in operands if isinstance(operand, Tensor)]
+            self.observed.multiplied.update({source: name for source in sources if source is not None})
         if call is None:
             self._record_reads((args, named))
             return
@@ -216,10 +223,14 @@ class _CallRecorder(TorchFunctionMode):
         if not self.depth_in_layers:
             self._record_reads(arguments)
 
+    def record_output(self, output: Any) -> None:
+        """Record that what the model returns is read by other code."""
+        self._record_reads(output)
+
     def _record_input(self, path: str, x: Tensor) -> None:
         self.observed.entering[path].append(Entered.of(x, self.input_addresses))
 
     def _record_reads(self, values: Any) -> None:
         for value in tree_leaves(values):
-            if (view := self._view(value)) is not None:
+            if isinstance(value, Tensor) and (view := self.views.of(value)) is not None:
                 self.observed.reads.add(id(view.parameter))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -15,7 +15,7 @@ from tdfx.cost.count import Flow
 from tdfx.distributed.processes import Processes
 from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
-from tdfx.kinds.products import common_use
+from tdfx.kinds.products import PackedCall, common_use
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.beside import difference
@@ -119,12 +119,14 @@ def _reopened(site: Site) -> Site:
 
 def _with_functional_sites(runs: _Runs) -> list[Site]:
     module, uses, in_eval = runs.program.module, runs.uses, runs.in_eval
+    runs.program = replace(runs.program, sites=tuple(_as_called(site, in_eval) for site in runs.program.sites))
     inside = layers_inside_leaves(module)
     new = in_eval.functional.keys() - uses.functional.keys()
     slots = [ParameterSlot.of(path) for path, parameter in parameters_by_path(module) if id(parameter) in new]
     slots = [slot for slot in slots if id(module.get_submodule(slot.owner)) not in inside]
+    unsupported = list(_unsupported_products(runs, inside))
     if not slots:
-        return list(runs.program.sites)
+        return _in_order(module, [*runs.program.sites, *unsupported]) if unsupported else list(runs.program.sites)
     reads, doubt = in_eval.reads, ""
     if isinstance(runs.in_train, Observed):
         reads = reads | runs.in_train.reads
@@ -133,7 +135,36 @@ def _with_functional_sites(runs: _Runs) -> list[Site]:
     observed = filter(None, (_functional_site(module, slot, in_eval, uses, reads, doubt) for slot in slots))
     by_name = {site.name: site for site in observed}
     sites = [by_name.pop(site.name, site) for site in runs.program.sites]
-    return _in_order(module, [*sites, *by_name.values()])
+    return _in_order(module, [*sites, *by_name.values(), *unsupported])
+
+
+def _as_called(site: Site, observed: Observed) -> Site:
+    """Return a site with what its calls compute, where a graph or the class of its module leaves that open."""
+    weight = site.weight
+    is_open = site.slot is not None and (not site.nodes or site.layout is not None)
+    calls = observed.functional.get(id(weight), []) if is_open else []
+    if weight is None or not calls:
+        return site
+    operation, layout = common_use([call for call, _ in calls], weight.shape) or (site.operation, site.layout)
+    packed = next((call.name for call, _ in calls if isinstance(call, PackedCall)), "")
+    kind = layout.name if layout is not None else packed or site.kind
+    return replace(site, operation=operation, layout=layout, kind=kind)
+
+
+def _unsupported_products(runs: _Runs, inside: Collection[int]) -> Iterator[Site]:
+    """Yield the parameters that code multiplies with in a way that factors cannot stand for, each with that reason."""
+    module, multiplied = runs.program.module, runs.in_eval.multiplied
+    listed = {id(site.weight) for site in runs.program.sites} | runs.in_eval.functional.keys()
+    for path, parameter in parameters_by_path(module):
+        slot = ParameterSlot.of(path)
+        owner = module.get_submodule(slot.owner)
+        if id(parameter) not in multiplied or id(parameter) in listed or parameter.dim() < 2 or id(owner) in inside:
+            continue
+        if not is_candidate(owner):
+            name = multiplied[id(parameter)]
+            site = Site(name=path, layer=owner, kind=name, operation=None, calls=1, slot=slot)
+            note = f"its product by {name} is no linear map for each slice of it"
+            yield replace(site, reason=Reason.READ_ELSEWHERE, note=note)
 
 
 def _functional_site(

@@ -17,13 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from tdfx.factors.operation import Operation
 from tdfx.kinds.attention import attend
-from tdfx.kinds.products import ProductCall, parse_use
+from tdfx.kinds.products import ProductCall, Views
 from tdfx.kinds.registry import find_kind, kind_of
 from tdfx.layers.copying import COMPILED
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.analysis.guard import storage_address
-
 
 Arrange = Callable[[Tensor], Tensor]
 
@@ -59,6 +58,7 @@ class TrainingHooks:
         self._layers: set[int] = set()  # identities of the layers with a hook
         self._uncalled: set[str] = set()  # weights of those that have not been called yet
         self._owner_of: dict[int, _Owner] = {}  # by the identity of the weight
+        self._views = Views()
         self._running: list[tuple[nn.Module, ExitStack]] = []
         self._undo = ExitStack()
         self._roots = [weakref.ref(root) for root in _wrappers(model)]
@@ -158,9 +158,11 @@ class TrainingHooks:
         self._report(path, _operation(layer), x, output)
 
     def _report_function(self, function: object, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
-        call = parse_use(function, args, named)
         if self._running and id(self._running[-1][0]) in self._layers:
             return  # the layer reports itself
+        if self._views.record(function, args, named, output):
+            return
+        call = self._views.call(function, args, named)
         if call is not None and isinstance(call.weight, nn.Parameter | FactorizedParameter):
             path = self._path_of(call.weight)
             operation = call.operation(call.weight.shape) if path else None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from tdfx.kinds.attention import is_attention, projections
 from tdfx.kinds.functional import FunctionCall
-from tdfx.kinds.products import PackedCall, ProductCall, parse_use
+from tdfx.kinds.products import PackedCall, ProductCall, parse_product, parse_use
 from tdfx.kinds.registry import find_kind
+from tdfx.kinds.views import View, view_by
 from tdfx.passes.analysis.owners import Owners, owners_of
 from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.program import Program
@@ -24,9 +27,6 @@ METADATA_FUNCTIONS = frozenset(
     method if callable(method) else method.__get__ for method in (getattr(Tensor, name) for name in METADATA)
 )
 """The same as functions, as ``__torch_function__`` gets them."""
-
-
-_FUNCTIONS = {"call_function", "call_method"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,9 @@ def uses_of(program: Program) -> Uses:
                         reads.update(id(parameter) for parameter in called.parameters())
                 elif node.op == "get_attr":
                     value = _attribute(root, str(node.target))
-                    functional_uses = list(_functional_uses(node, value))
-                    functional[id(value)].extend(functional_uses)
-                    if len(functional_uses) < sum(not _reads_metadata(user) for user in node.users):
+                    found = list(_uses_through(node, View.of(value)))
+                    functional[id(value)].extend(use for use in found if use is not None)
+                    if None in found:
                         reads.add(id(value))
     crossing = {
         id(layer.multihead_attn) for layer in program.module.modules() if isinstance(layer, nn.TransformerDecoderLayer)
@@ -122,11 +122,11 @@ def _add_projections(
 
     ``is_self`` says whether query, key and value are the same.
     """
-    for owner, name in projections(attention):
+    for name, weight in projections(attention):
         call = FunctionCall("F.linear", 0, False, None)
         if name == "in_proj_weight" and not is_self:
             call = PackedCall("attention", 0, False, None, {"groups": 3})
-        functional[id(owner._parameters[name])].append(FunctionalUse(node, call))
+        functional[id(weight)].append(FunctionalUse(node, call))
 
 
 def _is_self_attention(node: fx.Node) -> bool:
@@ -142,15 +142,36 @@ def _shown(root: nn.Module, opaque: Collection[str]) -> Iterator[nn.Module]:
     return (module for module in root.modules() if id(module) not in hidden)
 
 
-def _functional_uses(node: fx.Node, value: object) -> Iterator[FunctionalUse]:
-    """Yield the calls that take a node as their weight and as nothing else."""
+def _uses_through(node: fx.Node, view: View | None, is_view: bool = False) -> Iterator[FunctionalUse | None]:
+    """Yield the calls that take a node, or a view of it, as their weight; None for every other use of its values."""
     for user in node.users:
-        function = getattr(Tensor, str(user.target), None) if user.op == "call_method" else user.target
-        call = parse_use(function, user.args, user.kwargs, node) if user.op in _FUNCTIONS else None
-        if call is None or call.weight is not node or node in call.rest.values():
+        if _reads_metadata(user):
             continue
-        if not isinstance(call, ProductCall) or call.layout(getattr(value, "shape", ())) is not None:
+        function, args, named = _call_of(user)
+        if args and args[0] is node and (inner := view_by(function, view, args[1:], named)) is not None:
+            yield from _uses_through(user, inner, True)
+            continue
+        dims = None if view is None else len(view.axes)
+        call = (parse_product if is_view else parse_use)(function, args, named, node, dims)
+        if call is None or call.weight is not node or node in call.rest.values():
+            yield None
+        elif isinstance(call, ProductCall):
+            on_parameter = call if view is None else call.on(view)
+            is_use = on_parameter is not None and on_parameter.layout(on_parameter.weight.shape) is not None
+            yield FunctionalUse(user, on_parameter) if on_parameter is not None and is_use else None
+        else:
             yield FunctionalUse(user, call)
+
+
+def _call_of(node: fx.Node) -> tuple[object, tuple[Any, ...], Mapping[str, Any]]:
+    """Return the function that a node calls and its arguments, as ``__torch_function__`` gets them."""
+    if node.op == "call_method":
+        return getattr(Tensor, str(node.target), None), node.args, node.kwargs
+    if node.op != "call_function":
+        return None, (), {}
+    if node.target is getattr and node.args[1] in ("T", "mT"):
+        return getattr(Tensor, str(node.args[1])).__get__, node.args[:1], {}
+    return Tensor.__getitem__ if node.target is operator.getitem else node.target, node.args, node.kwargs
 
 
 def _reads_metadata(node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from tdfx.errors import PlanError, PolicyError, nearest
 from tdfx.kinds.functional import FunctionCall
-from tdfx.kinds.products import layout_named
+from tdfx.kinds.layouts import layout_named
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.blockers import blocker_of_weight

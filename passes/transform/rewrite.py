@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from tdfx.distributed.processes import Solo, Task
 from tdfx.kinds.functional import parse_call
-from tdfx.kinds.products import Product
+from tdfx.kinds.layouts import Product
 from tdfx.kinds.stock import build_layer
 from tdfx.layers.attention import mark_encoders
 from tdfx.layers.copying import rebind, structural_copy

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, TypeGuard, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
@@ -49,6 +50,12 @@ def packed_projections(
 
 def _project(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
     is_same = query is key and key is value
+    if torch.compiler.is_compiling() and isinstance(
+        weight, nn.Module
+    ):  # a compiler cannot follow how it hands itself over
+        return cast(
+            "Sequence[Tensor]", weight.__torch_function__(packed_projections, (), (query, key, value, weight, bias))
+        )
     return (F._in_projection_packed if is_same else packed_projections)(query, key, value, weight, bias)
 
 
@@ -72,8 +79,9 @@ def is_transformer_block(module: nn.Module) -> bool:
     return base is not None and type(module).forward is base.forward and "forward" not in module.__dict__
 
 
-def projections(module: nn.MultiheadAttention) -> list[tuple[nn.Module, str]]:
-    """Return where the weights of an attention's projections are: the module that holds each, and its name there."""
+def projections(module: nn.MultiheadAttention) -> list[tuple[str, object]]:
+    """Return the weights of an attention's projections by their names in torch: parameters, or what replaces them."""
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    held = [(module, name) for name in names if module._parameters.get(name) is not None]
-    return [*held, (module.out_proj, "weight")]
+    owners = [*((module, name) for name in names), (module.out_proj, "weight")]
+    values = ((name, owner._parameters.get(name, owner._modules.get(name))) for owner, name in owners)
+    return [(name, value) for name, value in values if value is not None]

@@ -1,14 +1,8 @@
-"""Products with a parameter that are one linear map, or one for each slice of it: matmul, bmm, einsum, grouped products.
-
-Each dimension of the parameter has a role, written as a letter: g for the slices, i for what is summed over with the input,
-o for what comes out. So the weight of ``x @ w`` has the roles ``"io"``, and that of ``torch.bmm(x, w)`` ``"gio"``.
-"""
+"""Products with a parameter that are one linear map, or one for each slice of it: matmul, bmm, einsum, grouped products."""
 
 from __future__ import annotations
 
-import math
 import operator
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,11 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tdfx.factors.operation import Operation
 from tdfx.kinds.attention import packed_projections
 from tdfx.kinds.functional import FunctionCall, parse_call
-from tdfx.kinds.kind import LayerKind
+from tdfx.kinds.layouts import Layout
+from tdfx.kinds.views import View, is_view_function, view_by
 
 _NAMES: dict[Any, str] = {
     F.linear: "F.linear",
@@ -34,9 +30,15 @@ _NAMES: dict[Any, str] = {
     Tensor.bmm: "bmm",
     torch.addmm: "addmm",
     torch.einsum: "einsum",
-    **{getattr(owner, name): "grouped_mm" for owner, name in ((torch, "_grouped_mm"), (F, "grouped_mm")) if hasattr(owner, name)},
+    **{
+        getattr(owner, name): "grouped_mm"
+        for owner, name in ((torch, "_grouped_mm"), (F, "grouped_mm"))
+        if hasattr(owner, name)
+    },
 }
 """Function -> its name in plans."""
+_OTHERS = (torch.baddbmm, torch.addbmm, torch.tensordot, torch.mv, F.bilinear)
+"""Further functions that multiply matrices, with which no parameter is a site."""
 _ORDERS = {
     "F.linear": ("input", "weight", "bias"),
     "addmm": ("bias", "input", "weight"),
@@ -44,139 +46,52 @@ _ORDERS = {
 }
 """Name -> the order of its arguments; input and weight for all others."""
 _ALIASES = {"other": "weight", "mat2": "weight", "mat_b": "weight", "mat1": "input", "mat_a": "input", "self": "input"}
+FORMS = frozenset(
+    (
+        "__getitem__",
+        "chunk",
+        "contiguous",
+        "expand",
+        "flatten",
+        "gather",
+        "index_select",
+        "permute",
+        "repeat",
+        "reshape",
+    )
+    + ("select", "split", "squeeze", "t", "to", "transpose", "type", "unbind", "unflatten", "unsqueeze", "view")
+)
+"""Methods by which code takes parts out of a tensor or brings it into another form."""
 _ANY = "."
 """Stands for the ellipsis of an equation: any number of dimensions."""
 
 
-class Product(nn.Module):
-    """Holds a parameter as the layer of which it would be the weight; it is never called."""
+class Views:
+    """Remembers which tensors are views of parameters, as long as they live."""
 
-    def __init__(self, layout: Layout, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.layout = layout
-        self.weight = weight
+    def __init__(self) -> None:
+        self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def extra_repr(self) -> str:
-        """Name the product, and the shape of the parameter."""
-        return f"{self.layout.name}, {'×'.join(map(str, self.layout.shape))}"
+    def of(self, value: Any) -> View | None:
+        """Return the view that a value is, a parameter being one of itself; None for any other value."""
+        if isinstance(value, nn.Parameter):
+            return View.of(value)
+        if isinstance(value, Tensor):
+            return self._views.get(value)
+        return value.as_view() if hasattr(type(value), "as_view") else None  # factorized
 
+    def record(self, function: object, args: Sequence[Any], named: Mapping[str, Any], result: Any) -> bool:
+        """Record a result that is a view; return False if the function makes none."""
+        if not (args and is_view_function(function)):
+            return False
+        view = view_by(function, self.of(args[0]), args[1:], named)
+        if view is not None and isinstance(result, Tensor):
+            self._views[result] = view
+        return view is not None
 
-@dataclass(frozen=True)
-class Layout(LayerKind):
-    """How a parameter holds the weight of a linear map: the kind of one ``Product``."""
-
-    product: str
-    """The name of the product."""
-    roles: str
-    """A letter for each dimension: g, i or o."""
-    shape: tuple[int, ...]
-    """The shape of the parameter."""
-
-    layer = Product
-    bias = None
-
-    @property
-    def name(self) -> str:
-        """The name in plans, with the roles, from which ``layout_named`` makes the layout again."""
-        return f"{self.product}[{self.roles}]"
-
-    def size(self, role: str) -> int:
-        """Return how many values there are along all dimensions of a role."""
-        return math.prod(self.sizes(role))
-
-    def sizes(self, role: str) -> list[int]:
-        """Return the sizes of the dimensions of a role."""
-        return [size for letter, size in zip(self.roles, self.shape, strict=True) if letter == role]
-
-    def operation(self, layer: nn.Module | None = None) -> Operation:
-        """Return the linear map."""
-        groups, in_channels, out_channels = map(self.size, "gio")
-        return Operation(in_channels=groups * in_channels, out_channels=groups * out_channels, groups=groups)
-
-    @property
-    def _order(self) -> list[int]:
-        return [axis for role in "goi" for axis, letter in enumerate(self.roles) if letter == role]
-
-    def to_dense(self, weight: Tensor) -> Tensor:
-        """Return the weight as a matrix (g o, i)."""
-        return weight.permute(self._order).reshape(-1, self.size("i"))
-
-    def from_dense(self, weight: Tensor) -> Tensor:
-        """Return a matrix (g o, i) in the layout of the parameter."""
-        order = self._order
-        shaped = weight.reshape([self.shape[axis] for axis in order])
-        return shaped.permute([order.index(axis) for axis in range(len(order))])
-
-
-def layout_named(kind: str, shape: Sequence[int]) -> Layout | None:
-    """Return the layout that a plan names, for a parameter of this shape; None if the name is that of no layout.
-
-    >>> layout_named("bmm[gio]", (4, 8, 16)).operation().weight_shape
-    (64, 8)
-    """
-    match = re.fullmatch(r"(\w[\w.]*)\[([gio]+)\]", kind)
-    return Layout(match[1], match[2], tuple(shape)) if match and len(match[2]) == len(shape) else None
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A parameter with its dimensions in another order, or one slice of it."""
-
-    parameter: Any
-    axes: tuple[int, ...]
-    """Dimension of the view -> dimension of the parameter."""
-    picked: tuple[tuple[int, Any], ...] = ()
-    """Dimensions of the parameter at which one slice was taken, with its index."""
-
-    @classmethod
-    def of(cls, parameter: Any) -> View:
-        """Return a parameter as it is."""
-        return cls(parameter, tuple(range(len(parameter.shape))))
-
-
-def _transposed(view: View, first: int, second: int) -> View:
-    axes = list(view.axes)
-    axes[first], axes[second] = axes[second], axes[first]
-    return replace(view, axes=tuple(axes))
-
-
-def _reversed(view: View) -> View | None:
-    return replace(view, axes=view.axes[::-1]) if len(view.axes) == 2 else None
-
-
-def _swapped(view: View) -> View | None:
-    return _transposed(view, -2, -1) if len(view.axes) >= 2 else None
-
-
-def _permuted(view: View, *dims: Any) -> View:
-    order = dims[0] if len(dims) == 1 else dims
-    return replace(view, axes=tuple(view.axes[dim] for dim in order))
-
-
-def _slice(view: View, index: Any) -> View | None:
-    is_number = isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and index.dtype is not torch.bool)
-    if not is_number or isinstance(index, bool) or not view.axes:
-        return None
-    return replace(view, axes=view.axes[1:], picked=(*view.picked, (view.axes[0], index)))
-
-
-_VIEWS: dict[Any, Callable[..., View | None]] = {
-    Tensor.transpose: _transposed,
-    torch.transpose: _transposed,
-    Tensor.t: _reversed,
-    torch.t: _reversed,
-    Tensor.T.__get__: _reversed,  # type: ignore[attr-defined]
-    Tensor.mT.__get__: _swapped,  # type: ignore[attr-defined]
-    Tensor.permute: _permuted,
-    torch.permute: _permuted,
-    Tensor.__getitem__: _slice,
-}
-
-
-def view_by(function: object, view: View | None, rest: Sequence[Any], named: Mapping[str, Any]) -> View | None:
-    """Return the view that a function makes of a view; None if it does anything else."""
-    make = _VIEWS.get(function) if isinstance(function, Hashable) else None
-    return None if make is None or view is None or named else make(view, *rest)
+    def call(self, function: object, args: Sequence[Any], named: Mapping[str, Any]) -> FunctionCall | None:
+        """Return the parts of a call as ``parse_use`` does; where its weight is a view, as a product of the parameter."""
+        return parse_through(function, args, named, self.of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +132,11 @@ class ProductCall(FunctionCall):
         assert layout is not None
         groups, in_channels = layout.size("g"), layout.size("i")
         rows = x.numel() // max(in_channels, 1)
-        shared = self.name != "grouped_mm" and not (self.view and self.view.picked) and not self._groups <= set(self.terms[0])
+        shared = (
+            self.name != "grouped_mm"
+            and not (self.view and self.view.picked)
+            and not self._groups <= set(self.terms[0])
+        )
         return (rows if shared else -(-rows // groups), groups * in_channels)
 
     @property
@@ -304,13 +223,19 @@ def _roles(x: str, weight: str, out: str) -> str | None:
     return "".join(roles) if all(roles) and {"i", "o"} <= set(roles) else None
 
 
+def product_name(function: object) -> str | None:
+    """Return the name of a function that multiplies matrices; None for all others."""
+    name = _NAMES.get(function) if isinstance(function, Hashable) else None
+    return name or getattr(function, "__name__", None) if name or function in _OTHERS else None
+
+
 def parse_product(
-    function: object, args: Sequence[Any], named: Mapping[str, Any], weight: object = None
+    function: object, args: Sequence[Any], named: Mapping[str, Any], weight: object = None, dims: int | None = None
 ) -> ProductCall | None:
     """Return the parts of a product that is linear in one operand with the other as its weight; None for all else.
 
     ``weight`` is the operand that is the weight; left out, it is the parameter among the operands of an einsum, and the
-    second operand of the other products.
+    second operand of the other products. ``dims`` are its dimensions, where it is no tensor.
     """
     name = _NAMES.get(function) if isinstance(function, Hashable) else None
     if name == "einsum":
@@ -324,16 +249,15 @@ def parse_product(
     extra = {key for key, each in rest.items() if each is not None} - {"input", "bias", "offs"}
     if extra or "input" not in rest or (name == "grouped_mm" and rest.get("offs") is None):
         return None
-    terms = _terms(name, rest["input"], value)
+    terms = _terms(name, rest["input"], len(value.shape) if hasattr(value, "shape") else dims or 2)
     return None if terms is None else ProductCall(name, 0, False, value, rest, terms)
 
 
-def _terms(name: str, x: Any, weight: Any) -> tuple[str, str, str] | None:
+def _terms(name: str, x: Any, dims: int) -> tuple[str, str, str] | None:
     if name in ("F.linear", "mm", "addmm"):
         return (".i", "oi", ".o") if name == "F.linear" else (".i", "io", ".o")
     if name in ("bmm", "grouped_mm"):
         return ("gni", "gio", "gno")
-    dims = len(weight.shape) if isinstance(weight, Tensor | nn.Module) else 2
     if dims < 2:
         return None
     if dims == 2:
@@ -355,24 +279,28 @@ def _parse_einsum(args: Sequence[Any], weight: object) -> ProductCall | None:
         return None
     sources, out = equation.replace(" ", "").replace("...", _ANY).split("->")
     first, second = sources.split(",")
-    is_first = operands[0] is weight if weight is not None else isinstance(operands[0], nn.Parameter | nn.Module)
+    is_first = (
+        operands[0] is weight
+        if weight is not None
+        else isinstance(operands[0], nn.Parameter) or hasattr(type(operands[0]), "as_view")
+    )
     if is_first:
         first, second, operands = second, first, operands[::-1]
     return ProductCall("einsum", 0, False, operands[1], {"input": operands[0]}, (first, second, out))
 
 
 def parse_use(
-    function: object, args: Sequence[Any], named: Mapping[str, Any], weight: object = None
+    function: object, args: Sequence[Any], named: Mapping[str, Any], weight: object = None, dims: int | None = None
 ) -> FunctionCall | None:
     """Return the parts of a call that computes a convolution, a linear map, or one for each slice of its weight.
 
-    ``weight`` is as for ``parse_product``.
+    ``weight`` and ``dims`` are as for ``parse_product``.
     """
     if function is packed_projections:
         query, key, value, packed, bias = args
         return PackedCall("attention", 0, False, packed, {"input": (query, key, value), "bias": bias, "groups": 3})
     call = parse_call(function, args, named)
-    return parse_product(function, args, named, weight) if call is None else call
+    return parse_product(function, args, named, weight, dims) if call is None else call
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +311,23 @@ class PackedCall(FunctionCall):
         """Return the shape (rows, channels) of the three inputs side by side, with their mean number of rows."""
         inputs, channels = self.rest["input"], weight_shape[1]
         return sum(x.numel() for x in inputs) // (3 * channels), 3 * channels
+
+
+def parse_through(
+    function: object, args: Sequence[Any], named: Mapping[str, Any], view_of: Callable[[Any], View | None]
+) -> FunctionCall | None:
+    """Return the parts of a call as ``parse_use`` does; where its weight is a view, as a product of the parameter.
+
+    None for a product of a parameter that is no linear map for each slice of it.
+    """
+    call = parse_use(function, args, named)
+    view = None if call is None else view_of(call.weight)
+    if call is not None and view is not None and view.parameter is not call.weight:
+        product = parse_product(function, args, named)
+        call = None if product is None else product.on(view)
+    if not isinstance(call, ProductCall) or view is None:
+        return call
+    return call if call.layout(call.weight.shape) is not None else None
 
 
 def common_use(calls: Sequence[FunctionCall], shape: Sequence[int]) -> tuple[Operation | None, Layout | None] | None:

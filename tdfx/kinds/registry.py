@@ -11,7 +11,7 @@ from torch import nn
 from tdfx.errors import KindError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
-from tdfx.kinds.products import Product
+from tdfx.kinds.layouts import Product
 from tdfx.kinds.stock import BUILT_IN
 
 _kinds: dict[type[nn.Module] | str, LayerKind] = {kind.layer: kind for kind in BUILT_IN}

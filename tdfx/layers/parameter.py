@@ -15,7 +15,9 @@ from tdfx.factors.functions import apply_operation
 from tdfx.factors.operation import Operation
 from tdfx.kinds.attention import attend
 from tdfx.kinds.functional import FunctionCall
-from tdfx.kinds.products import Layout, PackedCall, Product, ProductCall, View, parse_product, parse_use, view_by
+from tdfx.kinds.layouts import Layout, Product
+from tdfx.kinds.products import PackedCall, ProductCall, parse_through
+from tdfx.kinds.views import View, view_by
 from tdfx.layers.factorized import Factorized, Origin, weight_of
 from tdfx.layers.joined import read_only
 
@@ -114,13 +116,17 @@ class FactorizedParameter(Factorized):
     def _is_of_original(self, name: str) -> bool:
         return hasattr(Tensor, name) or super()._is_of_original(name)
 
+    def as_view(self) -> View:
+        """Return the parameter with its dimensions as they are."""
+        return View(self, tuple(range(len(self.shape))))
+
     def __getitem__(self, index: Any) -> Any:
         return self._view("__getitem__", index)
 
     def _view(self, name: str, *args: Any) -> Any:
         """Return a slice or a transpose: a view of the factors where products take the parameter by such views."""
         if isinstance(self.origin.layer, Product):
-            return FactorizedView(View.of(self)).derive(name, *args)
+            return FactorizedView(self.as_view()).derive(name, *args)
         value = getattr(self.weight, name)
         return value(*args) if callable(value) else value
 
@@ -131,7 +137,7 @@ class FactorizedParameter(Factorized):
             if name.startswith("_") or not hasattr(Tensor, name):
                 raise
         if name in _VIEWS and isinstance(self.origin.layer, Product):
-            return getattr(FactorizedView(View.of(self)), name)
+            return getattr(FactorizedView(self.as_view()), name)
         return getattr(self.weight, name)
 
 
@@ -147,6 +153,10 @@ class FactorizedView:
 
     def __init__(self, view: View) -> None:
         self.view = view
+
+    def as_view(self) -> View:
+        """Return what this is a view of, and how."""
+        return self.view
 
     def derive(self, name: str, *args: Any) -> Any:
         """Return a view of this view, made by a method of tensors; of the dense weight where that is no such view."""
@@ -243,16 +253,12 @@ def _call(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     if func is F.multi_head_attention_forward:
         return attend(*args, **named)
     first = args[0] if args else None
-    if isinstance(first, FactorizedView) or (
-        isinstance(first, FactorizedParameter) and isinstance(first.origin.layer, Product)
-    ):
-        view = view_by(func, first.view if isinstance(first, FactorizedView) else View.of(first), args[1:], named)
+    is_parameter = isinstance(first, FactorizedParameter) and isinstance(first.origin.layer, Product)
+    if is_parameter or isinstance(first, FactorizedView):
+        view = view_by(func, first.as_view(), args[1:], named)
         if view is not None:
             return FactorizedView(view)
-    call = parse_use(func, args, named)
-    if call is not None and isinstance(call.weight, FactorizedView):
-        product = parse_product(func, args, named)
-        call = None if product is None else product.on(call.weight.view)
+    call = parse_through(func, args, named, _view_of)
     if call is not None and isinstance(call.weight, FactorizedParameter):
         out = call.weight._compute(call)
         if out is not NotImplemented:
@@ -261,6 +267,10 @@ def _call(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     dense = _read_only if getattr(func, "__name__", "").endswith("_") or "out" in named else _dense
     args, named = tree_map(dense, (args, named))
     return func(*args, **named)
+
+
+def _view_of(value: Any) -> View | None:
+    return value.as_view() if isinstance(value, FactorizedParameter | FactorizedView) else None
 
 
 def _dense(value: Any) -> Any:
