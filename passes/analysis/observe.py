@@ -19,8 +19,9 @@ from tdfx.cost.setting import Setting, autocast_now
 from tdfx.distributed.processes import Processes
 from tdfx.kinds.attention import attend
 from tdfx.kinds.functional import FunctionCall
-from tdfx.kinds.products import FORMS, Views, product_name
+from tdfx.kinds.products import Views, product_name
 from tdfx.kinds.registry import is_candidate, kind_of
+from tdfx.kinds.views import FORMS
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.analysis.guard import (

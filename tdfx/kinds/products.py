@@ -46,22 +46,6 @@ _ORDERS = {
 }
 """Name -> the order of its arguments; input and weight for all others."""
 _ALIASES = {"other": "weight", "mat2": "weight", "mat_b": "weight", "mat1": "input", "mat_a": "input", "self": "input"}
-FORMS = frozenset(
-    (
-        "__getitem__",
-        "chunk",
-        "contiguous",
-        "expand",
-        "flatten",
-        "gather",
-        "index_select",
-        "permute",
-        "repeat",
-        "reshape",
-    )
-    + ("select", "split", "squeeze", "t", "to", "transpose", "type", "unbind", "unflatten", "unsqueeze", "view")
-)
-"""Methods by which code takes parts out of a tensor or brings it into another form."""
 _ANY = "."
 """Stands for the ellipsis of an equation: any number of dimensions."""
 

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin
 
+_FORMS = (
+    "__getitem__ chunk contiguous expand flatten gather index_select permute repeat reshape select split squeeze t to"
+)
+FORMS = frozenset(f"{_FORMS} transpose type unbind unflatten unsqueeze view".split())
+"""Methods by which code takes parts out of a tensor or brings it into another form."""
+
 
 @dataclass(frozen=True, slots=True)
 class View:
