@@ -179,7 +179,7 @@ def test_a_parameter_that_is_added_is_not_listed() -> None:
     assert not tdfx.plan(model, FULL, example_inputs=rand(3, 5, 8)).sites
 
 
-@pytest.mark.parametrize("case", ["bmm", "einsum, heads", "x @ w.T"])
+@pytest.mark.parametrize("case", ["bmm", "x @ w.T"])
 def test_moments_optimizers_copies_and_compiled_code(case: str) -> None:
     dense, x = build(case), rand(3, 5, 8)
     optimizer = torch.optim.Adam(dense.parameters())
