@@ -125,7 +125,7 @@ def test_full_rank_changes_nothing(case: str, observed: bool) -> None:
     for mode in (True, False):
         check_same_run(full, dense, mode, x)
     check_merge(full, dense)
-    assert type(tdfx.merge(full).attention) is nn.MultiheadAttention  # type: ignore[union-attr]
+    assert type(tdfx.merge(full).attention) is nn.MultiheadAttention
 
 
 @every_case
@@ -257,7 +257,7 @@ def test_an_altered_projection_is_not_merged() -> None:
 
 def test_a_vision_transformer_is_rewritten_whole_and_verified() -> None:
     dense = VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=4).double().eval()
-    nn.init.normal_(dense.heads[0].weight, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    nn.init.normal_(dense.heads[0].weight, generator=torch.Generator().manual_seed(1))
     x = rand(2, 3, 16, 16)
     plan = tdfx.plan(dense, FULL, example_inputs=x)
     assert len(plan.factorized) == len(plan) == 1 + 4 + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,7 +148,7 @@ class _CallRecorder(TorchFunctionMode):
         self.depth_in_layers = 0
         self.paths: dict[int, str] = {}
         self.views = Views()
-        self.parts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.parts: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
         """Tensor that was taken out of a parameter, or is another form of one -> the parameter, by identity."""
 
     def attach(self, path: str, layer: nn.Module) -> None:

@@ -32,6 +32,9 @@ def _with_globals(function: Callable[..., Any], **changed: Any) -> Callable[...,
     return copied
 
 
+_packed: Callable[..., Sequence[Tensor]] = F._in_projection_packed  # type: ignore[attr-defined]
+
+
 def packed_projections(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Sequence[Tensor]:
@@ -44,19 +47,19 @@ def packed_projections(
     """
     given = (query, key, value, weight, bias)
     if has_torch_function(given):
-        return cast("Sequence[Tensor]", handle_torch_function(packed_projections, given, *given))
-    return cast("Sequence[Tensor]", F._in_projection_packed(*given))
+        return handle_torch_function(packed_projections, given, *given)
+    return _packed(*given)
 
 
 def _project(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
-    is_same = query is key and key is value
-    if torch.compiler.is_compiling() and isinstance(
-        weight, nn.Module
-    ):  # a compiler cannot follow how it hands itself over
-        return cast(
-            "Sequence[Tensor]", weight.__torch_function__(packed_projections, (), (query, key, value, weight, bias))
-        )
-    return (F._in_projection_packed if is_same else packed_projections)(query, key, value, weight, bias)
+    given = (query, key, value, weight, bias)
+    if query is key and key is value:
+        return _packed(*given)
+    if torch.compiler.is_compiling() and isinstance(weight, nn.Module):
+        # A compiler cannot follow how the weight is asked for its own computation.
+        project = cast("Callable[..., Sequence[Tensor]]", weight.__torch_function__)
+        return project(packed_projections, (), given)
+    return packed_projections(*given)
 
 
 attend: Callable[..., tuple[Tensor, Tensor | None]] = _with_globals(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +54,7 @@ class Views:
     """Remembers which tensors are views of parameters, as long as they live."""
 
     def __init__(self) -> None:
-        self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._views: MutableMapping[Tensor, View] = WeakIdKeyDictionary()
 
     def of(self, value: Any) -> View | None:
         """Return the view that a value is, a parameter being one of itself; None for any other value."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 _FORMS = (
     "__getitem__ chunk contiguous expand flatten gather index_select permute repeat reshape select split squeeze t to"
@@ -30,7 +30,7 @@ class View:
     @classmethod
     def of(cls, parameter: Any) -> View | None:
         """Return a parameter as it is; None for one that has no shape yet, and for anything without a shape."""
-        if isinstance(parameter, UninitializedTensorMixin) or not hasattr(parameter, "shape"):
+        if isinstance(parameter, UninitializedParameter) or not hasattr(parameter, "shape"):
             return None
         return cls(parameter, tuple(range(len(parameter.shape))))
 

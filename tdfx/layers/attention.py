@@ -55,9 +55,9 @@ def mark_encoders(model: nn.Module) -> None:
 def dense_encoder(encoder: nn.Module) -> nn.Module:
     """Return a copy of a module with the joined weights in the place of the factors, in their dtype, and all else shared."""
     layers = [layer for layer in encoder.modules() if isinstance(layer, Factorized)]
-    merged = {layer: layer.merged(layer.dense_weight()) for layer in layers}
-    names = {id(dense): layer for layer, dense in merged.items()}
-    copied = structural_copy(encoder, dict(merged))
+    merged: dict[nn.Module, nn.Module] = {layer: layer.merged(layer.dense_weight()) for layer in layers}
+    names = {id(merged[layer]): layer for layer in layers}
+    copied = structural_copy(encoder, merged)
     for owner in list(copied.modules()):
         for name, child in list(owner._modules.items()):
             layer = names.get(id(child))

@@ -69,7 +69,8 @@ class FactorizedParameter(Factorized):
         """Compute a call by the factors; NotImplemented for a call that they cannot stand for."""
         given: FunctionCall = replace(call, rest=tree_map(_dense, call.rest))
         if isinstance(given, PackedCall):
-            return self._project(*given.rest["input"], given.rest["bias"])
+            query, key, value = given.rest["input"]
+            return self._project(query, key, value, given.rest["bias"])
         if isinstance(given, ProductCall):
             layout = given.layout(self.shape)
             if layout is None or layout.roles != self._roles:
@@ -253,11 +254,11 @@ def _call(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     if func is F.multi_head_attention_forward:
         return attend(*args, **named)
     first = args[0] if args else None
-    is_parameter = isinstance(first, FactorizedParameter) and isinstance(first.origin.layer, Product)
-    if is_parameter or isinstance(first, FactorizedView):
-        view = view_by(func, first.as_view(), args[1:], named)
-        if view is not None:
-            return FactorizedView(view)
+    has_views = isinstance(first, FactorizedView) or (
+        isinstance(first, FactorizedParameter) and isinstance(first.origin.layer, Product)
+    )
+    if has_views and (view := view_by(func, _view_of(first), args[1:], named)) is not None:
+        return FactorizedView(view)
     call = parse_through(func, args, named, _view_of)
     if call is not None and isinstance(call.weight, FactorizedParameter):
         out = call.weight._compute(call)
