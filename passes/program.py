@@ -11,6 +11,7 @@ from tdfx.cost.count import Flow
 from tdfx.distributed.processes import Processes, Solo
 from tdfx.factors.metric import Metric
 from tdfx.factors.operation import Operation
+from tdfx.kinds.layouts import Layout
 from tdfx.kinds.registry import find_kind, kind_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
@@ -75,6 +76,8 @@ class Site:
     """Other paths at which the model holds the same layer."""
     slot: ParameterSlot | None = None
     """The parameter that a rewrite replaces, where functions take it as their weight and the layer stays."""
+    layout: Layout | None = None
+    """How the parameter of ``slot`` holds the weight; None where it is in the layout of ``F.linear`` or ``F.conv*``."""
     flows: tuple[Flow, ...] | None = None
     """What flows into each call; None without example inputs, empty where they do not reach the site in either mode."""
 
@@ -121,7 +124,9 @@ class Site:
 
     def as_dense(self, weight: Tensor) -> Tensor:
         """Return the values of the weight in the layout of its operation."""
-        return weight if self.slot is not None else kind_of(self.layer).to_dense(weight)
+        if self.slot is None or self.layout is not None:
+            return (self.layout or kind_of(self.layer)).to_dense(weight)
+        return weight
 
     @property
     def path(self) -> str:

@@ -115,7 +115,8 @@ def check_convolutions_and_attention(mesh: DeviceMesh) -> None:
     single_run = training_run(mixed(), sgd, halves=False)
     assert_same_runs(run, single_run)
     plan: Any = run.small._tdfx_plan
-    assert plan["attention.out_proj"].reason == tdfx.Reason.READ_ELSEWHERE
+    assert plan["attention.in_proj_weight"].factorized
+    assert plan["attention.out_proj"].factorized
     assert plan["blocks.0"].factorized
     assert plan["blocks.0"].flops_before == single_run.small._tdfx_plan["blocks.0"].flops_before  # type: ignore[index, union-attr]
 

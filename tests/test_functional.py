@@ -716,11 +716,11 @@ class Elsewhere(Hidden):
         return super().forward(x) + y.mean()  # type: ignore[no-any-return]
 
 
-def test_parameters_that_modules_of_torch_use_themselves_are_not_functional_sites() -> None:
+def test_parameters_that_attention_of_torch_uses_are_functional_sites() -> None:
     plan = tdfx.plan(Elsewhere(), FULL, example_inputs=inputs())
-    assert plan["attention.in_proj_weight"].reason is tdfx.Reason.READ_ELSEWHERE
-    assert plan["attention.out_proj"].reason is tdfx.Reason.READ_ELSEWHERE
-    assert len(plan.factorized) == 5
+    assert plan["attention.in_proj_weight"].parameter == "attention.in_proj_weight"
+    assert plan["attention.out_proj"].parameter == "attention.out_proj.weight"
+    assert len(plan.factorized) == 5 + 2
 
 
 class Checkpointed(Direct):

@@ -141,8 +141,8 @@ def described(model: nn.Module) -> list[tuple[str, torch.Size, torch.dtype, tupl
     return [(key, value.shape, value.dtype, value.stride()) for key, value in model.state_dict().items()]
 
 
-def test_a_layer_without_a_kind_is_not_a_site() -> None:
-    assert [site.name for site in tdfx.plan(Net(Projection(9, 5)), FULL)] == ["first"]
+def test_a_layer_without_a_kind_is_a_site_by_its_parameter() -> None:
+    assert [site.name for site in tdfx.plan(Net(Projection(9, 5)), FULL)] == ["first", "last.kernel"]
     register_kind(ProjectionKind)
     plan = tdfx.plan(Net(Projection(9, 5)), FULL, example_inputs=torch.rand(3, 7))
     assert [(site.name, site.kind, site.shape) for site in plan.factorized] == [
@@ -296,8 +296,7 @@ def test_a_subclass_is_of_the_kind_as_long_as_it_computes_the_same() -> None:
     plan = tdfx.plan(nn.Sequential(Renamed(5, 5), Doubled(5, 5), HasMore()), FULL)
     assert plan["0"].factorized
     assert plan["0"].kind == "Projection"
-    assert plan["1"].reason is tdfx.Reason.CUSTOM_FORWARD
-    assert plan["1"].note == "Doubled does not compute what Projection does"
+    assert (plan["1"].kind, plan["1"].parameter) == ("matmul[io]", "1.kernel"), "a product within a forward of its own"
     assert plan["2"].note == "HasMore holds more than a weight and a bias"
     merged = tdfx.merge(tdfx.rewrite(Net(Renamed(9, 5)), FULL))
     assert type(merged.get_submodule("last")) is Renamed

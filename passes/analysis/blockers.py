@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tdfx.factors.operation import Operation
+from tdfx.kinds.attention import is_attention
 from tdfx.kinds.registry import kind_of, operation_of
 from tdfx.layers.placement import is_sharded
 from tdfx.passes.analysis.owners import Owners
@@ -17,10 +18,13 @@ from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.analysis.uses import Uses
 from tdfx.plans.plan import Reason
 
+USED_TWICE = "forward uses its weight in two ways: its dimensions have other roles in one call than in another"
+"""The note for a parameter whose calls differ in what they sum over."""
+
 
 def layers_inside_leaves(root: nn.Module) -> dict[int, type[nn.Module]]:
     """Return the layers inside modules that no graph looks into: layer, by identity -> class of that module."""
-    leaves = [module for module in root.modules() if is_site_or_leaf(module)]
+    leaves = [module for module in root.modules() if is_site_or_leaf(module) and not is_attention(module)]
     return {id(layer): type(leaf) for leaf in leaves for layer in leaf.modules() if layer is not leaf}
 
 

@@ -10,11 +10,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tdfx.factors.operation import Operation
+from tdfx.kinds.products import common_use
 from tdfx.kinds.registry import is_candidate, kind_of, operation_of
 from tdfx.layers.alterations import alteration_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
-from tdfx.passes.analysis.blockers import blocker_of_layer, blocker_of_weight, layers_inside_leaves, note_of_reader
+from tdfx.passes.analysis.blockers import (
+    USED_TWICE,
+    blocker_of_layer,
+    blocker_of_weight,
+    layers_inside_leaves,
+    note_of_reader,
+)
 from tdfx.passes.analysis.readers import read_weights
 from tdfx.passes.analysis.uses import Uses, uses_of
 from tdfx.passes.base import Change, Pass, PassResult
@@ -117,11 +124,16 @@ def _functional_site(name: str, kind: str, slot: ParameterSlot, owner: nn.Module
     assert parameter is not None
     functional_uses = uses.functional[id(parameter)]
     # Its factors will take stride, padding and dilation from each call, so any call gives the operation.
-    operation = functional_uses[0].call.operation(parameter.shape)
-    nodes = tuple(use.node for use in functional_uses)
+    common = common_use([use.call for use in functional_uses], parameter.shape)
+    operation, layout = common or (None, None)
+    kind = kind if layout is None else layout.name
+    nodes = tuple(use.node for use in functional_uses if use.node is not None)
+    calls = uses.count(nodes) or len(functional_uses)
     reason, note = blocker_of_weight(parameter, kind, operation, uses.owners, uses.reads, uses.shards)
-    site = Site(name=name, layer=owner, kind=kind, operation=operation, calls=uses.count(nodes), nodes=nodes, slot=slot)
-    return replace(site, reason=reason, note=note)
+    if common is None:
+        reason, note = Reason.READ_ELSEWHERE, USED_TWICE
+    site = Site(name=name, layer=owner, kind=kind, operation=operation, calls=calls, nodes=nodes, slot=slot)
+    return replace(site, layout=layout, reason=reason, note=note)
 
 
 def _factorized_site(path: str, layer: Factorized, uses: Uses, root: nn.Module) -> Site:
@@ -129,7 +141,8 @@ def _factorized_site(path: str, layer: Factorized, uses: Uses, root: nn.Module) 
     slot = ParameterSlot.of(path) if isinstance(layer, FactorizedParameter) else None
     if slot is not None and is_candidate(root.get_submodule(slot.owner)):
         path = slot.owner
-    nodes = uses.calls.get(id(layer), ()) + tuple(use.node for use in uses.functional.get(id(layer), ()))
+    functional = (use.node for use in uses.functional.get(id(layer), ()) if use.node is not None)
+    nodes = (*uses.calls.get(id(layer), ()), *functional)
     calls = uses.count(nodes) if id(layer) in uses.traced else 1
     kind, operation = kind_of(original).name, operation_of(original)
     site = Site(name=path, layer=layer, kind=kind, operation=operation, calls=calls, nodes=nodes, slot=slot)

@@ -19,7 +19,7 @@ from tdfx.distributed.processes import Processes
 from tdfx.errors import CheckpointError, ModelError, nearest
 from tdfx.factors.moments import FEWEST_ROWS, SiteMoments, mean_diagonal, moment_shape, sample_rows, second_moment
 from tdfx.factors.operation import Operation
-from tdfx.passes.analysis.training_hooks import TrainingHooks
+from tdfx.passes.analysis.training_hooks import Arrange, TrainingHooks
 
 _KEPT = 8
 """How many newer units may begin while a unit has no gradients yet, and how many batches are kept."""
@@ -175,7 +175,7 @@ class Moments:
         self._waiting.append(unit)
         return unit
 
-    def _on_call(self, path: str, operation: Operation, x: Tensor, output: Tensor) -> None:
+    def _on_call(self, path: str, operation: Operation, x: Tensor, output: Tensor, arrange: Arrange) -> None:
         """Take the input's moment of one call; it is added to the unit when the gradient of the output arrives.
 
         So a call counts as often as a gradient flows through it. A checkpointed block runs twice, and the gradients flow
@@ -194,7 +194,7 @@ class Moments:
 
         def on_gradient(gradient: Tensor) -> None:
             with _aside(), torch.autocast(gradient.device.type, enabled=False):
-                outputs = second_moment(sample_rows(gradient, dim, share, turn), groups)
+                outputs = second_moment(sample_rows(arrange(gradient), dim, share, turn), groups)
                 unit.add(path, _Sums(inputs, outputs, count))
 
         # An operation in place on a view, such as a ReLU, replaces the view's own gradient function, and hooks with it.

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tdfx.cost.setting import Setting, autocast_now
 from tdfx.distributed.processes import Processes
-from tdfx.kinds.functional import FunctionCall, parse_call
+from tdfx.kinds.attention import attend
+from tdfx.kinds.functional import FunctionCall
+from tdfx.kinds.products import Views, product_name
 from tdfx.kinds.registry import is_candidate, kind_of
+from tdfx.kinds.views import FORMS
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.analysis.guard import (
@@ -42,8 +47,8 @@ class Entered:
     """Where and how the call computed, as far as its input shows; the dtype is the input's."""
 
     @classmethod
-    def of(cls, tensor: Tensor, input_addresses: Collection[int]) -> Entered:
-        """Describe a tensor, given the addresses of the storages of the model's own inputs."""
+    def of(cls, tensor: Tensor, input_addresses: Collection[int], shape: tuple[int, ...] | None = None) -> Entered:
+        """Describe a tensor, given the addresses of the storages of the model's own inputs, and its shape as a flow."""
         kind = tensor.device.type
         setting = Setting(
             device=kind,
@@ -52,7 +57,7 @@ class Entered:
             channels_last=is_channels_last(tensor),
             wants_input_gradient=storage_address(tensor) not in input_addresses,
         )
-        return cls(tuple(tensor.shape), setting)
+        return cls(tuple(tensor.shape) if shape is None else shape, setting)
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -73,6 +78,8 @@ class Observed:
     """Path of a layer -> its input, call by call."""
     functional: defaultdict[int, list[tuple[FunctionCall, Entered]]] = field(default_factory=lambda: defaultdict(list))
     """Parameter, by identity -> the calls of functions that took it as their weight, with their inputs."""
+    multiplied: dict[int, str] = field(default_factory=dict)
+    """Parameters, by identity, that take part in a product in a way that factors cannot, with the name of the product."""
     reads: set[int] = field(default_factory=set)
     """Parameters, by identity, that were read for anything else, outside of the layers that hold them."""
 
@@ -111,12 +118,14 @@ def _run(scratch: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Ob
         recorder,
         watch_custom_functions(recorder.record_custom_function),
     ):
-        scratch(*arguments, **named)
+        recorder.record_output(scratch(*arguments, **named))
     for clone, original in originals.items():
         if clone in observed.functional:
             observed.functional[original] = observed.functional.pop(clone)
         if clone in observed.reads:
             observed.reads.add(original)
+        if clone in observed.multiplied:
+            observed.multiplied[original] = observed.multiplied.pop(clone)
     return observed
 
 
@@ -138,6 +147,9 @@ class _CallRecorder(TorchFunctionMode):
         self.input_addresses = input_addresses
         self.depth_in_layers = 0
         self.paths: dict[int, str] = {}
+        self.views = Views()
+        self.parts: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
+        """Tensor that was taken out of a parameter, or is another form of one -> the parameter, by identity."""
 
     def attach(self, path: str, layer: nn.Module) -> None:
         """Record what enters a layer; inside a layer that computes what its kind does, record nothing else."""
@@ -166,22 +178,45 @@ class _CallRecorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
-        if not self.depth_in_layers:
-            self._record(func, args, named)
-        return func(*args, **named)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return attend(*args, **named)
+        if self.depth_in_layers:
+            return func(*args, **named)
+        result = func(*args, **named)
+        if self.views.record(func, args, named, result):
+            return result
+        self._record(func, args, named)
+        if args and getattr(func, "__name__", "") in FORMS and (source := self._source(args[0])) is not None:
+            self.parts.update({part: source for part in tree_leaves(result) if isinstance(part, Tensor)})
+        return result
+
+    def _source(self, value: Any) -> int | None:
+        """Return the parameter, by identity, that a value is, or was taken from; None if it is neither."""
+        if (view := self.views.of(value)) is not None:
+            return id(view.parameter)
+        return self.parts.get(value) if isinstance(value, Tensor) else None
 
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if func in METADATA_FUNCTIONS:
             return
-        call = parse_call(func, args, named)
+        call = self.views.call(func, args, named)
+        is_use = call is not None and isinstance(call.weight, nn.Parameter | FactorizedParameter)
+        if (name := product_name(func)) is not None:
+            operands = tree_leaves(call.rest if call is not None and is_use else (args, named))
+            sources = [self._source(operand) for operand in operands if isinstance(operand, Tensor)]
+            self.observed.multiplied.update({source: name for source in sources if source is not None})
         if call is None:
             self._record_reads((args, named))
             return
         x = call.rest.get("input")
-        if isinstance(call.weight, nn.Parameter) and isinstance(x, Tensor):
-            self.observed.functional[id(call.weight)].append((call, Entered.of(x, self.input_addresses)))
-        elif isinstance(call.weight, FactorizedParameter) and isinstance(x, Tensor):
-            self._record_input(self.paths[id(call.weight)], x)
+        first = x[0] if isinstance(x, tuple) else x
+        if isinstance(call.weight, nn.Parameter) and isinstance(first, Tensor):
+            entered = Entered.of(first, self.input_addresses, call.flow_shape(call.weight.shape))
+            self.observed.functional[id(call.weight)].append((call, entered))
+        elif isinstance(call.weight, FactorizedParameter) and isinstance(first, Tensor):
+            shape = call.flow_shape(call.weight.shape)
+            self.observed.entering[self.paths[id(call.weight)]].append(Entered.of(first, self.input_addresses, shape))
         self._record_reads(call.rest)
 
     def record_custom_function(self, function: type, arguments: Any) -> None:
@@ -189,8 +224,14 @@ class _CallRecorder(TorchFunctionMode):
         if not self.depth_in_layers:
             self._record_reads(arguments)
 
+    def record_output(self, output: Any) -> None:
+        """Record that what the model returns is read by other code."""
+        self._record_reads(output)
+
     def _record_input(self, path: str, x: Tensor) -> None:
         self.observed.entering[path].append(Entered.of(x, self.input_addresses))
 
     def _record_reads(self, values: Any) -> None:
-        self.observed.reads.update(id(value) for value in tree_leaves(values) if isinstance(value, nn.Parameter))
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and (view := self.views.of(value)) is not None:
+                self.observed.reads.add(id(view.parameter))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from tdfx.kinds.attention import is_transformer_block
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.passes.analysis.scope import UNKNOWN, Scope, last_name
 from tdfx.passes.analysis.source import definition_of, is_users_file
@@ -40,7 +41,7 @@ def read_weights(program: Program) -> tuple[dict[int, str], dict[int, str]]:
     named: dict[int, str] = {}
     for module in program.module.modules():
         is_proven = id(module) in proven
-        if is_site_or_leaf(module) or (is_proven and program.emit == "graph"):
+        if is_site_or_leaf(module) or is_transformer_block(module) or (is_proven and program.emit == "graph"):
             continue
         for owner, attribute in _reads(module):
             why = f"forward of {type(module).__name__} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -15,10 +15,11 @@ from tdfx.cost.count import Flow
 from tdfx.distributed.processes import Processes
 from tdfx.errors import InputError, TdfxError
 from tdfx.factors.operation import Operation
+from tdfx.kinds.products import PackedCall, common_use
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.beside import difference
-from tdfx.passes.analysis.blockers import blocker_of_weight, layers_inside_leaves
+from tdfx.passes.analysis.blockers import USED_TWICE, blocker_of_weight, layers_inside_leaves
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.analysis.readers import MAY_READ
 from tdfx.passes.analysis.uses import Uses, uses_of
@@ -118,12 +119,14 @@ def _reopened(site: Site) -> Site:
 
 def _with_functional_sites(runs: _Runs) -> list[Site]:
     module, uses, in_eval = runs.program.module, runs.uses, runs.in_eval
+    runs.program = replace(runs.program, sites=tuple(_as_called(site, in_eval) for site in runs.program.sites))
     inside = layers_inside_leaves(module)
     new = in_eval.functional.keys() - uses.functional.keys()
     slots = [ParameterSlot.of(path) for path, parameter in parameters_by_path(module) if id(parameter) in new]
     slots = [slot for slot in slots if id(module.get_submodule(slot.owner)) not in inside]
+    unsupported = list(_unsupported_products(runs, inside))
     if not slots:
-        return list(runs.program.sites)
+        return _in_order(module, [*runs.program.sites, *unsupported]) if unsupported else list(runs.program.sites)
     reads, doubt = in_eval.reads, ""
     if isinstance(runs.in_train, Observed):
         reads = reads | runs.in_train.reads
@@ -132,7 +135,36 @@ def _with_functional_sites(runs: _Runs) -> list[Site]:
     observed = filter(None, (_functional_site(module, slot, in_eval, uses, reads, doubt) for slot in slots))
     by_name = {site.name: site for site in observed}
     sites = [by_name.pop(site.name, site) for site in runs.program.sites]
-    return _in_order(module, [*sites, *by_name.values()])
+    return _in_order(module, [*sites, *by_name.values(), *unsupported])
+
+
+def _as_called(site: Site, observed: Observed) -> Site:
+    """Return a site with what its calls compute, where a graph or the class of its module leaves that open."""
+    weight = site.weight
+    is_open = site.slot is not None and (not site.nodes or site.layout is not None)
+    calls = observed.functional.get(id(weight), []) if is_open else []
+    if weight is None or not calls:
+        return site
+    operation, layout = common_use([call for call, _ in calls], weight.shape) or (site.operation, site.layout)
+    packed = next((call.name for call, _ in calls if isinstance(call, PackedCall)), "")
+    kind = layout.name if layout is not None else packed or site.kind
+    return replace(site, operation=operation, layout=layout, kind=kind)
+
+
+def _unsupported_products(runs: _Runs, inside: Collection[int]) -> Iterator[Site]:
+    """Yield the parameters that code multiplies with in a way that factors cannot stand for, each with that reason."""
+    module, multiplied = runs.program.module, runs.in_eval.multiplied
+    listed = {id(site.weight) for site in runs.program.sites} | runs.in_eval.functional.keys()
+    for path, parameter in parameters_by_path(module):
+        slot = ParameterSlot.of(path)
+        owner = module.get_submodule(slot.owner)
+        if id(parameter) not in multiplied or id(parameter) in listed or parameter.dim() < 2 or id(owner) in inside:
+            continue
+        if not is_candidate(owner):
+            name = multiplied[id(parameter)]
+            site = Site(name=path, layer=owner, kind=name, operation=None, calls=1, slot=slot)
+            note = f"its product by {name} is no linear map for each slice of it"
+            yield replace(site, reason=Reason.READ_ELSEWHERE, note=note)
 
 
 def _functional_site(
@@ -146,14 +178,17 @@ def _functional_site(
     layer_kind = kind_of(owner) if is_candidate(owner) else None
     if layer_kind is not None and slot.name != layer_kind.weight:
         return None
-    kind = layer_kind.name if layer_kind is not None else calls[0][0].name
-    operation = calls[0][0].operation(parameter.shape)
+    common = common_use([call for call, _ in calls], parameter.shape)
+    operation, layout = common or (None, None)
+    kind = layer_kind.name if layer_kind is not None else calls[0][0].name if layout is None else layout.name
     reason, note = blocker_of_weight(parameter, kind, operation, uses.owners, reads, uses.shards)
     if reason is None and doubt:
         reason, note = Reason.READ_ELSEWHERE, doubt
+    if common is None:
+        reason, note = Reason.READ_ELSEWHERE, USED_TWICE
     name = slot.owner if layer_kind is not None else slot.path
     site = Site(name=name, layer=owner, kind=kind, operation=operation, calls=len(calls), slot=slot)
-    return replace(site, reason=reason, note=note)
+    return replace(site, layout=layout, reason=reason, note=note)
 
 
 def _in_order(root: nn.Module, sites: list[Site]) -> list[Site]:
@@ -199,7 +234,7 @@ def _with_flows(site: Site, observed: Observed, in_graph: bool) -> Site:
         note = "the example inputs send no values through it"
         return replace(site, flows=(), calls=len(all_entered), reason=Reason.NOT_CALLED, note=note)
     flows = tuple(_flow(each, site, site.operation) for each in entered) if site.operation is not None else ()
-    if calls and site.weight is not None:
+    if calls and site.weight is not None and site.operation is not None and site.operation.dims:
         operations = (call.operation(site.weight.shape) for call, _ in calls)
         flows = tuple(replace(flow, operation=operation) for flow, operation in zip(flows, operations, strict=False))
     if site.reason is None and id(site.weight) in observed.reads:

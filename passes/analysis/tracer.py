@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._pytree import tree_leaves
 
+from tdfx.kinds.attention import is_transformer_block
 from tdfx.kinds.registry import find_kind
 from tdfx.layers.factorized import Factorized
 from tdfx.passes.analysis.code_reader import UnsafeCodeError, refuse_wrapped_forward
@@ -165,7 +166,7 @@ def is_site_or_leaf(module: nn.Module) -> bool:
     kind = find_kind(module)
     if kind is not None:
         return kind.is_intact(module)
-    return bool(fx.Tracer().is_leaf_module(module, ""))
+    return not is_transformer_block(module) and bool(fx.Tracer().is_leaf_module(module, ""))
 
 
 def _execution_context() -> tuple[object, ...]:

@@ -9,18 +9,22 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from tdfx.factors.operation import Operation
-from tdfx.kinds.functional import parse_call
+from tdfx.kinds.attention import attend
+from tdfx.kinds.products import ProductCall, Views
 from tdfx.kinds.registry import find_kind, kind_of
 from tdfx.layers.copying import COMPILED
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.analysis.guard import storage_address
+
+Arrange = Callable[[Tensor], Tensor]
 
 
 class TrainingHooks:
@@ -37,14 +41,15 @@ class TrainingHooks:
         self,
         model: nn.Module,
         on_forward: Callable[[tuple[Any, ...], dict[str, Any]], None],
-        on_call: Callable[[str, Operation, Tensor, Tensor], None],
+        on_call: Callable[[str, Operation, Tensor, Tensor, Arrange], None],
     ) -> None:
         """Attach the hooks.
 
         Args:
             model: The model as the training loop calls it.
             on_forward: Called before each forward pass of the model, with its arguments.
-            on_call: Called after each call of a site with the path of its weight, what it computes, its input and output.
+            on_call: Called after each call of a site with the path of its weight, what it computes, its input and output,
+                and a function that brings the channels of the output, or of its gradient, to where the operation has them.
         """
         self.operations = {}
         self._turns: dict[str, int] = {}
@@ -53,6 +58,7 @@ class TrainingHooks:
         self._layers: set[int] = set()  # identities of the layers with a hook
         self._uncalled: set[str] = set()  # weights of those that have not been called yet
         self._owner_of: dict[int, _Owner] = {}  # by the identity of the weight
+        self._views = Views()
         self._running: list[tuple[nn.Module, ExitStack]] = []
         self._undo = ExitStack()
         self._roots = [weakref.ref(root) for root in _wrappers(model)]
@@ -152,20 +158,34 @@ class TrainingHooks:
         self._report(path, _operation(layer), x, output)
 
     def _report_function(self, function: object, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
-        call = parse_call(function, args, named)
         if self._running and id(self._running[-1][0]) in self._layers:
             return  # the layer reports itself
+        if self._views.record(function, args, named, output):
+            return
+        call = self._views.call(function, args, named)
         if call is not None and isinstance(call.weight, nn.Parameter | FactorizedParameter):
             path = self._path_of(call.weight)
-            if path:
-                self._report(path, call.operation(call.weight.shape), call.rest.get("input"), output)
+            operation = call.operation(call.weight.shape) if path else None
+            if not isinstance(call, ProductCall):
+                self._report(path, operation, call.rest.get("input"), output)
+            elif operation is not None and (arrange := call.arrange()) is not None:
+                self._report_product(path, operation, call.rest["input"], output, arrange)
 
     def _report(self, path: str, operation: Operation | None, x: object, output: object) -> None:
         if operation is None or not _is_plain(x) or not _is_plain(output) or not output.requires_grad:
             return
         dim, channels = -1 - operation.dims, (operation.in_channels, operation.out_channels)
         if min(x.dim(), output.dim()) >= -dim and (x.shape[dim], output.shape[dim]) == channels:
-            self._on_call(path, operation, x, output)
+            self._on_call(path, operation, x, output, _as_it_is)
+
+    def _report_product(
+        self, path: str, operation: Operation, x: object, output: object, arrange: tuple[Arrange, Arrange]
+    ) -> None:
+        """Report a product with its channels brought to the last dimension, for the input here, for gradients later."""
+        if _is_plain(x) and _is_plain(output) and output.requires_grad:
+            with torch.no_grad():
+                rows = arrange[0](x)
+            self._on_call(path, operation, rows, output, arrange[1])
 
     def _path_of(self, weight: nn.Parameter | FactorizedParameter) -> str:
         """Return the path of a weight by its first owner, or "" for a weight of another model.
@@ -228,6 +248,9 @@ class _FunctionWatch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
+        if func is F.multi_head_attention_forward:
+            with self:
+                return attend(*args, **named)
         result = func(*args, **named)
         self.report(func, args, named, result)
         return result
@@ -281,6 +304,10 @@ def _layer_weight(path: str, module: nn.Module) -> str:
     if kind is None or not kind.is_intact(module) or module._parameters.get(kind.weight) is None:
         return ""
     return _join(path, kind.weight)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _operation(layer: nn.Module) -> Operation | None:

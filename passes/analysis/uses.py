@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tdfx.kinds.functional import FunctionCall, parse_call
+from tdfx.kinds.attention import is_attention, projections
+from tdfx.kinds.functional import FunctionCall
+from tdfx.kinds.products import PackedCall, ProductCall, parse_product, parse_use
 from tdfx.kinds.registry import find_kind
+from tdfx.kinds.views import View, view_by
 from tdfx.passes.analysis.owners import Owners, owners_of
 from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.program import Program
@@ -28,7 +33,8 @@ METADATA_FUNCTIONS = frozenset(
 class FunctionalUse:
     """One call in a graph that takes a parameter as its weight."""
 
-    node: fx.Node
+    node: fx.Node | None
+    """The call; None where no graph shows it, and the class of the module tells."""
     call: FunctionCall
 
 
@@ -79,14 +85,22 @@ def uses_of(program: Program) -> Uses:
                 if node.op == "call_module":
                     called = root.get_submodule(str(node.target))
                     calls[id(called)].append(node)
-                    if is_site_or_leaf(called) and find_kind(called) is None:
+                    if is_attention(called):
+                        _add_projections(functional, called, node, _is_self_attention(node))
+                    elif is_site_or_leaf(called) and find_kind(called) is None:
                         reads.update(id(parameter) for parameter in called.parameters())
                 elif node.op == "get_attr":
                     value = _attribute(root, str(node.target))
-                    functional_uses = list(_functional_uses(node))
-                    functional[id(value)].extend(functional_uses)
-                    if len(functional_uses) < sum(not _reads_metadata(user) for user in node.users):
+                    found = list(_uses_through(node, View.of(value)))
+                    functional[id(value)].extend(use for use in found if use is not None)
+                    if None in found:
                         reads.add(id(value))
+    crossing = {
+        id(layer.multihead_attn) for layer in program.module.modules() if isinstance(layer, nn.TransformerDecoderLayer)
+    }
+    for module in program.module.modules():
+        if is_attention(module) and id(module) not in traced:
+            _add_projections(functional, module, None, id(module) not in crossing)
     return Uses(
         calls={key: tuple(nodes) for key, nodes in calls.items()},
         functional={key: tuple(listed) for key, listed in functional.items() if listed},
@@ -98,6 +112,29 @@ def uses_of(program: Program) -> Uses:
     )
 
 
+def _add_projections(
+    functional: Mapping[int, list[FunctionalUse]],
+    attention: nn.MultiheadAttention,
+    node: fx.Node | None,
+    is_self: bool,
+) -> None:
+    """Add the calls that an attention of torch.nn makes with the weights of its projections.
+
+    ``is_self`` says whether query, key and value are the same.
+    """
+    for name, weight in projections(attention):
+        call = FunctionCall("F.linear", 0, False, None)
+        if name == "in_proj_weight" and not is_self:
+            call = PackedCall("attention", 0, False, None, {"groups": 3})
+        functional[id(weight)].append(FunctionalUse(node, call))
+
+
+def _is_self_attention(node: fx.Node) -> bool:
+    """Return True for a call of an attention module with the same query, key and value."""
+    inputs = {**dict(zip(("query", "key", "value"), node.args, strict=False)), **node.kwargs}
+    return inputs.get("query") is inputs.get("key") is inputs.get("value")
+
+
 def _shown(root: nn.Module, opaque: Collection[str]) -> Iterator[nn.Module]:
     """Yield the modules whose calls a graph shows: all but those that lie inside the modules it calls as they are."""
     blocks = [root.get_submodule(path) for path in opaque]
@@ -105,12 +142,36 @@ def _shown(root: nn.Module, opaque: Collection[str]) -> Iterator[nn.Module]:
     return (module for module in root.modules() if id(module) not in hidden)
 
 
-def _functional_uses(node: fx.Node) -> Iterator[FunctionalUse]:
-    """Yield the calls that take a node as their weight and as nothing else."""
+def _uses_through(node: fx.Node, view: View | None, is_view: bool = False) -> Iterator[FunctionalUse | None]:
+    """Yield the calls that take a node, or a view of it, as their weight; None for every other use of its values."""
     for user in node.users:
-        call = parse_call(user.target, user.args, user.kwargs) if user.op == "call_function" else None
-        if call is not None and call.weight is node and node not in call.rest.values():
+        if _reads_metadata(user):
+            continue
+        function, args, named = _call_of(user)
+        if args and args[0] is node and (inner := view_by(function, view, args[1:], named)) is not None:
+            yield from _uses_through(user, inner, True)
+            continue
+        dims = None if view is None else len(view.axes)
+        call = (parse_product if is_view else parse_use)(function, args, named, node, dims)
+        if call is None or call.weight is not node or node in call.rest.values():
+            yield None
+        elif isinstance(call, ProductCall):
+            on_parameter = call if view is None else call.on(view)
+            is_use = on_parameter is not None and on_parameter.layout(on_parameter.weight.shape) is not None
+            yield FunctionalUse(user, on_parameter) if on_parameter is not None and is_use else None
+        else:
             yield FunctionalUse(user, call)
+
+
+def _call_of(node: fx.Node) -> tuple[object, tuple[Any, ...], Mapping[str, Any]]:
+    """Return the function that a node calls and its arguments, as ``__torch_function__`` gets them."""
+    if node.op == "call_method":
+        return getattr(Tensor, str(node.target), None), node.args, node.kwargs
+    if node.op != "call_function":
+        return None, (), {}
+    if node.target is getattr and node.args[1] in ("T", "mT"):
+        return getattr(Tensor, str(node.args[1])).__get__, node.args[:1], {}
+    return Tensor.__getitem__ if node.target is operator.getitem else node.target, node.args, node.kwargs
 
 
 def _reads_metadata(node: fx.Node) -> bool:

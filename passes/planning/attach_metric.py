@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from tdfx.errors import PolicyError
 from tdfx.factors.metric import Metric, MetricName
+from tdfx.factors.moments import moment_shape
 from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import Program, Site
@@ -68,6 +69,11 @@ class AttachMetric(Pass[PassResult]):
         if moments is None or moments.inputs is None or name == "weights":
             return site
         if moments.outputs is None and name != "inputs":
+            return site
+        operation = site.known_operation
+        sides = ((moments.inputs, operation.in_channels), (moments.outputs, operation.out_channels))
+        # An attention that computes its projections in some calls together was recorded as one map, or not at all.
+        if any(side is not None and tuple(side.shape) != moment_shape(operation.groups, size) for side, size in sides):
             return site
         metric: MetricName = "inputs" if name == "inputs" else "loss"
         return replace(site, metric=Metric.of(moments, metric))

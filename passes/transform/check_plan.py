@@ -6,6 +6,7 @@ from collections import Counter
 
 from tdfx.errors import PlanError, PolicyError, nearest
 from tdfx.kinds.functional import FunctionCall
+from tdfx.kinds.layouts import Layout, layout_named
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.blockers import blocker_of_weight
@@ -26,12 +27,15 @@ def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
     owners = owners_of(program.module)
     for decision in plan.factorized:
         site = sites.get(decision.name)
-        if decision.parameter not in parameters or (site is not None and site.reason not in _UNSEEN):
+        weight = parameters.get(decision.parameter or "")
+        layout = None if weight is None else layout_named(decision.kind, weight.shape)
+        is_known = site is not None and site.reason not in _UNSEEN and not _is_seen_otherwise(decision, site, layout)
+        if decision.parameter is None or weight is None or is_known:
             continue
         slot = ParameterSlot.of(decision.parameter)
-        weight = parameters[decision.parameter]
         dims, rest = len(decision.shape) - 2, {"groups": decision.groups}
-        operation = FunctionCall(decision.kind, dims, decision.transposed, None, rest).operation(weight.shape)
+        call = FunctionCall(decision.kind, dims, decision.transposed, None, rest)
+        operation = call.operation(weight.shape) if layout is None else layout.operation()
         # Whether anything else reads the weight was checked when the plan was made, with example inputs.
         reason, note = blocker_of_weight(weight, decision.kind, operation, owners, (), program.shards)
         sites[decision.name] = Site(
@@ -43,8 +47,16 @@ def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
             reason=reason,
             note=note,
             slot=slot,
+            layout=layout,
         )
     return sites
+
+
+def _is_seen_otherwise(decision: SitePlan, site: Site, layout: Layout | None) -> bool:
+    """Return True if a run with example inputs has shown a linear map of other slices than the model's code alone does."""
+    if site.slot is None or site.operation is None or site.operation.dims or isinstance(site.layer, Factorized):
+        return False
+    return site.layout != layout or site.operation.groups != decision.groups
 
 
 def check_plan(plan: Plan, program: Program, *, reads_values: bool = True) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdfx.distributed.processes import Task
 from tdfx.errors import MergeError
 from tdfx.layers.alterations import alteration_of
+from tdfx.layers.attention import mark_encoders
 from tdfx.layers.copying import rebind, structural_copy
 from tdfx.layers.factorized import Factorized, weight_of
 from tdfx.layers.parameter import FactorizedParameter, restore_parameter
@@ -86,6 +87,7 @@ class Merge(Pass[Merged]):
         merged = replacements[module] if module in replacements else structural_copy(module, replacements)
         rebind(merged, module)
         _restore_slots(merged, {id(join.dense): join for join in joins})
+        mark_encoders(merged)
         merged.__dict__.pop(PLAN_ATTRIBUTE, None)
         changes = tuple(Change(join.name, f"Factorized -> {type(join.dense).__name__}") for join in joins)
         return Merged(replace(program, module=merged), changes, joins)

@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 
 from tdfx.distributed.processes import Solo, Task
 from tdfx.kinds.functional import parse_call
+from tdfx.kinds.layouts import Product
 from tdfx.kinds.stock import build_layer
+from tdfx.layers.attention import mark_encoders
 from tdfx.layers.copying import rebind, structural_copy
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
@@ -124,7 +126,9 @@ def _swap(site: Site, decision: SitePlan, factors: Sequence[Tensor]) -> Swap:
     if site.slot is None:
         factorized = Factorized.of(site.layer, chosen.scheme, chosen.ranks, factors)
         return Swap(site.name, site.path, site.weights, factorized, site.layer)
-    stand_in = build_layer(site.known_operation, site.weight, None).train(site.layer.training)
+    parts = (site.known_operation, site.weight, None)
+    stand_in = build_layer(*parts) if site.layout is None else Product(site.layout, site.weight)
+    stand_in.train(site.layer.training)
     parameter = FactorizedParameter.of(stand_in, chosen.scheme, chosen.ranks, factors)
     factorized_before = (child for child in site.layer._modules.values() if isinstance(child, FactorizedParameter))
     siblings = next((child.siblings for child in factorized_before), ())
@@ -148,6 +152,7 @@ def _emit(program: Program, swaps: Sequence[Swap]) -> nn.Module:
         owner = body.get_submodule(swap.slot.owner)
         del owner._parameters[swap.slot.name]
         owner._modules[swap.slot.name] = swap.factorized
+    mark_encoders(body)
     if isinstance(body, FactorizedGraphModule):
         graphs: Sequence[fx.Graph] = body._tdfx_graphs()
         body = body._tdfx_body()
@@ -168,7 +173,9 @@ def _with_calls(graph: fx.Graph, slots: Mapping[str, Swap]) -> fx.Graph:
         transposed = slots[node.target].factorized.operation.transposed
         for user in list(node.users):
             call = parse_call(user.target, user.args, user.kwargs) if user.op == "call_function" else None
-            if call is None or call.weight is not node or call.transposed != transposed:
+            # Products stay: they hand themselves over to the factors, which torch's functions take for a tensor.
+            is_product = isinstance(slots[node.target].factorized.origin.layer, Product)
+            if call is None or call.weight is not node or call.transposed != transposed or is_product:
                 continue
             with graph.inserting_before(user):
                 module_call = graph.call_module(node.target, kwargs=dict(call.rest))

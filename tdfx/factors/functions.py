@@ -37,6 +37,9 @@ def apply_operation(operation: Operation, x: Tensor, weight: Tensor, bias: Tenso
         weight: Shape ``operation.weight_shape``.
         bias: Shape (out,), or None.
     """
+    if operation.dims == 0 and operation.groups > 1:
+        out = grouped_linear(x, weight, operation.groups)
+        return out if bias is None else out + bias
     if operation.dims == 0:
         return F.linear(x, weight, bias)
     function = CONVOLUTIONS[operation.dims, operation.transposed]
@@ -93,6 +96,19 @@ def pointwise_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         Shape (samples, out, height, width), in channels last.
     """
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Compute linear maps of blocks of features side by side.
+
+    Args:
+        x: Shape (..., g i), for g groups.
+        weight: Shape (g o, i).
+        groups: The number of groups.
+    """
+    x_gni = x.reshape(-1, groups, weight.shape[1]).transpose(0, 1)
+    y_gno = torch.bmm(x_gni, weight.view(groups, -1, weight.shape[1]).mT)
+    return y_gno.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _both_ends(operation: Operation) -> list[int]:

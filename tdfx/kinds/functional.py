@@ -69,6 +69,10 @@ class FunctionCall:
             output_padding=output_padding if self.transposed else (),
         )
 
+    def flow_shape(self, weight_shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the input, with the channels as the operation has them."""
+        return tuple(self.rest["input"].shape)
+
 
 def parse_call(function: object, args: Sequence[Any], named: Mapping[str, Any]) -> FunctionCall | None:
     """Return the parts of a call, or None if the function does not compute a convolution or a linear map.

@@ -11,6 +11,7 @@ from torch import nn
 from tdfx.errors import KindError, nearest
 from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
+from tdfx.kinds.layouts import Product
 from tdfx.kinds.stock import BUILT_IN
 
 _kinds: dict[type[nn.Module] | str, LayerKind] = {kind.layer: kind for kind in BUILT_IN}
@@ -48,6 +49,8 @@ def register_kind(kind: KindT) -> KindT:
 
 def find_kind(layer: nn.Module) -> LayerKind | None:
     """Return the kind of a layer, or None for a module of no registered kind."""
+    if isinstance(layer, Product):
+        return layer.layout
     layer_class: type = type(layer)
     return _kind_of_class(layer_class)
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tdfx.factors.functions import is_pointwise
+from tdfx.factors.functions import grouped_linear, is_pointwise
 from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.pointwise import PointwiseConv2d
@@ -19,6 +19,35 @@ class _Linear(LayerKind):
     def operation(self, layer: nn.Module) -> Operation:
         assert isinstance(layer, nn.Linear)
         return Operation(in_channels=layer.in_features, out_channels=layer.out_features)
+
+
+class GroupedLinear(nn.Module):
+    """Linear maps of blocks of features that do not see one another, side by side."""
+
+    def __init__(self, in_features: int, out_features: int, groups: int, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.groups = groups
+        self.weight = weight
+        self.register_parameter("bias", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        return grouped_linear(input, self.weight, self.groups)
+
+    def extra_repr(self) -> str:
+        """Name the sizes."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, groups={self.groups}"
+
+
+class _GroupedLinear(LayerKind):
+    layer = GroupedLinear
+    bias = None
+
+    def operation(self, layer: nn.Module) -> Operation:
+        assert isinstance(layer, GroupedLinear)
+        return Operation(in_channels=layer.in_features, out_channels=layer.out_features, groups=layer.groups)
 
 
 class _Convolution(LayerKind):
@@ -69,6 +98,7 @@ _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BUILT_IN: tuple[LayerKind, ...] = (
     _Linear(),
+    _GroupedLinear(),
     *map(_Convolution, _CONVOLUTIONS),
     _Convolution(PointwiseConv2d),
     *map(_Transposed, _TRANSPOSED),
@@ -84,6 +114,9 @@ def build_layer(operation: Operation, weight: nn.Parameter, bias: nn.Parameter |
         weight: Shape ``operation.weight_shape``.
         bias: Shape (out,), or None.
     """
+    if not operation.dims and operation.groups > 1:
+        assert bias is None, "no site of several linear maps has a bias of its own"
+        return GroupedLinear(operation.in_channels, operation.out_channels, operation.groups, weight)
     layer_class: type[nn.Module] = nn.Linear
     settings: dict[str, Any] = {}
     if operation.dims:

@@ -1,18 +1,25 @@
-"""The module that replaces a parameter which the model's own code passes to ``F.linear`` or ``F.conv*``."""
+"""The module that replaces a parameter which the model's own code passes to ``F.linear``, ``F.conv*`` or a product."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tdfx.factors.functions import apply_operation
 from tdfx.factors.operation import Operation
-from tdfx.kinds.functional import FunctionCall, parse_call
+from tdfx.kinds.attention import attend
+from tdfx.kinds.functional import FunctionCall
+from tdfx.kinds.layouts import Layout, Product
+from tdfx.kinds.products import PackedCall, ProductCall, parse_through
+from tdfx.kinds.views import View, view_by
 from tdfx.layers.factorized import Factorized, Origin, weight_of
+from tdfx.layers.joined import read_only
 
 
 class FactorizedParameter(Factorized):
@@ -58,27 +65,71 @@ class FactorizedParameter(Factorized):
             x = apply_operation(step, x, weight)
         return apply_operation(last, x, last_weight, bias)
 
+    def _compute(self, call: FunctionCall) -> Any:
+        """Compute a call by the factors; NotImplemented for a call that they cannot stand for."""
+        given: FunctionCall = replace(call, rest=tree_map(_dense, call.rest))
+        if isinstance(given, PackedCall):
+            query, key, value = given.rest["input"]
+            return self._project(query, key, value, given.rest["bias"])
+        if isinstance(given, ProductCall):
+            layout = given.layout(self.shape)
+            if layout is None or layout.roles != self._roles:
+                return NotImplemented
+            return given.run(layout, *self.weights)
+        operation = given.operation(self.shape)
+        if operation is None or (isinstance(self.origin.layer, Product) and self._roles != "oi"):
+            return NotImplemented
+        return self._apply_factors(operation, given.rest["input"], given.rest.get("bias"))
+
+    @property
+    def _roles(self) -> str:
+        """The roles of the parameter's dimensions in a product."""
+        kind = self.kind
+        return kind.roles if isinstance(kind, Layout) else "oi"
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """Compute the three projections of an attention, whose weights are one below the other in this one."""
+        first, last = self.weights
+        each = first.chunk(3) if self.layout[0] == 3 else (first,) * 3
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        steps = zip((query, key, value), each, last.chunk(3), biases, strict=True)
+        return [F.linear(F.linear(x, a), b, part) for x, a, b, part in steps]
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Compute the chain if the function's weight is factorized; give all other functions the dense weight."""
-        named = dict(kwargs or {})
-        call = parse_call(func, args, named)
-        if call is not None and isinstance(call.weight, FactorizedParameter):
-            operation = call.operation(call.weight.shape)
-            if operation is not None:
-                return call.weight._apply_factors(operation, *map(_dense, (call.rest["input"], call.rest.get("bias"))))
-        # A function that writes gets the weight that cannot be written to, and raises.
-        dense = _read_only if getattr(func, "__name__", "").endswith("_") or "out" in named else _dense
-        args, named = tree_map(dense, (args, named))
-        return func(*args, **named)
+        return _call(func, args, dict(kwargs or {}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dense weight."""
+        return self.weights[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the dense weight."""
+        return self.weights[0].device
+
+    __jit_unused_properties__ = (*Factorized.__jit_unused_properties__, "dtype", "device", "_roles")
 
     def _is_of_original(self, name: str) -> bool:
         return hasattr(Tensor, name) or super()._is_of_original(name)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.weight[index]
+    def as_view(self) -> View:
+        """Return the parameter with its dimensions as they are."""
+        return View(self, tuple(range(len(self.shape))))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._view("__getitem__", index)
+
+    def _view(self, name: str, *args: Any) -> Any:
+        """Return a slice or a transpose: a view of the factors where products take the parameter by such views."""
+        if isinstance(self.origin.layer, Product):
+            return FactorizedView(self.as_view()).derive(name, *args)
+        value = getattr(self.weight, name)
+        return value(*args) if callable(value) else value
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -86,7 +137,97 @@ class FactorizedParameter(Factorized):
         except AttributeError:
             if name.startswith("_") or not hasattr(Tensor, name):
                 raise
+        if name in _VIEWS and isinstance(self.origin.layer, Product):
+            return getattr(FactorizedView(self.as_view()), name)
         return getattr(self.weight, name)
+
+
+_VIEWS = {"T", "mT", "t", "transpose", "permute"}
+"""Attributes of a tensor that reorder its dimensions."""
+
+
+class FactorizedView:
+    """A factorized parameter with its dimensions in another order, or one slice of it.
+
+    A product with it is computed by the factors; everything else gets that view of the dense weight.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+    def as_view(self) -> View:
+        """Return what this is a view of, and how."""
+        return self.view
+
+    def derive(self, name: str, *args: Any) -> Any:
+        """Return a view of this view, made by a method of tensors; of the dense weight where that is no such view."""
+        function = getattr(Tensor, name)
+        is_property = not callable(function)
+        view = view_by(function.__get__ if is_property else function, self.view, args, {})
+        if view is not None:
+            return FactorizedView(view)
+        value = getattr(read_only(self.dense_weight()), name)
+        return value if is_property else value(*args)
+
+    def dense_weight(self) -> Tensor:
+        """Return the view of the dense weight, as a plain tensor."""
+        weight = cast("FactorizedParameter", self.view.parameter).dense_weight()
+        order = sorted(range(len(self.view.axes)), key=self.view.axes.__getitem__)
+        for _, index in sorted(self.view.picked, key=lambda pick: pick[0], reverse=True):
+            weight = weight.select(_, int(index))
+        return weight.permute([order.index(dim) for dim in range(len(order))])
+
+    @property
+    def T(self) -> Any:  # noqa: N802 - the name in torch
+        """The view with its dimensions reversed."""
+        return self.derive("T")
+
+    @property
+    def mT(self) -> Any:  # noqa: N802 - the name in torch
+        """The view with its last two dimensions exchanged."""
+        return self.derive("mT")
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the view."""
+        return torch.Size(self.view.parameter.shape[axis] for axis in self.view.axes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the view."""
+        return cast("torch.dtype", self.view.parameter.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the view."""
+        return cast("torch.device", self.view.parameter.device)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.derive("__getitem__", index)
+
+    def t(self) -> Any:
+        """Return the matrix transposed."""
+        return self.derive("t")
+
+    def transpose(self, first: int, second: int) -> Any:
+        """Return the view with two dimensions exchanged."""
+        return self.derive("transpose", first, second)
+
+    def permute(self, *dims: Any) -> Any:
+        """Return the view with its dimensions in another order."""
+        return self.derive("permute", *dims)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Compute a product by the factors; give all other functions the view of the dense weight."""
+        return _call(func, args, dict(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(name)
+        return getattr(read_only(self.dense_weight()), name)
 
 
 def _on_dense(name: str) -> Callable[..., Any]:
@@ -96,18 +237,49 @@ def _on_dense(name: str) -> Callable[..., Any]:
     return operator
 
 
+def _multiply(self: Any, other: Any) -> Any:
+    """Compute ``other @ self``."""
+    return torch.matmul(other, self)
+
+
 # Python looks operators up on the class, where __getattr__ is not asked.
 _BINARY = ("add", "sub", "mul", "truediv", "pow", "matmul")
 for _name in ("neg", "len", *_BINARY, *(f"r{_operator}" for _operator in _BINARY)):
-    setattr(FactorizedParameter, f"__{_name}__", _on_dense(f"__{_name}__"))
+    for _class in (FactorizedParameter, FactorizedView):
+        setattr(_class, f"__{_name}__", _multiply if _name == "rmatmul" else _on_dense(f"__{_name}__"))
+
+
+def _call(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Call a function of torch that has a factorized parameter, or a view of one, among its arguments."""
+    if func is F.multi_head_attention_forward:
+        return attend(*args, **named)
+    first = args[0] if args else None
+    has_views = isinstance(first, FactorizedView) or (
+        isinstance(first, FactorizedParameter) and isinstance(first.origin.layer, Product)
+    )
+    if has_views and (view := view_by(func, _view_of(first), args[1:], named)) is not None:
+        return FactorizedView(view)
+    call = parse_through(func, args, named, _view_of)
+    if call is not None and isinstance(call.weight, FactorizedParameter):
+        out = call.weight._compute(call)
+        if out is not NotImplemented:
+            return out
+    # A function that writes gets the weight that cannot be written to, and raises.
+    dense = _read_only if getattr(func, "__name__", "").endswith("_") or "out" in named else _dense
+    args, named = tree_map(dense, (args, named))
+    return func(*args, **named)
+
+
+def _view_of(value: Any) -> View | None:
+    return value.as_view() if isinstance(value, FactorizedParameter | FactorizedView) else None
 
 
 def _dense(value: Any) -> Any:
-    return value.dense_weight() if isinstance(value, FactorizedParameter) else value
+    return value.dense_weight() if isinstance(value, FactorizedParameter | FactorizedView) else value
 
 
 def _read_only(value: Any) -> Any:
-    return value.weight if isinstance(value, FactorizedParameter) else value
+    return read_only(value.dense_weight()) if isinstance(value, FactorizedParameter | FactorizedView) else value
 
 
 def restore_parameter(owner: nn.Module, name: str, parameter: nn.Parameter, siblings: Sequence[str]) -> None:
