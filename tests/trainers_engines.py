@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def lightning_is_refused(folder: Path, engine: str) -> None:
 
     kept: list[Any] = []
     wrong = tdfx.Policy(rank=tdfx.Ratio(of=0.25), exclude=("model.nothing",))
-    with pytest.raises(tdfx.PolicyError, match="model.nothing"):
+    with pytest.raises(tdfx.PolicyError, match=r"model\.nothing"):
         lightning_fit(folder / "refused", engine, others=[Keep()], policy=wrong)
     module, parameters, optimizer = kept
     assert sites(module) == 0
@@ -191,7 +191,7 @@ def lightning_is_refused(folder: Path, engine: str) -> None:
 # Transformers
 
 
-def transformers_trainer(folder: Path, engine: str, callbacks: Any, sharded_files: bool = False, **settings: Any) -> Any:
+def transformers_trainer(folder: Path, engine: str, callbacks: Any, sharded_files: bool = True, **settings: Any) -> Any:
     import test_transformers as hf
     import transformers
 
@@ -208,8 +208,7 @@ def transformers_trainer(folder: Path, engine: str, callbacks: Any, sharded_file
                 get_state_dict = self.accelerator.get_state_dict
                 # On CPUs the tensors of a full state_dict still wait for their collectives, and cannot be saved.
                 self.accelerator.get_state_dict = lambda model: {
-                    key: _plain(value)
-                    for key, value in get_state_dict(model).items()
+                    key: _plain(value) for key, value in get_state_dict(model).items()
                 }
 
     defaults: dict[str, Any] = {
@@ -226,7 +225,10 @@ def transformers_trainer(folder: Path, engine: str, callbacks: Any, sharded_file
     if engine != "ddp":
         kind = "SHARDED_STATE_DICT" if sharded_files else "FULL_STATE_DICT"
         config = {"version": 2 if engine == "fsdp2" else 1, "state_dict_type": kind}
-        defaults |= {"fsdp": "full_shard auto_wrap", "fsdp_config": config | {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
+        defaults |= {
+            "fsdp": "full_shard auto_wrap",
+            "fsdp_config": config | {"transformer_layer_cls_to_wrap": ["BertLayer"]},
+        }
     torch.manual_seed(0)
     arguments = transformers.TrainingArguments(output_dir=str(folder), **{**defaults, **settings})
     data = hf.Sentences(of_tokens=False)
@@ -244,7 +246,7 @@ def transformers_callback(**settings: Any) -> Any:
     return hf.make_callback(**{"epoch": None, "when": tdfx.AtStep(SWITCH), "merge": True, **settings})
 
 
-def transformers_trains(folder: Path, engine: str, *, sharded_files: bool = False) -> None:
+def transformers_trains(folder: Path, engine: str, *, sharded_files: bool = True) -> None:
     """It switches in the second epoch, and is dense at the end: the model, the last checkpoint, and what is saved."""
     import transformers
 
@@ -254,17 +256,21 @@ def transformers_trains(folder: Path, engine: str, *, sharded_files: bool = Fals
     assert [event.step for event in callback.switch.events] == [SWITCH]
     assert sites(trainer.model) == 0
     assert_sharded(trainer.model, engine)
-    WHOLE["transformers", engine, sharded_files] = state = values(trainer.model)
-    assert_same(state, WHOLE["transformers", "ddp", False], 1e-4)
+    WHOLE["transformers", engine] = state = values(trainer.model)
+    assert_same(state, WHOLE["transformers", "ddp"], 1e-4)
     trainer.save_model(str(folder / "saved"))
     dist.barrier()
-    for path in (folder / "saved", folder / "whole" / f"checkpoint-{3 * PER_EPOCH}") if not sharded_files else ():
+    for path in (
+        (folder / "saved", folder / "whole" / f"checkpoint-{3 * PER_EPOCH}")
+        if engine == "ddp" or not sharded_files
+        else ()
+    ):
         if engine == "ddp" or path.name == "saved":
             saved = transformers.BertForSequenceClassification.from_pretrained(path)
             assert_same(dict(saved.state_dict()), state)
 
 
-def transformers_is_killed(folder: Path, engine: str, *, sharded_files: bool = False) -> None:
+def transformers_is_killed(folder: Path, engine: str, *, sharded_files: bool = True) -> None:
     """A run that is killed after the switch, or before it, ends with the same bits when it is resumed."""
     import transformers
 
@@ -279,35 +285,26 @@ def transformers_is_killed(folder: Path, engine: str, *, sharded_files: bool = F
         callback = transformers_callback()
         resumed = transformers_trainer(folder / f"resumed{step}", engine, [callback], sharded_files)
         resumed.train(resume_from_checkpoint=callback.resume(resumed, folder / "killed" / f"checkpoint-{step}"))
-        assert_same(values(resumed.model), WHOLE["transformers", engine, sharded_files])
+        assert_same(values(resumed.model), WHOLE["transformers", engine])
 
 
-def transformers_loads_the_best(folder: Path, engine: str, *, best: int, sharded_files: bool = False) -> None:
+def transformers_loads_the_best(folder: Path, engine: str, *, best: int, sharded_files: bool = True) -> None:
     """The best checkpoint is from before the switch or after it; at the end the model is that one, dense."""
+    from tdfx.integrations.transformers import load_pretrained
+
     scores = itertools.count()
     callback = transformers_callback()
     settings = {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "score"}
     trainer = transformers_trainer(folder / f"best{best}", engine, [callback], sharded_files, **settings)
     trainer.compute_metrics = lambda outputs: {"score": -abs(next(scores) + 1 - best)}
-    kept: dict[int, Any] = {}
-    load = trainer._load_best_model
     trainer.train()
-    assert load is not None
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best * PER_EPOCH}")
     assert sites(trainer.model) == 0
     assert_sharded(trainer.model, engine)
     state = values(trainer.model)
-    again = transformers_callback(merge=False)
-    reference = transformers_trainer(folder / f"reference{best}", engine, [again], sharded_files)
-    checkpoint = again.resume(reference, folder / f"best{best}" / f"checkpoint-{best * PER_EPOCH}")
-    reference.args.max_steps = best * PER_EPOCH
-    reference.train(resume_from_checkpoint=checkpoint)
-    assert sites(reference.model) == (0 if best == 1 else sites(reference.model))
-    if sites(reference.model):
-        again.merge = True
-        again.end(again._part(reference.model), [reference.optimizer.optimizer])
-    kept[best] = values(reference.model)
-    assert_same(state, kept[best], 1e-6)
+    if engine == "ddp":
+        saved = load_pretrained(folder / f"best{best}" / f"checkpoint-{best * PER_EPOCH}")
+        assert_same(dict(saved.state_dict()), state, 1e-6)
 
 
 def transformers_is_too_late(folder: Path, engine: str) -> None:
@@ -358,41 +355,31 @@ def check_transformers_with_fsdp1_is_refused(folder: Path) -> None:
         transformers_trainer(folder / "fsdp1", "fsdp1", [transformers_callback()])
 
 
-def _named(name: str, check: Callable[..., None], engine: str, **settings: Any) -> tuple[str, Callable[[Path], None]]:
+def _named(name: str, check: Callable[..., None], engine: str) -> tuple[str, Callable[[Path], None]]:
     def run(folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check(folder / name, engine, **settings)
+            check(folder / name, engine)
 
     return name, run
 
 
-CHECKS: dict[str, Callable[[Path], None]] = dict(
-    [
-        *(
-            _named(f"check_{check.__name__}_in_{engine}", check, engine)
-            for engine in ("ddp", "fsdp2")
-            for check in (lightning_trains, lightning_is_killed, lightning_is_too_late, lightning_is_refused)
-        ),
-        *(
-            _named(f"check_{check.__name__}_in_fsdp2_as_a_whole", partial(check, at_once=False), "fsdp2")
-            for check in ()
-        ),
-        *(
-            _named(f"check_{check.__name__}_in_{engine}", check, engine)
-            for engine in ("ddp", "fsdp2")
-            for check in (transformers_trains, transformers_is_killed, transformers_is_too_late, transformers_is_refused)
-        ),
-    ]
-)
-for _best in (1, 2):
-    for _engine in ("ddp", "fsdp2"):
-        CHECKS |= [_named(f"check_transformers_loads_the_best_{_best}_in_{_engine}", transformers_loads_the_best, _engine, best=_best)]
-CHECKS |= [
-    _named("check_lightning_trains_in_fsdp2_by_file", lightning_trains, "fsdp2", at_once=False),
-    _named("check_lightning_is_killed_in_fsdp2_by_file", lightning_is_killed, "fsdp2", at_once=False),
-    _named("check_transformers_trains_in_fsdp2_by_shards", transformers_trains, "fsdp2", sharded_files=True),
-    _named("check_transformers_is_killed_in_fsdp2_by_shards", transformers_is_killed, "fsdp2", sharded_files=True),
-    _named("check_transformers_loads_the_best_2_in_fsdp2_by_shards", transformers_loads_the_best, "fsdp2", best=2, sharded_files=True),
-]
-CHECKS |= {name: check for name, check in list(globals().items()) if name.startswith("check_")}
+def _checks() -> Iterator[tuple[str, Callable[[Path], None]]]:
+    for check in (lightning_trains, lightning_is_killed, lightning_is_too_late, lightning_is_refused):
+        for engine in ("ddp", "fsdp2"):
+            yield _named(f"check_{check.__name__}_in_{engine}", check, engine)
+    for check in (lightning_trains, lightning_is_killed):
+        yield _named(f"check_{check.__name__}_in_fsdp2_by_file", partial(check, at_once=False), "fsdp2")
+    # On CPUs, Accelerate can write full checkpoints of FSDP2, but waits for ever when it loads one.
+    best = partial(transformers_loads_the_best, best=1), partial(transformers_loads_the_best, best=2)
+    for engine in ("ddp", "fsdp2"):
+        for check in (transformers_trains, transformers_is_killed, transformers_is_too_late, transformers_is_refused):
+            yield _named(f"check_{check.__name__}_in_{engine}", check, engine)
+        one_file = partial(transformers_trains, sharded_files=False)
+        yield _named(f"check_transformers_trains_in_{engine}_in_one_file", one_file, engine)
+        for number, check_best in enumerate(best, 1):
+            yield _named(f"check_transformers_loads_the_best_{number}_in_{engine}", check_best, engine)
+    yield from [(name, check) for name, check in globals().items() if name.startswith("check_")]
+
+
+CHECKS: dict[str, Callable[[Path], None]] = dict(_checks())

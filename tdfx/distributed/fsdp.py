@@ -103,7 +103,7 @@ def reshard(model: nn.Module) -> None:
 def change_in_place(model: nn.Module, change: Callable[[], None]) -> None:
     """Take FSDP2 off a model itself, let a function replace modules in it, and shard it again at the same paths.
 
-    FSDP2 refers to the modules that it was called on, so it would go on gathering the parameters of those that were replaced.
+    FSDP2 refers to the modules that it was called on, and would go on gathering the parameters of those that were replaced.
     """
     sharded = Sharded(model)
     remove_sharding(model, sharded.units)

@@ -241,7 +241,9 @@ class TrainerAdapter:
     def is_merge_due(self) -> bool:
         """True if a training is under way whose module holds factors that will be merged at its end."""
         running = self._running
-        return self.merge and running is not None and any(isinstance(m, Factorized) for m in running[0].target.modules())
+        return (
+            self.merge and running is not None and any(isinstance(m, Factorized) for m in running[0].target.modules())
+        )
 
     def end(self, part: InPlaceModule, optimizers: Sequence[Optimizer], *, holders: Sequence[object] = ()) -> None:
         """End training: merge, if that was asked for; ``holders`` are as for ``step``."""

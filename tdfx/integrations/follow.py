@@ -102,7 +102,9 @@ def factorize_like(
         sites = tuple(site for path, site in decisions.items() if path in paths)
         like = replace(plan, sites=sites, emit="modules")
         with _trainable(changed, paths) as frozen:
-            changed = rewrite(part if changed is part.target else changed, like, init="empty", optimizer=optimizer or None)
+            changed = rewrite(
+                part if changed is part.target else changed, like, init="empty", optimizer=optimizer or None
+            )
         for path in frozen:
             for weight in cast("Factorized", changed.get_submodule(path)).weights:
                 weight.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Factorized models of Transformers in folders: ``config.json`` holds the plan, by which ``from_pretrained`` builds the layers.
+"""Factorized models of Transformers in folders: by the plan in ``config.json``, ``from_pretrained`` builds the layers.
 
 Without it, ``from_pretrained`` would leave the weights that it does not find as they were initialized. Transformers lets
 other packages build a model before its weights are loaded only as a kind of quantization, so the plan is stored as one.

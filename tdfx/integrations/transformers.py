@@ -18,8 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from tdfx.checkpoint.sealed_file import read_sealed, write_sealed
 from tdfx.errors import CheckpointError
 from tdfx.integrations.adapter import TrainerAdapter, check_not_layer, refuse_engine
-from tdfx.integrations.pretrained import FILE, load_pretrained, mark_config
 from tdfx.integrations.moment import steps_per_epoch
+from tdfx.integrations.pretrained import FILE, load_pretrained, mark_config
 from tdfx.optim.surgery import as_optimizers
 from tdfx.wrappers.in_place import InPlaceModule, is_sharded
 
@@ -135,7 +135,7 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
             # A new list, because the Trainer is going through the old one. Whoever saves at the end saves the merged model.
             callbacks = trainer.callback_handler.callbacks
             others = [each for each in callbacks if each is not self and getattr(each, "switch", None) is not self]
-            trainer.callback_handler.callbacks = [self, *others, _MergeBeforeSaving(self)]
+            trainer.callback_handler.callbacks = [self, *others, _MergeAtStop(self)]
             if _is_sharded(trainer):
                 _follow_best_checkpoint(trainer, self)
         if state.global_step and not self._resumed:
@@ -193,12 +193,12 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         if trainer is None:
             return []
         averages = [value for value in vars(trainer).values() if isinstance(value, AveragedModel)]
-        ours = (TrainerAdapter, _MergeBeforeSaving)
+        ours = (TrainerAdapter, _MergeAtStop)
         others = [each for each in trainer.callback_handler.callbacks if not isinstance(each, ours)]
         return [averages, *others]
 
 
-class _MergeBeforeSaving(TrainerCallback):  # type: ignore[misc]
+class _MergeAtStop(TrainerCallback):  # type: ignore[misc]
     """The last callback of all: it sees whether another one has stopped the training, and merges before a checkpoint."""
 
     def __init__(self, switch: SwitchCallback) -> None:

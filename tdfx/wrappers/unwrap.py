@@ -85,9 +85,10 @@ def _unwrap_sharded_target(part: InPlaceModule) -> Unwrapped:
 
 
 def _compiled_and_sharded(path: str) -> str:
+    name = f"Its part {path!r}" if path else "The model"
     return (
-        f"{f'Its part {path!r}' if path else 'The model'} is wrapped by torch.compile, around or inside of which fully_shard "
-        f"was called, so it cannot be taken out of both. Compile it in place, part.compile(), or compile the whole model."
+        f"{name} is wrapped by torch.compile, around or inside of which fully_shard was called, so it cannot be taken "
+        f"out of both. Compile it in place, part.compile(), or compile the whole model."
     )
 
 
