@@ -224,7 +224,7 @@ def transformers_trainer(folder: Path, engine: str, callbacks: Any, sharded_file
     }
     if engine != "ddp":
         kind = "SHARDED_STATE_DICT" if sharded_files else "FULL_STATE_DICT"
-        config = {"version": 2 if engine == "fsdp2" else 1, "state_dict_type": kind}
+        config = {"version": 2, "state_dict_type": kind}
         defaults |= {
             "fsdp": "full_shard auto_wrap",
             "fsdp_config": config | {"transformer_layer_cls_to_wrap": ["BertLayer"]},
@@ -347,12 +347,6 @@ def check_lightning_with_tensor_parallelism_is_refused(folder: Path) -> None:
     with pytest.raises(tdfx.ModelError, match=text):
         lightning_fit(folder / "tp", "fsdp2", tensor_parallel=True, others=[Count()])
     assert not steps
-
-
-def check_transformers_with_fsdp1_is_refused(folder: Path) -> None:
-    """When the Trainer is made."""
-    with pytest.raises(tdfx.ModelError, match=r"uses FSDP1.*FSDP2.*'version': 2.*or with DDP"):
-        transformers_trainer(folder / "fsdp1", "fsdp1", [transformers_callback()])
 
 
 def _named(name: str, check: Callable[..., None], engine: str) -> tuple[str, Callable[[Path], None]]:
