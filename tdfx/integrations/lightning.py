@@ -143,8 +143,12 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         self.merge_before_saving(trainer, pl_module)
 
     def merge_before_saving(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge if the training ends here, before another callback saves its last checkpoint."""
-        if self.is_merge_due and _is_ending(trainer):
+        """Merge if the training ends here, before another callback saves its last checkpoint.
+
+        ``StochasticWeightAveraging`` changes the module when the training has ended, and holds its batch norms until then.
+        """
+        averages_at_the_end = any(hasattr(callback, "momenta") for callback in trainer.callbacks)
+        if self.is_merge_due and _is_ending(trainer) and not averages_at_the_end:
             self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
