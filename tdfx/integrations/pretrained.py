@@ -112,6 +112,9 @@ class FactorizedLoader(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, *arguments: Any, **named: Any) -> Any:
         self._plan = Plan.from_json(json.dumps(self.quantization_config.plan))
         factorize_like(InPlaceModule(model), self._plan, sites_of(self._plan), _ADVICE)
+        for module in model.modules():
+            if isinstance(module, Factorized):
+                module._is_hf_initialized = True  # type: ignore[assignment]  # else its dense weight would be initialized
         return model
 
     def _process_model_after_weight_loading(self, model: Any, *arguments: Any, **named: Any) -> Any:
