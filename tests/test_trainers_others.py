@@ -188,13 +188,21 @@ def test_a_callback_begins_anew_with_another_model(tmp_path: Path) -> None:
         assert len(callback.switch.events) == 1
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
-def test_transformers_with_an_engine_is_refused(engine: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [
+        ({"deepspeed": True}, "DeepSpeed"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1"),
+        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "FSDP1"),
+        ({"fsdp": True, "fsdp_config": {"xla": True}}, "FSDP of PyTorch/XLA"),
+    ],
+)
+def test_transformers_with_an_engine_is_refused(engine: dict[str, Any], name: str) -> None:
     callback, model = hf.make_callback(), hf.bert()
-    args: Any = SimpleNamespace(**{"deepspeed": None, "fsdp": None, engine: True})
+    args: Any = SimpleNamespace(**{"deepspeed": None, "fsdp": None, **engine})
     state = SimpleNamespace(global_step=0)
     for event in (callback.on_init_end, callback.on_train_begin):
-        with pytest.raises(tdfx.ModelError, match=rf"(?i)uses {engine}.*Train with DDP.*fully_shard.*tdfx.Switch"):
+        with pytest.raises(tdfx.ModelError, match=rf"uses {name}, .*Train with FSDP2, .*'version': 2.*or with DDP"):
             event(args, state, SimpleNamespace(), model=model)
     assert not model._load_state_dict_pre_hooks
 
@@ -202,12 +210,14 @@ def test_transformers_with_an_engine_is_refused(engine: str) -> None:
 # Lightning
 
 
-@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"])
+@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy", "XLAFSDPStrategy"])
 def test_lightning_with_an_engine_is_refused(tmp_path: Path, name: str) -> None:
     callback, module = lit_callback(), lit.Classifier()
     strategy = type("Mine", (type(name, (), {}),), {})()
     trainer: Any = SimpleNamespace(strategy=strategy, callbacks=[callback])
-    with pytest.raises(tdfx.ModelError, match=r"uses Lightning's Mine.*Train with DDP.*fully_shard.*tdfx.Switch"):
+    with pytest.raises(
+        tdfx.ModelError, match=r"uses Lightning's Mine, .*Train with FSDP2, by .*ModelParallel.*or with DDP"
+    ):
         callback.setup(trainer, module, "fit")
     assert not module._load_state_dict_pre_hooks
 

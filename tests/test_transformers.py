@@ -93,6 +93,14 @@ def trained(build: Any, folder: Path, seed: int = 0, resume: Path | None = None,
     return model, trainer
 
 
+def weights_of(folder: Path) -> list[str]:
+    """Return the keys of the weights in a checkpoint."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return list(file.keys())
+
+
 def outputs(model: Any) -> Tensor:
     ids = torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

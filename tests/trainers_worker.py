@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import trainers_engines
 import two_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tdfx
@@ -145,22 +146,45 @@ def check_an_unwrapped_model_is_refused(folder: Path) -> None:
     """Both processes refuse it before a step is counted."""
     net = nn.Sequential(nn.Linear(8, 8))
     callback = TrainerAdapter(epoch=1)
-    with pytest.raises(tdfx.ModelError, match="2 processes train this Sequential, and it is not in"):
+    with pytest.raises(tdfx.ModelError, match="2 processes train this Sequential, and it is neither in"):
         callback.step(InPlaceModule(net), [torch.optim.SGD(net.parameters(), lr=0.1)])
 
 
-def check_a_sharded_model_is_refused(folder: Path) -> None:
-    """It cannot be rewritten in place; nothing is changed."""
-    net = nn.Sequential(nn.Linear(8, 8))
-    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
-    with pytest.raises(tdfx.ModelError, match=r"sharded by fully_shard.*loop of your own, with tdfx.Switch"):
-        tdfx.rewrite(InPlaceModule(net), tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0))
+def check_a_sharded_model_is_rewritten_in_place(folder: Path) -> None:
+    """Model and part stay the objects that they were, are sharded, and a failure before that changes nothing."""
+    torch.manual_seed(0)
+    holder = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 2)).double()
+    net, mesh = holder[0], init_device_mesh("cpu", (2,))
+    fully_shard(net[2], mesh=mesh)
+    fully_shard(holder, mesh=mesh)
+    optimizer = torch.optim.AdamW(holder.parameters(), 0.01)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    holder(x).square().mean().backward()
+    optimizer.step()
+    expected, part = holder(x).detach(), InPlaceModule(holder, "0")
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
+    with pytest.raises(tdfx.OptimizerError):
+        tdfx.rewrite(part, policy, emit="modules", optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1))
+    torch.testing.assert_close(holder(x).detach(), expected, rtol=0, atol=0)
+    part.replace_with(tdfx.rewrite(part, policy, emit="modules", optimizer=optimizer))
+    assert holder[0] is net
+    assert sites(net) == 2
+    for model in (holder, net[2]):
+        assert isinstance(model, FSDPModule)
+    torch.testing.assert_close(holder(x).detach(), expected)
+    holder(x).square().mean().backward()
+    optimizer.step()
+    part.reshard()
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in holder.parameters()}
+    part.replace_with(tdfx.merge(part, optimizer=optimizer))
     assert sites(net) == 0
+    assert isinstance(net[2], FSDPModule)
 
 
 CHECKS: dict[str, Callable[..., None]] = {
     name: check for name, check in list(globals().items()) if name.startswith("check_") and name.count("_") > 1
-}
+} | trainers_engines.CHECKS
 NEEDS = {"lightning": ("lightning",), "transformers": ("transformers", "accelerate")}
 """Word in the name of a check -> packages that it needs."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from graphlib import TopologicalSorter
 from typing import Any
 
@@ -29,9 +29,7 @@ class Sharded:
     """The processes that hold the shards."""
 
     def __init__(self, model: nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(model)
         self.units = units_of(model)
         meshes = [unit.mesh for unit in self.units if unit.mesh is not None]
         if not meshes:
@@ -47,18 +45,24 @@ class Sharded:
             self.model = structural_copy(model)
             remove_sharding(self.model, self.units)
 
+    def check_paths(self, rewritten: nn.Module, path: str = "") -> None:
+        """Raise ModelError if a rewritten model, or the part of it at a path, lacks a module that was sharded by itself."""
+        prefix = f"{path}." if path else ""
+        present = {(prefix + name).rstrip(".") for name, _ in rewritten.named_modules(remove_duplicate=False)}
+        units = (name for unit in self.units for name in unit.paths)
+        if lost := [name for name in units if f"{name}.".startswith(prefix) and name not in present]:
+            raise ModelError(
+                f"fully_shard was called on {lost[0]!r}, and the rewritten model has no such module, so it cannot be "
+                f"sharded in the same way. Call fully_shard on the module that holds it instead."
+            )
+
     def shard(self, rewritten: nn.Module) -> nn.Module:
         """Shard a rewritten model in place, at the same modules with the same settings.
 
         ``fully_shard`` takes only whole parameters, and these are sharded already. So it is given stand-ins on the meta
         device, which are exchanged afterwards: no process ever holds more than its own shards.
         """
-        present = {path for path, _ in rewritten.named_modules(remove_duplicate=False)}
-        if lost := [path for unit in self.units for path in unit.paths if path not in present]:
-            raise ModelError(
-                f"fully_shard was called on {lost[0]!r}, and the rewritten model has no such module, so it cannot be "
-                f"sharded in the same way. Call fully_shard on the module that holds it instead."
-            )
+        self.check_paths(rewritten)
         sharded = {
             (id(module), name): parameter
             for module in rewritten.modules()
@@ -87,6 +91,24 @@ class Sharded:
             states[id(unit.state)] = (unit.state, new_unit.state)
         carry_prefetching(states)
         return rewritten
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every module hold its shards again, where a forward without a backward has left whole parameters in place."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def change_in_place(model: nn.Module, change: Callable[[], None]) -> None:
+    """Take FSDP2 off a model itself, let a function replace modules in it, and shard it again at the same paths.
+
+    FSDP2 refers to the modules that it was called on, and would go on gathering the parameters of those that were replaced.
+    """
+    sharded = Sharded(model)
+    remove_sharding(model, sharded.units)
+    change()
+    sharded.shard(model)
 
 
 def _check_meshes(units: Sequence[FSDPUnit], mesh: DeviceMesh) -> None:

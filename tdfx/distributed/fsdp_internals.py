@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy
 from torch.distributed.tensor import Shard
@@ -200,10 +201,14 @@ def _holds_gradient(record: Any) -> bool:
     return unsharded.grad is not None or getattr(record, "unsharded_accumulated_grad", None) is not None
 
 
-def remove_sharding(copy: nn.Module, units: list[FSDPUnit]) -> None:
-    """Take FSDP2, in all its units, off a structural copy: its class, state and hooks; the parameters stay sharded."""
+def remove_sharding(model: nn.Module, units: list[FSDPUnit]) -> None:
+    """Take FSDP2, in all its units, off a model or a structural copy of it; the parameters stay sharded.
+
+    It removes class, state and hooks.
+    """
     hook_ids = {hook_id for unit in units for hook_id in _hook_ids(unit)}
-    for module in copy.modules():
+    for module in model.modules():
+        _module_state_mapping.pop(module, None)
         if isinstance(module, FSDPModule):
             module.__class__ = _original_class(type(module))
         for attribute in (STATE_KEY, REGISTRY_KEY):

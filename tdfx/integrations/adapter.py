@@ -19,7 +19,7 @@ from tdfx.api import merge, record_dense
 from tdfx.errors import ModelError
 from tdfx.integrations.capture import Capture
 from tdfx.integrations.copies import Copies
-from tdfx.integrations.follow import FollowCheckpoint, Names, factorize_like, names_of, restore_order
+from tdfx.integrations.follow import FollowCheckpoint, Names, factorize_like, names_of, restore_order, sites_of
 from tdfx.integrations.moment import Moment
 from tdfx.kinds.registry import is_candidate
 from tdfx.layers.factorized import Factorized
@@ -31,6 +31,7 @@ from tdfx.training.methods.step_hooks import groups_by_parameter
 from tdfx.training.switch.switch import Switch
 from tdfx.training.switch.when import AtStep, When
 from tdfx.wrappers.in_place import InPlaceModule
+from tdfx.wrappers.unwrap import unwrap
 
 
 class TrainerAdapter:
@@ -127,8 +128,14 @@ class TrainerAdapter:
     def factorize_as_saved(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Give a module and its optimizers the form that they had in the loaded state."""
         if (plan := self.plan) is not None and not (self._saved or {}).get("merged", False):
-            paths = [site.parameter or site.name for site in plan.factorized]
-            factorize_like(module, plan, paths, self.advice, optimizers)
+            factorize_like(InPlaceModule(module), plan, sites_of(plan), self.advice, optimizers)
+
+    def factorize_like_state(
+        self, part: InPlaceModule, state: Mapping[str, Any], optimizers: Sequence[Optimizer] = ()
+    ) -> None:
+        """Give a module, which may be sharded, the form that it had when a state was saved, dense or factorized."""
+        plan = None if state["merged"] else _plan_of(state)
+        factorize_like(part, plan, [] if plan is None else sites_of(plan), self.advice, optimizers)
 
     def begin(
         self,
@@ -149,10 +156,12 @@ class TrainerAdapter:
             length: Optimizer steps from which an early step is chosen, where they are known better than ``steps_left``.
 
         Raises:
+            ModelError: Several processes train it, and cannot switch together.
             PolicyError: The state was saved with other settings, or no early step can be chosen.
             OptimizerError: The optimizers hold other parameters than those of the state.
         """
         check_not_layer(part.target)
+        _check_processes(part)
         saved = self._saved if self._saved is not None and _has_begun(self._saved) else None
         switch = self.switch
         if saved is not None and not saved["merged"]:
@@ -162,7 +171,8 @@ class TrainerAdapter:
         elif saved is not None or not self._goes_on(part.model):
             switch = self._make_switch(self._moment.first(steps_per_epoch, self._total_steps or length or steps_left))
         if saved is not None:
-            restore_order(optimizers, saved["names"], part.model)
+            # Checkpoints of shards hold the states by the names of the parameters.
+            restore_order(optimizers, saved["names"], part.model, states=not part.is_sharded)
         self.switch, self.merged = switch, False
         self._saved = None
         if self._takes_total_steps:
@@ -197,14 +207,10 @@ class TrainerAdapter:
             True if it was rewritten.
 
         Raises:
-            ModelError: Several processes train it, and it is not in DistributedDataParallel.
+            ModelError: Several processes train it, and it is neither in DistributedDataParallel nor sharded by FSDP2.
         """
-        if part.ddp is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ModelError(
-                f"{dist.get_world_size()} processes train this {type(part.target).__name__}, and it is not in "
-                f"DistributedDataParallel, so they could not switch together. Train with DDP, or in a loop of your own with "
-                f"tdfx.Switch."
-            )
+        _check_processes(part)
+        part.reshard()
         inputs = self._inputs
         averages: list[Any] | None = None
         if self.switch.due:
@@ -231,10 +237,19 @@ class TrainerAdapter:
         modules = {id(average.module) for average in averages}
         return averages + [average for average in copies.averages(holders) if id(average.module) not in modules]
 
+    @property
+    def is_merge_due(self) -> bool:
+        """True if a training is under way whose module holds factors that will be merged at its end."""
+        running = self._running
+        return (
+            self.merge and running is not None and any(isinstance(m, Factorized) for m in running[0].target.modules())
+        )
+
     def end(self, part: InPlaceModule, optimizers: Sequence[Optimizer], *, holders: Sequence[object] = ()) -> None:
         """End training: merge, if that was asked for; ``holders`` are as for ``step``."""
         self._running = None
         self.switch.pause()
+        part.reshard()
         layers = [module for module in part.target.modules() if isinstance(module, Factorized)]
         if not layers and self.switch.done:
             record_dense(part.model)
@@ -252,14 +267,17 @@ class TrainerAdapter:
 
     def average(self) -> None:
         """Average what the processes have collected, before one of them saves it for all; all must call this together."""
-        if self._running is not None and self._running[0].ddp is not None:
+        if self._running is not None and (self._running[0].ddp is not None or self._running[0].is_sharded):
             self.switch.average(self._running[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside model and optimizers, in plain types and tensors."""
         if self._saved is not None:
             return dict(self._saved)
-        names: Names = [] if self._trained is None else names_of(self._trained[1], self._trained[0])
+        names: Names = []
+        if self._trained is not None:
+            InPlaceModule(self._trained[0]).reshard()
+            names = names_of(self._trained[1], self._trained[0])
         return {"switch": self.switch.state_dict(), "merged": self.merged, "names": names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -285,12 +303,25 @@ def check_not_layer(module: nn.Module) -> None:
         )
 
 
-def refuse_engine(engine: str) -> None:
-    """Raise ModelError: the model is sharded by an engine whose shards cannot be rewritten."""
+def refuse_engine(engine: str, instead: str) -> None:
+    """Raise ModelError: the model is sharded by an engine whose shards cannot be rewritten; FSDP2 can be used instead."""
     raise ModelError(
         f"The training uses {engine}, which keeps the parameters in a form that cannot be rewritten in the middle of it. "
-        f"Train with DDP, or without the callback in a loop of your own with fully_shard (FSDP2) and tdfx.Switch."
+        f"Train with FSDP2, {instead}, or with DDP."
     )
+
+
+def _check_processes(part: InPlaceModule) -> None:
+    """Raise ModelError unless all processes that train a module can rewrite it together."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and part.ddp is None and not part.is_sharded:
+        raise ModelError(
+            f"{dist.get_world_size()} processes train this {type(part.target).__name__}, and it is neither in "
+            f"DistributedDataParallel nor sharded by fully_shard (FSDP2), so they could not switch together. Train with DDP "
+            f"or FSDP2, or in a loop of your own with tdfx.Switch."
+        )
+    if part.is_sharded:
+        unwrap(part)  # refuses other kinds of parallelism, and uses of FSDP2 that are not supported
 
 
 def _has_begun(state: Mapping[str, Any]) -> bool:

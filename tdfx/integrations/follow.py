@@ -19,7 +19,7 @@ from tdfx.kinds.registry import find_kind
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.plans.plan import Plan
-from tdfx.wrappers.in_place import replace_in_place
+from tdfx.wrappers.in_place import InPlaceModule, is_sharded
 
 Names = list[list[list[str | None]]]
 """The names of the parameters in each group of each optimizer, in order; None for one that is not the model's."""
@@ -40,7 +40,7 @@ class FollowCheckpoint:
 
     def __call__(self, module: nn.Module, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
         """Read from the keys of the state which sites it holds as factors, and factorize those."""
-        target = self.locate(module)
+        target, whole = self.locate(module), module
         path = next(name for name, part in module.named_modules() if part is target)
         prefix = (prefix + f"{path}." * bool(path)).replace("_orig_mod.", "")
         state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
@@ -53,7 +53,8 @@ class FollowCheckpoint:
         split = {key.rpartition(".factors.")[0] for key in keys - present if ".factors." in key}
         wanted = (factorized.keys() - dense) | split
         if wanted != factorized.keys():
-            factorize_like(module, self.plan(), wanted, self.advice)
+            part = InPlaceModule(whole, path) if is_sharded(whole) else InPlaceModule(target)
+            factorize_like(part, self.plan(), wanted, self.advice)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FollowCheckpoint:
         """Return itself: the copy of a model follows the same plan."""
@@ -74,12 +75,12 @@ def _do_nothing(*arguments: Any) -> None:
 
 @torch.no_grad()
 def factorize_like(
-    module: nn.Module, plan: Plan | None, wanted: Iterable[str], advice: str, optimizer: Sequence[Optimizer] = ()
+    part: InPlaceModule, plan: Plan | None, wanted: Iterable[str], advice: str, optimizer: Sequence[Optimizer] = ()
 ) -> None:
     """Factorize exactly the given sites of a module, in place; new factors have no values yet.
 
     Args:
-        module: Dense, or with other sites factorized.
+        part: Refers to the module, which is dense or has other sites factorized.
         plan: How to split the sites.
         wanted: The paths of layers, or of parameters that functions use.
         advice: What the user can do if the plan does not hold one of the sites.
@@ -89,18 +90,21 @@ def factorize_like(
     decisions = {} if plan is None else {site.parameter or site.name: site for site in plan.factorized}
     if unknown := sorted(paths - decisions.keys()):
         raise CheckpointError(
-            f"What is loaded into this {type(module).__name__} holds factors of {len(unknown)} sites, {unknown[0]!r} first, "
-            f"and it is not known how these were split. {advice}"
+            f"What is loaded into this {type(part.target).__name__} holds factors of {len(unknown)} sites, {unknown[0]!r} "
+            f"first, and it is not known how these were split. {advice}"
         )
-    if paths == _factorized(module).keys():
+    if paths == _factorized(part.target).keys():
         return
-    before = dict(module.named_parameters())
-    changed = merge(module) if _factorized(module) else module
+    part.reshard()
+    before = dict(part.target.named_parameters())
+    changed = _merged(part, optimizer) if _factorized(part.target) else part.target
     if paths and plan is not None:
         sites = tuple(site for path, site in decisions.items() if path in paths)
-        part = replace(plan, sites=sites, emit="modules")
+        like = replace(plan, sites=sites, emit="modules")
         with _trainable(changed, paths) as frozen:
-            changed = rewrite(changed, part, init="empty", optimizer=optimizer or None)
+            changed = rewrite(
+                part if changed is part.target else changed, like, init="empty", optimizer=optimizer or None
+            )
         for path in frozen:
             for weight in cast("Factorized", changed.get_submodule(path)).weights:
                 weight.requires_grad_(False)
@@ -108,7 +112,25 @@ def factorize_like(
         # Factors that were there before may be missing in what is loaded.
         if name in before and before[name] is not parameter and before[name].shape == parameter.shape:
             parameter.copy_(before[name])
-    replace_in_place(module, changed)
+    if changed is not part.target:
+        part.replace_with(changed)
+
+
+def sites_of(plan: Plan) -> list[str]:
+    """Return the paths of the layers and the parameters that a plan factorizes."""
+    return [site.parameter or site.name for site in plan.factorized]
+
+
+def _merged(part: InPlaceModule, optimizer: Sequence[Optimizer]) -> nn.Module:
+    """Return the merged module; where it is sharded, it takes the place of the factorized one at once.
+
+    A module without its shards' hooks could not be rewritten again.
+    """
+    merged = merge(part, optimizer=optimizer or None)
+    if not part.is_sharded:
+        return merged
+    part.replace_with(merged)
+    return part.target
 
 
 @contextmanager
@@ -157,10 +179,11 @@ def names_of(optimizers: Sequence[Optimizer], model: nn.Module) -> Names:
 
 
 @torch.no_grad()
-def restore_order(optimizers: Sequence[Optimizer], saved: Names, model: nn.Module) -> None:
-    """Put the parameters and states of groups in the order in which they were saved, after states were loaded by position.
+def restore_order(optimizers: Sequence[Optimizer], saved: Names, model: nn.Module, *, states: bool = True) -> None:
+    """Put the parameters of groups in the order in which they were saved, and the states that were loaded by position.
 
     A new optimizer of a factorized model may hold its parameters in another order than one that went through a rewrite.
+    With ``states=False`` each parameter keeps its state, which was loaded by name.
     """
     now = names_of(optimizers, model)
     for names, saved_names in zip(chain(*now), chain(*saved), strict=False):
@@ -174,11 +197,12 @@ def restore_order(optimizers: Sequence[Optimizer], saved: Names, model: nn.Modul
     parameters = dict(model.named_parameters())
     in_model = {id(parameter) for parameter in parameters.values()}
     for optimizer, groups in zip(optimizers, saved, strict=False):
-        states: dict[Tensor, Any] = {}
+        moved: dict[Tensor, Any] = {}
         for group, saved_names in zip(optimizer.param_groups, groups, strict=True):
             foreign = iter([parameter for parameter in group["params"] if id(parameter) not in in_model])
             ordered = [next(foreign) if name is None else parameters[name] for name in saved_names]
             pairs = zip(group["params"], ordered, strict=True)
-            states |= {parameter: optimizer.state[loaded] for loaded, parameter in pairs if loaded in optimizer.state}
+            moved |= {parameter: optimizer.state[loaded] for loaded, parameter in pairs if loaded in optimizer.state}
             group["params"][:] = ordered
-        optimizer.state.update(states)
+        if states:
+            optimizer.state.update(moved)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,10 +20,12 @@ from tdfx.wrappers.in_place import InPlaceModule
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import Checkpoint
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 except ImportError:
     try:
         from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning.callbacks import Checkpoint
         from pytorch_lightning.utilities.exceptions import MisconfigurationException
     except ImportError as error:
         raise ImportError(
@@ -29,8 +33,8 @@ except ImportError:
             "pip install 'tdfx[lightning]'"
         ) from error
 
-_SHARDING = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
-"""The strategies of Lightning that shard the model."""
+_REFUSED = {"DeepSpeedStrategy", "FSDPStrategy", "XLAFSDPStrategy"}
+"""The strategies of Lightning that shard the model in a form that cannot be rewritten."""
 
 
 class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
@@ -83,6 +87,8 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         # Layers that configure_model makes do not exist yet.
         if type(pl_module).configure_model.__module__.partition(".")[0] in {"lightning", "pytorch_lightning"}:
             check_not_layer(self._part(pl_module).target)
+        if _has_base(trainer.strategy, {"ModelParallelStrategy"}):
+            self._follow_before_loading(trainer, pl_module)
         modules = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
         for module in [*(each for each in modules if type(each) is type(pl_module)), pl_module]:
             self.prepare(
@@ -90,6 +96,23 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
                 lambda: _state_in_checkpoint(trainer, self.state_key),
                 lambda hooked: self._part(hooked).target,
             )
+
+    def _follow_before_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the module and its optimizers take the form of a checkpoint before ``ModelParallelStrategy`` reads it.
+
+        It reads the shards of those parameters which the module has, so ``load_state_dict`` comes too late.
+        """
+        strategy = trainer.strategy
+        load = strategy.load_checkpoint
+
+        @functools.wraps(load)
+        def load_checkpoint(path: Any, *arguments: Any, **named: Any) -> Any:
+            state = _state_in_file(Path(strategy.broadcast(path)), self.state_key)
+            if state is not None:
+                self.factorize_like_state(self._trained_part(trainer, pl_module), state, trainer.optimizers)
+            return load(path, *arguments, **named)
+
+        strategy.load_checkpoint = load_checkpoint
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on from a checkpoint, or begin."""
@@ -117,9 +140,19 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         part, holders = self._trained_part(trainer, pl_module), _others(trainer)
         if self.step(part, trainer.optimizers, holders=holders, autocast=autocast):
             _rename_in_finetuning(trainer, pl_module)
+        self.merge_before_saving(trainer, pl_module)
+
+    def merge_before_saving(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge if the training ends here, before another callback saves its last checkpoint.
+
+        ``StochasticWeightAveraging`` changes the module when the training has ended, and holds its batch norms until then.
+        """
+        averages_at_the_end = any(hasattr(callback, "momenta") for callback in trainer.callbacks)
+        if self.is_merge_due and _is_ending(trainer) and not averages_at_the_end:
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge."""
+        """Merge, if that was not done at the last step."""
         self.end(self._trained_part(trainer, pl_module), trainer.optimizers, holders=_others(trainer))
         _rename_in_finetuning(trainer, pl_module)
 
@@ -135,7 +168,8 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         self.switch.pause()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hooks from the module."""
+        """Remove the hooks from the module and the strategy."""
+        vars(trainer.strategy).pop("load_checkpoint", None)
         self.release(pl_module)
 
     def _part(self, whole: nn.Module) -> InPlaceModule:
@@ -156,11 +190,18 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         return self._part(pl_module if whole is None else whole)
 
 
+def _has_base(value: object, names: set[str]) -> bool:
+    return any(cls.__name__ in names for cls in type(value).__mro__)
+
+
 def _check_strategy(strategy: object) -> None:
-    """Raise ModelError if a strategy shards the model."""
-    for cls in type(strategy).__mro__:
-        if cls.__name__ in _SHARDING:
-            refuse_engine(f"Lightning's {type(strategy).__name__}")
+    """Raise ModelError if a strategy keeps the model in a form that cannot be rewritten."""
+    if _has_base(strategy, _REFUSED):
+        refuse_engine(
+            f"Lightning's {type(strategy).__name__}",
+            "by strategy=ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) and fully_shard in "
+            "configure_model",
+        )
 
 
 def _put_first(trainer: Trainer) -> None:
@@ -171,13 +212,43 @@ def _put_first(trainer: Trainer) -> None:
     averaging = [callback for callback in trainer.callbacks if hasattr(callback, "_average_model")]
     switches = [callback for callback in trainer.callbacks if isinstance(callback, TrainerAdapter)]
     first = [*averaging, *switches]
+    others = [each for each in trainer.callbacks if each not in first and not isinstance(each, _MergeBeforeSaving)]
+    saving = [callback for callback in others if isinstance(callback, Checkpoint)]
+    rest = [callback for callback in others if callback not in saving]
     # A new list, because the Trainer is going through the old one.
-    trainer.callbacks = [*first, *(callback for callback in trainer.callbacks if callback not in first)]
+    trainer.callbacks = [*first, *rest, _MergeBeforeSaving(), *saving]
+
+
+class _MergeBeforeSaving(Callback):  # type: ignore[misc]
+    """Sees whether a callback before it, such as early stopping, ends the training, and merges before a checkpoint."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        """Merge if the training ends here."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, SwitchCallback):
+                callback.merge_before_saving(trainer, pl_module)
+
+    on_validation_end = on_train_epoch_end = on_train_batch_end
+
+
+def _is_ending(trainer: Trainer) -> bool:
+    """Return True after the last optimizer step of a training."""
+    loop = trainer.fit_loop
+    epochs = trainer.current_epoch + bool(trainer.is_last_batch)
+    if _is_reached(trainer.global_step, loop.max_steps) or _is_reached(epochs, loop.max_epochs):
+        return True
+    enough = epochs >= (loop.min_epochs or 0) and trainer.global_step >= (loop.min_steps or 0)
+    return bool(trainer.should_stop) and enough
+
+
+def _is_reached(count: int, limit: int | None) -> bool:
+    return limit is not None and limit != -1 and count >= limit
 
 
 def _others(trainer: Trainer) -> list[object]:
     """Return the other callbacks."""
-    return [callback for callback in trainer.callbacks if not isinstance(callback, TrainerAdapter)]
+    ours = (TrainerAdapter, _MergeBeforeSaving)
+    return [callback for callback in trainer.callbacks if not isinstance(callback, ours)]
 
 
 def _rename_in_finetuning(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,6 +269,15 @@ def _rename_in_finetuning(trainer: Trainer, pl_module: LightningModule) -> None:
 def _state_in_checkpoint(trainer: Trainer, key: str) -> Mapping[str, Any] | None:
     """Return the callback's state in the checkpoint whose weights are being loaded; the Trainer passes it only later."""
     loaded = getattr(getattr(trainer, "_checkpoint_connector", None), "_loaded_checkpoint", None) or {}
+    state: Mapping[str, Any] | None = loaded.get("callbacks", {}).get(key)
+    return state
+
+
+def _state_in_file(path: Path, key: str) -> Mapping[str, Any] | None:
+    """Return the callback's state in a checkpoint, a file or a folder of shards, before the Trainer has read it."""
+    if path.is_dir():
+        path /= "meta.pt"
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     state: Mapping[str, Any] | None = loaded.get("callbacks", {}).get(key)
     return state
 

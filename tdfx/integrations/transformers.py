@@ -19,8 +19,9 @@ from tdfx.checkpoint.sealed_file import read_sealed, write_sealed
 from tdfx.errors import CheckpointError
 from tdfx.integrations.adapter import TrainerAdapter, check_not_layer, refuse_engine
 from tdfx.integrations.moment import steps_per_epoch
+from tdfx.integrations.pretrained import FILE, load_pretrained, mark_config
 from tdfx.optim.surgery import as_optimizers
-from tdfx.wrappers.in_place import InPlaceModule
+from tdfx.wrappers.in_place import InPlaceModule, is_sharded
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -31,8 +32,7 @@ except ImportError as error:
         "pip install 'tdfx[transformers]'"
     ) from error
 
-FILE = "tdfx.pt"
-"""The file in a checkpoint's folder that holds the state of the callback."""
+__all__ = ["SwitchCallback", "load_pretrained"]
 
 
 class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
@@ -44,7 +44,9 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
 
         trainer.train(resume_from_checkpoint=callback.resume(trainer, True))
 
-    After training, ``trainer.save_model()`` and ``model.save_pretrained()`` write a dense model for ``from_pretrained``.
+    The checkpoint of the last step is dense, and so is what ``trainer.save_model()`` and ``model.save_pretrained()`` write
+    after training. What is saved before, or with ``merge=False``, holds factors: its ``config.json`` says so, and
+    ``from_pretrained`` loads it where this module is imported; see ``load_pretrained``.
 
     The arguments are those of ``TrainerAdapter``.
 
@@ -53,7 +55,7 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
 
     Raises:
         PolicyError: A setting is out of range, or no early step can be chosen since the training has no known length.
-        ModelError: When the Trainer is made, or training begins, if DeepSpeed or FSDP shards the model.
+        ModelError: When the Trainer is made, or training begins, if DeepSpeed or FSDP1 shards the model.
 
     Example:
         >>> import pytest, tdfx; _ = pytest.importorskip("transformers")
@@ -131,12 +133,16 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         self.prepare(kwargs["model"])
         if trainer is not None:
             # A new list, because the Trainer is going through the old one. Whoever saves at the end saves the merged model.
-            others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
-            trainer.callback_handler.callbacks = [self, *others]
+            callbacks = trainer.callback_handler.callbacks
+            others = [each for each in callbacks if each is not self and getattr(each, "switch", None) is not self]
+            trainer.callback_handler.callbacks = [self, *others, _MergeAtStop(self)]
+            if _is_sharded(trainer):
+                _follow_best_checkpoint(trainer, self)
         if state.global_step and not self._resumed:
             step = f"The Trainer goes on from step {state.global_step}"
             raise CheckpointError(f"{step}, and the callback has no state of that step. {self.advice}")
         self._resumed = False
+        mark_config(kwargs["model"], self.plan)
         loader, accumulated = kwargs["train_dataloader"], args.gradient_accumulation_steps
         self.begin(
             self._part(kwargs["model"]),
@@ -150,7 +156,16 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         autocast = torch.autocast(args.device.type, dtype) if args.bf16 or args.fp16 else None
         part, optimizers = self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"])
-        self.step(part, optimizers, holders=self._others(), autocast=autocast)
+        if self.step(part, optimizers, holders=self._others(), autocast=autocast):
+            mark_config(part.model, self.plan)
+        if state.global_step >= state.max_steps > 0:
+            self.merge_before_saving(kwargs["model"], kwargs["optimizer"])
+
+    def merge_before_saving(self, model: nn.Module, optimizer: Any) -> None:
+        """Merge at the last step, before the Trainer saves a checkpoint of it."""
+        if self.is_merge_due:
+            self.end(self._part(model), as_optimizers(optimizer), holders=self._others())
+            mark_config(model, self.plan)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the state of the callback into the Trainer's checkpoint."""
@@ -159,8 +174,9 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
             write_sealed(self.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", FILE))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Merge."""
+        """Merge, if that was not done at the last step, or the best checkpoint that was loaded since has factors."""
         self.end(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]), holders=self._others())
+        mark_config(kwargs["model"], self.plan)
 
     def _part(self, model: nn.Module) -> InPlaceModule:
         """Return the model in its wrappers."""
@@ -177,8 +193,44 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         if trainer is None:
             return []
         averages = [value for value in vars(trainer).values() if isinstance(value, AveragedModel)]
-        others = [each for each in trainer.callback_handler.callbacks if not isinstance(each, TrainerAdapter)]
+        ours = (TrainerAdapter, _MergeAtStop)
+        others = [each for each in trainer.callback_handler.callbacks if not isinstance(each, ours)]
         return [averages, *others]
+
+
+class _MergeAtStop(TrainerCallback):  # type: ignore[misc]
+    """The last callback of all: it sees whether another one has stopped the training, and merges before a checkpoint."""
+
+    def __init__(self, switch: SwitchCallback) -> None:
+        self.switch = switch
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Merge if the training stops here."""
+        if control.should_training_stop:
+            self.switch.merge_before_saving(kwargs["model"], kwargs["optimizer"])
+
+    on_epoch_end = on_evaluate = on_step_end
+
+
+def _is_sharded(trainer: Trainer) -> bool:
+    """Return True if FSDP2 shards the model of a Trainer."""
+    return is_sharded(trainer.model_wrapped)
+
+
+def _follow_best_checkpoint(trainer: Trainer, switch: SwitchCallback) -> None:
+    """Let a sharded model take the form of the best checkpoint before the Trainer loads that.
+
+    It reads the shards of those parameters which the model has, so ``load_state_dict`` comes too late.
+    """
+    load = type(trainer)._load_best_model
+
+    def load_best_model() -> None:
+        folder = trainer.state.best_model_checkpoint
+        if folder is not None and Path(folder, FILE).exists():
+            switch.factorize_like_state(InPlaceModule(trainer.model_wrapped), read_sealed(Path(folder, FILE)))
+        load(trainer)
+
+    trainer._load_best_model = load_best_model
 
 
 def _calling_trainer() -> Trainer | None:
@@ -193,11 +245,27 @@ def _calling_trainer() -> Trainer | None:
 
 
 def _check_engine(args: TrainingArguments, trainer: Trainer | None) -> None:
-    """Raise ModelError if an engine shards the model; the Trainer also knows of what Accelerate was launched with."""
+    """Raise ModelError if an engine keeps the model in a form that cannot be rewritten; FSDP2 does not.
+
+    The Trainer also knows of what Accelerate was launched with.
+    """
+    instead = "by TrainingArguments(fsdp=True, fsdp_config={'version': 2})"
     if getattr(trainer, "is_deepspeed_enabled", False) or getattr(args, "deepspeed", None):
-        refuse_engine("DeepSpeed")
-    if getattr(trainer, "is_fsdp_enabled", False) or getattr(args, "fsdp", None):
-        refuse_engine("FSDP")
+        refuse_engine("DeepSpeed", instead)
+    settings = getattr(args, "fsdp_config", None) or {}
+    if getattr(args, "fsdp", None) and settings.get("xla"):
+        refuse_engine("FSDP of PyTorch/XLA", instead)
+    if _fsdp_version(args, trainer) == 1:
+        refuse_engine("FSDP1", instead)
+
+
+def _fsdp_version(args: TrainingArguments, trainer: Trainer | None) -> int | None:
+    """Return which FSDP shards the model; None for none."""
+    plugin = getattr(getattr(getattr(trainer, "accelerator", None), "state", None), "fsdp_plugin", None)
+    if plugin is not None:
+        return int(getattr(plugin, "fsdp_version", 1))
+    settings = getattr(args, "fsdp_plugin_args", None) or getattr(args, "fsdp_config", None) or {}
+    return int(settings.get("fsdp_version", settings.get("version", 1))) if getattr(args, "fsdp", None) else None
 
 
 def _batches(loader: Any) -> float:

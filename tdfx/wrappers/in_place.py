@@ -16,10 +16,11 @@ class InPlaceModule(nn.Module):
     """A reference to a module that a trainer goes on using after a rewrite returned another one.
 
     ``plan``, ``rewrite`` and ``merge`` accept it in the place of the module, together with the processes of the
-    DistributedDataParallel around the model. ``replace_with`` moves the new module into the trainer's module.
+    DistributedDataParallel around the model, or of FSDP2. ``replace_with`` moves the new module into the trainer's module.
 
     Args:
-        trained: The model that the trainer runs, with or without DistributedDataParallel and ``torch.compile`` around it.
+        trained: The model that the trainer runs, with or without DistributedDataParallel and ``torch.compile`` around it, or
+            after ``fully_shard``.
         path: The module's path in the model; empty for the model itself.
     """
 
@@ -33,6 +34,10 @@ class InPlaceModule(nn.Module):
     """The same module in its own ``torch.compile`` wrapper, if it has one."""
     called: nn.Module
     """What the training calls to run that module: itself, or the outermost ``torch.compile`` around it."""
+    path: str
+    """The path of that module in the model."""
+    is_sharded: bool
+    """True if ``fully_shard`` was called on the model, or on parts of it."""
 
     def __init__(self, trained: nn.Module, path: str = "") -> None:
         super().__init__()
@@ -51,15 +56,28 @@ class InPlaceModule(nn.Module):
         called = wrapped_target if path or compiled is None else compiled
         # Set in __dict__, so that they do not become its submodules: it owns none of them.
         self.__dict__.update(ddp=ddp, model=model, target=inner_module(wrapped_target))
-        self.__dict__.update(wrapped_target=wrapped_target, called=called)
+        self.__dict__.update(wrapped_target=wrapped_target, called=called, path=path, is_sharded=is_sharded(trained))
 
     def replace_with(self, rewritten: nn.Module) -> None:
-        """Move what ``merge``, or ``rewrite`` with ``emit="modules"``, returned into the trainer's module, and set up DDP.
+        """Move what ``merge``, or ``rewrite`` with ``emit="modules"``, returned into the trainer's module.
 
-        All processes must call this at the same time, between an optimizer step and the next forward.
+        DDP or FSDP2 is set up for it. All processes must call this at the same time, between an optimizer step and the next
+        forward.
         """
+        if self.is_sharded:
+            from tdfx.distributed.fsdp import change_in_place  # imported late, as in tdfx.wrappers.unwrap
+
+            change_in_place(self.model, lambda: replace_in_place(self.target, rewritten))
+            return
         replace_in_place(self.target, rewritten)
         self.rebuild_reducer()
+
+    def reshard(self) -> None:
+        """Let a model that is sharded hold its shards, and no whole parameters, which optimizers do not know."""
+        if self.is_sharded:
+            from tdfx.distributed.fsdp import reshard  # imported late, as in tdfx.wrappers.unwrap
+
+            reshard(self.model)
 
     def rebuild_reducer(self) -> None:
         """Set up DistributedDataParallel for the model's present parameters; all processes must call this."""
@@ -67,6 +85,11 @@ class InPlaceModule(nn.Module):
             from tdfx.distributed.ddp import rebuild_reducer  # imported late, as in tdfx.wrappers.unwrap
 
             rebuild_reducer(self.ddp)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return True if ``fully_shard`` was called on a model or a part of it; its class is not imported for this."""
+    return any(base.__name__ == "FSDPModule" for module in model.modules() for base in type(module).__mro__)
 
 
 def replace_in_place(module: nn.Module, replacement: nn.Module) -> None:

@@ -61,13 +61,35 @@ def unwrap(model: nn.Module) -> Unwrapped:
 
 def _unwrap_target(part: InPlaceModule) -> Unwrapped:
     """Return the module that is rewritten in place, with the processes that train the model around it."""
+    if part.is_sharded:
+        return _unwrap_sharded_target(part)
     inner = unwrap(part.target)
-    if inner.shards:
-        raise ModelError(
-            f"{type(part.target).__name__} is sharded by fully_shard, which keeps references to the modules that it was "
-            f"called on, so none of them can be replaced in place. Rewrite it in a loop of your own, with tdfx.Switch."
-        )
     return inner if part.ddp is None else replace(unwrap(part.ddp), model=inner.model, wrap=inner.wrap)
+
+
+def _unwrap_sharded_target(part: InPlaceModule) -> Unwrapped:
+    _check_wrapper(part.model)
+    whole = CompiledParts.of(part.model)
+    is_compiled_outside = part.called is not part.target and is_instance_by_name(part.called, "FSDPModule")
+    if whole.wrapped or is_compiled_outside:
+        raise ModelError(_compiled_and_sharded(min(whole.wrapped, default="")))
+    from tdfx.distributed.fsdp import Sharded  # imported late, as below
+
+    sharded, compiled = Sharded(part.model), CompiledParts.of(part.target)
+
+    def wrap(rewritten: nn.Module) -> nn.Module:
+        sharded.check_paths(rewritten, part.path)
+        return compiled.recompile(rewritten)
+
+    return Unwrapped(sharded.model.get_submodule(part.path), wrap, sharded.ranks, shards=True)
+
+
+def _compiled_and_sharded(path: str) -> str:
+    name = f"Its part {path!r}" if path else "The model"
+    return (
+        f"{name} is wrapped by torch.compile, around or inside of which fully_shard was called, so it cannot be taken "
+        f"out of both. Compile it in place, part.compile(), or compile the whole model."
+    )
 
 
 def _unwrap_ddp(model: DistributedDataParallel) -> Unwrapped:
@@ -90,10 +112,7 @@ def _unwrap_ddp(model: DistributedDataParallel) -> Unwrapped:
 
 def _unwrap_fsdp(model: nn.Module, compiled: CompiledParts) -> Unwrapped:
     if compiled.wrapped:
-        raise ModelError(
-            f"Its part {min(compiled.wrapped)!r} is wrapped by torch.compile, around or inside of which fully_shard was "
-            f"called, so it cannot be taken out of both. Compile it in place, part.compile(), or compile the whole model."
-        )
+        raise ModelError(_compiled_and_sharded(min(compiled.wrapped)))
     from tdfx.distributed.fsdp import Sharded  # imported late, as above
 
     sharded = Sharded(model)
