@@ -125,7 +125,9 @@ class BudgetSolver:
         seconds = {site.name: self.times.estimate(self.policy.cost, site, current_chain(site)) for site, _ in lowest}
         covering: dict[str, set[str]] = {}
         for scheme in {name for _, each in lowest for name in each}:
-            names = sorted((site.name for site, each in lowest if scheme in each), key=seconds.__getitem__, reverse=True)
+            names = sorted(
+                (site.name for site, each in lowest if scheme in each), key=seconds.__getitem__, reverse=True
+            )
             before = [0.0, *itertools.accumulate(seconds[name] for name in names)]
             pairs = zip(names, before, strict=False)
             covering[scheme] = {name for name, covered in pairs if covered < _COVERED * before[-1]}

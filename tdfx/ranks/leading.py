@@ -22,8 +22,8 @@ def leading_spectrum(matrix: Tensor, rank: int) -> Spectrum:
     *Finding Structure with Randomness*, SIAM Review 53, 2011, algorithms 4.4 and 5.3). It works in float32, which is enough:
     an error of a direction enters the loss of a split by its square.
 
-    The squares of the values given are what a projection on the basis keeps, and the norm of the matrix is exact, so the loss
-    of a split up to ``rank`` is its true loss. The missing values are set to the mean of what is left. So beyond ``rank`` the
+    The squares of the values are what a projection on the basis keeps, and the norm of the matrix is exact, so that the loss
+    of a split up to ``rank`` is its true loss. The missing values are set to the mean of what is left: beyond ``rank`` the
     loss is an upper bound, because the true values descend.
     """
     rows, cols = matrix.shape[-2:]
