@@ -337,6 +337,18 @@ def test_measuring_works_without_a_terminal(stream: Any, monkeypatch: pytest.Mon
 def test_a_run_has_more_activations_than_the_caches_hold() -> None:
     assert Workload([CONV], FLOW).steps == 4
     assert Workload([CONV], Flow(64, (64, 64))).steps == 1
-    work = Workload([CONV], Flow(8, (128, 128)))
+    work = Workload([CONV], Flow(2, (96, 96)))
     assert 1 < work.steps <= 4
     assert len({x.data_ptr() for x in work.inputs}) == work.steps
+
+
+def test_a_small_chain_adds_inputs_to_those_of_a_large_competitor() -> None:
+    pointwise = Operation.pointwise(64, 64, 2)
+    flow = Flow(4, (64, 64))
+    dense = Workload([dataclasses.replace(pointwise, kernel=(3, 3), padding=(1, 1))], flow)
+    small = Workload([Operation.pointwise(64, 8, 2), Operation.pointwise(8, 64, 2)], flow, shares=(dense,))
+    assert (dense.steps, small.steps) == (1, 4)
+    assert small.inputs[0] is dense.inputs[0]
+    assert small.gradient is dense.gradient
+    dense.run()
+    small.run()

@@ -39,30 +39,39 @@ class Clock:
 def test_functions_take_turns_and_the_median_counts() -> None:
     clock, calls = Clock(), list[str]()
     # The first call of each is the warm-up.
-    runs = [clock.taking("a", calls, 9.0, 1.0, 1.2, 1.1), clock.taking("b", calls, 9.0, 2.0)]
+    runs = [clock.taking("a", calls, 9.0, 1.0, 1.2, 1.1), clock.taking("b", calls, 9.0, 2.0, 2.4, 2.2)]
     first, second = take_turns(runs, rounds=3, clock=clock)
     assert calls == ["a", "b"] * 4
-    assert [first.seconds, second.seconds] == pytest.approx([1.1, 2.0])
+    assert [first.seconds, second.seconds] == pytest.approx([1.1, 2.2])
+
+
+def test_two_samples_that_agree_closely_need_no_third() -> None:
+    clock, calls = Clock(), list[str]()
+    runs = [clock.taking("a", calls, 9.0, 1.0, 1.04, 5.0), clock.taking("b", calls, 9.0, 2.0, 2.2, 2.08, 5.0)]
+    first, second = take_turns(runs, rounds=5, clock=clock)
+    assert calls == ["a", "b", "a", "b", "a", "b", "b"]
+    assert (first.seconds, second.seconds) == pytest.approx((1.02, 2.08))
 
 
 def test_a_disturbed_sample_is_replaced() -> None:
     clock, calls = Clock(), list[str]()
-    runs = [clock.taking("a", calls, 1.0, 1.0, 7.0, 1.0, 1.1), clock.taking("b", calls, 2.0)]
+    runs = [clock.taking("a", calls, 1.0, 1.0, 7.0, 1.1, 1.2), clock.taking("b", calls, 2.0)]
     first, second = take_turns(runs, rounds=3, clock=clock)
-    assert first.trusted == pytest.approx((1.0, 1.0, 1.1))
-    assert len(first.samples) == len(second.samples) == 4
-    assert first.seconds == pytest.approx(1.0)
+    assert first.trusted == pytest.approx((1.0, 1.1, 1.2))
+    assert (len(first.samples), len(second.samples)) == (4, 2)
+    assert first.seconds == pytest.approx(1.1)
 
 
 def test_timing_ends_even_if_every_sample_is_disturbed() -> None:
     clock, calls = Clock(), list[str]()
-    (timing,) = take_turns([clock.taking("a", calls, 1.0, 1.0, *(2.0**n for n in range(20)))], rounds=3, clock=clock)
+    (timing,) = take_turns([clock.taking("a", calls, 1.0, *(2.0**n for n in range(20)))], rounds=3, clock=clock)
     assert len(timing.samples) == 6
 
 
 def test_no_round_is_begun_that_would_take_too_long() -> None:
     clock, calls = Clock(), list[str]()
-    (timing,) = take_turns([clock.taking("a", calls, 1.0)], rounds=50, most_seconds=5.5, clock=clock)
+    run = clock.taking("a", calls, 1.0, 0.9, 1.0, 1.1, 1.2)
+    (timing,) = take_turns([run], rounds=50, most_seconds=5.5, clock=clock)
     assert len(timing.samples) == 4
     (timing,) = take_turns([clock.taking("a", calls, 1.0)], rounds=50, most_seconds=0.1, clock=clock)
     assert len(timing.samples) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +38,8 @@ _LEAST_PART = 0.01
 """Part of the way to a budget below which nothing is cut."""
 _SWEEPS = 2
 """Times that the rounds are repeated: the second sweep knows what the first was too careful about."""
+_COVERED = 0.6
+"""Share of the time of the sites that a scheme fits, of which its lowest ranks are timed; the rest is scaled alike."""
 _CAUTION = 1.05
 """Factor by which unmeasured candidates get slower from one round to the next. The best of many estimates is usually too
 low, and few sites should change once most of the chosen candidates are measured."""
@@ -102,12 +105,33 @@ class BudgetSolver:
             PolicyError: The budget cannot be kept, or needs something that is not known.
         """
         if self._measures:
-            lowest = [(each.site, each.fastest(self.calibration)) for each in self.sites]
-            self.times.prepare(TimingRequest(self.policy.cost, site, (*each.values(),)) for site, each in lowest)
-            self.calibration = self.calibration.learn(lowest, self.scope.step_seconds)
+            self._calibrate()
         chosen = self._choose_until_measured()
         self._note_untimed(chosen)
         return [self._decision(each, candidate) for each, candidate in zip(self.sites, chosen, strict=True)]
+
+    def _calibrate(self) -> None:
+        """Time every site as it is and, where sites of a scheme take most of the time, its lowest ranks; learn from that."""
+        lowest = [(each.site, each.fastest(self.calibration)) for each in self.sites]
+        covering = self._covering(lowest)
+        self.times.prepare(
+            TimingRequest(self.policy.cost, site, tuple(each[name] for name in each if site.name in covering[name]))
+            for site, each in lowest
+        )
+        self.calibration = self.calibration.learn(lowest, self.scope.step_seconds)
+
+    def _covering(self, lowest: Sequence[tuple[Site, Lowest]]) -> dict[str, set[str]]:
+        """Return for each scheme the fewest sites that take most of the time of those that it fits, by arithmetic."""
+        seconds = {site.name: self.times.estimate(self.policy.cost, site, current_chain(site)) for site, _ in lowest}
+        covering: dict[str, set[str]] = {}
+        for scheme in {name for _, each in lowest for name in each}:
+            names = sorted(
+                (site.name for site, each in lowest if scheme in each), key=seconds.__getitem__, reverse=True
+            )
+            before = [0.0, *itertools.accumulate(seconds[name] for name in names)]
+            pairs = zip(names, before, strict=False)
+            covering[scheme] = {name for name, covered in pairs if covered < _COVERED * before[-1]}
+        return covering
 
     def _choose_until_measured(self) -> list[Candidate | None]:
         """Return the best choice once all that it chooses is measured; search again once with what is known then."""

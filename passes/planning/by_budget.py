@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,8 @@ _LEVELS = 16
 """Ranks that are tried of each scheme, from ``_HIGHEST`` of the full rank down to 1."""
 _HIGHEST = 0.9
 """Share of the full rank from which ranks are tried downwards."""
+_LEADING = 5 / 16
+"""Share of the full rank up to which the directions of a very large weight are computed; errors above are upper bounds."""
 _SMALL_ERROR = 0.1
 """Squared error, relative to the weight's square, up to which ranks below the budget's floor are allowed."""
 _LARGEST_SIDE = 1024
@@ -145,12 +148,16 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
     w_dense = working_weight(site, schemes[0], weight)  # several schemes of a budget all mix output channels
     for scheme in schemes:
         # The bases of the first scheme, and of those that share them, are kept for the split; others have no room.
-        spectra = shared.get(scheme.name) or (scheme.values if shared else scheme.spectra)(operation, w_dense)
+        full = scheme.full_ranks(operation)
+        spectra = shared.get(scheme.name) or (
+            scheme.values(operation, w_dense)
+            if shared
+            else scheme.leading_spectra(operation, w_dense, [math.ceil(_LEADING * rank) for rank in full])
+        )
         if not shared or scheme.name in shared:
             cache.hold(site, scheme, spectra)
         shared |= {scheme.name: spectra, **scheme.partial_spectra(spectra)}
         signal = has_signal(spectra) if signal is None else signal
-        full = scheme.full_ranks(operation)
         grid = _grid(spectra, full, policy, site, scheme)
         for ranks, error in zip(grid, scheme.errors(operation, w_dense, grid, spectra), strict=True):
             floor = budget.floor if error**2 > _SMALL_ERROR else 0.0

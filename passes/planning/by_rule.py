@@ -84,7 +84,7 @@ def _read(wish: SiteWish, cache: SpectrumCache, *weights: Tensor) -> tuple[Choic
     if candidate is None:
         return choice, None
     error = cache.error(site, scheme, candidate.ranks, weights)
-    cache.keep(site, scheme, candidate.ranks, cache.spectra(site, scheme, weights))
+    cache.keep(site, scheme, candidate.ranks, cache.spectra(site, scheme, weights, candidate.ranks))
     return choice, error
 
 

@@ -36,21 +36,30 @@ class SpectrumCache:
         self._current: tuple[tuple[str, str], Spectra] | None = None
         self._current_lowering: tuple[str, Lowering] | None = None
 
-    def spectra(self, site: Site, scheme: Scheme, weights: Sequence[Tensor]) -> Spectra:
-        """Return a scheme's spectra of what a site, dense or factorized, computes with now, given its parameters' values."""
+    def spectra(
+        self, site: Site, scheme: Scheme, weights: Sequence[Tensor], ranks: tuple[int, ...] | None = None
+    ) -> Spectra:
+        """Return a scheme's spectra of what a site, dense or factorized, computes with now, given its parameters' values.
+
+        With ``ranks`` they need to be right for splits up to these.
+        """
         if isinstance(site.layer, Factorized):
             return self._lowering(site, site.layer, weights).spectra
         key = (site.name, scheme.name)
         if self._current is None or self._current[0] != key:
             self._current = None  # the memory of two at once would be too much
-            self._current = key, scheme.spectra(site.known_operation, working_weight(site, scheme, *weights))
+            operation, weight = site.known_operation, working_weight(site, scheme, *weights)
+            self._current = (
+                key,
+                scheme.leading_spectra(operation, weight, ranks) if ranks else scheme.spectra(operation, weight),
+            )
         return self._current[1]
 
     def error(self, site: Site, scheme: Scheme, ranks: tuple[int, ...], weights: Sequence[Tensor]) -> float:
         """Return the norm of what a split at some ranks loses, relative to the weight's norm."""
         if isinstance(site.layer, Factorized):
             return self._lowering(site, site.layer, weights).error(ranks)
-        spectra = self._kept.get((site.name, scheme.name)) or self.spectra(site, scheme, weights)
+        spectra = self._kept.get((site.name, scheme.name)) or self.spectra(site, scheme, weights, ranks)
         return scheme.error(site.known_operation, working_weight(site, scheme, *weights), ranks, spectra)
 
     def hold(self, site: Site, scheme: Scheme, spectra: Spectra) -> None:
@@ -62,7 +71,8 @@ class SpectrumCache:
     def keep(self, site: Site, scheme: Scheme, ranks: Sequence[int], spectra: Spectra) -> None:
         """Keep of a dense site's bases what a split at these ranks needs, if there is room; forget its other bases."""
         self.evict(site)
-        if not isinstance(site.layer, Factorized):
+        reach = all(spectrum.reaches(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
+        if reach and not isinstance(site.layer, Factorized):
             cut = tuple(spectrum.cut(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
             self._current = None
             self.hold(site, scheme, cut)

@@ -34,7 +34,7 @@ def split_weight(
 ) -> Factors:
     """Return the factors of a dense site's weight, split in its metric; ``spectra`` are those of the same scheme."""
     operation, working = site.known_operation, working_weight(site, scheme, weight)
-    factors = scheme.split(operation, working, ranks, spectra or scheme.spectra(operation, working))
+    factors = scheme.split(operation, working, ranks, spectra or scheme.leading_spectra(operation, working, ranks))
     if site.metric is None:
         return factors
     return metric_for(site.metric, scheme).take_back(scheme.chain(operation, ranks), factors)

@@ -46,7 +46,7 @@ class Measured:
     budget: float = 15.0
     """Seconds that measuring for one plan may take, positive; times from the cache cost nothing."""
     rounds: int = 3
-    """Undisturbed samples of each computation, at least 1."""
+    """Undisturbed samples of each computation, at least 1; two are enough where they agree closely."""
     autocast: torch.dtype | None = None
     """The dtype in which the training loop's autocast computes; None for the autocast in force where the plan is made."""
     cache: bool = True
@@ -135,7 +135,7 @@ class Measured:
         again = [first] if keys[first] in _known and is_old else []
         timings = self._time([*again, *missing], most_seconds)
         _measured_at.update({keys[case]: time.perf_counter() for case in timings})
-        _provisional.update(keys[case] for case, timing in timings.items() if len(timing.trusted) < self.rounds)
+        _provisional.update(keys[case] for case, timing in timings.items() if not timing.is_settled(self.rounds))
         ratios = [_known[keys[first]] / timings[first].seconds for first in again if first in timings]
         return {keys[case]: timings[case].seconds * (ratios or [1.0])[0] for case in missing if case in timings}
 

@@ -18,6 +18,8 @@ _LONG = 0.02
 """A call that takes longer than this, in seconds, need not be repeated, even if it was the first."""
 _OUTLIER = 1.25
 """A sample this many times longer than the shortest was disturbed: nothing makes a run faster than it is."""
+_AGREES = 1.05
+"""Two samples of which neither is more than this many times the other need no third."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,15 @@ class Timing:
         """The samples that are not outliers."""
         most = _OUTLIER * min(self.samples)
         return tuple(sample for sample in self.samples if sample <= most)
+
+    def is_settled(self, rounds: int) -> bool:
+        """Return True if there are as many trusted samples as were asked for, or the two shortest agree closely.
+
+        >>> Timing((1.0, 1.02)).is_settled(3), Timing((1.0, 1.2)).is_settled(3), Timing((1.0,)).is_settled(1)
+        (True, False, True)
+        """
+        shortest, *others = sorted(self.samples)
+        return len(self.trusted) >= rounds or bool(others and others[0] <= _AGREES * shortest)
 
     @property
     def seconds(self) -> float:
@@ -58,12 +69,13 @@ def take_turns(
 ) -> list[Timing]:
     """Time some functions in turns (A B C A B C ...), each sample between two waits for the device.
 
-    Rounds continue until every function has ``rounds`` trusted samples, at most twice as many rounds.
+    A function takes part until it has ``rounds`` trusted samples, or two that agree closely, but in no more than twice as
+    many rounds.
 
     Args:
         runs: The functions to time; each must do the same work at every call.
         device: The device that they work on.
-        rounds: Trusted samples to take of each, at least 1.
+        rounds: Trusted samples to take of each, at least 1; two are enough where they agree closely.
         most_seconds: About how long all of it may take; a round that would exceed it is not begun, apart from the first.
         warmups: Calls of each before the first sample, at least 1; a short function is called once more.
     """
@@ -90,10 +102,11 @@ def take_turns(
     for _ in range(2 * rounds):
         round_began = clock()
         for run, repeat, times in zip(runs, repeats, samples, strict=True):
-            times.append(sample(run, repeat))
+            if not times or not Timing(tuple(times)).is_settled(rounds):
+                times.append(sample(run, repeat))
         now = clock()
         is_late = now - began + (now - round_began) > most_seconds
-        if is_late or all(len(Timing(tuple(times)).trusted) >= rounds for times in samples):
+        if is_late or all(Timing(tuple(times)).is_settled(rounds) for times in samples):
             break
     return [Timing(tuple(times)) for times in samples]
 

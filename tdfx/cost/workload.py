@@ -18,6 +18,9 @@ _COLD = 2**26
 """Bytes of activations between a forward and its backward: as in a model, they have left the caches before they are read."""
 _MOST_COPIES = 4
 """Inputs at most: a chain so small that it would need more costs little but its start-up."""
+_MUCH_WORK = 2e8
+"""Forward operations of a run on a CPU above which no input is added: measured from there on, one input gives the time of
+four within a few percent, since arithmetic decides it, or the activations of one step drive one another out."""
 
 
 class Workload:
@@ -33,36 +36,43 @@ class Workload:
         self.weights = [self._random(operation.weight_shape, setting.dtype).requires_grad_() for operation in chain]
         shape = (flow.samples, chain[0].in_channels, *(flow.size if chain[0].dims else ()))
         inputs = [work.inputs for work in shares if work.inputs[0].shape == shape and work.setting == setting]
-        self.inputs: list[Tensor] = inputs[0] if inputs else self._inputs(shape, flow)
-        with torch.no_grad():
-            out = self._forward(self.inputs[0])
-        gradients = [work.gradient for work in shares]
-        gradients = [gradient for gradient in gradients if (gradient.shape, gradient.dtype) == (out.shape, out.dtype)]
-        self.gradient: Tensor = gradients[0] if gradients else torch.ones_like(out)
-
-    @property
-    def steps(self) -> int:
+        self.inputs: list[Tensor] = inputs[0] if inputs else [self._input(shape)]
+        self.steps = self._copies(math.prod(shape), flow)
         """How many training steps one run computes."""
-        return len(self.inputs)
+        self.inputs += [self._copy(self.inputs[0]) for _ in range(self.steps - len(self.inputs))]
+        shape = (flow.samples, chain[-1].out_channels, *_out_size(chain, flow.size))
+        gradients = [work.gradient for work in shares if work.gradient.shape == shape and work.setting == setting]
+        self.gradient: Tensor = gradients[0] if gradients else self._ones()
 
     def run(self) -> None:
         """Compute the outputs and every gradient, and discard them."""
         with torch.enable_grad():
-            outs = [self._forward(x) for x in self.inputs]
-        for x in reversed(self.inputs):
+            outs = [self._forward(x) for x in self.inputs[: self.steps]]
+        for x in reversed(self.inputs[: self.steps]):
             torch.autograd.grad(outs.pop(), self.wanted(x), self.gradient)
 
     def wanted(self, x: Tensor) -> list[Tensor]:
         """Return the tensors whose gradient is computed, in the step with this input."""
         return [x, *self.weights] if self.setting.wants_input_gradient else self.weights
 
-    def _inputs(self, shape: Sequence[int], flow: Flow) -> list[Tensor]:
-        dtype = self.setting.computes_in
-        values = math.prod(shape) + sum(step.written for step in count_chain(self.chain, flow))
-        copies = min(_MOST_COPIES, max(1, _COLD // (values * dtype.itemsize)))
-        first = self._random(shape, dtype)
-        inputs = [first, *(first.clone() for _ in range(copies - 1))]
-        return [x.requires_grad_(self.setting.wants_input_gradient) for x in inputs]
+    def _copies(self, values: int, flow: Flow) -> int:
+        """Return how many inputs of so many values are needed for activations to be cold when they are read."""
+        counts = list(count_chain(self.chain, flow))
+        values += sum(count.written for count in counts)
+        copies = _COLD / (values * self.setting.computes_in.itemsize)
+        if self.setting.device_type == "cpu":
+            copies = min(copies, _MUCH_WORK / sum(count.flops for count in counts))
+        return min(_MOST_COPIES, max(1, math.ceil(copies)))
+
+    def _input(self, shape: Sequence[int]) -> Tensor:
+        return self._random(shape, self.setting.computes_in).requires_grad_(self.setting.wants_input_gradient)
+
+    def _copy(self, x: Tensor) -> Tensor:
+        return x.detach().clone().requires_grad_(self.setting.wants_input_gradient)
+
+    @torch.no_grad()
+    def _ones(self) -> Tensor:
+        return torch.ones_like(self._forward(self.inputs[0]))
 
     def _forward(self, x: Tensor) -> Tensor:
         apply = apply_factor if len(self.chain) > 1 else apply_operation
@@ -78,3 +88,9 @@ class Workload:
         values = torch.randn(tuple(shape), generator=generator, device=device).to(dtype)
         layout = _CHANNELS_LAST.get(len(shape) - 2) if self.setting.channels_last else None
         return values.contiguous(memory_format=layout) if layout is not None else values
+
+
+def _out_size(chain: Sequence[Operation], size: tuple[int, ...]) -> tuple[int, ...]:
+    for operation in chain:
+        size = operation.out_size(size)
+    return size

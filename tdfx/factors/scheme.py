@@ -81,6 +81,13 @@ class Scheme(ABC):
         """Return the spectra as far as ``errors`` needs them: a scheme that needs no bases for it leaves them out."""
         return self.spectra(operation, weight)
 
+    def leading_spectra(self, operation: Operation, weight: Tensor, ranks: Sequence[int]) -> tuple[Spectrum, ...]:
+        """Return the spectra as far as splits up to some ranks need them; beyond, errors may be bounds.
+
+        A scheme that has a faster way for large weights overrides this.
+        """
+        return self.spectra(operation, weight)
+
     @abstractmethod
     def split(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> Factors:
         """Return the factors' weights in the order of ``chain``; ``spectra`` must be those of this weight."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from tdfx.factors.algebra import pseudo_inverse, root_scale
 from tdfx.factors.operation import Operation, from_groups, grouped_shape, to_groups
 from tdfx.factors.scheme import Factors, Lowering, Scheme
+from tdfx.ranks.leading import leading_spectrum
 from tdfx.ranks.spectrum import Spectrum, spectrum
 
 
@@ -47,6 +48,10 @@ class TwoFactors(Scheme):
     def spectra(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return the spectrum of the matrices of all groups, decomposed by their shorter side."""
         return (spectrum(self.unfold(operation, weight)),)
+
+    def leading_spectra(self, operation: Operation, weight: Tensor, ranks: Sequence[int]) -> tuple[Spectrum, ...]:
+        """Return the leading part of the spectrum, of large matrices by a randomized method."""
+        return (leading_spectrum(self.unfold(operation, weight), ranks[0]),)
 
     def values(self, operation: Operation, weight: Tensor) -> tuple[Spectrum, ...]:
         """Return the spectrum without its basis."""
@@ -133,15 +138,17 @@ class TwoFactors(Scheme):
 def _halves(matrix: Tensor, rank: int, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     """Return (g, m, p) and (g, p, n), whose product is nearest to a matrix; both have the roots of the singular values."""
     basis = spectrum.leading(rank)
+    precise, matrix = matrix.dtype, matrix.to(basis.dtype)  # a product is as precise as the basis, and as fast
     if spectrum.rows <= spectrum.cols:
-        right = basis.mT @ matrix
+        right = (basis.mT @ matrix).to(precise)
         scale = root_scale(right.norm(dim=2))
         return basis * scale[:, None], right / scale[..., None]
-    left = matrix @ basis
+    left = (matrix @ basis).to(precise)
     scale = root_scale(left.norm(dim=1))
     return left / scale[:, None], basis.mT * scale[..., None]
 
 
 def _tail(rank: int, spectrum: Spectrum) -> float:
-    total = spectrum.values.norm()
-    return float(spectrum.values[rank:].norm() / total) if total > 0 else 0.0
+    total = spectrum.values.square().sum() + spectrum.residual
+    lost = spectrum.values[rank:].square().sum() + spectrum.residual
+    return math.sqrt(lost / total) if total > 0 else 0.0

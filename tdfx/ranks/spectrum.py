@@ -25,13 +25,15 @@ class Spectrum:
     """Singular values, shape (r,), descending, in the working dtype. For g matrices the k-th value is the root of the summed
     squares of their k-th values, so that the norm of the values cut is what all matrices lose together."""
     basis: Tensor
-    """Orthonormal singular vectors of the decomposed side as columns, shape (d, r), or (g, d, r)."""
+    """Orthonormal singular vectors of the decomposed side as columns, shape (d, r), or (g, d, r); fewer columns where only
+    splits up to some rank were asked for, and float32 where directions were found by iteration."""
     rows: int
     """m, the rows of the unfolding, or of each matrix."""
     cols: int
     """n, the columns of the unfolding, or of each matrix."""
     residual: float | Tensor = 0.0
-    """The sum of the squares of the missing values, where only the largest r < min(m, n) are given; not negative."""
+    """The sum of the squares of the missing values, where only the largest r < min(m, n) are given, and of what is lost at
+    any rank; not negative."""
     original: tuple[int, int] | None = None
     """For a weight that is factorized already, the rows and columns of the same unfolding of the dense weight."""
 
@@ -48,6 +50,10 @@ class Spectrum:
     def leading(self, rank: int) -> Tensor:
         """Return the first columns of the basis, shape (d, rank) or (g, d, rank); contiguous, for products of equal bits."""
         return self.basis[..., :rank].contiguous()
+
+    def reaches(self, rank: int) -> bool:
+        """Return True if the basis is wide enough for a split at a rank."""
+        return self.basis.shape[-1] >= rank
 
     def cut(self, rank: int) -> Spectrum:
         """Return the spectrum with the part of its basis that a split at this rank needs."""
@@ -91,7 +97,7 @@ def spectrum(matrix: Tensor, *, rows_side: bool | None = None, with_basis: bool 
     """
     rows, cols = matrix.shape[-2:]
     by_rows = rows <= cols if rows_side is None else rows_side
-    gram = matrix @ matrix.mT if by_rows else matrix.mT @ matrix
+    gram = gram_matrix(matrix, by_rows)
     if with_basis:
         values, basis = singular_side(gram, min(rows, cols))
     else:
@@ -99,6 +105,19 @@ def spectrum(matrix: Tensor, *, rows_side: bool | None = None, with_basis: bool 
         values, basis = eigenvalues.flip(-1)[..., : min(rows, cols)].clamp_min(0).sqrt(), gram.new_empty(0)
     combined = values if matrix.dim() == 2 else values.square().sum(0).sqrt()
     return Spectrum(combined, basis, rows, cols)
+
+
+def gram_matrix(matrix: Tensor, by_rows: bool) -> Tensor:
+    """Return the products of the rows (..., m, m) or of the columns (..., n, n) of matrices (..., m, n).
+
+    On the CPU NumPy sees that the two factors are one matrix, and computes half of the symmetric product.
+    """
+    if matrix.dim() == 2:
+        return gram_matrix(matrix[None], by_rows)[0]
+    if matrix.device.type != "cpu":
+        return matrix @ matrix.mT if by_rows else matrix.mT @ matrix
+    arrays = matrix.detach().numpy()
+    return torch.stack([torch.from_numpy(array @ array.T if by_rows else array.T @ array) for array in arrays])
 
 
 def singular_side(gram: Tensor, keep: int) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,12 @@ from tdfx.cost.measured import Measured
 from tdfx.plans.plan import Plan
 from tdfx.policies.policy import Policy, map_costs
 
-_MEASURING, _LEAST = 0.01, 30
+_MEASURING, _LEAST = 0.02, 10
 """Share of the time left that measuring may take, and steps that it may take in any case, so that a plan is no guess."""
 
 
 def cap_measuring_time(policy: Policy, left: int, step_seconds: float) -> Policy:
-    """Return a policy that measures for at most a hundredth of the time that is left, or the time of thirty steps.
+    """Return a policy that measures for at most a fiftieth of the time that is left, or the time of ten steps.
 
     A lower limit of its own stays. Steps take negative seconds if none was timed; then the policy stays as it is.
     """

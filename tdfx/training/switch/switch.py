@@ -57,7 +57,7 @@ class Switch(SwitchStatus):
         total_steps: Steps of the whole training. With it the model is switched only if the steps that are left are predicted
             to save more time than making the plan took plus ``recompile_seconds``. Step times are measured; the share of a
             step that is saved comes from the plan's measurements, or else from the sites' modelled times, as if nothing else
-            took time. Measuring layers takes at most a hundredth of the time left, or the time of thirty steps; the
+            took time. Measuring layers takes at most a fiftieth of the time left, or the time of ten steps; the
             remaining layers are estimated.
         weigh: Whether the model is switched only if that pays; False switches in any case. Only with ``total_steps``.
         recompile_seconds: Time to compile or capture the rewritten model, in seconds.
