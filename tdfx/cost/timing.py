@@ -11,6 +11,8 @@ from functools import partial
 
 import torch
 
+from tdfx.devices import synchronize
+
 _SHORTEST = 1e-3
 """A sample repeats its function until it takes about this long, in seconds, so that the clock and the wait for the device
 hardly count."""
@@ -67,7 +69,7 @@ def take_turns(
         most_seconds: About how long all of it may take; a round that would exceed it is not begun, apart from the first.
         warmups: Calls of each before the first sample, at least 1; a short function is called once more.
     """
-    wait = _waiter(device)
+    wait = partial(synchronize, device)
     began = clock()
 
     def sample(run: Callable[[], object], repeat: int) -> float:
@@ -100,15 +102,8 @@ def take_turns(
 
 def time_once(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
     """Return the seconds of one call, between two waits for the device; a first call may be cold."""
-    wait = _waiter(device)
-    wait()
+    synchronize(device)
     start = time.perf_counter()
     run()
-    wait()
+    synchronize(device)
     return time.perf_counter() - start
-
-
-def _waiter(device: torch.device | str) -> Callable[[], None]:
-    """Return a function that waits until a device has finished all its work."""
-    kind = torch.device(device).type
-    return (lambda: None) if kind == "cpu" else partial(torch.get_device_module(kind).synchronize, device)
