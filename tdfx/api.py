@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from tdfx.errors import ModelError, OptimizerError, PolicyError, TdfxWarning
 from tdfx.optim.companions import Companions
 from tdfx.optim.exchanges import join_exchange, split_exchange
+from tdfx.passes.analysis.loop import LoopSettings
 from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.pipeline import Planned, find_sites, make_plan, merge_back, rewrite_by, use_plan
@@ -98,14 +99,16 @@ def plan_rewrite(
     emit: Emit,
     moments: Moments | None = None,
     loop_seconds: float | None = None,
+    loop: LoopSettings | None = None,
 ) -> PlannedRewrite:
-    """Make a plan as ``plan`` does, by the seconds of a step in the training loop if they are known."""
+    """Make a plan as ``plan`` does, by what is known of the training loop: the seconds of a step, and its settings."""
     if moments is not None:
         moments.remove()  # hooks would be taken for the user's own
     unwrapped = unwrap(model)
     with unwrapped.processes.raise_on_all():
         _check_same_arguments(unwrapped, policy, emit)
-        return PlannedRewrite(unwrapped, _make_plan(unwrapped, policy, inputs, emit, moments, loop_seconds), moments)
+        planned = _make_plan(unwrapped, policy, inputs, emit, moments, loop_seconds, loop)
+        return PlannedRewrite(unwrapped, planned, moments)
 
 
 def rewrite(
@@ -309,6 +312,7 @@ def _make_plan(
     emit: Emit,
     moments: Moments | None = None,
     loop_seconds: float | None = None,
+    loop: LoopSettings | None = None,
 ) -> Planned:
     """Trace the model, find its sites, and decide for each by the policy."""
     policy = Policy() if policy is None else policy
@@ -317,7 +321,8 @@ def _make_plan(
             f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite and how far. Pass "
             f"tdfx.Policy(rank=...), or a plan to rewrite."
         )
-    return make_plan(_find_sites(unwrapped, emit), policy, inputs, moments=moments, loop_seconds=loop_seconds)
+    program = _find_sites(unwrapped, emit)
+    return make_plan(program, policy, inputs, moments=moments, loop_seconds=loop_seconds, loop=loop)
 
 
 def _find_sites(unwrapped: Unwrapped, emit: Emit) -> Program:

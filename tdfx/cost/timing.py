@@ -57,6 +57,7 @@ def take_turns(
     most_seconds: float = math.inf,
     warmups: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    agree: Callable[[float], float] = float,
 ) -> list[Timing]:
     """Time some functions in turns (A B C A B C ...), each sample between two waits for the device.
 
@@ -68,6 +69,8 @@ def take_turns(
         rounds: Trusted samples to take of each, at least 1.
         most_seconds: About how long all of it may take; a round that would exceed it is not begun, apart from the first.
         warmups: Calls of each before the first sample, at least 1; a short function is called once more.
+        agree: Maps a number of this process to that of all processes that take the same turns together, so that they call the
+            functions equally often: functions that communicate would wait for one another otherwise.
     """
     wait = partial(synchronize, device)
     began = clock()
@@ -78,7 +81,7 @@ def take_turns(
         for _ in range(repeat):
             run()
         wait()
-        return (clock() - start) / repeat
+        return agree((clock() - start) / repeat)
 
     repeats = []
     for run in runs:
@@ -94,7 +97,7 @@ def take_turns(
         for run, repeat, times in zip(runs, repeats, samples, strict=True):
             times.append(sample(run, repeat))
         now = clock()
-        is_late = now - began + (now - round_began) > most_seconds
+        is_late = agree(now - began + (now - round_began)) > most_seconds
         if is_late or all(len(Timing(tuple(times)).trusted) >= rounds for times in samples):
             break
     return [Timing(tuple(times)) for times in samples]

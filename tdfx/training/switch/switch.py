@@ -22,6 +22,7 @@ from tdfx.api import PlannedRewrite, plan_rewrite, record_dense, rewrite
 from tdfx.distributed.processes import Processes
 from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
+from tdfx.passes.analysis.loop import LoopWatch
 from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.plans.plan import Emit, Plan
@@ -34,6 +35,7 @@ from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
 from tdfx.training.switch.state import SwitchEvent, SwitchState
 from tdfx.training.switch.watch import RankWatch, modelled_seconds
 from tdfx.training.switch.when import Settled, When, check_settings, early
+from tdfx.wrappers.in_place import InPlaceModule
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
 _PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {"model", "policy", "example_inputs", "optimizer"}
@@ -119,6 +121,7 @@ class Switch:
         self._state = SwitchState(next=1 if isinstance(when, Settled) else when.at)
         self._last: float | None = None  # when the last step ended
         self._collection = Collection(self.collect)
+        self._loop = LoopWatch()
         self._rates: tuple[FactorRate, ...] = ()
         self._spent = {"watching": 0.0, "planning": 0.0, "rewriting": 0.0}
 
@@ -222,6 +225,8 @@ class Switch:
             self._collection.attach(model)
         else:
             self._collection.remove()
+        if self.due and not self.collect and not isinstance(model, InPlaceModule):
+            self._loop.attach(model)
 
     def average(self, model: nn.Module) -> None:
         """Average the moments collected so far over the processes that train a model, which must call this together.
@@ -233,10 +238,12 @@ class Switch:
     def pause(self) -> None:
         """Take all hooks off the model until the next call of ``begin`` or ``step``; what was collected stays."""
         self._collection.detach()
+        self._loop.remove()
 
     def _decide(self, model: nn.Module, inputs: Inputs | None, *, emit: Emit = "graph", **arguments: Any) -> nn.Module:
         """Switch if it is time and pays off; whatever is kept then is kept for good."""
         moments = self._collection.detach()
+        self._loop.remove()
         wrapped = unwrap(model)
         with wrapped.processes.raise_on_all():
             why: str | None = "the step that was asked for"
@@ -286,7 +293,7 @@ class Switch:
             left, step_seconds = processes.broadcast_object([max(0, self.total_steps - self.steps), step_seconds])
             policy = cap_measuring_time(policy, left, step_seconds)
         loop_seconds = step_seconds if step_seconds > 0 else None
-        planned = plan_rewrite(model, policy, inputs, emit, moments, loop_seconds)
+        planned = plan_rewrite(model, policy, inputs, emit, moments, loop_seconds, self._loop.settings)
         planning = processes.broadcast_object(self._clock() - began)
         self._spend("planning", began)
         if self.total_steps is None or not self.weigh or not planned.plan.factorized:
