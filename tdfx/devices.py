@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tdfx.errors import TdfxError
 
 AnyDevice = torch.device | str
 _WITHOUT_GENERATOR = frozenset({"cpu", "meta"})
@@ -112,3 +114,37 @@ def hardware_name(device: AnyDevice) -> str:
     if kind == "xpu":
         return str(torch.xpu.get_device_name(device))
     return processor()
+
+
+def has_tf32() -> bool:
+    """Return whether products of float32 on CUDA are computed in TF32, by either of torch's interfaces for it."""
+    with suppress(RuntimeError):  # after one of them was used, the other may refuse to be read
+        if torch.get_float32_matmul_precision() != "highest":
+            return True
+    return getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32"
+
+
+def cache_bytes(device: AnyDevice) -> int:
+    """Return how many bytes the last cache of a device holds, for CUDA; 0 where torch does not say."""
+    if torch.device(device).type != "cuda":
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
+
+
+def free_memory(device: AnyDevice) -> None:
+    """Give the blocks that the allocator of a device keeps for later back to the device."""
+    module = None if torch.device(device).type in {"cpu", "meta"} else torch.get_device_module(torch.device(device).type)
+    if hasattr(module, "empty_cache"):
+        module.empty_cache()
+
+
+def raise_if_broken(error: RuntimeError) -> None:
+    """Raise a TdfxError for an error after which a device computes nothing more, such as an illegal memory access.
+
+    torch raises AcceleratorError for those. Running out of memory, or lacking a kernel, is no such error.
+    """
+    if isinstance(error, torch.AcceleratorError) and "out of memory" not in str(error).lower():
+        raise TdfxError(
+            f"The device failed while layers were timed, and computes nothing more in this process: {error}. Start the "
+            f"process again, with CUDA_LAUNCH_BLOCKING=1 to see which operation fails."
+        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tdfx.cost.count import Flow
 from tdfx.cost.setting import autocast_now, computing_in
+from tdfx.devices import has_tf32
 from tdfx.errors import TdfxWarning
 from tdfx.layers.copying import COMPILED
 
@@ -96,7 +96,7 @@ class LoopWatch:
 
 def warn_of_full_precision(flows: Iterable[Flow]) -> None:
     """Warn if sites on CUDA will be timed in float32 without TF32, where nothing shows that the loop computes so."""
-    if _has_tf32():
+    if has_tf32():
         return
     settings = [flow.setting for flow in flows]
     if any(each.device_type == "cuda" and each.computes_in is torch.float32 for each in settings):
@@ -107,11 +107,3 @@ def warn_of_full_precision(flows: Iterable[Flow]) -> None:
             TdfxWarning,
             stacklevel=4,
         )
-
-
-def _has_tf32() -> bool:
-    # After one of torch's two interfaces for the precision was used, the other may refuse to be read.
-    with contextlib.suppress(RuntimeError):
-        if torch.get_float32_matmul_precision() != "highest":
-            return True
-    return getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32"

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdfx.cost.setting import Setting, autocast_now
+from tdfx.devices import short_name
 from tdfx.distributed.processes import Processes
 from tdfx.kinds.functional import FunctionCall, parse_call
 from tdfx.kinds.registry import is_candidate, kind_of
@@ -46,7 +47,7 @@ class Entered:
         """Describe a tensor, given the addresses of the storages of the model's own inputs."""
         kind = tensor.device.type
         setting = Setting(
-            device=kind,
+            device=short_name(tensor.device),
             dtype=tensor.dtype,
             autocast=autocast_now(kind),
             channels_last=is_channels_last(tensor),

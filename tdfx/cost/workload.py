@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdfx.cost.count import Flow, count_chain
 from tdfx.cost.setting import computing_in
+from tdfx.devices import cache_bytes
 from tdfx.factors.functions import apply_factor, apply_operation
 from tdfx.factors.operation import Operation
 
@@ -38,7 +39,7 @@ class Workload:
             out = self._forward(self.inputs[0])
         gradients = [work.gradient for work in shares]
         gradients = [gradient for gradient in gradients if (gradient.shape, gradient.dtype) == (out.shape, out.dtype)]
-        self.gradient: Tensor = gradients[0] if gradients else torch.ones_like(out)
+        self.gradient: Tensor = gradients[0] if gradients else torch.empty_like(out).copy_(self._random(out.shape, out.dtype))
 
     @property
     def steps(self) -> int:
@@ -59,7 +60,8 @@ class Workload:
     def _inputs(self, shape: Sequence[int], flow: Flow) -> list[Tensor]:
         dtype = self.setting.computes_in
         values = math.prod(shape) + sum(step.written for step in count_chain(self.chain, flow))
-        copies = min(_MOST_COPIES, max(1, _COLD // (values * dtype.itemsize)))
+        cold = max(_COLD, 2 * cache_bytes(self.setting.device))
+        copies = min(_MOST_COPIES if cold == _COLD else 4 * _MOST_COPIES, max(1, cold // (values * dtype.itemsize)))
         first = self._random(shape, dtype)
         inputs = [first, *(first.clone() for _ in range(copies - 1))]
         return [x.requires_grad_(self.setting.wants_input_gradient) for x in inputs]
