@@ -11,6 +11,7 @@ from weakref import WeakSet
 from torch import nn
 from torch.optim import Optimizer
 
+from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError, OptimizerError, PolicyError, TdfxWarning
 from tdfx.optim.companions import Companions
 from tdfx.optim.exchanges import join_exchange, split_exchange
@@ -322,6 +323,9 @@ def _make_plan(
             f"tdfx.Policy(rank=...), or a plan to rewrite."
         )
     program = _find_sites(unwrapped, emit)
+    if unwrapped.compiled and inputs is not None and isinstance(policy.cost, MeasuringCost) and policy.min_gain > 0:
+        note = "its layers are timed as they run eagerly; compiled, they may gain less or more"
+        program = replace(program, notes=(*program.notes, note))
     return make_plan(program, policy, inputs, moments=moments, loop_seconds=loop_seconds, loop=loop)
 
 

@@ -133,7 +133,9 @@ def cache_bytes(device: AnyDevice) -> int:
 
 def free_memory(device: AnyDevice) -> None:
     """Give the blocks that the allocator of a device keeps for later back to the device."""
-    module = None if torch.device(device).type in {"cpu", "meta"} else torch.get_device_module(torch.device(device).type)
+    module = (
+        None if torch.device(device).type in {"cpu", "meta"} else torch.get_device_module(torch.device(device).type)
+    )
     if hasattr(module, "empty_cache"):
         module.empty_cache()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,16 +15,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tdfx
 from tdfx import devices
+from tdfx.cost import measured, rates
+from tdfx.cost.accelerators import ACCELERATORS
+from tdfx.cost.count import Flow
 from tdfx.cost.machine import describe_machine
+from tdfx.cost.setting import Setting
+from tdfx.cost.timing import Timing, take_turns
 from tdfx.factors.metric import Metric
 from tdfx.factors.moments import SiteMoments
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.layers.placement import full_precise
+from tdfx.passes.analysis.observe import Entered
 from tdfx.ranks.spectrum import _SMALL, spectrum, symmetric_eigen
 
-CONV = Operation(in_channels=16, out_channels=24, kernel=(3, 3))
+CONV = replace(Operation.pointwise(16, 24, 2), kernel=(3, 3), padding=(1, 1))
 
 
 class FakeModule:
@@ -74,9 +84,7 @@ def test_the_random_streams_of_every_kind_are_put_back(fake_module: FakeModule) 
     assert not any(map(bool, fake_module.states.values()))
 
 
-def test_streams_of_all_devices_in_use_are_put_back(
-    fake_module: FakeModule, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streams_of_all_devices_in_use_are_put_back(fake_module: FakeModule, monkeypatch: pytest.MonkeyPatch) -> None:
     fake: Any = fake_module
     fake.device_count, fake.is_initialized = (lambda: 2), (lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
@@ -199,3 +207,122 @@ def test_the_key_of_a_gpu_has_its_name_and_not_the_threads_of_the_cpu(monkeypatc
         assert keys()[0] != first
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)
     assert keys()[0] != first
+
+
+def test_a_broken_device_is_said_and_a_full_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(error: Exception) -> Callable[..., Any]:
+        def apply(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return apply
+
+    cost = tdfx.Measured(update_bytes=0, cache=False)
+    group = [[((CONV,), Flow(2, (8, 8)))]]
+    for harmless in (torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: out of memory")):
+        monkeypatch.setattr("tdfx.cost.workload.apply_operation", fails(harmless))
+        assert cost.measure(group) == {}
+    sticky = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr("tdfx.cost.workload.apply_operation", fails(sticky))
+    with pytest.raises(tdfx.TdfxError, match=r"computes nothing more in this process: CUDA error: an illegal .* Start"):
+        cost.measure(group)
+
+
+def test_memory_is_freed_before_cases_are_timed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All together they do not fit; one by one they do."""
+    alive: list[int] = []
+    works: list[weakref.ref[Any]] = []
+
+    def turns(runs: Any, **_: Any) -> list[Timing]:
+        works.extend(weakref.ref(run.__self__) for run in runs)
+        gc.collect()
+        alive.append(sum(work() is not None for work in works))
+        if len(runs) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [Timing((4.0,))]
+
+    monkeypatch.setattr(measured, "take_turns", turns)
+    other = replace(CONV, out_channels=8)
+    cases = [((CONV,), Flow(2, (8, 8))), ((other,), Flow(2, (8, 8)))]
+    assert len(tdfx.Measured(update_bytes=0, cache=False).measure([cases])) == 2
+    assert alive == [2, 1, 1]
+
+
+def test_sites_on_another_gpu_are_timed_on_it_and_share_times_with_equal_ones(
+    fake_module: FakeModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"cuda": "H200", "cuda:1": "H200", "cuda:2": "L4"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[str(device)])
+    fake: Any = SimpleNamespace(device=torch.device("cuda:1"), dtype=torch.float32, shape=(2, 3), dim=lambda: 2)
+    monkeypatch.setattr("tdfx.passes.analysis.observe.storage_address", id)
+    entered = Entered.of(fake, ())
+    assert entered.setting.device == "cuda:1"
+    keys = [tdfx.Measured()._key((CONV,), Flow(2, setting=Setting(device=name))) for name in names]
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps"])
+def test_the_time_on_a_gpu_is_the_largest_of_launch_arithmetic_and_traffic(device: str) -> None:
+    model, numbers = tdfx.Measured().modelled, ACCELERATORS[device]
+    half = Setting(device=device, autocast=torch.bfloat16)
+    tiny, large = Operation(in_channels=4, out_channels=4), Operation(in_channels=8192, out_channels=8192)
+    assert model.seconds([tiny], Flow(1, setting=half)) == pytest.approx(3 * numbers.launch)
+    by_arithmetic = 3 * 2 * 2**16 * 8192**2 / numbers.flops[2]
+    assert model.seconds([large], Flow(2**16, setting=half)) == pytest.approx(by_arithmetic)
+    by_traffic = 3 * 2 * (2**22 * 8 + 16) / numbers.bytes
+    assert model.seconds([tiny], Flow(2**22, setting=half)) == pytest.approx(by_traffic)
+    assert model.seconds([tiny], Flow(2**22, setting=Setting(device=device))) == pytest.approx(2 * by_traffic)
+    assert tdfx.Modelled().seconds([tiny], Flow(1, setting=half)) == tdfx.Modelled().seconds([tiny], Flow(1))
+
+
+def test_rates_are_finite_where_launches_hide_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Work:
+        steps = 1
+
+        def run(self) -> None: ...
+
+    monkeypatch.setattr(rates, "Workload", lambda *_: Work())
+    monkeypatch.setattr(rates, "take_turns", lambda runs, **_: [Timing((3e-5,)) for _ in runs])
+    found = rates._fit("cuda", torch.float32)
+    assert found[0] < 1e17
+    assert found[1] < 1e15
+    assert found[2] > 0
+
+
+def test_auto_rounds_by_the_dtype_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdfx.passes.planning.proposals.device_multiple", lambda dtype, device: 128 // dtype.itemsize)
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512))
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=0.2), min_gain=0, round_to="auto")
+
+    def rank() -> Any:
+        return tdfx.plan(model, policy, example_inputs=(torch.ones(2, 512),)).sites[0].ranks
+
+    assert rank() == (128,)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rank() == (128,)
+    policy = replace(policy, rank=tdfx.Ratio(of=0.3))
+    assert rank() == (160,)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rank() == (192,)
+
+
+def test_a_single_slow_call_is_no_sample_of_a_short_function() -> None:
+    """Its library was loaded, or its kernel chosen, in the first call."""
+    now, left = [0.0], [1.0]
+
+    def run() -> None:
+        now[0] += left.pop() if left else 1e-5
+
+    (timing,) = take_turns([run], rounds=3, clock=lambda: now[0])
+    assert timing.seconds == pytest.approx(1e-5)
+    assert now[0] > 1.0 + 3 * 1e-3 * 0.99
+
+
+def test_the_step_times_of_a_loop_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[Any] = []
+    monkeypatch.setattr("tdfx.training.switch.switch.synchronize", waits.append)
+    model: torch.nn.Module = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    switch = tdfx.Switch(when=tdfx.AtStep(150), total_steps=200)
+    for _ in range(60):
+        model = switch.step(model)
+    assert 0 < len(waits) < 60
+    assert set(waits) == {torch.device("cpu")}

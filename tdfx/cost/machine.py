@@ -34,6 +34,10 @@ def _precisions() -> list[str]:
         precisions.append(torch.get_float32_matmul_precision())
     with contextlib.suppress(RuntimeError):
         precisions.append(str(torch.backends.cudnn.allow_tf32))
-    reduced = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation")
+    reduced = (
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_accumulation",
+    )
     precisions += [str(getattr(torch.backends.cuda.matmul, name, "")) for name in reduced]
     return precisions

@@ -165,4 +165,8 @@ class Measured:
         works.clear()
         runs.clear()
         free_memory(device)
-        return {} if len(cases) == 1 else {key: timing for case in cases for key, timing in self._time([case], 0.0).items()}
+        return (
+            {}
+            if len(cases) == 1
+            else {key: timing for case in cases for key, timing in self._time([case], 0.0).items()}
+        )

@@ -89,9 +89,10 @@ def _fit(device: str, dtype: torch.dtype) -> tuple[float, float, float]:
     rows = 3 * np.array([[count.flops, 4 * count.values, 1] for count in counts]) / times[:, None]
     scales = rows.max(axis=0)
     per_flop, per_byte, per_call = nnls(rows / scales, np.ones(len(times)))[0] / scales
-    # Where a term explains nothing, as when launches hide all else, it is at most the whole time of its layer.
-    per_flop = per_flop or times[0] / (3 * counts[0].flops)
-    per_byte = per_byte or times[1] / (3 * 4 * counts[1].values)
+    # Where a term explains next to nothing, as when launches hide all else, it is at most the whole time of its layer.
+    most_flop, most_byte = times[0] / (3 * counts[0].flops), times[1] / (3 * 4 * counts[1].values)
+    per_flop = per_flop if per_flop > most_flop / 10 else most_flop
+    per_byte = per_byte if per_byte > most_byte / 10 else most_byte
     return float(1 / per_flop), float(1 / per_byte), float(per_call)
 
 

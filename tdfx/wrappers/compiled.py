@@ -116,6 +116,11 @@ def compile_in_place(module: nn.Module, recompile: Recompile | None) -> None:
         module.__dict__[COMPILED] = recompile(module._call_impl)
 
 
+def seconds_spent_compiling() -> float:
+    """Return how long ``torch.compile`` has worked in this process so far: about what compiling a rewritten model takes."""
+    return float(torch._dynamo.utils.calculate_time_spent()["total_wall_time"])
+
+
 def inner_module(module: nn.Module) -> nn.Module:
     """Return the module inside one or several nested wrappers."""
     while is_wrapped(module):

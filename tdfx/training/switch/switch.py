@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from tdfx.api import PlannedRewrite, plan_rewrite, record_dense, rewrite
+from tdfx.devices import synchronize
 from tdfx.distributed.processes import Processes
 from tdfx.errors import OptimizerError, PolicyError, TdfxWarning, nearest
 from tdfx.optim.surgery import as_optimizers
@@ -32,9 +33,10 @@ from tdfx.training.methods.factor_rate import FactorRate
 from tdfx.training.methods.rewarm import Rewarm, check_rates
 from tdfx.training.switch.collect import COLLECTED_STEPS, Collection, wants_moments
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
-from tdfx.training.switch.state import SwitchEvent, SwitchState
+from tdfx.training.switch.state import TIMED_STEPS, SwitchEvent, SwitchState
 from tdfx.training.switch.watch import RankWatch, modelled_seconds
 from tdfx.training.switch.when import Settled, When, check_settings, early
+from tdfx.wrappers.compiled import seconds_spent_compiling
 from tdfx.wrappers.in_place import InPlaceModule
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
@@ -65,7 +67,8 @@ class Switch:
             took time. Measuring layers takes at most a hundredth of the time left, or the time of thirty steps; the
             remaining layers are estimated.
         weigh: Whether the model is switched only if that pays; False switches in any case. Only with ``total_steps``.
-        recompile_seconds: Time to compile or capture the rewritten model, in seconds.
+        recompile_seconds: Time to compile or capture the rewritten model, in seconds; 0 for a compiled model means the
+            time that ``torch.compile`` has taken in this process so far.
         rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
         collect: Steps before the decision at which second moments are collected, and used as ``Policy.metric`` says; 0 for
             none. They cost a part of a step each. With ``torch.compile`` the model runs eagerly in these steps.
@@ -188,6 +191,7 @@ class Switch:
             self._state = self._state.count()
             self._record_kept(model)
             return model
+        self._wait(model)
         now = self._clock()
         if unknown := sorted(arguments.keys() - _PASSED_ON):
             raise PolicyError(
@@ -210,6 +214,13 @@ class Switch:
         self._record_kept(model)
         self._last = self._clock()
         return model
+
+    def _wait(self, model: nn.Module) -> None:
+        """Wait for the device in the last steps before a decision: else their times are those of enqueueing them."""
+        if self.total_steps is not None and self._state.next - self.steps <= TIMED_STEPS:
+            parameter = next(model.parameters(), None)
+            if parameter is not None:
+                synchronize(parameter.device)
 
     def _record_kept(self, model: nn.Module) -> None:
         """Let ``merge`` return a model without a warning that was kept by a decision."""
@@ -294,13 +305,16 @@ class Switch:
             policy = cap_measuring_time(policy, left, step_seconds)
         loop_seconds = step_seconds if step_seconds > 0 else None
         planned = plan_rewrite(model, policy, inputs, emit, moments, loop_seconds, self._loop.settings)
-        planning = processes.broadcast_object(self._clock() - began)
+        compiling = self.recompile_seconds
+        if not compiling and planned.unwrapped.compiled:
+            compiling = seconds_spent_compiling()
+        planning, compiling = processes.broadcast_object([self._clock() - began, compiling])
         self._spend("planning", began)
         if self.total_steps is None or not self.weigh or not planned.plan.factorized:
             return planned, True, ""
         # All arguments are the same on all processes.
         seconds = modelled_seconds(self.policy, planned.planned.program)
-        pays = pays_off(planned.plan, seconds, left, step_seconds, planning, self.recompile_seconds)
+        pays = pays_off(planned.plan, seconds, left, step_seconds, planning, compiling)
         return planned, *pays
 
     def _rewrite(
