@@ -1,4 +1,4 @@
-"""What differs between kinds of devices: waiting, precision, random numbers, names; torch gives each kind its own functions."""
+"""What differs between kinds of devices: waiting, precision, random numbers, names."""
 
 from __future__ import annotations
 

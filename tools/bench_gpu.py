@@ -2,8 +2,8 @@
 
 Each section runs in a process of its own with a deadline: ceilings of the device, correctness, times of single layers, whole
 steps, the pass, memory, and accuracy. The JSON file is written after every row. A row is ``ok``, ``falsified`` (it ran, and
-its bound does not hold), ``FAILED`` (an error, or its process died), or ``not run`` (the deadline came first). The exit code is
-1 if a row of the section correctness failed.
+its bound does not hold), ``FAILED`` (an error, or its process died), or ``not run`` (the deadline came first). The exit code
+is 1 if a row of the section correctness failed.
 
 On a CPU, ``--small`` runs a few rows of each section in about a minute: that shows that the program runs, and its bounds for
 speed do not count.
@@ -122,6 +122,7 @@ def main(
     worker: str | None,
     json_file: Path | None,
 ) -> None:
+    """Run the sections, or be the process of one."""
     bench = Bench(device=str(torch.device(device)), small=small)
     if worker is not None:
         work(worker, bench)

@@ -78,7 +78,7 @@ class LoopWatch:
         self._handle: RemovableHandle | None = None
 
     def attach(self, model: nn.Module) -> None:
-        """Watch a model from its next call on; a model that is compiled in place is left alone, for its hooks are compiled."""
+        """Watch a model from its next call on; one that is compiled in place is left alone, for its hooks are compiled."""
         self.remove()
         if COMPILED not in model.__dict__ or model.__dict__[COMPILED] is None:
             self._handle = model.register_forward_pre_hook(self._record, with_kwargs=True)

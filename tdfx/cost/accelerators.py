@@ -25,7 +25,7 @@ class Accelerator:
     """Seconds between the starts of two operations, which a CPU has to launch."""
 
     def seconds(self, chain: Sequence[Operation], flow: Flow) -> float:
-        """Return the time of one training step through a chain: the largest of three in each product, of which it has three."""
+        """Return the time of one training step through a chain, of three products: in each the largest of three times."""
         size = flow.setting.computes_in.itemsize
         rate = self.flops.get(size, min(self.flops.values()))
         return 3 * sum(

@@ -69,8 +69,8 @@ def take_turns(
         rounds: Trusted samples to take of each, at least 1.
         most_seconds: About how long all of it may take; a round that would exceed it is not begun, apart from the first.
         warmups: Calls of each before the first sample, at least 1; a short function is called once more.
-        agree: Maps a number of this process to that of all processes that take the same turns together, so that they call the
-            functions equally often: functions that communicate would wait for one another otherwise.
+        agree: Maps a number of this process to that of all processes that take the same turns together, so that they call
+            the functions equally often: functions that communicate would wait for one another otherwise.
     """
     with current(device):
         return _take_turns(runs, partial(synchronize, device), rounds, most_seconds, warmups, clock, agree)

@@ -13,8 +13,8 @@ from torch import Tensor
 _LARGE = 2048
 """Longest side that is decomposed by one thread."""
 _SMALL = 256
-"""Longest side that is decomposed on the CPU wherever it lies, as batches are: a GPU takes longer. ``tools/bench_gpu.py`` times
-both."""
+"""Longest side that is decomposed on the CPU wherever it lies, as batches are: a GPU is assumed to take longer, and
+``tools/bench_gpu.py`` times both."""
 
 
 @dataclass(frozen=True, slots=True)

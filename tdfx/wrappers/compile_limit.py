@@ -1,8 +1,8 @@
 """How many variants of one piece of code ``torch.compile`` keeps: enough for blocks that differ after a rewrite.
 
 Blocks of one class that are compiled one by one share one compilation while they are alike. After a rewrite their ranks
-differ, and each variant is compiled by itself. Beyond ``torch._dynamo.config.recompile_limit``, 8 by default, the others would
-run eagerly, with no more than a line in the log.
+differ, and each variant is compiled by itself. Beyond ``torch._dynamo.config.recompile_limit``, 8 by default, the others
+would run eagerly, with no more than a line in the log.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def allow_variants(parts: Iterable[nn.Module]) -> None:
     if needed > config.accumulated_recompile_limit:
         warnings.warn(
             f"{variants} parts of the model that are compiled one by one share their code and differ in their ranks, and "
-            f"torch.compile keeps at most {config.accumulated_recompile_limit} variants, so the last ones would run eagerly. "
-            f"Raise torch._dynamo.config.accumulated_recompile_limit, or give such parts equal ranks: Policy(rank=Ratio(...)).",
+            f"torch.compile keeps at most {config.accumulated_recompile_limit} variants, so the last ones would run "
+            f"eagerly. Raise torch._dynamo.config.accumulated_recompile_limit, or give such parts equal ranks: "
+            f"Policy(rank=Ratio(...)).",
             TdfxWarning,
             stacklevel=2,
         )

@@ -133,8 +133,8 @@ def _check_tensor_parallel(model: nn.Module) -> None:
     if name is not None:
         raise ModelError(
             f"{name!r} is a DTensor, and fully_shard was not called on the model: tensor parallelism computes each layer on "
-            f"several processes, in a plan of its own that names the dense layers. Rewrite the model before parallelize_module "
-            f"or distribute_tensor, and give the factors' layers a plan."
+            f"several processes, by a plan of its own that names the dense layers. Rewrite the model before "
+            f"parallelize_module or distribute_tensor, and name the factors' layers in that plan."
         )
 
 

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import torch
-from gpu.rows import Bench, Cases, Outcome
 from recipe.glyphs import glyph_images
 from torch import Tensor, nn
 
 import tdfx
+from gpu.rows import Bench, Cases, Outcome
 from tdfx.demo.run import build_model, load_digits
 from tdfx.devices import synchronize
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+
 from gpu.clock import host_seconds, interleaved
 from gpu.rows import Bench, Cases, Outcome
-
 from tdfx.cost.accelerators import ACCELERATORS
 from tdfx.cost.modelled import Modelled
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from gpu.rows import Bench
 
+from gpu.rows import Bench
 from tdfx.devices import synchronize
 
 Run = Callable[[], object]

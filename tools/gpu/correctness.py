@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu.rows import Bench, Cases, Outcome
 from torch import Tensor, nn
 
 import tdfx
+from gpu.rows import Bench, Cases, Outcome
 from tdfx.factors.registry import scheme_names
 
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu.rows import Bench
 from nets import build
 from torch import Tensor, nn
 from torch.optim import AdamW
+
+from gpu.rows import Bench
 
 _BATCHES = {"resnet50": 256, "vgg19_bn": 256, "vgg19": 512, "resnet18": 512, "resnet18 b8": 8, "vit_b_16": 256}
 _WIDTHS = {"gpt2-small": (768, 12, 8), "blocks 1024": (1024, 8, 16), "blocks 2048": (2048, 4, 16)}

@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from bench_common import separate_times
 from bench_memory import LiveBytes, kept_tensors, measure_call, step
-from gpu.clock import interleaved
-from gpu.networks import build_network
-from gpu.rows import Bench, Cases, Outcome
 from torch.optim import AdamW
 
 import tdfx
+from gpu.clock import interleaved
+from gpu.networks import build_network
+from gpu.rows import Bench, Cases, Outcome
 from tdfx.devices import synchronize
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu.correctness import HALF, Net
-from gpu.rows import Bench, Cases, Outcome
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tdfx
+from gpu.correctness import HALF, Net
+from gpu.rows import Bench, Cases, Outcome
 
 
 @contextmanager

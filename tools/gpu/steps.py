@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from bench_common import separate_times
-from gpu.clock import Run, as_graph, interleaved
-from gpu.networks import Step, build_network
-from gpu.rows import Bench, Cases, Outcome
 from torch import nn
 
 import tdfx
+from gpu.clock import Run, as_graph, interleaved
+from gpu.networks import Step, build_network
+from gpu.rows import Bench, Cases, Outcome
 
 _LEAST = {"vgg19": 1.3, "vgg19_bn": 1.3}
 """Networks that must gain at least so much."""

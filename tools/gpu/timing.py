@@ -6,10 +6,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from gpu.clock import as_graph, interleaved
-from gpu.rows import Bench, Cases, Outcome
 
 import tdfx
+from gpu.clock import as_graph, interleaved
+from gpu.rows import Bench, Cases, Outcome
 from tdfx.cost.count import Flow
 from tdfx.cost.setting import Setting
 from tdfx.cost.workload import Workload

@@ -15,7 +15,7 @@ from tdfx.factors.registry import get_scheme
 from tdfx.kinds.functional import FunctionCall
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import find_kind, operation_of
-from tdfx.layers.placement import full, full_precise, shard_like
+from tdfx.layers.placement import full_precise, shard_like
 from tdfx.plans.plan import Plan, SitePlan
 from tdfx.training.methods.step_hooks import check_holds, groups_by_parameter, refuse_closure
 
