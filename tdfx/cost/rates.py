@@ -40,7 +40,7 @@ _LAYERS: dict[str, tuple[tuple[Operation, Flow], ...]] = {
     "cuda": ((_KERNEL, Flow(256, (32, 32))), (_pointwise(64), Flow(64, (128, 128))), _SMALL),
 }
 """Three layers: arithmetic decides the time of the first, memory that of the second, and start-up that of the third. On a
-GPU the first two are so large that their launches hide: at 1e15 operations and 5e12 bytes a second they take 0.3 and 0.1 ms."""
+GPU the first two are so large that launches hide: at 1e15 operations and 5e12 bytes a second they take 0.3 and 0.1 ms."""
 
 
 def rates(device: str = "cpu", dtype: torch.dtype = torch.float32, *, cache: bool = True) -> Rates:

@@ -39,7 +39,9 @@ class Workload:
             out = self._forward(self.inputs[0])
         gradients = [work.gradient for work in shares]
         gradients = [gradient for gradient in gradients if (gradient.shape, gradient.dtype) == (out.shape, out.dtype)]
-        self.gradient: Tensor = gradients[0] if gradients else torch.empty_like(out).copy_(self._random(out.shape, out.dtype))
+        self.gradient: Tensor = (
+            gradients[0] if gradients else torch.empty_like(out).copy_(self._random(out.shape, out.dtype))
+        )
 
     @property
     def steps(self) -> int:
