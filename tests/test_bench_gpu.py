@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import needs, tool
+from checkout import TOOLS, needs, tool
 from click.testing import CliRunner
 
 pytestmark = needs("bench_gpu.py")
@@ -25,7 +24,7 @@ def fake_sections(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     program.write_text(
         "import json, os, sys, time\n"
         "from functools import partial\n"
-        f"sys.path.insert(0, {str(Path(tool('bench_gpu').__file__).parent)!r})\n"
+        f"sys.path.insert(0, {str(TOOLS)!r})\n"
         "from gpu.rows import Bench, Outcome, run_cases\n"
         "def raises(_): raise ValueError('no kernel')\n"
         "cases = {'holds': lambda _: Outcome({'x': 1.0}), 'off': lambda _: Outcome({}, False, 'x'), 'raises': raises,\n"
@@ -56,7 +55,6 @@ def test_every_case_is_a_row_whatever_happens(tmp_path: Path, monkeypatch: pytes
 
 def test_a_deadline_ends_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = fake_sections(tmp_path, monkeypatch)
-    monkeypatch.setattr(sys, "executable", sys.executable)
     rows = list(module.run_section("correctness", bench(small=False), 1e-3))
     assert {row.status for row in rows} == {"not run"}
 

@@ -75,6 +75,34 @@ def test_every_block_is_compiled_after_a_rewrite(wrapped: bool) -> None:
         assert torch.allclose(small(X), out, atol=1e-6)
 
 
+def test_a_plan_of_a_compiled_model_says_that_its_layers_are_timed_eagerly() -> None:
+    cost = tdfx.Measured(budget=1e-9, cache=False)  # nothing is timed for this
+    plan = tdfx.Policy(rank=tdfx.Ratio(of=0.5), cost=cost)
+    model, note = Net(), "its layers are timed as they run eagerly; compiled, they may gain less or more"
+    assert note not in tdfx.plan(model, plan, example_inputs=(X,)).notes
+    model.blocks[0].compile(backend="eager")
+    assert note in tdfx.plan(model, plan, example_inputs=(X,)).notes
+    assert note not in tdfx.plan(model, policy(differ=False), example_inputs=(X,)).notes
+
+
+def test_a_switch_of_a_compiled_model_counts_what_compiling_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[float] = []
+
+    def pays_off(*given: Any) -> tuple[bool, str]:
+        counted.append(given[-1])
+        return False, "not now"
+
+    monkeypatch.setattr("tdfx.training.switch.switch.seconds_spent_compiling", lambda: 42.0)
+    monkeypatch.setattr("tdfx.training.switch.switch.pays_off", pays_off)
+    for compiled, own in ((False, 0.0), (True, 0.0), (True, 7.0)):
+        model: nn.Module = Net()
+        if compiled:
+            model.compile(backend="eager")
+        switch = tdfx.Switch(policy(differ=False), when=tdfx.AtStep(1), total_steps=9, recompile_seconds=own)
+        switch.step(model)
+    assert counted == [0.0, 42.0, 7.0]
+
+
 def test_the_limit_is_left_alone_where_it_suffices() -> None:
     model = tdfx.rewrite(Net(), policy(differ=False))
     blocks = list(cast("Any", model).blocks)

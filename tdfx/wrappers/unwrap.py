@@ -13,7 +13,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from tdfx.distributed.processes import Processes, Solo
 from tdfx.errors import ModelError
-from tdfx.layers.placement import is_sharded
 from tdfx.wrappers.compiled import CompiledParts, compile_in_place, compile_settings_of, is_wrapped, wrap_compiled
 from tdfx.wrappers.in_place import InPlaceModule
 
@@ -56,7 +55,6 @@ def unwrap(model: nn.Module) -> Unwrapped:
     if isinstance(model, DistributedDataParallel):
         return _unwrap_ddp(model)
     _check_wrapper(model)
-    _check_tensor_parallel(model)
     compiled = CompiledParts.of(model)
     if any(is_instance_by_name(module, "FSDPModule") for module in model.modules()):
         return _unwrap_fsdp(model, compiled)
@@ -123,19 +121,6 @@ def _check_wrapper(model: nn.Module) -> None:
             )
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("The model is TorchScript, which cannot be rewritten. Pass the module it was made from.")
-
-
-def _check_tensor_parallel(model: nn.Module) -> None:
-    """Raise ModelError for a model whose weights are DTensors by tensor parallelism rather than by ``fully_shard``."""
-    if any(is_instance_by_name(module, "FSDPModule") for module in model.modules()):
-        return
-    name = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
-    if name is not None:
-        raise ModelError(
-            f"{name!r} is a DTensor, and fully_shard was not called on the model: tensor parallelism computes each layer on "
-            f"several processes, by a plan of its own that names the dense layers. Rewrite the model before "
-            f"parallelize_module or distribute_tensor, and name the factors' layers in that plan."
-        )
 
 
 def is_instance_by_name(value: object, *names: str) -> bool:
