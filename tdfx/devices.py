@@ -109,8 +109,8 @@ def hardware_name(device: AnyDevice) -> str:
     """Return the name of a device's hardware, with the version of the library that computes convolutions on it."""
     kind = torch.device(device).type
     if kind == "cuda":
-        name = torch.cuda.get_device_name(device)  # type: ignore[no-untyped-call]
-        return f"{name} cudnn {torch.backends.cudnn.version()} hip {torch.version.hip}"
+        library = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        return f"{torch.cuda.get_device_name(device)} cudnn {library} hip {torch.version.hip}"
     if kind == "xpu":
         return str(torch.xpu.get_device_name(device))
     return processor()
@@ -133,11 +133,10 @@ def cache_bytes(device: AnyDevice) -> int:
 
 def free_memory(device: AnyDevice) -> None:
     """Give the blocks that the allocator of a device keeps for later back to the device."""
-    module = (
-        None if torch.device(device).type in {"cpu", "meta"} else torch.get_device_module(torch.device(device).type)
-    )
-    if hasattr(module, "empty_cache"):
-        module.empty_cache()
+    kind = torch.device(device).type
+    empty_cache = None if kind in {"cpu", "meta"} else getattr(torch.get_device_module(kind), "empty_cache", None)
+    if empty_cache is not None:
+        empty_cache()
 
 
 def raise_if_broken(error: RuntimeError) -> None:

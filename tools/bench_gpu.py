@@ -67,7 +67,10 @@ def run_section(name: str, bench: Bench, seconds: float) -> Iterator[Row]:
     process.kill()
     process.wait()
     for reader in readers:
-        reader.join(timeout=5)
+        reader.join()
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
     missing = [case for case in expected if case not in done]
     if not timed_out and (missing or not expected):
         died, *missing = missing or ["(start)"]

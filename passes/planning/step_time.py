@@ -93,7 +93,7 @@ class TimeStep(Pass[Timed]):
             agree = program.processes.broadcast_object
             if (loop_seconds := agree(self.loop_seconds)) is not None:
                 with isolated(step.module):
-                    seconds = agree(time_once(step.gradients, step.device)) + update
+                    seconds: float = agree(time_once(step.gradients, step.device)) + update
                 if 1 / _AGREES < seconds / loop_seconds < _AGREES:
                     return seconds
             (timing,) = time_steps([step], most_seconds=agree(self._most_seconds), agree=agree)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -22,13 +23,14 @@ def seconds_of(run: Run, bench: Bench, repeat: int = 1) -> float:
         for _ in range(repeat):
             run()
         return (time.perf_counter() - began) / repeat
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cuda: Any = torch.cuda
+    start, end = (cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeat):
         run()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeat
+    return float(start.elapsed_time(end)) / 1e3 / repeat
 
 
 def host_seconds(run: Run, bench: Bench, repeat: int = 20) -> float:
@@ -58,7 +60,7 @@ def as_graph(run: Run, bench: Bench) -> Run:
     """Return the replay of a CUDA graph of a function; the function itself where there are no graphs."""
     if not bench.is_cuda:
         return run
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):

@@ -67,7 +67,7 @@ def _scheme(scheme: str, precision: str, layout: torch.memory_format, bench: Ben
     dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
     with _precision(precision), torch.no_grad():
         model, x = _net(bench, dtype)
-        model, x = model.to(memory_format=layout), x.contiguous(memory_format=layout)  # type: ignore[call-overload]
+        model, x = model.to(memory_format=layout), x.contiguous(memory_format=layout)
         policy = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1, scheme=scheme)
         small = tdfx.rewrite(model, policy)
         merged = tdfx.merge(small)
@@ -91,7 +91,7 @@ def _train(model: nn.Module, optimizer: Any, x: Tensor, steps: int = 2, scaler: 
         (scaler.scale(loss) if scaler else loss).backward()
         (scaler.step(optimizer), scaler.update()) if scaler else optimizer.step()
         optimizer.zero_grad()
-    return float(loss)
+    return float(loss.detach())
 
 
 def _optimizer(name: str, settings: dict[str, Any], bench: Bench) -> Outcome:
@@ -137,7 +137,7 @@ def _degenerate(kind: str, bench: Bench) -> Outcome:
     side = 512
     model = nn.Sequential(nn.Linear(side, side, bias=False)).to(bench.device)
     weight = torch.zeros(side, side) if kind == "zero" else torch.eye(side)
-    nn.init.zeros_(model[0].weight).data.copy_(weight)
+    model.load_state_dict({"0.weight": weight})
     x = torch.randn(4, side, device=bench.device)
     with torch.no_grad():
         small = tdfx.rewrite(model, FULL)

@@ -68,7 +68,7 @@ def build_network(name: str, bench: Bench) -> Network:
         x = torch.randn(_BATCHES[name], 3, side, side)
     model, x = model.to(bench.device), x.to(bench.device)
     if x.dim() == 4:
-        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     return Network(model.train(), (x,), kind)
 
 

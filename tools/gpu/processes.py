@@ -23,7 +23,7 @@ from gpu.rows import Bench, Cases, Outcome
 
 @contextmanager
 def _group(bench: Bench) -> Iterator[None]:
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("nccl" if bench.is_cuda else "gloo", store=store, rank=0, world_size=1)
     try:
         yield
@@ -41,7 +41,7 @@ def _switch(model: Any, bench: Bench, example: Any) -> Outcome:
         loss.backward()
         optimizer.step()
         model = switch.step(model, optimizer=optimizer, example_inputs=(example,))
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return Outcome({"losses": losses}, switch.plan is not None and losses[-1] < losses[0], "no switch, or no training")
 
 
@@ -51,7 +51,7 @@ def ddp(bench: Bench) -> Outcome:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), Flat(), nn.Linear(32, 10))
         if bench.is_cuda:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[assignment]
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
         model = DistributedDataParallel(net.to(bench.device))
         return _switch(model, bench, torch.randn(8, 3, 16, 16, device=bench.device))
 
