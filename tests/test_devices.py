@@ -156,7 +156,7 @@ def solver(fails_on: str, seen: list[str], result: Callable[[Tensor], Any]) -> C
     def solve(gram: Tensor) -> Any:
         seen.append(gram.device.type)
         if gram.device.type == fails_on:
-            raise torch._C._LinAlgError("linalg.eigh: The algorithm failed to converge")
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")  # type: ignore[attr-defined]
         return result(gram)
 
     return solve
