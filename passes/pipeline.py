@@ -6,6 +6,7 @@ Every entry point calls these functions: ``tdfx.plan``, ``tdfx.rewrite``, ``tdfx
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -15,6 +16,7 @@ from tdfx.cost.modelled import MeasuringCost
 from tdfx.distributed.processes import Processes, Solo
 from tdfx.errors import PolicyError
 from tdfx.passes.analysis.find import Find
+from tdfx.passes.analysis.loop import LoopSettings, warn_of_full_precision
 from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.shapes import ObserveInputs
@@ -79,28 +81,35 @@ def make_plan(
     *,
     moments: Moments | None = None,
     loop_seconds: float | None = None,
+    loop: LoopSettings | None = None,
 ) -> Planned:
     """Decide for every site by a policy.
 
-    ``moments`` were collected in training steps, and ``loop_seconds`` is the time of a step in the training loop, if known.
+    ``moments`` were collected in training steps. ``loop_seconds`` is the time of a step in the training loop, and ``loop``
+    what is in force there, if known; moments know it too.
     """
     spent = 0.0
+    if loop is None and moments is not None:
+        loop = moments.loop
     budget = policy.rank if isinstance(policy.rank, Budget) and policy.rank.is_of_time else None
     if budget is not None and (inputs is None or not isinstance(policy.cost, MeasuringCost)):
         program = replace(program, notes=(*program.notes, _modelled(policy, inputs)))
-    if inputs is not None:
-        program = ObserveInputs(inputs)(program).program
-        # Where every site is rewritten whatever it costs, nothing is timed; in shards only what a budget needs.
-        timed_anyway = policy.min_gain > 0 and not program.shards
-        if isinstance(policy.cost, MeasuringCost) and (budget is not None or timed_anyway):
-            timed = TimeStep(
-                inputs,
-                policy.cost,
-                strict=budget is not None and budget.strict,
-                needed=budget is not None,
-                loop_seconds=loop_seconds,
-            )(program)
-            program, spent = timed.program, timed.spent
+    with nullcontext() if loop is None else loop.restored():
+        if inputs is not None:
+            program = ObserveInputs(inputs, loop)(program).program
+            if loop is None and isinstance(policy.cost, MeasuringCost) and policy.cost.autocast is None:
+                warn_of_full_precision(flow for site in program.sites for flow in site.flows or ())
+            # Where every site is rewritten whatever it costs, nothing is timed; in shards only what a budget needs.
+            timed_anyway = policy.min_gain > 0 and not program.shards
+            if isinstance(policy.cost, MeasuringCost) and (budget is not None or timed_anyway):
+                timed = TimeStep(
+                    inputs,
+                    policy.cost,
+                    strict=budget is not None and budget.strict,
+                    needed=budget is not None,
+                    loop_seconds=loop_seconds,
+                )(program)
+                program, spent = timed.program, timed.spent
     program = AttachMetric(moments, policy)(program).program
     selected = Select(policy, spent)(program)
     return Planned(selected.program, selected.spectra)

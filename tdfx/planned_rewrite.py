@@ -9,9 +9,11 @@ from typing import Any, get_args
 
 from torch import nn
 
+from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError, OptimizerError, PolicyError, TdfxWarning
 from tdfx.optim.companions import Companions
 from tdfx.optim.exchanges import split_exchange
+from tdfx.passes.analysis.loop import LoopSettings
 from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.pipeline import Planned, find_sites, make_plan, rewrite_by
@@ -55,16 +57,16 @@ def plan_rewrite(
     emit: Emit,
     moments: Moments | None = None,
     loop_seconds: float | None = None,
+    loop: LoopSettings | None = None,
 ) -> PlannedRewrite:
-    """Make a plan as ``plan`` does, by the seconds of a step in the training loop if they are known."""
+    """Make a plan as ``plan`` does, by what is known of the training loop: the seconds of a step, and its settings."""
     if moments is not None:
         moments.remove()  # hooks would be taken for the user's own
     unwrapped = unwrap(model)
     with unwrapped.processes.raise_on_all():
         check_same_arguments(unwrapped, policy, emit)
-        return PlannedRewrite(
-            unwrapped, plan_by_policy(unwrapped, policy, inputs, emit, moments, loop_seconds), moments
-        )
+        planned = plan_by_policy(unwrapped, policy, inputs, emit, moments, loop_seconds, loop)
+        return PlannedRewrite(unwrapped, planned, moments)
 
 
 def check_same_arguments(
@@ -122,6 +124,7 @@ def plan_by_policy(
     emit: Emit,
     moments: Moments | None = None,
     loop_seconds: float | None = None,
+    loop: LoopSettings | None = None,
 ) -> Planned:
     """Trace the model, find its sites, and decide for each by the policy."""
     policy = Policy() if policy is None else policy
@@ -130,7 +133,11 @@ def plan_by_policy(
             f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite and how far. Pass "
             f"tdfx.Policy(rank=...), or a plan to rewrite."
         )
-    return make_plan(sites_of(unwrapped, emit), policy, inputs, moments=moments, loop_seconds=loop_seconds)
+    program = sites_of(unwrapped, emit)
+    if unwrapped.compiled and inputs is not None and isinstance(policy.cost, MeasuringCost) and policy.min_gain > 0:
+        note = "its layers are timed as they run eagerly; compiled, they may gain less or more"
+        program = replace(program, notes=(*program.notes, note))
+    return make_plan(program, policy, inputs, moments=moments, loop_seconds=loop_seconds, loop=loop)
 
 
 def sites_of(unwrapped: Unwrapped, emit: Emit) -> Program:

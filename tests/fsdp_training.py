@@ -134,7 +134,10 @@ def check_low_precision(mesh: DeviceMesh) -> None:
         optimizer.zero_grad()
         return output
 
-    step(model)
+    with tdfx.Moments(model) as moments:
+        step(model)
+    assert moments.loop is not None
+    assert {seen.dtype for seen in moments.loop.sites.values()} == {torch.bfloat16}  # the shards are float32
     small = tdfx.rewrite(model, HALF, example_inputs=x, optimizer=optimizer)
     assert step(small).dtype == torch.bfloat16
     assert {parameter.dtype for parameter in small.parameters()} == {torch.float32}

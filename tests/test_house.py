@@ -26,7 +26,7 @@ in_checkout = pytest.mark.skipif(
 )
 
 LAYERS = (
-    {"errors", "checks", "text", "progress"},
+    {"errors", "checks", "text", "progress", "devices"},
     {"ranks", "factors"},
     {"cost"},
     {"plans", "policies", "kinds"},

@@ -22,8 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 import tdfx
-from tdfx.cost import machine, measured
+from tdfx.cost import measured
 from tdfx.cost.timing import take_turns
+from tdfx.devices import processor
 
 Clock = Callable[[], float]
 """Returns a time in seconds."""
@@ -100,7 +101,7 @@ def versions() -> dict[str, str | int]:
         "tdfx": tdfx.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": machine.processor(),
+        "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,13 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import unserializable_hook
 
 from tdfx.checks import check_whole
+from tdfx.cost.setting import autocast_now
 from tdfx.distributed.processes import Processes
 from tdfx.errors import CheckpointError, ModelError, nearest
 from tdfx.factors.moments import FEWEST_ROWS, SiteMoments, mean_diagonal, moment_shape, sample_rows, second_moment
 from tdfx.factors.operation import Operation
+from tdfx.passes.analysis.loop import LoopSettings, SiteSetting
+from tdfx.passes.analysis.observe import is_channels_last
 from tdfx.passes.analysis.training_hooks import Arrange, TrainingHooks
 
 _KEPT = 8
@@ -63,6 +66,7 @@ class Moments:
         self._begun = 0
         self._waiting: deque[_Unit] = deque(maxlen=_KEPT + 1)
         self._batches: deque[_Batch] = deque(maxlen=_KEPT)
+        self._loop: LoopSettings | None = None
         self._hooks = TrainingHooks(model, self._on_forward, self._on_call)
 
     def __enter__(self) -> Moments:
@@ -86,6 +90,11 @@ class Moments:
         """The positional and the named arguments of the last eight recorded forward passes; their tensors are not copied."""
         self._fold()
         return list(self._batches)
+
+    @property
+    def loop(self) -> LoopSettings | None:
+        """In which precision and memory format the last forward pass computed; None before the first."""
+        return self._loop
 
     def of(self, weight_path: str) -> SiteMoments | None:
         """Return the moments at one site, or None where none were recorded.
@@ -166,6 +175,8 @@ class Moments:
 
     def _on_forward(self, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
+            sites = {} if self._loop is None else self._loop.sites
+            self._loop = replace(LoopSettings.now((args, named)), sites=sites)
             self._begin(tree_map_only(Tensor, Tensor.detach, (args, named)))
 
     def _begin(self, batch: _Batch | None = None) -> _Unit:
@@ -187,6 +198,7 @@ class Moments:
             unit = self._begin()
         if x.numel() > FEWEST_ROWS * operation.in_channels and self._rests(path, unit.number):
             return
+        self._record_setting(path, x, output)
         dim, groups, share, turn = -1 - operation.dims, operation.groups, self._share, unit.number
         with _aside(), torch.autocast(x.device.type, enabled=False):
             rows = sample_rows(x, dim, share, turn)
@@ -202,6 +214,11 @@ class Moments:
         is_same = base is not None and base.numel() == output.numel() and base.shape[dim:] == output.shape[dim:]
         target = base if base is not None and is_same and base.requires_grad else output
         target.register_hook(unserializable_hook(on_gradient))  # type: ignore[no-untyped-call]
+
+    def _record_setting(self, path: str, x: Tensor, output: Tensor) -> None:
+        if self._loop is not None and path not in self._loop.sites:
+            seen = SiteSetting(output.dtype, autocast_now(x.device.type), is_channels_last(x))
+            self._loop = replace(self._loop, sites={**self._loop.sites, path: seen})
 
     def _rests(self, path: str, number: int) -> bool:
         """Return True if a site is not recorded in a unit: half of the sites in turns, after the first unit."""

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tdfx.cost.setting import Setting, autocast_now
+from tdfx.devices import short_name
 from tdfx.distributed.processes import Processes
 from tdfx.kinds.attention import attend
 from tdfx.kinds.functional import FunctionCall
@@ -51,7 +52,7 @@ class Entered:
         """Describe a tensor, given the addresses of the storages of the model's own inputs, and its shape as a flow."""
         kind = tensor.device.type
         setting = Setting(
-            device=kind,
+            device=short_name(tensor.device),
             dtype=tensor.dtype,
             autocast=autocast_now(kind),
             channels_last=is_channels_last(tensor),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from tdfx.devices import random_streams_kept
 from tdfx.layers.copying import HOOKS, structural_copy
 from tdfx.passes.analysis.user_state import UserState
 
@@ -22,13 +23,13 @@ def isolated(module: nn.Module, *, traces: bool = False) -> Iterator[None]:
     """Silence warnings, and restore what its code can change afterwards: random generators, and all that it keeps.
 
     With ``traces``, draws from iterators that it keeps raise UnsafeCodeError. Of torch's generators it restores that of the
-    CPU and those of the CUDA devices that hold the module.
+    CPU and those of the devices that hold the module.
     """
-    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cuda"}
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     state = UserState(module)
     try:
-        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(sorted(each.index for each in devices)):
+        with warnings.catch_warnings(action="ignore"), random_streams_kept(devices):
             state.lend_iterators(refuse=traces)
             yield
     finally:

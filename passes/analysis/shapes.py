@@ -20,6 +20,7 @@ from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.beside import difference
 from tdfx.passes.analysis.blockers import USED_TWICE, blocker_of_weight, layers_inside_leaves
+from tdfx.passes.analysis.loop import LoopSettings
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.analysis.readers import MAY_READ
 from tdfx.passes.analysis.uses import Uses, uses_of
@@ -39,8 +40,10 @@ class ObserveInputs(Pass[PassResult]):
 
     name = "observe_inputs"
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, loop: LoopSettings | None = None) -> None:
         self.inputs = inputs
+        self.loop = loop
+        """What was seen of the training loop, which the flows are to have."""
 
     def run(self, program: Program) -> PassResult:
         """Attach the flows to the sites."""
@@ -59,7 +62,10 @@ class ObserveInputs(Pass[PassResult]):
         if isinstance(runs.reads_in_train, frozenset):
             program = replace(program, sites=tuple(map(_reopened, program.sites)))
             runs.program = program
-        sites = _broadcast_sites(program.processes, _with_flows_of_either_mode(_with_functional_sites(runs), runs))
+        observed = _with_flows_of_either_mode(_with_functional_sites(runs), runs)
+        if self.loop is not None:
+            observed = [_as_in_loop(site, self.loop) for site in observed]
+        sites = _broadcast_sites(program.processes, observed)
         changes = tuple(Change(site.name, "shape known") for site in sites if site.flows)
         program = _checked_graph(program, self.inputs)
         return PassResult(replace(program, sites=tuple(sites)), changes)
@@ -125,7 +131,8 @@ def _with_functional_sites(runs: _Runs) -> list[Site]:
     slots = [ParameterSlot.of(path) for path, parameter in parameters_by_path(module) if id(parameter) in new]
     slots = [slot for slot in slots if id(module.get_submodule(slot.owner)) not in inside]
     unsupported = list(_unsupported_products(runs, inside))
-    if not slots:
+    # All processes run the model in train mode, or none: its layers may communicate. The first one's sites count.
+    if not runs.program.processes.broadcast_object(bool(slots)):
         return _in_order(module, [*runs.program.sites, *unsupported]) if unsupported else list(runs.program.sites)
     reads, doubt = in_eval.reads, ""
     if isinstance(runs.in_train, Observed):
@@ -212,9 +219,12 @@ def _with_flows_of_either_mode(sites: Sequence[Site], runs: _Runs) -> list[Site]
         for index, (site, after) in enumerate(zip(sites, observed, strict=True))
         if site.is_open and after.is_missed and (after.is_open or after.reason is Reason.NOT_CALLED)
     ]
+    if not runs.program.processes.broadcast_object(bool(missed)):
+        return observed
+    in_train = runs.in_train  # on every process, also where nothing is missed
     for index in missed:
-        if isinstance(runs.in_train, Observed):
-            observed[index] = _with_flows(sites[index], runs.in_train, in_graph[index])
+        if isinstance(in_train, Observed):
+            observed[index] = _with_flows(sites[index], in_train, in_graph[index])
         elif sites[index].reason is None:  # whether train mode calls it is not known
             observed[index] = replace(sites[index], flows=())
     return observed
@@ -254,6 +264,12 @@ def _flow(entered: Entered, site: Site, operation: Operation) -> Flow:
         channels_last=entered.setting.channels_last or any(map(is_channels_last, weights)),
     )
     return replace(flow_of(entered.shape, operation), setting=setting)
+
+
+def _as_in_loop(site: Site, loop: LoopSettings) -> Site:
+    if not site.flows or site.operation is None:
+        return site
+    return replace(site, flows=tuple(loop.apply(site.weight_path, flow) for flow in site.flows))
 
 
 def flow_of(shape: tuple[int, ...], operation: Operation) -> Flow:

@@ -138,6 +138,8 @@ class SiteTracer(fx.Tracer):
         argument = super().create_arg(a)
         if isinstance(a, Tensor) and isinstance(argument, fx.Node) and "_tensor_constant" in str(argument.target):
             self._record_mismatch("makes tensors that a graph would freeze")
+        elif isinstance(a, torch.Generator):
+            self._record_mismatch("draws from a random generator of its own, which a graph cannot hold")
         return argument
 
     def _record_mode_use(self, path: str) -> None:
@@ -171,6 +173,6 @@ def is_site_or_leaf(module: nn.Module) -> bool:
 
 def _execution_context() -> tuple[object, ...]:
     """Return the global state by which an operation runs and is kept for backward: gradients, autocast, checkpoints."""
-    autocast = (torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+    autocast = (torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda", "xpu", "mps"))
     checkpoint = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, checkpoint

@@ -179,7 +179,9 @@ def rounded(ranks: Sequence[int], limits: Sequence[int], policy: Policy, site: S
         each = math.gcd(policy.round_to, scheme.channels_per_rank(site.known_operation))
         return round_ranks(ranks, limits, policy.round_to // each)
     weight = site.weights[0]
-    return round_gently(ranks, limits, device_multiple(weight.dtype, weight.device))
+    autocast = policy.cost.autocast if isinstance(policy.cost, MeasuringCost) else None
+    dtype = autocast or (site.flows[0].setting.computes_in if site.flows else weight.dtype)
+    return round_gently(ranks, limits, device_multiple(dtype, weight.device))
 
 
 def _why_no_gain(ranks: tuple[int, ...], note: str, policy: Policy) -> str:

@@ -11,7 +11,7 @@ from tdfx.factors.scheme import Lowering, Scheme
 from tdfx.layers.factorized import Factorized
 from tdfx.passes.planning.weights import lowering_of, working_weight
 from tdfx.passes.program import Site
-from tdfx.ranks.spectrum import Spectrum, working_dtype
+from tdfx.ranks.spectrum import Spectrum
 
 Spectra = tuple[Spectrum, ...]
 """One spectrum for each rank of a scheme."""
@@ -30,7 +30,7 @@ class SpectrumCache:
 
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
         """Allow the kept bases to take a few times the memory of the largest of some weights."""
-        self.room = _ROOM * max((weight.numel() * working_dtype(weight).itemsize for weight in weights), default=0)
+        self.room = _ROOM * max((torch.float64.itemsize * weight.numel() for weight in weights), default=0)
         """Bytes that the kept bases may take."""
         self._kept: dict[tuple[str, str], Spectra] = {}
         self._current: tuple[tuple[str, str], Spectra] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,12 +75,17 @@ class TimeStep(Pass[Timed]):
             )
 
     def run(self, program: Program) -> Timed:
-        """Time the step on the first process, and tell the others."""
+        """Time the step on all processes, which run it together as in training, and take the time of the first.
+
+        A layer may communicate in its forward pass, as ``SyncBatchNorm`` does: run by one process it would wait for the
+        others for ever.
+        """
         if program.shards:
             return Timed(_with_note(program, "a model in shards runs on all processes together"))
         began = time.perf_counter()
         try:
-            seconds = program.processes.on_rank0(partial(self._seconds, program))
+            with program.processes.raise_on_all():
+                seconds = program.processes.broadcast_object(self._seconds(program))
         except InputError as error:
             if self.strict:
                 raise
@@ -91,13 +96,14 @@ class TimeStep(Pass[Timed]):
         try:
             step = TrainingStep(program.module, self.inputs, self.cost.autocast)
             trained = sum(parameter.numel() for parameter in step.trained)
-            update = self.cost.update_seconds(trained, step.device)
-            if self.loop_seconds is not None:
+            update = program.processes.on_rank0(partial(self.cost.update_seconds, trained, step.device))
+            agree = program.processes.broadcast_object
+            if (loop_seconds := agree(self.loop_seconds)) is not None:
                 with isolated(step.module):
-                    seconds = time_once(step.gradients, step.device) + update
-                if 1 / _AGREES < seconds / self.loop_seconds < _AGREES:
+                    seconds: float = agree(time_once(step.gradients, step.device)) + update
+                if 1 / _AGREES < seconds / loop_seconds < _AGREES:
                     return seconds
-            (timing,) = time_steps([step], most_seconds=self._most_seconds)
+            (timing,) = time_steps([step], most_seconds=agree(self._most_seconds), agree=agree)
             return timing.seconds + update
         except TdfxError:
             raise
@@ -172,8 +178,14 @@ class TrainingStep:
             return self.module(*self.arguments, **self.named)
 
 
-def time_steps(steps: Sequence[TrainingStep], *, rounds: int = 3, most_seconds: float = math.inf) -> list[Timing]:
-    """Time the training steps of some models in turns."""
+def time_steps(
+    steps: Sequence[TrainingStep],
+    *,
+    rounds: int = 3,
+    most_seconds: float = math.inf,
+    agree: Callable[[float], float] = float,
+) -> list[Timing]:
+    """Time the training steps of some models in turns; ``agree`` is that of ``take_turns``."""
     runs = [step.gradients for step in steps]
     with isolated(steps[0].module):
-        return take_turns(runs, device=steps[0].device, rounds=rounds, most_seconds=most_seconds)
+        return take_turns(runs, device=steps[0].device, rounds=rounds, most_seconds=most_seconds, agree=agree)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tdfx.devices import precise
 from tdfx.errors import WeightError
 from tdfx.factors.metric import Metric
 from tdfx.factors.scheme import Factors, Lowering, Scheme
@@ -15,17 +16,17 @@ from tdfx.layers.factorized import Factorized
 from tdfx.layers.placement import full
 from tdfx.passes.program import Site
 from tdfx.ranks.rule import RankRule
-from tdfx.ranks.spectrum import Spectrum, working_dtype
+from tdfx.ranks.spectrum import Spectrum
 
 
 def working_weight(site: Site, scheme: Scheme, weight: Tensor | None = None) -> Tensor:
     """Return a dense site's weight as a scheme decomposes it, detached.
 
-    It is in the layout of the site's operation, in the working dtype, and in the site's metric. ``weight`` has the values of
+    It is in the layout of the site's operation, in float64, and in the site's metric. ``weight`` has the values of
     the parameter, if they were read already.
     """
     dense = site.as_dense(full(*site.weights) if weight is None else weight)
-    dense = dense.to(working_dtype(dense))
+    dense = precise(dense)
     return dense if site.metric is None else metric_for(site.metric, scheme).apply(site.known_operation, dense)
 
 
@@ -47,7 +48,7 @@ def lowering_of(layer: Factorized, weights: Sequence[Tensor] | None = None, metr
     """
     scheme, operation = layer.scheme, layer.operation
     values = [full(weight) for weight in layer.weights] if weights is None else weights
-    factors = tuple(weight.to(working_dtype(weight)) for weight in values)
+    factors = tuple(map(precise, values))
     if metric is None:
         return scheme.lowering(operation, factors)
     metric = metric_for(metric, scheme)

@@ -28,6 +28,9 @@ def renew_statistics(program: Program, batches: Batches) -> None:
     mode keep theirs. Where the model cannot be run again on its batches, a warning says so and nothing is changed.
     """
     module = program.module
+    # As many on every process, because a norm may communicate; where batches were left out, their numbers differ.
+    count = min(program.processes.gather_objects(len(batches)))
+    batches = batches[len(batches) - count :]
     if not batches or not any(_tracks(norm) for norm in module.modules()):
         return
     scratch = scratch_copy(module, training=True)

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
-_VERSION = 4
+from tdfx.devices import hardware_name, processor
+
+_VERSION = 5
 """Raise this when what is timed changes, so that older times are not mistaken for current ones."""
-
-
-@functools.cache
-def processor() -> str:
-    """Return the name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def describe_machine(device: str) -> str:
     """Return everything that decides how long a computation of given shapes takes on a device, as one line of text."""
-    kind, hardware = torch.device(device).type, processor()
-    if kind == "cuda":
-        hardware = f"{torch.cuda.get_device_name(device)} cudnn {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+    kind, hardware = torch.device(device).type, hardware_name(device)
     vectors, version = torch.backends.cpu.get_cpu_capability(), f"{torch.__version__} cuda {torch.version.cuda}"
-    settings = (torch.get_num_threads(), torch.backends.mkldnn.enabled, *_precisions(), torch.backends.cudnn.benchmark)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return " | ".join(map(str, (_VERSION, kind, hardware, vectors, *settings, deterministic, version)))
+    # The CPU launches what another device computes, on one thread: torchrun sets OMP_NUM_THREADS=1, a notebook does not.
+    host = (torch.get_num_threads(), torch.backends.mkldnn.enabled) if kind == "cpu" else (processor(),)
+    settings = (*host, *_precisions(), torch.backends.cudnn.benchmark)
+    deterministic = (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic)
+    return " | ".join(map(str, (_VERSION, kind, hardware, vectors, *settings, *deterministic, version)))
 
 
 def _precisions() -> list[str]:
@@ -46,4 +34,10 @@ def _precisions() -> list[str]:
         precisions.append(torch.get_float32_matmul_precision())
     with contextlib.suppress(RuntimeError):
         precisions.append(str(torch.backends.cudnn.allow_tf32))
+    reduced = (
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_accumulation",
+    )
+    precisions += [str(getattr(torch.backends.cuda.matmul, name, "")) for name in reduced]
     return precisions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from tdfx.checks import is_count, is_number
+from tdfx.cost.accelerators import ModelledByDevice
 from tdfx.cost.count import Flow, parameters
 from tdfx.cost.machine import describe_machine
 from tdfx.cost.modelled import Case, Modelled
@@ -19,6 +19,7 @@ from tdfx.cost.setting import Setting
 from tdfx.cost.store import Store, cache_folder
 from tdfx.cost.timing import Timing, take_turns
 from tdfx.cost.workload import Workload
+from tdfx.devices import free_memory, raise_if_broken
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
 from tdfx.progress import progress
@@ -54,7 +55,7 @@ class Measured:
     update_bytes: int = 28
     """Bytes that the optimizer reads and writes for each weight value in one step, not negative: in float32 28 for Adam, 20
     for SGD with momentum."""
-    modelled: Modelled = field(default_factory=Modelled, repr=False)
+    modelled: Modelled = field(default_factory=ModelledByDevice, repr=False)
     """The cost that estimates what was not measured."""
 
     def __post_init__(self) -> None:
@@ -122,7 +123,9 @@ class Measured:
         return self.update_bytes * values / stream_rate(device, cache=self.cache) if self.update_bytes else 0.0
 
     def _key(self, chain: tuple[Operation, ...], flow: Flow) -> str:
-        return f"{describe_machine(flow.setting.device)} {(chain, flow.samples, flow.size, self._setting(flow))!r}"
+        # The machine's description names the hardware of the device, so its index does not matter.
+        setting = replace(self._setting(flow), device=flow.setting.device_type)
+        return f"{describe_machine(flow.setting.device)} {(chain, flow.samples, flow.size, setting)!r}"
 
     def _setting(self, flow: Flow) -> Setting:
         return flow.setting if self.autocast is None else replace(flow.setting, autocast=self.autocast)
@@ -145,17 +148,25 @@ class Measured:
         for case in cases:
             chain, flow = case
             assert flow is not None
-            with contextlib.suppress(RuntimeError):
+            try:
                 works[case] = Workload(chain, replace(flow, setting=self._setting(flow)), tuple(works.values()))
+            except RuntimeError as error:
+                raise_if_broken(error)
         if not works:
             return {}
         runs = [work.run for work in works.values()]
         device = works[next(iter(works))].setting.device
         try:
             timings = take_turns(runs, device=device, rounds=self.rounds, most_seconds=most_seconds)
-        except RuntimeError:
-            if len(cases) == 1:
-                return {}
-            # One of the cases cannot compute its gradients; the others are timed without it.
-            return {key: timing for case in cases for key, timing in self._time([case], 0.0).items()}
-        return {case: timing.divided(works[case].steps) for case, timing in zip(works, timings, strict=True)}
+            return {case: timing.divided(works[case].steps) for case, timing in zip(works, timings, strict=True)}
+        except RuntimeError as error:
+            raise_if_broken(error)
+        # One of the cases cannot compute its gradients, or all together need too much memory: each is timed by itself.
+        works.clear()
+        runs.clear()
+        free_memory(device)
+        return (
+            {}
+            if len(cases) == 1
+            else {key: timing for case in cases for key, timing in self._time([case], 0.0).items()}
+        )

@@ -13,7 +13,7 @@ class Setting:
     """Where and how one call of a site computes."""
 
     device: str = "cpu"
-    """The kind of device, such as ``"cuda"``, for all processes."""
+    """The kind of device, such as ``"cuda"``, with an index where it is not the current one of its kind."""
     dtype: torch.dtype = torch.float32
     """The weight's dtype."""
     autocast: torch.dtype | None = None

@@ -11,6 +11,8 @@ from functools import partial
 
 import torch
 
+from tdfx.devices import current, synchronize
+
 _SHORTEST = 1e-3
 """A sample repeats its function until it takes about this long, in seconds, so that the clock and the wait for the device
 hardly count."""
@@ -66,6 +68,7 @@ def take_turns(
     most_seconds: float = math.inf,
     warmups: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    agree: Callable[[float], float] = float,
 ) -> list[Timing]:
     """Time some functions in turns (A B C A B C ...), each sample between two waits for the device.
 
@@ -78,8 +81,22 @@ def take_turns(
         rounds: Trusted samples to take of each, at least 1; two are enough where they agree closely.
         most_seconds: About how long all of it may take; a round that would exceed it is not begun, apart from the first.
         warmups: Calls of each before the first sample, at least 1; a short function is called once more.
+        agree: Maps a number of this process to that of all processes that take the same turns together, so that they call
+            the functions equally often: functions that communicate would wait for one another otherwise.
     """
-    wait = _waiter(device)
+    with current(device):
+        return _take_turns(runs, partial(synchronize, device), rounds, most_seconds, warmups, clock, agree)
+
+
+def _take_turns(
+    runs: Sequence[Callable[[], object]],
+    wait: Callable[[], None],
+    rounds: int,
+    most_seconds: float,
+    warmups: int,
+    clock: Callable[[], float],
+    agree: Callable[[float], float],
+) -> list[Timing]:
     began = clock()
 
     def sample(run: Callable[[], object], repeat: int) -> float:
@@ -88,7 +105,7 @@ def take_turns(
         for _ in range(repeat):
             run()
         wait()
-        return (clock() - start) / repeat
+        return agree((clock() - start) / repeat)
 
     repeats = []
     for run in runs:
@@ -101,11 +118,17 @@ def take_turns(
     samples: list[list[float]] = [[] for _ in runs]
     for _ in range(2 * rounds):
         round_began = clock()
-        for run, repeat, times in zip(runs, repeats, samples, strict=True):
-            if not times or not Timing(tuple(times)).is_settled(rounds):
-                times.append(sample(run, repeat))
+        for index, (run, times) in enumerate(zip(runs, samples, strict=True)):
+            if Timing(tuple(times)).is_settled(rounds):
+                continue
+            seconds = sample(run, repeats[index])
+            if 2 * seconds * repeats[index] < _SHORTEST:
+                # The first call was slow for another reason: a library was loaded, or a kernel was chosen.
+                repeats[index] = math.ceil(_SHORTEST / max(seconds, 1e-9))
+                seconds = sample(run, repeats[index])
+            times.append(seconds)
         now = clock()
-        is_late = now - began + (now - round_began) > most_seconds
+        is_late = agree(now - began + (now - round_began)) > most_seconds
         if is_late or all(Timing(tuple(times)).is_settled(rounds) for times in samples):
             break
     return [Timing(tuple(times)) for times in samples]
@@ -113,15 +136,8 @@ def take_turns(
 
 def time_once(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
     """Return the seconds of one call, between two waits for the device; a first call may be cold."""
-    wait = _waiter(device)
-    wait()
+    synchronize(device)
     start = time.perf_counter()
     run()
-    wait()
+    synchronize(device)
     return time.perf_counter() - start
-
-
-def _waiter(device: torch.device | str) -> Callable[[], None]:
-    """Return a function that waits until a device has finished all its work."""
-    kind = torch.device(device).type
-    return (lambda: None) if kind == "cpu" else partial(torch.get_device_module(kind).synchronize, device)

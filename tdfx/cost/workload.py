@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdfx.cost.count import Flow, count_chain
 from tdfx.cost.setting import computing_in
+from tdfx.devices import cache_bytes
 from tdfx.factors.functions import apply_factor, apply_operation
 from tdfx.factors.operation import Operation
 
@@ -42,7 +43,7 @@ class Workload:
         self.inputs += [self._copy(self.inputs[0]) for _ in range(self.steps - len(self.inputs))]
         shape = (flow.samples, chain[-1].out_channels, *_out_size(chain, flow.size))
         gradients = [work.gradient for work in shares if work.gradient.shape == shape and work.setting == setting]
-        self.gradient: Tensor = gradients[0] if gradients else self._ones()
+        self.gradient: Tensor = gradients[0] if gradients else self._random_gradient()
 
     def run(self) -> None:
         """Compute the outputs and every gradient, and discard them."""
@@ -59,10 +60,11 @@ class Workload:
         """Return how many inputs of so many values are needed for activations to be cold when they are read."""
         counts = list(count_chain(self.chain, flow))
         values += sum(count.written for count in counts)
-        copies = _COLD / (values * self.setting.computes_in.itemsize)
+        cold = max(_COLD, 2 * cache_bytes(self.setting.device))
+        copies = cold / (values * self.setting.computes_in.itemsize)
         if self.setting.device_type == "cpu":
             copies = min(copies, _MUCH_WORK / sum(count.flops for count in counts))
-        return min(_MOST_COPIES, max(1, math.ceil(copies)))
+        return min(_MOST_COPIES if cold == _COLD else 4 * _MOST_COPIES, max(1, math.ceil(copies)))
 
     def _input(self, shape: Sequence[int]) -> Tensor:
         return self._random(shape, self.setting.computes_in).requires_grad_(self.setting.wants_input_gradient)
@@ -71,8 +73,9 @@ class Workload:
         return x.detach().clone().requires_grad_(self.setting.wants_input_gradient)
 
     @torch.no_grad()
-    def _ones(self) -> Tensor:
-        return torch.ones_like(self._forward(self.inputs[0]))
+    def _random_gradient(self) -> Tensor:
+        out = self._forward(self.inputs[0])
+        return torch.empty_like(out).copy_(self._random(out.shape, out.dtype))
 
     def _forward(self, x: Tensor) -> Tensor:
         apply = apply_factor if len(self.chain) > 1 else apply_operation

@@ -43,6 +43,10 @@ class Processes(ABC):
         """Return the first process's value, which must be picklable."""
 
     @abstractmethod
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the values of all processes, which must be picklable, in the same order on each."""
+
+    @abstractmethod
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite unsharded tensors, which each process has computed itself, with the first process's values."""
 
@@ -88,6 +92,10 @@ class Solo(Processes):
     def broadcast_object(self, value: Any) -> Any:
         """Return the value."""
         return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the value alone."""
+        return [value]
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Leave the tensors as they are."""

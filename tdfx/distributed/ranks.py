@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from tdfx.devices import current
 from tdfx.distributed.processes import Processes, Task
 from tdfx.errors import ModelError, TdfxError, class_named
 from tdfx.layers.placement import full
@@ -74,6 +75,11 @@ class Ranks(Processes):
         """Return the first process's value, which must be picklable."""
         self.raise_pending()
         return self._broadcast_value(value, self.places[0])
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the values of all processes, which must be picklable, in the same order on each."""
+        self.raise_pending()
+        return self._gather_objects([value])
 
     def check_same(self, value: object, message: str) -> None:
         """Raise ModelError with a message, on every process, unless all have an equal value, which must be picklable."""
@@ -166,10 +172,11 @@ class Ranks(Processes):
 
     def _gather_objects(self, values: list[Any]) -> list[Any]:
         """Return the values of all processes, which must be picklable, in one list."""
-        for group in self.groups:
-            gathered: list[Any] = [None] * group.size()
-            dist.all_gather_object(gathered, values, group=group)
-            values = [value for part in gathered for value in part]
+        with current(self.device):  # nccl sends objects by way of the current device
+            for group in self.groups:
+                gathered: list[Any] = [None] * group.size()
+                dist.all_gather_object(gathered, values, group=group)
+                values = [value for part in gathered for value in part]
         return values
 
     def _shared(self, error: Exception) -> Exception:
@@ -188,8 +195,9 @@ class Ranks(Processes):
     def _broadcast_value(self, value: Any, owner: Place) -> Any:
         """Return the owner's value, which is sent along each dimension of the mesh in turn."""
         box = [value]
-        for group, place in zip(self.groups, owner, strict=True):
-            dist.broadcast_object_list(box, group=group, group_src=place)
+        with current(self.device):
+            for group, place in zip(self.groups, owner, strict=True):
+                dist.broadcast_object_list(box, group=group, group_src=place)
         return box[0]
 
     def _broadcast_tensor(self, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype, owner: Place) -> Tensor:

@@ -72,7 +72,7 @@ class Cp(Scheme):
         gram = slices @ slices.mT if o <= i else slices.mT @ slices
         values, basis = singular_side(gram, min(o, i))
         ordered = values.flatten(1).sort(dim=1, descending=True).values
-        return (SliceSpectrum(ordered.square().sum(0).sqrt(), basis, taps * o, taps * i),)
+        return (SliceSpectrum(ordered.square().sum(0).sqrt().cpu(), basis, taps * o, taps * i),)
 
     def split(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> Factors:
         """Return the factors' weights; each component has the same norm in all of them."""

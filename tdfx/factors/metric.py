@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tdfx.devices import precise
 from tdfx.factors.moments import SiteMoments
 from tdfx.factors.operation import Operation, from_groups, to_groups
 
@@ -99,7 +100,7 @@ def _with_equal_norms(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _root(moment: Tensor, damping: float | None) -> Tensor:
     """Return the Cholesky factor of a moment (g, n, n), or the root of a diagonal (g, n), scaled and damped, in float64."""
-    moment, damping = moment.double(), DAMPING if damping is None else damping
+    moment, damping = precise(moment), DAMPING if damping is None else damping
     diagonal = moment if moment.dim() == 2 else moment.diagonal(dim1=1, dim2=2)
     scale = float(diagonal.mean())
     moment = moment / scale if scale > 0 else torch.zeros_like(moment)

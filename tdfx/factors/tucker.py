@@ -123,7 +123,8 @@ class Tucker2(Scheme):
         left, right = (spectrum.basis for spectrum in spectra)
         w_gpki = (left.mT @ w_goki.reshape(groups, outputs, -1)).reshape(groups, -1, inputs)
         core = (w_gpki @ right).reshape(groups, left.shape[2], taps, -1)
-        kept_pq = core.square_().sum((0, 2)).cumsum(0).cumsum(1)
+        # On the CPU, whose sums are in a fixed order, and where reading many values waits for no device.
+        kept_pq = core.square_().sum((0, 2)).cpu().cumsum(0).cumsum(1)
         total = float(w_goik.square().sum())
         lost = [total - float(kept_pq[p - 1, q - 1]) for p, q in grid]
         return [math.sqrt(max(0.0, square) / total) if total > 0 else 0.0 for square in lost]

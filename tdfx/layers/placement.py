@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tdfx.ranks.spectrum import working_dtype
+from tdfx.devices import precise
 
 _TORCH_PREFIXES = ("_is_param", "_ddp_", "_dynamo_", "_fsdp_")
 """How the names of the attributes begin that torch itself gives to parameters."""
@@ -42,9 +42,8 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def full_precise(tensor: Tensor) -> Tensor:
-    """Return all values of a tensor as ``full`` does, in the dtype in which weights are decomposed."""
-    values = full(tensor)
-    return values.to(working_dtype(values))
+    """Return all values of a tensor as ``full`` does, in float64, and on the CPU where the device has no float64."""
+    return precise(full(tensor))
 
 
 @torch.no_grad()

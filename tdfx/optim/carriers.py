@@ -49,14 +49,14 @@ class ToFactors:
     def iterate(self, values: Moments) -> Moments:
         """Return the factors, one of them fitted to the dense average."""
         layer = self.layer
-        weights = [full(weight).to(values[0].dtype) for weight in layer.weights]
+        weights = [full(weight).to(values[0]) for weight in layer.weights]
         # An average may be on another device than its model.
-        dense = layer.kind.to_dense(values[0].to(weights[0].device))
+        dense = layer.kind.to_dense(values[0])
         return layer.scheme.refit(layer.operation, weights, dense)
 
     def _pull_back(self, moment: Tensor, change: Callable[[Tensor], Tensor]) -> Moments:
         """Return the vector-Jacobian product of ``join`` with a dense moment, at the factors after a change."""
-        factors = [change(full(weight)).to(moment.dtype) for weight in self.layer.weights]
+        factors = [change(full(weight)).to(moment) for weight in self.layer.weights]
         return linearize(self.layer.join, factors).pull(self.layer.kind.to_dense(moment))
 
 

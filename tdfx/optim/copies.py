@@ -83,4 +83,4 @@ def _cosine(tensor: Tensor, other: Tensor) -> float:
 
 def _sample(tensor: Tensor) -> Tensor:
     values = tensor.detach().reshape(-1)
-    return values[:: max(1, values.numel() // _SAMPLE)].double()
+    return values[:: max(1, values.numel() // _SAMPLE)].cpu().double()

@@ -146,7 +146,7 @@ def _stored_entry(value: Any, old: Any, parameter: nn.Parameter) -> Any:
     if not isinstance(value, Tensor) or value.dim() == 0 or not isinstance(old, Tensor):
         return value
     if value.shape != parameter.shape:
-        return value.to(old.dtype)
+        return value.to(old.device, old.dtype)
     placed = shard_like(value.to(old.dtype), parameter)
     return torch.empty_like(parameter, dtype=old.dtype, requires_grad=False).copy_(placed)
 

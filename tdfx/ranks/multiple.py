@@ -19,11 +19,10 @@ def device_multiple(
     """Return the number that a dimension should be a multiple of, for products to run at full speed.
 
     CUDA: 16 bytes, and 128 bytes from compute capability 8.0 on (NVIDIA, *Matrix Multiplication Background User's Guide*).
-    CPU: one vector register, of 64 bytes with AVX512, 32 with AVX2, otherwise 16. Other devices: 16 bytes. Under autocast
-    products use fewer bytes than the weight has; give the number itself where that matters.
+    CPU: one vector register, of 64 bytes with AVX512, 32 with AVX2, otherwise 16. Other devices: 16 bytes.
 
     Args:
-        dtype: That of the weight.
+        dtype: In which products are computed: that of the weight, or of autocast.
         device: Where the weight lies.
         capability: The CUDA compute capability, or the name of the CPU's vector instructions; None asks the device.
 

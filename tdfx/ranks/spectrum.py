@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor
 
 _LARGE = 2048
 """Longest side that is decomposed by one thread."""
+_SMALL = 256
+"""Longest side that is decomposed on the CPU wherever it lies, as batches are: a GPU is assumed to take longer, and
+``tools/bench_gpu.py`` times both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,8 @@ class Spectrum:
 
     values: Tensor
     """Singular values, shape (r,), descending, in the working dtype. For g matrices the k-th value is the root of the summed
-    squares of their k-th values, so that the norm of the values cut is what all matrices lose together."""
+    squares of their k-th values, so that the norm of the values cut is what all matrices lose together. They are on the CPU,
+    so that rank rules wait for no device, and sum in a fixed order."""
     basis: Tensor
     """Orthonormal singular vectors of the decomposed side as columns, shape (d, r), or (g, d, r); fewer columns where only
     splits up to some rank were asked for, and float32 where directions were found by iteration."""
@@ -76,11 +81,6 @@ class Spectrum:
         return float((squared.sum() + self.residual) / largest) if largest > 0 else 0.0
 
 
-def working_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype in which a weight is decomposed: float64, or float32 where the device has no float64."""
-    return torch.float32 if weight.device.type == "mps" else torch.float64
-
-
 def spectrum(matrix: Tensor, *, rows_side: bool | None = None, with_basis: bool = True) -> Spectrum:
     """Decompose a matrix, or g matrices of one size together, by the eigenvectors of the Gram matrix.
 
@@ -93,7 +93,7 @@ def spectrum(matrix: Tensor, *, rows_side: bool | None = None, with_basis: bool 
         with_basis: Whether to compute the basis; the values alone take about half the time.
 
     Returns:
-        The spectrum, in the matrix's dtype and on its device; the sign of each vector is fixed.
+        The spectrum, in the matrix's dtype, its basis on the matrix's device; the sign of each vector is fixed.
     """
     rows, cols = matrix.shape[-2:]
     by_rows = rows <= cols if rows_side is None else rows_side
@@ -101,10 +101,10 @@ def spectrum(matrix: Tensor, *, rows_side: bool | None = None, with_basis: bool 
     if with_basis:
         values, basis = singular_side(gram, min(rows, cols))
     else:
-        eigenvalues = _on_one_thread(torch.linalg.eigvalsh, gram)
+        eigenvalues = _solve(torch.linalg.eigvalsh, gram)
         values, basis = eigenvalues.flip(-1)[..., : min(rows, cols)].clamp_min(0).sqrt(), gram.new_empty(0)
     combined = values if matrix.dim() == 2 else values.square().sum(0).sqrt()
-    return Spectrum(combined, basis, rows, cols)
+    return Spectrum(combined.cpu(), basis, rows, cols)
 
 
 def gram_matrix(matrix: Tensor, by_rows: bool) -> Tensor:
@@ -133,17 +133,38 @@ def singular_side(gram: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return the ascending eigenvalues (..., d) and eigenvectors (..., d, d), as columns, of symmetric matrices."""
-    eigenvalues, vectors = _on_one_thread(torch.linalg.eigh, gram)
+    eigenvalues, vectors = _solve(torch.linalg.eigh, gram)
     return eigenvalues, vectors
 
 
+def _solve(solve: Callable[[Tensor], Any], gram: Tensor) -> Any:
+    """Solve an eigenproblem on the matrix's device, or on the CPU where that is faster or the device fails.
+
+    On some CUDA devices the solver does not converge, or returns NaN, for matrices of low rank or with repeated values.
+    """
+    if gram.device.type == "cpu" or gram.is_meta:
+        return _on_one_thread(solve, gram)
+    if gram.dim() == 2 and gram.shape[-1] > _SMALL:
+        with contextlib.suppress(RuntimeError):  # torch.linalg.LinAlgError is one
+            solution = solve(gram)
+            if all(bool(part.isfinite().all()) for part in _parts(solution)):
+                return solution
+    solution = _on_one_thread(solve, gram.cpu())
+    moved = [part.to(gram.device) for part in _parts(solution)]
+    return moved[0] if isinstance(solution, Tensor) else moved
+
+
+def _parts(solution: Any) -> tuple[Tensor, ...]:
+    return (solution,) if isinstance(solution, Tensor) else tuple(solution)
+
+
 def _on_one_thread(solve: Callable[[Tensor], Any], gram: Tensor) -> Any:
-    """Solve an eigenproblem on one thread, if it is on the CPU and not very large.
+    """Solve an eigenproblem on the CPU on one thread, if it is not very large.
 
     On busy CPU cores LAPACK's threads wait for one another at every step: measured, 2.8 s instead of 0.09 s for d = 512 on
     two cores. Two threads gain a third at best at such sizes.
     """
-    if gram.device.type != "cpu" or gram.shape[-1] > _LARGE:
+    if gram.is_meta or gram.shape[-1] > _LARGE:
         return solve(gram)
     threads = torch.get_num_threads()
     try:

@@ -17,6 +17,7 @@ from torch import nn
 
 from tdfx.errors import TdfxWarning
 from tdfx.layers.copying import COMPILED, copy_hooks, replace_modules, structural_copy
+from tdfx.wrappers.compile_limit import allow_variants
 
 Recompile = Callable[[Any], Any]
 """Compiles a module, or a module's call function, with the settings that another module was compiled with."""
@@ -62,6 +63,7 @@ class CompiledParts:
     def recompile(self, model: nn.Module) -> nn.Module:
         """Compile the same parts of another model, in place or wrapped as they were, and return that model."""
         modules = dict(model.named_modules(remove_duplicate=False))
+        allow_variants(modules[path] for path in (self.in_place | self.wrapped) if path in modules)
         for path, recompile in self.in_place.items():
             if path in modules:
                 compile_in_place(modules[path], recompile)
@@ -112,6 +114,11 @@ def compile_in_place(module: nn.Module, recompile: Recompile | None) -> None:
     """Compile a module in place, as ``module.compile()`` does; the compiler runs at the first call."""
     if recompile is not None:
         module.__dict__[COMPILED] = recompile(module._call_impl)
+
+
+def seconds_spent_compiling() -> float:
+    """Return how long ``torch.compile`` has worked in this process so far: about what compiling a rewritten model takes."""
+    return float(torch._dynamo.utils.calculate_time_spent()["total_wall_time"])
 
 
 def inner_module(module: nn.Module) -> nn.Module:

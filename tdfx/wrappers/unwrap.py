@@ -29,6 +29,8 @@ class Unwrapped:
     """The processes that train the model together."""
     shards: bool = False
     """True if each process holds only its shard of every parameter."""
+    compiled: bool = False
+    """True if ``torch.compile`` has compiled the model or a part of it."""
 
 
 def unwrap(model: nn.Module) -> Unwrapped:
@@ -49,14 +51,15 @@ def unwrap(model: nn.Module) -> Unwrapped:
         return _unwrap_target(model)
     if is_wrapped(model):
         inner = unwrap(cast("nn.Module", model._orig_mod))
-        return replace(inner, wrap=lambda rewritten: wrap_compiled(model, inner.wrap(rewritten)))
+        return replace(inner, wrap=lambda rewritten: wrap_compiled(model, inner.wrap(rewritten)), compiled=True)
     if isinstance(model, DistributedDataParallel):
         return _unwrap_ddp(model)
     _check_wrapper(model)
     compiled = CompiledParts.of(model)
     if any(is_instance_by_name(module, "FSDPModule") for module in model.modules()):
         return _unwrap_fsdp(model, compiled)
-    return Unwrapped(compiled.unwrap_parts(model), compiled.recompile)
+    has_parts = bool(compiled.in_place or compiled.wrapped)
+    return Unwrapped(compiled.unwrap_parts(model), compiled.recompile, compiled=has_parts)
 
 
 def _unwrap_target(part: InPlaceModule) -> Unwrapped:
@@ -107,7 +110,7 @@ def _unwrap_ddp(model: DistributedDataParallel) -> Unwrapped:
         compile_in_place(wrapped, recompile)
         return wrapped
 
-    return replace(inner, wrap=wrap, processes=ranks)
+    return replace(inner, wrap=wrap, processes=ranks, compiled=inner.compiled or recompile is not None)
 
 
 def _unwrap_fsdp(model: nn.Module, compiled: CompiledParts) -> Unwrapped:

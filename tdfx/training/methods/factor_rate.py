@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tdfx.checks import is_number
+from tdfx.devices import precise
 from tdfx.errors import ModelError, OptimizerError, PolicyError
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.placement import full
@@ -162,7 +163,7 @@ def product_speed(factors: Sequence[Tensor]) -> float:
     >>> product_speed([torch.eye(3), 2 * torch.eye(3)])
     5.0
     """
-    squares = [float(torch.linalg.matrix_norm(factor.detach().flatten(1).double(), 2)) ** 2 for factor in factors]
+    squares = [float(torch.linalg.matrix_norm(precise(factor.detach()).flatten(1), 2)) ** 2 for factor in factors]
     return math.fsum(math.prod(squares[:index] + squares[index + 1 :]) for index in range(len(squares)))
 
 

@@ -15,9 +15,8 @@ from tdfx.factors.registry import get_scheme
 from tdfx.kinds.functional import FunctionCall
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import find_kind, operation_of
-from tdfx.layers.placement import full, shard_like
+from tdfx.layers.placement import full_precise, shard_like
 from tdfx.plans.plan import Plan, SitePlan
-from tdfx.ranks.spectrum import working_dtype
 from tdfx.training.methods.step_hooks import check_holds, groups_by_parameter, refuse_closure
 
 
@@ -81,8 +80,8 @@ class LowRankPenalty:
     @torch.no_grad()
     def distance(self) -> float:
         """Return how far the weights are from their targets: ``|W - target| / |W|`` over all weights together."""
-        difference = sum(float(full((site.weight - site.target).double().square().sum())) for site in self._sites)
-        total = sum(float(full(site.weight.double().square().sum())) for site in self._sites)
+        difference = sum(float(full_precise(site.weight - site.target).square().sum()) for site in self._sites)
+        total = sum(float(full_precise(site.weight).square().sum()) for site in self._sites)
         return (difference / total) ** 0.5 if total > 0 else 0.0
 
     def remove(self) -> None:
@@ -121,7 +120,7 @@ class _PulledSite:
         assert self.decision.scheme is not None
         assert self.decision.ranks is not None
         scheme = get_scheme(self.decision.scheme)
-        dense = full(self.weight).to(working_dtype(self.weight))
+        dense = full_precise(self.weight)
         dense = self.kind.to_dense(dense) if self.kind is not None else dense
         spectra = scheme.spectra(self.operation, dense)
         joined = scheme.join(self.operation, scheme.split(self.operation, dense, self.decision.ranks, spectra))

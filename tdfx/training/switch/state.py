@@ -19,7 +19,7 @@ from tdfx.training.methods.rewarm import Rewarm
 from tdfx.training.switch.watch import RankWatch
 from tdfx.training.switch.when import Settled, When
 
-_TIMES = 101
+TIMED_STEPS = 101
 """How many of the last step times are kept, for their median."""
 
 _FORMAT = 1
@@ -66,7 +66,7 @@ class SwitchState:
 
     def count(self, seconds: float | None = None) -> SwitchState:
         """Return the state after one more step, which took some time in seconds if that is known."""
-        times = self.times if seconds is None else (*self.times, seconds)[-_TIMES:]
+        times = self.times if seconds is None else (*self.times, seconds)[-TIMED_STEPS:]
         return replace(self, step=self.step + 1, times=times)
 
     def record(self, what: What, sites: Sequence[str], why: str) -> SwitchState:
@@ -139,7 +139,7 @@ class SwitchState:
                 done=bool(saved["done"]),
                 plan=None if saved["plan"] is None else Plan.from_json(saved["plan"]),
                 events=tuple(SwitchEvent(**{**event, "sites": tuple(event["sites"])}) for event in saved["events"]),
-                times=tuple(map(float, saved["times"]))[-_TIMES:],
+                times=tuple(map(float, saved["times"]))[-TIMED_STEPS:],
                 watch=RankWatch.of_state(when, watch) if isinstance(when, Settled) and watch is not None else None,
             )
             if state.plan is not None and not state.done and isinstance(policy.rank, Budget):

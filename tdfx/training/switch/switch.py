@@ -16,8 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tdfx.api import record_dense
+from tdfx.devices import synchronize
 from tdfx.distributed.processes import Processes
 from tdfx.optim.surgery import as_optimizers
+from tdfx.passes.analysis.loop import LoopWatch
 from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.planned_rewrite import PlannedRewrite, plan_rewrite
@@ -30,10 +32,12 @@ from tdfx.training.switch.follow_up import FactorRates, log_switch
 from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
 from tdfx.training.switch.replaced import ModelGuard, ReplacedModel
 from tdfx.training.switch.settle import look_at_ranks
-from tdfx.training.switch.state import SwitchState
+from tdfx.training.switch.state import TIMED_STEPS, SwitchState
 from tdfx.training.switch.status import SwitchStatus
 from tdfx.training.switch.watch import modelled_seconds
 from tdfx.training.switch.when import Settled, When, check_arguments, check_settings, early
+from tdfx.wrappers.compiled import seconds_spent_compiling
+from tdfx.wrappers.in_place import InPlaceModule
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
 
@@ -60,7 +64,8 @@ class Switch(SwitchStatus):
             took time. Measuring layers takes at most a fiftieth of the time left, or the time of ten steps; the
             remaining layers are estimated.
         weigh: Whether the model is switched only if that pays; False switches in any case. Only with ``total_steps``.
-        recompile_seconds: Time to compile or capture the rewritten model, in seconds.
+        recompile_seconds: Time to compile or capture the rewritten model, in seconds; 0 for a compiled model means the
+            time that ``torch.compile`` has taken in this process so far.
         rewarm: Steps of a re-warm-up of the learning rates after the switch, see ``Rewarm``; 0 for none.
         collect: Steps before the decision at which second moments are collected, and used as ``Policy.metric`` says; 0 for
             none. They cost a part of a step each. With ``torch.compile`` the model runs eagerly in these steps.
@@ -116,6 +121,7 @@ class Switch(SwitchStatus):
         self._state = SwitchState(next=1 if isinstance(when, Settled) else when.at)
         self._last: float | None = None  # when the last step ended
         self._collection = Collection(self.collect)
+        self._loop = LoopWatch()
         self._rates = FactorRates()
         self._guard = ModelGuard()
         self._spent = {"watching": 0.0, "planning": 0.0, "rewriting": 0.0}
@@ -150,6 +156,7 @@ class Switch(SwitchStatus):
             self._state = self._state.count()
             self._record_kept(model)
             return model
+        self._wait(model)
         now = self._clock()
         check_arguments(arguments, self.rewarm, optimizer)
         before = vars(self).copy()
@@ -165,6 +172,13 @@ class Switch(SwitchStatus):
         self._last = self._clock()
         return model
 
+    def _wait(self, model: nn.Module) -> None:
+        """Wait for the device in the last steps before a decision: else their times are those of enqueueing them."""
+        if self.total_steps is not None and self._state.next - self.steps <= TIMED_STEPS:
+            parameter = next(model.parameters(), None)
+            if parameter is not None:
+                synchronize(parameter.device)
+
     def _record_kept(self, model: nn.Module) -> None:
         """Let ``merge`` return a model without a warning that was kept by a decision."""
         if self.done and self.plan is None:
@@ -179,6 +193,8 @@ class Switch(SwitchStatus):
             self._collection.attach(model)
         else:
             self._collection.remove()
+        if self.due and not self.collect and not isinstance(model, InPlaceModule):
+            self._loop.attach(model)
 
     def average(self, model: nn.Module) -> None:
         """Average the moments collected so far over the processes that train a model, which must call this together.
@@ -190,10 +206,12 @@ class Switch(SwitchStatus):
     def pause(self) -> None:
         """Take all hooks off the model until the next call of ``begin`` or ``step``; what was collected stays."""
         self._collection.detach()
+        self._loop.remove()
 
     def _decide(self, model: nn.Module, inputs: Inputs | None, *, emit: Emit = "graph", **arguments: Any) -> nn.Module:
         """Switch if it is time and pays off; whatever is kept then is kept for good."""
         moments = self._collection.detach()
+        self._loop.remove()
         wrapped = unwrap(model)
         with wrapped.processes.raise_on_all():
             why: str | None = "the step that was asked for"
@@ -229,14 +247,17 @@ class Switch(SwitchStatus):
             left, step_seconds = processes.broadcast_object([max(0, self.total_steps - self.steps), step_seconds])
             policy = cap_measuring_time(policy, left, step_seconds)
         loop_seconds = step_seconds if step_seconds > 0 else None
-        planned = plan_rewrite(model, policy, inputs, emit, moments, loop_seconds)
-        planning = processes.broadcast_object(self._clock() - began)
+        planned = plan_rewrite(model, policy, inputs, emit, moments, loop_seconds, self._loop.settings)
+        compiling = self.recompile_seconds
+        if not compiling and planned.unwrapped.compiled:
+            compiling = seconds_spent_compiling()
+        planning, compiling = processes.broadcast_object([self._clock() - began, compiling])
         self._spend("planning", began)
         if self.total_steps is None or not self.weigh or not planned.plan.factorized:
             return planned, True, ""
         # All arguments are the same on all processes.
         seconds = modelled_seconds(self.policy, planned.planned.program)
-        pays = pays_off(planned.plan, seconds, left, step_seconds, planning, self.recompile_seconds)
+        pays = pays_off(planned.plan, seconds, left, step_seconds, planning, compiling)
         return planned, *pays
 
     def _rewrite(
