@@ -37,7 +37,7 @@ LAYERS = (
     {"checkpoint", "onnx_proof"},
     {"api", "planned_rewrite"},
     {"training"},
-    {"integrations", "report", "demo", "cli", "__init__", "__main__"},
+    {"integrations", "report", "demo", "cli", "public", "__init__", "__main__"},
 )
 """The files and folders of tdfx, lowest first; each may import those of its own layer and below, without circles."""
 
@@ -302,7 +302,7 @@ def _is_method(value: Any) -> bool:
 
 
 def test_all_lists_every_import_in_the_order_of_ruff() -> None:
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse((PACKAGE / "public.py").read_text(encoding="utf-8"))
     imported = {
         alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
@@ -316,18 +316,27 @@ def _rank_in_ruff(name: str) -> tuple[bool, bool, str]:
     return not name.isupper(), not name[0].isupper(), name
 
 
-def new_modules(statement: str) -> set[str]:
+def new_modules(statement: str, first: str = "import torch") -> set[str]:
     """Return the top-level modules that a statement loads in a process that has torch already."""
-    code = f"import sys, torch; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"
+    code = f"import sys; {first}; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"
     path = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); "
     done = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True, check=True)
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
 def test_importing_tdfx_is_cheap() -> None:
-    found = new_modules("import tdfx")
-    assert "tdfx" in found
+    found = new_modules("import tdfx; tdfx.Policy")
+    assert {"tdfx", "rich"} <= found
     assert found & LAZY == set()
+
+
+def test_torch_is_imported_when_a_public_name_is_used() -> None:
+    assert "tdfx" in new_modules("import tdfx", first="")
+    assert "torch" not in new_modules("import tdfx", first="")
+    assert "torch" in new_modules("from tdfx import plan", first="")
+    assert set(tdfx.__all__) <= set(dir(tdfx))
+    with pytest.raises(AttributeError, match="module 'tdfx' has no attribute 'Polizy'"):
+        tdfx.Polizy  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_an_import_that_is_not_cheap_is_seen() -> None:

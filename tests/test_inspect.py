@@ -20,8 +20,8 @@ from torch import Tensor
 import tdfx
 from tdfx.cli import main
 from tdfx.cli.device import build_on
+from tdfx.cli.inspect import SORTS
 from tdfx.cli.references import build_model
-from tdfx.cli.rows import SORTS
 from tdfx.errors import ModelReferenceError
 from tdfx.plans.plan import Plan
 
@@ -422,11 +422,12 @@ def test_a_model_that_needs_values_to_be_built_says_so_on_the_meta_device() -> N
     assert "it may need values that the meta device does not have: leave out --device meta." in message
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "cpu:x"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "cpu:x", "hpu"])
 def test_a_missing_device_is_refused(device: str) -> None:
     message = refused("--device", device)
-    assert f"--device {device!r} cannot be used on this machine: " in message
-    assert "Take cpu, a device that this machine has, or meta, which needs no memory." in message
+    assert f"--device {device!r} cannot be used: this machine and its PyTorch have cpu" in message
+    assert "Take one of these, or meta, which needs no memory" in message
+    assert "opengl" not in message
 
 
 def test_a_model_that_does_not_fit_on_a_device_says_so() -> None:

@@ -140,7 +140,7 @@ REFUSED = {
     "folder": (("folder.onnx", "relu.onnx"), "'folder.onnx' is not a file"),
     "no name": (
         ("nothing", "relu.onnx"),
-        "'nothing' is not a file, and it does not name a model. Write the path of an .onnx",
+        "'nothing' is not the path of an .onnx file, and it names no model: it lacks a part",
     ),
     "no model": (("duo:built", "duo:build", "--input", "2,4"), "there is no 'built' in it. Nearest: 'build'"),
     "no torchvision": (("torchvision:resnet19", "relu.onnx"), "torchvision has no model 'resnet19'"),

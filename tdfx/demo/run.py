@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdfx.api import merge
+from tdfx.demo import DEFAULT_EPOCHS
 from tdfx.errors import PolicyError, TdfxError
 from tdfx.onnx_proof.report import VerifyReport
 from tdfx.onnx_proof.verify import verify
@@ -27,7 +28,6 @@ from tdfx.training.switch.switch import Switch
 
 BATCH = 64
 LEARNING_RATE = 0.05
-DEFAULT_EPOCHS = 24
 TRAINING_SHARE = 2 / 3
 """Share of the images to train on; the others are held out."""
 TURN, ZOOM, SHIFT = 0.25, 0.15, 0.2
