@@ -1,5 +1,7 @@
 """Everything public, imported when the first of these names is used."""
 
+from dataclasses import is_dataclass
+
 from tdfx.api import merge, plan, rewrite
 from tdfx.checkpoint.merging import merge_checkpoint
 from tdfx.checkpoint.record import read, save, state
@@ -24,6 +26,10 @@ from tdfx.errors import (
     WeightError,
 )
 from tdfx.factors.operation import Operation
+from tdfx.factors.registry import register_scheme
+from tdfx.factors.scheme import Scheme
+from tdfx.factors.two_factors import TwoFactors
+from tdfx.help_texts import FieldDocs
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import register_kind
 from tdfx.layers.factorized import Factorized
@@ -40,6 +46,8 @@ from tdfx.ranks.budget import Budget, Target
 from tdfx.ranks.energy import Energy
 from tdfx.ranks.fixed import Fixed
 from tdfx.ranks.ratio import Ratio
+from tdfx.ranks.rule import Choice, RankRule
+from tdfx.ranks.spectrum import Spectrum
 from tdfx.ranks.stable import StableRank
 from tdfx.ranks.threshold import Threshold
 from tdfx.ranks.vbmf import VBMF
@@ -59,6 +67,7 @@ __all__ = [
     "AtStep",
     "Budget",
     "CheckpointError",
+    "Choice",
     "Emit",
     "Energy",
     "ExportError",
@@ -85,12 +94,15 @@ __all__ = [
     "PlanError",
     "Policy",
     "PolicyError",
+    "RankRule",
     "Ratio",
     "Reason",
     "ReportError",
     "Rewarm",
+    "Scheme",
     "Settled",
     "SitePlan",
+    "Spectrum",
     "StableRank",
     "StepCheck",
     "Switch",
@@ -99,6 +111,7 @@ __all__ = [
     "TdfxError",
     "TdfxWarning",
     "Threshold",
+    "TwoFactors",
     "VerifyReport",
     "WeightError",
     "check_step",
@@ -111,8 +124,13 @@ __all__ = [
     "read_policy",
     "register_kind",
     "register_optimizer",
+    "register_scheme",
     "rewrite",
     "save",
     "state",
     "verify",
 ]
+
+for _public in [value for name, value in globals().items() if name in __all__]:
+    if is_dataclass(_public) and isinstance(_public, type):
+        _public.__doc__ = FieldDocs(_public)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import enum
 import inspect
 import itertools
+import pydoc
+import re
 import subprocess
 import sys
 import tomllib
@@ -26,7 +29,7 @@ in_checkout = pytest.mark.skipif(
 )
 
 LAYERS = (
-    {"errors", "checks", "text", "progress"},
+    {"errors", "checks", "text", "progress", "help_texts"},
     {"ranks", "factors"},
     {"cost"},
     {"plans", "policies", "kinds"},
@@ -258,7 +261,7 @@ def docstring(name: str) -> str | None:
     if inspect.isfunction(found):
         return found.__doc__
     if inspect.isclass(found):
-        text: str | None = vars(found).get("__doc__")
+        text: str | None = found.__doc__ if "__doc__" in vars(found) else None
         # A dataclass without a docstring is given its signature as one.
         return None if text is None or text.startswith(f"{name}(") else text
     return next((text for source in sources().values() for text in texts_under(name, source)), None)
@@ -278,6 +281,43 @@ def texts_under(name: str, source: str) -> Iterator[str]:
 @pytest.mark.parametrize("name", tdfx.__all__)
 def test_every_public_name_has_a_docstring(name: str) -> None:
     assert docstring(name)
+
+
+def arguments_in(doc: str) -> set[str]:
+    """Return the names that the section ``Args:`` of a docstring explains."""
+    section = doc.partition("Args:\n")[2].partition("\n\n")[0]
+    return {
+        name.strip() for names in re.findall(r"^ {4}([\w, ]+): +\S", section, re.MULTILINE) for name in names.split(",")
+    }
+
+
+def has_arguments(name: str) -> bool:
+    found = getattr(tdfx, name)
+    return inspect.isclass(found) and not issubclass(found, BaseException | enum.Enum)
+
+
+@pytest.mark.parametrize("name", filter(has_arguments, tdfx.__all__))
+def test_help_on_a_public_class_explains_every_argument(name: str) -> None:
+    found = getattr(tdfx, name)
+    arguments = set(inspect.signature(found).parameters)
+    assert arguments - arguments_in(inspect.getdoc(found) or "") == set()
+    assert not arguments or "\n |  Args:\n" in pydoc.render_doc(found)
+
+
+def test_no_public_signature_has_a_private_argument() -> None:
+    callables = [
+        found for name in tdfx.__all__ if inspect.isfunction(found := getattr(tdfx, name)) or has_arguments(name)
+    ]
+    assert [found for found in callables for name in inspect.signature(found).parameters if name[0] == "_"] == []
+
+
+def test_fields_are_described_in_their_order_and_before_the_examples() -> None:
+    doc = tdfx.Policy.__doc__ or ""
+    assert "    include: Patterns of the sites that may be rewritten.\n    exclude: " in doc
+    assert "    speedup, seconds, flops, parameters, memory, error: These six settings stand for" in doc
+    assert doc.index("Two\npolicies") < doc.index("Args:") < doc.index("Example:")
+    assert "other_parameters: " in (tdfx.Plan.__doc__ or "")  # of the class that it derives from
+    assert arguments_in("Args:\n    a: b.\n    c, d: e.\n        f: g.\n\nExample:\n    h: i") == {"a", "c", "d"}
 
 
 def test_a_text_that_belongs_to_another_name_is_no_docstring() -> None:
@@ -331,9 +371,9 @@ def test_importing_tdfx_is_cheap() -> None:
 
 
 def test_torch_is_imported_when_a_public_name_is_used() -> None:
-    assert "tdfx" in new_modules("import tdfx", first="")
-    assert "torch" not in new_modules("import tdfx", first="")
-    assert "torch" in new_modules("from tdfx import plan", first="")
+    assert "tdfx" in new_modules("import tdfx", first="pass")
+    assert "torch" not in new_modules("import tdfx", first="pass")
+    assert "torch" in new_modules("from tdfx import plan", first="pass")
     assert set(tdfx.__all__) <= set(dir(tdfx))
     with pytest.raises(AttributeError, match="module 'tdfx' has no attribute 'Polizy'"):
         tdfx.Polizy  # type: ignore[attr-defined]  # noqa: B018

@@ -12,7 +12,7 @@ from torch import Tensor
 from tdfx.distributed.processes import Processes, Task
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
-from tdfx.factors.registry import AUTO, get_scheme
+from tdfx.factors.registry import AUTO, budget_schemes
 from tdfx.factors.scheme import Scheme
 from tdfx.passes.planning.budget import BudgetSite, BudgetSolver
 from tdfx.passes.planning.limits import BudgetScope
@@ -30,8 +30,6 @@ from tdfx.ranks.spectrum import Spectrum
 from tdfx.text import first_names
 
 _MISSED = "the example inputs do not reach it, so it is not known how long it takes"
-_SCHEMES = ("tucker2", "tucker1_out", "tucker1_in", "spatial", "svd")
-"""What a budget chooses among, where the policy names no scheme."""
 _LEVELS = 16
 """Ranks that are tried of each scheme, from ``_HIGHEST`` of the full rank down to 1."""
 _HIGHEST = 0.9
@@ -142,8 +140,11 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
     errors: dict[Candidate, float] = {}
     signal: bool | None = None
     schemes = list(schemes_for(operation, policy))
-    w_dense = working_weight(site, schemes[0], weight)  # several schemes of a budget all mix output channels
+    working: dict[bool, Tensor] = {}
     for scheme in schemes:
+        if scheme.mixes_outputs not in working:  # what the metric depends on
+            working[scheme.mixes_outputs] = working_weight(site, scheme, weight)
+        w_dense = working[scheme.mixes_outputs]
         # The bases of the first scheme, and of those that share them, are kept for the split; others have no room.
         spectra = shared.get(scheme.name) or (scheme.values if shared else scheme.spectra)(operation, w_dense)
         if not shared or scheme.name in shared:
@@ -164,8 +165,8 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
 def schemes_for(operation: Operation, policy: Policy) -> Iterator[Scheme]:
     """Yield the schemes among which a budget chooses for a site."""
     is_auto = policy.scheme == AUTO
-    for scheme in map(get_scheme, _SCHEMES if is_auto else (policy.scheme,)):
-        if not scheme.fits(operation) or (is_auto and operation.is_depthwise):
+    for scheme in budget_schemes(policy.scheme):
+        if not scheme.fits(operation) or (is_auto and operation.is_depthwise and not scheme.in_auto):
             continue
         if not is_auto or scheme.name != "spatial" or max(scheme.full_ranks(operation)) <= _LARGEST_SIDE:
             yield scheme
