@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -196,7 +197,9 @@ def test_a_filter_that_matches_nothing_names_the_nearest() -> None:
 
 def test_a_hint_appears_if_a_rule_reads_untrained_weights() -> None:
     result = run("--modelled")
-    assert "show nothing above the noise yet" in result.stdout
+    (note,) = [line for line in result.stdout.splitlines() if "show only noise yet" in line]
+    assert re.fullmatch(r"note: \d+ cut weights show only noise yet; noise_floor=[\w. ]+", note)
+    assert len(note) <= 80
     assert result.stderr.startswith("Hint: these are the model's initial weights. Load trained weights with --weights")
     torch.save(build().state_dict(), "w.pt")
     assert run("--modelled", "--weights", "w.pt").stderr == ""

@@ -75,7 +75,7 @@ def decide_by_budget(
     for wish in wishes:
         _keep_chosen_bases(wish.site, decided[wish.site.name], cache)
     noisy = [name for name, each in sets.items() if not each.signal and decided[name].factorized]
-    notes = [*solver.notes, *([_noisy(noisy, budget)] if noisy else []), *([_unreached(missed)] if missed else [])]
+    notes = [*solver.notes, *([_noisy(len(noisy), budget)] if noisy else []), *([_unreached(missed)] if missed else [])]
     return [decided[wish.site.name] for wish in wishes], tuple(notes)
 
 
@@ -112,14 +112,9 @@ def _unreached(missed: Sequence[Site]) -> str:
     )
 
 
-def _noisy(names: Sequence[str], budget: Budget) -> str:
-    floor = (
-        f"no rank there is below {budget.noise_floor:g} of the full one" if budget.noise_floor else "they have no floor"
-    )
-    return (
-        f"{len(names)} of the weights that are cut show nothing above the noise yet ({first_names(names)}); {floor}. Train "
-        f"longer before the switch, or keep them with noise_floor=1, if the loss suffers"
-    )
+def _noisy(count: int, budget: Budget) -> str:
+    floor = f"={budget.noise_floor:g} bounds their ranks" if budget.noise_floor else "=1 would keep them"
+    return f"{count} cut weights show only noise yet; noise_floor{floor}"
 
 
 @dataclass(frozen=True, slots=True)
