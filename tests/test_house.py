@@ -296,7 +296,7 @@ def has_arguments(name: str) -> bool:
     return inspect.isclass(found) and not issubclass(found, BaseException | enum.Enum)
 
 
-@pytest.mark.parametrize("name", filter(has_arguments, tdfx.__all__))
+@pytest.mark.parametrize("name", [*filter(has_arguments, tdfx.__all__)])
 def test_help_on_a_public_class_explains_every_argument(name: str) -> None:
     found = getattr(tdfx, name)
     arguments = set(inspect.signature(found).parameters)

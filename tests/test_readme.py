@@ -225,6 +225,22 @@ def test_files_that_are_named_exist(readme: Path) -> None:
 
 
 @in_checkout
+def test_extras_are_installed_in_one_form() -> None:
+    """The front page installs a checkout, in two lines; wherever an extra is missing later, its line is the same."""
+    texts = {
+        path: path.read_text(encoding="utf-8") for folder in ("tdfx", "tools") for path in (ROOT / folder).rglob("*.py")
+    }
+    texts |= {readme: read(readme) for readme in all_readmes()}
+    lines = {
+        line
+        for text in texts.values()
+        for line in re.findall(r"pip install (?!tensorboard)(.*?\S)(?=[\s`\",]|$)", text)
+    }
+    extras = {"demo", "safetensors", "report", "lightning", "transformers"}
+    assert lines == {"'.[demo]'", "-e", *(f"'tdfx[{extra}]'" for extra in extras)}
+
+
+@in_checkout
 def test_every_folder_that_is_hard_has_a_readme() -> None:
     linked = re.findall(r"\]\(([^)#]+README\.md)\)", read(FRONT))
     assert {ROOT / link for link in linked} == set(all_readmes()) - {FRONT}

@@ -16,7 +16,8 @@ from tdfx.errors import ModelReferenceError, TdfxError
 _RULES = (
     "default[:times], speedup:times, vbmf[:floor], energy[:share], stable, threshold:above, ratio[:of], params:share (of "
     "the model's parameters) or flops:share (of the sites' operations), optionally followed by ,at_least=N ,at_most=N "
-    ",round_to=N; several rules with | between them; or a .toml or .json file with the settings of tdfx.Policy.  [default: default]"
+    ",round_to=N; several rules with | between them; or a .toml or .json file with the settings of tdfx.Policy.  "
+    "[default: default]"
 )
 _UNTRAINED = (
     "Hint: these are the model's initial weights. Load trained weights with --weights, or use a rule that does not read "

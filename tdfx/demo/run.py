@@ -114,7 +114,7 @@ def load_digits() -> Digits:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
         raise TdfxError(
-            "The demo's images come with scikit-learn, which is not installed. Install it with: pip install 'tdfx[demo]'"
+            "The demo's images come with scikit-learn, which is not installed. Install it: pip install 'tdfx[demo]'"
         ) from error
     bunch = load()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
