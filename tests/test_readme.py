@@ -17,6 +17,7 @@ from readmes import FRONT, PASSES, ROOT, TDFX, all_readmes, blocks, read, sectio
 import tdfx
 import tdfx.errors as errors_of_tdfx
 from tdfx.cli import main
+from tdfx.factors import registry
 from tdfx.plans.plan import Reason
 
 RANKS, COST, CLI = (ROOT / "tdfx" / folder / "README.md" for folder in ("ranks", "cost", "cli"))
@@ -30,6 +31,7 @@ each_readme = pytest.mark.parametrize("readme", all_readmes(), ids=lambda path: 
 def run(readme: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Run the Python blocks of a README one after the other in a folder, and return the names that they define."""
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(registry, "_SCHEMES", dict(registry._SCHEMES))
     names: dict[str, Any] = {"__name__": "readme"}
     for block in blocks(read(readme), "python"):
         exec(compile(block, str(readme), "exec"), names)

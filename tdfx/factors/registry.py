@@ -90,8 +90,8 @@ def register_scheme(scheme: SchemeT) -> SchemeT:
 def scheme_names() -> tuple[str, ...]:
     """Return the names of all schemes.
 
-    >>> scheme_names()
-    ('tucker2', 'svd', 'tucker1_out', 'tucker1_in', 'spatial', 'depthwise', 'cp')
+    >>> scheme_names()[:3]
+    ('tucker2', 'svd', 'tucker1_out')
     """
     return tuple(_SCHEMES)
 

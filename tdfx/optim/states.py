@@ -113,8 +113,8 @@ def _warn_of_other_entries(
     unknown = [f"{name!r} (nearest: {nearest(name, undeclared, 1)})" for name in roles if name not in entries]
     other = f", and does not keep {', '.join(unknown)}" if unknown else ""
     warnings.warn(
-        f"{optimizer.__name__} keeps {', '.join(map(repr, undeclared))}, which its tdfx.register_optimizer does not name{other}"
-        f". Rewritten weights start with fresh state until every entry has a role.",
+        f"{optimizer.__name__} keeps {', '.join(map(repr, undeclared))}, which its tdfx.register_optimizer does not "
+        f"name{other}. Rewritten weights start with fresh state until every entry has a role.",
         TdfxWarning,
         stacklevel=stacklevel + 1,
     )
@@ -216,8 +216,9 @@ def warn_of_lost_state(optimizer: Optimizer, leaving: Sequence[nn.Parameter]) ->
     states = [optimizer.state.get(parameter) for parameter in leaving]
     lost = [state for state in states if state and _format_of(optimizer, state) is None]
     if lost:
+        unknown = ", ".join(_unknown(optimizer, lost[0]))
         warnings.warn(
-            f"tdfx does not know what the state of {type(optimizer).__name__} means ({', '.join(_unknown(optimizer, lost[0]))}), "
+            f"tdfx does not know what the state of {type(optimizer).__name__} means ({unknown}), "
             f"so the {len(lost)} rewritten weights start with fresh state; all others keep theirs. The optimizers of "
             f"torch.optim are carried over; declare the state of yours with tdfx.register_optimizer.",
             TdfxWarning,
