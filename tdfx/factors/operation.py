@@ -27,8 +27,8 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 class Operation:
     """The geometry of one linear map or convolution, of a site or of one of its factors.
 
-    A linear map has no spatial dimensions: ``kernel``, ``stride``, ``padding`` and ``dilation`` are empty. One whole number
-    stands for the same in each spatial dimension, as in torch.nn.
+    A linear map has no spatial dimensions: ``kernel``, ``stride``, ``padding`` and ``dilation`` are empty. A whole number
+    in place of a tuple stands for the same in each dimension of ``kernel``.
 
     Raises:
         KindError: A setting is not what its field says, or does not go with the others.
@@ -67,7 +67,7 @@ class Operation:
                 continue
             if value == ():
                 value = (default,) * self.dims if default is not None else ()
-            elif isinstance(value, int):
+            elif isinstance(value, int) and name != "kernel":
                 value = (value,) * self.dims
             if not isinstance(value, tuple | list) or any(not isinstance(size, int) or size < least for size in value):
                 raise KindError(
