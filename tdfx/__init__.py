@@ -18,6 +18,7 @@ register_former_modules()
 
 if TYPE_CHECKING:
     from tdfx.public import *  # noqa: F403
+    from tdfx.public import __all__ as __all__
 else:
 
     def __getattr__(name: str) -> Any:

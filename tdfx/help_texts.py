@@ -17,7 +17,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SECTION = re.compile(r"^(Raises|Example|Source):", re.MULTILINE)
 
 
-class FieldDocs:
+def describe_fields(cls: type) -> None:
+    """Add the section on the arguments of a dataclass to its docstring."""
+    docs = _FieldDocs(cls)
+    # Of a class with a metaclass of its own, such as ABCMeta, pydoc reads the attribute without calling its __get__.
+    cls.__doc__ = docs if type(cls) is type else docs.__get__(None)  # type: ignore[assignment]
+
+
+class _FieldDocs:
     """A ``__doc__`` that is put together when someone asks for it: reading a class's source takes some milliseconds.
 
     Args:

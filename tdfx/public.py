@@ -29,7 +29,7 @@ from tdfx.factors.operation import Operation
 from tdfx.factors.registry import register_scheme
 from tdfx.factors.scheme import Scheme
 from tdfx.factors.two_factors import TwoFactors
-from tdfx.help_texts import FieldDocs
+from tdfx.help_texts import describe_fields
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import register_kind
 from tdfx.layers.factorized import Factorized
@@ -133,4 +133,4 @@ __all__ = [
 
 for _public in [value for name, value in globals().items() if name in __all__]:
     if is_dataclass(_public) and isinstance(_public, type):
-        _public.__doc__ = FieldDocs(_public)
+        describe_fields(_public)

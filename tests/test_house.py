@@ -287,7 +287,9 @@ def arguments_in(doc: str) -> set[str]:
     """Return the names that the section ``Args:`` of a docstring explains."""
     section = doc.partition("Args:\n")[2].partition("\n\n")[0]
     return {
-        name.strip() for names in re.findall(r"^ {4}([\w, ]+): +\S", section, re.MULTILINE) for name in names.split(",")
+        name.strip()
+        for names in re.findall(r"^ {4}(\w[\w, ]*): +\S", section, re.MULTILINE)
+        for name in names.split(",")
     }
 
 
@@ -296,7 +298,7 @@ def has_arguments(name: str) -> bool:
     return inspect.isclass(found) and not issubclass(found, BaseException | enum.Enum)
 
 
-@pytest.mark.parametrize("name", [*filter(has_arguments, tdfx.__all__)])
+@pytest.mark.parametrize("name", [name for name in tdfx.__all__ if has_arguments(name)])
 def test_help_on_a_public_class_explains_every_argument(name: str) -> None:
     found = getattr(tdfx, name)
     arguments = set(inspect.signature(found).parameters)

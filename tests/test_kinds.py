@@ -497,6 +497,7 @@ def test_shapes_that_do_not_fit_are_refused_before_any_change(kind: type[tdfx.La
 
 
 BAD_OPERATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "one": ({"kernel": (3, 3), "padding": 1}, r"padding=1\) is not a tuple .* Pass for example padding=\(1, 1\)"),
     "number": ({"kernel": 3}, r"Operation\(kernel=3\) is not a tuple of whole numbers"),
     "channels": ({"in_channels": 0}, r"Operation\(in_channels=0\) is not a whole number of at least 1"),
     "groups": ({"groups": 3}, r"Operation\(groups=3\) does not divide in_channels=4 and out_channels=8"),
@@ -532,7 +533,9 @@ def test_an_operation_has_defaults_for_each_dimension() -> None:
     pointwise = tdfx.Operation(in_channels=4, out_channels=8, kernel=(1, 1))
     assert pointwise == tdfx.Operation.pointwise(4, 8, dims=2)
     assert (pointwise.stride, pointwise.padding, pointwise.dilation) == ((1, 1), (0, 0), (1, 1))
-    assert tdfx.Operation(in_channels=4, out_channels=8, kernel=(3, 3), padding=1, stride=2).out_size((8, 8)) == (4, 4)
+    assert tdfx.Operation(in_channels=4, out_channels=8, kernel=(3, 3), padding=(1, 1), stride=(2, 2)).out_size(
+        (8, 8)
+    ) == (4, 4)
 
 
 class Pointwise(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tdfx
 from tdfx.factors import registry
+from tdfx.factors.algebra import linearize
 from tdfx.factors.check_scheme import check_scheme
 from tdfx.factors.registry import get_scheme, scheme_names
 from tdfx.factors.scheme import Factors, Scheme
@@ -193,7 +194,7 @@ def test_averages_go_along() -> None:
     average = torch.optim.swa_utils.AveragedModel(model)
     with torch.no_grad():
         for parameter in average.parameters():
-            parameter += 0.01 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
     dense = copy.deepcopy(average.module)
     tdfx.rewrite(model, policy(), averaged=average)
     assert distance(average.module(batch()), dense(batch())) < 1e-6
@@ -214,7 +215,7 @@ def test_what_a_scheme_inherits_agrees_with_what_it_may_define(name: str) -> Non
     spectra = scheme.spectra(operation, weight)
     ranks = tuple(max(1, rank // 2) for rank in scheme.full_ranks(operation))
     factors = scheme.split(operation, weight, ranks, spectra)
-    consistent = tuple(torch.autograd.functional.vjp(lambda *f: scheme.join(operation, f), factors, weight)[1])
+    consistent = linearize(lambda *given: scheme.join(operation, given), factors).pull(weight)
     assert (
         distance(inherits.project(operation, factors, consistent), scheme.project(operation, factors, consistent))
         < 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,17 +19,17 @@ from tdfx.ranks.spectrum import Spectrum
 
 _CLOSE = 1e-6
 """Largest relative difference, in float64, that counts as rounding."""
-_CHANNELS = {"in_channels": 6, "out_channels": 4}
+_operation = partial(Operation, in_channels=6, out_channels=4)
 _LAYERS: dict[str, Operation] = {
-    "a linear map": Operation(**_CHANNELS),
-    "a 1×1 convolution": Operation(**_CHANNELS, kernel=(1, 1), stride=(2, 2)),
-    "a 3×3 convolution": Operation(**_CHANNELS, kernel=(3, 3), stride=(2, 1), padding=(1, 1)),
-    "a 3×2 convolution in groups": Operation(**_CHANNELS, kernel=(3, 2), dilation=(2, 1), groups=2),
-    "a convolution in one dimension": Operation(**_CHANNELS, kernel=(3,), padding="same"),
-    "a convolution in three dimensions": Operation(**_CHANNELS, kernel=(2, 3, 2)),
+    "a linear map": _operation(),
+    "a 1×1 convolution": _operation(kernel=(1, 1), stride=(2, 2)),
+    "a 3×3 convolution": _operation(kernel=(3, 3), stride=(2, 1), padding=(1, 1)),
+    "a 3×2 convolution in groups": _operation(kernel=(3, 2), dilation=(2, 1), groups=2),
+    "a convolution in one dimension": _operation(kernel=(3,), padding="same"),
+    "a convolution in three dimensions": _operation(kernel=(2, 3, 2)),
     "a depthwise convolution": Operation(in_channels=4, out_channels=4, kernel=(3, 3), groups=4),
-    "a transposed convolution": Operation(
-        **_CHANNELS, kernel=(3, 3), stride=(2, 2), padding=(1, 1), transposed=True, output_padding=(1, 1)
+    "a transposed convolution": _operation(
+        kernel=(3, 3), stride=(2, 2), padding=(1, 1), transposed=True, output_padding=(1, 1)
     ),
 }
 

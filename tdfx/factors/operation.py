@@ -27,14 +27,13 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 class Operation:
     """The geometry of one linear map or convolution, of a site or of one of its factors.
 
-    A linear map has no spatial dimensions: ``kernel``, ``stride``, ``padding`` and ``dilation`` are empty. A whole number
-    in place of a tuple stands for the same in each dimension of ``kernel``.
+    A linear map has no spatial dimensions: ``kernel``, ``stride``, ``padding`` and ``dilation`` are empty.
 
     Raises:
         KindError: A setting is not what its field says, or does not go with the others.
 
     Example:
-        >>> Operation(in_channels=8, out_channels=16, kernel=(3, 3), padding=1).padding
+        >>> Operation(in_channels=8, out_channels=16, kernel=(3, 3), padding=(1, 1)).stride
         (1, 1)
     """
 
@@ -67,8 +66,6 @@ class Operation:
                 continue
             if value == ():
                 value = (default,) * self.dims if default is not None else ()
-            elif isinstance(value, int) and name != "kernel":
-                value = (value,) * self.dims
             if not isinstance(value, tuple | list) or any(not isinstance(size, int) or size < least for size in value):
                 raise KindError(
                     f"Operation({name}={value!r}) is not a tuple of whole numbers of at least {least}, one for each spatial "
