@@ -84,7 +84,7 @@ def register_optimizer(optimizer: type[Optimizer], **roles: Role) -> None:
                 f"Nearest: {nearest(str(role), get_args(Role))}."
             )
     _FORMATS[optimizer] = StateFormat(roles)
-    _warn_of_other_entries(optimizer, roles, _entries_of(optimizer), stacklevel=3)
+    _warn_of_other_entries(optimizer, roles, _entries_of(optimizer))
 
 
 def _entries_of(optimizer: type[Optimizer]) -> Sequence[str]:
@@ -103,9 +103,7 @@ def _entries_of(optimizer: type[Optimizer]) -> Sequence[str]:
     return ()
 
 
-def _warn_of_other_entries(
-    optimizer: type[Optimizer], roles: Mapping[str, Role], entries: Sequence[str], stacklevel: int
-) -> None:
+def _warn_of_other_entries(optimizer: type[Optimizer], roles: Mapping[str, Role], entries: Sequence[str]) -> None:
     """Warn if an optimizer keeps entries that a declaration does not name: its state cannot be carried then."""
     undeclared = [name for name in entries if name not in roles]
     if not undeclared:
@@ -116,7 +114,7 @@ def _warn_of_other_entries(
         f"{optimizer.__name__} keeps {', '.join(map(repr, undeclared))}, which its tdfx.register_optimizer does not "
         f"name{other}. Rewritten weights start with fresh state until every entry has a role.",
         TdfxWarning,
-        stacklevel=stacklevel + 1,
+        stacklevel=3,
     )
 
 
