@@ -100,7 +100,7 @@ def test_weights_of_noise_have_a_floor_of_their_own() -> None:
     _, of_noise, notes = ranks_and_notes()
     assert of_noise is not None
     assert of_noise < 16
-    assert "('1'); they have no floor" in notes
+    assert "noise_floor=1 would keep them" in notes
     of_learnt, of_noise, notes = ranks_and_notes(noise_floor=1)
     assert of_learnt < 16
     assert of_noise is None
