@@ -350,7 +350,10 @@ def test_safetensors_without_their_library_say_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     Path("w.safetensors").write_bytes(b"")
     message = refused("--weights", "w.safetensors")
-    assert "could not be read: the library safetensors is not installed. Install it: pip install 'tdfx[safetensors]'" in message
+    assert (
+        "could not be read: the library safetensors is not installed. Install it: pip install 'tdfx[safetensors]'"
+        in message
+    )
 
 
 def test_weights_of_another_model_are_refused_with_the_first_differences() -> None:
