@@ -5,121 +5,32 @@
 moment of a training loop. ``save`` and ``load`` write and read checkpoints of factorized models.
 """
 
-from tdfx.api import merge, plan, rewrite
-from tdfx.checkpoint.merging import merge_checkpoint
-from tdfx.checkpoint.record import read, save, state
-from tdfx.checkpoint.restore import load
-from tdfx.cost.measured import Measured
-from tdfx.cost.modelled import Modelled
-from tdfx.errors import (
-    CheckpointError,
-    ExportError,
-    InputError,
-    KindError,
-    MergeError,
-    ModelError,
-    ModelReferenceError,
-    OptimizerError,
-    PassError,
-    PlanError,
-    PolicyError,
-    ReportError,
-    TdfxError,
-    TdfxWarning,
-    WeightError,
-)
-from tdfx.factors.operation import Operation
-from tdfx.kinds.kind import LayerKind
-from tdfx.kinds.registry import register_kind
-from tdfx.layers.factorized import Factorized
-from tdfx.onnx_proof.export_model import export
-from tdfx.onnx_proof.report import ExportReport, VerifyReport
-from tdfx.onnx_proof.verify import verify
-from tdfx.optim.states import register_optimizer
-from tdfx.passes.analysis.moments import Moments
-from tdfx.plans.decisions import Emit, Reason, SitePlan
-from tdfx.plans.plan import Plan
-from tdfx.policies.file import read_policy
-from tdfx.policies.policy import Policy
-from tdfx.ranks.budget import Budget, Target
-from tdfx.ranks.energy import Energy
-from tdfx.ranks.fixed import Fixed
-from tdfx.ranks.ratio import Ratio
-from tdfx.ranks.stable import StableRank
-from tdfx.ranks.threshold import Threshold
-from tdfx.ranks.vbmf import VBMF
-from tdfx.training.methods.decay import FrobeniusDecay
-from tdfx.training.methods.factor_rate import FactorRate
-from tdfx.training.methods.freeze import Freeze
-from tdfx.training.methods.penalty import LowRankPenalty
-from tdfx.training.methods.rewarm import Rewarm
-from tdfx.training.step_check import StepCheck, check_step
-from tdfx.training.switch.state import SwitchEvent
-from tdfx.training.switch.switch import Switch
-from tdfx.training.switch.when import AtEpoch, AtStep, Settled
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tdfx.checkpoint.former_modules import register_former_modules
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "VBMF",
-    "AtEpoch",
-    "AtStep",
-    "Budget",
-    "CheckpointError",
-    "Emit",
-    "Energy",
-    "ExportError",
-    "ExportReport",
-    "FactorRate",
-    "Factorized",
-    "Fixed",
-    "Freeze",
-    "FrobeniusDecay",
-    "InputError",
-    "KindError",
-    "LayerKind",
-    "LowRankPenalty",
-    "Measured",
-    "MergeError",
-    "ModelError",
-    "ModelReferenceError",
-    "Modelled",
-    "Moments",
-    "Operation",
-    "OptimizerError",
-    "PassError",
-    "Plan",
-    "PlanError",
-    "Policy",
-    "PolicyError",
-    "Ratio",
-    "Reason",
-    "ReportError",
-    "Rewarm",
-    "Settled",
-    "SitePlan",
-    "StableRank",
-    "StepCheck",
-    "Switch",
-    "SwitchEvent",
-    "Target",
-    "TdfxError",
-    "TdfxWarning",
-    "Threshold",
-    "VerifyReport",
-    "WeightError",
-    "check_step",
-    "export",
-    "load",
-    "merge",
-    "merge_checkpoint",
-    "plan",
-    "read",
-    "read_policy",
-    "register_kind",
-    "register_optimizer",
-    "rewrite",
-    "save",
-    "state",
-    "verify",
-]
+register_former_modules()
+
+if TYPE_CHECKING:
+    from tdfx.public import *  # noqa: F403
+    from tdfx.public import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import all public names at the first use of one, so that ``tdfx --help`` need not wait for torch."""
+        names = globals()
+        if name == "__all__" or not name.startswith("__"):  # Python itself asks for many names with two underscores
+            public = importlib.import_module("tdfx.public")
+            names.update({each: getattr(public, each) for each in public.__all__}, __all__=public.__all__)
+        if name not in names:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return names[name]
+
+    def __dir__() -> list[str]:
+        __getattr__("__all__")
+        return sorted(globals())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 
 class TdfxError(Exception):
@@ -90,8 +91,24 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
 
     >>> nearest("tuker2", ["svd", "tucker2"])
     "'tucker2'"
+    >>> nearest("laier1.*", ["conv1", "layer1.0.conv1", "layer2.0.conv1", "fc"], 1)
+    "'layer1.*'"
     """
     names = sorted(names)
     if not names:
         return "none"
-    return ", ".join(map(repr, difflib.get_close_matches(name, names, n=count, cutoff=0.4) or names[:count]))
+    close = _close_stems(name, names, count) or difflib.get_close_matches(name, names, n=count, cutoff=0.4)
+    return ", ".join(map(repr, close or names[:count]))
+
+
+def _close_stems(pattern: str, names: Sequence[str], count: int) -> list[str]:
+    """Return globs like one such as ``"laier1.*"``, with its part before the first wildcard taken from real names."""
+    wildcards = [place for place, letter in enumerate(pattern) if letter in "*?["]
+    if not wildcards:
+        return []
+    before = pattern[: wildcards[0]]
+    stem = before.rpartition(".")[0] or before
+    depth = stem.count(".") + 1
+    stems = {".".join(name.split(".")[:depth]) for name in names}
+    globs = [close + pattern[len(stem) :] for close in difflib.get_close_matches(stem, stems, n=count, cutoff=0.6)]
+    return [glob for glob in globs if any(fnmatchcase(name, glob) for name in names)]

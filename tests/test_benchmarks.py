@@ -87,6 +87,19 @@ def test_results_are_written_with_the_command_and_the_versions(tmp_path: Path, m
     assert str(tmp_path) not in file.read_text(encoding="utf-8")
 
 
+def test_the_command_that_is_written_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench_common, config = tool("bench_common"), tmp_path / "own.toml"
+    config.write_text("", encoding="utf-8")
+    for arguments, expected in (
+        (["configs/text.toml", "--json", "run.json"], "tools/configs/text.toml --json run.json"),
+        ([str(TOOLS / "configs" / "text.toml"), "--set", "lr=0.1"], "tools/configs/text.toml --set lr=0.1"),
+        ([str(config), f"--json={config}", "--plot", str(config)], f"{config} --json=own.toml --plot own.toml"),
+        (["--set", "output.checkpoint=/no/such/run.ckpt"], "--set output.checkpoint=run.ckpt"),
+    ):
+        monkeypatch.chdir(TOOLS)
+        assert bench_common.command(["train.py", *arguments]) == f"python tools/train.py {expected}"
+
+
 # Steps.
 
 

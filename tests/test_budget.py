@@ -209,6 +209,22 @@ def test_a_factorized_model_stays_as_it_is_under_a_budget() -> None:
         tdfx.plan(small, Policy(parameters=0.5, min_gain=0, cost=Modelled()))
 
 
+def test_a_share_of_the_parameters_is_of_the_whole_model_and_an_error_says_so() -> None:
+    wide = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64))
+    model = nn.Sequential(nn.Embedding(100, 64), wide)
+    plan = tdfx.plan(model, Policy(parameters=0.5, min_gain=0, cost=Modelled()))
+    count = sum(map(torch.numel, model.parameters()))
+    assert plan.parameters_before == count
+    assert sum(map(torch.numel, tdfx.rewrite(model, plan).parameters())) == plan.parameters_after <= 0.5 * count
+    text = (
+        r"can give is parameters=0\.[0-9]+\. .* A share is of all 161k parameters of the model; these sites have 32\.8k"
+    )
+    with pytest.raises(PolicyError, match=text):
+        tdfx.plan(nn.Sequential(nn.Embedding(2000, 64), wide), Policy(parameters=0.5, min_gain=0, cost=Modelled()))
+    with pytest.raises(PolicyError, match=r"can give is flops=0\.[0-9]+\. .* with round_to=1\.$"):
+        tdfx.plan(net(), Policy(flops=0.01, min_gain=0, cost=Modelled()), example_inputs=(X,))
+
+
 @pytest.mark.parametrize("scheme", ["svd", "spatial", "tucker2"])
 def test_a_scheme_that_is_asked_for_is_the_only_one(scheme: str) -> None:
     plan = plan_net(parameters=0.95, scheme=scheme)

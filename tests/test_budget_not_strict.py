@@ -96,11 +96,11 @@ def test_weights_of_noise_have_a_floor_of_their_own() -> None:
     assert of_learnt < 16
     assert of_noise is not None
     assert of_noise >= 16
-    assert "1 of the weights that are cut show nothing above the noise yet ('1'); no rank there is below 0.25" in notes
+    assert "1 cut weights show only noise yet; noise_floor=0.25 bounds their ranks" in notes
     _, of_noise, notes = ranks_and_notes()
     assert of_noise is not None
     assert of_noise < 16
-    assert "('1'); they have no floor" in notes
+    assert "noise_floor=1 would keep them" in notes
     of_learnt, of_noise, notes = ranks_and_notes(noise_floor=1)
     assert of_learnt < 16
     assert of_noise is None

@@ -11,6 +11,7 @@ from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -310,6 +311,20 @@ def test_another_optimizer_is_refused_and_unchanged(tmp_path: Path) -> None:
         assert all(group["lr"] == 0.1 and not each.state for each in both for group in each.param_groups)
     with pytest.raises(tdfx.CheckpointError, match="Build the model first"):
         tdfx.load(path, convolutions, optimizer=cases[0][0])
+
+
+def test_arrays_of_numpy_come_back_as_tensors_and_others_are_refused(tmp_path: Path) -> None:
+    path, model = saved_run(tmp_path)
+    array, state = np.arange(6.0).reshape(2, 3)[:, ::-1], np.random.default_rng(0).bit_generator.state
+    tdfx.save(model, path, extra={"array": array, "best": np.float32(0.5), "at": np.int64(3), "rng": state})
+    extra = tdfx.read(path)["extra"]
+    assert extra.pop("array").tolist() == array.tolist()
+    assert extra == {"best": 0.5, "at": 3, "rng": state}
+    assert [type(extra[key]) for key in ("best", "at")] == [float, int]
+    before = path.read_bytes()
+    with pytest.raises(tdfx.CheckpointError, match=r"extra\['a'\] is a NumPy array of <U1, and .* by \.tolist\(\), or"):
+        tdfx.save(model, path, extra={"a": np.array(["x"])})
+    assert path.read_bytes() == before
 
 
 def test_a_value_that_needs_code_is_refused_and_located(tmp_path: Path) -> None:

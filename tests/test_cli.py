@@ -19,6 +19,7 @@ from torch import nn
 
 import tdfx
 from tdfx.cli import main
+from tdfx.cli.output import say
 from tdfx.errors import ModelReferenceError
 
 OK, FAILED, STOPPED = 0, 1, 2
@@ -92,6 +93,20 @@ def test_the_version_in_a_separate_process() -> None:
 def test_help_names_every_command() -> None:
     text = shown("--help")
     assert all(f"\n  {name} " in text for name in ("inspect", "demo", "verify"))
+
+
+@pytest.mark.parametrize("command", ["", *main.commands])
+def test_help_takes_less_than_a_second_and_no_torch(command: str) -> None:
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(Path(tdfx.__file__).parents[1])!r}); from tdfx.cli import main\n"
+        f"try: main([*{command.split()!r}, '--help'])\n"
+        f"except SystemExit: print(time.process_time() < 1, *sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage:" in done.stdout
+    quick, *modules = done.stderr.split()
+    assert quick == "True"
+    assert {"torch", "rich.console", "numpy", "pydantic"} & set(modules) == set()
 
 
 def test_inspect_shows_the_sites_and_the_totals_of_a_torchvision_model() -> None:
@@ -170,7 +185,10 @@ def test_weights_that_are_missing_damaged_or_of_another_model_are_refused() -> N
 
 
 REFERENCES = {
-    "nets": "'nets' does not name a model: it lacks a part before or after the colon. Write torchvision:resnet50",
+    "resnet18": "'resnet18' does not name a model: write torchvision:resnet18.",
+    "rsnet18:": "Did you mean torchvision:resnet18.? Write torchvision:resnet50, package",
+    "nets.py": "'nets.py' does not name a model: add the function that builds the model, as in nets.py:build.",
+    "networks": "'networks' does not name a model: it lacks a part before or after the colon. Write torchvision:resnet50",
     ":build": "':build' does not name a model",
     "nets:": "'nets:' does not name a model",
     "torchvision:resnet19": "torchvision has no model 'resnet19' among its [0-9]+. Nearest: 'resnet18'",
@@ -332,3 +350,18 @@ def test_a_budget_is_a_policy(tmp_path: Path) -> None:
         "'speedup' needs a number. Write for example speedup:2."
         in run("inspect", "nets:build", "--policy", "speedup").output
     )
+
+
+def test_messages_on_a_terminal_end_their_lines_between_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "Hint: these are the model's initial weights.\nLoad trained weights with --weights of-a-very-long-name."
+    monkeypatch.setenv("COLUMNS", "30")
+    say(text)
+    assert capsys.readouterr().err == f"{text}\n"
+    monkeypatch.setattr("tdfx.progress.on_a_terminal", lambda: True)
+    say(text)
+    lines = capsys.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= 30
+    assert len(lines) > 3
+    assert " ".join(lines) == text.replace("\n", " ")

@@ -126,7 +126,7 @@ def test_the_command_gives_the_same_accuracies_for_the_same_seed(
 def test_a_failed_proof_gives_exit_code_1(by_default: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = {name: getattr(by_default, name) for name in DemoResult.__dataclass_fields__}
     failed["report"] = tdfx.verify(nn.ReLU(), nn.Sigmoid(), example_inputs=(torch.ones(2),))
-    monkeypatch.setattr("tdfx.cli.demo.run_demo", lambda **_: DemoResult(**failed))
+    monkeypatch.setattr("tdfx.demo.run.run_demo", lambda **_: DemoResult(**failed))
     result = CliRunner().invoke(main, ["demo", "--epochs", "2"])
     assert result.exit_code == 1
     assert "ONNX: merged model: FAILED: NOT verified" in result.stdout

@@ -58,9 +58,11 @@ def test_a_factorized_model_is_exported_with_dynamic_axes(tmp_path: Path) -> Non
     assert report.size == path.stat().st_size
     assert report.chains == 2
     assert report.max_error <= report.tolerance < 1e-4
-    assert report.inputs == ("image: float[?0, 3, ?1, 8]", "scale: float[?0, 1]")
-    assert report.outputs == ("logits: float[?0, 12]", "features: float[?0, 16, ?1, 8]")
-    assert str(report).startswith(f"{path}: {report.nodes} nodes, 0.0 MB, 2 site(s) factorized\n  image: float[?0, 3")
+    assert report.inputs == ("image: float[batch, 3, height, 8]", "scale: float[batch, 1]")
+    assert report.outputs == ("logits: float[batch, 12]", "features: float[batch, 16, height, 8]")
+    assert str(report).startswith(
+        f"{path}: {report.nodes} nodes, 0.0 MB, 2 site(s) factorized\n  image: float[batch, 3"
+    )
     image, scale = torch.randn(5, 3, 6, 8), torch.randn(5, 1)
     with torch.no_grad():
         expected = model.eval()(image, scale)

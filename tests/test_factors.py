@@ -271,5 +271,5 @@ def test_unknown_scheme(name: str) -> None:
     ):
         get_scheme(name)
     if name != "auto":
-        with pytest.raises(PolicyError, match=r"Nearest: '(tucker2|svd)'\.$"):
+        with pytest.raises(PolicyError, match=r"Nearest: '(tucker2|svd)'\. If it is one of your own"):
             scheme_for(operation((8, 8)), name)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import tdfx
 from tdfx.cli import main
-from tdfx.cli.rows import SORTS, ordered, to_csv
+from tdfx.cli.inspect import SORTS
+from tdfx.cli.rows import ordered, to_csv
 from tdfx.errors import PassError, TdfxError
 from tdfx.factors.registry import scheme_names
 from tdfx.plans.plan import Plan, Reason
@@ -213,7 +214,7 @@ OPTIONS = st.sampled_from(
 def test_any_command_line_ends_with_an_exit_code(options: list[tuple[str, str]]) -> None:
     arguments = [f"{name}={value}" for name, value in options]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tdfx.cli.inspect.build_model", lambda reference: net())
+        patch.setattr("tdfx.cli.references.build_model", lambda reference: net())
         result = CliRunner().invoke(main, ["inspect", "nets:build", "--modelled", *arguments])
     assert result.exit_code in {0, 2}
     assert "Traceback" not in result.output

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import enum
 import inspect
 import itertools
+import pydoc
+import re
 import subprocess
 import sys
 import tomllib
@@ -26,7 +29,7 @@ in_checkout = pytest.mark.skipif(
 )
 
 LAYERS = (
-    {"errors", "checks", "text", "progress", "devices"},
+    {"errors", "checks", "text", "progress", "devices", "help_texts"},
     {"ranks", "factors"},
     {"cost"},
     {"plans", "policies", "kinds"},
@@ -37,7 +40,7 @@ LAYERS = (
     {"checkpoint", "onnx_proof"},
     {"api", "planned_rewrite"},
     {"training"},
-    {"integrations", "report", "demo", "cli", "__init__", "__main__"},
+    {"integrations", "report", "demo", "cli", "public", "__init__", "__main__"},
 )
 """The files and folders of tdfx, lowest first; each may import those of its own layer and below, without circles."""
 
@@ -258,7 +261,7 @@ def docstring(name: str) -> str | None:
     if inspect.isfunction(found):
         return found.__doc__
     if inspect.isclass(found):
-        text: str | None = vars(found).get("__doc__")
+        text: str | None = found.__doc__ if "__doc__" in vars(found) else None
         # A dataclass without a docstring is given its signature as one.
         return None if text is None or text.startswith(f"{name}(") else text
     return next((text for source in sources().values() for text in texts_under(name, source)), None)
@@ -278,6 +281,45 @@ def texts_under(name: str, source: str) -> Iterator[str]:
 @pytest.mark.parametrize("name", tdfx.__all__)
 def test_every_public_name_has_a_docstring(name: str) -> None:
     assert docstring(name)
+
+
+def arguments_in(doc: str) -> set[str]:
+    """Return the names that the section ``Args:`` of a docstring explains."""
+    section = doc.partition("Args:\n")[2].partition("\n\n")[0]
+    return {
+        name.strip()
+        for names in re.findall(r"^ {4}(\w[\w, ]*): +\S", section, re.MULTILINE)
+        for name in names.split(",")
+    }
+
+
+def has_arguments(name: str) -> bool:
+    found = getattr(tdfx, name)
+    return inspect.isclass(found) and not issubclass(found, BaseException | enum.Enum)
+
+
+@pytest.mark.parametrize("name", [name for name in tdfx.__all__ if has_arguments(name)])
+def test_help_on_a_public_class_explains_every_argument(name: str) -> None:
+    found = getattr(tdfx, name)
+    arguments = set(inspect.signature(found).parameters)
+    assert arguments - arguments_in(inspect.getdoc(found) or "") == set()
+    assert not arguments or "\n |  Args:\n" in pydoc.render_doc(found)
+
+
+def test_no_public_signature_has_a_private_argument() -> None:
+    callables = [
+        found for name in tdfx.__all__ if inspect.isfunction(found := getattr(tdfx, name)) or has_arguments(name)
+    ]
+    assert [found for found in callables for name in inspect.signature(found).parameters if name[0] == "_"] == []
+
+
+def test_fields_are_described_in_their_order_and_before_the_examples() -> None:
+    doc = tdfx.Policy.__doc__ or ""
+    assert "    include: Patterns of the sites that may be rewritten.\n    exclude: " in doc
+    assert "    speedup, seconds, flops, parameters, memory, error: These six settings stand for" in doc
+    assert doc.index("Two\npolicies") < doc.index("Args:") < doc.index("Example:")
+    assert "other_parameters: " in (tdfx.Plan.__doc__ or "")  # of the class that it derives from
+    assert arguments_in("Args:\n    a: b.\n    c, d: e.\n        f: g.\n\nExample:\n    h: i") == {"a", "c", "d"}
 
 
 def test_a_text_that_belongs_to_another_name_is_no_docstring() -> None:
@@ -302,10 +344,10 @@ def _is_method(value: Any) -> bool:
 
 
 def test_all_lists_every_import_in_the_order_of_ruff() -> None:
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    imported = {
-        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
+    tree = ast.parse((PACKAGE / "public.py").read_text(encoding="utf-8"))
+    used_there = {"dataclasses", "tdfx.help_texts"}
+    nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module not in used_there]
+    imported = {alias.asname or alias.name for node in nodes for alias in node.names}
     assert set(tdfx.__all__) == imported
     assert tdfx.__all__ == sorted(tdfx.__all__, key=_rank_in_ruff)
     assert sorted(["plan", "Plan", "VBMF"], key=_rank_in_ruff) == ["VBMF", "Plan", "plan"]
@@ -316,18 +358,27 @@ def _rank_in_ruff(name: str) -> tuple[bool, bool, str]:
     return not name.isupper(), not name[0].isupper(), name
 
 
-def new_modules(statement: str) -> set[str]:
+def new_modules(statement: str, first: str = "import torch") -> set[str]:
     """Return the top-level modules that a statement loads in a process that has torch already."""
-    code = f"import sys, torch; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"
+    code = f"import sys; {first}; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"
     path = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); "
     done = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True, check=True)
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
 def test_importing_tdfx_is_cheap() -> None:
-    found = new_modules("import tdfx")
-    assert "tdfx" in found
+    found = new_modules("import tdfx; tdfx.Policy")
+    assert {"tdfx", "rich"} <= found
     assert found & LAZY == set()
+
+
+def test_torch_is_imported_when_a_public_name_is_used() -> None:
+    assert "tdfx" in new_modules("import tdfx", first="pass")
+    assert "torch" not in new_modules("import tdfx", first="pass")
+    assert "torch" in new_modules("from tdfx import plan", first="pass")
+    assert set(tdfx.__all__) <= set(dir(tdfx))
+    with pytest.raises(AttributeError, match="module 'tdfx' has no attribute 'Polizy'"):
+        tdfx.Polizy  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_an_import_that_is_not_cheap_is_seen() -> None:

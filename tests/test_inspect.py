@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -20,8 +21,8 @@ from torch import Tensor
 import tdfx
 from tdfx.cli import main
 from tdfx.cli.device import build_on
+from tdfx.cli.inspect import SORTS
 from tdfx.cli.references import build_model
-from tdfx.cli.rows import SORTS
 from tdfx.errors import ModelReferenceError
 from tdfx.plans.plan import Plan
 
@@ -196,7 +197,9 @@ def test_a_filter_that_matches_nothing_names_the_nearest() -> None:
 
 def test_a_hint_appears_if_a_rule_reads_untrained_weights() -> None:
     result = run("--modelled")
-    assert "show nothing above the noise yet" in result.stdout
+    (note,) = [line for line in result.stdout.splitlines() if "show only noise yet" in line]
+    assert re.fullmatch(r"note: \d+ cut weights show only noise yet; noise_floor=[\w. ]+", note)
+    assert len(note) <= 80
     assert result.stderr.startswith("Hint: these are the model's initial weights. Load trained weights with --weights")
     torch.save(build().state_dict(), "w.pt")
     assert run("--modelled", "--weights", "w.pt").stderr == ""
@@ -347,7 +350,10 @@ def test_safetensors_without_their_library_say_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     Path("w.safetensors").write_bytes(b"")
     message = refused("--weights", "w.safetensors")
-    assert "could not be read: the library safetensors is not installed. Install it: pip install safetensors" in message
+    assert (
+        "could not be read: the library safetensors is not installed. Install it: pip install 'tdfx[safetensors]'"
+        in message
+    )
 
 
 def test_weights_of_another_model_are_refused_with_the_first_differences() -> None:
@@ -422,11 +428,12 @@ def test_a_model_that_needs_values_to_be_built_says_so_on_the_meta_device() -> N
     assert "it may need values that the meta device does not have: leave out --device meta." in message
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "cpu:x"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "cpu:x", "hpu"])
 def test_a_missing_device_is_refused(device: str) -> None:
     message = refused("--device", device)
-    assert f"--device {device!r} cannot be used on this machine: " in message
-    assert "Take cpu, a device that this machine has, or meta, which needs no memory." in message
+    assert f"--device {device!r} cannot be used: this machine and its PyTorch have cpu" in message
+    assert "Take one of these, or meta, which needs no memory" in message
+    assert "opengl" not in message
 
 
 def test_a_model_that_does_not_fit_on_a_device_says_so() -> None:

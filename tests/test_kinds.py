@@ -495,6 +495,86 @@ def test_shapes_that_do_not_fit_are_refused_before_any_change(kind: type[tdfx.La
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+BAD_OPERATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "one": ({"kernel": (3, 3), "padding": 1}, r"padding=1\) is not a tuple .* Pass for example padding=\(1, 1\)"),
+    "number": ({"kernel": 3}, r"Operation\(kernel=3\) is not a tuple of whole numbers"),
+    "channels": ({"in_channels": 0}, r"Operation\(in_channels=0\) is not a whole number of at least 1"),
+    "groups": ({"groups": 3}, r"Operation\(groups=3\) does not divide in_channels=4 and out_channels=8"),
+    "taps": (
+        {"kernel": (3.0,)},
+        r"Operation\(kernel=\(3\.0,\)\) is not a tuple of whole numbers of at least 1, one for",
+    ),
+    "stride": (
+        {"kernel": (3, 3), "stride": (0, 1)},
+        r"stride=\(0, 1\)\) is not a tuple .* Pass for example stride=",
+    ),
+    "dims": (
+        {"kernel": (3,), "stride": (1, 1)},
+        r"stride=\(1, 1\)\) does not go with kernel=\(3,\): it needs one number",
+    ),
+    "linear": ({"stride": (1, 1)}, r"does not go with kernel=\(\): .* its 0 dimensions\. Leave it out for the default"),
+    "padding": ({"kernel": (3,), "padding": "sme"}, r"padding='sme'\) is not a tuple of whole numbers of at least 0"),
+    "mode": (
+        {"kernel": (3,), "padding_mode": "x"},
+        r"padding_mode='x'\) is not one of zeros, reflect, replicate, circular",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPERATIONS)
+def test_an_operation_that_cannot_be_is_refused(case: str) -> None:
+    settings, text = BAD_OPERATIONS[case]
+    with pytest.raises(tdfx.KindError, match=text):
+        tdfx.Operation(**{"in_channels": 4, "out_channels": 8, **settings})
+
+
+def test_an_operation_has_defaults_for_each_dimension() -> None:
+    pointwise = tdfx.Operation(in_channels=4, out_channels=8, kernel=(1, 1))
+    assert pointwise == tdfx.Operation.pointwise(4, 8, dims=2)
+    assert (pointwise.stride, pointwise.padding, pointwise.dilation) == ((1, 1), (0, 0), (1, 1))
+    assert tdfx.Operation(in_channels=4, out_channels=8, kernel=(3, 3), padding=(1, 1), stride=(2, 2)).out_size(
+        (8, 8)
+    ) == (4, 4)
+
+
+class Pointwise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("oi,nihw->nohw", self.weight, x)
+
+
+class PointwiseKind(tdfx.LayerKind):
+    layer = Pointwise
+    bias = None
+
+    def operation(self, layer: nn.Module) -> tdfx.Operation:
+        return tdfx.Operation(in_channels=6, out_channels=8, kernel=(1, 1))
+
+    def to_dense(self, weight: Tensor) -> Tensor:
+        return weight[..., None, None]
+
+    def from_dense(self, weight: Tensor) -> Tensor:
+        return weight[..., 0, 0]
+
+
+def test_a_kind_may_leave_out_what_its_operation_does_not_need() -> None:
+    tdfx.register_kind(PointwiseKind)
+    try:
+        model, x = nn.Sequential(Pointwise()).double(), torch.randn(2, 6, 5, 5, dtype=torch.float64)
+        assert distance(tdfx.rewrite(model, FULL, example_inputs=(x,))(x), model(x)) < TOLERANCE
+        low = tdfx.rewrite(model, LOW)
+        assert distance(tdfx.merge(low)(x), low(x)) < TOLERANCE
+        kind = type("Texts", (PointwiseKind,), {"operation": lambda self, layer: "a map"})
+        tdfx.register_kind(kind)
+        with pytest.raises(tdfx.KindError, match=r"Texts\.operation returned 'a map', which is no tdfx\.Operation"):
+            tdfx.plan(model, FULL)
+    finally:
+        forget(Pointwise)
+
+
 def test_a_kind_that_is_missing_at_the_merge() -> None:
     register_kind(ProjectionKind)
     model = Net(Projection(9, 5)).double()

@@ -301,6 +301,43 @@ def test_a_registered_optimizer_is_carried() -> None:
     assert (optimizer.state[first]["mean"] - wanted).norm() <= 100 * EPS * before.norm()
 
 
+class TwoMoments(Optimizer):
+    """Keeps a mean and a mean of squares, and draws random numbers."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        torch.rand(3)
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state.setdefault("mean", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.1)
+            state.setdefault("mean_sq", torch.zeros_like(parameter)).lerp_(parameter.grad.square(), 0.1)
+
+
+class NeedsMore(TwoMoments):
+    """Cannot be tried."""
+
+    def __init__(self, params: Any, schedule: Any) -> None:
+        super().__init__(params)
+
+
+def test_registering_names_the_entries_that_are_left_out() -> None:
+    before = torch.get_rng_state()
+    text = r"TwoMoments keeps 'mean_sq', which its tdfx\.register_optimizer does not name, and does not keep 'mean_square' "
+    with pytest.warns(
+        TdfxWarning, match=text + r"\(nearest: 'mean_sq'\)\. Rewritten weights start with fresh state"
+    ) as seen:
+        tdfx.register_optimizer(TwoMoments, mean="first", mean_square="second")
+    assert seen[0].filename == __file__
+    assert torch.equal(torch.get_rng_state(), before)
+    tdfx.register_optimizer(TwoMoments, mean="first", mean_sq="second", later="count")
+    tdfx.register_optimizer(NeedsMore, mean="first")
+    model, optimizer = trained(lambda parameters: NeedsMore(list(parameters), None))
+    with pytest.warns(TdfxWarning, match=r"state of NeedsMore means \(mean_sq\), so the 3 "):
+        tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
+
+
 def test_registering_another_class_or_an_unknown_role_is_refused() -> None:
     with pytest.raises(OptimizerError, match=r"'sgd' is not a subclass of torch\.optim\.Optimizer"):
         tdfx.register_optimizer("sgd", mean="first")  # type: ignore[arg-type]

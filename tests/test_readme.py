@@ -17,6 +17,7 @@ from readmes import FRONT, PASSES, ROOT, TDFX, all_readmes, blocks, read, sectio
 import tdfx
 import tdfx.errors as errors_of_tdfx
 from tdfx.cli import main
+from tdfx.factors import registry
 from tdfx.plans.plan import Reason
 
 RANKS, COST, CLI = (ROOT / "tdfx" / folder / "README.md" for folder in ("ranks", "cost", "cli"))
@@ -30,6 +31,7 @@ each_readme = pytest.mark.parametrize("readme", all_readmes(), ids=lambda path: 
 def run(readme: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Run the Python blocks of a README one after the other in a folder, and return the names that they define."""
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(registry, "_SCHEMES", dict(registry._SCHEMES))
     names: dict[str, Any] = {"__name__": "readme"}
     for block in blocks(read(readme), "python"):
         exec(compile(block, str(readme), "exec"), names)
@@ -222,6 +224,22 @@ def test_files_that_are_named_exist(readme: Path) -> None:
     for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|json|toml|md))`", text):
         if not name.startswith("path/to/"):
             assert any((folder / name).exists() for folder in (ROOT, readme.parent)), f"{readme} names {name}"
+
+
+@in_checkout
+def test_extras_are_installed_in_one_form() -> None:
+    """The front page installs a checkout, in two lines; wherever an extra is missing later, its line is the same."""
+    texts = {
+        path: path.read_text(encoding="utf-8") for folder in ("tdfx", "tools") for path in (ROOT / folder).rglob("*.py")
+    }
+    texts |= {readme: read(readme) for readme in all_readmes()}
+    lines = {
+        line
+        for text in texts.values()
+        for line in re.findall(r"pip install (?!tensorboard)(.*?\S)(?=[\s`\",]|$)", text)
+    }
+    extras = {"demo", "safetensors", "report", "lightning", "transformers"}
+    assert lines == {"'.[demo]'", "-e", *(f"'tdfx[{extra}]'" for extra in extras)}
 
 
 @in_checkout

@@ -226,7 +226,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     error = tool("recipe.errors").RecipeError
     with pytest.raises(error, match=r"asks for TensorBoard.*pip install tensorboard"):
         tool("recipe.plot").Board(str(tmp_path))
-    with pytest.raises(error, match=r"pip install matplotlib"):
+    with pytest.raises(error, match=r"pip install 'tdfx\[report\]'"):
         tool("recipe.plot").plot_runs({}, tmp_path / "run.png")
 
 

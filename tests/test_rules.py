@@ -13,6 +13,7 @@ import torch
 from matrices import noise, planted, spectrum_of
 from torch import nn
 
+import tdfx
 from tdfx import VBMF, Energy, Fixed, Modelled, Policy, PolicyError, Ratio, StableRank, Threshold, plan
 from tdfx.passes.pipeline import find_sites, make_plan
 from tdfx.passes.planning.proposals import SiteWish
@@ -274,3 +275,42 @@ def test_weights_are_read_only_for_rules_that_read_values(monkeypatch: pytest.Mo
         plan(model, Policy(rank=rule, min_gain=0))
         assert read
         read.clear()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returns(tdfx.RankRule):
+    """A user's rule that returns what it is given."""
+
+    value: Any
+
+    def choose(self, site: str, spectra: Sequence[tdfx.Spectrum]) -> Any:
+        return self.value
+
+
+def test_a_rule_of_a_users_own_works_from_public_names() -> None:
+    plan = tdfx.plan(nn.Linear(64, 64), tdfx.Policy(rank=Returns(value=tdfx.Choice((16,))), min_gain=0))
+    assert plan.sites[0].ranks == (16,)
+    kept = tdfx.plan(nn.Linear(64, 64), tdfx.Policy(rank=Returns(value=tdfx.Choice((), kept="not now")), min_gain=0))
+    assert kept.sites[0].note == "not now"
+    bounded = Returns(value=tdfx.Choice((16,))).at_most(8) | tdfx.Ratio(of=0.5)
+    assert tdfx.plan(nn.Linear(64, 64), tdfx.Policy(rank=bounded, min_gain=0)).sites[0].ranks == (8,)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (
+            (8,),
+            r"Returns\.choose returned \(8,\), which is no tdfx\.Choice\. Return for example tdfx\.Choice\(\(8,\)\)",
+        ),
+        (
+            tdfx.Choice((8, 8)),
+            r"Returns\.choose chose the ranks \(8, 8\) for 1 spectra\. Return one whole number",
+        ),
+        (tdfx.Choice((0,)), r"chose the ranks \(0,\) for 1 spectra"),
+        (tdfx.Choice((2.5,)), r"chose the ranks \(2\.5,\) for 1 spectra\. .* or say in kept= why there are none"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_rule_that_chooses_no_ranks_is_an_error(value: Any, text: str) -> None:
+    with pytest.raises(tdfx.PolicyError, match=text):
+        tdfx.plan(nn.Linear(64, 64), tdfx.Policy(rank=Returns(value=value), min_gain=0))

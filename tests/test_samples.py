@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,6 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import tdfx
-from tdfx.checkpoint.former_modules import FORMER
 
 SAMPLES = Path(__file__).parent / "samples"
 EXPECTED: dict[str, dict[str, Any]] = json.loads((SAMPLES / "expected.json").read_text())
@@ -80,8 +81,20 @@ def test_a_pickle_of_a_whole_model_loads_trains_and_merges(name: str) -> None:
 
 def test_former_modules_leave_the_public_names_as_they_are() -> None:
     assert tdfx.plan(ConvNet(), RATIO).factorized
-    assert FORMER["tdfx.plan"]["Plan"] is tdfx.Plan
-    assert FORMER["tdfx.layers"]["Factorized"] is tdfx.Factorized
+    for module, name in (("tdfx.plan", "Plan"), ("tdfx.layers", "Factorized")):
+        assert getattr(sys.modules[module], name) is getattr(tdfx, name)
+        with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'Nothing'"):
+            _ = sys.modules[module].Nothing
+
+
+def test_a_pickle_of_a_whole_model_loads_where_nothing_of_tdfx_was_used_yet() -> None:
+    code = (
+        f"import sys; sys.path[:0] = [{str(Path(tdfx.__file__).parents[1])!r}, {str(Path(__file__).parent)!r}]\n"
+        f"import tdfx, torch\n"
+        f"print(type(torch.load({str(SAMPLES / 'model_modules.pt')!r}, weights_only=False)).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ConvNet"]
 
 
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("plan_*.json")), ids=lambda path: path.stem)

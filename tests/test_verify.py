@@ -291,7 +291,9 @@ def test_dynamic_axes_are_part_of_the_interface(x: Tensor, tmp_path: Path) -> No
     model = seeded_net()
     export_module(model, (x,), tmp_path / "open.onnx", axes)
     assert verify(model, tmp_path / "open.onnx", (x,), dynamic_axes=axes).ok
-    report = verify(model, tmp_path / "open.onnx", (x,))
+    assert verify(model, tmp_path / "open.onnx", (x,)).ok  # by default they are those of the file
+    assert verify(tmp_path / "open.onnx", model, (x,)).ok
+    report = verify(model, tmp_path / "open.onnx", (x,), dynamic_axes={})
     assert report.interface == "input 0, 'x', has shape [2, 3, 8, 8], but [?0, 3, 8, 8] in the reference"
     assert not report.ok
 

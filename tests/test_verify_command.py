@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from onnx_models import node, small
 
+import tdfx
 from tdfx.cli import main
 from tdfx.errors import TdfxError
 from tdfx.onnx_proof.verify import verify
@@ -50,6 +51,18 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["verify", *arguments])
+
+
+def test_axes_are_those_of_an_exported_file() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LeakyReLU(0.1), torch.nn.Linear(8, 3))
+    report = tdfx.export(model, "net.onnx", example_inputs=(torch.rand(2, 4),), dynamic_axes={"input": {0: "batch"}})
+    assert "input: float[batch, 4] -> " in str(report)
+    torch.save(model.state_dict(), "net.pt")
+    for sides in (("net.onnx", "duo:build"), ("duo:build", "net.onnx")):
+        assert "same interface" in output_of(OK, *sides, "--input", "2,4", "--weights", "net.pt")
+    assert "the structures differ" in output_of(
+        FAILED, "net.onnx", "duo:other", "--input", "2,4", "--weights", "net.pt"
+    )
 
 
 def output_of(code: int, *arguments: str) -> str:
@@ -140,7 +153,7 @@ REFUSED = {
     "folder": (("folder.onnx", "relu.onnx"), "'folder.onnx' is not a file"),
     "no name": (
         ("nothing", "relu.onnx"),
-        "'nothing' is not a file, and it does not name a model. Write the path of an .onnx",
+        "'nothing' is not the path of an .onnx file, and it names no model: it lacks a part",
     ),
     "no model": (("duo:built", "duo:build", "--input", "2,4"), "there is no 'built' in it. Nearest: 'build'"),
     "no torchvision": (("torchvision:resnet19", "relu.onnx"), "torchvision has no model 'resnet19'"),

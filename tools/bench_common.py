@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -26,6 +27,9 @@ from tdfx.cost import measured
 from tdfx.cost.timing import take_turns
 from tdfx.devices import processor
 
+ROOT = Path(__file__).resolve().parents[1]
+_WRITTEN = ("--json", "--plot")
+"""The options that name a result, whose folder does not matter."""
 Clock = Callable[[], float]
 """Returns a time in seconds."""
 
@@ -85,14 +89,32 @@ def make_table(rows: Iterable[Mapping[str, str]], **settings: Any) -> Table:
 
 
 def command(arguments: list[str]) -> str:
-    """Return a command as one types it, without the folders of files.
+    """Return a command that runs again at the root of a checkout.
 
-    >>> command(["/some/where/tools/bench.py", "--json", "/tmp/out.json", "--threads", "2"])
-    'python tools/bench.py --json out.json --threads 2'
+    Files of the checkout are named from its root. Of other files that are there the whole path is kept, except of results.
+
+    >>> command(["/some/where/tools/bench.py", "--json", "/tmp/no/out.json", "--set", "output.plot=/tmp/no/a.png"])
+    'python tools/bench.py --json out.json --set output.plot=a.png'
+    >>> command(["tools/train.py", str(ROOT / "tools" / "configs" / "text.toml")])
+    'python tools/train.py tools/configs/text.toml'
     """
     program, *options = arguments
-    names = (Path(option).name if "/" in option else option for option in options)
-    return shlex.join(["python", f"tools/{Path(program).name}", *names])
+    pairs = itertools.pairwise(["", *options])
+    return shlex.join(
+        ["python", f"tools/{Path(program).name}", *(_from_root(option, before) for before, option in pairs)]
+    )
+
+
+def _from_root(option: str, before: str) -> str:
+    """Return an option with the path in it, if there is one, as seen from the root; ``before`` is the word before it."""
+    name, equals, text = option.rpartition("=")
+    path = Path(text).absolute()
+    if "/" not in text and not path.is_file():
+        return option
+    if path.is_relative_to(ROOT):
+        return f"{name}{equals}{path.relative_to(ROOT)}"
+    is_input = path.exists() and not {name, before} & set(_WRITTEN)
+    return f"{name}{equals}{path if is_input else path.name}"
 
 
 def versions() -> dict[str, str | int]:

@@ -13,7 +13,8 @@ import options
 from bench_common import make_table, write_json
 from rich.console import Console
 
-from tdfx.demo.run import DEFAULT_EPOCHS, DemoResult, run_demo
+from tdfx.demo import DEFAULT_EPOCHS
+from tdfx.demo.run import DemoResult, run_demo
 
 COLUMNS = ("full s", "tdfx s", "times faster", "full %", "tdfx %", "merged %")
 

@@ -20,6 +20,7 @@ from tdfx.distributed.processes import Processes
 from tdfx.errors import CheckpointError, ModelError, nearest
 from tdfx.factors.moments import FEWEST_ROWS, SiteMoments, mean_diagonal, moment_shape, sample_rows, second_moment
 from tdfx.factors.operation import Operation
+from tdfx.help_texts import hide_private
 from tdfx.passes.analysis.loop import LoopSettings, SiteSetting
 from tdfx.passes.analysis.observe import is_channels_last
 from tdfx.passes.analysis.training_hooks import Arrange, TrainingHooks
@@ -53,6 +54,7 @@ class Moments:
     nonfinite: Counter[str]
     """Path of a site's weight -> its units that were left out: they had NaN or infinite values, or gradients of zero."""
 
+    @hide_private
     def __init__(self, model: nn.Module, *, steps: int = 8, _share: float | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise ModelError(

@@ -197,7 +197,7 @@ class BudgetSolver:
         if possible:
             notes = [
                 f"{self.budget!r} cannot be kept: {possible} is the most that is possible; {_PART:.0%} of that reduction is "
-                f"made, since the last steps cost most and bring least"
+                f"made, since the last steps cost most and bring least.{self.limits.whole()}".rstrip(".")
             ]
         elif self.sites:
             notes = [f"{self.budget!r} cannot be kept, and nothing comes nearer to it"]
@@ -271,12 +271,12 @@ class BudgetSolver:
         if not all(possible):
             return PolicyError(
                 f"{self.budget!r} cannot be kept: the {len(places)} sites in question can give nothing of it. Let more "
-                f"sites be rewritten (include, exclude, min_gain), or ask for something else."
+                f"sites be rewritten (include, exclude, min_gain), or ask for something else.{self.limits.whole()}"
             )
         return PolicyError(
             f"{self.budget!r} cannot be kept: the most that the {len(places)} sites in question can give is "
             f"{' and '.join(possible)}. Ask for that, let more sites be rewritten (include, exclude, min_gain), or let "
-            f"ranks be lower with round_to=1."
+            f"ranks be lower with round_to=1.{self.limits.whole()}"
         )
 
     def _possible(self, names: Sequence[str], bounds: Sequence[float], least: Sequence[float]) -> list[str]:

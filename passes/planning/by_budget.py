@@ -13,7 +13,7 @@ from torch import Tensor
 from tdfx.distributed.processes import Processes, Task
 from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
-from tdfx.factors.registry import AUTO, get_scheme
+from tdfx.factors.registry import AUTO, budget_schemes
 from tdfx.factors.scheme import Scheme
 from tdfx.passes.planning.budget import BudgetSite, BudgetSolver
 from tdfx.passes.planning.limits import BudgetScope
@@ -31,8 +31,6 @@ from tdfx.ranks.spectrum import Spectrum
 from tdfx.text import first_names
 
 _MISSED = "the example inputs do not reach it, so it is not known how long it takes"
-_SCHEMES = ("tucker2", "tucker1_out", "tucker1_in", "spatial", "svd")
-"""What a budget chooses among, where the policy names no scheme."""
 _LEVELS = 16
 """Ranks that are tried of each scheme, from ``_HIGHEST`` of the full rank down to 1."""
 _HIGHEST = 0.9
@@ -80,7 +78,7 @@ def decide_by_budget(
     for wish in wishes:
         _keep_chosen_bases(wish.site, decided[wish.site.name], cache)
     noisy = [name for name, each in sets.items() if not each.signal and decided[name].factorized]
-    notes = [*solver.notes, *([_noisy(noisy, budget)] if noisy else []), *([_unreached(missed)] if missed else [])]
+    notes = [*solver.notes, *([_noisy(len(noisy), budget)] if noisy else []), *([_unreached(missed)] if missed else [])]
     return [decided[wish.site.name] for wish in wishes], tuple(notes)
 
 
@@ -117,14 +115,9 @@ def _unreached(missed: Sequence[Site]) -> str:
     )
 
 
-def _noisy(names: Sequence[str], budget: Budget) -> str:
-    floor = (
-        f"no rank there is below {budget.noise_floor:g} of the full one" if budget.noise_floor else "they have no floor"
-    )
-    return (
-        f"{len(names)} of the weights that are cut show nothing above the noise yet ({first_names(names)}); {floor}. Train "
-        f"longer before the switch, or keep them with noise_floor=1, if the loss suffers"
-    )
+def _noisy(count: int, budget: Budget) -> str:
+    floor = f"={budget.noise_floor:g} bounds their ranks" if budget.noise_floor else "=1 would keep them"
+    return f"{count} cut weights show only noise yet; noise_floor{floor}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +138,11 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
     errors: dict[Candidate, float] = {}
     signal: bool | None = None
     schemes = list(schemes_for(operation, policy))
-    w_dense = working_weight(site, schemes[0], weight)  # several schemes of a budget all mix output channels
+    working: dict[bool, Tensor] = {}
     for scheme in schemes:
+        if scheme.mixes_outputs not in working:  # what the metric depends on
+            working[scheme.mixes_outputs] = working_weight(site, scheme, weight)
+        w_dense = working[scheme.mixes_outputs]
         # The bases of the first scheme, and of those that share them, are kept for the split; others have no room.
         full = scheme.full_ranks(operation)
         spectra = shared.get(scheme.name) or (
@@ -171,8 +167,8 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
 def schemes_for(operation: Operation, policy: Policy) -> Iterator[Scheme]:
     """Yield the schemes among which a budget chooses for a site."""
     is_auto = policy.scheme == AUTO
-    for scheme in map(get_scheme, _SCHEMES if is_auto else (policy.scheme,)):
-        if not scheme.fits(operation) or (is_auto and operation.is_depthwise):
+    for scheme in budget_schemes(policy.scheme):
+        if not scheme.fits(operation) or (is_auto and operation.is_depthwise and not scheme.in_auto):
             continue
         if not is_auto or scheme.name != "spatial" or max(scheme.full_ranks(operation)) <= _LARGEST_SIDE:
             yield scheme

@@ -11,6 +11,7 @@ from tdfx.passes.planning.site_cost import Candidate, current_chain, keep
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan, part_of_step
 from tdfx.ranks.budget import Budget
+from tdfx.text import short_number
 
 _MARGIN = 1.02
 """How many times weaker than the best choice found a budget is that an error message calls possible: times vary."""
@@ -76,6 +77,15 @@ class Limits:
         before = sum(self._amounts(name)) + self._fixed(name)
         share = value + missing / before + 5e-4 if before else 1.0
         return f"{name}={share:.3f}" if share < 1 else ""
+
+    def whole(self) -> str:
+        """Return a sentence on what a share of the parameters is of; "" where the budget has none."""
+        share = self.budget.parameters
+        if share is None or share > 1 or isinstance(share, int):
+            return ""
+        total = sum(self._amounts("parameters")) + self.scope.other_parameters
+        decided = sum(keep(site, Reason.NO_GAIN).parameters_before for site in self.sites)
+        return f" A share is of all {short_number(total)} parameters of the model; these sites have {short_number(decided)}."
 
     def _fixed(self, name: str) -> int:
         return self.scope.other_parameters if name == "parameters" else 0

@@ -20,7 +20,7 @@ from tdfx.plans.plan import Reason, SitePlan
 from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget
 from tdfx.ranks.multiple import device_multiple, round_gently
-from tdfx.ranks.rule import Choice, round_ranks
+from tdfx.ranks.rule import Choice, check_choice, round_ranks
 from tdfx.ranks.spectrum import Spectrum
 
 Gain = Callable[[Site, Chain], float]
@@ -72,7 +72,7 @@ class SiteWish:
         """Return the ranks that the policy's rule reads from the spectra."""
         rule, names = self.in_force.rank, self.site.names
         matching = (name for pattern in rule.patterns() for name in names if fnmatchcase(name, pattern))
-        return rule.choose(next(matching, self.site.name), spectra)
+        return check_choice(rule, rule.choose(next(matching, self.site.name), spectra), spectra)
 
     def candidate(self, choice: Choice) -> Candidate | None:
         """Return the ranks of a choice, rounded; None where a factorized site would get no lower ranks."""

@@ -163,8 +163,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         from safetensors.torch import load_file
     except ImportError as error:
         raise CheckpointError(
-            f"The checkpoint {str(path)!r} could not be read: the library safetensors is not installed. Install it: pip "
-            f"install safetensors."
+            f"The checkpoint {str(path)!r} could not be read: the library safetensors is not installed. Install it: "
+            f"pip install 'tdfx[safetensors]'"
         ) from error
     try:
         tensors: dict[str, Any] = load_file(path)

@@ -73,8 +73,8 @@ def _write_safetensors(state: Mapping[str, Any], target: Path) -> None:
         from safetensors.torch import save
     except ImportError as error:
         raise CheckpointError(
-            f"{str(target)!r} is written by the library safetensors, which is not installed. Install it: pip install "
-            f"safetensors. Or name a .pt file."
+            f"{str(target)!r} is written by the library safetensors, which is not installed. Install it: "
+            f"pip install 'tdfx[safetensors]' - or name a .pt file."
         ) from error
     if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise CheckpointError(

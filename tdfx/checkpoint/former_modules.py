@@ -6,28 +6,46 @@ of ``tdfx.save`` name no class and do not need this.
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from tdfx.layers.factorized import Factorized, Origin
-from tdfx.layers.frozen import FrozenFactors
-from tdfx.layers.parameter import FactorizedParameter
-from tdfx.passes.transform import graph_module
-from tdfx.plans.plan import Plan, Reason, SitePlan
+_FACTORIZED, _GRAPH, _PLAN = "tdfx.layers.factorized", "tdfx.passes.transform.graph_module", "tdfx.plans.decisions"
 
-FORMER: dict[str, dict[str, Callable[..., Any]]] = {
-    "tdfx.layers": {"Factorized": Factorized, "Origin": Origin, "Rest": FrozenFactors},
-    "tdfx.parameters": {"FactorizedParameter": FactorizedParameter},
-    "tdfx.passes.graph_module": {"_Reference": graph_module._Reference, "_restore": graph_module._restore},
-    "tdfx.plan": {"Plan": Plan, "Reason": Reason, "SitePlan": SitePlan},
+FORMER: dict[str, dict[str, tuple[str, str]]] = {
+    "tdfx.layers": {
+        "Factorized": (_FACTORIZED, "Factorized"),
+        "Origin": (_FACTORIZED, "Origin"),
+        "Rest": ("tdfx.layers.frozen", "FrozenFactors"),
+    },
+    "tdfx.parameters": {"FactorizedParameter": ("tdfx.layers.parameter", "FactorizedParameter")},
+    "tdfx.passes.graph_module": {"_Reference": (_GRAPH, "_Reference"), "_restore": (_GRAPH, "_restore")},
+    "tdfx.plan": {"Plan": ("tdfx.plans.plan", "Plan"), "Reason": (_PLAN, "Reason"), "SitePlan": (_PLAN, "SitePlan")},
 }
-"""Former module -> name there -> what it is now."""
+"""Former module -> name there -> the module and the name of what it is now."""
 
 
 def register_former_modules() -> None:
-    """Make the former names importable; a former module that no longer exists becomes a module of these names alone."""
+    """Make the former names importable; a former module that no longer exists becomes a module of these names alone.
+
+    What they are now is imported when a pickle asks for it.
+    """
     for name, members in FORMER.items():
         # An entry in sys.modules leaves tdfx.plan, the function, as it is: only an import of a file would replace it.
-        vars(sys.modules.setdefault(name, ModuleType(name))).update(members)
+        module = importlib.import_module(name) if name == "tdfx.layers" else ModuleType(name)
+        vars(sys.modules.setdefault(name, module))["__getattr__"] = _Lookup(name, members)
+
+
+class _Lookup:
+    """The ``__getattr__`` of a former module."""
+
+    def __init__(self, module: str, members: Mapping[str, tuple[str, str]]) -> None:
+        self.module, self.members = module, members
+
+    def __call__(self, name: str) -> Any:
+        if name not in self.members:
+            raise AttributeError(f"module {self.module!r} has no attribute {name!r}")
+        module, now = self.members[name]
+        return getattr(importlib.import_module(module), now)

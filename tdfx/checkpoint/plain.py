@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,8 +39,23 @@ def as_plain(value: Any, where: str) -> Any:
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, set | frozenset):
         return {as_plain(item, where) for item in value}
+    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
+        return as_plain(value.item(), where)
+    if isinstance(value, np.ndarray):
+        return _tensor_of(value, where)
     raise CheckpointError(
         f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: loading it "
         f"would run code. Turn it into numbers, text, bytes, tensors, or lists, tuples, sets and dicts of these, as "
         f".state_dict() and .tolist() do."
     )
+
+
+def _tensor_of(array: np.ndarray[Any, Any], where: str) -> Tensor:
+    """Return a tensor with the numbers of an array, since loading an array would run code."""
+    try:
+        return torch.from_numpy(array.copy())
+    except TypeError as error:
+        raise CheckpointError(
+            f"{where} is a NumPy array of {array.dtype}, and a checkpoint holds arrays of numbers only, as tensors. Turn it "
+            f"into a list by .tolist(), or into numbers by .astype()."
+        ) from error

@@ -57,7 +57,8 @@ def save(
         optimizer: The optimizer that trains the model, or a list of them.
         masters: The wider copies of the parameters that the optimizer trains, as for ``rewrite``.
         extra: Whatever else the run needs: the step, ``scheduler.state_dict()``, a GradScaler's, ``torch.get_rng_state()``.
-            Numbers, text, tensors, and lists, tuples, sets and dicts of these. ``tdfx.read`` returns it under ``"extra"``.
+            Numbers, text, tensors, NumPy arrays (which come back as tensors), and lists, tuples, sets and dicts of these.
+            ``tdfx.read`` returns it under ``"extra"``.
 
     Raises:
         CheckpointError: A value is not of a plain type or a tensor, or the file cannot be written.

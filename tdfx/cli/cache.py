@@ -6,7 +6,6 @@ import sqlite3
 
 import click
 
-from tdfx.cost.store import Store, cache_folder
 from tdfx.errors import TdfxError
 
 
@@ -14,6 +13,8 @@ from tdfx.errors import TdfxError
 @click.option("--clear", is_flag=True, help="Delete all of them.")
 def cache(clear: bool) -> None:
     """Show where times that were measured on this machine are stored, and how many there are."""
+    from tdfx.cost.store import Store, cache_folder
+
     store = Store(cache_folder())
     try:
         click.echo(f"{store.clear()} times deleted" if clear else f"{store.file}: {len(store)} times")

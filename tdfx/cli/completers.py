@@ -8,9 +8,6 @@ from pathlib import Path
 
 import click
 
-from tdfx.cli.rows import FILTERS
-from tdfx.ranks.registry import rule_names
-
 _TORCHVISION = "torchvision:"
 
 
@@ -29,12 +26,16 @@ def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 def complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Return names of rules, policy files and folders."""
+    from tdfx.ranks.registry import rule_names
+
     rules = [name for name in rule_names() if name.startswith(incomplete)]
     return rules + _folders(incomplete) + _files(incomplete, ".toml", ".json")
 
 
 def complete_filter(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Return the filters that are not globs."""
+    from tdfx.cli.rows import FILTERS
+
     return [name for name in FILTERS if name.startswith(incomplete)]
 
 

@@ -7,13 +7,9 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tdfx.cli.output import FAILED, check_writable, show, write
-from tdfx.demo.run import DEFAULT_EPOCHS, run_demo
-from tdfx.demo.table import demo_view
-from tdfx.progress import on_a_terminal
+from tdfx.demo import DEFAULT_EPOCHS
 
 _RUNS = {"full": "full training", "tdfx": "with tdfx    "}
 
@@ -26,6 +22,13 @@ _RUNS = {"full": "full training", "tdfx": "with tdfx    "}
 )
 def demo(seed: int, epochs: int, json_file: Path | None) -> None:
     """Train a network on handwritten digits without and with tdfx, merge it back, and verify it by ONNX."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from tdfx.demo.run import run_demo
+    from tdfx.demo.table import demo_view
+    from tdfx.progress import on_a_terminal
+
     check_writable(json_file)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("epoch {task.completed}/{task.total}")
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not on_a_terminal()) as bars:

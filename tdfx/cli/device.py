@@ -22,12 +22,21 @@ def parse_device(text: str) -> torch.device:
         device = torch.device(text)
         if device.type != "meta":
             torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises other classes for each device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # another class for each device
         raise TdfxError(
-            f"--device {text!r} cannot be used on this machine: {first_line(error)}. Take cpu, a device that this machine "
-            f"has, or meta, which needs no memory."
+            f"--device {text!r} cannot be used: this machine and its PyTorch have {', '.join(_devices())}. Take one of "
+            f"these, or meta, which needs no memory and knows no values."
         ) from error
     return device
+
+
+def _devices() -> list[str]:
+    """Return the devices that can compute, as one names them."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    assert kind is not None
+    return ["cpu", *(f"{kind.type}:{index}" for index in range(count))]
 
 
 def build_on(device: torch.device, reference: str, build: Callable[[str], nn.Module]) -> nn.Module:

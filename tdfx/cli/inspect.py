@@ -10,30 +10,21 @@ import click
 
 import tdfx
 from tdfx.cli.completers import complete_filter, complete_model, complete_policy
-from tdfx.cli.device import build_on, parse_device
-from tdfx.cli.inputs import parse_input
-from tdfx.cli.output import STDOUT, check_writable, show, write
-from tdfx.cli.references import build_model
-from tdfx.cli.rows import SORTS, select, to_csv
-from tdfx.cli.weights import load_weights
+from tdfx.cli.output import STDOUT, check_writable, say, show, write
 from tdfx.errors import ModelReferenceError, TdfxError
-from tdfx.plans.table import plan_view
-from tdfx.policies.policy import map_costs
-from tdfx.progress import waiting
-from tdfx.ranks.registry import parse_rule
-from tdfx.report.model_view import look
-from tdfx.report.picture import check_plot, write_plot
-from tdfx.report.webpage import write_page
 
 _RULES = (
-    "default[:times], speedup:times, vbmf[:floor], energy[:share], stable, threshold:above, ratio[:of], params:share or "
-    "flops:share, optionally followed by ,at_least=N ,at_most=N ,round_to=N; several rules with | between them; or a "
-    ".toml or .json file with the settings of tdfx.Policy.  [default: default]"
+    "default[:times], speedup:times, vbmf[:floor], energy[:share], stable, threshold:above, ratio[:of], params:share (of "
+    "the model's parameters) or flops:share (of the sites' operations), optionally followed by ,at_least=N ,at_most=N "
+    ",round_to=N; several rules with | between them; or a .toml or .json file with the settings of tdfx.Policy.  "
+    "[default: default]"
 )
 _UNTRAINED = (
     "Hint: these are the model's initial weights. Load trained weights with --weights, or use a rule that does not read "
     "them: --policy ratio:0.25 keeps a quarter of the ranks."
 )
+SORTS = ("order", "name", "time", "saved", "gain", "error", "parameters", "flops")
+"""What ``--sort`` takes."""
 _PATH = click.Path(dir_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
 
@@ -48,9 +39,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
 )
 @click.option("--include", multiple=True, metavar="GLOB", help="Rewrite only these sites.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Keep these sites.")
-@click.option(
-    "--min-gain", type=float, help=f"Least speedup of a site that is rewritten.  [default: {tdfx.Policy().min_gain}]"
-)
+@click.option("--min-gain", type=float, help="Least speedup of a site that is rewritten.  [default: the policy's]")
 @click.option(
     "--modelled", is_flag=True, help="Estimate times from operation counts instead of measuring them on this machine."
 )
@@ -129,6 +118,17 @@ def inspect(
 
     The table fits the terminal; in a pipe it is complete.
     """
+    from tdfx.cli.device import build_on, parse_device
+    from tdfx.cli.inputs import parse_input
+    from tdfx.cli.references import build_model
+    from tdfx.cli.rows import select, to_csv
+    from tdfx.cli.weights import load_weights
+    from tdfx.plans.table import plan_view
+    from tdfx.progress import waiting
+    from tdfx.report.model_view import look
+    from tdfx.report.picture import check_plot, write_plot
+    from tdfx.report.webpage import write_page
+
     for file in (json_file, csv_file, plot_file, html_file):
         check_writable(file)
     if plot_file is not None:
@@ -160,13 +160,16 @@ def inspect(
             if html_file is not None:
                 write_page(model_view, html_file)
     if weights is None and policy.rank.reads_values:
-        click.echo(_UNTRAINED, err=True)
+        say(_UNTRAINED)
 
 
 def _policy(
     rule_or_file: str, include: tuple[str, ...], exclude: tuple[str, ...], min_gain: float | None, modelled: bool
 ) -> tdfx.Policy:
     """Return the policy of a rule or a file; the other options override its settings."""
+    from tdfx.policies.policy import map_costs
+    from tdfx.ranks.registry import parse_rule
+
     is_file = Path(rule_or_file).suffix.lower() in {".toml", ".json"}
     policy = tdfx.read_policy(rule_or_file) if is_file else tdfx.Policy(rank=parse_rule(rule_or_file))
     settings: dict[str, Any] = {"include": include or None, "exclude": exclude or None, "min_gain": min_gain}

@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from torch import Tensor
 
 import tdfx
-from tdfx.checkpoint.dense_files import check_target, write_dense
-from tdfx.checkpoint.merging import read_dense
 from tdfx.errors import PlanError
-from tdfx.progress import waiting
 from tdfx.text import short_number
 
 _PATH = click.Path(path_type=Path)
@@ -43,6 +39,12 @@ def merge(checkpoint: Path, output: Path, plan_file: Path | None, trusted: bool)
     CHECKPOINT is a file of tdfx.save, of torch.save, .safetensors, a .ckpt file of Lightning, a folder of Hugging Face, or
     one of torch.distributed.checkpoint. No model is built. A dense checkpoint is written as it is.
     """
+    from torch import Tensor
+
+    from tdfx.checkpoint.dense_files import check_target, write_dense
+    from tdfx.checkpoint.merging import read_dense
+    from tdfx.progress import waiting
+
     check_target(output, checkpoint)
     plan = None if plan_file is None else read_plan(plan_file)
     with waiting(f"reading {checkpoint}"):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console, Group
 
 from tdfx.errors import TdfxError
-from tdfx.plans.table import render_plain
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 STDOUT = Path("-")
 """The file name that means the standard output."""
@@ -26,6 +30,10 @@ def show(view: Callable[[int | None], Group]) -> None:
     ``view`` takes the number of columns, or None for any number. ``FORCE_COLOR`` asks for colour in a pipe too, cut to
     ``COLUMNS`` if that is set; ``NO_COLOR`` turns colour off.
     """
+    from rich.console import Console
+
+    from tdfx.plans.table import render_plain
+
     console = Console(highlight=False)
     if not console.is_terminal:
         click.echo(render_plain(view(None)))
@@ -33,6 +41,18 @@ def show(view: Callable[[int | None], Group]) -> None:
         console.print(view(console.width))
     else:
         Console(highlight=False, width=100_000).print(view(None))
+
+
+def say(text: str) -> None:
+    """Print a message on stderr; on a terminal its lines end between words."""
+    from tdfx.progress import on_a_terminal
+
+    if on_a_terminal():
+        wrapper = textwrap.TextWrapper(
+            shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
+        )
+        text = "\n".join(map(wrapper.fill, text.splitlines()))
+    click.echo(text, err=True)
 
 
 def check_writable(path: Path | None) -> None:

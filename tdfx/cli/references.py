@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -29,9 +30,7 @@ def build_model(reference: str) -> nn.Module:
     """
     source, colon, name = reference.rpartition(":")
     if not colon or not source or not name:
-        raise ModelReferenceError(
-            f"{reference!r} does not name a model: it lacks a part before or after the colon. {_FORMS}"
-        )
+        raise ModelReferenceError(f"{reference!r} does not name a model: {what_is_meant(reference)}")
     if source == "torchvision":
         return _from_torchvision(name)
     module = _from_file(Path(source)) if source.endswith(".py") else _from_package(source)
@@ -40,6 +39,21 @@ def build_model(reference: str) -> nn.Module:
         hint = f"Nearest: {nearest(name, public)}." if public else "It defines nothing."
         raise ModelReferenceError(f"{reference!r}: there is no {name!r} in it. {hint}")
     return _call(reference, getattr(module, name))
+
+
+def what_is_meant(reference: str) -> str:
+    """Return what to write in place of a name without a colon, for the end of an error message."""
+    from torchvision import models
+
+    stem, names = reference.strip(":"), models.list_models()
+    path = Path(stem)
+    if stem in names:
+        return f"write torchvision:{stem}."
+    if path.suffix == ".py" or path.with_suffix(".py").is_file():
+        return f"add the function that builds the model, as in {path.with_suffix('.py')}:build."
+    close = difflib.get_close_matches(stem, names, n=1, cutoff=0.75)
+    hint = f"Did you mean torchvision:{close[0]}? " if close else ""
+    return f"it lacks a part before or after the colon. {hint}{_FORMS}"
 
 
 def _from_torchvision(name: str) -> nn.Module:

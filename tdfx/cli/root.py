@@ -13,7 +13,7 @@ from tdfx.cli.completion import completion
 from tdfx.cli.demo import demo
 from tdfx.cli.inspect import inspect
 from tdfx.cli.merge import merge
-from tdfx.cli.output import INTERRUPTED, STOPPED
+from tdfx.cli.output import INTERRUPTED, STOPPED, say
 from tdfx.cli.verify import verify
 from tdfx.errors import TdfxError, first_line
 
@@ -43,7 +43,7 @@ class _Commands(click.Group):
                 f"tdfx failed because of a defect in it: {type(error).__name__}: {first_line(error)}. Run it again as "
                 f"tdfx --debug ... to see where, and please report it with that output."
             )
-            click.echo(f"Error: {error if isinstance(error, TdfxError) else defect}", err=True)
+            say(f"Error: {error if isinstance(error, TdfxError) else defect}")
             ctx.exit(STOPPED)
 
 

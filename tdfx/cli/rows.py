@@ -12,8 +12,6 @@ from functools import partial
 from tdfx.errors import TdfxError, nearest
 from tdfx.plans.plan import Plan, Reason, SitePlan
 
-SORTS = ("order", "name", "time", "saved", "gain", "error", "parameters", "flops")
-"""What ``--sort`` takes."""
 FILTERS = ("factorized", "kept", *map(str, Reason))
 """What ``--filter`` takes besides globs."""
 
@@ -34,7 +32,7 @@ _WHY_UNKNOWN = {
 
 
 def select(plan: Plan, filters: Sequence[str], key: str) -> tuple[SitePlan, ...]:
-    """Return the sites that meet all filters, in the order of ``key``: see FILTERS and SORTS.
+    """Return the sites that meet all filters, in the order of ``key``: see FILTERS, and the choices of ``--sort``.
 
     Raises:
         TdfxError: A glob matches no site, or the quantity to sort by is not known for any.

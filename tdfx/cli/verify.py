@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from torch import nn
 
 import tdfx
 from tdfx.cli.completers import complete_model
-from tdfx.cli.inputs import parse_input, read_inputs
 from tdfx.cli.output import FAILED, check_writable, write
-from tdfx.cli.references import build_model
-from tdfx.cli.weights import load_weights
 from tdfx.errors import InputError, ModelReferenceError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _PATH = click.Path(dir_okay=False, path_type=Path)
 _SEED = 0
@@ -53,6 +52,10 @@ def verify(
     Models need --input or --inputs; without --weights both are built with the same seed. Exits with 0 if all three are the
     same, 1 if one is not, 2 if they cannot be compared.
     """
+    import torch
+
+    from tdfx.cli.inputs import parse_input, read_inputs
+
     check_writable(json_file)
     if inputs and inputs_file is not None:
         raise InputError("--input and --inputs both say what to run the models on. Give one of them.")
@@ -68,6 +71,11 @@ def verify(
 
 def _build_sides(names: tuple[str, str], weights: tuple[Path, ...]) -> list[nn.Module | Path]:
     """Return the models or files that two names stand for, with weights: none, one for all models, or one for each."""
+    import torch
+
+    from tdfx.cli.references import build_model
+    from tdfx.cli.weights import load_weights
+
     is_file = [_is_file(name) for name in names]
     models = is_file.count(False)
     if len(weights) > max(1, models) or (weights and not models):
@@ -79,9 +87,13 @@ def _build_sides(names: tuple[str, str], weights: tuple[Path, ...]) -> list[nn.M
     sides: list[nn.Module | Path] = []
     for name, file in zip(names, is_file, strict=True):
         torch.manual_seed(_SEED)
-        sides.append(Path(name) if file else build_model(name))
-        if weights and isinstance(sides[-1], nn.Module):
-            load_weights(sides[-1], next(remaining))
+        if file:
+            sides.append(Path(name))
+            continue
+        model = build_model(name)
+        if weights:
+            load_weights(model, next(remaining))
+        sides.append(model)
     return sides
 
 
@@ -90,8 +102,9 @@ def _is_file(name: str) -> bool:
     if Path(name).suffix == ".onnx" or Path(name).is_file():
         return True
     if ":" not in name:
+        from tdfx.cli.references import what_is_meant
+
         raise ModelReferenceError(
-            f"{name!r} is not a file, and it does not name a model. Write the path of an .onnx file, torchvision:resnet50, "
-            f"package.module:factory, or path/to/file.py:factory."
+            f"{name!r} is not the path of an .onnx file, and it names no model: {what_is_meant(name)}"
         )
     return False

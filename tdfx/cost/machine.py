@@ -9,7 +9,7 @@ import torch
 
 from tdfx.devices import hardware_name, processor
 
-_VERSION = 5
+_VERSION = 6
 """Raise this when what is timed changes, so that older times are not mistaken for current ones."""
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdfx.api import merge
+from tdfx.demo import DEFAULT_EPOCHS
 from tdfx.errors import PolicyError, TdfxError
 from tdfx.onnx_proof.report import VerifyReport
 from tdfx.onnx_proof.verify import verify
@@ -27,7 +28,6 @@ from tdfx.training.switch.switch import Switch
 
 BATCH = 64
 LEARNING_RATE = 0.05
-DEFAULT_EPOCHS = 24
 TRAINING_SHARE = 2 / 3
 """Share of the images to train on; the others are held out."""
 TURN, ZOOM, SHIFT = 0.25, 0.15, 0.2
@@ -114,7 +114,7 @@ def load_digits() -> Digits:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
         raise TdfxError(
-            "The demo's images come with scikit-learn, which is not installed. Install it with: pip install 'tdfx[demo]'"
+            "The demo's images come with scikit-learn, which is not installed. Install it: pip install 'tdfx[demo]'"
         ) from error
     bunch = load()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16

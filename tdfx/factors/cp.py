@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tdfx.factors.algebra import least_norm, root_scale
+from tdfx.factors.algebra import root_scale
 from tdfx.factors.alternating import Modes, fit, refit, total
 from tdfx.factors.operation import Operation, from_groups, grouped_shape, to_groups
 from tdfx.factors.scheme import Factors, Scheme
@@ -82,10 +82,6 @@ class Cp(Scheme):
         """Add up the components."""
         w_goik = total(_from_factors(operation, factors))
         return from_groups(operation, w_goik.reshape(grouped_shape(operation)))
-
-    def project(self, operation: Operation, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-        """Solve by iteration: no closed form is known."""
-        return least_norm(lambda *given: self.join(operation, given), factors, gradients)
 
     def refit(self, operation: Operation, factors: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
         """Fit the mode of the input channels or that of the output channels, whichever is longer."""

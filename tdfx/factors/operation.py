@@ -5,8 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
+
+from tdfx.checks import is_count
+from tdfx.errors import KindError
+
+_PER_DIMENSION = {
+    "kernel": (None, 1),
+    "stride": (1, 1),
+    "padding": (0, 0),
+    "dilation": (1, 1),
+    "output_padding": (None, 0),
+}
+"""Settings with a number for each spatial dimension -> what () stands for, and the least number; None for () itself."""
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +28,13 @@ class Operation:
     """The geometry of one linear map or convolution, of a site or of one of its factors.
 
     A linear map has no spatial dimensions: ``kernel``, ``stride``, ``padding`` and ``dilation`` are empty.
+
+    Raises:
+        KindError: A setting is not what its field says, or does not go with the others.
+
+    Example:
+        >>> Operation(in_channels=8, out_channels=16, kernel=(3, 3), padding=(1, 1)).stride
+        (1, 1)
     """
 
     in_channels: int
@@ -23,11 +44,11 @@ class Operation:
     kernel: tuple[int, ...] = ()
     """Taps in each spatial dimension; () for a linear map."""
     stride: tuple[int, ...] = ()
-    """Step in each spatial dimension, in positions."""
+    """Step in each spatial dimension, in positions; 1 by default."""
     padding: tuple[int, ...] | str = ()
-    """Positions added at both ends of each spatial dimension, or ``"same"`` or ``"valid"``."""
+    """Positions added at both ends of each spatial dimension, or ``"same"`` or ``"valid"``; 0 by default."""
     dilation: tuple[int, ...] = ()
-    """Distance between taps in each spatial dimension, in positions."""
+    """Distance between taps in each spatial dimension, in positions; 1 by default."""
     groups: int = 1
     """Blocks of channels that do not see one another."""
     padding_mode: str = "zeros"
@@ -37,12 +58,42 @@ class Operation:
     output_padding: tuple[int, ...] = ()
     """Positions added at one end of each dimension of a transposed convolution's output; () for none."""
 
+    def __post_init__(self) -> None:
+        self._check_channels()
+        for name, (default, least) in _PER_DIMENSION.items():
+            value: Any = getattr(self, name)
+            if name == "padding" and value in ("same", "valid"):
+                continue
+            if value == ():
+                value = (default,) * self.dims if default is not None else ()
+            if not isinstance(value, tuple | list) or any(not isinstance(size, int) or size < least for size in value):
+                raise KindError(
+                    f"Operation({name}={value!r}) is not a tuple of whole numbers of at least {least}, one for each spatial "
+                    f"dimension. Pass for example {name}={(max(least, 1),) * 2}."
+                )
+            if len(value) != self.dims and (value or default is not None):
+                raise KindError(
+                    f"Operation({name}={tuple(value)}) does not go with kernel={self.kernel}: it needs one number for each "
+                    f"of its {self.dims} dimensions. Leave it out for the default."
+                )
+            object.__setattr__(self, name, tuple(value))
+        if self.padding_mode not in _PADDING_MODES:
+            raise KindError(f"Operation(padding_mode={self.padding_mode!r}) is not one of {', '.join(_PADDING_MODES)}.")
+
+    def _check_channels(self) -> None:
+        for name in ("in_channels", "out_channels", "groups"):
+            if not is_count(value := getattr(self, name)):
+                raise KindError(f"Operation({name}={value!r}) is not a whole number of at least 1.")
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise KindError(
+                f"Operation(groups={self.groups}) does not divide in_channels={self.in_channels} and "
+                f"out_channels={self.out_channels}: each group takes and gives as many channels as the others."
+            )
+
     @classmethod
     def pointwise(cls, in_channels: int, out_channels: int, dims: int, groups: int = 1) -> Operation:
         """Return the map that mixes the channels of each position, in ``dims`` spatial dimensions."""
-        ones = (1,) * dims
-        matrix = cls(in_channels=in_channels, out_channels=out_channels, groups=groups)
-        return replace(matrix, kernel=ones, stride=ones, padding=(0,) * dims, dilation=ones)
+        return cls(in_channels=in_channels, out_channels=out_channels, groups=groups, kernel=(1,) * dims)
 
     def along(self, axes: Sequence[int], in_channels: int, out_channels: int, groups: int | None = None) -> Operation:
         """Return the part of the operation along some spatial dimensions, between other numbers of channels.

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tdfx.factors.algebra import least_norm, linearize
 from tdfx.factors.operation import Operation
 from tdfx.ranks.spectrum import Spectrum
 
@@ -33,8 +34,9 @@ class Scheme(ABC):
 
     Every method takes the dense operation first; all but ``join`` take tensors in the working dtype. Dense weights and
     factors have the shape that their operation's ``weight_shape`` says. ``join`` must consist of differentiable torch
-    operations: its derivative carries the optimizer's state. A new scheme is one file: subclass this, and add an
-    instance to ``tdfx.factors.registry``.
+    operations, and be linear in each factor: its derivative carries the optimizer's state. A new scheme is one class that
+    defines ``name``, ``full_ranks``, ``chain``, ``spectra``, ``split`` and ``join``, and is registered with
+    ``tdfx.register_scheme``. ``tdfx.TwoFactors`` defines all but ``name`` for products of two matrices.
 
     Letters in shapes: g groups, o output and i input channels in each, p and q their ranks, k... the kernel.
     """
@@ -43,6 +45,8 @@ class Scheme(ABC):
     """The name in policies and plans, with the options that are set."""
     mixes_outputs: ClassVar[bool] = True
     """Whether the last factor can mix the output channels of a group, so that a metric may."""
+    in_auto: ClassVar[bool] = False
+    """Whether a budget considers it where the policy names no scheme."""
     options: ClassVar[tuple[str, ...]] = ()
     """Settings that may follow the name, as in ``tucker2:refine=3``: whole numbers of at least 1, passed by keyword."""
 
@@ -96,21 +100,29 @@ class Scheme(ABC):
     def join(self, operation: Operation, factors: Sequence[Tensor]) -> Tensor:
         """Return the dense weight that the chain of factors stands for."""
 
-    @abstractmethod
     def project(self, operation: Operation, factors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """Return the gradient of the dense weight of least norm that gives the factors these gradients.
 
         The gradients of the factors are the vector-Jacobian product of ``join`` with that of the dense weight. They
-        determine its projection on the tangent space of the weights that the factors can reach.
+        determine its projection on the tangent space of the weights that the factors can reach. Here it is found by
+        iteration; a closed form is faster.
         """
+        return least_norm(lambda *given: self.join(operation, given), factors, gradients)
 
-    @abstractmethod
     def refit(self, operation: Operation, factors: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
         """Return the factors with one of them fitted to a dense weight by least squares, and the others as they are.
 
         A weight that is similar to the joined weight, such as its average over time, gets factors in the same bases, so that
-        averaging can go on. At full rank nothing is lost.
+        averaging can go on. At full rank nothing is lost. Here the largest factor is fitted, by iteration.
         """
+        largest = max(range(len(factors)), key=lambda index: factors[index].numel())
+
+        def join(factor: Tensor) -> Tensor:
+            return self.join(operation, (*factors[:largest], factor, *factors[largest + 1 :]))
+
+        # The transpose of a linear map turns its least squares into a problem of least norm.
+        fitted = least_norm(lambda w: linearize(join, factors[largest : largest + 1]).pull(w)[0], (weight,), (weight,))
+        return (*factors[:largest], fitted, *factors[largest + 1 :])
 
     def lowering(self, operation: Operation, factors: Sequence[Tensor]) -> Lowering:
         """Return how factors can be split again.
@@ -126,9 +138,14 @@ class Scheme(ABC):
             lambda ranks: self.error(operation, weight, ranks, spectra),
         )
 
-    @abstractmethod
     def error(self, operation: Operation, weight: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]) -> float:
-        """Return the Frobenius norm of what ``split`` loses, relative to the weight's; 0 for a zero weight."""
+        """Return the Frobenius norm of what ``split`` loses, relative to the weight's; 0 for a zero weight.
+
+        Here it splits and joins; the values that are cut are faster to read, where they tell the same.
+        """
+        norm = weight.norm()
+        joined = self.join(operation, self.split(operation, weight, ranks, spectra))
+        return float((weight - joined).norm() / norm) if norm > 0 else 0.0
 
     def errors(
         self, operation: Operation, weight: Tensor, grid: Sequence[Sequence[int]], spectra: Sequence[Spectrum]

@@ -108,6 +108,11 @@ def operation_of(layer: nn.Module) -> Operation | None:
     """
     kind = kind_of(layer)
     operation = kind.operation(layer)
+    if not isinstance(operation, Operation | None):
+        raise KindError(
+            f"{type(kind).__name__}.operation returned {operation!r}, which is no tdfx.Operation. Return one, or None for a "
+            f"layer that no scheme can stand for."
+        )
     weight = layer._parameters.get(kind.weight)
     if operation is None or weight is None:
         return operation

@@ -42,15 +42,17 @@ class Factorized(nn.Module):
     The factors are stock layers. Only the last has a bias, which is the original layer's own parameter. The attributes of
     the original (``in_channels``, ``stride`` and so on) can be read here too. ``weight`` is the dense weight that the
     factors represent; it is differentiable, and computed each time it is read.
+
+    Args:
+        factors: The layers of the chain, in the order of the data.
+        origin: The layer that was replaced, and how its weight was split.
     """
 
     def __init__(self, factors: nn.Sequential, origin: Origin) -> None:
         super().__init__()
         # Not annotated in the class, because torch.jit.script takes those annotations for types of TorchScript.
         self.factors = factors
-        """The layers of the chain, in the order of the data."""
         self.origin = origin
-        """The layer that was replaced, and how its weight was split."""
 
     @classmethod
     def of(cls, layer: nn.Module, scheme: Scheme, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:

@@ -45,8 +45,8 @@ def check_export(
         )
     return {
         "nodes": len(graph.nodes),
-        "inputs": tuple(map(str, graph.inputs)),
-        "outputs": tuple(map(str, graph.outputs)),
+        "inputs": tuple(port.with_names() for port in graph.inputs),
+        "outputs": tuple(port.with_names() for port in graph.outputs),
         "chains": len(graph.chains),
         "max_error": error,
         "tolerance": accepted,

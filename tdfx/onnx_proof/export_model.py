@@ -73,7 +73,7 @@ def export(
         ...     path = folder + "/layer.onnx"
         ...     report = tdfx.export(layer, path, example_inputs=(torch.ones(2, 3),), dynamic_axes=axes)
         >>> report.inputs, report.max_error <= report.tolerance
-        (('input: float[?0, 3]',), True)
+        (('input: float[batch, 3]',), True)
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module to export.")

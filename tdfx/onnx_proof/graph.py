@@ -7,7 +7,7 @@ initializers, which are compared by running the graph. It keeps the names of nod
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import onnx
@@ -39,6 +39,13 @@ class Port:
     dtype: str
     shape: tuple[int | str, ...] | None
     """Sizes, with ``?0``, ``?1`` ... for dynamic axes, numbered by first appearance; None if unknown."""
+    names: tuple[str, ...] = field(default=(), compare=False)
+    """The file's own name of each dynamic axis, "" for other axes; names do not count in a comparison."""
+
+    def with_names(self) -> str:
+        """Return the text with the file's own names of dynamic axes, as far as it has any."""
+        sizes = [name or size for name, size in zip(self.names, self.shape or (), strict=True)]
+        return str(replace(self, shape=tuple(sizes))) if self.shape else str(self)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{'unknown' if self.shape is None else ', '.join(map(str, self.shape))}]"
@@ -169,7 +176,8 @@ def _read_port(value: ValueInfoProto, symbols: dict[str, str]) -> Port:
         return Port(value.name, str(kind), None)
     tensor = value.type.tensor_type
     shape = tuple(_read_size(size, symbols) for size in tensor.shape.dim) if tensor.HasField("shape") else None
-    return Port(value.name, dtype_name(tensor.elem_type), shape)
+    names = () if shape is None else tuple(size.dim_param for size in tensor.shape.dim)
+    return Port(value.name, dtype_name(tensor.elem_type), shape, names)
 
 
 def _read_size(size: onnx.TensorShapeProto.Dimension, symbols: dict[str, str]) -> int | str:

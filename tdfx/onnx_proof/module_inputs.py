@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +130,20 @@ def dynamic_shapes(module: nn.Module, inputs: ExampleInputs, axes: Axes | None) 
                     f"name have one size."
                 )
     return {name: dict(axes[name]) if axes.get(name) else None for name in tensors}
+
+
+def known_axes(module: nn.Module, inputs: ExampleInputs, axes: Mapping[str, Sequence[str]]) -> Axes:
+    """Return the dynamic axes of a graph's inputs, by name "" for fixed ones, that a module's inputs of that name have."""
+    names = argument_names(module, inputs)
+    if names is None:
+        return {}
+    values = inputs if isinstance(inputs, dict) else dict(zip(names, inputs, strict=True))
+    tensors = named_tensors({name: values[name] for name in names})
+    return {
+        name: {axis: re.sub(r"\W", "_", size) for axis, size in enumerate(sizes) if size}
+        for name, sizes in axes.items()
+        if name in tensors and tensors[name].dim() == len(sizes) and any(sizes)
+    }
 
 
 def lengthen(module: nn.Module, inputs: ExampleInputs, axes: Axes) -> ExampleInputs:

@@ -125,7 +125,7 @@ class ExportReport:
     nodes: int
     """Number of nodes, with functions inlined."""
     inputs: tuple[str, ...]
-    """Name, dtype and shape of each input; dynamic axes are numbered ``?0``, ``?1`` and so on, equal ones alike."""
+    """Name, dtype and shape of each input; dynamic axes have their names."""
     outputs: tuple[str, ...]
     """Name, dtype and shape of each output."""
     chains: int

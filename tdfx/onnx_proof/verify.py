@@ -51,7 +51,8 @@ def verify(
             are then random, the same each time, with 2 for dynamic axes.
         tolerance: largest relative error to accept, at least 0. By default ``16 * eps * sqrt(depth)``, with the eps of
             the coarsest floating-point type in the model's graph and the number of nodes on its longest path.
-        dynamic_axes: for modules, axes to export as dynamic: argument -> axis -> name, as ``{"x": {0: "batch"}}``.
+        dynamic_axes: for modules, axes to export as dynamic: argument -> axis -> name, as ``{"x": {0: "batch"}}``. By
+            default those of the file on the other side; ``{}`` for none.
 
     Raises:
         InputError: A module comes without ``example_inputs``, or they do not fit.
@@ -79,6 +80,8 @@ def verify(
 
     inputs = None if example_inputs is None else as_example_inputs(example_inputs)
     check_tolerance(tolerance)
+    if dynamic_axes is None and inputs is not None:
+        dynamic_axes = _axes_of_file(model, reference, inputs)
     with tempfile.TemporaryDirectory(prefix="tdfx-verify-") as folder:
         path = _to_file(model, inputs, dynamic_axes, Path(folder, "model.onnx"))
         other = (
@@ -91,6 +94,19 @@ def check_tolerance(tolerance: float | None) -> None:
     """Raise InputError unless this is a relative error, or None."""
     if tolerance is not None and not 0.0 <= tolerance < math.inf:
         raise InputError(f"tolerance={tolerance!r} is not a relative error: pass a number such as 1e-5, or None.")
+
+
+def _axes_of_file(model: Model, reference: Model, inputs: ExampleInputs) -> Axes | None:
+    """Return the dynamic axes of the inputs of a file, as far as the module beside it has them; None for two of a kind."""
+    match model, reference:
+        case (nn.Module() as module, str() | Path() as file) | (str() | Path() as file, nn.Module() as module):
+            from tdfx.onnx_proof.module_inputs import known_axes
+            from tdfx.onnx_proof.onnx_file import read_file
+            from tdfx.onnx_proof.torch_to_onnx import without_wrappers
+
+            _, graph = read_file(Path(file))
+            return known_axes(without_wrappers(module), inputs, {port.name: port.names for port in graph.inputs})
+    return None
 
 
 def _to_file(model: Model, inputs: ExampleInputs | None, axes: Axes | None, path: Path) -> Path:

@@ -63,6 +63,9 @@ def register_optimizer(optimizer: type[Optimizer], **roles: Role) -> None:
             ``"average"`` for positive values that do not scale with the gradient, ``"iterate"`` for an average of the
             parameter, ``"count"`` for a value that is the same for all entries of the parameter.
 
+    A step of the optimizer is tried, if its other settings have defaults, and a warning names the entries that ``roles``
+    leaves out.
+
     Raises:
         OptimizerError: ``optimizer`` is not a class of optimizers, or a role is not known.
 
@@ -81,6 +84,38 @@ def register_optimizer(optimizer: type[Optimizer], **roles: Role) -> None:
                 f"Nearest: {nearest(str(role), get_args(Role))}."
             )
     _FORMATS[optimizer] = StateFormat(roles)
+    _warn_of_other_entries(optimizer, roles, _entries_of(optimizer))
+
+
+def _entries_of(optimizer: type[Optimizer]) -> Sequence[str]:
+    """Return the entries that an optimizer keeps after a step with its default settings; none if it cannot be tried."""
+    parameter = nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    with torch.random.fork_rng(devices=()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for settings in ({}, {"lr": 1e-3}):
+            try:
+                tried = optimizer([parameter], **settings)  # type: ignore[arg-type]
+                tried.step()
+                return list(tried.state.get(parameter, ()))
+            except Exception:  # a user's class may need other arguments, or a closure
+                continue
+    return ()
+
+
+def _warn_of_other_entries(optimizer: type[Optimizer], roles: Mapping[str, Role], entries: Sequence[str]) -> None:
+    """Warn if an optimizer keeps entries that a declaration does not name: its state cannot be carried then."""
+    undeclared = [name for name in entries if name not in roles]
+    if not undeclared:
+        return
+    unknown = [f"{name!r} (nearest: {nearest(name, undeclared, 1)})" for name in roles if name not in entries]
+    other = f", and does not keep {', '.join(unknown)}" if unknown else ""
+    warnings.warn(
+        f"{optimizer.__name__} keeps {', '.join(map(repr, undeclared))}, which its tdfx.register_optimizer does not "
+        f"name{other}. Rewritten weights start with fresh state until every entry has a role.",
+        TdfxWarning,
+        stacklevel=3,
+    )
 
 
 def new_states(
@@ -179,13 +214,20 @@ def warn_of_lost_state(optimizer: Optimizer, leaving: Sequence[nn.Parameter]) ->
     states = [optimizer.state.get(parameter) for parameter in leaving]
     lost = [state for state in states if state and _format_of(optimizer, state) is None]
     if lost:
+        unknown = ", ".join(_unknown(optimizer, lost[0]))
         warnings.warn(
-            f"tdfx does not know what the state of {type(optimizer).__name__} means ({', '.join(map(str, lost[0]))}), so "
-            f"the {len(lost)} rewritten weights start with fresh state; all others keep theirs. The optimizers of "
+            f"tdfx does not know what the state of {type(optimizer).__name__} means ({unknown}), "
+            f"so the {len(lost)} rewritten weights start with fresh state; all others keep theirs. The optimizers of "
             f"torch.optim are carried over; declare the state of yours with tdfx.register_optimizer.",
             TdfxWarning,
             stacklevel=5,
         )
+
+
+def _unknown(optimizer: Optimizer, state: State) -> list[str]:
+    """Return the entries of a state that are not declared; all of them where none is."""
+    declared = next((_FORMATS[base].roles for base in type(optimizer).__mro__ if base in _FORMATS), {})
+    return [str(name) for name in state if name not in declared] or list(map(str, state))
 
 
 def _unfold_rmsprop(state: State) -> State:

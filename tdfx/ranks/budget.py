@@ -47,7 +47,7 @@ class Budget(RankRule):
     flops: float | None = None
     """Forward operations of the sites: a share, or a whole number of them; needs example inputs."""
     parameters: float | None = None
-    """Parameters of the model: a share, or a whole number of them."""
+    """Parameters of the whole model, with those of layers that are never rewritten: a share, or a whole number of them."""
     memory: float | None = None
     """Bytes that the sites add to a training step (weights, gradients, two moments, activations between factors): a share,
     or a whole number of them; needs example inputs."""

@@ -35,8 +35,21 @@ class Choice:
 class RankRule(ABC):
     """A frozen setting with one method; a rule reads singular values and never sees a module.
 
-    A new rule is one file: subclass this as a frozen, keyword-only dataclass, and add it to ``tdfx.ranks.registry``.
-    Rules are combined by methods; the last one applied decides.
+    A new rule is one class: subclass this as a frozen, keyword-only dataclass, and pass it as ``Policy(rank=...)``. Rules
+    are combined by methods; the last one applied decides.
+
+    Example:
+        >>> import dataclasses, tdfx, torch
+        >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+        ... class AboveMean(tdfx.RankRule):
+        ...     times: float = 1.0
+        ...
+        ...     def choose(self, site, spectra):
+        ...         counts = [int((each.values > self.times * each.values.mean()).sum()) for each in spectra]
+        ...         return tdfx.Choice(tuple(max(1, count) for count in counts))
+        >>> policy = tdfx.Policy(rank=AboveMean(times=1.5).at_most(0.25), min_gain=0)
+        >>> tdfx.plan(torch.nn.Linear(64, 64), policy).sites[0].ranks
+        (16,)
 
     Example:
         >>> from tdfx import VBMF, Fixed, Ratio
@@ -234,3 +247,17 @@ def _note(choice: Choice, verb: str, ranks: tuple[int, ...]) -> str:
 
 def _join(*notes: str) -> str:
     return "; ".join(note for note in notes if note)
+
+
+def check_choice(rule: RankRule, choice: object, spectra: Sequence[Spectrum]) -> Choice:
+    """Return what a rule chose, or raise PolicyError if it is no choice for these spectra: the rule may be a user's."""
+    if not isinstance(choice, Choice):
+        text = f"returned {choice!r}, which is no tdfx.Choice. Return for example tdfx.Choice((8,))"
+    elif choice.kept or (len(choice.ranks) == len(spectra) and all(map(is_count, choice.ranks))):
+        return choice
+    else:
+        text = (
+            f"chose the ranks {choice.ranks!r} for {len(spectra)} spectra. Return one whole number of at least 1 for each "
+            f"spectrum, or say in kept= why there are none"
+        )
+    raise PolicyError(f"{type(rule).__name__}.choose {text}.")

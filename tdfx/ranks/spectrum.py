@@ -42,6 +42,16 @@ class Spectrum:
     original: tuple[int, int] | None = None
     """For a weight that is factorized already, the rows and columns of the same unfolding of the dense weight."""
 
+    @classmethod
+    def of(cls, matrix: Tensor) -> Spectrum:
+        """Return the spectrum of a matrix (m, n), or of g matrices (g, m, n) that are cut at the same rank.
+
+        >>> import torch
+        >>> Spectrum.of(torch.tensor([[3.0, 0.0], [0.0, 4.0]])).values.tolist()
+        [4.0, 3.0]
+        """
+        return spectrum(matrix)
+
     @property
     def full_rank(self) -> int:
         """The full rank that shares and floors refer to: min(m, n), or that of the original."""

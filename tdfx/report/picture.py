@@ -107,7 +107,7 @@ def _import(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ReportError(
-            f"A picture needs matplotlib, which cannot be imported ({error}). Install it with pip install 'tdfx[report]'."
+            f"A picture needs matplotlib, which cannot be imported ({error}). Install it: pip install 'tdfx[report]'"
         ) from error
 
 

@@ -18,7 +18,7 @@ def plot_runs(runs: Mapping[str, Sequence[RunRecord]], file: Path, title: str = 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RecipeError(
-            "--plot draws with matplotlib, which is not installed. Install it with: pip install matplotlib"
+            "--plot draws with matplotlib, which is not installed. Install it: pip install 'tdfx[report]'"
         ) from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
