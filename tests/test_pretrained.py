@@ -69,7 +69,7 @@ def test_the_last_checkpoint_is_dense(tmp_path: Path) -> None:
     """Also if another callback, after this one, stops the training."""
     import transformers
 
-    class Stop(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+    class Stop(transformers.TrainerCallback):  # type: ignore[misc]
         def on_evaluate(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             control.should_training_stop = state.global_step == 2 * hf.PER_EPOCH
 

@@ -17,7 +17,8 @@ transformers = pytest.importorskip(
 )
 pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install 'tdfx[transformers]'")
 
-from tdfx.integrations.transformers import FILE, SwitchCallback  # noqa: E402
+from tdfx.integrations.pretrained import FILE  # noqa: E402
+from tdfx.integrations.transformers import SwitchCallback  # noqa: E402
 
 POLICY = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
 PER_EPOCH = 4

@@ -27,7 +27,7 @@ PER_EPOCH = 2
 """Steps of an epoch on each of two processes."""
 SWITCH = 3
 """The step of the switch, between two checkpoints."""
-NEVER = {"recompile_seconds": 1e9, "total_steps": 6}
+NEVER: dict[str, Any] = {"recompile_seconds": 1e9, "total_steps": 6}
 """Settings of a switch that does not pay."""
 
 
@@ -90,7 +90,7 @@ def lightning_fit(
     class Module(lit.Classifier):
         def configure_model(self) -> None:
             if engine == "fsdp2" and not tensor_parallel and not isinstance(self.model, FSDPModule):
-                mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+                mesh = self.device_mesh["data_parallel"]
                 fully_shard(self.model[4], mesh=mesh)
                 fully_shard(self.model if at_once else self, mesh=mesh)
 
@@ -119,7 +119,7 @@ def lightning_fit(
 def lightning_keys(path: Path) -> set[str]:
     """Return the keys of the weights in a checkpoint, a file or a folder of shards."""
     if path.is_dir():
-        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
 
         names = FileSystemReader(path).read_metadata().state_dict_metadata
         return {name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")}
@@ -195,7 +195,7 @@ def transformers_trainer(folder: Path, engine: str, callbacks: Any, sharded_file
     import test_transformers as hf
     import transformers
 
-    class Sharding(transformers.Trainer):  # type: ignore[misc, name-defined]
+    class Sharding(transformers.Trainer):  # type: ignore[misc]
         def create_accelerator_and_postprocess(self) -> None:
             super().create_accelerator_and_postprocess()
             if engine != "ddp":
@@ -274,7 +274,7 @@ def transformers_is_killed(folder: Path, engine: str, *, sharded_files: bool = T
     """A run that is killed after the switch, or before it, ends with the same bits when it is resumed."""
     import transformers
 
-    class Kill(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+    class Kill(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             if state.global_step == 2 * PER_EPOCH:
                 raise KilledError

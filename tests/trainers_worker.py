@@ -153,8 +153,8 @@ def check_an_unwrapped_model_is_refused(folder: Path) -> None:
 def check_a_sharded_model_is_rewritten_in_place(folder: Path) -> None:
     """Model and part stay the objects that they were, are sharded, and a failure before that changes nothing."""
     torch.manual_seed(0)
-    holder = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 2)).double()
-    net, mesh = holder[0], init_device_mesh("cpu", (2,))
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    holder, mesh = nn.Sequential(net, nn.Linear(8, 2)).double(), init_device_mesh("cpu", (2,))
     fully_shard(net[2], mesh=mesh)
     fully_shard(holder, mesh=mesh)
     optimizer = torch.optim.AdamW(holder.parameters(), 0.01)

@@ -114,7 +114,7 @@ class FactorizedLoader(HfQuantizer):  # type: ignore[misc]
         factorize_like(InPlaceModule(model), self._plan, sites_of(self._plan), _ADVICE)
         for module in model.modules():
             if isinstance(module, Factorized):
-                module._is_hf_initialized = True  # type: ignore[assignment]  # else its dense weight would be initialized
+                module._is_hf_initialized = True  # else its dense weight would be initialized
         return model
 
     def _process_model_after_weight_loading(self, model: Any, *arguments: Any, **named: Any) -> Any:
