@@ -169,6 +169,10 @@ class Program:
     """The decisions, from ``select`` on."""
     step_seconds: float | None = None
     """Measured time of the model's training step in seconds; None where it was not measured."""
+    step_doubt: float = 0.0
+    """Relative error that is to be expected of that time."""
+    load: float = 1.0
+    """The load of the machine when it was measured, see ``Timing``."""
     processes: Processes = field(default_factory=Solo)
     """The processes that train the model, all of which run the passes together."""
     shards: bool = False

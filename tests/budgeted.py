@@ -13,6 +13,7 @@ import tdfx
 from tdfx import Modelled, Plan, Policy
 from tdfx.cost.count import Flow, flops
 from tdfx.factors.operation import Operation
+from tdfx.passes.planning.beside import StepTime
 
 X = torch.randn(4, 16, 12, 12, generator=torch.Generator().manual_seed(1))
 
@@ -89,7 +90,7 @@ def plan_net(**settings: Any) -> Plan:
 
 def set_step_seconds(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let the training step of any model take this long."""
-    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: seconds)
+    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._timed", lambda *_: (StepTime(seconds, 0.0), []))
 
 
 def sites_seconds() -> float:

@@ -207,13 +207,13 @@ class SlowStep(nn.Sequential):
 def test_a_long_step_is_timed_less_often_so_that_there_is_time_for_its_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     sleep = time.sleep
-    for seconds in (0.2, 15.0):
+    for seconds, width in ((0.2, 64), (15.0, 72)):  # a step of the same form would be known
         slept: list[float] = []
         # What a model counts itself is put back after each run.
         monkeypatch.setattr(time, "sleep", lambda seconds, slept=slept: (slept.append(seconds), sleep(seconds)))
         cost = tdfx.Measured(budget=seconds, cache=False)
         policy = Policy(rank=Budget(speedup=1.5, strict=False), cost=cost)
-        plan = tdfx.plan(SlowStep(nn.Linear(64, 64)), policy, example_inputs=(torch.ones(8, 64),))
+        plan = tdfx.plan(SlowStep(nn.Linear(64, width)), policy, example_inputs=(torch.ones(8, 64),))
         assert plan.step_seconds is not None
         assert plan.step_seconds > 0.05
         calls.append(len(slept))

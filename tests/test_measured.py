@@ -37,6 +37,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDFX_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(measured, "_known", {})
     monkeypatch.setattr(measured, "_measured_at", {})
+    monkeypatch.setattr(measured, "_loads", {})
+    monkeypatch.setattr(measured, "_load_now", [])
     monkeypatch.setattr(measured, "_provisional", set())
 
 
@@ -209,6 +211,20 @@ def test_a_time_of_too_few_samples_is_not_kept(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(measured, "_known", {})
     monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((4.0, 4.0, 4.0))])
     assert Measured(update_bytes=0).seconds([CONV], FLOW) == 1.0
+
+
+def test_on_a_busy_machine_few_samples_have_to_do_until_it_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = Measured(update_bytes=0)
+    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((8.0,), load=6.0)])
+    assert cost.seconds([CONV], FLOW) == 2.0
+    monkeypatch.setattr(measured, "_known", {})
+    monkeypatch.setattr(measured, "_loads", {})
+    monkeypatch.setattr(measured, "take_turns", lambda runs, **_: [Timing((4.0, 4.0, 4.0))])
+    cost.record({}, 2.0)
+    assert cost.seconds([CONV], FLOW) == 2.0
+    cost.record({}, 1.0)
+    assert cost.seconds([CONV], FLOW) == 1.0
+    assert cost.seconds([CONV], FLOW) == 1.0
 
 
 def test_without_inputs_and_on_the_meta_device_times_are_modelled(timed: list[Any]) -> None:

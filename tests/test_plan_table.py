@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from budgeted import set_step_seconds
 from rich.console import Console
 from torch import nn
 
@@ -126,7 +127,7 @@ def test_what_has_not_run_is_called_predicted() -> None:
 
 
 def test_every_rule_shows_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._seconds", lambda *_: 0.02)
+    set_step_seconds(monkeypatch, 0.02)
     net = nn.Sequential(nn.Linear(64, 64))
     for rule in (tdfx.Ratio(of=0.25), tdfx.Energy(), tdfx.Budget(parameters=0.5)):
         plan = tdfx.plan(net, tdfx.Policy(rank=rule, min_gain=1e-9), example_inputs=torch.ones(2, 64))

@@ -216,8 +216,11 @@ def test_it_does_not_switch_if_that_does_not_pay_off() -> None:
     assert decisions(late) == [(20, "too_late", ("fast", "slow"))]
     assert late.done
     assert late.plan is None
-    # A step takes one tick and a plan one; at most the two steps that are left can be saved.
-    assert "in the 2 steps left and takes 11 s" in late.events[0].why
+    # A step takes one tick; at most the two steps that are left can be saved, so no plan is made.
+    assert late.events[0].why.startswith(
+        "a switch saves at most 2 s in the 2 steps left, and a plan and a rewrite take "
+    )
+    assert late.spent["planning"] == 0
     assert decisions(early) == [(20, "switched", ("fast", "slow"))]
 
 
@@ -366,7 +369,7 @@ def test_an_optimizer_without_rates_fails_before_anything_is_changed() -> None:
 
 def test_processes_agree_at_looks_and_plans_and_at_no_other_step(monkeypatch: pytest.MonkeyPatch) -> None:
     agreed: list[int] = []
-    switch = tdfx.Switch(SIGNAL, when=tdfx.Settled(every=5, timeout=21))
+    switch = tdfx.Switch(SIGNAL, when=tdfx.Settled(every=5, timeout=21), total_steps=1000, weigh=False)
 
     class Agreeing(Solo):
         def broadcast_object(self, value: Any) -> Any:

@@ -25,6 +25,7 @@ from tdfx.passes.planning.limits import BudgetScope, Limits
 from tdfx.passes.planning.proposals import factorize
 from tdfx.passes.planning.site_cost import Candidate, current_chain, flops_of, keep, memory_of
 from tdfx.passes.planning.times import SiteTimes, TimingRequest
+from tdfx.passes.planning.worthwhile import Place, gains_enough, sure_part, worthwhile
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan
 from tdfx.policies.policy import Policy
@@ -43,9 +44,6 @@ _COVERED = 0.6
 _CAUTION = 1.05
 """Factor by which unmeasured candidates get slower from one round to the next. The best of many estimates is usually too
 low, and few sites should change once most of the chosen candidates are measured."""
-
-Place = list[tuple[Candidate | None, Item]]
-"""What can be done with one site, with loss and costs; None stands for keeping it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +81,8 @@ class BudgetSolver:
     processes: Processes
     notes: list[str] = field(default_factory=list)
     calibration: Calibration = field(init=False)
+    part: float = 1.0
+    """Part of the reduction in time that is made: less where it is not sure."""
 
     def __post_init__(self) -> None:
         self.calibration = Calibration(self.times, self.policy.cost)
@@ -96,7 +96,7 @@ class BudgetSolver:
     @property
     def limits(self) -> Limits:
         """The limits of the budget, by the times that are known now."""
-        return Limits(self.budget, self.scope, [each.site for each in self.sites], self.calibration)
+        return Limits(self.budget, self.scope, [each.site for each in self.sites], self.calibration, self.part)
 
     def solve(self) -> list[SitePlan]:
         """Return the decisions for the sites, in their order.
@@ -107,6 +107,12 @@ class BudgetSolver:
         if self._measures:
             self._calibrate()
         chosen = self._choose_until_measured()
+        if (part := self._sure_part(chosen)) < 1:
+            self.part = part
+            chosen = self._choose()
+            self.notes.append(
+                f"the machine is busy and times are not sure: {part:.0%} of the reduction that {self.budget!r} wants is made"
+            )
         self._note_untimed(chosen)
         return [self._decision(each, candidate) for each, candidate in zip(self.sites, chosen, strict=True)]
 
@@ -156,6 +162,7 @@ class BudgetSolver:
         """
         names, bounds = list(self.budget.limits), list(map(self.limits.of, self.budget.limits))
         places = [self._place(each, self._site_calibration(each), names) for each in self.sites]
+        places = [worthwhile(place, self._least_rate(each)) for each, place in zip(self.sites, places, strict=True)]
         picks, self.notes = self.processes.on_rank0(partial(self._pick, names, places, bounds))
         return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
 
@@ -251,12 +258,39 @@ class BudgetSolver:
         lowest = each.fastest(self.calibration) if self.calibration.lowest else {}
         return self.calibration.of_site(each.site, each.errors, lowest)
 
+    def _sure_part(self, chosen: Sequence[Candidate | None]) -> float:
+        """Return the part of the wanted reduction in time that is safe to make, by a budget that need not be kept.
+
+        All of it on a machine that does nothing else; less the busier it is and the more of what is saved is an estimate.
+        """
+        if self.budget.strict or not self.budget.is_of_time or not self._measures:
+            return 1.0
+        untimed = {site.name for site, _ in self._untimed(chosen)}
+        total = unsure = 0.0
+        for each, candidate in zip(self.sites, chosen, strict=True):
+            if candidate is not None:
+                calibration = self._site_calibration(each)
+                saved = calibration.seconds(None) - calibration.seconds(candidate)
+                total += saved
+                unsure += saved if each.site.name in untimed else 0.0
+        return sure_part(unsure / total if total > 0 else 0.0, self.scope.step_doubt, self.scope.load)
+
+    def _least_rate(self, each: BudgetSite) -> float:
+        """Return the seconds that a site has to save for each unit of loss; a budget that must be kept asks for none.
+
+        If all sites just came to it, and were lost altogether, the step would gain what ``min_gain`` asks for.
+        """
+        if self.budget.strict or not self.budget.is_of_time or each.policy.min_gain <= 1:
+            return 0.0
+        return (1 - 1 / each.policy.min_gain) * self.limits.step_in_sites / len(self.sites)
+
     def _place(self, each: BudgetSite, calibration: SiteCalibration, names: Sequence[str]) -> Place:
         now = calibration.seconds(None)
         place: Place = [(None, Item(0.0, _costs(each.site, None, now, names)))]
         for candidate, error in each.errors.items():
             seconds = calibration.seconds(candidate)
-            if now / seconds >= each.policy.min_gain:
+            estimated = self.times.estimated_gain(self.policy.cost, each.site, candidate)
+            if gains_enough(now / seconds, estimated, each.policy.min_gain):
                 place.append((candidate, Item(error**2, _costs(each.site, candidate, seconds, names))))
         return _undominated(place)
 

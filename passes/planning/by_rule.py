@@ -39,7 +39,7 @@ def decide_by_rule(
     timed = [each for each in decisions if isinstance(each, Proposal) and each.wish.is_timed]
     times.prepare(TimingRequest(each.wish.in_force.cost, each.wish.site, each.candidates) for each in timed)
     settled: list[SitePlan] = processes.broadcast_object(
-        [each.settle(_gain(each.wish, times)) if isinstance(each, Proposal) else each for each in decisions]
+        [_settle(each, times) if isinstance(each, Proposal) else each for each in decisions]
     )
     for plan, proposal in zip(settled, decisions, strict=True):
         if isinstance(proposal, Proposal) and plan.scheme != proposal.candidates[0].scheme.name:
@@ -58,6 +58,10 @@ def _doubtful(wishes: Sequence[SiteWish], times: SiteTimes) -> Iterator[TimingRe
 
 def _gain(wish: SiteWish, times: SiteTimes) -> Gain:
     return partial(times.gain, wish.policy.cost) if wish.policy is not None else lambda site, chain: 1.0
+
+
+def _settle(proposal: Proposal, times: SiteTimes) -> SitePlan:
+    return proposal.settle(_gain(proposal.wish, times), partial(times.estimated_gain, proposal.wish.in_force.cost))
 
 
 def _proposals(

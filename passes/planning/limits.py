@@ -27,6 +27,10 @@ class BudgetScope:
     """Parameters that belong to no site's weight."""
     step_seconds: float | None
     """Measured time of the model's training step in seconds; None where it was not measured."""
+    step_doubt: float = 0.0
+    """Relative error that is to be expected of that time."""
+    load: float = 1.0
+    """The load of the machine now, see ``Timing``."""
 
     def beside(self, decided: Sequence[tuple[Site, SitePlan]]) -> BudgetScope:
         """Return the scope with more sites that are decided already."""
@@ -41,6 +45,8 @@ class Limits:
     scope: BudgetScope
     sites: Sequence[Site]
     calibration: Calibration
+    part: float = 1.0
+    """Part of the reduction in time that the sites are to make."""
 
     def of(self, name: str) -> float:
         """Return how much the sites may use of one thing, all together.
@@ -87,6 +93,11 @@ class Limits:
         decided = sum(keep(site, Reason.NO_GAIN).parameters_before for site in self.sites)
         return f" A share is of all {short_number(total)} parameters of the model; these sites have {short_number(decided)}."
 
+    @property
+    def step_in_sites(self) -> float:
+        """The time of the whole step in the scale of the sites' times."""
+        return self._step / self._scale
+
     def _fixed(self, name: str) -> int:
         return self.scope.other_parameters if name == "parameters" else 0
 
@@ -102,7 +113,7 @@ class Limits:
                 f"and a cost that measures, cost=tdfx.Measured()."
             )
         saved = sum(before - after for before, after in self._times_of_others())
-        return self._sites_now - ((self._step - self._wanted_seconds(name, value)) / self._scale - saved)
+        return self._sites_now - (self.part * (self._step - self._wanted_seconds(name, value)) / self._scale - saved)
 
     def _wanted_seconds(self, name: str, value: float) -> float:
         return self._step / value if name == "speedup" else value

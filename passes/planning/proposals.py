@@ -15,6 +15,7 @@ from tdfx.factors.registry import AUTO, get_scheme, scheme_for
 from tdfx.factors.scheme import Scheme
 from tdfx.layers.factorized import Factorized
 from tdfx.passes.planning.site_cost import Candidate, Chain, flops_of, keep, memory_of
+from tdfx.passes.planning.worthwhile import gains_enough
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan
 from tdfx.policies.policy import Policy
@@ -100,12 +101,12 @@ class Proposal:
     error: float | None = None
     """Error of the first candidate; None where the weight has no values."""
 
-    def settle(self, gain: Gain) -> SitePlan:
+    def settle(self, gain: Gain, estimated_gain: Gain) -> SitePlan:
         """Return the decision: the candidate that gains most, unless not even that gains enough."""
         site, policy = self.wish.site, self.wish.in_force
         gains = {candidate: gain(site, candidate) for candidate in self.candidates}
         best = max(gains, key=gains.__getitem__)
-        if gains[best] < policy.min_gain:
+        if not gains_enough(gains[best], estimated_gain(site, best), policy.min_gain):
             if self.kept.reason is Reason.FACTORIZED:
                 return self.kept
             return replace(self.kept, note=_why_no_gain(best.ranks, self.note, policy), gain=gains[best])

@@ -18,6 +18,7 @@ from tdfx.passes.planning.site_cost import Candidate, current_chain, is_lazy, ke
 from tdfx.passes.planning.spectra import SpectrumCache
 from tdfx.passes.planning.times import SiteTimes
 from tdfx.passes.planning.weights import check_weight
+from tdfx.passes.planning.worthwhile import is_in_vain, uncertainty, without
 from tdfx.passes.program import Program
 from tdfx.plans.plan import Plan, Reason, SitePlan
 from tdfx.policies.policy import Policy
@@ -66,7 +67,7 @@ class Select(Pass[Selected]):
         other_parameters = _other_parameters(program)
         if isinstance(self.policy.rank, Budget):
             others = tuple((wish.site, decision) for wish, decision in zip(by_rule, decided, strict=True))
-            scope = BudgetScope(others, other_parameters, program.step_seconds)
+            scope = BudgetScope(others, other_parameters, program.step_seconds, program.step_doubt, program.load)
             solved, notes = decide_by_budget(self.policy, budgeted, scope, times, cache, processes)
             decided += _with_seconds(budgeted, solved, times)
         decisions = {decision.name: decision for decision in decided}
@@ -79,6 +80,13 @@ class Select(Pass[Selected]):
             other_parameters=other_parameters,
             step_seconds=program.step_seconds,
         )
+        plan = replace(plan, uncertainty=uncertainty(plan, program.step_doubt))
+        if is_in_vain(plan, self.policy):
+            cut = [wish.site for wish in budgeted if decisions[wish.site.name].factorized]
+            plan = without(plan, {site.name: keep(site, Reason.NO_GAIN) for site in cut}, self.policy)
+            plan = replace(plan, uncertainty=uncertainty(plan, program.step_doubt))
+            for site in cut:
+                cache.evict(site)
         plan = processes.broadcast_object(plan)
         changes = tuple(Change(each.name, f"{each.scheme} at {each.ranks}") for each in plan.factorized)
         return Selected(replace(program, plan=plan), changes, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tdfx.cost.machine import describe_machine
 from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.cost.setting import computing_in
-from tdfx.cost.timing import Timing, take_turns, time_once
+from tdfx.cost.timing import Timing, take_turns
 from tdfx.errors import InputError, PolicyError, TdfxError
 from tdfx.passes.analysis.observe import Inputs, split_inputs
 from tdfx.passes.analysis.sandbox import clone_parameters, isolated, remove_hooks, scratch_copy
 from tdfx.passes.base import Pass, PassResult
+from tdfx.passes.planning.beside import StepTime, time_beside
 from tdfx.passes.program import Program
 
 _PART, _PART_TO_SHOW = 0.5, 0.2
@@ -30,8 +33,8 @@ _ADVICE = (
     "Pass inputs that it trains on, or a policy whose budget and cost need no times: flops=, parameters=, "
     "cost=tdfx.Modelled()."
 )
-_AGREES = 1.25
-"""Two times of a step agree if neither is more than this many times the other."""
+_MOST_DOUBT = 0.3
+"""Relative error above which the time of a step is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,9 @@ class TimeStep(Pass[Timed]):
     """Time forward and backward of a scratch copy in train mode, and add the optimizer's share as the cost counts it.
 
     If ``strict``, a step that cannot be timed is an error; else it is a note, if a budget ``needed`` it. A first sample that
-    agrees with ``loop_seconds``, the time of a step in the training loop, needs no others.
+    agrees with ``loop_seconds``, the time of a step in the training loop, or with what the cache knows of the same step,
+    needs no others; then the known time counts, so that plans do not change with the noise. What contradicts is timed again,
+    and noted if it stays so.
     """
 
     name = "time_step"
@@ -81,30 +86,39 @@ class TimeStep(Pass[Timed]):
         others for ever.
         """
         if program.shards:
-            return Timed(_with_note(program, "a model in shards runs on all processes together"))
+            return Timed(_with_note(program, _not_timed("a model in shards runs on all processes together")))
         began = time.perf_counter()
         try:
             with program.processes.raise_on_all():
-                seconds = program.processes.broadcast_object(self._seconds(program))
+                timed = program.processes.broadcast_object(self._timed(program))
         except InputError as error:
             if self.strict:
                 raise
-            return Timed(_with_note(program, str(error)) if self.needed else program)
-        return Timed(replace(program, step_seconds=seconds), spent=time.perf_counter() - began)
+            return Timed(_with_note(program, _not_timed(str(error))) if self.needed else program)
+        step, notes = timed
+        program = replace(
+            program,
+            step_seconds=None if math.isnan(step.seconds) else step.seconds,
+            step_doubt=step.doubt,
+            load=step.load,
+            notes=(*program.notes, *notes),
+        )
+        return Timed(program, spent=time.perf_counter() - began)
 
-    def _seconds(self, program: Program) -> float:
+    def _timed(self, program: Program) -> tuple[StepTime, list[str]]:
+        """Return the time of a step, not a number if there is no relying on it, and notes."""
         try:
             step = TrainingStep(program.module, self.inputs, self.cost.autocast)
             trained = sum(parameter.numel() for parameter in step.trained)
-            update = program.processes.on_rank0(partial(self.cost.update_seconds, trained, step.device))
-            agree = program.processes.broadcast_object
-            if (loop_seconds := agree(self.loop_seconds)) is not None:
-                with isolated(step.module):
-                    seconds: float = agree(time_once(step.gradients, step.device)) + update
-                if 1 / _AGREES < seconds / loop_seconds < _AGREES:
-                    return seconds
-            (timing,) = time_steps([step], most_seconds=agree(self._most_seconds), agree=agree)
-            return timing.seconds + update
+            processes = program.processes
+            update = processes.on_rank0(partial(self.cost.update_seconds, trained, step.device))
+            if isinstance(self.cost, Measured):
+                loop_seconds = None if self.loop_seconds is None else self.loop_seconds - update
+                most_seconds = self._most_seconds
+                timed, notes = time_beside(step, program.sites, self.cost, loop_seconds, most_seconds, processes)
+            else:
+                (timing,) = time_steps([step], agree=processes.broadcast_object)
+                timed, notes = StepTime.alone(timing), []
         except TdfxError:
             raise
         except Exception as error:  # whatever a backward raises, all processes have to hear of it
@@ -112,6 +126,10 @@ class TimeStep(Pass[Timed]):
                 f"The training step of {type(program.module).__name__} on the example inputs cannot be timed: "
                 f"{type(error).__name__}: {error}. {_ADVICE}"
             ) from error
+        if timed.doubt <= _MOST_DOUBT or self.strict:
+            return replace(timed, seconds=timed.seconds + update), notes
+        varies = f"its time varies by {timed.doubt:.0%}, as on a busy machine; the layers' own times decide"
+        return replace(timed, seconds=math.nan), [*notes, _not_timed(varies)] if self.needed else notes
 
     @property
     def _most_seconds(self) -> float:
@@ -123,12 +141,17 @@ class TimeStep(Pass[Timed]):
         """The time is known, unless it need not be, and nothing else has changed."""
         after = result.program
         self.check((after.step_seconds or 0.0) > 0 or not self.strict, "the step was timed")
-        unchanged = replace(after, step_seconds=before.step_seconds, notes=before.notes) == before
-        self.check(unchanged, "nothing else has changed")
+        names = ("step_seconds", "step_doubt", "load", "notes")
+        same = {name: getattr(before, name) for name in names}
+        self.check(replace(after, **same) == before, "nothing else has changed")
 
 
-def _with_note(program: Program, why: str) -> Program:
-    return replace(program, notes=(*program.notes, f"the step as a whole was not timed, only its sites: {why}"))
+def _not_timed(why: str) -> str:
+    return f"the step as a whole was not timed, only its sites: {why}"
+
+
+def _with_note(program: Program, note: str) -> Program:
+    return replace(program, notes=(*program.notes, note))
 
 
 class TrainingStep:
@@ -156,6 +179,24 @@ class TrainingStep:
                 f"timed: {type(error).__name__}: {error}. {_ADVICE}"
             ) from error
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    @property
+    def key(self) -> str:
+        """A key for the time of the step: the machine, and a digest of the model's form and of the shapes of its inputs."""
+        tensors = [
+            *self.module.state_dict(keep_vars=True).items(),
+            *enumerate(tree_leaves((self.arguments, self.named))),
+        ]
+        shapes = [
+            (name, value.shape, value.stride(), value.dtype, value.requires_grad)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in tensors
+        ]
+        form = (
+            f"{type(self.module).__name__} {self.module!r} {getattr(self.module, 'code', '')} {shapes} {self.autocast}"
+        )
+        return f"{describe_machine(self.device)} step {hashlib.sha256(form.encode()).hexdigest()}"
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Return the gradient of the loss for each parameter in ``trained``; None for one that the loss does not need."""

@@ -30,8 +30,15 @@ _FRESH = 60.0
 """Seconds for which a time is that of the machine as it is now."""
 _measured_at: dict[str, float] = {}
 """Key -> when this process measured the time, by the clock."""
+_loads: dict[str, float] = {}
+"""Key -> the load of the machine when its time was taken: 2 if other processes had the processor for half of that time."""
 _provisional: set[str] = set()
 """Keys of times with too few samples for lack of time; they count in this process, and are not kept on disk."""
+_BUSY, _QUIET = 1.5, 1.1
+"""Loads of a machine on which few samples have to do, since there is never time for more, and of one where they need not:
+what was timed on the one is timed again on the other."""
+_load_now: list[float] = []
+"""The load of the machine at each measurement of this process; the last one counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +90,11 @@ class Measured:
         cases = [case for group in groups for case in group]
         flows = [(case, flow) for case in cases if (flow := case[1]) is not None and flow.setting.device_type != "meta"]
         keys = {case: self._key(case[0], flow) for case, flow in flows}
-        unknown = [key for key in dict.fromkeys(keys.values()) if key not in _known]
-        if self.cache and unknown:
-            _known.update(Store(cache_folder()).get(unknown))
+        self._read(keys.values())
+        if _load_now and _load_now[-1] < _QUIET:
+            for key in keys.values():
+                if _loads.get(key, 1.0) > _BUSY:
+                    _known.pop(key, None)
         work = self._unknown(groups, keys)
         # Each group may take its share of the time that is left, so that the last groups are measured too.
         weights = [sum(self.modelled.seconds(*case) for case in missing) for _, missing in work]
@@ -99,13 +108,47 @@ class Measured:
                     _known.update(times)
                     measured.update(times)
                 advance(len(missing))
-        if self.cache and measured - _provisional:
-            Store(cache_folder()).put({key: _known[key] for key in measured - _provisional})
+        self._write(measured - _provisional)
         return {
             case: _known[keys[case]] + self.update_seconds(parameters(case[0]), flow.setting.device)
             for case, flow in flows
             if keys[case] in _known
         }
+
+    def recall(self, names: Iterable[str | Case]) -> dict[str | Case, tuple[float, float]]:
+        """Return times that were measured before, without the optimizer's share, and the loads of the machine then."""
+        keys = {name: self._key_of(name) for name in names}
+        self._read(keys.values())
+        return {name: (_known[key], _loads.get(key, 1.0)) for name, key in keys.items() if key in _known}
+
+    def record(self, times: Mapping[str | Case, tuple[float, float]], load: float) -> None:
+        """Keep times of cases, or of anything under a name of its own, with their loads; ``load`` is that of now."""
+        _load_now[:] = [load]
+        keys = {self._key_of(name): pair for name, pair in times.items()}
+        _known.update({key: seconds for key, (seconds, _) in keys.items()})
+        _loads.update({key: load for key, (_, load) in keys.items()})
+        _measured_at.update(dict.fromkeys(keys, time.perf_counter()))
+        self._write(keys)
+
+    def _read(self, keys: Iterable[str]) -> None:
+        """Read times from disk that this process does not know."""
+        unknown = [key for key in dict.fromkeys(keys) if key not in _known]
+        if self.cache and unknown:
+            store = Store(cache_folder())
+            _known.update(store.get(unknown))
+            _loads.update(store.loads(unknown))
+
+    def _write(self, keys: Iterable[str]) -> None:
+        """Keep times on disk."""
+        if self.cache and (times := {key: _known[key] for key in keys}):
+            Store(cache_folder()).put(times, {key: _loads[key] for key in times if key in _loads})
+
+    def _key_of(self, name: str | Case) -> str:
+        if isinstance(name, str):
+            return name
+        chain, flow = name
+        assert flow is not None
+        return self._key(chain, flow)
 
     def _unknown(self, groups: Iterable[Sequence[Case]], keys: Mapping[Case, str]) -> list[tuple[Case, list[Case]]]:
         """Return the first case of each group and its cases of unknown time, each key once."""
@@ -138,18 +181,24 @@ class Measured:
         again = [first] if keys[first] in _known and is_old else []
         timings = self._time([*again, *missing], most_seconds)
         _measured_at.update({keys[case]: time.perf_counter() for case in timings})
-        _provisional.update(keys[case] for case, timing in timings.items() if not timing.is_settled(self.rounds))
+        _loads.update({keys[case]: timing.load for case, timing in timings.items() if case in missing})
+        few = [case for case, timing in timings.items() if not timing.is_settled(self.rounds) and timing.load < _BUSY]
+        _provisional.update(keys[case] for case in few)
         ratios = [_known[keys[first]] / timings[first].seconds for first in again if first in timings]
         return {keys[case]: timings[case].seconds * (ratios or [1.0])[0] for case in missing if case in timings}
+
+    def workload(self, case: Case, shares: Sequence[Workload] = ()) -> Workload:
+        """Return what is timed for a case, sharing inputs with others of the same shapes."""
+        chain, flow = case
+        assert flow is not None
+        return Workload(chain, replace(flow, setting=self._setting(flow)), shares)
 
     def _time(self, cases: Sequence[Case], most_seconds: float) -> dict[Case, Timing]:
         """Time cases in turns; a case that cannot be run alone, for lack of memory or of a kernel, is left out."""
         works: dict[Case, Workload] = {}
         for case in cases:
-            chain, flow = case
-            assert flow is not None
             try:
-                works[case] = Workload(chain, replace(flow, setting=self._setting(flow)), tuple(works.values()))
+                works[case] = self.workload(case, tuple(works.values()))
             except RuntimeError as error:
                 raise_if_broken(error)
         if not works:

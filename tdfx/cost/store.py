@@ -19,6 +19,8 @@ _MOST_ROWS = 200_000
 _WAIT = 5.0
 """Seconds to wait for another process that is writing."""
 _SCHEMA = "CREATE TABLE IF NOT EXISTS times (key BLOB PRIMARY KEY, seconds REAL NOT NULL, at REAL NOT NULL)"
+_LOAD = "ALTER TABLE times ADD COLUMN load REAL NOT NULL DEFAULT 1.0"
+"""Adds what files of earlier versions do not have."""
 
 
 def cache_folder() -> Path:
@@ -55,14 +57,25 @@ class Store:
                 times.update((key, float(seconds)) for (seconds,) in rows)
         return times
 
-    def put(self, times: Mapping[str, float]) -> None:
-        """Keep times in seconds by key, either all or none of them."""
-        now = time.time()
+    def loads(self, keys: Sequence[str]) -> dict[str, float]:
+        """Return for each key that is known the load of the machine when its time was taken; 1 is an idle one."""
+        loads: dict[str, float] = {}
+        with contextlib.suppress(sqlite3.Error, OSError), self._open() as connection:
+            for key in keys:
+                rows = connection.execute("SELECT load FROM times WHERE key = ?", (_digest(key),))
+                loads.update((key, float(load)) for (load,) in rows)
+        return loads
+
+    def put(self, times: Mapping[str, float], loads: Mapping[str, float] | None = None) -> None:
+        """Keep times in seconds by key, either all or none of them, and the loads under which they were taken."""
+        now, loads = time.time(), loads or {}
         with contextlib.suppress(sqlite3.Error, OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._open(create=True) as connection:
-                rows = [(_digest(key), seconds, now) for key, seconds in times.items()]
-                connection.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?)", rows)
+                rows = [(_digest(key), seconds, now, loads.get(key, 1.0)) for key, seconds in times.items()]
+                connection.executemany(
+                    "INSERT OR REPLACE INTO times (key, seconds, at, load) VALUES (?, ?, ?, ?)", rows
+                )
                 oldest = "SELECT key FROM times ORDER BY at DESC LIMIT -1 OFFSET ?"
                 connection.execute(f"DELETE FROM times WHERE key IN ({oldest})", (_MOST_ROWS,))
 
@@ -93,6 +106,8 @@ class Store:
         with contextlib.closing(sqlite3.connect(self.file, timeout=_WAIT)) as connection, connection:
             if create:
                 connection.execute(_SCHEMA)
+                if "load" not in {row[1] for row in connection.execute("PRAGMA table_info(times)")}:
+                    connection.execute(_LOAD)
             yield connection
 
 

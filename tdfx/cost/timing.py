@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from tdfx.cost.waiting import waiting_time
 from tdfx.devices import current, synchronize
 
 _SHORTEST = 1e-3
@@ -22,6 +24,8 @@ _OUTLIER = 1.25
 """A sample this many times longer than the shortest was disturbed: nothing makes a run faster than it is."""
 _AGREES = 1.05
 """Two samples of which neither is more than this many times the other need no third."""
+_LEAST_WORK = 0.01
+"""Share of a sample's time that counts as work in any case, as the two clocks differ a little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +33,14 @@ class Timing:
     """How long one function took."""
 
     samples: tuple[float, ...]
-    """Seconds of each sample, in the order in which they were taken."""
+    """Seconds of each sample, in the order in which they were taken; time without a processor does not count."""
+    load: float = 1.0
+    """How many times longer all samples took by the clock on the wall: 2 if other processes had the processor for half of
+    that time."""
 
     def divided(self, parts: int) -> Timing:
         """Return the times of one of several equal parts."""
-        return Timing(tuple(sample / parts for sample in self.samples))
+        return replace(self, samples=tuple(sample / parts for sample in self.samples))
 
     @property
     def trusted(self) -> tuple[float, ...]:
@@ -67,8 +74,9 @@ def take_turns(
     rounds: int = 3,
     most_seconds: float = math.inf,
     warmups: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
     agree: Callable[[float], float] = float,
+    every_round: bool = False,
 ) -> list[Timing]:
     """Time some functions in turns (A B C A B C ...), each sample between two waits for the device.
 
@@ -81,63 +89,82 @@ def take_turns(
         rounds: Trusted samples to take of each, at least 1; two are enough where they agree closely.
         most_seconds: About how long all of it may take; a round that would exceed it is not begun, apart from the first.
         warmups: Calls of each before the first sample, at least 1; a short function is called once more.
+        clock: Returns the time in seconds. Left out, it is the clock on the wall, and on a CPU the time for which other
+            processes had the processor is taken off each sample, where the system says how long that was.
         agree: Maps a number of this process to that of all processes that take the same turns together, so that they call
             the functions equally often: functions that communicate would wait for one another otherwise.
+        every_round: Whether all functions take part in all rounds, so that their samples can be compared round by round.
     """
-    with current(device):
-        return _take_turns(runs, partial(synchronize, device), rounds, most_seconds, warmups, clock, agree)
+    with current(device), _waited(device, clock) as waited:
+        sample = partial(_sample, partial(synchronize, device), clock or time.perf_counter, waited, agree)
+        return _take_turns(runs, sample, rounds, most_seconds, warmups, clock or time.perf_counter, agree, every_round)
+
+
+@contextmanager
+def _waited(device: torch.device | str, clock: Callable[[], float] | None) -> Iterator[Callable[[], float]]:
+    """Yield a function that returns for how long this thread has waited for a processor; 0 where that does not matter."""
+    if clock is None and torch.device(device).type == "cpu":
+        with waiting_time() as waited:
+            yield waited
+    else:
+        yield lambda: 0.0
+
+
+def _sample(
+    wait: Callable[[], None],
+    clock: Callable[[], float],
+    waited: Callable[[], float],
+    agree: Callable[[float], float],
+    run: Callable[[], object],
+    repeat: int,
+) -> tuple[float, float]:
+    """Return the seconds that one call works, and those for which it waits for a processor."""
+    wait()
+    start, waited_before = clock(), waited()
+    for _ in range(repeat):
+        run()
+    wait()
+    took, lost = clock() - start, waited() - waited_before
+    lost = min(lost, (1 - _LEAST_WORK) * took)
+    return agree((took - lost) / repeat), lost / repeat
 
 
 def _take_turns(
     runs: Sequence[Callable[[], object]],
-    wait: Callable[[], None],
+    sample: Callable[[Callable[[], object], int], tuple[float, float]],
     rounds: int,
     most_seconds: float,
     warmups: int,
     clock: Callable[[], float],
     agree: Callable[[float], float],
+    every_round: bool,
 ) -> list[Timing]:
     began = clock()
-
-    def sample(run: Callable[[], object], repeat: int) -> float:
-        wait()
-        start = clock()
-        for _ in range(repeat):
-            run()
-        wait()
-        return agree((clock() - start) / repeat)
-
     repeats = []
     for run in runs:
         for call in range(max(1, warmups) + 1):
-            took = sample(run, 1)
+            took, _ = sample(run, 1)
             # The first call is cold, and does not show how often a short function should be repeated.
             if call + 1 >= warmups and took > _LONG:
                 break
         repeats.append(max(1, math.ceil(_SHORTEST / max(took, 1e-9))) if took < _SHORTEST else 1)
     samples: list[list[float]] = [[] for _ in runs]
+    losses = [0.0 for _ in runs]
     for _ in range(2 * rounds):
         round_began = clock()
         for index, (run, times) in enumerate(zip(runs, samples, strict=True)):
-            if Timing(tuple(times)).is_settled(rounds):
+            if times and not every_round and Timing(tuple(times)).is_settled(rounds):
                 continue
-            seconds = sample(run, repeats[index])
-            if 2 * seconds * repeats[index] < _SHORTEST:
+            took, lost = sample(run, repeats[index])
+            if 2 * took * repeats[index] < _SHORTEST:
                 # The first call was slow for another reason: a library was loaded, or a kernel was chosen.
-                repeats[index] = math.ceil(_SHORTEST / max(seconds, 1e-9))
-                seconds = sample(run, repeats[index])
-            times.append(seconds)
+                repeats[index] = math.ceil(_SHORTEST / max(took, 1e-9))
+                took, lost = sample(run, repeats[index])
+            times.append(took)
+            losses[index] += lost
         now = clock()
         is_late = agree(now - began + (now - round_began)) > most_seconds
         if is_late or all(Timing(tuple(times)).is_settled(rounds) for times in samples):
             break
-    return [Timing(tuple(times)) for times in samples]
-
-
-def time_once(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """Return the seconds of one call, between two waits for the device; a first call may be cold."""
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
+    pairs = zip(samples, losses, strict=True)
+    return [Timing(tuple(times), 1 + lost / max(sum(times), 1e-12)) for times, lost in pairs]

@@ -139,6 +139,9 @@ class Decisions:
     """Parameters of the model that belong to no site's weight: biases, norms, embeddings."""
     step_seconds: float | None = None
     """Measured time of the model's training step as it is now, in seconds; None where it was not measured."""
+    uncertainty: float | None = None
+    """Relative error to be expected of ``step_seconds_after``, at least 0: 0.05 for five percent; None where that is not
+    predicted."""
 
     def __iter__(self) -> Iterator[SitePlan]:
         return iter(self.sites)
@@ -198,7 +201,16 @@ class Decisions:
         return None if self.step_seconds is None else self.predicted_seconds(self.step_seconds)
 
     def predicted_seconds(self, step_seconds: float) -> float:
-        """Return how long a training step is predicted to take after the rewrite, from how long it takes now, in seconds."""
+        """Return how long a training step is predicted to take after the rewrite, from how long it takes now, in seconds.
+
+        Where the plan knows the time of the step, it takes as many times longer after the rewrite as now, since a busy
+        machine makes all of it slower.
+        """
+        if self.step_seconds is not None and self.step_seconds > 0:
+            return self._predicted(self.step_seconds) * (step_seconds / self.step_seconds)
+        return self._predicted(step_seconds)
+
+    def _predicted(self, step_seconds: float) -> float:
         times = [(site.seconds_before, site.seconds_after) for site in self.sites]
         measured = [(before, after) for before, after in times if before is not None and after is not None]
         share = part_of_step(sum(before for before, _ in measured), step_seconds)

@@ -225,7 +225,8 @@ def _predicted(plan: Decisions) -> str:
     before, after = plan.step_seconds, plan.step_seconds_after
     if before is None or after is None or before == after:
         return ""
-    return f", predicted {milliseconds(after, after)} ms after the rewrite ({times_faster(before, after)})"
+    within = f", within {plan.uncertainty:.0%}" if plan.uncertainty else ""
+    return f", predicted {milliseconds(after, after)} ms after the rewrite ({times_faster(before, after)}{within})"
 
 
 def _in_metric(plan: Decisions) -> str:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from tdfx.api import record_dense
 from tdfx.devices import synchronize
-from tdfx.distributed.processes import Processes
+from tdfx.kinds.registry import find_kind
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.analysis.loop import LoopWatch
 from tdfx.passes.analysis.moments import Moments
@@ -29,7 +29,7 @@ from tdfx.policies.policy import Policy
 from tdfx.training.methods.rewarm import Rewarm, check_rates
 from tdfx.training.switch.collect import COLLECTED_STEPS, Collection, wants_moments
 from tdfx.training.switch.follow_up import FactorRates, log_switch
-from tdfx.training.switch.pays_off import cap_measuring_time, pays_off
+from tdfx.training.switch.pays_off import cannot_pay, cap_measuring_time, pays_off
 from tdfx.training.switch.replaced import ModelGuard, ReplacedModel
 from tdfx.training.switch.settle import look_at_ranks
 from tdfx.training.switch.state import TIMED_STEPS, SwitchState
@@ -58,11 +58,12 @@ class Switch(SwitchStatus):
     Args:
         policy: What to rewrite and how far; ``Policy()`` for None.
         when: ``AtStep``, ``AtEpoch`` or ``Settled``. Left out, it is an early step of ``total_steps``: see ``early``.
-        total_steps: Steps of the whole training. With it the model is switched only if the steps that are left are predicted
-            to save more time than making the plan took plus ``recompile_seconds``. Step times are measured; the share of a
-            step that is saved comes from the plan's measurements, or else from the sites' modelled times, as if nothing else
-            took time. Measuring layers takes at most a fiftieth of the time left, or the time of ten steps; the
-            remaining layers are estimated.
+        total_steps: Steps of the whole training. With it a plan is made only if the steps that are left can save more time
+            than a plan and a rewrite are estimated to take, and the model is switched only if they are predicted to save
+            more than the rewrite and ``recompile_seconds``: what the plan took is spent by then. Step times are measured;
+            the share of a step that is saved comes from the plan's measurements, or else from the sites' modelled times, as
+            if nothing else took time. Measuring layers takes at most a fiftieth of the time left, or the time of ten
+            steps; the remaining layers are estimated.
         weigh: Whether the model is switched only if that pays; False switches in any case. Only with ``total_steps``.
         recompile_seconds: Time to compile or capture the rewritten model, in seconds; 0 for a compiled model means the
             time that ``torch.compile`` has taken in this process so far.
@@ -219,7 +220,13 @@ class Switch(SwitchStatus):
                 why = self._look(self.when, wrapped, inputs, emit)
             if why is None:
                 return model
-            planned, pays, verdict = self._plan_switch(model, wrapped.processes, inputs, emit, moments)
+            left, step_seconds, compiling = self._steps_left(wrapped)
+            if late := self._cannot_pay(wrapped.model, left, step_seconds, compiling, times=inputs is not None):
+                self._state = replace(
+                    self._state.record("too_late", self._wanted(wrapped.model), late), watch=None, done=True
+                )
+                return model
+            planned, pays, verdict = self._plan_switch(model, inputs, emit, moments, left, step_seconds, compiling)
             names = [site.name for site in planned.plan.factorized]
             if names and pays:
                 model = self._rewrite(model, planned, **arguments)
@@ -236,29 +243,57 @@ class Switch(SwitchStatus):
         self._spend("watching", began)
         return why
 
+    def _steps_left(self, wrapped: Unwrapped) -> tuple[int, float, float]:
+        """Return how many steps are left, 0 if unknown, the time of one, negative if unknown, and that of compiling again.
+
+        They are the same on all processes.
+        """
+        step_seconds, compiling = statistics.median(self._state.times or [-1.0]), self.recompile_seconds
+        if self.total_steps is None:
+            return 0, step_seconds, compiling
+        if not compiling and wrapped.compiled:
+            compiling = seconds_spent_compiling()
+        left = max(0, self.total_steps - self.steps)
+        left, step_seconds, compiling = wrapped.processes.broadcast_object([left, step_seconds, compiling])
+        return left, step_seconds, compiling
+
+    def _cannot_pay(
+        self, model: nn.Module, left: int, step_seconds: float, compiling: float, *, times: bool
+    ) -> str | None:
+        """Return why it is too late for a switch whatever a plan would say, or None if it is not."""
+        if self.total_steps is None or not self.weigh:
+            return None
+        policy = cap_measuring_time(self.policy, left, step_seconds)
+        return cannot_pay(policy, model.parameters(), left, step_seconds, compiling, times=times)
+
+    def _wanted(self, model: nn.Module) -> list[str]:
+        """Return the layers that the policy wants to rewrite."""
+        layers = (name for name, layer in model.named_modules() if find_kind(layer) is not None)
+        return [name for name in layers if self.policy.for_site(name) is not None]
+
     def _plan_switch(
-        self, model: nn.Module, processes: Processes, inputs: Inputs | None, emit: Emit, moments: Moments | None
+        self,
+        model: nn.Module,
+        inputs: Inputs | None,
+        emit: Emit,
+        moments: Moments | None,
+        left: int,
+        step_seconds: float,
+        compiling: float,
     ) -> tuple[PlannedRewrite, bool, str]:
         """Return what would be switched, whether it pays off, and why."""
         began = self._clock()
         policy = self._state.policy_for_rest(self.policy)
-        left, step_seconds = 0, statistics.median(self._state.times or [-1.0])
         if self.total_steps is not None:
-            left, step_seconds = processes.broadcast_object([max(0, self.total_steps - self.steps), step_seconds])
             policy = cap_measuring_time(policy, left, step_seconds)
         loop_seconds = step_seconds if step_seconds > 0 else None
         planned = plan_rewrite(model, policy, inputs, emit, moments, loop_seconds, self._loop.settings)
-        compiling = self.recompile_seconds
-        if not compiling and planned.unwrapped.compiled:
-            compiling = seconds_spent_compiling()
-        planning, compiling = processes.broadcast_object([self._clock() - began, compiling])
         self._spend("planning", began)
         if self.total_steps is None or not self.weigh or not planned.plan.factorized:
             return planned, True, ""
         # All arguments are the same on all processes.
         seconds = modelled_seconds(self.policy, planned.planned.program)
-        pays = pays_off(planned.plan, seconds, left, step_seconds, planning, compiling)
-        return planned, *pays
+        return planned, *pays_off(planned.plan, seconds, left, step_seconds, compiling)
 
     def _rewrite(
         self,
