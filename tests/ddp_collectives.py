@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import pytest
@@ -75,7 +76,10 @@ def batch(scale: float = 1.0) -> Tensor:
 
 
 def check_a_step_with_a_collective_is_timed_by_all_processes_together() -> None:
-    plan = tdfx.plan(DDP(SyncNet()), TIMED, example_inputs=(batch(),))
+    with pytest.MonkeyPatch.context() as patch:
+        # Two processes that wait for each other on a busy machine may take very different times.
+        patch.setattr("tdfx.passes.planning.step_time._MOST_DOUBT", math.inf)
+        plan = tdfx.plan(DDP(SyncNet()), TIMED, example_inputs=(batch(),))
     assert plan.step_seconds is not None
     assert plan.step_seconds > 0
     assert not any("not timed" in note for note in plan.notes), plan.notes

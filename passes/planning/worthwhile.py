@@ -23,6 +23,10 @@ _SURE = 0.15
 """Relative error of a step's time that is no reason to be careful."""
 _CARE = 0.25
 """Share of an estimated reduction in time that is left out for each busy process that shares the processor."""
+_LEAST_CARE = 0.1
+"""The same on any busy machine."""
+_BUSY, _FEW = 1.1, 0.1
+"""Load of a machine above which it is busy, and share of a reduction in time that may rest on estimates there."""
 _MOST_CARE = 0.5
 """Share of a reduction in time that is left out at the most because it is not sure."""
 _MEASURED, _ESTIMATED = 0.05, 0.2
@@ -60,10 +64,11 @@ def worthwhile(place: Place, least_rate: float) -> Place:
 def sure_part(estimated: float, step_doubt: float, load: float) -> float:
     """Return the part of a reduction in time to make, where a share of it is ``estimated``, on a machine under a load.
 
-    >>> sure_part(1.0, 0.03, 1.0), sure_part(0.0, 0.03, 6.0), sure_part(1.0, 0.03, 2.0)
-    (1.0, 1.0, 0.75)
+    >>> sure_part(1.0, 0.03, 1.0), sure_part(0.0, 0.03, 6.0), sure_part(1.0, 0.03, 3.0), sure_part(0.2, 0.03, 1.2)
+    (1.0, 1.0, 0.5, 0.9)
     """
-    return 1 - min(_MOST_CARE, max(0.0, (load - 1) * _CARE * estimated, step_doubt - _SURE))
+    of_estimates = max((load - 1) * _CARE * estimated, _LEAST_CARE) if load > _BUSY and estimated > _FEW else 0.0
+    return 1 - min(_MOST_CARE, max(of_estimates, step_doubt - _SURE))
 
 
 def uncertainty(plan: Plan, step_doubt: float) -> float | None:
