@@ -99,8 +99,10 @@ def make_plan(
             program = ObserveInputs(inputs, loop)(program).program
             if loop is None and isinstance(policy.cost, MeasuringCost) and policy.cost.autocast is None:
                 warn_of_full_precision(flow for site in program.sites for flow in site.flows or ())
-            # Where every site is rewritten whatever it costs, nothing is timed; in shards only what a budget needs.
-            timed_anyway = policy.min_gain > 0 and not program.shards
+            # Where no site is decided, or every one is rewritten whatever it costs, nothing is timed; in shards only what a
+            # budget needs.
+            is_wanted = any(site.is_open and policy.for_site(*site.names) is not None for site in program.sites)
+            timed_anyway = is_wanted and policy.min_gain > 0 and not program.shards
             if isinstance(policy.cost, MeasuringCost) and (budget is not None or timed_anyway):
                 timed = TimeStep(
                     inputs,

@@ -113,12 +113,12 @@ def change_attribute(model: ModelProto) -> str | None:
 
 
 def perturb_weight(model: ModelProto) -> str | None:
-    """Add a hundredth of the largest value to one value of the last bias."""
+    """Add the largest value of the last bias to one of its values."""
     gemm = _last(model, "Gemm")
     assert gemm is not None
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == gemm.input[2])
     values = numpy_helper.to_array(tensor).copy()
-    values.flat[values.size // 2] += 0.01 * np.abs(values).max()
+    values.flat[values.size // 2] += np.abs(values).max()
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     return str(tensor.name)
 

@@ -313,7 +313,7 @@ def test_a_single_slow_call_is_no_sample_of_a_short_function() -> None:
 
     (timing,) = take_turns([run], rounds=3, clock=lambda: now[0])
     assert timing.seconds == pytest.approx(1e-5)
-    assert now[0] > 1.0 + 3 * 1e-3 * 0.99
+    assert now[0] > 1.0 + 2 * 1e-3 * 0.99  # two samples agree
 
 
 def test_the_step_times_of_a_loop_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def test_the_former_fsdp_is_refused() -> None:
 
 
 def test_tdfx_does_not_import_what_fsdp_needs() -> None:
-    code = "import sys, torch; before = set(sys.modules); import tdfx; print(*set(sys.modules) - before)"
+    code = "import sys, torch; before = set(sys.modules); import tdfx; tdfx.rewrite; print(*set(sys.modules) - before)"
     environment = {**os.environ, "PYTHONPATH": str(Path(tdfx.__file__).resolve().parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     imported = done.stdout.split()

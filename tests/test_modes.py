@@ -324,7 +324,7 @@ class ReadsInEval(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x if float(x.sum()) < 1e9 else x + 1)  # torch.fx cannot trace this
-        out: Tensor = self.second(x) if self.training else x @ self.second.weight.T + self.second.bias
+        out: Tensor = self.second(x) if self.training else x * self.second.weight.sum(0) + self.second.bias
         return out
 
 

@@ -212,7 +212,7 @@ def test_a_compiled_model_is_compiled_again(tmp_path: Path) -> None:
     assert all(moved)
 
 
-@pytest.mark.parametrize("best", [PER_EPOCH - 2, 3 * PER_EPOCH])
+@pytest.mark.parametrize("best", [PER_EPOCH - 2, 3 * PER_EPOCH - 2])
 def test_the_best_checkpoint_is_loaded_at_the_end_whatever_its_form(tmp_path: Path, best: int) -> None:
     """The best checkpoint is from before or after the switch; the trained model is merged and has its outputs."""
 

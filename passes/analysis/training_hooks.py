@@ -311,7 +311,12 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _operation(layer: nn.Module) -> Operation | None:
-    return layer.operation if isinstance(layer, Factorized) else kind_of(layer).operation(layer)
+    """Return what a layer computes; None for a lazy layer that has no shape yet."""
+    if isinstance(layer, Factorized):
+        return layer.operation
+    kind = kind_of(layer)
+    is_lazy = isinstance(layer._parameters.get(kind.weight), UninitializedParameter)
+    return None if is_lazy else kind.operation(layer)
 
 
 def _is_matrix(value: object) -> bool:

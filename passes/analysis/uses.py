@@ -157,7 +157,8 @@ def _uses_through(node: fx.Node, view: View | None, is_view: bool = False) -> It
             yield None
         elif isinstance(call, ProductCall):
             on_parameter = call if view is None else call.on(view)
-            is_use = on_parameter is not None and on_parameter.layout(on_parameter.weight.shape) is not None
+            shape = getattr(on_parameter.weight, "shape", None) if on_parameter is not None else None  # a node has none
+            is_use = on_parameter is not None and shape is not None and on_parameter.layout(shape) is not None
             yield FunctionalUse(user, on_parameter) if on_parameter is not None and is_use else None
         else:
             yield FunctionalUse(user, call)

@@ -291,7 +291,9 @@ class BudgetSolver:
             seconds = calibration.seconds(candidate)
             estimated = self.times.estimated_gain(self.policy.cost, each.site, candidate)
             if gains_enough(now / seconds, estimated, each.policy.min_gain):
-                place.append((candidate, Item(error**2, _costs(each.site, candidate, seconds, names))))
+                # Rounded, so that of candidates that lose the same the cheapest counts, whatever the last digits are.
+                loss = float(f"{error**2:.6g}")
+                place.append((candidate, Item(loss, _costs(each.site, candidate, seconds, names))))
         return _undominated(place)
 
     def _out_of_reach(

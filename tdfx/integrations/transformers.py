@@ -15,14 +15,6 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from tdfx.checkpoint.sealed_file import read_sealed, write_sealed
-from tdfx.errors import CheckpointError
-from tdfx.integrations.adapter import TrainerAdapter, check_not_layer, refuse_engine
-from tdfx.integrations.moment import steps_per_epoch
-from tdfx.integrations.pretrained import FILE, load_pretrained, mark_config
-from tdfx.optim.surgery import as_optimizers
-from tdfx.wrappers.in_place import InPlaceModule, is_sharded
-
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
@@ -31,6 +23,14 @@ except ImportError as error:
         "tdfx.integrations.transformers is a callback for Transformers, which is not installed. Install it: "
         "pip install 'tdfx[transformers]'"
     ) from error
+
+from tdfx.checkpoint.sealed_file import read_sealed, write_sealed
+from tdfx.errors import CheckpointError
+from tdfx.integrations.adapter import TrainerAdapter, check_not_layer, refuse_engine
+from tdfx.integrations.moment import steps_per_epoch
+from tdfx.integrations.pretrained import FILE, load_pretrained, mark_config
+from tdfx.optim.surgery import as_optimizers
+from tdfx.wrappers.in_place import InPlaceModule, is_sharded
 
 __all__ = ["SwitchCallback", "load_pretrained"]
 
