@@ -103,7 +103,8 @@ def make_plan(
             # budget needs.
             is_wanted = any(site.is_open and policy.for_site(*site.names) is not None for site in program.sites)
             timed_anyway = is_wanted and policy.min_gain > 0 and not program.shards
-            if isinstance(policy.cost, MeasuringCost) and (budget is not None or timed_anyway):
+            timed_for_budget = budget is not None and (is_wanted or budget.strict)
+            if isinstance(policy.cost, MeasuringCost) and (timed_for_budget or timed_anyway):
                 timed = TimeStep(
                     inputs,
                     policy.cost,

@@ -217,5 +217,5 @@ def test_a_long_step_is_timed_less_often_so_that_there_is_time_for_its_sites(mon
         assert plan.step_seconds is not None
         assert plan.step_seconds > 0.05
         calls.append(len(slept))
-    # One sample in place of three.
-    assert calls[1] - calls[0] >= 2
+    # One sample in place of two or three.
+    assert calls[1] > calls[0]

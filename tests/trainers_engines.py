@@ -359,20 +359,20 @@ def _named(name: str, check: Callable[..., None], engine: str) -> tuple[str, Cal
 
 
 def _checks() -> Iterator[tuple[str, Callable[[Path], None]]]:
+    yield _named("check_lightning_trains_in_ddp", lightning_trains, "ddp")  # the others are compared with it
     for check in (lightning_trains, lightning_is_killed, lightning_is_too_late, lightning_is_refused):
-        for engine in ("ddp", "fsdp2"):
-            yield _named(f"check_{check.__name__}_in_{engine}", check, engine)
-    for check in (lightning_trains, lightning_is_killed):
-        yield _named(f"check_{check.__name__}_in_fsdp2_by_file", partial(check, at_once=False), "fsdp2")
+        yield _named(f"check_{check.__name__}_in_fsdp2", check, "fsdp2")
+    yield _named("check_lightning_trains_in_fsdp2_by_file", partial(lightning_trains, at_once=False), "fsdp2")
     # On CPUs, Accelerate can write full checkpoints of FSDP2, but waits for ever when it loads one.
-    best = partial(transformers_loads_the_best, best=1), partial(transformers_loads_the_best, best=2)
-    for engine in ("ddp", "fsdp2"):
-        for check in (transformers_trains, transformers_is_killed, transformers_is_too_late, transformers_is_refused):
-            yield _named(f"check_{check.__name__}_in_{engine}", check, engine)
-        one_file = partial(transformers_trains, sharded_files=False)
-        yield _named(f"check_transformers_trains_in_{engine}_in_one_file", one_file, engine)
-        for number, check_best in enumerate(best, 1):
-            yield _named(f"check_transformers_loads_the_best_{number}_in_{engine}", check_best, engine)
+    for check in (transformers_trains, transformers_is_killed):
+        yield _named(f"check_{check.__name__}_in_ddp", check, "ddp")
+    for check in (transformers_trains, transformers_is_killed, transformers_is_too_late, transformers_is_refused):
+        yield _named(f"check_{check.__name__}_in_fsdp2", check, "fsdp2")
+    one_file = partial(transformers_trains, sharded_files=False)
+    yield _named("check_transformers_trains_in_fsdp2_in_one_file", one_file, "fsdp2")
+    for best, engine in ((1, "fsdp2"), (2, "ddp")):
+        check_best = partial(transformers_loads_the_best, best=best)
+        yield _named(f"check_transformers_loads_the_best_{best}_in_{engine}", check_best, engine)
     yield from [(name, check) for name, check in globals().items() if name.startswith("check_")]
 
 
