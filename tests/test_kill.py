@@ -71,8 +71,8 @@ def same(first: Any, second: Any) -> bool:
 COUNTS = {"inside the rewrite": (1, 2), "inside the optimizer": (1, 2)}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, run: Run, optimizer: str) -> None:
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, run: Run) -> None:
+    optimizer = "adamw"
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     begin = time.perf_counter()

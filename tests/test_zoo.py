@@ -21,17 +21,8 @@ import tdfx
 
 pytestmark = needs("zoo.py")
 
-DOZEN = (
-    "mobilenet_v3_small",
-    "shufflenet_v2_x0_5",
-    "googlenet",
-    "swin_t",
-    "lraspp_mobilenet_v3_large",
-    "mc3_18",
-    "ssdlite320_mobilenet_v3_large",
-    "raft_small",
-)
-"""Depthwise, another forward in train mode, stochastic depth and windows, segmentation, video, detection, flow."""
+SOME = ("mobilenet_v3_small", "googlenet", "swin_t", "ssdlite320_mobilenet_v3_large", "raft_small")
+"""Depthwise, another forward in train mode, stochastic depth and windows, detection, flow; tools/zoo.py examines all."""
 
 FACTORIES = """
 import os, torch, tdfx
@@ -98,7 +89,7 @@ def failed(verdict: Any) -> set[str]:
     return {name for name, check in verdict.checks.items() if check.ok is False}
 
 
-@pytest.mark.parametrize("name", DOZEN)
+@pytest.mark.parametrize("name", SOME)
 def test_a_model_of_torchvision_passes(name: str) -> None:
     verdict = examine(f"torchvision:{name}")
     assert verdict.ok, complaints(verdict)

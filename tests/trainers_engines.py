@@ -6,6 +6,7 @@ Accelerate shards on accelerators only, so its test declares the CPU one. All el
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,6 +28,8 @@ PER_EPOCH = 2
 """Steps of an epoch on each of two processes."""
 SWITCH = 3
 """The step of the switch, between two checkpoints."""
+LONG = bool(os.environ.get("TDFX_LONG_TESTS"))
+"""Whether to check every combination."""
 NEVER: dict[str, Any] = {"recompile_seconds": 1e9, "total_steps": 6}
 """Settings of a switch that does not pay."""
 
@@ -358,22 +361,36 @@ def _named(name: str, check: Callable[..., None], engine: str) -> tuple[str, Cal
     return name, run
 
 
+_Check = Callable[..., None]
+
+
 def _checks() -> Iterator[tuple[str, Callable[[Path], None]]]:
+    check: _Check
     yield _named("check_lightning_trains_in_ddp", lightning_trains, "ddp")  # the others are compared with it
-    for check in (lightning_trains, lightning_is_killed, lightning_is_too_late, lightning_is_refused):
+    for check in (lightning_trains, lightning_is_killed):
+        yield _named(f"check_{check.__name__}_in_fsdp2", check, "fsdp2")
+    # On CPUs, Accelerate can write full checkpoints of FSDP2, but waits for ever when it loads one.
+    yield _named("check_transformers_trains_in_ddp", transformers_trains, "ddp")
+    for check in (transformers_trains, transformers_is_killed, transformers_is_refused):
+        yield _named(f"check_{check.__name__}_in_fsdp2", check, "fsdp2")
+    if LONG:
+        yield from _more_checks()
+    yield from [(name, check) for name, check in globals().items() if name.startswith("check_")]
+
+
+def _more_checks() -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Yield the other combinations, which take some minutes."""
+    check: _Check
+    for check in (lightning_is_killed, transformers_is_killed, transformers_is_too_late):
+        yield _named(f"check_{check.__name__}_in_ddp", check, "ddp")
+    for check in (lightning_is_too_late, lightning_is_refused, transformers_is_too_late):
         yield _named(f"check_{check.__name__}_in_fsdp2", check, "fsdp2")
     yield _named("check_lightning_trains_in_fsdp2_by_file", partial(lightning_trains, at_once=False), "fsdp2")
-    # On CPUs, Accelerate can write full checkpoints of FSDP2, but waits for ever when it loads one.
-    for check in (transformers_trains, transformers_is_killed):
-        yield _named(f"check_{check.__name__}_in_ddp", check, "ddp")
-    for check in (transformers_trains, transformers_is_killed, transformers_is_too_late, transformers_is_refused):
-        yield _named(f"check_{check.__name__}_in_fsdp2", check, "fsdp2")
     one_file = partial(transformers_trains, sharded_files=False)
     yield _named("check_transformers_trains_in_fsdp2_in_one_file", one_file, "fsdp2")
-    for best, engine in ((1, "fsdp2"), (2, "ddp")):
+    for best, engine in itertools.product((1, 2), ("ddp", "fsdp2")):
         check_best = partial(transformers_loads_the_best, best=best)
         yield _named(f"check_transformers_loads_the_best_{best}_in_{engine}", check_best, engine)
-    yield from [(name, check) for name, check in globals().items() if name.startswith("check_")]
 
 
 CHECKS: dict[str, Callable[[Path], None]] = dict(_checks())
