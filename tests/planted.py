@@ -1,4 +1,4 @@
-"""Six small architectures, and changes that are planted into their ONNX graphs."""
+"""Five small architectures, and changes that are planted into their ONNX graphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
-from torchvision.models import DenseNet, MobileNetV3, ResNet, ShuffleNetV2, SwinTransformer
+from torchvision.models import DenseNet, MobileNetV3, ResNet, SwinTransformer
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.models.resnet import BasicBlock
 
@@ -52,7 +52,6 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10, width_per_group=64),
     "densenet": lambda: DenseNet(8, (2, 2), 16, num_classes=10),
     "mobilenet": _mobilenet,
-    "shufflenet": lambda: ShuffleNetV2([1, 1, 1], [8, 16, 16, 32, 32], num_classes=10),
     "swin": lambda: SwinTransformer([4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=10, stochastic_depth_prob=0.0),
     "text": Text,
 }
