@@ -66,7 +66,7 @@ def same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-# Ten kills for each optimizer: seven at named places when they are reached for the n-th time, and three after a delay.
+# Eight kills: seven at named places when they are reached for the n-th time, and one after a delay.
 # Every step saves; the rewrite and the change of the optimizer are reached twice, at the switch and at the lowering.
 COUNTS = {"inside the rewrite": (1, 2), "inside the optimizer": (1, 2)}
 
@@ -82,11 +82,10 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, run: Run) -> None:
     assert expected["extra"]["step"] == STEPS
     assert [site["ranks"] for site in expected["rewrites"][0]["sites"]]
     draw = random.Random(optimizer)
-    kills: list[dict[str, Any]] = [{"delay": draw.uniform(0.1, 0.9) * length} for _ in range(3)]
+    kills: list[dict[str, Any]] = [{"delay": draw.uniform(0.1, 0.9) * length}]
     for place in PLACES:
         counts = COUNTS.get(place, range(SWITCH - 1, LOWER + 3))
         kills.append({"place": place, "count": draw.choice(counts)})
-    assert len(kills) == 10
     steps = []
     for number, kill in enumerate(kills):
         folder = tmp_path / str(number)
