@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from tdfx.cost.timing import take_turns
 from tdfx.onnx_proof.torch_to_onnx import export_module
+from tdfx.passes.planning import step_time, worthwhile
 
 atexit.register(shutil.rmtree, os.environ["TDFX_CACHE_DIR"], ignore_errors=True)
 # Small tensors gain nothing from threads, and tests would wait for each other's threads; doctests too.
@@ -53,6 +55,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _idle_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let plans not depend on how busy the machine is, but in the tests of just that."""
+    if request.path.stem != "test_trust":
+        monkeypatch.setattr(worthwhile, "_MOST_CARE", 0.0)
+        monkeypatch.setattr(step_time, "_MOST_DOUBT", math.inf)
 
 
 @pytest.fixture
