@@ -371,8 +371,7 @@ def _checks() -> Iterator[tuple[str, Callable[[Path], None]]]:
         yield _named(f"check_{check.__name__}_in_fsdp2", check, "fsdp2")
     # On CPUs, Accelerate can write full checkpoints of FSDP2, but waits for ever when it loads one.
     yield _named("check_transformers_trains_in_ddp", transformers_trains, "ddp")
-    for check in (transformers_trains, transformers_is_killed, transformers_is_refused):
-        yield _named(f"check_{check.__name__}_in_fsdp2", check, "fsdp2")
+    yield _named("check_transformers_trains_in_fsdp2", transformers_trains, "fsdp2")
     if LONG:
         yield from _more_checks()
     yield from [(name, check) for name, check in globals().items() if name.startswith("check_")]
@@ -383,7 +382,8 @@ def _more_checks() -> Iterator[tuple[str, Callable[[Path], None]]]:
     check: _Check
     for check in (lightning_is_killed, transformers_is_killed, transformers_is_too_late):
         yield _named(f"check_{check.__name__}_in_ddp", check, "ddp")
-    for check in (lightning_is_too_late, lightning_is_refused, transformers_is_too_late):
+    others = (transformers_is_killed, transformers_is_refused, transformers_is_too_late)
+    for check in (lightning_is_too_late, lightning_is_refused, *others):
         yield _named(f"check_{check.__name__}_in_fsdp2", check, "fsdp2")
     yield _named("check_lightning_trains_in_fsdp2_by_file", partial(lightning_trains, at_once=False), "fsdp2")
     one_file = partial(transformers_trains, sharded_files=False)
