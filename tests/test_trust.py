@@ -77,7 +77,7 @@ def test_times_are_kept_with_the_load_under_which_they_were_taken(tmp_path: Path
     store.put({"a": 1.0})
     store.put({"b": 2.0}, {"b": 1.5})
     assert store.get(["a", "b"]) == {"a": 1.0, "b": 2.0}
-    assert store.loads(["a", "b", "c"]) == {"a": 1.0, "b": 1.5}
+    assert {key: load for key, (_, load) in store.entries(["a", "b", "c"]).items()} == {"a": 1.0, "b": 1.5}
 
 
 # A step and its layers.

@@ -134,9 +134,9 @@ class Measured:
         """Read times from disk that this process does not know."""
         unknown = [key for key in dict.fromkeys(keys) if key not in _known]
         if self.cache and unknown:
-            store = Store(cache_folder())
-            _known.update(store.get(unknown))
-            _loads.update(store.loads(unknown))
+            entries = Store(cache_folder()).entries(unknown)
+            _known.update({key: seconds for key, (seconds, _) in entries.items()})
+            _loads.update({key: load for key, (_, load) in entries.items()})
 
     def _write(self, keys: Iterable[str]) -> None:
         """Keep times on disk."""

@@ -50,21 +50,17 @@ class Store:
 
     def get(self, keys: Sequence[str]) -> dict[str, float]:
         """Return the times in seconds of the keys that are known."""
-        times: dict[str, float] = {}
-        with contextlib.suppress(sqlite3.Error, OSError), self._open() as connection:
-            for key in keys:
-                rows = connection.execute("SELECT seconds FROM times WHERE key = ?", (_digest(key),))
-                times.update((key, float(seconds)) for (seconds,) in rows)
-        return times
+        return {key: seconds for key, (seconds, _) in self.entries(keys).items()}
 
-    def loads(self, keys: Sequence[str]) -> dict[str, float]:
-        """Return for each key that is known the load of the machine when its time was taken; 1 is an idle one."""
-        loads: dict[str, float] = {}
+    def entries(self, keys: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Return the times of the keys that are known, and the load of the machine at the time; 1 is an idle one."""
+        entries: dict[str, tuple[float, float]] = {}
         with contextlib.suppress(sqlite3.Error, OSError), self._open() as connection:
             for key in keys:
-                rows = connection.execute("SELECT load FROM times WHERE key = ?", (_digest(key),))
-                loads.update((key, float(load)) for (load,) in rows)
-        return loads
+                # Files of earlier versions have no load.
+                for _, seconds, _, *load in connection.execute("SELECT * FROM times WHERE key = ?", (_digest(key),)):
+                    entries[key] = float(seconds), float(load[0]) if load else 1.0
+        return entries
 
     def put(self, times: Mapping[str, float], loads: Mapping[str, float] | None = None) -> None:
         """Keep times in seconds by key, either all or none of them, and the loads under which they were taken."""

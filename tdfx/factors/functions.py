@@ -52,17 +52,17 @@ def apply_operation(operation: Operation, x: Tensor, weight: Tensor, bias: Tenso
     return function(x, weight, bias, padding=padding, **settings)
 
 
-def apply_factor(operation: Operation, x: Tensor, weight: Tensor) -> Tensor:
+def apply_factor(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute an operation as the layer of a factor does: 1x1 convolutions as matrix products where these are faster."""
-    if is_pointwise(operation) and product_is_faster(x):
-        return pointwise_product(x, weight)
-    return apply_operation(operation, x, weight)
+    if is_1x1_conv2d(operation) and product_is_faster(x):
+        return pointwise_product(x, weight, bias)
+    return apply_operation(operation, x, weight, bias)
 
 
-def is_pointwise(operation: Operation) -> bool:
+def is_1x1_conv2d(operation: Operation) -> bool:
     """Return True for a convolution of images that mixes the channels of each position alone.
 
-    >>> is_pointwise(Operation.pointwise(64, 16, 2)), is_pointwise(Operation.pointwise(64, 16, 0))
+    >>> is_1x1_conv2d(Operation.pointwise(64, 16, 2)), is_1x1_conv2d(Operation.pointwise(64, 16, 0))
     (True, False)
     """
     return operation == Operation.pointwise(operation.in_channels, operation.out_channels, 2)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tdfx.factors.functions import grouped_linear, is_pointwise
+from tdfx.factors.functions import grouped_linear, is_1x1_conv2d
 from tdfx.factors.operation import Operation
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.pointwise import PointwiseConv2d
@@ -136,6 +136,6 @@ def build_layer(operation: Operation, weight: nn.Parameter, bias: nn.Parameter |
 def build_factor(operation: Operation, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
     """Return the layer for a factor: the stock layer, or one that computes the same and is faster on CPUs."""
     layer = build_layer(operation, weight, bias)
-    if is_pointwise(operation):
+    if is_1x1_conv2d(operation):
         layer.__class__ = PointwiseConv2d
     return layer

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tdfx.factors.functions import apply_operation
+from tdfx.factors.functions import apply_factor, apply_operation
 from tdfx.factors.operation import Operation
 from tdfx.kinds.attention import attend
 from tdfx.kinds.functional import FunctionCall
@@ -62,8 +62,8 @@ class FactorizedParameter(Factorized):
         chain = self.scheme.chain(operation, self.origin.ranks)
         *first, (last, last_weight) = zip(chain, self.weights, strict=True)
         for step, weight in first:
-            x = apply_operation(step, x, weight)
-        return apply_operation(last, x, last_weight, bias)
+            x = apply_factor(step, x, weight)
+        return apply_factor(last, x, last_weight, bias)
 
     def _compute(self, call: FunctionCall) -> Any:
         """Compute a call by the factors; NotImplemented for a call that they cannot stand for."""

@@ -47,7 +47,7 @@ def cannot_pay(
     This is an estimate, before anything is spent on a plan.
 
     Args:
-        policy: What would be switched, with its measuring time capped.
+        policy: What would be switched; its measuring time counts as ``cap_measuring_time`` leaves it.
         weights: The model's parameters.
         left: Steps that are left.
         step_seconds: Time of a step in seconds; negative if none was timed.

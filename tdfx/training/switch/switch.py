@@ -263,8 +263,7 @@ class Switch(SwitchStatus):
         """Return why it is too late for a switch whatever a plan would say, or None if it is not."""
         if self.total_steps is None or not self.weigh:
             return None
-        policy = cap_measuring_time(self.policy, left, step_seconds)
-        return cannot_pay(policy, model.parameters(), left, step_seconds, compiling, times=times)
+        return cannot_pay(self.policy, model.parameters(), left, step_seconds, compiling, times=times)
 
     def _wanted(self, model: nn.Module) -> list[str]:
         """Return the layers that the policy wants to rewrite."""
