@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Tests run in several processes, and some start more. OpenMP reads this once, when torch is imported.
@@ -57,12 +58,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _idle_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let plans not depend on how busy the machine is, but in the tests of just that."""
-    if request.path.stem != "test_trust":
-        monkeypatch.setattr(worthwhile, "_MOST_CARE", 0.0)
-        monkeypatch.setattr(step_time, "_MOST_DOUBT", math.inf)
+@pytest.fixture(scope="module", autouse=True)
+def _idle_machine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let plans not depend on how busy the machine is, those of a module's fixtures too, but in the tests of just that."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem != "test_trust":
+            patch.setattr(worthwhile, "_MOST_CARE", 0.0)
+            patch.setattr(step_time, "_MOST_DOUBT", math.inf)
+        yield
 
 
 @pytest.fixture

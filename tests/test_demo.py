@@ -69,7 +69,8 @@ def check(result: DemoResult) -> None:
     assert figures["merged"]["accuracy"] == figures["tdfx"]["accuracy"]
     assert figures["merged"]["error"] == result.merge_error <= result.numbers.tolerance
     assert figures["verified"] is True
-    assert figures["sites"] == {"factorized": len(result.plan.factorized), "all": 7}
+    factorized = 0 if result.plan is None else len(result.plan.factorized)
+    assert figures["sites"] == {"factorized": factorized, "all": 7}
     assert figures["parameters"]["before"] == sum(parameter.numel() for parameter in demo.build_model().parameters())
     assert figures["onnx"]["original"]["ok"]
     assert figures["onnx"]["factorized"]["numbers_match"]
@@ -78,6 +79,7 @@ def check(result: DemoResult) -> None:
 
 def test_the_demo_comes_as_close_to_its_budget_as_it_can(by_default: DemoResult) -> None:
     check(by_default)
+    assert by_default.plan is not None
     # A network this narrow cannot become that much faster.
     assert any("speedup=2.5, strict=False" in note and "cannot be kept" in note for note in by_default.plan.notes)
     assert {str(site.reason) for site in by_default.plan.kept} <= {"not_needed", "no_gain", "too_small"}
@@ -89,6 +91,7 @@ def test_a_forced_policy_factorizes_every_site_and_is_proved(
 ) -> None:
     result, _ = forced
     check(result)
+    assert result.plan is not None
     assert not result.plan.kept
     assert result.plan.parameters_after < result.plan.parameters_before
     assert result.numbers.graphs_match  # after contracting the layers of the factorized model
@@ -130,6 +133,21 @@ def test_a_failed_proof_gives_exit_code_1(by_default: DemoResult, monkeypatch: p
     result = CliRunner().invoke(main, ["demo", "--epochs", "2"])
     assert result.exit_code == 1
     assert "ONNX: merged model: FAILED: NOT verified" in result.stdout
+
+
+def test_a_network_that_is_kept_is_trained_and_proved_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "demo_policy", lambda: tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=1000))
+    results: list[DemoResult] = []
+    keep = demo.run_demo
+    monkeypatch.setattr(demo, "run_demo", lambda **settings: results.append(keep(**settings)) or results[0])
+    shown = CliRunner().invoke(main, ["demo", "--epochs", "2"])
+    assert shown.exit_code == 0, shown.output
+    assert results[0].plan is None
+    check(results[0])
+    assert results[0].merge_error == 0
+    assert results[0].parameters_after == results[0].parameters_before
+    assert "0 of 7 sites factorized after step 10 of 36" in shown.stdout
+    assert "decided at step 10: kept, 7 sites" in shown.stdout
 
 
 def test_another_seed_gives_another_run(digits: Digits) -> None:

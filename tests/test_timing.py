@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 import tdfx
-from tdfx.cost.store import Store, cache_folder
+from tdfx.cost.store import _SCHEMA, Store, cache_folder
 from tdfx.cost.timing import Timing, take_turns
 
 
@@ -148,6 +154,25 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
     with sqlite3.connect(Store(tmp_path).file) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
+
+
+def test_one_process_at_a_time_brings_an_old_file_up_to_date(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with contextlib.closing(sqlite3.connect(store.file)) as old, old:
+        old.execute(_SCHEMA)
+    looked = threading.Barrier(2, timeout=0.5)  # one waits here, between looking at the columns and adding one
+
+    class Connection(sqlite3.Connection):
+        def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+            if sql.startswith("ALTER"):
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    looked.wait()
+            return super().execute(sql, *arguments)
+
+    connect = functools.partial(sqlite3.connect, factory=Connection)
+    with patch("tdfx.cost.store.sqlite3.connect", connect), ThreadPoolExecutor() as threads:
+        list(threads.map(lambda key: store.put({key: 1.0}), "ab"))
+    assert store.get(["a", "b"]) == {"a": 1.0, "b": 1.0}
 
 
 def test_the_folder_is_the_users_or_a_named_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

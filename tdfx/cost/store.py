@@ -96,11 +96,12 @@ class Store:
 
     @contextlib.contextmanager
     def _open(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
-        """Open the file for one transaction, which is rolled back if it fails."""
+        """Open the file for one transaction, rolled back if it fails; one process at a time creates or writes."""
         if not (create or self.file.exists()):
             raise FileNotFoundError(self.file)
         with contextlib.closing(sqlite3.connect(self.file, timeout=_WAIT)) as connection, connection:
             if create:
+                connection.execute("BEGIN IMMEDIATE")  # or else two processes both add the column that is missing
                 connection.execute(_SCHEMA)
                 if "load" not in {row[1] for row in connection.execute("PRAGMA table_info(times)")}:
                     connection.execute(_LOAD)

@@ -24,6 +24,7 @@ from tdfx.onnx_proof.report import VerifyReport
 from tdfx.onnx_proof.verify import verify
 from tdfx.plans.plan import Plan
 from tdfx.policies.policy import Policy
+from tdfx.training.switch.state import SwitchEvent
 from tdfx.training.switch.switch import Switch
 
 BATCH = 64
@@ -69,13 +70,18 @@ class DemoResult:
     """Training steps in all."""
     full: Run
     tdfx: Run
+    parameters_before: int
+    """The number of parameters without tdfx."""
     merged_accuracy: float
     """Accuracy of the merged model, in percent."""
     switch_seconds: float
     """Time of plan and rewrite; included in ``tdfx.seconds``."""
     merge_error: float
     """Largest difference between merged and factorized outputs on the held-out images, relative to the largest output."""
-    plan: Plan
+    plan: Plan | None
+    """The plan of what was factorized; None if the switch kept the network as it is, as where nothing pays."""
+    kept: tuple[SwitchEvent, ...]
+    """Why sites were kept by the switch."""
     report: VerifyReport
     """The merged model against a new instance of the original class with its weights."""
     numbers: VerifyReport
@@ -91,6 +97,21 @@ class DemoResult:
         """How many times faster the whole run with tdfx was."""
         return self.full.seconds / self.tdfx.seconds
 
+    @property
+    def factorized(self) -> int:
+        """The number of sites that were factorized."""
+        return 0 if self.plan is None else len(self.plan.factorized)
+
+    @property
+    def sites(self) -> int:
+        """The number of all sites."""
+        return sum(len(event.sites) for event in self.kept) if self.plan is None else len(self.plan)
+
+    @property
+    def parameters_after(self) -> int:
+        """The number of parameters with tdfx."""
+        return self.parameters_before if self.plan is None else self.plan.parameters_after
+
     def to_dict(self) -> dict[str, Any]:
         """Return the figures for JSON; times are in seconds and accuracies in percent."""
         return {
@@ -101,8 +122,8 @@ class DemoResult:
             "tdfx": {**asdict(self.tdfx), "switch_seconds": self.switch_seconds},
             "merged": {"accuracy": self.merged_accuracy, "error": self.merge_error},
             "speedup": self.speedup,
-            "sites": {"factorized": len(self.plan.factorized), "all": len(self.plan)},
-            "parameters": {"before": self.plan.parameters_before, "after": self.plan.parameters_after},
+            "sites": {"factorized": self.factorized, "all": self.sites},
+            "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "verified": self.verified,
             "onnx": {"original": self.report.to_dict(), "factorized": self.numbers.to_dict()},
         }
@@ -160,13 +181,14 @@ def run_demo(*, seed: int = 0, epochs: int = DEFAULT_EPOCHS, on_epoch: EpochCall
     trainer = _Trainer(digits, seed, epochs, on_epoch)
     full_model, full_seconds = trainer.full()
     factorized, merged, switch, tdfx_seconds = trainer.with_tdfx()
-    assert switch.plan is not None
     reference = build_model()
     reference.load_state_dict(merged.state_dict(), strict=True)
     return DemoResult(
         seed=seed,
         epochs=epochs,
         switch_step=switch.events[0].step,
+        kept=tuple(event for event in switch.events if event.what != "switched"),
+        parameters_before=sum(parameter.numel() for parameter in reference.parameters()),
         steps=switch.steps,
         full=Run(full_seconds, accuracy(full_model, digits)),
         tdfx=Run(tdfx_seconds, accuracy(factorized, digits)),
