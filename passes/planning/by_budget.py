@@ -38,7 +38,8 @@ _HIGHEST = 0.9
 _LEADING = 5 / 16
 """Share of the full rank up to which the directions of a very large weight are computed; errors above are upper bounds."""
 _SMALL_ERROR = 0.1
-"""Squared error, relative to the weight's square, up to which ranks below the budget's floor are allowed."""
+"""Squared error, relative to the weight's square, up to which ranks below the budget's floor are allowed. In the metric of the
+loss there is no such error: it says what a cut costs at once, and not what the layer can learn afterwards."""
 _LARGEST_SIDE = 1024
 """Longest side that is decomposed for the spatial scheme, which competes with others: more would take too long."""
 
@@ -154,12 +155,13 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
             cache.hold(site, scheme, spectra)
         shared |= {scheme.name: spectra, **scheme.partial_spectra(spectra)}
         signal = has_signal(spectra) if signal is None else signal
-        grid = _grid(spectra, full, policy, site, scheme)
+        floor = budget.floor if signal else max(budget.floor, budget.noise_floor)
+        least = tuple(math.ceil(floor * most) for most in full)
+        is_fixed = not signal or site.metric is not None
+        grid = _grid(spectra, full, policy, site, scheme, least if is_fixed else None)
         for ranks, error in zip(grid, scheme.errors(operation, w_dense, grid, spectra), strict=True):
-            floor = budget.floor if error**2 > _SMALL_ERROR else 0.0
-            if not signal:
-                floor = max(budget.floor, budget.noise_floor)
-            if all(rank >= floor * most for rank, most in zip(ranks, full, strict=True)):
+            is_above = all(rank >= fewest for rank, fewest in zip(ranks, least, strict=True))
+            if is_above or (not is_fixed and error**2 <= _SMALL_ERROR):
                 errors[Candidate(scheme, ranks)] = error
     return CandidateSet(errors, bool(signal))
 
@@ -175,9 +177,17 @@ def schemes_for(operation: Operation, policy: Policy) -> Iterator[Scheme]:
 
 
 def _grid(
-    spectra: Sequence[Spectrum], full: Sequence[int], policy: Policy, site: Site, scheme: Scheme
+    spectra: Sequence[Spectrum],
+    full: Sequence[int],
+    policy: Policy,
+    site: Site,
+    scheme: Scheme,
+    least: Sequence[int] | None,
 ) -> list[tuple[int, ...]]:
-    """Return ranks from high to low that lose about equally much in each mode; never all modes at full rank."""
+    """Return ranks from high to low that lose about equally much in each mode, never all modes at full rank.
+
+    With ``least`` no mode gets fewer ranks than that.
+    """
     energies = [spectrum.energy() for spectrum in spectra]
     grid = []
     for level in range(_LEVELS):
@@ -186,7 +196,9 @@ def _grid(
         # A mode whose values fall off faster gets fewer ranks than its share, at the same loss.
         loss = max(_tail(energy, rank) for energy, rank in zip(energies, shares, strict=True))
         even = tuple(_fewest_ranks(energy, loss) for energy in energies)
-        grid += [rounded(ranks, full, policy, site, scheme) for ranks in (shares, even)]
+        for ranks in (shares, even):
+            raised = tuple(map(max, ranks, least)) if least else ranks
+            grid.append(rounded(raised, full, policy, site, scheme))
     return [ranks for ranks in dict.fromkeys(grid) if any(rank < most for rank, most in zip(ranks, full, strict=True))]
 
 
