@@ -38,8 +38,8 @@ _HIGHEST = 0.9
 _LEADING = 5 / 16
 """Share of the full rank up to which the directions of a very large weight are computed; errors above are upper bounds."""
 _SMALL_ERROR = 0.1
-"""Squared error, relative to the weight's square, up to which ranks below the budget's floor are allowed. In the metric of the
-loss there is no such error: it says what a cut costs at once, and not what the layer can learn afterwards."""
+"""Squared error, relative to the weight's square, up to which ranks below the budget's floor are allowed. In the metric of
+the loss no error is that small: it says what a cut costs at once, and not what the layer can learn afterwards."""
 _LARGEST_SIDE = 1024
 """Longest side that is decomposed for the spatial scheme, which competes with others: more would take too long."""
 
