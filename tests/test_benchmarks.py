@@ -358,8 +358,8 @@ def test_every_candidate_has_its_own_name() -> None:
     assert len(chosen) == len({each.name for each in chosen}) == len(study.CANDIDATES)
     assert chosen[0] == settings()
     assert chosen[0].policy() == tdfx.Policy()
-    assert [each.name for each in study.settings_named(("floors",), ("flops=0.3 moment=0.02",))] == [
-        "floors=false",
+    assert [each.name for each in study.settings_named(("floor=0.4",), ("flops=0.3 moment=0.02",))] == [
+        "floor=0.4",
         "flops=0.3 moment=0.02",
     ]
     assert study.settings_named((), ("collect=4",)) == [settings(collect=4)]
@@ -370,7 +370,7 @@ def test_settings_become_a_policy_and_a_switch(monkeypatch: pytest.MonkeyPatch) 
     study_runs, default = tool("study_runs"), tdfx.Policy().rank
     assert isinstance(default, tdfx.Budget)
     parse, passed = study_runs.StudySettings.parse, list[dict[str, Any]]()
-    assert parse("speedup=3 floors=false").policy().rank == replace(default, speedup=3.0, floor=0.0, noise_floor=0.0)
+    assert parse("speedup=3 floor=0.2").policy().rank == replace(default, speedup=3.0, floor=0.2, noise_floor=0.2)
     assert parse("flops=0.25").policy().rank == replace(default, speedup=None, flops=0.25)
     monkeypatch.setattr(tdfx, "Switch", lambda policy, **options: passed.append(options))
     for name in ("default", "moment=0.05 collect=4"):

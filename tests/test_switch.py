@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LinearLR
 
 import tdfx
 from tdfx.distributed.processes import Solo
@@ -114,6 +115,38 @@ def test_it_switches_once_at_the_given_step(when: When, step: int) -> None:
     assert "the step that was asked for" in str(switch)
     assert switch.plan is not None
     assert len(switch.plan.factorized) == 2
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "step"),
+    [(5, 10), (14, 18), (100, 20)],
+    ids=["over before the early step", "over some steps later", "longer than a fifth of the training"],
+)
+@pytest.mark.parametrize("resumed_after", [0, 9, 10, 17])
+def test_an_early_switch_waits_for_learning_rates_that_rise(warm_up: int, step: int, resumed_after: int) -> None:
+    switch = tdfx.Switch(QUARTER, total_steps=100, weigh=False, collect=8)
+    model, optimizer = build()
+    scheduler = LinearLR(optimizer, 0.01, total_iters=warm_up)
+    for now in range(1, 30):
+        learn(model, optimizer, now)
+        scheduler.step()
+        if now == resumed_after + 1 and resumed_after:
+            state = saved_and_loaded(switch.state_dict())
+            switch = tdfx.Switch(QUARTER, total_steps=100, weigh=False, collect=8)
+            switch.load_state_dict(state, optimizer=optimizer)
+        model = switch.step(model, optimizer=optimizer)
+    assert decisions(switch) == [(step, "switched", ("fast", "slow"))]
+
+
+def test_a_step_that_was_asked_for_waits_for_nothing() -> None:
+    switch = tdfx.Switch(QUARTER, when=tdfx.AtStep(10), total_steps=100, weigh=False)
+    model, optimizer = build()
+    scheduler = LinearLR(optimizer, 0.01, total_iters=50)
+    for now in range(1, 12):
+        learn(model, optimizer, now)
+        scheduler.step()
+        model = switch.step(model, optimizer=optimizer)
+    assert decisions(switch) == [(10, "switched", ("fast", "slow"))]
 
 
 SETTLED = tdfx.Settled(every=2, window=3, tolerance=0.02, moved=0.2)

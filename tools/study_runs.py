@@ -27,15 +27,15 @@ DAMPING = "tdfx.factors.metric.DAMPING"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudySettings:
-    """What a study varies; None and True leave it as tdfx has it by default."""
+    """What a study varies; None leaves it as tdfx has it by default."""
 
     speedup: float | None = None
     flops: float | None = None
-    """Budgets, as in ``tdfx.Policy``; the default's floors and strictness stay."""
+    """Budgets, as in ``tdfx.Policy``; the default's other settings stay."""
     metric: str | None = None
     """As in ``tdfx.Policy``."""
-    floors: bool = True
-    """Whether the default's floors hold; without them any rank may be taken."""
+    floor: float | None = None
+    """Both floors of the budget: the least share of each full rank."""
     moment: float | None = None
     """Share of the steps after which to switch, in (0, 1)."""
     collect: int | None = None
@@ -47,8 +47,8 @@ class StudySettings:
     def parse(cls, name: str) -> Self:
         """Return the settings of a name, as ``"speedup=3 moment=0.05"``.
 
-        >>> StudySettings.parse("speedup=3 floors=false").name
-        'speedup=3 floors=false'
+        >>> StudySettings.parse("speedup=3 floor=0.2").name
+        'speedup=3 floor=0.2'
         >>> StudySettings.parse("default").name
         'default'
         """
@@ -67,8 +67,8 @@ class StudySettings:
         assert isinstance(rank, tdfx.Budget), "the default's rank rule is no budget any more"
         if self.speedup is not None or self.flops is not None:
             changes |= {"speedup": self.speedup, "flops": self.flops}
-        if not self.floors:
-            changes |= {"floor": 0.0, "noise_floor": 0.0}
+        if self.floor is not None:
+            changes |= {"floor": self.floor, "noise_floor": self.floor}
         given: dict[str, Any] = {"rank": replace(rank, **changes)} if changes else {}
         if self.metric is not None:
             given["metric"] = self.metric

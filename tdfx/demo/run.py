@@ -28,6 +28,8 @@ from tdfx.training.switch.state import SwitchEvent
 from tdfx.training.switch.switch import Switch
 
 BATCH = 64
+WARM_UP = 0.1
+"""Share of the training in which the learning rate rises."""
 LEARNING_RATE = 0.05
 TRAINING_SHARE = 2 / 3
 """Share of the images to train on; the others are held out."""
@@ -237,7 +239,9 @@ class _Trainer:
         self.order = torch.Generator().manual_seed(self.seed)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
         steps = self.epochs * self.batches
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, LEARNING_RATE, total_steps=steps)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, LEARNING_RATE, total_steps=steps, pct_start=WARM_UP
+        )
         return model
 
     def train(self, model: nn.Module, name: str, switch: Switch | None = None) -> nn.Module:

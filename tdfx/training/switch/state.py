@@ -61,6 +61,10 @@ class SwitchState:
     events: tuple[SwitchEvent, ...] = ()
     times: tuple[float, ...] = ()
     """The times of the last steps in seconds."""
+    latest: int = 0
+    """The step up to which to wait for learning rates that rise."""
+    rate: float | None = None
+    """The largest learning rate at the step before, where a decision is near."""
     watch: RankWatch | None = None
     rewarms: tuple[Rewarm, ...] = ()
 
@@ -68,6 +72,15 @@ class SwitchState:
         """Return the state after one more step, which took some time in seconds if that is known."""
         times = self.times if seconds is None else (*self.times, seconds)[-TIMED_STEPS:]
         return replace(self, step=self.step + 1, times=times)
+
+    def wait_for_rates(self, optimizers: Sequence[Optimizer], steps: int) -> SwitchState:
+        """Return the state with the decision put off by some steps if it is due and the learning rates rise."""
+        if self.step < self.next - 1 or not self.latest:
+            return self
+        rate = max((float(group["lr"]) for each in optimizers for group in each.param_groups), default=None)
+        rises = rate is not None and self.rate is not None and rate > self.rate
+        waits = rises and self.next <= self.step < self.latest
+        return replace(self, rate=rate, next=min(self.latest, self.step + steps) if waits else self.next)
 
     def record(self, what: What, sites: Sequence[str], why: str) -> SwitchState:
         """Return the state after one more decision."""
@@ -116,6 +129,8 @@ class SwitchState:
             "plan": None if self.plan is None else self.plan.to_json(indent=None),
             "events": [{**asdict(event), "sites": list(event.sites)} for event in self.events],
             "times": list(self.times),
+            "latest": self.latest,
+            "rate": self.rate,
             "watch": None if self.watch is None else self.watch.state_dict(),
             "rewarms": [rewarm.state_dict() for rewarm in self.rewarms if not rewarm.done],
         }
@@ -140,6 +155,8 @@ class SwitchState:
                 plan=None if saved["plan"] is None else Plan.from_json(saved["plan"]),
                 events=tuple(SwitchEvent(**{**event, "sites": tuple(event["sites"])}) for event in saved["events"]),
                 times=tuple(map(float, saved["times"]))[-TIMED_STEPS:],
+                latest=int(saved.get("latest", 0)),
+                rate=saved.get("rate"),
                 watch=RankWatch.of_state(when, watch) if isinstance(when, Settled) and watch is not None else None,
             )
             if state.plan is not None and not state.done and isinstance(policy.rank, Budget):

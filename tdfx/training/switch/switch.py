@@ -35,7 +35,7 @@ from tdfx.training.switch.settle import look_at_ranks
 from tdfx.training.switch.state import TIMED_STEPS, SwitchState
 from tdfx.training.switch.status import SwitchStatus
 from tdfx.training.switch.watch import modelled_seconds
-from tdfx.training.switch.when import Settled, When, check_arguments, check_settings, early
+from tdfx.training.switch.when import AtStep, Settled, When, check_arguments, check_settings, early
 from tdfx.wrappers.compiled import seconds_spent_compiling
 from tdfx.wrappers.in_place import InPlaceModule
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
@@ -119,7 +119,8 @@ class Switch(SwitchStatus):
         self.writer = writer
         self.factor_rate = factor_rate
         self._clock = clock
-        self._state = SwitchState(next=1 if isinstance(when, Settled) else when.at)
+        latest = when.latest if isinstance(when, AtStep) else 0
+        self._state = SwitchState(next=1 if isinstance(when, Settled) else when.at, latest=latest)
         self._last: float | None = None  # when the last step ended
         self._collection = Collection(self.collect)
         self._loop = LoopWatch()
@@ -160,8 +161,13 @@ class Switch(SwitchStatus):
         self._wait(model)
         now = self._clock()
         check_arguments(arguments, self.rewarm, optimizer)
+        is_near = self._state.latest and self._state.next - self.steps <= 2
+        optimizers = as_optimizers(optimizer) if is_near else ()
         before = vars(self).copy()
-        self._state = self._state.count(None if self._last is None else now - self._last)
+        counted = self._state.count(None if self._last is None else now - self._last)
+        self._state = counted.wait_for_rates(optimizers, max(1, self.collect))
+        if self._state.next != counted.next:
+            self._collection.remove()  # what is collected later is worth more
         if self.steps >= self._state.next:
             try:
                 model = self._decide(model, example_inputs, optimizer=optimizer, **arguments)

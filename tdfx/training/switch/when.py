@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 from torch.optim import Optimizer
 
@@ -29,9 +29,13 @@ class AtStep:
 
     step: int
     """Training steps before the switch, at least 1."""
+    latest: int = field(default=0, repr=False)
+    """As long as the learning rates rise, the switch waits, up to this step; 0 for no waiting."""
 
     def __post_init__(self) -> None:
         check_whole("step", self.step, "the training steps before the switch", "AtStep(500)")
+        if self.latest:
+            check_whole("latest", self.latest, "the steps at which not to wait any longer", "AtStep(500, latest=1000)")
 
     @property
     def at(self) -> int:
@@ -127,12 +131,17 @@ _EARLIEST, _LATEST = 0.03, 0.1
 """Shares of the training between which such a switch lies."""
 _LEAST_EARLY = 10
 """Steps before such a switch at the least."""
+_IN_WARM_UP = 0.2
+"""Share of the training up to which such a switch waits for learning rates that rise: a network that has hardly moved yet
+loses more."""
 _PASSED_ON = frozenset(inspect.signature(rewrite).parameters) - {"model", "policy", "example_inputs", "optimizer"}
 """Arguments of ``rewrite`` that ``Switch.step`` passes on."""
 
 
 def early(total_steps: int | None) -> AtStep:
     """Return an early step of a training: the earlier the switch, the more is saved, and a few steps show what is needed.
+
+    Where the learning rates still rise then, the switch waits for them, up to a fifth of the training.
 
     >>> early(10_000), early(2_000), early(400), early(50)
     (AtStep(step=300), AtStep(step=100), AtStep(step=40), AtStep(step=10))
@@ -147,7 +156,7 @@ def early(total_steps: int | None) -> AtStep:
         )
     check_whole("total_steps", total_steps, "the steps of the whole training", "total_steps=10_000")
     earliest, latest = (round(share * total_steps) for share in (_EARLIEST, _LATEST))
-    return AtStep(max(_LEAST_EARLY, earliest, min(_EARLY, latest)))
+    return AtStep(max(_LEAST_EARLY, earliest, min(_EARLY, latest)), latest=round(_IN_WARM_UP * total_steps))
 
 
 def check_settings(
