@@ -57,7 +57,8 @@ class Policy:
 
     rank: RankRule = LEFT_OUT
     """The rule that reads a rank from each weight, or a budget for all sites. The default makes the step 2.5 times as fast,
-    or nearly so, at the least error; no rank falls below a quarter where much would be lost, or without a signal."""
+    or nearly so, at the least error; no rank falls below a quarter of the full one, except by the weights alone (without
+    moments) where little would be lost."""
     scheme: str = LEFT_OUT
     """How weights are split: ``"auto"`` for tucker2 or svd, as fits each site, or a scheme's name, with its options after a
     colon as in ``"tucker2:refine=3"``."""
