@@ -40,6 +40,7 @@ CANDIDATES = (
     *(f"moment={moment}" for moment in (0.03, 0.2)),
     *(f"collect={steps}" for steps in (2, 16)),
     "damping=0.1",
+    "tail=0.9",
 )
 """The names of the settings that are compared."""
 

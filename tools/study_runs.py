@@ -42,6 +42,8 @@ class StudySettings:
     """Steps at which moments are collected."""
     damping: float | None = None
     """What is added to the moments, relative to their mean diagonal."""
+    tail: float | None = None
+    """Share of the steps after which to merge and train on dense, in (0, 1)."""
 
     @classmethod
     def parse(cls, name: str) -> Self:
@@ -145,13 +147,15 @@ def train_with(
     none_known, run = not times, StudyRun(task=task.name, policy=settings.name, seed=seed, steps=steps)
     with separate_times(times), settings.constants():
         try:
-            run = _train(run, task, settings.switch(steps, clock), clock)
+            run = _train(run, task, settings.switch(steps, clock), clock, settings.tail)
         except tdfx.PolicyError as error:
             return replace(run, refused=str(error))
     return replace(run, cold=none_known and bool(times))
 
 
-def _train(run: StudyRun, task: StudyTask, switch: tdfx.Switch | None, clock: Clock) -> StudyRun:
+def _train(
+    run: StudyRun, task: StudyTask, switch: tdfx.Switch | None, clock: Clock, tail: float | None = None
+) -> StudyRun:
     torch.manual_seed(run.seed)
     model = task.model().train()
     optimizer, data = task.optimizer(model.parameters()), task.data(run.seed)
@@ -161,8 +165,10 @@ def _train(run: StudyRun, task: StudyTask, switch: tdfx.Switch | None, clock: Cl
         task.take_step(model, optimizer, next(data), (step + 1) / run.steps)
         if switch is not None:
             model = switch.step(model, optimizer=optimizer, example_inputs=(example,))
+            if tail is not None and step + 1 == round(tail * run.steps):
+                model = tdfx.merge(model, optimizer=optimizer)
     plan = None if switch is None else switch.plan
-    if plan is not None:
+    if plan is not None and tail is None:
         model = tdfx.merge(model)
     run = replace(run, seconds=clock() - began)
     accuracy, loss = task.score(model)
