@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from fsdp_runs import (
     HALF,
     QUARTER,
     ROUNDING,
+    Run,
     X,
     adamw,
     assert_same_runs,
@@ -37,13 +39,18 @@ import tdfx
 from tdfx.layers.factorized import Factorized
 
 
+@functools.cache
+def single_run(build_optimizer: Callable[[Any], Optimizer], carry: bool = True) -> Run:
+    return training_run(net(), build_optimizer, halves=False, carry=carry)
+
+
 def assert_like_a_single_process(
     build_optimizer: Callable[[Any], Optimizer], mesh: DeviceMesh, **settings: Any
 ) -> None:
     run = training_run(sharded(mesh=mesh, **settings), build_optimizer, halves=True)
-    assert_same_runs(run, training_run(net(), build_optimizer, halves=False))
+    assert_same_runs(run, single_run(build_optimizer))
     assert any(".factors." in name for name in run.factorized)
-    without_state = training_run(net(), build_optimizer, halves=False, carry=False)
+    without_state = single_run(build_optimizer, carry=False)
     assert distance(run.factorized, without_state.factorized) > 1e-3, "without its state the optimizer goes elsewhere"
 
 

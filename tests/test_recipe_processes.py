@@ -11,5 +11,5 @@ from checkout import needs
 
 @needs("train.py")
 def test_two_processes_train_switch_stop_and_resume(tmp_path: Path) -> None:
-    outcomes = two_processes.start(Path(recipe_worker.__file__), tmp_path, ["run"])
+    outcomes = two_processes.start(Path(recipe_worker.__file__), tmp_path, ["run"], torchrun=True)
     assert outcomes["run"] == ""

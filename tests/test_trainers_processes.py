@@ -8,12 +8,18 @@ import pytest
 import trainers_worker
 import two_processes
 
+# The few checks that need neither would take as long as many: three processes import torch for them.
+pytestmark = pytest.mark.skipif(
+    not any(map(trainers_worker.installed, trainers_worker.NEEDS)),
+    reason="neither Lightning nor Transformers is installed: pip install 'tdfx[integrations]'",
+)
+
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What went wrong in each check; "" for nothing."""
     script, folder = Path(trainers_worker.__file__), tmp_path_factory.mktemp("trainers")
-    return two_processes.start(script, folder, trainers_worker.CHECKS)
+    return two_processes.start(script, folder, trainers_worker.CHECKS, torchrun=True)
 
 
 @pytest.mark.parametrize("name", trainers_worker.CHECKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401  # optimizers import it, which would take two seconds in both processes
 import torch.distributed as dist
 
 import tdfx
@@ -26,17 +28,25 @@ import tdfx
 SECONDS = 480
 """Time limit for all checks of a script; some 30 s are usual on idle cores."""
 
-WAIT = 20
-"""Seconds after which a process gives up waiting for another."""
+WAIT = 60
+"""Seconds after which a process gives up waiting for another, which may be far behind on busy cores."""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def start(script: Path, folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Run a script on two processes and return the tracebacks of each of its checks; "" for a check that passed."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def start(script: Path, folder: Path, names: Iterable[str], *, torchrun: bool = False) -> dict[str, str]:
+    """Run a script on two processes and return the tracebacks of each of its checks; "" for a check that passed.
+
+    Args:
+        script: What is run; it calls ``run``.
+        folder: Where it writes.
+        names: The names of its checks.
+        torchrun: Whether torchrun starts both processes, as trainers expect. Else ``run`` forks the second process, so that
+            torch, which takes most of the time of small checks to import, is imported once and not three times.
+    """
     # The processes have to test the same tdfx as this one.
     environment = {**os.environ, "PYTHONPATH": str(Path(tdfx.__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*torchrun, str(script), str(folder)],
+        [sys.executable, *(TORCHRUN if torchrun else ()), str(script), str(folder)],
         capture_output=True,
         text=True,
         check=False,
@@ -74,12 +84,28 @@ def refused_promptly(kind: type[Exception], message: str, *, rank: int = 1) -> I
 
 
 def run(folder: Path, prepare: Callable[[], tuple[Any, ...]], checks: Mapping[str, Callable[..., None]]) -> None:
-    """Run all checks as one of the two processes, with what ``prepare`` returns as arguments, and write their outcomes."""
+    """Run all checks on two processes, with what ``prepare`` returns as arguments, and write their outcomes."""
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=WAIT)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo", timeout=timeout)
+        _run_here(folder, prepare, checks)
+        return
+
+    def run_as(rank: int) -> None:
+        dist.init_process_group("gloo", f"file://{folder / 'store'}", timeout=timeout, rank=rank, world_size=2)
+        _run_here(folder, prepare, checks)
+
+    second = multiprocessing.get_context("fork").Process(target=run_as, args=(1,), daemon=True)
+    second.start()
+    run_as(0)
+    second.join()
+
+
+def _run_here(folder: Path, prepare: Callable[[], tuple[Any, ...]], checks: Mapping[str, Callable[..., None]]) -> None:
+    """Run all checks as one of the two processes of the process group."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", module="torch.*")
-    torch.set_num_threads(1)
-    # On cores that are busy with other tests, one process may fall far behind the other.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=WAIT))
     arguments = prepare()
     outcomes = {}
     for name, check in checks.items():
