@@ -88,8 +88,9 @@ def plan_net(**settings: Any) -> Plan:
     return tdfx.plan(net(), Policy(**settings), example_inputs=(X,))
 
 
-def set_step_seconds(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let the training step of any model take this long."""
+def set_step_seconds(monkeypatch: pytest.MonkeyPatch, seconds: float | None = None) -> None:
+    """Let the training step of any model take this long, or by default as long as the sites of ``net`` by ``ByFlops``."""
+    seconds = sites_seconds() if seconds is None else seconds
     monkeypatch.setattr("tdfx.passes.planning.step_time.TimeStep._timed", lambda *_: (StepTime(seconds, 0.0), []))
 
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from budgeted import ByFlops, plan_net
+from budgeted import ByFlops, plan_net, set_step_seconds
 from torch import Tensor, nn
 
 import tdfx
 from tdfx import Budget, InputError, Policy, PolicyError, Reason
 
 
-def test_a_budget_out_of_reach_is_followed_most_of_the_way() -> None:
+def test_a_budget_out_of_reach_is_followed_most_of_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_step_seconds(monkeypatch)
     with pytest.raises(PolicyError, match="the most that the 4 sites in question can give is speedup=") as refused:
         plan_net(rank=Budget(speedup=1e4), cost=ByFlops())
     best = float(str(refused.value).partition("speedup=")[2].partition("give is speedup=")[2].split(".")[0])
@@ -29,7 +30,8 @@ def test_a_budget_out_of_reach_is_followed_most_of_the_way() -> None:
     assert 0.05 * before < after < 0.2 * before
 
 
-def test_a_budget_within_reach_is_kept_whether_strict_or_not() -> None:
+def test_a_budget_within_reach_is_kept_whether_strict_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_step_seconds(monkeypatch)
     strict = plan_net(rank=Budget(speedup=1.5), cost=ByFlops())
     not_strict = plan_net(rank=Budget(speedup=1.5, strict=False), cost=ByFlops())
     assert not_strict.sites == strict.sites

@@ -32,7 +32,8 @@ class MeasuresOnce(ByFlops):
         return {} if self.requests else super().measure(groups)
 
 
-def test_a_plan_marks_the_times_that_are_estimates() -> None:
+def test_a_plan_marks_the_times_that_are_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_step_seconds(monkeypatch)
     plan = plan_net(speedup=1.5, cost=MeasuresOnce())
     estimated = [site for site in plan if site.estimated]
     assert estimated
@@ -53,7 +54,8 @@ def test_a_plan_marks_the_times_that_are_estimates() -> None:
     assert not any(site.estimated for site in Plan.from_json(json.dumps(older)))
 
 
-def test_a_plan_by_measured_times_marks_none() -> None:
+def test_a_plan_by_measured_times_marks_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_step_seconds(monkeypatch)
     plan = plan_net(speedup=1.5, cost=ByFlops())
     assert not any("not timed" in note for note in plan.notes)
     assert not any(site.estimated for site in plan)
@@ -79,7 +81,8 @@ def test_sites_that_were_not_timed_at_all_count_as_the_solver_counts_them(monkey
     assert logged == {site.name for site in plan if site.seconds_after is not None} - estimated
 
 
-def test_a_check_says_how_much_of_the_prediction_was_estimated() -> None:
+def test_a_check_says_how_much_of_the_prediction_was_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_step_seconds(monkeypatch)
     plan = plan_net(speedup=1.5, cost=MeasuresOnce())
     estimated = sum(site.estimated for site in plan)
     check = plan.check(tdfx.rewrite(net(), plan), example_inputs=(X,), rounds=1)

@@ -102,11 +102,15 @@ def test_help_takes_less_than_a_second_and_no_torch(command: str) -> None:
         f"try: main([*{command.split()!r}, '--help'])\n"
         f"except SystemExit: print(time.process_time() < 1, *sys.modules, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Usage:" in done.stdout
-    quick, *modules = done.stderr.split()
-    assert quick == "True"
-    assert {"torch", "rich.console", "numpy", "pydantic"} & set(modules) == set()
+
+    def is_quick() -> bool:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "Usage:" in done.stdout
+        quick, *modules = done.stderr.split()
+        assert {"torch", "rich.console", "numpy", "pydantic"} & set(modules) == set()
+        return quick == "True"
+
+    assert any(is_quick() for _ in range(3)), "also on a busy machine one of three takes less"
 
 
 def test_inspect_shows_the_sites_and_the_totals_of_a_torchvision_model() -> None:
