@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from checkout import TOOLS, needs, tool
+from click import ClickException
 from click.testing import CliRunner
 from torch import nn
 
@@ -228,8 +229,9 @@ def test_a_switch_is_timed_in_turns_with_that_of_another_checkout(tmp_path: Path
 
 
 def test_a_checkout_whose_tdfx_is_not_imported_is_refused(tmp_path: Path) -> None:
-    output = run("bench_planning", f"--against={tmp_path}", "--net=tiny", "--batch=2", "--repeats=1", code=1)
-    assert "first on its path imported tdfx from" in output
+    settings = {"net": "tiny", "batch": 2, "total_steps": 10, "cpu_time": True, "threads": 1}
+    with pytest.raises(ClickException, match="first on its path imported tdfx from"):
+        tool("bench_planning").measure({"against": tmp_path}, 1, settings)
 
 
 # The study of the default.

@@ -71,7 +71,7 @@ def reference_rank(matrix: Floats) -> int:
     return int((component_energy(np.array(squared / variance), short, long) < 0).sum())
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(24))
 def test_rank_is_that_of_the_least_free_energy(seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows, cols = (int(side) for side in rng.integers(4, 60, 2))
@@ -124,7 +124,7 @@ def test_the_reference_is_the_least_free_energy_over_all_six_variables(short: in
     assert least_free_energy(ratio, short, long) == pytest.approx(reduced, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(60))
 def test_both_orientations_have_the_same_rank(seed: int) -> None:
     rng = np.random.default_rng(1000 + seed)
     rows, cols = (int(side) for side in rng.integers(1, 80, 2))

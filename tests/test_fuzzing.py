@@ -26,7 +26,7 @@ from tdfx.plans.plan import Plan, Reason
 from tdfx.plans.table import plan_view, render_plain
 from tdfx.ranks.registry import parse_rule, rule_names
 
-MANY = settings(deadline=None, max_examples=300)
+MANY = settings(deadline=None, max_examples=150)
 FEW = settings(deadline=None, max_examples=60)
 
 HUGE = st.sampled_from([10**400, -(10**400), 2**63, -1, 0, 1, 2])

@@ -69,15 +69,15 @@ class SharedBias(Pair):
 def check_proved(
     build: Callable[[], nn.Module], *inputs: Any, emits: tuple[tdfx.Emit, ...] = ("graph", "modules")
 ) -> None:
-    """Fail unless verify says yes to a full rank and to a merge, and no to other values and to another model."""
+    """Fail unless verify says yes to a full rank, and no to the other values of a merge."""
+    model = made(build)
     for emit in emits:
-        model = made(build)
         full = tdfx.rewrite(model, FULL, example_inputs=inputs, emit=emit)
         report = tdfx.verify(full, model, example_inputs=inputs)
         assert report.ok, str(report)
         assert report.contracted
-        merged = tdfx.merge(tdfx.rewrite(model, HALF, example_inputs=inputs, emit=emit))
-        assert not tdfx.verify(merged, model, example_inputs=inputs).ok
+    merged = tdfx.merge(tdfx.rewrite(model, HALF, example_inputs=inputs, emit=emits[-1]))
+    assert not tdfx.verify(merged, model, example_inputs=inputs).ok
 
 
 @pytest.mark.parametrize("build", [Twice, SharedBias])

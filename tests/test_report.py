@@ -213,7 +213,7 @@ def test_a_piece_ends_where_everything_after_it_depends_on_one_box(net: Net) -> 
     assert max(map(len, block.edges)) == 4
 
 
-@pytest.mark.parametrize("name", ["resnet101", "densenet121", "googlenet", "swin_t"])
+@pytest.mark.parametrize("name", ["densenet121", "googlenet", "swin_t"])
 def test_the_graph_of_a_large_model_stays_readable(name: str) -> None:
     with torch.device("meta"):
         options: dict[str, Any] = {"init_weights": False} if name == "googlenet" else {}

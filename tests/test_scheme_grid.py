@@ -22,7 +22,7 @@ TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTr
 SIZES = {1: (11,), 2: (9, 8), 3: (6, 5, 7)}
 MODES = ("zeros", "reflect", "replicate", "circular")
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch says so once a process
-grid = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+grid = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 def schemes_for(layer: nn.Module) -> list[Scheme]:
@@ -123,7 +123,7 @@ def test_full_rank_is_the_dense_layer(layer: nn.Module) -> None:
         check_equal(factorized, layer, x, factorized)
 
 
-@settings(grid, max_examples=60)
+@settings(grid, max_examples=30)
 @given(layers(), st.sampled_from([0.0, 0.5, 0.8]))
 def test_a_low_rank_is_the_layer_of_the_joined_weight(layer: nn.Module, share: float) -> None:
     """No geometry is lost on the way: the chain computes what the stock layer computes with the weight it stands for."""

@@ -112,7 +112,7 @@ def test_full_rank_is_exact(dense: Operation) -> None:
             assert float(spectrum.values.norm()) == pytest.approx(float(weight.norm()), rel=1e-12)
 
 
-@grid
+@settings(grid, max_examples=25)
 @given(operations(), st.floats(0.0, 0.95))
 def test_error_is_what_split_loses(dense: Operation, share: float) -> None:
     weight = random(*dense.weight_shape)
