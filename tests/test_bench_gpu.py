@@ -42,7 +42,7 @@ def fake_sections(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_case_is_a_row_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = fake_sections(tmp_path, monkeypatch)
     file = tmp_path / "rows.json"
-    arguments = ["--small", "--section", "correctness", "--deadline", "100", "--json", str(file)]
+    arguments = ["--small", "--section", "correctness", "--deadline", "1000", "--json", str(file)]
     result = CliRunner().invoke(module.main, arguments)
     assert result.exit_code == 1, result.output
     rows = json.loads(file.read_text(encoding="utf-8"))["results"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, fx, nn
+from torch.multiprocessing.spawn import spawn
 
 import tdfx
 
@@ -156,6 +157,6 @@ def sends_back(_: int, models: list[nn.Module], queue: Any) -> None:
 def test_a_process_that_is_spawned_gets_the_model() -> None:
     models = [rewritten(build, emit) for build in BUILDS for emit in EMITS]
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(sends_back, args=(models, queue), nprocs=1)  # type: ignore[no-untyped-call]
+    spawn(sends_back, args=(models, queue), nprocs=1)  # type: ignore[no-untyped-call]
     for model in models:
         assert_same(torch.tensor(queue.get(), dtype=torch.float64), model(batch()))

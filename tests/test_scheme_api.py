@@ -230,7 +230,7 @@ def test_the_optimizers_state_is_carried_over(name: str, optimizer_class: Any) -
         optimizer.zero_grad()
 
     step(model)
-    small = tdfx.rewrite(model, policy(name, of=0.5), optimizer=optimizer)
+    small = tdfx.rewrite(model, policy(name, of=0.25), optimizer=optimizer)
     step(small)
     merged = tdfx.merge(small, optimizer=optimizer)
     step(merged)
