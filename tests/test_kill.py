@@ -47,7 +47,7 @@ def run() -> Iterator[Run]:
 
     yield start
     stdin.close()
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=300) == 0
     stdout.close()
 
 
