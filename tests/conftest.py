@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ import torch
 from onnx import ModelProto
 from onnx_models import Net
 from torch import Tensor
-from torch._export import utils as export_utils
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from tdfx.cost.timing import take_turns
 from tdfx.onnx_proof.torch_to_onnx import export_module
@@ -35,21 +34,29 @@ atexit.register(shutil.rmtree, os.environ["TDFX_CACHE_DIR"], ignore_errors=True)
 # Small tensors gain nothing from threads, and tests would wait for each other's threads; doctests too.
 torch.set_num_threads(1)
 
-build_registry = functools.cache(ONNXRegistry.from_torchlib)
+
+def _build_tables_once() -> None:
+    """Let torch build two tables of operators once and not in each of hundreds of exports, half of whose time it takes.
+
+    Both are private: with a torch that has them elsewhere the tests are only slower.
+    """
+    from torch._export import utils
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    build = functools.cache(ONNXRegistry.from_torchlib)
+
+    def copied(cls: type[ONNXRegistry], *arguments: Any, **options: Any) -> ONNXRegistry:
+        registry = copy.copy(build(*arguments, **options))
+        registry.functions = {operator: list(functions) for operator, functions in registry.functions.items()}
+        return registry
+
+    collect = utils._collect_all_valid_cia_ops_for_namespace
+    ONNXRegistry.from_torchlib = classmethod(copied)  # type: ignore[assignment]
+    utils._collect_all_valid_cia_ops_for_namespace = functools.cache(collect)
 
 
-def _copy_registry(cls: type[ONNXRegistry], *arguments: Any, **options: Any) -> ONNXRegistry:
-    """Copy torch's table of ONNX operators: to build it takes half of an export, and the tests export hundreds of models."""
-    registry = copy.copy(build_registry(*arguments, **options))
-    registry.functions = {operator: list(functions) for operator, functions in registry.functions.items()}
-    return registry
-
-
-ONNXRegistry.from_torchlib = classmethod(_copy_registry)  # type: ignore[assignment]
-# Looked up twice in every export, and the same as long as no operators are registered in a namespace.
-export_utils._collect_all_valid_cia_ops_for_namespace = functools.cache(
-    export_utils._collect_all_valid_cia_ops_for_namespace
-)
+with suppress(ImportError, AttributeError):
+    _build_tables_once()
 
 LONGEST = (
     "test_trainers_processes",

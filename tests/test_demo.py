@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,8 +139,12 @@ def test_a_failed_proof_gives_exit_code_1(by_default: DemoResult, monkeypatch: p
 def test_a_network_that_is_kept_is_trained_and_proved_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "demo_policy", lambda: tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=1000))
     results: list[DemoResult] = []
-    keep = demo.run_demo
-    monkeypatch.setattr(demo, "run_demo", lambda **settings: results.append(keep(**settings)) or results[0])
+
+    def run(**settings: Any) -> DemoResult:
+        results.append(run_demo(**settings))
+        return results[0]
+
+    monkeypatch.setattr(demo, "run_demo", run)
     shown = CliRunner().invoke(main, ["demo", "--epochs", "2"])
     assert shown.exit_code == 0, shown.output
     assert results[0].plan is None

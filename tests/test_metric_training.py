@@ -76,15 +76,16 @@ def error_in_metric(moments: tdfx.Moments, path: str, before: Tensor, after: Ten
 def test_a_budgets_floor_holds_in_the_metric_whatever_the_error_is() -> None:
     torch.manual_seed(0)
     left, right = torch.randn(64, 2), torch.randn(2, 64)
-    model = nn.Sequential(nn.Linear(64, 64, bias=False))
-    model[0].weight.data = left @ right / 8 + 1e-3 * torch.randn(64, 64)  # two ranks lose next to nothing
+    layer = nn.Linear(64, 64, bias=False)
+    layer.weight.data = left @ right / 8 + 1e-3 * torch.randn(64, 64)  # two ranks lose next to nothing
+    model = nn.Sequential(layer)
     with tdfx.Moments(model) as moments:
         for _ in range(4):
-            model(torch.randn(256, 64)).square().mean().backward()
+            cast("Tensor", model(torch.randn(256, 64))).square().mean().backward()  # type: ignore[no-untyped-call]
     budget = tdfx.Budget(parameters=0.1, strict=False, floor=0.2)
     policy = tdfx.Policy(rank=budget, min_gain=0, round_to=1, cost=tdfx.Modelled())
     assert tdfx.plan(model, policy, moments=moments).sites[0].ranks == (13,)  # a fifth of 64, which is 12.8
-    assert tdfx.plan(model, policy).sites[0].ranks < (13,)  # the same weight without a metric
+    assert (tdfx.plan(model, policy).sites[0].ranks or (64,)) < (13,)  # the same weight without a metric
 
 
 def test_plan_and_rewrite_measure_errors_in_the_metric_of_the_loss() -> None:
