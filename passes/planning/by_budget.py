@@ -162,7 +162,7 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
         for ranks, error in zip(grid, scheme.errors(operation, w_dense, grid, spectra), strict=True):
             is_above = all(rank >= fewest for rank, fewest in zip(ranks, least, strict=True))
             if is_above or (not is_fixed and error**2 <= _SMALL_ERROR):
-                errors[Candidate(scheme, ranks)] = error
+                errors[Candidate(scheme, ranks, policy.recompute)] = error
     return CandidateSet(errors, bool(signal))
 
 
