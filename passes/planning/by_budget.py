@@ -15,7 +15,8 @@ from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import AUTO, budget_schemes
 from tdfx.factors.scheme import Scheme
-from tdfx.passes.planning.budget import BudgetSite, BudgetSolver
+from tdfx.passes.planning.budget import BudgetSolver
+from tdfx.passes.planning.budget_site import BudgetSite
 from tdfx.passes.planning.limits import BudgetScope
 from tdfx.passes.planning.proposals import SiteWish, rounded
 from tdfx.passes.planning.site_cost import Candidate, keep

@@ -17,7 +17,8 @@ from tdfx.factors.recomputed import recomputed
 from tdfx.kinds.attention import attend
 from tdfx.kinds.functional import FunctionCall
 from tdfx.kinds.layouts import Layout, Product
-from tdfx.kinds.products import PackedCall, ProductCall, parse_through
+from tdfx.kinds.parse_products import parse_through
+from tdfx.kinds.products import PackedCall, ProductCall
 from tdfx.kinds.views import View, view_by
 from tdfx.layers.factorized import Factorized, Origin, weight_of
 from tdfx.layers.joined import read_only
