@@ -181,7 +181,7 @@ def test_compiled() -> None:
     x = torch.randn(50, 16, dtype=torch.float64)
     kept, again = both(model, x, "modules")
     torch.compiler.reset()
-    compiled = torch.compile(again, backend="aot_eager_decomp_partition", fullgraph=True)
+    compiled: Any = torch.compile(again, backend="aot_eager_decomp_partition", fullgraph=True)
     assert_same(gradients(kept, x), gradients(compiled, x))
     assert saved_bytes(compiled, x) == saved_bytes(again, x)
 
@@ -199,7 +199,8 @@ def test_transforms_of_torch_func_and_second_derivatives(name: str) -> None:
     def derivatives(model: nn.Module) -> list[Tensor]:
         # The weights of the call are no longer in the model when the backward pass comes.
         first = torch.autograd.grad(loss(model, other, x), list(other.values()), create_graph=True)
-        return [*first, *torch.autograd.grad(sum(each.square().sum() for each in first), list(other.values()))]
+        second = torch.stack([each.square().sum() for each in first]).sum()
+        return [*first, *torch.autograd.grad(second, list(other.values()))]
 
     expected = derivatives(kept)
     assert_same(expected, derivatives(again))
@@ -223,7 +224,7 @@ def test_nothing_shows_where_nothing_trains() -> None:
 
 def test_an_input_that_was_changed_since_is_an_error_as_ever() -> None:
     model, x = build("linear")
-    for each in both(model[0], x):
+    for each in both(model.get_submodule("0"), x):
         changed = x.clone()
         out = each(changed)
         changed.add_(1)
@@ -236,8 +237,8 @@ def test_random_numbers_of_an_adapter_are_drawn_again() -> None:
     kept, again = both(model, x)
     results = []
     for each in (kept, again):
-        layer = each.get_submodule("0")
-        layer.factors[0] = nn.Sequential(layer.factors[0], nn.Dropout(0.5))  # type: ignore[operator, union-attr]
+        layer: Any = each.get_submodule("0")
+        layer.factors[0] = nn.Sequential(layer.factors[0], nn.Dropout(0.5))
         torch.manual_seed(1)
         results.append(gradients(each, x))
         results.append([torch.rand(1, dtype=torch.float64)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def recomputed(compute: Callable[..., T], *inputs: Tensor) -> T:
     """
     if not (torch.is_grad_enabled() and all(isinstance(x, Tensor) for x in inputs)) or _is_transformed():
         return compute(*inputs)
-    return cast("T", checkpoint(compute, *map(_as_computed, inputs), use_reentrant=False))
+    return checkpoint(compute, *map(_as_computed, inputs), use_reentrant=False)
 
 
 def _is_transformed() -> bool:

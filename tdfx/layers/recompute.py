@@ -27,7 +27,7 @@ def recompute_chain(layer: nn.Module, compute: Callable[[Tensor], Tensor], x: Te
         present = dict(layer.named_parameters())
         if all(present.get(name) is weight for name, weight in weights.items()):
             return compute(x)
-        values = {f"layer.{name}": weight for name, weight in weights.items()}
+        values: dict[str, Tensor] = {f"layer.{name}": weight for name, weight in weights.items()}
         out: Tensor = functional_call(_Caller(layer, compute), values, (x,))
         return out
 
