@@ -19,6 +19,7 @@ from tdfx.passes.pipeline import merge_back, use_plan
 from tdfx.passes.transform.merge import is_rewritten
 from tdfx.passes.transform.rewrite import Init
 from tdfx.planned_rewrite import (
+    PlanRequest,
     check_init,
     check_same_arguments,
     plan_by_policy,
@@ -69,7 +70,7 @@ def plan(
         >>> plan.sites[0].scheme, plan.sites[0].ranks, plan.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
-    return plan_rewrite(model, policy, example_inputs, emit, moments).plan
+    return plan_rewrite(model, PlanRequest(policy, example_inputs, emit, moments)).plan
 
 
 def rewrite(
@@ -152,7 +153,7 @@ def rewrite(
                 warn_of_metric(policy, companions)
             planned = use_plan(sites_of(unwrapped, policy.emit), policy, moments)
         else:
-            planned = plan_by_policy(unwrapped, policy, example_inputs, emit, moments)
+            planned = plan_by_policy(unwrapped, PlanRequest(policy, example_inputs, emit, moments))
         commit = prepare_rewrite(planned, companions, init, moments)
     return commit()
 

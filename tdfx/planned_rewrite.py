@@ -28,6 +28,21 @@ from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
 
 @dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """By what a plan is to be made."""
+
+    policy: Policy | None = None
+    """Default: ``Policy()``."""
+    inputs: Inputs | None = None
+    emit: Emit = "graph"
+    moments: Moments | None = None
+    loop_seconds: float | None = None
+    """Time of a step in the training loop, in seconds, if known."""
+    loop: LoopSettings | None = None
+    """What is in force in the loop, if known."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedRewrite:
     """A plan for a model in training, with everything that the rewrite needs, so that no work is done twice."""
 
@@ -50,23 +65,14 @@ class PlannedRewrite:
         return commit()
 
 
-def plan_rewrite(
-    model: nn.Module,
-    policy: Policy | None,
-    inputs: Inputs | None,
-    emit: Emit,
-    moments: Moments | None = None,
-    loop_seconds: float | None = None,
-    loop: LoopSettings | None = None,
-) -> PlannedRewrite:
-    """Make a plan as ``plan`` does, by what is known of the training loop: the seconds of a step, and its settings."""
-    if moments is not None:
-        moments.remove()  # hooks would be taken for the user's own
+def plan_rewrite(model: nn.Module, request: PlanRequest) -> PlannedRewrite:
+    """Make a plan as ``plan`` does."""
+    if request.moments is not None:
+        request.moments.remove()  # hooks would be taken for the user's own
     unwrapped = unwrap(model)
     with unwrapped.processes.raise_on_all():
-        check_same_arguments(unwrapped, policy, emit)
-        planned = plan_by_policy(unwrapped, policy, inputs, emit, moments, loop_seconds, loop)
-        return PlannedRewrite(unwrapped, planned, moments)
+        check_same_arguments(unwrapped, request.policy, request.emit)
+        return PlannedRewrite(unwrapped, plan_by_policy(unwrapped, request), request.moments)
 
 
 def check_same_arguments(
@@ -117,27 +123,20 @@ def warn_of_metric(plan: Plan, companions: Companions) -> None:
         )
 
 
-def plan_by_policy(
-    unwrapped: Unwrapped,
-    policy: Policy | None,
-    inputs: Inputs | None,
-    emit: Emit,
-    moments: Moments | None = None,
-    loop_seconds: float | None = None,
-    loop: LoopSettings | None = None,
-) -> Planned:
+def plan_by_policy(unwrapped: Unwrapped, request: PlanRequest) -> Planned:
     """Trace the model, find its sites, and decide for each by the policy."""
-    policy = Policy() if policy is None else policy
+    policy = Policy() if request.policy is None else request.policy
     if not isinstance(policy, Policy):
         raise PolicyError(
             f"policy={policy!r} is a {type(policy).__name__}: it says what to rewrite and how far. Pass "
             f"tdfx.Policy(rank=...), or a plan to rewrite."
         )
-    program = sites_of(unwrapped, emit)
+    program, inputs = sites_of(unwrapped, request.emit), request.inputs
     if unwrapped.compiled and inputs is not None and isinstance(policy.cost, MeasuringCost) and policy.min_gain > 0:
         note = "its layers are timed as they run eagerly; compiled, they may gain less or more"
         program = replace(program, notes=(*program.notes, note))
-    return make_plan(program, policy, inputs, moments=moments, loop_seconds=loop_seconds, loop=loop)
+    seconds, loop = request.loop_seconds, request.loop
+    return make_plan(program, policy, inputs, moments=request.moments, loop_seconds=seconds, loop=loop)
 
 
 def sites_of(unwrapped: Unwrapped, emit: Emit) -> Program:

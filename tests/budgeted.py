@@ -13,7 +13,7 @@ import tdfx
 from tdfx import Modelled, Plan, Policy
 from tdfx.cost.count import Flow, flops
 from tdfx.factors.operation import Operation
-from tdfx.passes.planning.beside import StepTime
+from tdfx.passes.planning.relative_time import StepTime
 
 X = torch.randn(4, 16, 12, 12, generator=torch.Generator().manual_seed(1))
 

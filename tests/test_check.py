@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tdfx
 from tdfx import InputError, Measured, Modelled, PlanError, Policy, Ratio
-from tdfx.passes.planning.step_time import TrainingStep, time_steps
+from tdfx.passes.planning.training_step import TrainingStep, time_steps
 from tdfx.training.step_check import StepCheck
 
 

@@ -92,8 +92,8 @@ def test_a_switch_of_a_compiled_model_counts_what_compiling_took(monkeypatch: py
         counted.append(given[-1])
         return False, "not now"
 
-    monkeypatch.setattr("tdfx.training.switch.switch.seconds_spent_compiling", lambda: 42.0)
-    monkeypatch.setattr("tdfx.training.switch.switch.pays_off", pays_off)
+    monkeypatch.setattr("tdfx.training.switch.remaining.seconds_spent_compiling", lambda: 42.0)
+    monkeypatch.setattr("tdfx.training.switch.remaining.pays_off", pays_off)
     for compiled, own in ((False, 0.0), (True, 0.0), (True, 7.0)):
         model: nn.Module = Net()
         if compiled:

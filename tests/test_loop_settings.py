@@ -14,7 +14,7 @@ import tdfx
 from tdfx.cost.count import Flow
 from tdfx.cost.setting import Setting, autocast_now
 from tdfx.passes.analysis.loop import LoopSettings, SiteSetting, warn_of_full_precision
-from tdfx.passes.planning.step_time import TrainingStep
+from tdfx.passes.planning.training_step import TrainingStep
 
 BF16 = torch.bfloat16
 LAST = torch.channels_last

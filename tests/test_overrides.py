@@ -28,6 +28,7 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "round_to": (4, 4),
     "cost": (Modelled(seconds_per_call=0), {"use": "modelled", "seconds_per_call": 0}),
     "metric": ("inputs", "inputs"),
+    "recompute": (True, True),
 }
 """Every setting that is inherited, with a value for Python and for a file."""
 OTHERS: dict[str, tuple[Any, Any]] = {
@@ -37,6 +38,7 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     "round_to": (8, 8),
     "cost": (Measured(), "measured"),
     "metric": ("auto", "auto"),
+    "recompute": (False, False),
 }
 """Other values; most are the defaults, which count too where an override gives them."""
 

@@ -25,8 +25,8 @@ from tdfx.cost.timing import Timing, take_turns
 from tdfx.cost.waiting import waiting_time
 from tdfx.cost.workload import Workload
 from tdfx.factors.operation import Operation
-from tdfx.passes.planning.beside import Beside, StepTime
 from tdfx.passes.planning.knapsack import Item
+from tdfx.passes.planning.relative_time import Beside, StepTime
 from tdfx.passes.planning.site_cost import Candidate
 from tdfx.passes.planning.worthwhile import worthwhile
 
@@ -138,7 +138,7 @@ class Machine:
         self.timed: list[int] = []
         """How many functions were timed together, each time."""
         self.step = 1.0
-        for module in ("tdfx.passes.planning.beside", "tdfx.cost.measured"):
+        for module in ("tdfx.passes.planning.relative_time", "tdfx.cost.measured"):
             monkeypatch.setattr(f"{module}.take_turns", self.turns)
 
     def seconds(self, run: Any) -> float:
@@ -237,7 +237,7 @@ def test_a_step_that_varies_too_much_does_not_decide(machine: Machine, monkeypat
             *(Timing(each.samples * 3) for each in layers),
         ]
 
-    monkeypatch.setattr("tdfx.passes.planning.beside.take_turns", restless)
+    monkeypatch.setattr("tdfx.passes.planning.relative_time.take_turns", restless)
     plan = plan_convs()
     assert plan.step_seconds is None
     (note,) = (note for note in plan.notes if note.startswith("the step as a whole was not timed"))

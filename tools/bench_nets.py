@@ -9,7 +9,7 @@ import torch
 from nets import build, with_trained_spectra
 from torch import Tensor, nn
 
-from tdfx.passes.planning.step_time import TrainingStep, time_steps
+from tdfx.passes.planning.training_step import TrainingStep, time_steps
 
 BATCHES = {"vgg19": 32, "resnet18": 8, "resnet50": 8, "resnet56": 32, "densenet40": 32, "mobilenet_v2": 8}
 """Default networks -> images in a batch."""

@@ -20,7 +20,7 @@ from tdfx.devices import short_name
 from tdfx.distributed.processes import Processes
 from tdfx.kinds.attention import attend
 from tdfx.kinds.functional import FunctionCall
-from tdfx.kinds.products import Views, product_name
+from tdfx.kinds.parse_products import Views, product_name
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.kinds.views import FORMS
 from tdfx.layers.factorized import Factorized

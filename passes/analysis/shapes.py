@@ -18,8 +18,8 @@ from tdfx.factors.operation import Operation
 from tdfx.kinds.products import PackedCall, common_use
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.paths import parameters_by_path
-from tdfx.passes.analysis.beside import difference
 from tdfx.passes.analysis.blockers import USED_TWICE, blocker_of_weight, layers_inside_leaves
+from tdfx.passes.analysis.compare_effects import difference
 from tdfx.passes.analysis.loop import LoopSettings
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
 from tdfx.passes.analysis.readers import MAY_READ

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from tdfx.factors.operation import Operation
 from tdfx.kinds.attention import attend
-from tdfx.kinds.products import ProductCall, Views
-from tdfx.kinds.registry import find_kind, kind_of
+from tdfx.kinds.parse_products import Views
+from tdfx.kinds.products import ProductCall
 from tdfx.layers.copying import COMPILED
-from tdfx.layers.factorized import Factorized
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.analysis.guard import storage_address
+from tdfx.passes.analysis.watched_weights import (
+    WeightOwner,
+    is_matrix,
+    join,
+    layer_weight,
+    modules_by_path,
+    operation_of_layer,
+    wrapped,
+    wrappers,
+)
 
 Arrange = Callable[[Tensor], Tensor]
 
@@ -54,22 +61,22 @@ class TrainingHooks:
         self.operations = {}
         self._turns: dict[str, int] = {}
         self._on_forward, self._on_call = on_forward, on_call
-        self._owners: list[_Owner] = []
+        self._owners: list[WeightOwner] = []
         self._layers: set[int] = set()  # identities of the layers with a hook
         self._uncalled: set[str] = set()  # weights of those that have not been called yet
-        self._owner_of: dict[int, _Owner] = {}  # by the identity of the weight
+        self._owner_of: dict[int, WeightOwner] = {}  # by the identity of the weight
         self._views = Views()
         self._running: list[tuple[nn.Module, ExitStack]] = []
         self._undo = ExitStack()
-        self._roots = [weakref.ref(root) for root in _wrappers(model)]
-        modules = list(_modules_by_path(model))
+        self._roots = [weakref.ref(root) for root in wrappers(model)]
+        modules = list(modules_by_path(model))
         for path, module in modules:
             self._attach(path, module)
         self._has_functions = any(owner.by_function for owner in self._owners)
         # What takes part in functions, and what torch.compile has wrapped, may run outside of the model's forward.
         parts = [owner.module for owner in self._owners]
-        parts += [module for _, module in modules if id(module) in self._layers or _wrapped(module) is not None]
-        for module in {id(module): module for module in (*_wrappers(model), *parts)}.values():
+        parts += [module for _, module in modules if id(module) in self._layers or wrapped(module) is not None]
+        for module in {id(module): module for module in (*wrappers(model), *parts)}.values():
             before, after = _Hook(self, module, "enter"), _Hook(self, module, "_leave")
             self._undo.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
             self._undo.callback(module.register_forward_hook(after, always_call=True).remove)
@@ -92,19 +99,19 @@ class TrainingHooks:
         self._owners, self._owner_of = [], {}
 
     def _attach(self, path: str, module: nn.Module) -> None:
-        weight = _layer_weight(path, module)
+        weight = layer_weight(path, module)
         if weight:
-            self.operations[weight] = _operation(module)
+            self.operations[weight] = operation_of_layer(module)
             self._layers.add(id(module))
             self._uncalled.add(weight)
             hook = _Hook(self, module, "_report_layer", weight)
             # First, so that it sees the output of the layer and not what a hook of the user's makes of it.
             self._undo.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         for name, value in (*module._parameters.items(), *module._modules.items()):
-            if isinstance(value, FactorizedParameter) or _is_matrix(value):
+            if isinstance(value, FactorizedParameter) or is_matrix(value):
                 by_function = not weight and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
-                self._owners.append(_Owner(module, name, _join(path, name), by_function))
-                self.operations.setdefault(_join(path, name), None)
+                self._owners.append(WeightOwner(module, name, join(path, name), by_function))
+                self.operations.setdefault(join(path, name), None)
         code = module.__dict__.get(COMPILED)
         if code is not None:
             self._run_eagerly(module, code)
@@ -155,7 +162,7 @@ class TrainingHooks:
     ) -> None:
         self._uncalled.discard(path)
         x = next((value for value in (*args, *named.values()) if isinstance(value, Tensor)), None)
-        self._report(path, _operation(layer), x, output)
+        self._report(path, operation_of_layer(layer), x, output)
 
     def _report_function(self, function: object, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
         if self._running and id(self._running[-1][0]) in self._layers:
@@ -197,21 +204,6 @@ class TrainingHooks:
             self._owner_of = {id(owner.weight): owner for owner in reversed(self._owners)}
             owner = self._owner_of.get(id(weight))
         return "" if owner is None else owner.path
-
-
-class _Owner(NamedTuple):
-    """A module that holds a weight."""
-
-    module: nn.Module
-    name: str
-    path: str
-    by_function: bool
-    """True if only a call of a function can make a site of the weight."""
-
-    @property
-    def weight(self) -> object:
-        """The weight that the module holds now."""
-        return self.module._parameters.get(self.name, self.module._modules.get(self.name))
 
 
 class _Hook:
@@ -267,64 +259,8 @@ def _eager() -> AbstractContextManager[Any]:
     return stance
 
 
-def _modules_by_path(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each module once, by its first path without the names of wrappers; the inside of a Factorized is left out."""
-    seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module]] = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield path, module
-        if not isinstance(module, Factorized):
-            inner = _wrapped(module)
-            children = [(name, child) for name, child in module._modules.items() if child is not None]
-            waiting += [(path if child is inner else _join(path, name), child) for name, child in reversed(children)]
-
-
-def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield a model, and what is inside of it as long as it is a wrapper."""
-    module: nn.Module | None = model
-    while module is not None:
-        yield module
-        module = _wrapped(module)
-
-
-def _wrapped(module: nn.Module) -> nn.Module | None:
-    """Return what ``torch.compile`` or DistributedDataParallel has wrapped, or None if the module is no wrapper."""
-    return module._modules.get("module" if isinstance(module, DistributedDataParallel) else "_orig_mod")
-
-
-def _layer_weight(path: str, module: nn.Module) -> str:
-    """Return the path of a layer's dense weight; "" for a module that does not compute what a kind of layer computes."""
-    if isinstance(module, Factorized):
-        return path if isinstance(module, FactorizedParameter) else _join(path, module.kind.weight)
-    kind = find_kind(module)
-    if kind is None or not kind.is_intact(module) or module._parameters.get(kind.weight) is None:
-        return ""
-    return _join(path, kind.weight)
-
-
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _operation(layer: nn.Module) -> Operation | None:
-    """Return what a layer computes; None for a lazy layer that has no shape yet."""
-    if isinstance(layer, Factorized):
-        return layer.operation
-    kind = kind_of(layer)
-    is_lazy = isinstance(layer._parameters.get(kind.weight), UninitializedParameter)
-    return None if is_lazy else kind.operation(layer)
-
-
-def _is_matrix(value: object) -> bool:
-    return isinstance(value, nn.Parameter) and (isinstance(value, UninitializedParameter) or value.dim() > 1)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _is_plain(value: object) -> TypeGuard[Tensor]:

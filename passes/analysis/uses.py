@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from tdfx.kinds.attention import is_attention, projections
 from tdfx.kinds.functional import FunctionCall
-from tdfx.kinds.products import PackedCall, ProductCall, parse_product, parse_use
+from tdfx.kinds.parse_products import parse_product, parse_use
+from tdfx.kinds.products import PackedCall, ProductCall
 from tdfx.kinds.registry import find_kind
 from tdfx.kinds.views import View, view_by
 from tdfx.passes.analysis.owners import Owners, owners_of

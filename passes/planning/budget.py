@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from tdfx.cost.count import parameters
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.distributed.processes import Processes
 from tdfx.errors import PolicyError
+from tdfx.passes.planning.budget_site import BudgetSite
 from tdfx.passes.planning.calibration import Calibration, Lowest, SiteCalibration
 from tdfx.passes.planning.knapsack import (
     TIME_LIMIT,
@@ -22,12 +22,11 @@ from tdfx.passes.planning.knapsack import (
     solve_knapsack,
 )
 from tdfx.passes.planning.limits import BudgetScope, Limits
-from tdfx.passes.planning.proposals import factorize
-from tdfx.passes.planning.site_cost import Candidate, current_chain, flops_of, keep, memory_of
+from tdfx.passes.planning.site_cost import Candidate, current_chain
 from tdfx.passes.planning.times import SiteTimes, TimingRequest
-from tdfx.passes.planning.worthwhile import Place, gains_enough, sure_part, worthwhile
+from tdfx.passes.planning.worthwhile import Place, sure_part, worthwhile
 from tdfx.passes.program import Site
-from tdfx.plans.plan import Reason, SitePlan
+from tdfx.plans.plan import SitePlan
 from tdfx.policies.policy import Policy
 from tdfx.ranks.budget import Budget
 
@@ -44,25 +43,6 @@ _COVERED = 0.6
 _CAUTION = 1.05
 """Factor by which unmeasured candidates get slower from one round to the next. The best of many estimates is usually too
 low, and few sites should change once most of the chosen candidates are measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class BudgetSite:
-    """A site that a budget decides, and its candidates."""
-
-    site: Site
-    policy: Policy
-    """The policy in force for the site; its rank rule is the budget."""
-    errors: Mapping[Candidate, float]
-    """The error of each candidate, relative to the weight's norm."""
-
-    def fastest(self, calibration: Calibration) -> Lowest:
-        """Return the candidate of each scheme that is fastest by arithmetic: it is cheap to measure, and bounds the gain."""
-        by_scheme: dict[str, list[Candidate]] = {}
-        for candidate in self.errors:
-            by_scheme.setdefault(candidate.scheme.name, []).append(candidate)
-        seconds = partial(calibration.times.estimate, calibration.cost, self.site)
-        return {name: min(candidates, key=seconds) for name, candidates in by_scheme.items()}
 
 
 @dataclass(slots=True)
@@ -114,7 +94,8 @@ class BudgetSolver:
                 f"the machine is busy and times are not sure: {part:.0%} of the reduction that {self.budget!r} wants is made"
             )
         self._note_untimed(chosen)
-        return [self._decision(each, candidate) for each, candidate in zip(self.sites, chosen, strict=True)]
+        pairs = zip(self.sites, chosen, strict=True)
+        return [each.decision(candidate, self._site_calibration(each)) for each, candidate in pairs]
 
     def _calibrate(self) -> None:
         """Time every site as it is and, where sites of a scheme take most of the time, its lowest ranks; learn from that."""
@@ -161,7 +142,7 @@ class BudgetSolver:
         what they measure together next depends on the choice.
         """
         names, bounds = list(self.budget.limits), list(map(self.limits.of, self.budget.limits))
-        places = [self._place(each, self._site_calibration(each), names) for each in self.sites]
+        places = [each.place(self._site_calibration(each), names) for each in self.sites]
         places = [worthwhile(place, self._least_rate(each)) for each, place in zip(self.sites, places, strict=True)]
         picks, self.notes = self.processes.on_rank0(partial(self._pick, names, places, bounds))
         return [place[pick][0] for place, pick in zip(places, picks, strict=True)]
@@ -284,18 +265,6 @@ class BudgetSolver:
             return 0.0
         return (1 - 1 / each.policy.min_gain) * self.limits.step_in_sites / len(self.sites)
 
-    def _place(self, each: BudgetSite, calibration: SiteCalibration, names: Sequence[str]) -> Place:
-        now = calibration.seconds(None)
-        place: Place = [(None, Item(0.0, _costs(each.site, None, now, names)))]
-        for candidate, error in each.errors.items():
-            seconds = calibration.seconds(candidate)
-            estimated = self.times.estimated_gain(self.policy.cost, each.site, candidate)
-            if gains_enough(now / seconds, estimated, each.policy.min_gain):
-                # Rounded, so that of candidates that lose the same the cheapest counts, whatever the last digits are.
-                loss = float(f"{error**2:.6g}")
-                place.append((candidate, Item(loss, _costs(each.site, candidate, seconds, names))))
-        return _undominated(place)
-
     def _out_of_reach(
         self, names: Sequence[str], bounds: Sequence[float], places: Sequence[Sequence[Item]]
     ) -> PolicyError:
@@ -321,37 +290,6 @@ class BudgetSolver:
         each = zip(names, bounds, least, strict=True)
         return [limits.reachable(name, total - bound) for name, bound, total in each if total > bound]
 
-    def _decision(self, each: BudgetSite, candidate: Candidate | None) -> SitePlan:
-        site, min_gain = each.site, each.policy.min_gain
-        calibration = self._site_calibration(each)
-        before = calibration.seconds(None)
-        if candidate is None:
-            gain = max((before / calibration.seconds(other) for other in each.errors), default=0.0)
-            if gain >= min_gain and each.errors:
-                return keep(site, Reason.NOT_NEEDED)
-            note = f"{min_gain:g}x was asked of it, at any ranks that the budget allows"
-            return replace(keep(site, Reason.NO_GAIN, note), gain=gain or None)
-        after = calibration.seconds(candidate)
-        decision = factorize(keep(site, Reason.NO_GAIN), site, candidate, "", before / after)
-        decision = replace(decision, error=each.errors[candidate])
-        if not self.calibration.measured or site.is_missed:
-            return decision
-        measured = [self.times.measured(self.policy.cost, site, chain) for chain in (current_chain(site), candidate)]
-        return replace(decision, seconds_before=before, seconds_after=after, estimated=None in measured)
-
-
-def _costs(site: Site, candidate: Candidate | None, seconds: float, names: Sequence[str]) -> tuple[float, ...]:
-    """Return what a site uses of each thing that a budget counts, as it is or as a candidate."""
-    chain = candidate or current_chain(site)
-    amounts: dict[str, Callable[[], float | None]] = {
-        "speedup": lambda: seconds,
-        "seconds": lambda: seconds,
-        "parameters": lambda: parameters(chain(site.known_operation)),
-        "flops": lambda: flops_of(site, chain),
-        "memory": lambda: memory_of(site, chain),
-    }
-    return tuple(float(amounts[name]() or 0) for name in names)
-
 
 def _with_note(selection: Selection) -> tuple[list[int], list[str]]:
     if selection.proven:
@@ -360,13 +298,3 @@ def _with_note(selection: Selection) -> tuple[list[int], list[str]]:
         f"the solver's {TIME_LIMIT:g} s ran out: the best choice that it had found by then was taken, and there may be a "
         f"better one within the budget"
     ]
-
-
-def _undominated(place: Place) -> Place:
-    """Leave out every candidate that another one beats in loss and in all costs; it would never be chosen."""
-    kept: Place = []
-    for entry in sorted(place, key=lambda pair: (pair[1].loss, pair[1].costs)):
-        costs = entry[1].costs
-        if not any(all(a <= b for a, b in zip(other.costs, costs, strict=True)) for _, other in kept):
-            kept.append(entry)
-    return kept

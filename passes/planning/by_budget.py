@@ -15,7 +15,8 @@ from tdfx.errors import PolicyError
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import AUTO, budget_schemes
 from tdfx.factors.scheme import Scheme
-from tdfx.passes.planning.budget import BudgetSite, BudgetSolver
+from tdfx.passes.planning.budget import BudgetSolver
+from tdfx.passes.planning.budget_site import BudgetSite
 from tdfx.passes.planning.limits import BudgetScope
 from tdfx.passes.planning.proposals import SiteWish, rounded
 from tdfx.passes.planning.site_cost import Candidate, keep
@@ -162,7 +163,7 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
         for ranks, error in zip(grid, scheme.errors(operation, w_dense, grid, spectra), strict=True):
             is_above = all(rank >= fewest for rank, fewest in zip(ranks, least, strict=True))
             if is_above or (not is_fixed and error**2 <= _SMALL_ERROR):
-                errors[Candidate(scheme, ranks)] = error
+                errors[Candidate(scheme, ranks, policy.recompute)] = error
     return CandidateSet(errors, bool(signal))
 
 

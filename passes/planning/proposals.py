@@ -14,7 +14,7 @@ from tdfx.factors.operation import Operation
 from tdfx.factors.registry import AUTO, get_scheme, scheme_for
 from tdfx.factors.scheme import Scheme
 from tdfx.layers.factorized import Factorized
-from tdfx.passes.planning.site_cost import Candidate, Chain, flops_of, keep, memory_of
+from tdfx.passes.planning.site_cost import Candidate, Chain, activations_of, flops_of, keep, memory_of
 from tdfx.passes.planning.worthwhile import gains_enough
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan
@@ -67,7 +67,7 @@ class SiteWish:
         ones = (1,) * len(self.full_ranks)
         if not self.in_force.rank.exact:
             ones = rounded(ones, self.full_ranks, self.in_force, self.site, self.scheme)
-        return Candidate(self.scheme, ones)
+        return Candidate(self.scheme, ones, self.in_force.recompute)
 
     def choose(self, spectra: Sequence[Spectrum]) -> Choice:
         """Return the ranks that the policy's rule reads from the spectra."""
@@ -84,8 +84,9 @@ class SiteWish:
         if isinstance(self.site.layer, Factorized):
             current = self.site.layer.origin.ranks
             ranks = tuple(map(min, ranks, current))
-            return None if ranks == current else Candidate(self.scheme, ranks)
-        return Candidate(self.scheme, ranks)
+            if ranks == current:
+                return None
+        return Candidate(self.scheme, ranks, self.in_force.recompute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,8 @@ def propose(wish: SiteWish, choice: Choice, error: float | None, gain: Gain) -> 
         return keep(site, Reason.EXCLUDED if choice.signal else Reason.NO_SIGNAL, choice.note or choice.kept, full)
     candidates = [candidate]
     if wish.is_timed and site.flows and policy.scheme == AUTO and not choice.exact:
-        candidates += (Candidate.named(name, ranks) for name, ranks in candidate.scheme.partial(candidate.ranks))
+        partial = candidate.scheme.partial(candidate.ranks)
+        candidates += (Candidate.named(name, ranks, candidate.recompute) for name, ranks in partial)
     return Proposal(wish, keep(site, Reason.NO_GAIN, "", full), tuple(candidates), choice.note, error)
 
 
@@ -163,12 +165,14 @@ def factorize(kept: SitePlan, site: Site, candidate: Candidate, note: str, gain:
         kept,
         scheme=candidate.scheme.name,
         ranks=candidate.ranks,
+        recompute=candidate.recompute,
         full_ranks=candidate.scheme.full_ranks(site.known_operation),
         reason=None,
         note=note,
         parameters_after=parameters(candidate(site.known_operation)),
         flops_after=flops_of(site, candidate),
         memory_after=memory_of(site, candidate),
+        activations_after=activations_of(site, candidate),
         gain=gain,
         metric="weights" if site.metric is None else site.metric.name,
     )

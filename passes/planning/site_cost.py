@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from torch import nn
 
-from tdfx.cost.count import Flow, flops, training_bytes
+from tdfx.cost.count import Flow, flops, kept_bytes, training_bytes
 from tdfx.factors.operation import Operation
 from tdfx.factors.registry import get_scheme
 from tdfx.factors.scheme import Scheme
@@ -26,18 +26,20 @@ class Candidate:
 
     scheme: Scheme
     ranks: tuple[int, ...]
+    recompute: bool = False
+    """Whether the backward pass computes what flows between the factors again."""
 
     @classmethod
-    def named(cls, scheme: str, ranks: tuple[int, ...]) -> Self:
+    def named(cls, scheme: str, ranks: tuple[int, ...], recompute: bool = False) -> Self:
         """Return the candidate of a scheme given by name."""
-        return cls(get_scheme(scheme), ranks)
+        return cls(get_scheme(scheme), ranks, recompute)
 
     @classmethod
     def of(cls, decision: SitePlan) -> Self:
         """Return the candidate that a decision has chosen."""
         assert decision.scheme is not None
         assert decision.ranks is not None
-        return cls.named(decision.scheme, decision.ranks)
+        return cls.named(decision.scheme, decision.ranks, decision.recompute)
 
     def __call__(self, operation: Operation) -> Sequence[Operation]:
         """Return the operations of the factors."""
@@ -45,7 +47,7 @@ class Candidate:
 
     def __reduce__(self) -> tuple[object, ...]:
         """Travel between processes by the scheme's name."""
-        return Candidate.named, (self.scheme.name, self.ranks)
+        return Candidate.named, (self.scheme.name, self.ranks, self.recompute)
 
 
 def dense_chain(operation: Operation) -> Sequence[Operation]:
@@ -56,12 +58,17 @@ def dense_chain(operation: Operation) -> Sequence[Operation]:
 def current_chain(site: Site) -> Chain:
     """Return how a site is computed now: dense, or by the factors that it has."""
     layer = site.layer
-    return Candidate(layer.scheme, layer.origin.ranks) if isinstance(layer, Factorized) else dense_chain
+    if isinstance(layer, Factorized):
+        return Candidate(layer.scheme, layer.origin.ranks, layer.recompute)
+    return dense_chain
 
 
 def calls_of(site: Site, chain: Chain) -> Iterator[tuple[Sequence[Operation], Flow | None]]:
     """Yield the operations and the flow of each call of a site; without example inputs one call of unknown size."""
+    recomputes = isinstance(chain, Candidate) and chain.recompute
     for flow in site.flows or (None,):
+        if flow is not None and recomputes:
+            flow = replace(flow, recomputes=True)
         yield chain((flow.operation if flow is not None else None) or site.known_operation), flow
 
 
@@ -71,6 +78,7 @@ def keep(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | Non
     count = sum(weight.numel() for weight in site.weights if not is_lazy(weight))
     operations = flops_of(site, current_chain(site)) if operation is not None else None
     memory = memory_of(site, current_chain(site)) if operation is not None else None
+    activations = activations_of(site, current_chain(site)) if operation is not None else None
     shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
     return SitePlan(
         name=site.name,
@@ -89,6 +97,8 @@ def keep(site: Site, reason: Reason, note: str = "", full: tuple[int, ...] | Non
         flops_after=operations,
         memory_before=memory,
         memory_after=memory,
+        activations_before=activations,
+        activations_after=activations,
     )
 
 
@@ -109,7 +119,16 @@ def memory_of(site: Site, chain: Chain) -> int | None:
 
     All its calls share the weights, and each keeps what flows between the factors.
     """
+    return _bytes_of(site, chain, training_bytes)
+
+
+def activations_of(site: Site, chain: Chain) -> int | None:
+    """Return the bytes that a site keeps from its forward pass for its backward pass; None without example inputs."""
+    return _bytes_of(site, chain, kept_bytes)
+
+
+def _bytes_of(site: Site, chain: Chain, count: Callable[[Sequence[Operation], Sequence[Flow]], int]) -> int | None:
     if not site.flows:
         return None if site.flows is None else 0
     (steps, *_), flows = zip(*calls_of(site, chain), strict=True)
-    return training_bytes(steps, [flow for flow in flows if flow is not None])
+    return count(steps, [flow for flow in flows if flow is not None])

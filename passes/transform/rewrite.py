@@ -83,6 +83,8 @@ class Rewrite(Pass[Rewritten]):
         # Factors without values are the same on every process.
         processes = Solo() if self.init == "empty" else program.processes
         swaps = tuple(_swap(*pair, factors) for pair, factors in zip(pairs, processes.map_tasks(tasks), strict=True))
+        for swap, (_, decision) in zip(swaps, pairs, strict=True):
+            swap.factorized.recompute = decision.recompute
         module = _emit(program, swaps)
         rebind(module, program.module)
         module.__dict__[PLAN_ATTRIBUTE] = program.plan

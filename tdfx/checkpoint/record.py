@@ -226,6 +226,7 @@ def _site_record(path: str, layer: Factorized) -> dict[str, Any]:
         "slot": isinstance(layer, FactorizedParameter),
         "scheme": layer.origin.scheme,
         "ranks": list(layer.origin.ranks),
+        "recompute": layer.recompute,
     }
 
 

@@ -155,6 +155,7 @@ def _rewrite_module(module: nn.Module, rewrite: dict[str, Any]) -> nn.Module:
         path = "" if saved["path"] == rewrite["path"] else saved["path"].removeprefix(prefix)
         settings = {name: saved[name] for name in ("kind", "groups", "transposed", "scheme")}
         settings |= {"shape": tuple(saved["shape"]), "ranks": tuple(saved["ranks"]), "calls": 1}
+        settings |= {"recompute": saved.get("recompute", False)}  # files of earlier versions have none
         name, parameter = (names.get(path, path), path) if saved["slot"] else (path, None)
         sites.append(SitePlan(name=name, parameter=parameter, parameters_before=0, parameters_after=0, **settings))
     plan = Plan(sites=tuple(sites), emit=rewrite["emit"])

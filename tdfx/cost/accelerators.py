@@ -25,12 +25,15 @@ class Accelerator:
     """Seconds between the starts of two operations, which a CPU has to launch."""
 
     def seconds(self, chain: Sequence[Operation], flow: Flow) -> float:
-        """Return the time of one training step through a chain, of three products: in each the largest of three times."""
+        """Return the time of one training step through a chain, of three products, or four where one is computed again.
+
+        Each takes the largest of three times.
+        """
         size = flow.setting.computes_in.itemsize
         rate = self.flops.get(size, min(self.flops.values()))
-        return 3 * sum(
-            max(self.launch, count.flops / rate, size * count.values / self.bytes) for count in count_chain(chain, flow)
-        )
+        counts = list(count_chain(chain, flow))
+        times = [max(self.launch, count.flops / rate, size * count.values / self.bytes) for count in counts]
+        return 3 * sum(times) + sum(seconds for seconds, count in zip(times, counts, strict=True) if count.again)
 
 
 ACCELERATORS = {

@@ -168,7 +168,8 @@ class Measured:
     def _key(self, chain: tuple[Operation, ...], flow: Flow) -> str:
         # The machine's description names the hardware of the device, so its index does not matter.
         setting = replace(self._setting(flow), device=flow.setting.device_type)
-        return f"{describe_machine(flow.setting.device)} {(chain, flow.samples, flow.size, setting)!r}"
+        again = " recomputed" if flow.recomputes else ""
+        return f"{describe_machine(flow.setting.device)} {(chain, flow.samples, flow.size, setting)!r}{again}"
 
     def _setting(self, flow: Flow) -> Setting:
         return flow.setting if self.autocast is None else replace(flow.setting, autocast=self.autocast)

@@ -87,14 +87,16 @@ class Modelled:
     def seconds(self, chain: Sequence[Operation], flow: Flow | None) -> float:
         """Return the modelled time of one training step through a chain, in seconds.
 
-        Backward counts as twice the forward: one product for the input's gradient, one for the weight's. Without a flow, a
-        nominal batch of 32 and 32 positions in each spatial dimension are assumed.
+        Backward counts as twice the forward: one product for the input's gradient, one for the weight's. What it computes
+        again counts once more. Without a flow, a nominal batch of 32 and 32 positions in each spatial dimension are assumed.
         """
-        forward = 0.0
+        forward = again = 0.0
         for operation, count in zip(chain, count_chain(chain, flow or _nominal_flow(chain)), strict=True):
+            before = forward
             forward += count.flops * _group_slowdown(operation) / self.flops_per_second
             forward += 4 * count.values * _memory_slowdown(operation) / self.bytes_per_second + self.seconds_per_call
-        return 3 * forward
+            again += forward - before if count.again else 0.0
+        return 3 * forward + again
 
 
 def _group_slowdown(operation: Operation) -> float:

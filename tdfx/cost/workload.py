@@ -13,6 +13,7 @@ from tdfx.cost.setting import computing_in
 from tdfx.devices import cache_bytes
 from tdfx.factors.functions import apply_factor, apply_operation
 from tdfx.factors.operation import Operation
+from tdfx.factors.recomputed import recomputed
 
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 _COLD = 2**26
@@ -33,6 +34,7 @@ class Workload:
     def __init__(self, chain: Sequence[Operation], flow: Flow, shares: Sequence[Workload] = ()) -> None:
         """Draw the values, but share inputs and output gradient with an earlier workload of the same shapes."""
         self.chain = tuple(chain)
+        self.recomputes = flow.recomputes
         self.setting = setting = flow.setting
         self.weights = [self._random(operation.weight_shape, setting.dtype).requires_grad_() for operation in chain]
         shape = (flow.samples, chain[0].in_channels, *(flow.size if chain[0].dims else ()))
@@ -78,10 +80,13 @@ class Workload:
         return torch.empty_like(out).copy_(self._random(out.shape, out.dtype))
 
     def _forward(self, x: Tensor) -> Tensor:
-        apply = apply_factor if len(self.chain) > 1 else apply_operation
         with computing_in(self.setting.autocast, self.setting.device_type):
-            for operation, weight in zip(self.chain, self.weights, strict=True):
-                x = apply(operation, x, weight)
+            return recomputed(self._apply, x) if self.recomputes else self._apply(x)
+
+    def _apply(self, x: Tensor) -> Tensor:
+        apply = apply_factor if len(self.chain) > 1 else apply_operation
+        for operation, weight in zip(self.chain, self.weights, strict=True):
+            x = apply(operation, x, weight)
         return x
 
     def _random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

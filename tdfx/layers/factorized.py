@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from tdfx.layers.copying import copy_hooks, shell_of, structural_copy
 from tdfx.layers.frozen import FROZEN_FACTORS, frozen_indices
 from tdfx.layers.joined import read_only
 from tdfx.layers.placement import full_precise, is_sharded, shard_like
+from tdfx.layers.recompute import recompute_chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +50,13 @@ class Factorized(nn.Module):
         origin: The layer that was replaced, and how its weight was split.
     """
 
+    # Neither is annotated in the class, because torch.jit.script takes those annotations for types of TorchScript. The
+    # second stands in the class for layers that earlier versions pickled.
+    recompute = False
+    """Whether the backward pass computes what flows between the factors again, so that training need not keep it."""
+
     def __init__(self, factors: nn.Sequential, origin: Origin) -> None:
         super().__init__()
-        # Not annotated in the class, because torch.jit.script takes those annotations for types of TorchScript.
         self.factors = factors
         self.origin = origin
 
@@ -92,10 +98,12 @@ class Factorized(nn.Module):
             return self._run(input, output_size)
 
     def _run(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
-        if output_size is None:
-            return cast("Tensor", self.factors(x))
-        if not self.operation.transposed:
+        if output_size is not None and not self.operation.transposed:
             raise TypeError(f"{self.kind.name} takes no output_size: only transposed convolutions do.")
+        compute = self.factors if output_size is None else partial(self._run_to_size, output_size)
+        return recompute_chain(self, compute, x) if self.recompute else compute(x)
+
+    def _run_to_size(self, output_size: Sequence[int], x: Tensor) -> Tensor:
         dims = self.operation.dims
         for factor in self.factors:
             if isinstance(factor, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
@@ -201,7 +209,8 @@ class Factorized(nn.Module):
 
     def extra_repr(self) -> str:
         """Name the original, the scheme and the ranks."""
-        return f"{self.origin.layer}, scheme={self.origin.scheme!r}, ranks={self.origin.ranks}"
+        text = f"{self.origin.layer}, scheme={self.origin.scheme!r}, ranks={self.origin.ranks}"
+        return f"{text}, recompute=True" if self.recompute else text
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and name != "training" and self._is_of_original(name):

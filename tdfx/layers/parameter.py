@@ -13,10 +13,12 @@ from torch.utils._pytree import tree_map
 
 from tdfx.factors.functions import apply_factor, apply_operation
 from tdfx.factors.operation import Operation
+from tdfx.factors.recomputed import recomputed
 from tdfx.kinds.attention import attend
 from tdfx.kinds.functional import FunctionCall
 from tdfx.kinds.layouts import Layout, Product
-from tdfx.kinds.products import PackedCall, ProductCall, parse_through
+from tdfx.kinds.parse_products import parse_through
+from tdfx.kinds.products import PackedCall, ProductCall
 from tdfx.kinds.views import View, view_by
 from tdfx.layers.factorized import Factorized, Origin, weight_of
 from tdfx.layers.joined import read_only
@@ -61,9 +63,13 @@ class FactorizedParameter(Factorized):
             return apply_operation(operation, x, self.dense_weight(), bias)
         chain = self.scheme.chain(operation, self.origin.ranks)
         *first, (last, last_weight) = zip(chain, self.weights, strict=True)
-        for step, weight in first:
-            x = apply_factor(step, x, weight)
-        return apply_factor(last, x, last_weight, bias)
+
+        def compute(x: Tensor) -> Tensor:
+            for step, weight in first:
+                x = apply_factor(step, x, weight)
+            return apply_factor(last, x, last_weight, bias)
+
+        return recomputed(compute, x) if self.recompute else compute(x)
 
     def _compute(self, call: FunctionCall) -> Any:
         """Compute a call by the factors; NotImplemented for a call that they cannot stand for."""
@@ -75,11 +81,19 @@ class FactorizedParameter(Factorized):
             layout = given.layout(self.shape)
             if layout is None or layout.roles != self._roles:
                 return NotImplemented
-            return given.run(layout, *self.weights)
+            return self._multiply(given, layout)
         operation = given.operation(self.shape)
         if operation is None or (isinstance(self.origin.layer, Product) and self._roles != "oi"):
             return NotImplemented
         return self._apply_factors(operation, given.rest["input"], given.rest.get("bias"))
+
+    def _multiply(self, call: ProductCall, layout: Layout) -> Tensor:
+        weights = self.weights
+
+        def compute(x: Tensor) -> Tensor:
+            return replace(call, rest={**call.rest, "input": x}).run(layout, *weights)
+
+        return recomputed(compute, call.rest["input"]) if self.recompute else call.run(layout, *weights)
 
     @property
     def _roles(self) -> str:
@@ -92,8 +106,12 @@ class FactorizedParameter(Factorized):
         first, last = self.weights
         each = first.chunk(3) if self.layout[0] == 3 else (first,) * 3
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        steps = zip((query, key, value), each, last.chunk(3), biases, strict=True)
-        return [F.linear(F.linear(x, a), b, part) for x, a, b, part in steps]
+
+        def compute(*inputs: Tensor) -> list[Tensor]:
+            steps = zip(inputs, each, last.chunk(3), biases, strict=True)
+            return [F.linear(F.linear(x, a), b, part) for x, a, b, part in steps]
+
+        return recomputed(compute, query, key, value) if self.recompute else compute(query, key, value)
 
     @classmethod
     def __torch_function__(

@@ -73,6 +73,8 @@ class SitePlan:
     """The scheme, or None where the site is kept."""
     ranks: tuple[Int64, ...] | None = None
     """One rank for each mode, or None where the site is kept."""
+    recompute: bool = False
+    """True if the backward pass computes what flows between the factors again, so that training need not keep it."""
     full_ranks: tuple[Int64, ...] | None = None
     """The ranks at which nothing would be lost, where a scheme fits."""
     reason: Reason | None = None
@@ -90,6 +92,11 @@ class SitePlan:
     memory_before: Int64 | None = None
     """Bytes that the site adds to a training step as it is now; None without example inputs."""
     memory_after: Int64 | None = None
+    """The same, after the rewrite."""
+    activations_before: Int64 | None = None
+    """Bytes that the site, as it is now, keeps from its forward pass for its backward pass: its inputs, and what flows
+    between factors; None without example inputs."""
+    activations_after: Int64 | None = None
     """The same, after the rewrite."""
     seconds_before: float | None = None
     """Measured time of the site's training step as it is now, over all its calls, in seconds; None where not measured."""
@@ -111,6 +118,10 @@ class SitePlan:
             raise PlanError(
                 f"Site {self.name!r} has scheme={self.scheme!r}, ranks={self.ranks!r} and reason={self.reason!r}: a site "
                 f"is either factorized, with a scheme and ranks, or kept, with a reason."
+            )
+        if self.recompute and self.scheme is None:
+            raise PlanError(
+                f"Site {self.name!r} is kept and has recompute=True: only what flows between factors is recomputed."
             )
         if self.groups < 1:
             raise PlanError(f"Site {self.name!r} has groups={self.groups}: it is at least 1, and 1 for a linear map.")
@@ -194,6 +205,16 @@ class Decisions:
     def memory_after(self) -> int | None:
         """The same, after the rewrite."""
         return _total([site.memory_after for site in self.sites if site.calls])
+
+    @property
+    def activations_before(self) -> int | None:
+        """Bytes that all sites that are called keep for their backward passes; None without example inputs."""
+        return _total([site.activations_before for site in self.sites if site.calls])
+
+    @property
+    def activations_after(self) -> int | None:
+        """The same, after the rewrite."""
+        return _total([site.activations_after for site in self.sites if site.calls])
 
     @property
     def step_seconds_after(self) -> float | None:

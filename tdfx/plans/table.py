@@ -45,13 +45,19 @@ def _approximate(site: SitePlan) -> str:
 _NAME = _TableColumn("site", lambda site: site.name or "(root)")
 _LAYER = _TableColumn("layer", lambda site: f"{site.kind} {_shape(site)}")
 _SHAPE = _TableColumn("shape", _shape)
-_SCHEME = _TableColumn("scheme", lambda site: site.scheme or str(site.reason))
+_SCHEME = _TableColumn(
+    "scheme",
+    lambda site: f"{site.scheme}{', recomputed' if site.recompute else ''}" if site.scheme else str(site.reason),
+)
 _RANKS = _TableColumn("ranks", lambda site: "/".join(map(str, site.ranks or ())), right=True)
 _ERROR = _TableColumn("error", lambda site: f"{site.error:.1%}" if site.error is not None else "", right=True)
 _PARAMETERS = _TableColumn("params", lambda site: before_after(site.parameters_before, site.parameters_after), True)
 _PARAMETERS_LEFT = _TableColumn("params", lambda site: share(site.parameters_before, site.parameters_after), right=True)
 _FLOPS = _TableColumn("FLOPs", lambda site: before_after(site.flops_before, site.flops_after), right=True)
 _FLOPS_LEFT = _TableColumn("FLOPs", lambda site: share(site.flops_before, site.flops_after), right=True)
+_ACTIVATIONS = _TableColumn(
+    "activations", lambda site: before_after(site.activations_before, site.activations_after), right=True
+)
 _MILLISECONDS = _TableColumn(
     "ms", lambda site: milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated), right=True
 )
@@ -60,9 +66,9 @@ _MODELLED = _TableColumn("modelled", lambda site: f"{site.gain:.2f}x" if site.ga
 _GAIN = _TableColumn("gain", lambda site: _approximate(site) + _MODELLED.text(site), right=True)
 _NOTE = _TableColumn("note", lambda site: site.note)
 
-_WIDE = (_NAME, _LAYER, _SCHEME, _RANKS, _ERROR, _PARAMETERS, _FLOPS, _MILLISECONDS, _GAIN)
+_WIDE = (_NAME, _LAYER, _SCHEME, _RANKS, _ERROR, _PARAMETERS, _FLOPS, _ACTIVATIONS, _MILLISECONDS, _GAIN)
 _SHORTER = {_FLOPS: _FLOPS_LEFT, _PARAMETERS: _PARAMETERS_LEFT, _LAYER: _SHAPE}
-_CUTS = (*_SHORTER, _FLOPS_LEFT, _SHAPE, _MILLISECONDS, _ERROR, _RANKS, _PARAMETERS_LEFT)
+_CUTS = (_ACTIVATIONS, *_SHORTER, _FLOPS_LEFT, _SHAPE, _MILLISECONDS, _ERROR, _RANKS, _PARAMETERS_LEFT)
 """Columns to replace by shorter ones, or else to leave out, where the line is too short, the least important first."""
 
 
@@ -132,8 +138,9 @@ def _fit(rows: Sequence[SitePlan], width: int | None) -> tuple[list[_TableColumn
     least = min(_least_width([_NAME.text(site) for site in rows], short, max(short, width // 2)), widths[_NAME])
     for cut in _CUTS:
         shorter = _SHORTER.get(cut)
-        # A column is shortened to make room for whole names, but left out only to make room for folded ones.
-        if cut in columns and room() < (widths[_NAME] if shorter is not None else least):
+        # The first column goes, and others are shortened, to make room for whole names; others are left out only to make
+        # room for folded ones.
+        if cut in columns and room() < (widths[_NAME] if shorter is not None or cut is _ACTIVATIONS else least):
             place = columns.index(cut)
             columns[place : place + 1] = [shorter] if shorter is not None and _has_text(shorter, rows) else []
     name_width = min(widths[_NAME], max(room(), 2))
@@ -200,6 +207,8 @@ def totals(plan: Decisions) -> list[str]:
     }
     if plan.memory_before != plan.memory_after:
         counts["bytes of the sites in training"] = plan.memory_before, plan.memory_after
+    if plan.activations_before != plan.activations_after or any(site.recompute for site in plan.factorized):
+        counts["bytes that the sites keep for the backward pass"] = plan.activations_before, plan.activations_after
     for name, (now, then) in counts.items():
         if now is not None:
             lines.append(f"{name} {before_after(now, then)}{_in_brackets(share(now, then))}")

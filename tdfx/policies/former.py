@@ -12,6 +12,7 @@ _REPLACED = (
     (re.compile(r"\bTarget\((?=parameters=|flops=)"), "Budget("),
     (re.compile(r", error='(outputs|curvature)'"), ""),
     (re.compile(r", metric='auto'"), ""),
+    (re.compile(r", recompute=False"), ""),
 )
 """What earlier versions printed -> what this version prints for the same settings."""
 

@@ -27,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "round_to": 8,
     "cost": Measured(),
     "metric": "auto",
+    "recompute": False,
 }
 """The settings that an override inherits, and what they are where nothing is given."""
 METRICS = ("auto", "loss", "inputs", "weights")
@@ -68,8 +69,8 @@ class Policy:
     """Patterns of the sites that are kept, whatever ``include`` says."""
     overrides: Mapping[str, Policy | None] = field(default_factory=dict, compare=False)
     """Pattern -> the policy used in place of this one, or None to keep the site; the first match counts. Overrides inherit
-    every ``rank``, ``scheme``, ``min_gain``, ``round_to``, ``cost`` and ``metric`` that they leave out. Where the rank is a
-    budget, the sites of an override that gives no rank are part of it, and use this policy's ``cost``."""
+    every ``rank``, ``scheme``, ``min_gain``, ``round_to``, ``cost``, ``metric`` and ``recompute`` that they leave out. Where
+    the rank is a budget, the sites of an override that gives no rank are part of it, and use this policy's ``cost``."""
     min_gain: float = LEFT_OUT
     """A site is rewritten only if its training step gets at least this many times faster by ``cost``; 0 takes every site and
     measures nothing unless a budget of time asks for it."""
@@ -83,6 +84,9 @@ class Policy:
     """What errors are measured in, so that ranks, budgets and splits all follow it: ``"weights"``, the weights themselves;
     ``"inputs"``, what they do to the inputs that were seen in training; ``"loss"``, what that does to the loss, to second
     order. The last two need ``tdfx.Moments``. ``"auto"`` is ``"loss"`` where there are moments, else ``"weights"``."""
+    recompute: bool = LEFT_OUT
+    """Whether the backward pass computes what flows between the factors again. Training then keeps only the input of a
+    factorized site, as of a dense one, and computes all factors but the last once more: for where memory bounds the step."""
     speedup: InitVar[float | None] = None
     seconds: InitVar[float | None] = None
     flops: InitVar[float | None] = None
@@ -149,6 +153,11 @@ class Policy:
             raise PolicyError(
                 f"metric={self.metric!r} is not known: errors are measured in the 'weights', in what these do to their "
                 f"'inputs', or in what that does to the 'loss'. Leave it out for the loss where moments are given."
+            )
+        if not isinstance(self.recompute, bool):
+            raise PolicyError(
+                f"recompute={self.recompute!r} is neither True nor False: it says whether the backward pass computes what "
+                f"flows between factors again, so that it need not be kept. Pass recompute=True, or leave it out."
             )
         if self.round_to != AUTO_MULTIPLE and not is_count(self.round_to):
             raise PolicyError(

@@ -110,6 +110,11 @@ _COLUMNS = (
         "FLOPs", lambda site: before_after(site.flops_before, site.flops_after), lambda site: site.flops_before
     ),
     _PageColumn(
+        "activations",
+        lambda site: before_after(site.activations_before, site.activations_after),
+        lambda site: site.activations_before,
+    ),
+    _PageColumn(
         "ms",
         lambda site: milliseconds(site.seconds_before, site.seconds_after, estimated=site.estimated),
         lambda site: site.seconds_before,

@@ -15,7 +15,7 @@ from tdfx.cost.timing import take_turns
 from tdfx.errors import MergeError, PlanError
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.analysis.sandbox import isolated
-from tdfx.passes.planning.step_time import TrainingStep
+from tdfx.passes.planning.training_step import TrainingStep
 from tdfx.passes.transform.merge import is_rewritten
 from tdfx.plans.plan import Plan
 from tdfx.wrappers.unwrap import unwrap

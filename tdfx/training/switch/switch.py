@@ -6,7 +6,6 @@ rewrites, and records what was decided. ``state`` saves and loads all of it.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,23 +19,20 @@ from tdfx.devices import synchronize
 from tdfx.kinds.registry import find_kind
 from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.analysis.loop import LoopWatch
-from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
-from tdfx.planned_rewrite import PlannedRewrite, plan_rewrite
+from tdfx.planned_rewrite import PlannedRewrite, PlanRequest, plan_rewrite
 from tdfx.plans.plan import Emit
 from tdfx.plans.scalars import Writer, check_writer
 from tdfx.policies.policy import Policy
 from tdfx.training.methods.rewarm import Rewarm, check_rates
 from tdfx.training.switch.collect import COLLECTED_STEPS, Collection, wants_moments
 from tdfx.training.switch.follow_up import FactorRates, log_switch
-from tdfx.training.switch.pays_off import cannot_pay, cap_measuring_time, pays_off
+from tdfx.training.switch.remaining import Remaining
 from tdfx.training.switch.replaced import ModelGuard, ReplacedModel
 from tdfx.training.switch.settle import look_at_ranks
 from tdfx.training.switch.state import TIMED_STEPS, SwitchState
 from tdfx.training.switch.status import SwitchStatus
-from tdfx.training.switch.watch import modelled_seconds
 from tdfx.training.switch.when import AtStep, Settled, When, check_arguments, check_settings, early
-from tdfx.wrappers.compiled import seconds_spent_compiling
 from tdfx.wrappers.in_place import InPlaceModule
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
@@ -226,13 +222,18 @@ class Switch(SwitchStatus):
                 why = self._look(self.when, wrapped, inputs, emit)
             if why is None:
                 return model
-            left, step_seconds, compiling = self._steps_left(wrapped)
-            if late := self._cannot_pay(wrapped.model, left, step_seconds, compiling, times=inputs is not None):
+            left = Remaining.of(self._state, self.total_steps, wrapped, self.recompile_seconds, weigh=self.weigh)
+            if late := left.why_too_late(self.policy, wrapped.model, times=inputs is not None):
                 self._state = replace(
                     self._state.record("too_late", self._wanted(wrapped.model), late), watch=None, done=True
                 )
                 return model
-            planned, pays, verdict = self._plan_switch(model, inputs, emit, moments, left, step_seconds, compiling)
+            policy = left.cap(self._state.policy_for_rest(self.policy))
+            began = self._clock()
+            request = PlanRequest(policy, inputs, emit, moments, left.loop_seconds, self._loop.settings)
+            planned = plan_rewrite(model, request)
+            self._spend("planning", began)
+            pays, verdict = left.pays_off(self.policy, planned.planned)
             names = [site.name for site in planned.plan.factorized]
             if names and pays:
                 model = self._rewrite(model, planned, **arguments)
@@ -249,56 +250,10 @@ class Switch(SwitchStatus):
         self._spend("watching", began)
         return why
 
-    def _steps_left(self, wrapped: Unwrapped) -> tuple[int, float, float]:
-        """Return how many steps are left, 0 if unknown, the time of one, negative if unknown, and that of compiling again.
-
-        They are the same on all processes.
-        """
-        step_seconds, compiling = statistics.median(self._state.times or [-1.0]), self.recompile_seconds
-        if self.total_steps is None:
-            return 0, step_seconds, compiling
-        if not compiling and wrapped.compiled:
-            compiling = seconds_spent_compiling()
-        left = max(0, self.total_steps - self.steps)
-        left, step_seconds, compiling = wrapped.processes.broadcast_object([left, step_seconds, compiling])
-        return left, step_seconds, compiling
-
-    def _cannot_pay(
-        self, model: nn.Module, left: int, step_seconds: float, compiling: float, *, times: bool
-    ) -> str | None:
-        """Return why it is too late for a switch whatever a plan would say, or None if it is not."""
-        if self.total_steps is None or not self.weigh:
-            return None
-        return cannot_pay(self.policy, model.parameters(), left, step_seconds, compiling, times=times)
-
     def _wanted(self, model: nn.Module) -> list[str]:
         """Return the layers that the policy wants to rewrite."""
         layers = (name for name, layer in model.named_modules() if find_kind(layer) is not None)
         return [name for name in layers if self.policy.for_site(name) is not None]
-
-    def _plan_switch(
-        self,
-        model: nn.Module,
-        inputs: Inputs | None,
-        emit: Emit,
-        moments: Moments | None,
-        left: int,
-        step_seconds: float,
-        compiling: float,
-    ) -> tuple[PlannedRewrite, bool, str]:
-        """Return what would be switched, whether it pays off, and why."""
-        began = self._clock()
-        policy = self._state.policy_for_rest(self.policy)
-        if self.total_steps is not None:
-            policy = cap_measuring_time(policy, left, step_seconds)
-        loop_seconds = step_seconds if step_seconds > 0 else None
-        planned = plan_rewrite(model, policy, inputs, emit, moments, loop_seconds, self._loop.settings)
-        self._spend("planning", began)
-        if self.total_steps is None or not self.weigh or not planned.plan.factorized:
-            return planned, True, ""
-        # All arguments are the same on all processes.
-        seconds = modelled_seconds(self.policy, planned.planned.program)
-        return planned, *pays_off(planned.plan, seconds, left, step_seconds, compiling)
 
     def _rewrite(
         self,

@@ -10,9 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
-
-from torch import Tensor, nn
+from typing import Self
 
 from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import Case
@@ -22,6 +20,7 @@ from tdfx.devices import raise_if_broken
 from tdfx.distributed.processes import Processes
 from tdfx.passes.analysis.sandbox import isolated
 from tdfx.passes.planning.site_cost import calls_of, current_chain
+from tdfx.passes.planning.training_step import TrainingStep
 from tdfx.passes.program import Site
 
 _AGREES = 1.25
@@ -167,22 +166,8 @@ def _spread(samples: Sequence[float], middle: float) -> float:
     return max(_LEAST_DOUBT, distances[int(_MOST * (len(distances) - 1))])
 
 
-class Step(Protocol):
-    """What is timed of a ``TrainingStep``."""
-
-    module: nn.Module
-    device: str
-
-    @property
-    def key(self) -> str:
-        """A key for the time of the step."""
-
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        """Compute the step."""
-
-
 def time_beside(
-    step: Step,
+    step: TrainingStep,
     sites: Iterable[Site],
     cost: Measured,
     loop_seconds: float | None,
