@@ -326,8 +326,12 @@ def test_stochastic_weight_averaging_follows(tmp_path: Path, start: int, switch:
     if not norm:
         module.model[1] = nn.Identity()
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), 1e-2)  # type: ignore[method-assign]
-    fit(tmp_path, swa, lit_callback(epoch=switch, merge=True), module=module, epochs=4)
-    assert list(module.state_dict()) == keys
+    saves = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    callbacks = (swa, lit_callback(epoch=switch, merge=True), saves)
+    fit(tmp_path, *callbacks, module=module, epochs=4, enable_checkpointing=True)
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert list(module.state_dict()) == list(last) == keys
+    assert not norm or all(torch.equal(last[key], value) for key, value in module.state_dict().items())
     assert all(layer.momentum == 0.1 for layer in module.modules() if isinstance(layer, nn.BatchNorm2d))
     assert swa._average_model is not None
     # With batch norm, Lightning goes on for an epoch after it has put the average into the module.
