@@ -31,6 +31,7 @@ from tdfx.wrappers.in_place import InPlaceModule
 FILE = "tdfx.pt"
 """The file in a checkpoint's folder that holds the state of the callback."""
 _METHOD = "tdfx"
+_LOADED = "_is_hf_initialized"
 _ADVICE = "The folder was written by another model than its config.json describes."
 
 
@@ -95,16 +96,32 @@ class FactorizedLoader(HfQuantizer):  # type: ignore[misc]
         factorize_like(InPlaceModule(model), plan, sites_of(plan), _ADVICE)
         for module in model.modules():
             if isinstance(module, Factorized):
-                module._is_hf_initialized = True  # else its dense weight would be initialized
+                setattr(module, _LOADED, True)  # else its dense weight would be initialized
         return model
 
     def _process_model_after_weight_loading(self, model: Any, *arguments: Any, **named: Any) -> Any:
         """Leave an ordinary model: it is not quantized, and can be trained and saved."""
+        _check_loaded(model)
         for name in ("hf_quantizer", "quantization_method"):
             vars(model).pop(name, None)
         model.is_quantized = False
         delattr(model.config, ENTRY)
         return model
+
+
+def _check_loaded(model: nn.Module) -> None:
+    """Raise CheckpointError if a factor got no values, where Transformers marks the parameters that it has loaded."""
+    if not any(hasattr(parameter, _LOADED) for parameter in model.parameters()):
+        return
+    for path, layer in model.named_modules():
+        if isinstance(layer, Factorized) and not all(
+            hasattr(weight, _LOADED) or weight.is_meta for weight in layer.weights
+        ):
+            raise CheckpointError(
+                f"The config.json says that {path!r} is factorized, and the weights beside it hold no such factors: they "
+                f"are of another model. Save the model again; or, if the weights are dense, delete {ENTRY!r} from the "
+                f"config.json."
+            )
 
 
 def _sites_in(model: Any, plan: Plan) -> Iterator[SitePlan]:
