@@ -102,16 +102,15 @@ def _contains(module: nn.Module, part: nn.Module | None) -> bool:
 
 def _held_by(optimizer: Optimizer) -> Iterator[Held]:
     """Yield what an optimizer refers to beside the parameters in its groups and their state."""
-    attributes = attributes_of(optimizer)
     # Of these attributes, parameters and what belongs to one of them are moved.
-    attributes.pop("defaults", None)
-    groups, state = attributes.pop("param_groups", ()), attributes.pop("state", {})
+    moved = {"defaults", "param_groups", "state"}
+    attributes = {name: value for name, value in attributes_of(optimizer).items() if name not in moved}
     attributes |= {
         f"param_groups[{index}][{name!r}]": value
-        for index, group in enumerate(groups)
+        for index, group in enumerate(optimizer.param_groups)
         for name, value in group.items()
         if name not in _MOVED_OF_GROUP
     }
-    attributes |= {f"state[{key!r}]": value for key, value in state.items() if not isinstance(key, Tensor)}
+    attributes |= {f"state[{key!r}]": value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     for name, value in attributes.items():
         yield from (held for held in search(value, name) if held.value is not optimizer)
