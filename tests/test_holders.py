@@ -313,6 +313,7 @@ def step_hook(model: nn.Module) -> Optimizer:
 
 class Slotted(SGD):
     __slots__ = ("mine",)
+    mine: Any
 
 
 def own_slot(model: nn.Module) -> Optimizer:

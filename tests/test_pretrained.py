@@ -149,14 +149,16 @@ def test_parts_and_wholes_are_loaded_for_one_another(tmp_path: Path) -> None:
 
 
 def test_without_this_package_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.quantizers import auto
+
     from tdfx.integrations import pretrained
 
     model = factorized(hf.bert())
     model.save_pretrained(tmp_path)
     assert "Import tdfx" in (tmp_path / "config.json").read_text()
-    monkeypatch.setattr(pretrained.AutoHfQuantizer, "supports_quant_method", staticmethod(pretrained._supports))
-    monkeypatch.delitem(pretrained.AUTO_QUANTIZATION_CONFIG_MAPPING, "tdfx")
-    monkeypatch.delitem(pretrained.AUTO_QUANTIZER_MAPPING, "tdfx")
+    monkeypatch.setattr(auto.AutoHfQuantizer, "supports_quant_method", staticmethod(pretrained._supports))
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "tdfx")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "tdfx")
     for loaded_class in (type(model), hf.transformers.AutoModel):
         with pytest.raises(ValueError, match="quant_method"):
             loaded_class.from_pretrained(tmp_path)
@@ -166,7 +168,8 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     model = factorized(hf.bert())
     model.save_pretrained(tmp_path / "factorized")
     config = (tmp_path / "factorized" / "config.json").read_text()
-    tdfx.merge(model).save_pretrained(tmp_path / "dense")
+    dense: Any = tdfx.merge(model)
+    dense.save_pretrained(tmp_path / "dense")
     assert "tdfx" not in (tmp_path / "dense" / "config.json").read_text()
     (tmp_path / "dense" / "config.json").write_text(config)
     with pytest.raises(tdfx.CheckpointError, match=r"'bert.encoder.*' is factorized.* no such factors.*delete 'quant"):

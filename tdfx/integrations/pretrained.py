@@ -144,7 +144,7 @@ def _with_method(entry: Any) -> bool:
     """Tell whether Transformers knows a method of quantization; a plan is given the name of one that this module adds."""
     if is_entry(entry):
         entry["quant_method"] = _METHOD
-    return _supports(entry)
+    return bool(_supports(entry))
 
 
 _supports = AutoHfQuantizer.supports_quant_method

@@ -46,7 +46,7 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
 
     The checkpoint of the last step is dense, and so is what ``trainer.save_model()`` and ``model.save_pretrained()`` write
     after training. What is saved before, or with ``merge=False``, holds factors: its ``config.json`` says so, and
-    ``from_pretrained`` loads it where this module is imported; see ``load_pretrained``.
+    ``from_pretrained`` loads it where this module is imported, and refuses it elsewhere; see ``load_pretrained``.
 
     The arguments are those of ``TrainerAdapter``.
 

@@ -57,7 +57,7 @@ class Factorized(nn.Module):
         _describe_when_saved()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         _describe_when_saved()
 
     @classmethod
