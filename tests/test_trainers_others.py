@@ -98,7 +98,12 @@ def test_callbacks_before_it_save_the_merged_model_and_averages_follow(tmp_path:
     torch.testing.assert_close(hf.outputs(average), hf.outputs(trainer.model), rtol=1e-4, atol=1e-5)
 
 
+def enclosed(copied: Any) -> Any:
+    return lambda: copied
+
+
 COPIES: dict[str, Any] = {
+    "Averages.kept.copied holds a copy of the model": lambda model: enclosed(copy.deepcopy(model)),
     "Averages.kept holds a copy of the model": copy.deepcopy,
     "Averages.kept holds tensors under the names": lambda model: {
         name: parameter.detach().clone() for name, parameter in model.named_parameters()
