@@ -435,6 +435,47 @@ def test_a_handle_removes_the_hook_of_the_model_that_keeps_it(emit: tdfx.Emit) -
     assert distance(2 * run(rewritten)[0], before) < TOLERANCE
 
 
+class KeepsHandles(nn.Module):
+    """Keeps the handles of hooks of its layers, which are methods of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.calls: list[str] = []
+        self.handles = [
+            self.first.register_forward_pre_hook(self.before, with_kwargs=True),
+            self.first.register_forward_hook(self.after),
+            self.second.register_full_backward_hook(self.after),
+        ]
+
+    def before(self, layer: nn.Module, arguments: Any, named: Any) -> None:
+        self.calls.append("before")
+
+    def after(self, *_: Any) -> None:
+        self.calls.append("after")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())  # type: ignore[no-any-return]
+
+
+@every_emit
+def test_a_handle_removes_the_hook_of_a_layer_that_became_factors(emit: tdfx.Emit) -> None:
+    def calls(model: Any) -> list[str]:
+        model.calls.clear()
+        model(batch()).sum().backward()
+        return list(model.calls)
+
+    model = KeepsHandles().double()
+    rewritten: Any = tdfx.rewrite(model, FULL, emit=emit)
+    merged: Any = tdfx.merge(rewritten)
+    for each in (rewritten, merged):
+        assert calls(each) == ["before", "after", "after"]
+        for handle in each.handles:
+            handle.remove()
+        assert calls(each) == []
+    assert calls(model) == ["before", "after", "after"]
+
+
 class Part(nn.Module):
     """Has a layer, a buffer and attributes that a forward may change."""
 

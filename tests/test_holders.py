@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import tdfx
 from tdfx.layers.holders import search, share_memory
 from tdfx.optim.inner import families, with_inner
+from tdfx.wrappers.in_place import InPlaceModule
 
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
 HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
@@ -308,6 +311,47 @@ def step_hook(model: nn.Module) -> Optimizer:
     return optimizer
 
 
+class Slotted(SGD):
+    __slots__ = ("mine",)
+    mine: Any
+
+
+def own_slot(model: nn.Module) -> Optimizer:
+    optimizer = Slotted(model.parameters(), lr=0.1)
+    optimizer.mine = types.MappingProxyType({"first": next(model.parameters())})
+    return optimizer
+
+
+def own_model(model: nn.Module) -> Optimizer:
+    optimizer: Any = sgd(model)
+    optimizer.read = model.parameters
+    return cast("Optimizer", optimizer)
+
+
+def own_module_list(model: nn.Module) -> Optimizer:
+    optimizer: Any = sgd(model)
+    optimizer.mine = [nn.ParameterList(model.parameters())]
+    return cast("Optimizer", optimizer)
+
+
+def own_weak_keys(model: nn.Module) -> Optimizer:
+    optimizer: Any = sgd(model)
+    optimizer.scales = WeakTensorKeyDictionary(dict.fromkeys(model.parameters(), 1.0))
+    return cast("Optimizer", optimizer)
+
+
+def own_group_entry(model: nn.Module) -> Optimizer:
+    optimizer = sgd(model)
+    optimizer.param_groups[0]["slow"] = [parameter.detach().clone() for parameter in model.parameters()]
+    return optimizer
+
+
+def own_state(model: nn.Module) -> Optimizer:
+    optimizer = sgd(model)
+    cast("Any", optimizer.state)["all"] = {"trained": list(model.parameters())}
+    return optimizer
+
+
 HOLDING: dict[str, tuple[Callable[[nn.Module], Optimizer], str]] = {
     "list": (own_list, r"SGD holds the weight of site '0' in mine\['x'\]\[0\]\[0\] too"),
     "keys": (own_keys, "SGD holds the weight of site '0' in a key of scales too"),
@@ -316,6 +360,12 @@ HOLDING: dict[str, tuple[Callable[[nn.Module], Optimizer], str]] = {
     "copies": (own_copies, r"SGD holds a tensor of the shape of the weight of site '0' in slow\[0\]"),
     "average": (own_average, r"SGD holds a tensor of the shape of .*'0' in average.shadow\['0.weight'\]"),
     "flat": (flat_buffer, "SGD holds one flat tensor for all its parameters in flat"),
+    "slot": (own_slot, r"Slotted holds the weight of site '0' in mine\['first'\] too"),
+    "model": (own_model, "SGD refers to a Sequential with the weight of site '0' in the object of read, which another"),
+    "module": (own_module_list, r"SGD refers to a ParameterList with the weight of site '0' in mine\[0\]"),
+    "weak keys": (own_weak_keys, "SGD holds the weight of site '0' in a key of scales too"),
+    "group": (own_group_entry, r"SGD holds a tensor of the shape of .*'0' in param_groups\[0\]\['slow'\]\[0\]"),
+    "state": (own_state, r"SGD holds the weight of site '0' in state\['all'\]\['trained'\]\[0\] too"),
     "step hook": (
         step_hook,
         r"SGD holds the weight of site '0' in 'parameters' in a function of _optimizer_step_post_hooks",
@@ -342,6 +392,20 @@ def test_a_list_of_factors_is_refused_at_the_merge() -> None:
     check_refused(lambda: tdfx.merge(rewritten, optimizer=optimizer), tdfx.OptimizerError, text, rewritten, optimizer)
     optimizer.mine.clear()
     tdfx.merge(rewritten, optimizer=optimizer)
+
+
+def test_a_model_that_is_rewritten_in_place_may_be_held() -> None:
+    model: Any = nn.Sequential(mlp())
+    optimizer = own_model(model)
+    part = InPlaceModule(model, "0")
+    part.replace_with(tdfx.rewrite(part, HALF, optimizer=optimizer, emit="modules"))
+    assert sum(isinstance(module, tdfx.Factorized) for module in model.modules()) > 0
+    part = InPlaceModule(model, "0")
+    part.replace_with(tdfx.merge(part, optimizer=optimizer))
+    own: Any = optimizer
+    own.read = model[0][0].parameters
+    with pytest.raises(tdfx.OptimizerError, match="refers to a Linear with the weight of site '0'"):
+        tdfx.rewrite(InPlaceModule(model, "0"), HALF, optimizer=optimizer, emit="modules")
 
 
 def test_a_hook_that_asks_the_optimizer_is_no_holder() -> None:

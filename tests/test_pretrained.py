@@ -85,3 +85,119 @@ def test_the_last_checkpoint_is_dense(tmp_path: Path) -> None:
         assert "factors" in "".join(hf.weights_of(folder / f"checkpoint-{hf.PER_EPOCH}"))
         saved = hf.transformers.BertForSequenceClassification.from_pretrained(checkpoint)
         torch.testing.assert_close(hf.outputs(saved), hf.outputs(trainer.model))
+
+
+def vit() -> Any:
+    settings = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "num_labels": 3}
+    return hf.transformers.ViTForImageClassification(
+        hf.transformers.ViTConfig(hidden_size=32, image_size=16, patch_size=8, **settings)
+    )
+
+
+def t5() -> Any:
+    settings = {"num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    return hf.transformers.T5ForConditionalGeneration(
+        hf.transformers.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, **settings)
+    )
+
+
+def mixtral() -> Any:
+    settings = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    return hf.transformers.MixtralForCausalLM(
+        hf.transformers.MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=64, **settings)
+    )
+
+
+def factorized(model: Any) -> Any:
+    """Return a model with random values, also where Transformers begins with zeros, rewritten without a callback."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return tdfx.rewrite(model, HALF, emit="modules")
+
+
+HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, cost=tdfx.Modelled())
+
+
+@pytest.mark.parametrize("build", [hf.gpt2, vit, t5, mixtral])
+def test_any_architecture_is_loaded_as_it_was_saved(tmp_path: Path, build: Any) -> None:
+    model = factorized(build())
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert getattr(model.config, "quantization_config", None) is None
+    loaded = type(model).from_pretrained(tmp_path)
+    assert hf.sites(loaded) == hf.sites(model) > 3
+    assert hf.same(loaded, model)
+    assert hf.same(load_pretrained(tmp_path), tdfx.merge(model))
+
+
+def test_parts_and_wholes_are_loaded_for_one_another(tmp_path: Path) -> None:
+    whole = hf.bert()
+    whole.bert = factorized(whole.bert)
+    sites = hf.sites(whole)
+    whole.save_pretrained(tmp_path / "whole")
+    assert hf.same(type(whole).from_pretrained(tmp_path / "whole"), whole)
+    base = hf.transformers.AutoModel.from_pretrained(tmp_path / "whole")
+    assert hf.sites(base) == sites > 3
+    assert hf.same(base, whole.bert)
+    whole.bert.save_pretrained(tmp_path / "base")
+    assert hf.same(hf.transformers.BertModel.from_pretrained(tmp_path / "base"), whole.bert)
+    other_head = hf.transformers.BertForTokenClassification.from_pretrained(tmp_path / "whole")
+    assert hf.sites(other_head) == sites - any("pooler" in name for name, _ in whole.named_modules())
+    torch.testing.assert_close(
+        other_head.bert.encoder.layer[0].output.dense.weight, whole.bert.encoder.layer[0].output.dense.weight
+    )
+
+
+def test_without_this_package_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.quantizers import auto
+
+    from tdfx.integrations import pretrained
+
+    model = factorized(hf.bert())
+    model.save_pretrained(tmp_path)
+    assert "Import tdfx" in (tmp_path / "config.json").read_text()
+    monkeypatch.setattr(auto.AutoHfQuantizer, "supports_quant_method", staticmethod(pretrained._supports))
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "tdfx")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "tdfx")
+    for loaded_class in (type(model), hf.transformers.AutoModel):
+        with pytest.raises(ValueError, match="quant_method"):
+            loaded_class.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    model = factorized(hf.bert())
+    model.save_pretrained(tmp_path / "factorized")
+    config = (tmp_path / "factorized" / "config.json").read_text()
+    dense: Any = tdfx.merge(model)
+    dense.save_pretrained(tmp_path / "dense")
+    assert "tdfx" not in (tmp_path / "dense" / "config.json").read_text()
+    (tmp_path / "dense" / "config.json").write_text(config)
+    with pytest.raises(tdfx.CheckpointError, match=r"'bert.encoder.*' is factorized.* no such factors.*delete 'quant"):
+        type(model).from_pretrained(tmp_path / "dense")
+
+
+def test_a_quantized_model_with_factors_is_warned_of(tmp_path: Path) -> None:
+    model = factorized(hf.bert())
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.warns(
+        tdfx.TdfxWarning, match=r"BertForSequenceClassification is quantized and holds .*Save tdfx.merge"
+    ):
+        model.save_pretrained(tmp_path)
+    assert "tdfx" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_model_that_was_pickled_is_described_too() -> None:
+    """In a process in which nothing was rewritten."""
+    import pickle
+
+    from tdfx.layers import pretrained
+
+    text = pickle.dumps(factorized(hf.bert()))
+    base: Any = hf.transformers.PreTrainedModel
+    wrapped = base.save_pretrained
+    try:
+        base.save_pretrained = wrapped.__wrapped__
+        pickle.loads(text)
+        assert hasattr(base.save_pretrained, pretrained._NOTE)
+    finally:
+        base.save_pretrained = wrapped

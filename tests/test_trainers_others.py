@@ -98,7 +98,12 @@ def test_callbacks_before_it_save_the_merged_model_and_averages_follow(tmp_path:
     torch.testing.assert_close(hf.outputs(average), hf.outputs(trainer.model), rtol=1e-4, atol=1e-5)
 
 
+def enclosed(copied: Any) -> Any:
+    return lambda: copied
+
+
 COPIES: dict[str, Any] = {
+    "Averages.kept.copied holds a copy of the model": lambda model: enclosed(copy.deepcopy(model)),
     "Averages.kept holds a copy of the model": copy.deepcopy,
     "Averages.kept holds tensors under the names": lambda model: {
         name: parameter.detach().clone() for name, parameter in model.named_parameters()
@@ -326,8 +331,12 @@ def test_stochastic_weight_averaging_follows(tmp_path: Path, start: int, switch:
     if not norm:
         module.model[1] = nn.Identity()
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), 1e-2)  # type: ignore[method-assign]
-    fit(tmp_path, swa, lit_callback(epoch=switch, merge=True), module=module, epochs=4)
-    assert list(module.state_dict()) == keys
+    saves = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    callbacks = (swa, lit_callback(epoch=switch, merge=True), saves)
+    fit(tmp_path, *callbacks, module=module, epochs=4, enable_checkpointing=True)
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert list(module.state_dict()) == list(last) == keys
+    assert not norm or all(torch.equal(last[key], value) for key, value in module.state_dict().items())
     assert all(layer.momentum == 0.1 for layer in module.modules() if isinstance(layer, nn.BatchNorm2d))
     assert swa._average_model is not None
     # With batch norm, Lightning goes on for an epoch after it has put the average into the module.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from functools import partial
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,6 +79,7 @@ class Copies:
             for path, _, value in _values(holder):
                 what = self._what(value)
                 if what and id(value) not in kept:
+                    kept.add(id(value))
                     name = ".".join((type(holder).__name__, *path))
                     warnings.warn(
                         f"{name} holds {what}, and does not follow the switch, after which the model has factors in the "
@@ -125,7 +127,8 @@ def _module_of(value: object) -> object:
 
 
 def _is_theirs(value: object) -> bool:
-    return type(value).__module__.partition(".")[0] in _FRAMEWORKS
+    owner = value if isinstance(value, FunctionType) else type(value)
+    return isinstance(value, ModuleType) or (owner.__module__ or "").partition(".")[0] in _FRAMEWORKS
 
 
 def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
@@ -135,14 +138,20 @@ def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
 def _values(
     holder: object, depth: int = _DEPTH, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """Yield the values that an object keeps in attributes and containers: path, the owner of the last name, and value."""
+    """Yield the values that an object keeps in attributes, containers and closures: path, owner of the last name, value."""
     if isinstance(holder, Mapping):
         items = [(str(key), value) for key, value in holder.items()]
     elif isinstance(holder, list | tuple | set):
         items = [(str(index), value) for index, value in enumerate(holder)]
+    elif isinstance(holder, partial):
+        items = [*((str(index), value) for index, value in enumerate(holder.args)), *holder.keywords.items()]
+    elif isinstance(holder, FunctionType):
+        cells = zip(holder.__code__.co_freevars, holder.__closure__ or (), strict=True)
+        items = [(name, cell.cell_contents) for name, cell in cells if cell != CellType()]
     else:
         items = list(getattr(holder, "__dict__", {}).items())
     for name, value in items:
         yield (*path, name), holder, value
-        if depth > 1 and not isinstance(value, ModuleType) and not _is_theirs(value) and not callable(value):
+        is_function = isinstance(value, FunctionType | partial)
+        if depth > 1 and not _is_theirs(value) and (is_function or not callable(value)):
             yield from _values(value, depth - 1, (*path, name))

@@ -143,18 +143,20 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         self.merge_before_saving(trainer, pl_module)
 
     def merge_before_saving(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge if the training ends here, before another callback saves its last checkpoint.
-
-        ``StochasticWeightAveraging`` changes the module when the training has ended, and holds its batch norms until then.
-        """
-        averages_at_the_end = any(hasattr(callback, "momenta") for callback in trainer.callbacks)
-        if self.is_merge_due and _is_ending(trainer) and not averages_at_the_end:
+        """Merge if the training ends here, before another callback saves its last checkpoint."""
+        if self.is_merge_due and _is_ending(trainer):
             self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge, if that was not done at the last step."""
+        paths = {module: path for path, module in pl_module.named_modules()}
         self.end(self._trained_part(trainer, pl_module), trainer.optimizers, holders=_others(trainer))
         _rename_in_finetuning(trainer, pl_module)
+        for callback in trainer.callbacks:
+            # StochasticWeightAveraging gives its batch norms their momentum back after this.
+            momenta = getattr(callback, "momenta", None)
+            if isinstance(momenta, dict) and momenta.keys() <= paths.keys():
+                callback.momenta = {pl_module.get_submodule(paths[norm]): value for norm, value in momenta.items()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save what all processes have collected; the first one writes the checkpoint."""

@@ -1,20 +1,21 @@
 """Factorized models of Transformers in folders: by the plan in ``config.json``, ``from_pretrained`` builds the layers.
 
-Without it, ``from_pretrained`` would leave the weights that it does not find as they were initialized. Transformers lets
-other packages build a model before its weights are loaded only as a kind of quantization, so the plan is stored as one.
+Transformers lets other packages build a model before its weights are loaded only as a kind of quantization. Without this
+module it refuses the folders: see ``tdfx.layers.pretrained``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers import AutoConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -23,12 +24,14 @@ from tdfx.checkpoint.sealed_file import read_sealed
 from tdfx.errors import CheckpointError
 from tdfx.integrations.follow import factorize_like, sites_of
 from tdfx.layers.factorized import Factorized
-from tdfx.plans.plan import Plan
+from tdfx.layers.pretrained import ENTRY, entry_of, is_entry
+from tdfx.plans.plan import Plan, SitePlan
 from tdfx.wrappers.in_place import InPlaceModule
 
 FILE = "tdfx.pt"
 """The file in a checkpoint's folder that holds the state of the callback."""
 _METHOD = "tdfx"
+_LOADED = "_is_hf_initialized"
 _ADVICE = "The folder was written by another model than its config.json describes."
 
 
@@ -56,37 +59,15 @@ def load_pretrained(folder: str | Path, model_class: Any = None, *, merged: bool
                 f"Pass the class: load_pretrained(folder, MyModel)."
             )
     state = read_sealed(Path(folder, FILE)) if Path(folder, FILE).exists() else None
-    if state is not None and not _is_marked(config):
+    if state is not None and not is_entry(getattr(config, ENTRY, None)):
         plan = None if state["merged"] else state["switch"]["plan"]
         if plan is not None:
-            config.quantization_config = _marker(Plan.from_json(plan))
+            setattr(config, ENTRY, entry_of(Plan.from_json(plan)))
     model: Any = model_class.from_pretrained(folder, config=config, **arguments)
     if merged and any(isinstance(module, Factorized) for module in model.modules()):
         part = InPlaceModule(model)
         part.replace_with(merge(part))
-        mark_config(model, None)
     return model  # type: ignore[no-any-return]
-
-
-def mark_config(model: nn.Module, plan: Plan | None) -> None:
-    """Let the config of a model of Transformers say how it is factorized, if it is; it is saved beside the weights."""
-    config = getattr(model, "config", None)
-    if not isinstance(config, PretrainedConfig):
-        return
-    factorized = any(isinstance(module, Factorized) for module in model.modules())
-    if factorized and plan is not None and getattr(config, "quantization_config", None) is None:
-        config.quantization_config = _marker(plan)
-    elif not factorized and _is_marked(config):
-        del config.quantization_config
-
-
-def _marker(plan: Plan) -> dict[str, Any]:
-    return {"quant_method": _METHOD, "plan": json.loads(plan.to_json())}
-
-
-def _is_marked(config: PretrainedConfig) -> bool:
-    marker = getattr(config, "quantization_config", None)
-    return isinstance(marker, Mapping) and marker.get("quant_method") == _METHOD
 
 
 class FactorizedConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -110,22 +91,63 @@ class FactorizedLoader(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: Any, *arguments: Any, **named: Any) -> Any:
-        self._plan = Plan.from_json(json.dumps(self.quantization_config.plan))
-        factorize_like(InPlaceModule(model), self._plan, sites_of(self._plan), _ADVICE)
+        plan = Plan.from_json(json.dumps(self.quantization_config.plan))
+        plan = replace(plan, sites=tuple(_sites_in(model, plan)))
+        factorize_like(InPlaceModule(model), plan, sites_of(plan), _ADVICE)
         for module in model.modules():
             if isinstance(module, Factorized):
-                module._is_hf_initialized = True  # else its dense weight would be initialized
+                setattr(module, _LOADED, True)  # else its dense weight would be initialized
         return model
 
     def _process_model_after_weight_loading(self, model: Any, *arguments: Any, **named: Any) -> Any:
         """Leave an ordinary model: it is not quantized, and can be trained and saved."""
+        _check_loaded(model)
         for name in ("hf_quantizer", "quantization_method"):
             vars(model).pop(name, None)
         model.is_quantized = False
-        del model.config.quantization_config
-        mark_config(model, self._plan)
+        delattr(model.config, ENTRY)
         return model
 
 
+def _check_loaded(model: nn.Module) -> None:
+    """Raise CheckpointError if a factor got no values, where Transformers marks the parameters that it has loaded."""
+    if not any(hasattr(parameter, _LOADED) for parameter in model.parameters()):
+        return
+    for path, layer in model.named_modules():
+        if isinstance(layer, Factorized) and not all(
+            hasattr(weight, _LOADED) or weight.is_meta for weight in layer.weights
+        ):
+            raise CheckpointError(
+                f"The config.json says that {path!r} is factorized, and the weights beside it hold no such factors: they "
+                f"are of another model. Save the model again; or, if the weights are dense, delete {ENTRY!r} from the "
+                f"config.json."
+            )
+
+
+def _sites_in(model: Any, plan: Plan) -> Iterator[SitePlan]:
+    """Yield the factorized sites of a plan that a model has, under its own names.
+
+    A head may be loaded without its base model, or a base model with another head: Transformers then adds or removes the
+    base model's name, and leaves out what only the saved model has.
+    """
+    base = f"{model.base_model_prefix}."
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    for site in plan.factorized:
+        path = site.parameter or site.name
+        for rename in (str, lambda name: name.removeprefix(base), lambda name: base + name):
+            if rename(path) in names:
+                yield replace(site, name=rename(site.name), parameter=site.parameter and rename(site.parameter))
+                break
+
+
+def _with_method(entry: Any) -> bool:
+    """Tell whether Transformers knows a method of quantization; a plan is given the name of one that this module adds."""
+    if is_entry(entry):
+        entry["quant_method"] = _METHOD
+    return bool(_supports(entry))
+
+
+_supports = AutoHfQuantizer.supports_quant_method
+AutoHfQuantizer.supports_quant_method = staticmethod(_with_method)
 AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = FactorizedConfig
 AUTO_QUANTIZER_MAPPING[_METHOD] = FactorizedLoader

@@ -28,7 +28,7 @@ from tdfx.checkpoint.sealed_file import read_sealed, write_sealed
 from tdfx.errors import CheckpointError
 from tdfx.integrations.adapter import TrainerAdapter, check_not_layer, refuse_engine
 from tdfx.integrations.moment import steps_per_epoch
-from tdfx.integrations.pretrained import FILE, load_pretrained, mark_config
+from tdfx.integrations.pretrained import FILE, load_pretrained
 from tdfx.optim.surgery import as_optimizers
 from tdfx.wrappers.in_place import InPlaceModule, is_sharded
 
@@ -46,7 +46,7 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
 
     The checkpoint of the last step is dense, and so is what ``trainer.save_model()`` and ``model.save_pretrained()`` write
     after training. What is saved before, or with ``merge=False``, holds factors: its ``config.json`` says so, and
-    ``from_pretrained`` loads it where this module is imported; see ``load_pretrained``.
+    ``from_pretrained`` loads it where this module is imported, and refuses it elsewhere; see ``load_pretrained``.
 
     The arguments are those of ``TrainerAdapter``.
 
@@ -142,7 +142,6 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
             step = f"The Trainer goes on from step {state.global_step}"
             raise CheckpointError(f"{step}, and the callback has no state of that step. {self.advice}")
         self._resumed = False
-        mark_config(kwargs["model"], self.plan)
         loader, accumulated = kwargs["train_dataloader"], args.gradient_accumulation_steps
         self.begin(
             self._part(kwargs["model"]),
@@ -156,8 +155,7 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         autocast = torch.autocast(args.device.type, dtype) if args.bf16 or args.fp16 else None
         part, optimizers = self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"])
-        if self.step(part, optimizers, holders=self._others(), autocast=autocast):
-            mark_config(part.model, self.plan)
+        self.step(part, optimizers, holders=self._others(), autocast=autocast)
         if state.global_step >= state.max_steps > 0:
             self.merge_before_saving(kwargs["model"], kwargs["optimizer"])
 
@@ -165,7 +163,6 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         """Merge at the last step, before the Trainer saves a checkpoint of it."""
         if self.is_merge_due:
             self.end(self._part(model), as_optimizers(optimizer), holders=self._others())
-            mark_config(model, self.plan)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the state of the callback into the Trainer's checkpoint."""
@@ -176,7 +173,6 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Merge, if that was not done at the last step, or the best checkpoint that was loaded since has factors."""
         self.end(self._part(kwargs["model"]), as_optimizers(kwargs["optimizer"]), holders=self._others())
-        mark_config(kwargs["model"], self.plan)
 
     def _part(self, model: nn.Module) -> InPlaceModule:
         """Return the model in its wrappers."""

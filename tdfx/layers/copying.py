@@ -35,7 +35,6 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
-    "_is_full_backward_hook",
 )
 """The attributes in which a module keeps the hooks of its calls."""
 
@@ -79,6 +78,8 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
     twins |= {id(module): object.__new__(type(module)) for module in copied}
     # All twins exist before the first is filled, because modules may refer to one another in circles.
     translate = _Translator(twins)
+    # The handles of hooks refer to these.
+    translate.copies |= {id(old.__dict__[name]): new.__dict__[name] for old, new in replace.items() for name in HOOKS}
     for module in copied:
         attributes = {key: translate(value) for key, value in module.__dict__.items() if key != COMPILED}
         twins[id(module)].__dict__.update(attributes)
@@ -136,6 +137,7 @@ def copy_hooks(source: nn.Module, target: nn.Module) -> None:
     translate = _Translator({id(source): target})
     for name in HOOKS:
         target.__dict__[name] = translate(source.__dict__[name])
+    target.__dict__["_is_full_backward_hook"] = source.__dict__["_is_full_backward_hook"]
     for name in STATE_DICT_HOOKS:
         target.__dict__[name].update(translate(source.__dict__[name]))
 
@@ -211,7 +213,8 @@ class _Translator:
 
     def _handle(self, handle: RemovableHandle) -> RemovableHandle:
         """Return a handle whose ``remove()`` takes the hook off the twin, and not off the original."""
-        twin = copy.copy(handle)
+        twin = type(handle).__new__(type(handle))
+        twin.__dict__.update(handle.__dict__)  # by copy.copy, torch fails where what a handle refers to is gone
         twin.hooks_dict_ref, *extra = (
             weakref.ref(self(hooks)) if (hooks := reference()) is not None else reference
             for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 from collections.abc import Sequence
@@ -59,6 +60,11 @@ class Factorized(nn.Module):
         super().__init__()
         self.factors = factors
         self.origin = origin
+        _describe_when_saved()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _describe_when_saved()
 
     @classmethod
     def of(cls, layer: nn.Module, scheme: Scheme, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
@@ -249,6 +255,11 @@ class FactorizedByName(Factorized):
         """Run the chain on the input, under whatever name it comes; TorchScript has no such arguments."""
         (x,) = named.values() if input is None else (input,)
         return self._run(x, output_size)
+
+
+def _describe_when_saved() -> None:
+    # Imported by name, because it builds on this file.
+    importlib.import_module("tdfx.layers.pretrained").describe_when_saved()
 
 
 def _build_chain(

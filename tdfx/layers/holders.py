@@ -14,10 +14,12 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
 
 _FRAMEWORKS = {"accelerate", "builtins", "lightning", "numpy", "pytorch_lightning", "tdfx", "torch", "transformers"}
 """Packages whose objects are not searched: they refer to all of a training, or are known to hold no parameters."""
 
+_MAPPINGS = (dict, types.MappingProxyType, WeakIdKeyDictionary)
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 _MOST_ITEMS = 10_000
 """Items of one container that are looked at: a data set of plain numbers may be a list of millions."""
@@ -51,7 +53,7 @@ class _Search:
 
     def _parts(self, value: Any, path: str, depth: int) -> Iterator[tuple[str, Any, int]]:
         """Yield what a value refers to: where that is, and how deep."""
-        if isinstance(value, dict):
+        if isinstance(value, _MAPPINGS):
             for key, item in islice(list(value.items()), _MOST_ITEMS):
                 yield f"{path}[{key!r}]" if isinstance(key, str | int) else f"a value of {path}", item, depth
                 if not isinstance(key, str):
@@ -69,7 +71,7 @@ class _Search:
         elif isinstance(value, weakref.ref):
             yield path, value(), depth
         elif depth < self.objects and type(value).__module__.partition(".")[0] not in _FRAMEWORKS:
-            yield from ((f"{path}.{name}", part, depth + 1) for name, part in _attributes(value).items())
+            yield from ((f"{path}.{name}", part, depth + 1) for name, part in attributes_of(value).items())
 
     def _function_parts(self, function: types.FunctionType, path: str, depth: int) -> Iterator[tuple[str, Any, int]]:
         if (function.__module__ or "").partition(".")[0] in _FRAMEWORKS:
@@ -94,7 +96,7 @@ def search(value: Any, path: str, *, objects: int = 2) -> Iterator[Held]:
     return _Search(objects)(value, path)
 
 
-def _attributes(value: Any) -> dict[str, Any]:
+def attributes_of(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, those in slots too."""
     slots = (name for base in type(value).__mro__ for name in _names(base.__dict__.get("__slots__", ())))
     attributes = {name: getattr(value, name) for name in slots if name != "__dict__" and hasattr(value, name)}

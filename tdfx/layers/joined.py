@@ -23,6 +23,9 @@ class JoinedWeight(Tensor):
     Its views, ``detach()`` and ``data`` raise too. All that is computed from it is a plain tensor.
     """
 
+    _is_hf_initialized = True
+    """Lets Transformers pass by: modules around the layer would initialize it when ``from_pretrained`` loads a model."""
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -66,9 +66,8 @@ class Companions:
         """
         sides = self.masters.both_sides(exchanges, self.optimizers)
         check_groups(self.optimizers, sides.optimizer)
-        check_holders(
-            self.optimizers, {f"the weight of site {exchange.site!r}": exchange.old for exchange in sides.optimizer}
-        )
+        leaving = {f"the weight of site {exchange.site!r}": exchange.old for exchange in sides.optimizer}
+        check_holders(self.optimizers, leaving, self.unwrapped.staying)
         check_states(self.optimizers, sides.optimizer)
         for text in self._losses(sides.model, rewrites=warn):
             warnings.warn(text, TdfxWarning, stacklevel=4)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tdfx.errors import OptimizerError
-from tdfx.layers.holders import Held, search, share_memory
+from tdfx.layers.holders import Held, attributes_of, search, share_memory
 
-_MOVED = {"defaults", "param_groups", "state"}
-"""The attributes in which torch's own base class keeps parameters and their state."""
+_MOVED_OF_GROUP = {"params", "param_names"}
 
 _ADVICE = (
     "tdfx moves what is in param_groups and state, and the same of optimizers inside. Rewrite without optimizer=, and make "
@@ -54,12 +53,15 @@ def families(optimizers: Sequence[Optimizer]) -> list[tuple[Optimizer, ...]]:
     return outermost or with_their_inner[:1]
 
 
-def check_holders(optimizers: Iterable[Optimizer], leaving: Mapping[str, Sequence[Tensor]]) -> None:
+def check_holders(
+    optimizers: Iterable[Optimizer], leaving: Mapping[str, Sequence[Tensor]], staying: nn.Module | None = None
+) -> None:
     """Raise OptimizerError if an optimizer refers to parameters that leave in a way that cannot be translated.
 
     Args:
         optimizers: All of them, the inner ones too.
         leaving: What the parameters are, in words -> the parameters.
+        staying: A module that will stay the same object with the new parameters; an optimizer may refer to it.
     """
     names = {id(tensor): name for name, tensors in leaving.items() for tensor in tensors}
     by_shape = {tuple(tensor.shape): tensor for tensors in leaving.values() for tensor in tensors if tensor.numel() > 1}
@@ -70,6 +72,13 @@ def check_holders(optimizers: Iterable[Optimizer], leaving: Mapping[str, Sequenc
             value = held.value
             if isinstance(value, int) and value in names:
                 raise OptimizerError(f"{kind} refers to {names[value]} by its id, in {held.path}. {_ADVICE}")
+            if isinstance(value, nn.Module) and not _contains(value, staying):
+                name = next((names[id(each)] for each in value.parameters() if id(each) in names), None)
+                if name is not None:
+                    raise OptimizerError(
+                        f"{kind} refers to a {type(value).__name__} with {name} in {held.path}, which another module will "
+                        f"replace. {_ADVICE}"
+                    )
             if not isinstance(value, Tensor) or not value.dim():
                 continue
             name = names.get(id(value)) or next(
@@ -87,8 +96,21 @@ def check_holders(optimizers: Iterable[Optimizer], leaving: Mapping[str, Sequenc
                 )
 
 
+def _contains(module: nn.Module, part: nn.Module | None) -> bool:
+    return part is not None and any(each is part for each in module.modules())
+
+
 def _held_by(optimizer: Optimizer) -> Iterator[Held]:
-    """Yield what an optimizer refers to outside of its groups and its state."""
-    for name, value in vars(optimizer).items():
-        if name not in _MOVED:
-            yield from (held for held in search(value, name) if held.value is not optimizer)
+    """Yield what an optimizer refers to beside the parameters in its groups and their state."""
+    # Of these attributes, parameters and what belongs to one of them are moved.
+    moved = {"defaults", "param_groups", "state"}
+    attributes = {name: value for name, value in attributes_of(optimizer).items() if name not in moved}
+    attributes |= {
+        f"param_groups[{index}][{name!r}]": value
+        for index, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if name not in _MOVED_OF_GROUP
+    }
+    attributes |= {f"state[{key!r}]": value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+    for name, value in attributes.items():
+        yield from (held for held in search(value, name) if held.value is not optimizer)

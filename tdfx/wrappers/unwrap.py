@@ -31,6 +31,8 @@ class Unwrapped:
     """True if each process holds only its shard of every parameter."""
     compiled: bool = False
     """True if ``torch.compile`` has compiled the model or a part of it."""
+    staying: nn.Module | None = None
+    """The module that stays the same object, where another one will not take the model's place."""
 
 
 def unwrap(model: nn.Module) -> Unwrapped:
@@ -66,8 +68,12 @@ def _unwrap_target(part: InPlaceModule) -> Unwrapped:
     """Return the module that is rewritten in place, with the processes that train the model around it."""
     if part.is_sharded:
         return _unwrap_sharded_target(part)
-    inner = unwrap(part.target)
-    return inner if part.ddp is None else replace(unwrap(part.ddp), model=inner.model, wrap=inner.wrap)
+    inner = replace(unwrap(part.target), staying=part.target)
+    return (
+        inner
+        if part.ddp is None
+        else replace(unwrap(part.ddp), model=inner.model, wrap=inner.wrap, staying=inner.staying)
+    )
 
 
 def _unwrap_sharded_target(part: InPlaceModule) -> Unwrapped:
@@ -84,7 +90,7 @@ def _unwrap_sharded_target(part: InPlaceModule) -> Unwrapped:
         sharded.check_paths(rewritten, part.path)
         return compiled.recompile(rewritten)
 
-    return Unwrapped(sharded.model.get_submodule(part.path), wrap, sharded.ranks, shards=True)
+    return Unwrapped(sharded.model.get_submodule(part.path), wrap, sharded.ranks, shards=True, staying=part.target)
 
 
 def _compiled_and_sharded(path: str) -> str:
