@@ -214,7 +214,7 @@ OPTIONS = st.sampled_from(
 def test_any_command_line_ends_with_an_exit_code(options: list[tuple[str, str]]) -> None:
     arguments = [f"{name}={value}" for name, value in options]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tdfx.cli.references.build_model", lambda reference: net())
+        patch.setattr("tdfx.cli.references.find_model", lambda reference: net)
         result = CliRunner().invoke(main, ["inspect", "nets:build", "--modelled", *arguments])
     assert result.exit_code in {0, 2}
     assert "Traceback" not in result.output

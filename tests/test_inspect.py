@@ -24,6 +24,7 @@ from tdfx.cli.device import build_on
 from tdfx.cli.inspect import SORTS
 from tdfx.cli.references import build_model
 from tdfx.errors import ModelReferenceError
+from tdfx.factors import registry
 from tdfx.plans.plan import Plan
 
 MODEL = """
@@ -290,6 +291,32 @@ def test_a_policy_comes_from_a_file_and_options_override_it() -> None:
     assert "2 of 4" in shown("--policy", "p.toml", "--modelled", "--exclude", "spare")
     assert "0 of 4" in shown("--policy", "p.toml", "--modelled", "--include", "spare")
     assert "0 of 4" in shown("--policy", "p.toml", "--modelled", "--min-gain", "1e9")
+
+
+OWN_SCHEME = """
+import tdfx
+from torch import nn
+
+@tdfx.register_scheme
+class Last(tdfx.TwoFactors):
+    name = "of_the_file"
+    def fits(self, operation):
+        return sum(taps > 1 for taps in operation.kernel) > 1
+    def first_axes(self, operation):
+        return (max(axis for axis, taps in enumerate(operation.kernel) if taps > 1),)
+
+def build():
+    return nn.Sequential(nn.Conv2d(16, 16, 3))
+"""
+
+
+def test_a_policy_may_name_a_scheme_that_the_models_file_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_SCHEMES", dict(registry._SCHEMES))
+    Path("own.py").write_text(OWN_SCHEME)
+    Path("p.toml").write_text('rank = "ratio:0.25"\nscheme = "of_the_file"\nmin_gain = 0\n')
+    result = CliRunner().invoke(main, ["inspect", "own.py:build", "--policy", "p.toml", "--modelled"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"0 +Conv2d 16×16×3×3 +of_the_file ", result.stdout)
 
 
 def test_modelled_is_for_overrides_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

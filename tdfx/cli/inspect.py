@@ -120,7 +120,7 @@ def inspect(
     """
     from tdfx.cli.device import build_on, parse_device
     from tdfx.cli.inputs import parse_input
-    from tdfx.cli.references import build_model
+    from tdfx.cli.references import find_model
     from tdfx.cli.rows import select, to_csv
     from tdfx.cli.weights import load_weights
     from tdfx.plans.table import plan_view
@@ -136,6 +136,7 @@ def inspect(
     if json_file == csv_file == STDOUT:
         raise TdfxError("--json - and --csv - both write to the standard output. Name a file for one of them.")
     target = parse_device(device)
+    build = find_model(model)  # first, because its file may register schemes, kinds and rules that the policy names
     policy = _policy(rule_or_file, include, exclude, min_gain, modelled or target.type == "meta")
     examples = tuple(parse_input(shape, target) for shape in inputs) or None
     if weights is not None and target.type == "meta":
@@ -143,7 +144,7 @@ def inspect(
             "--weights has no use on --device meta, which stores no values. Leave out one of the two."
         )
     with waiting(f"building {model}"):
-        built = build_on(target, model, build_model)
+        built = build_on(target, model, lambda _: build())
         if weights is not None:
             load_weights(built, weights)
     plan = tdfx.plan(built, policy, example_inputs=examples)

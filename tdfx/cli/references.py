@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,26 +21,31 @@ _FORMS = "Write torchvision:resnet50, package.module:factory, or path/to/file.py
 
 
 def build_model(reference: str) -> nn.Module:
-    """Build the model that a reference names, untrained.
+    """Build the model that a reference names, untrained; see ``find_model``."""
+    return find_model(reference)()
+
+
+def find_model(reference: str) -> Callable[[], nn.Module]:
+    """Import what a reference names, and return what builds the model, untrained.
 
     Args:
         reference: ``torchvision:NAME`` for a model of torchvision, else a module or a file, a colon, and the name of a
             function or class that is called without arguments, or of a module object.
 
     Raises:
-        ModelReferenceError: There is no such name, or it does not give an nn.Module.
+        ModelReferenceError: There is no such name; or, when it is called, it does not give an nn.Module.
     """
     source, colon, name = reference.rpartition(":")
     if not colon or not source or not name:
         raise ModelReferenceError(f"{reference!r} does not name a model: {what_is_meant(reference)}")
     if source == "torchvision":
-        return _from_torchvision(name)
+        return partial(_from_torchvision, name)
     module = _from_file(Path(source)) if source.endswith(".py") else _from_package(source)
     if not hasattr(module, name):
         public = [defined for defined in vars(module) if not defined.startswith("_")]
         hint = f"Nearest: {nearest(name, public)}." if public else "It defines nothing."
         raise ModelReferenceError(f"{reference!r}: there is no {name!r} in it. {hint}")
-    return _call(reference, getattr(module, name))
+    return partial(_call, reference, getattr(module, name))
 
 
 def what_is_meant(reference: str) -> str:
