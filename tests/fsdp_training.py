@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -68,6 +69,13 @@ def check_always_resharded_is_the_single_process_run(mesh: DeviceMesh) -> None:
 
 def check_never_resharded_is_the_single_process_run(mesh: DeviceMesh) -> None:
     assert_like_a_single_process(sgd, mesh, reshard_after_forward=False)
+
+
+def check_recomputed_is_the_single_process_run(mesh: DeviceMesh) -> None:
+    wish = dataclasses.replace(HALF, recompute=True)
+    run = training_run(sharded(mesh=mesh, reshard_after_forward=True), sgd, halves=True, policy=wish)
+    assert all(layer.recompute for layer in run.small.modules() if isinstance(layer, Factorized))
+    assert_same_runs(run, single_run(sgd))
 
 
 def check_hybrid_sharding_is_the_single_process_run(mesh: DeviceMesh) -> None:
