@@ -215,7 +215,7 @@ def test_links_resolve(readme: Path) -> None:
         if link.startswith("https://"):
             continue
         file, _, anchor = link.partition("#")
-        target = (readme.parent / file).resolve()
+        target = (readme.parent / file).resolve() if file else readme
         is_planned = any(target == ROOT / name for name in PLANNED_FILES)
         assert target.exists() or is_planned, f"{readme} links to {link}"
         assert not anchor or anchor in anchors(target), f"{readme} links to {link}"
