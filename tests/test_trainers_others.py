@@ -139,6 +139,18 @@ def test_an_average_that_is_passed_is_rewritten(tmp_path: Path) -> None:
     assert hf.sites(average) == hf.sites(trainer.model) > 3
 
 
+def test_an_average_that_was_merged_stays_so_when_the_best_checkpoint_has_factors(tmp_path: Path) -> None:
+    average = Averages()
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "closeness", "eval_strategy": "epoch"}
+    trainer = hf_trainer(tmp_path, [average, hf.make_callback(merge=True)], save_strategy="epoch", **best)
+    trainer.compute_metrics = lambda _: {"closeness": -abs(trainer.state.global_step - 2 * hf.PER_EPOCH)}
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith(f"-{2 * hf.PER_EPOCH}")
+    dense = hf.bert()
+    for model in (trainer.model, average.averages["ema"].module):
+        assert list(model.state_dict()) == list(dense.state_dict())
+
+
 def test_the_best_model_is_loaded_whoever_made_the_model(tmp_path: Path) -> None:
     """With ``model_init`` there is a new model when the training begins, and the callback was added late."""
     best = hf.PER_EPOCH - 2
@@ -342,6 +354,21 @@ def test_stochastic_weight_averaging_follows(tmp_path: Path, start: int, switch:
     # With batch norm, Lightning goes on for an epoch after it has put the average into the module.
     for name, average in swa._average_model.named_parameters() if not norm else ():
         torch.testing.assert_close(module.get_parameter(name), average)
+
+
+def test_the_last_checkpoint_is_dense_where_it_was_written_before_the_training_was_stopped(tmp_path: Path) -> None:
+    class Stops(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    saves = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    callbacks = (Stops(), lit_callback(merge=True), saves)
+    module = fit(tmp_path, *callbacks, epochs=4, enable_checkpointing=True)
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert list(last["state_dict"]) == list(lit.Classifier().state_dict())
+    assert all(torch.equal(last["state_dict"][key], value) for key, value in module.state_dict().items())
+    again = fit(tmp_path, lit_callback(merge=True), ckpt=tmp_path / "last.ckpt", epochs=3)
+    assert lit.sites(again) == 0
 
 
 def test_two_fits_of_two_modules_are_switched(tmp_path: Path) -> None:

@@ -261,6 +261,8 @@ class TrainerAdapter:
         # The optimizers do not hold the factors of a checkpoint that was loaded in the meantime.
         trained = all(id(weight) in held for layer in layers for weight in layer.weights)
         averages = self._averages(Copies(part.model, part.target), holders)
+        # They are dense if they were merged before the trainer loaded such a checkpoint.
+        averages = [average for average in averages if any(isinstance(m, Factorized) for m in average.module.modules())]
         part.replace_with(merge(part, optimizer=optimizers if trained else None, averaged=averages))
         record_dense(part.model)
         self.merged = True

@@ -149,6 +149,7 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge, if that was not done at the last step."""
+        is_merge_due = self.is_merge_due
         paths = {module: path for path, module in pl_module.named_modules()}
         self.end(self._trained_part(trainer, pl_module), trainer.optimizers, holders=_others(trainer))
         _rename_in_finetuning(trainer, pl_module)
@@ -157,6 +158,8 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
             momenta = getattr(callback, "momenta", None)
             if isinstance(momenta, dict) and momenta.keys() <= paths.keys():
                 callback.momenta = {pl_module.get_submodule(paths[norm]): value for norm, value in momenta.items()}
+        if is_merge_due:
+            _save_last_again(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save what all processes have collected; the first one writes the checkpoint."""
@@ -241,6 +244,14 @@ def _is_ending(trainer: Trainer) -> bool:
         return True
     enough = epochs >= (loop.min_epochs or 0) and trainer.global_step >= (loop.min_steps or 0)
     return bool(trainer.should_stop) and enough
+
+
+def _save_last_again(trainer: Trainer) -> None:
+    """Save a ``last.ckpt`` of this step again: it was not known yet that the training would end."""
+    for callback in trainer.checkpoint_callbacks:
+        path = getattr(callback, "last_model_path", "")
+        if path and getattr(callback, "_last_global_step_saved", None) == trainer.global_step:
+            trainer.save_checkpoint(path, getattr(callback, "save_weights_only", False))
 
 
 def _is_reached(count: int, limit: int | None) -> bool:
