@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import array
 import copy
+import functools
+import heapq
 import inspect
+import io
 import itertools
+import queue
 import random
-from collections import deque
+import threading
+from collections import UserDict, deque
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -197,7 +205,22 @@ def calls_a_module_of_the_file(self: Any, x: Tensor) -> Any:
     return self.b(ACTIVATION(self.a(x)))
 
 
+def reads_a_gradient(self: Any, x: Tensor) -> Any:
+    return self.b(self.a(x)) * (1 if self.a.weight.grad is None else 2)
+
+
+@dataclass
+class Result:
+    y: Any
+
+
+def makes_a_result(self: Any, x: Tensor) -> Any:
+    return Result(self.b(self.a(x))).y
+
+
 UNSAFE = {
+    reads_a_gradient: "reads self.a.weight.grad",
+    makes_a_result: "makes a Result, an object that a graph cannot make again",
     sets_data: "assigns to an attribute, y.data",
     enters_a_context: "enters a context by with",
     is_decorated_by_a_context: "enters autocast",
@@ -249,6 +272,163 @@ def test_planning_leaves_what_the_model_keeps_as_it_was(forward: Callable[..., A
         tdfx.plan(model, FULL, example_inputs=inputs)
     assert (model.kept, list(model.window), model.context.value, float(model.counts[0])) == ({}, [], None, 0.0)
     assert (model.rng.bit_generator.state, model.dice.getstate()) == draws
+
+
+class Tally:
+    n = 0
+
+
+class TallyKind(type):
+    n = 0
+
+
+class Dice(random.Random):
+    n = 0
+
+
+def adds_one(holder: Any) -> None:
+    holder.n = getattr(holder, "n", 0) + 1
+
+
+def reads_n(holder: Any) -> Any:
+    return getattr(holder, "n", 0)
+
+
+def uses_a_holder(self: Any, x: Tensor) -> Any:
+    self.use(self.holder)
+    return self.b(self.a(x))
+
+
+HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "class": (lambda: Tally, adds_one, reads_n),
+    "metaclass": (lambda: TallyKind, adds_one, reads_n),
+    "function": (lambda: lambda: None, adds_one, reads_n),
+    "thread": (threading.local, adds_one, reads_n),
+    "random generator": (lambda: Dice(0), adds_one, reads_n),
+    "mapping": (UserDict, lambda holder: holder.update(n=1), dict),
+    "queue": (queue.Queue, lambda holder: holder.put(1), lambda holder: holder.qsize()),
+    "text": (io.StringIO, lambda holder: holder.write("x"), lambda holder: holder.getvalue()),
+    "array": (lambda: array.array("d"), lambda holder: holder.append(1.0), list),
+    "context variable": (lambda: ContextVar("n", default=0), lambda holder: holder.set(1), lambda holder: holder.get()),
+    "cache": (lambda: functools.cache(float), lambda holder: holder(3), lambda holder: holder.cache_info()),
+    "context": (
+        lambda: torch.autocast("cpu", enabled=False),
+        lambda holder: holder.__enter__(),
+        lambda c: set(vars(c)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_planning_leaves_what_other_objects_hold_as_it_was(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, use, read = HOLDERS[kind]
+    for holder in (Tally, TallyKind):
+        monkeypatch.setattr(holder, "n", 0)
+    model: Any = model_of(uses_a_holder)
+    model.holder, model.use = make(), use
+    before = read(model.holder)
+    tdfx.plan(model, FULL, example_inputs=(batch(),))
+    assert read(model.holder) == before
+    model(batch())
+    assert read(model.holder) != before
+    if kind == "context":
+        model.holder.__exit__(None, None, None)
+
+
+TOTAL = 0
+
+
+def through_a_second_name(self: Any) -> None:
+    kept = self.kept
+    kept["n"] += 1
+
+
+def add_to(kept: dict[str, int]) -> None:
+    kept["n"] += 1
+
+
+def through_a_helper(self: Any) -> None:
+    add_to(self.kept)
+
+
+def by_a_library(self: Any) -> None:
+    heapq.heappush(self.order, 1)
+
+
+def in_a_global(self: Any) -> None:
+    global TOTAL
+    TOTAL += 1
+
+
+class Keeper(nn.Module):
+    """Changes what its parent reads."""
+
+    def __init__(self, kept: dict[str, int], order: list[int], change: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.kept, self.order, self.change = kept, order, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(self)
+        return x
+
+
+class Reading(Pair):
+    """Reads what others change: a block, a hook, or its own ``train``."""
+
+    def __init__(self, way: Callable[..., None] | str) -> None:
+        super().__init__()
+        self.kept, self.order, self.phase = {"n": 0}, [0], 1
+        self.block = Keeper(self.kept, self.order, way) if callable(way) else nn.Identity()
+        if way == "hook":
+            self.a.register_forward_hook(lambda *_: in_a_global(None))
+        self.follows = way == "train"
+
+    def train(self, mode: bool = True) -> Any:
+        if getattr(self, "follows", False):
+            self.phase = 1 + mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(self.block(self.a(x))) * (self.kept["n"] + len(self.order) + TOTAL + self.phase)
+
+
+@pytest.mark.parametrize(
+    "way", [through_a_second_name, through_a_helper, by_a_library, in_a_global, "hook", "train"], ids=str
+)
+def test_what_other_code_changes_is_read_when_the_model_runs(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "TOTAL", 0)
+    dense = Reading(way).double()
+    models = copy.deepcopy(dense), tdfx.rewrite(dense, FULL)
+    results: list[list[Tensor]] = []
+    for model in models:
+        globals()["TOTAL"] = 0
+        results.append([model.train(mode)(batch()).detach() for mode in (True, True, False)])
+    torch.testing.assert_close(results[1], results[0], rtol=TOLERANCE, atol=TOLERANCE)
+    assert not torch.allclose(results[0][0], results[0][2])
+
+
+class Doubling(nn.Linear):
+    def __call__(self, x: Tensor) -> Any:
+        return super().__call__(x) * 2
+
+
+def test_a_call_of_ones_own_runs_once() -> None:
+    dense = nn.Sequential(Doubling(16, 16), nn.Linear(16, 4))
+    rewritten = tdfx.rewrite(dense.double(), FULL)
+    torch.testing.assert_close(rewritten(batch()), dense(batch()), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def clamps_a_weight(self: Any, x: Tensor) -> Any:
+    self.b.weight.data.clamp_(-0.01, 0.01)
+    return self.b(self.a(x))
+
+
+def test_planning_does_not_run_a_graph_that_writes_to_parameters() -> None:
+    model: Any = model_of(clamps_a_weight)
+    before = model.b.weight.detach().clone()
+    plan = tdfx.plan(model, FULL, example_inputs=(batch(),))
+    assert torch.equal(model.b.weight, before)
+    assert "changes a parameter" in plan.notes[0]
 
 
 def numbers_its_calls(self: Any, x: Tensor) -> Any:
@@ -341,6 +521,11 @@ def renormalizes(self: Any, x: Tensor) -> Any:
     return self.b(self.a(x))
 
 
+def penalizes_what_has_a_weight(self: Any, x: Tensor) -> Any:
+    layers = [layer for layer in self.modules() if hasattr(layer, "weight")]
+    return self.b(self.a(x)) + sum(layer.weight.square().sum() for layer in layers)
+
+
 def checks_arguments(self: Any, x: Tensor) -> Any:
     assert len(inspect.signature(self.a.forward).parameters) == 1
     return self.b(self.a(x))
@@ -348,6 +533,7 @@ def checks_arguments(self: Any, x: Tensor) -> Any:
 
 READS: list[tuple[Callable[..., Any], set[str]]] = [
     (penalizes, {"a", "b"}),
+    (penalizes_what_has_a_weight, {"a", "b"}),
     (renormalizes, {"b"}),
     (checks_arguments, set()),
 ]

@@ -191,7 +191,7 @@ class _Run:
             facts[f"model {path}"] = _facts(held if path in {"", "block"} else {}), _facts(module._buffers)
         for name, value in self.names.items():
             if not name.startswith("__"):
-                facts[f"file: {name}"] = _facts(vars(value) if isinstance(value, type) else value)
+                facts[f"file: {name}"] = _facts(dict(vars(value)) if isinstance(value, type) else value)
         return facts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 PRELUDE = """
 import contextlib, functools, itertools, random
-from collections import OrderedDict, deque
+from collections import OrderedDict, UserDict, deque
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -57,6 +57,12 @@ class Centre(nn.Module):
 
 class Dims:
     __slots__ = ("rows",)
+    total = 0
+
+
+@functools.cache
+def remembered(number):
+    return number + 1.0
 
 
 def numbers():
@@ -107,7 +113,7 @@ class Base(nn.Module):
         self.kept, self.slots, self.window = {}, [None, None], deque(maxlen=2)
         self.nested, self.context, self.recorder = {"in": [0, {}]}, SimpleNamespace(value=None, calls=0), Recorder()
         self.counts, self.count, self.tune, self.rate, self.names = np.zeros(2), 0, True, 0.5, {"x"}
-        self.dims = Dims()
+        self.dims, self.mapping, self.calls = Dims(), UserDict(), 0
         self.rng, self.dice, self.old_rng = np.random.default_rng(0), random.Random(0), np.random.RandomState(0)
         self.torch_rng = torch.Generator().manual_seed(0)
         self.numbers, self.turns, self.rows = itertools.count(), itertools.cycle([1.0, 2.0, 3.0]), iter([2.0] * 99)

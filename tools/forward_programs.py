@@ -59,7 +59,8 @@ STATEMENTS = {
         self.register_buffer("extra", {x}.detach()) | self.eval() | self.b.train(True)
         {x} = {y} + next(self.numbers) | {x} = {y} * next(self.turns) | {x} = {y} * next(self.rows)
         {x} = {y} + next(NUMBERS) | {x} = {y} * next(self.yielded) | {x} = {y} * next(self.chained)
-        {x} = {y} * next(self.zipped)[1]
+        {x} = {y} * next(self.zipped)[1] | Dims.total += 1; {x} = {y} * Dims.total | {x} = {y} * remembered(3)
+        self.mapping["n"] = len(self.mapping) + 1; {x} = {y} * len(self.mapping) | {x} = {y} * (1 + self.block.calls)
     """,
     "generators": """
         {x} = {y} * self.rng.random() | {x} = {y} * self.dice.random() | {x} = {y} * self.old_rng.rand()

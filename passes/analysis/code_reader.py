@@ -41,7 +41,7 @@ class CodeReader:
         self.running = running
         """Returns the path of the module whose forward is running."""
         self.attributes: defaultdict[str, set[str]] = defaultdict(set)
-        """Path of a module -> the names of the attributes that its code reads."""
+        """Path of a module -> the names of the attributes that its code reads, and of what it reads of its file."""
         self.refusal = ""
         """Why the trace was stopped; "" if it was not."""
         self._fresh_lines: dict[types.CodeType, set[int]] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from tdfx.passes.analysis.guard import ParameterGuard, WritesParameterError
 from tdfx.passes.analysis.observe import Inputs, split_inputs
 from tdfx.passes.analysis.sandbox import isolated, scratch_copy
 from tdfx.passes.analysis.user_state import UserState
@@ -43,12 +44,16 @@ def difference(module: nn.Module, traced: Traced, inputs: Inputs) -> str:
     for training in (True, False):
         mode = "train" if training else "eval"
         try:
-            expected, given = _effects_of_module(module, inputs, training)
+            with ParameterGuard(module):
+                expected, given = _effects_of_module(module, inputs, training)
+        except WritesParameterError as error:
+            return str(error)
         except Exception:
             continue
         graph = traced.graphs[0 if training else -1]
         try:
-            effects = _effects(_as_graph(module, graph, training), given)
+            with ParameterGuard(module):
+                effects = _effects(_as_graph(module, graph, training), given)
         except Exception as error:  # whatever it raises, the module did not
             message = (str(error).splitlines() or [""])[0]
             return f"in {mode} mode a graph of it raises {type(error).__name__}: {message}"

@@ -20,6 +20,7 @@ from tdfx.passes.program import Program
 
 _LISTING = {"parameters", "named_parameters", "state_dict", "_parameters", "get_parameter", "parameters_to_vector"}
 _ASKING = {"isinstance", "type"}
+_WEIGHTS = {"weight"}
 
 MAY_READ = "may read its weight besides calling it; example_inputs would tell"
 
@@ -45,7 +46,9 @@ def read_weights(program: Program) -> tuple[dict[int, str], dict[int, str]]:
             continue
         for owner, attribute in _reads(module):
             why = f"forward of {type(module).__name__} "
-            if attribute == "__class__" and is_candidate(owner):
+            if attribute == "requires_grad_" and is_candidate(owner):
+                listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}freezes or trains its weight")
+            elif attribute == "__class__" and is_candidate(owner):
                 listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}asks for its class")
             elif is_proven:
                 continue
@@ -85,10 +88,15 @@ def _reads(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             match node:
                 case ast.Attribute(value=value, attr=name) if not _is_metadata(node, parents):
                     owned = scope.value_of(value)
+                    if owned is UNKNOWN and name in _WEIGHTS:
+                        # Whose weight it is, only a run tells.
+                        yield from ((layer, name) for layer in module.modules() if is_candidate(layer))
                     if name in _LISTING and not _is_first(node, parents) and not _is_signature(value, scope):
                         yield (owned if isinstance(owned, nn.Module) else module), name
                     elif isinstance(owned, nn.Module):
-                        yield owned, name
+                        parent = parents.get(id(node))
+                        is_switch = isinstance(parent, ast.Attribute) and parent.attr == "requires_grad_"
+                        yield owned, "requires_grad_" if is_switch and name in _WEIGHTS else name
                 case ast.Name(id="parameters_to_vector"):
                     yield module, "parameters_to_vector"
             if isinstance(node, ast.Call):

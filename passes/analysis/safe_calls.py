@@ -149,7 +149,10 @@ def refusal_of_callable(function: Any) -> str:
             return ""
         return f"calls {_name(function)}(), which leaves no trace in a graph"
     if isinstance(function, type):
-        return "" if issubclass(function, tuple) and hasattr(function, "_fields") else f"makes a {function.__name__}"
+        if issubclass(function, tuple) and hasattr(function, "_fields"):
+            return ""
+        is_module = issubclass(function, nn.Module)
+        return f"makes a {function.__name__}" + ("" if is_module else ", an object that a graph cannot make again")
     if isinstance(function, types.BuiltinMethodType | types.MethodDescriptorType):
         return _refusal_of_builtin(function)
     own_call = inspect.getattr_static(type(function), "__call__", None)

@@ -45,6 +45,8 @@ _STATEMENTS: dict[type[ast.AST], str] = {
     **({ast.TryStar: "uses try"} if hasattr(ast, "TryStar") else {}),
 }
 """Statements and expressions that are refused wherever they stand."""
+ANY_ATTRIBUTE = "*"
+"""Stands for the attributes that code reads by names that it computes."""
 _NUMBERS = {"len", "int", "float", "sum", "max", "min", "abs", "round"}
 
 
@@ -65,7 +67,7 @@ class SafeCode(Scope):
         """The names that hold data."""
         self._spread_data()
         self.attributes: set[str] = set()
-        """The names of the attributes that it reads."""
+        """The names of the attributes that it reads, and of what it reads of its file."""
         self.fresh_lines: set[int] = set()
         """The lines in which it changes containers of its own."""
 
@@ -176,8 +178,15 @@ class SafeCode(Scope):
             return ""
         return f"uses what flows through it as a key, {ast.unparse(key)}"
 
+    def _check_name(self, node: ast.Name) -> str:
+        if node.id not in self.arguments and node.id not in self.bindings:
+            self.attributes.add(node.id)
+        return ""
+
     def _check_attribute(self, node: ast.Attribute) -> str:
         self.attributes.add(node.attr)
+        if node.attr in {"grad", "grad_fn"}:
+            return f"reads {ast.unparse(node)}"
         is_private = node.attr.startswith("__") or node.attr in {"node", "tracer"}
         return f"reads {ast.unparse(node)}" if is_private and not self._is_config(node.value) else ""
 
@@ -214,6 +223,8 @@ class SafeCode(Scope):
     def _refusal_of_looking(self, node: ast.Call, name: str) -> str:
         arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
         if name == "getattr" and len(arguments) == 2:
+            name = self.value_of(arguments[1])
+            self.attributes.add(name if isinstance(name, str) else ANY_ATTRIBUTE)
             return "" if self._is_config(arguments[1]) else "reads an attribute whose name flows through it"
         if name == "isinstance" and self._holds_container(arguments[0]):
             return ""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,8 +27,9 @@ from tdfx.passes.analysis.guard import (
     watch_custom_functions,
 )
 from tdfx.passes.analysis.modes import unify
+from tdfx.passes.analysis.safe_code import ANY_ATTRIBUTE
 from tdfx.passes.analysis.sandbox import isolated, remove_hooks, scratch_copy
-from tdfx.passes.analysis.stores import stored_names
+from tdfx.passes.analysis.stores import stored_by_block, stored_by_hooks
 from tdfx.passes.analysis.tracer import HiddenLayerError, SiteTracer, is_site_or_leaf
 from tdfx.passes.analysis.user_state import UserState
 from tdfx.passes.base import Change, Pass, PassResult
@@ -111,9 +113,10 @@ class ModuleTracer:
         A trace shows at most one block that has to be opaque, so it is repeated until it shows none.
         """
         opaque_paths = self._opaque_from_the_start(module)
+        stored = _Stored(module)
         while True:
             tracers = [SiteTracer(self.opaque_classes, opaque_paths) for _ in range(2)]
-            train, evaluation = _ModeTrace(module, True, tracers[0]), _ModeTrace(module, False, tracers[1])
+            train, evaluation = (_ModeTrace(module, mode, tracers[not mode], stored) for mode in (True, False))
             block = train.opaque_block() or evaluation.opaque_block() or _block_with_two_forwards(train, evaluation)
             block = block or train.reader_of_stored() or evaluation.reader_of_stored()
             if block is None or not self._make_opaque(module, *block, opaque_paths):
@@ -157,9 +160,33 @@ class ModuleTracer:
         return Traced((train.graph, evaluation.graph), mismatch, opaque)
 
 
+class _Stored:
+    """The names of what code beside the graphs of a module may change, each with who changes it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.by_blocks: dict[str, frozenset[str]] = {}
+
+    @cached_property
+    def by_hooks(self) -> frozenset[str]:
+        """What hooks change, and a user's own ``train``."""
+        return stored_by_hooks(self.module)
+
+    def names(self, opaque_paths: Iterable[str]) -> dict[str, str]:
+        """Return each name and who changes what it names, where the graphs call these blocks as they are."""
+        changed = dict.fromkeys(self.by_hooks, "a hook or train()")
+        for path in opaque_paths:
+            block = self.module.get_submodule(path)
+            if path not in self.by_blocks:
+                self.by_blocks[path] = stored_by_block(block)
+            changed |= dict.fromkeys(self.by_blocks[path], f"a {type(block).__name__} inside it")
+        return changed
+
+
 class _ModeTrace:
-    def __init__(self, module: nn.Module, training: bool, tracer: SiteTracer) -> None:
+    def __init__(self, module: nn.Module, training: bool, tracer: SiteTracer, stored: _Stored) -> None:
         self.tracer = tracer
+        self.stored = stored
         self.mode_users = tracer.mode_users
         self.graph: fx.Graph | None = None
         self.error = ""
@@ -193,11 +220,14 @@ class _ModeTrace:
         return next(((path, why) for path, why in self.mismatches.items() if path), None)
 
     def reader_of_stored(self) -> tuple[str, str] | None:
-        """Return the path of a module that reads what a block which the graph calls may change, and what that is."""
-        stored = {name: block for block in self.tracer.opaque_modules.values() for name in stored_names(block)}
+        """Return the path of a module that reads what code beside the graph may change, and what that is."""
+        if self.graph is None:
+            return None
+        stored = self.stored.names(self.tracer.opaque_modules)
         for path, names in self.reader.attributes.items():
-            if self.graph is not None and (name := min(names & stored.keys(), default="")):
-                return path, f"its forward reads {name!r}, which a {type(stored[name]).__name__} inside it may change"
+            by_name = vars(self.stored.module.get_submodule(path)).keys() if ANY_ATTRIBUTE in names else ()
+            if name := min(names.union(by_name) & stored.keys(), default=""):
+                return path, f"its forward reads {name!r}, which {stored[name]} may change"
         return None
 
 

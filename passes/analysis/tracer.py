@@ -88,6 +88,8 @@ class SiteTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep track of which forward is running, and record a mismatch if it draws random numbers itself."""
         path = self._path_of(m)
+        if _has_own_call(type(m)):  # which is running now, and would run once more where the graph calls the module
+            raise UnsafeCodeError(f"its forward calls a {type(m).__name__}, which has its own __call__()")
         if self.is_leaf_module(m, path):  # its forward does not run
             return super().call_module(m, forward, args, kwargs)
         self._running.append(path)
@@ -169,6 +171,11 @@ def is_site_or_leaf(module: nn.Module) -> bool:
     if kind is not None:
         return kind.is_intact(module)
     return not is_transformer_block(module) and bool(fx.Tracer().is_leaf_module(module, ""))
+
+
+def _has_own_call(kind: type[nn.Module]) -> bool:
+    owner = next(base for base in kind.__mro__ if "__call__" in vars(base))
+    return owner is not nn.Module and not issubclass(owner, fx.GraphModule)
 
 
 def _execution_context() -> tuple[object, ...]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
-import random
+import logging
+import queue
+import re
 import sys
+import threading
 import types
-from collections import deque
-from collections.abc import Callable, Iterator
+import weakref
+from collections import ChainMap, UserDict, UserList, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
+from torch.utils._contextlib import _DecoratorContextManager
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tdfx.layers.copying import HOOKS, MODULE_STATE, slots_of
@@ -26,11 +30,26 @@ from tdfx.passes.analysis.iterators import (
     parts_of,
     put_back,
 )
+from tdfx.passes.analysis.saved_values import CACHE, fresh_cache, saved_contents
 
 _MOST_OBJECTS = 100_000
 """So many objects are looked at; a trainer or a data set behind an attribute may hold millions."""
 _NOT_USERS = frozenset({"torch", "numpy", "tdfx", "functorch"}) | sys.stdlib_module_names
-_PLAIN = (types.SimpleNamespace,)
+_HOLDERS = (
+    types.SimpleNamespace,
+    threading.local,
+    UserDict,
+    UserList,
+    ChainMap,
+    queue.Queue,
+    logging.Logger,
+    weakref.WeakKeyDictionary,
+    weakref.WeakValueDictionary,
+    weakref.WeakSet,
+    torch.autocast,
+    _DecoratorContextManager,
+)
+"""Classes of libraries whose attributes hold what a user puts there, or what a context has found."""
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, types.BuiltinFunctionType)
 
 Action = Callable[[], object]
@@ -41,11 +60,14 @@ class UserState:
 
     These are the attributes of its modules and of their classes, containers, arrays, tensors, random generators and objects
     of a user's own classes, however deep; and the names of files and outer functions that the code of a forward names.
+    What its code calls besides, such as hooks, may be given as ``others``.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *others: Any) -> None:
         self.contents: dict[str, Any] = {}
         """Where an object was found -> what it held, for a comparison."""
+        self.functions: list[tuple[str, types.FunctionType]] = []
+        """The user's functions that the code can reach, each with the name of what holds it."""
         self._undo: list[Action] = []
         self._iterators: list[tuple[Any, Callable[[Any], object]]] = []
         self._lent: dict[int, Any] = {}
@@ -54,16 +76,19 @@ class UserState:
         self._waiting: deque[tuple[str, Any]] = deque()
         for path, submodule in module.named_modules():
             self._waiting.append((path, submodule))
+        self._waiting.extend(("", each) for each in others)
         while self._waiting and len(self._seen) < _MOST_OBJECTS:
             self._visit(*self._waiting.popleft())
 
     def lend_iterators(self, *, refuse: bool = False) -> None:
-        """Let the code use copies of its iterators until ``restore``, because an iterator cannot be set back.
+        """Let the code use copies of its iterators and caches until ``restore``, because they cannot be set back.
 
         With ``refuse``, draws from them raise UnsafeCodeError.
         """
         for iterator, store in self._iterators:
-            if id(iterator) not in self._lent:
+            if isinstance(iterator, CACHE):
+                self._lent.setdefault(id(iterator), fresh_cache(iterator))
+            elif id(iterator) not in self._lent:
                 self._lent[id(iterator)] = RefusingIterator() if refuse else copy_of(iterator)
             store(self._lent[id(iterator)])
 
@@ -74,7 +99,12 @@ class UserState:
         """
         wrapped: dict[int, Any] = {}
         for iterator, store in self._iterators:
-            if isinstance(copy_of(iterator), RecordingIterator) and not isinstance(iterator, ReplayingIterator):
+            is_cache = isinstance(iterator, CACHE)
+            if (
+                not is_cache
+                and isinstance(copy_of(iterator), RecordingIterator)
+                and not isinstance(iterator, ReplayingIterator)
+            ):
                 store(wrapped.setdefault(id(iterator), ReplayingIterator(iterator)))
 
     def restore(self) -> None:
@@ -85,6 +115,10 @@ class UserState:
             put_back(iterator, self._lent.get(id(iterator)))
 
     def _visit(self, path: str, value: Any) -> None:
+        if isinstance(value, type):
+            if not _is_foreign(sys.modules.get(value.__module__)):  # libraries have thousands that nobody changes
+                self._visit_class(value)
+            return
         if isinstance(value, _ATOMS) or id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -93,13 +127,10 @@ class UserState:
             self._visit_module(path, value)
         elif isinstance(value, Tensor):
             self._visit_tensor(path, value)
-        elif isinstance(value, list | dict | set | deque | bytearray):
+        elif isinstance(value, list | dict | set | deque):
             self._visit_container(path, value)
         elif isinstance(value, tuple | frozenset):
             self._waiting.extend((f"{path}[{index}]", item) for index, item in enumerate(value))
-        elif isinstance(value, np.ndarray):
-            if value.flags.writeable:
-                self._keep(path, value.copy(), lambda saved: np.copyto(value, saved))
         elif isinstance(value, types.FunctionType):
             self._visit_function(path, value)
         elif isinstance(value, types.MethodType):
@@ -109,7 +140,9 @@ class UserState:
             self._waiting.extend((path, function) for function in functions)
         elif is_iterator(value):
             self._waiting.extend((path, part) for part in parts_of(value))
-        elif not self._visit_generator(path, value):
+        else:
+            if saved := saved_contents(value):
+                self._keep(path, *saved)
             self._visit_object(path, value)
 
     def _keep(self, path: str, saved: Any, restore: Callable[[Any], object]) -> None:
@@ -117,8 +150,8 @@ class UserState:
         self._undo.append(lambda: restore(saved))
 
     def _lend(self, value: Any, store: Callable[[Any], object]) -> None:
-        """Note where an iterator is stored; a copy of it will stand there."""
-        if is_iterator(value):
+        """Note where an iterator or a cache is stored; a copy of it will stand there."""
+        if is_iterator(value) or isinstance(value, CACHE):
             self._iterators.append((value, store))
 
     def _visit_module(self, path: str, module: nn.Module) -> None:
@@ -129,14 +162,14 @@ class UserState:
         self._visit_class(type(module))
 
     def _visit_class(self, kind: type) -> None:
-        for base in kind.__mro__:
+        for base in (*kind.__mro__, *type(kind).__mro__):
             if id(base) in self._seen or base.__module__.split(".")[0] in _NOT_USERS:
                 continue
             self._seen.add(id(base))
-            attributes = {name: value for name, value in vars(base).items() if not name.startswith("__")}
-            attributes |= {name: vars(base)[name] for name in ("__call__", "__init__") if name in vars(base)}
+            functions = {name: value for name, value in vars(base).items() if isinstance(value, types.FunctionType)}
+            attributes = {name: value for name, value in vars(base).items() if not name.startswith("__")} | functions
             self._waiting.extend((f"{base.__qualname__}.{name}", value) for name, value in attributes.items())
-            plain = {name: value for name, value in attributes.items() if not callable(value)}
+            plain = {name: each for name, each in attributes.items() if not callable(each) or isinstance(each, CACHE)}
             for name, value in plain.items():
                 self._lend(value, functools.partial(type.__setattr__, base, name))
             self._keep(base.__qualname__, plain, lambda saved, base=base: _restore_class(base, saved))  # type: ignore[misc]
@@ -182,27 +215,13 @@ class UserState:
         if hasattr(value, "__dict__"):
             self._keep_names(path, value.__dict__, dict(value.__dict__))
 
-    def _visit_generator(self, path: str, value: Any) -> bool:
-        """Save the state of a random generator; return False for anything else."""
-        if isinstance(value, random.Random):
-            self._keep(path, value.getstate(), value.setstate)
-        elif isinstance(value, np.random.RandomState):
-            self._keep(path, value.get_state(), value.set_state)
-        elif isinstance(value, np.random.Generator | np.random.BitGenerator):
-            bits = value.bit_generator if isinstance(value, np.random.Generator) else value
-            self._keep(path, bits.state, lambda saved: setattr(bits, "state", saved))
-        elif isinstance(value, torch.Generator):
-            self._keep(path, value.get_state(), value.set_state)
-        else:
-            return False
-        return True
-
     def _visit_function(self, path: str, function: types.FunctionType) -> None:
         if str(function.__globals__.get("__name__", "")).split(".")[0] in _NOT_USERS:
             function = getattr(function, "__wrapped__", function)  # by a decorator of torch or functools
             if str(function.__globals__.get("__name__", "")).split(".")[0] in _NOT_USERS:
                 return
-        self._waiting.append((path, getattr(function, "__wrapped__", None)))
+        self.functions.append((re.split(r"[.: ]", path.partition("[")[0])[-1], function))
+        self._keep_names(path, function.__dict__, dict(function.__dict__))
         self._waiting.append((path, function.__defaults__))
         self._waiting.append((path, function.__kwdefaults__))
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
@@ -210,6 +229,7 @@ class UserState:
         names = set(_names(function.__code__))
         found = {name: function.__globals__[name] for name in names if name in function.__globals__}
         self._keep_names(f"{function.__module__}", function.__globals__, found)
+        self._undo.append(lambda: _remove(names - found.keys(), function.__globals__))
         for name, value in found.items():
             if isinstance(value, types.ModuleType) and not _is_foreign(value):
                 self._keep_names(name, vars(value), {key: vars(value)[key] for key in names if key in vars(value)})
@@ -229,10 +249,7 @@ class UserState:
         self._waiting.append((path, content))
 
     def _visit_object(self, path: str, value: Any) -> None:
-        if isinstance(value, type):
-            self._visit_class(value)
-            return
-        if type(value).__module__.split(".")[0] in _NOT_USERS and not isinstance(value, _PLAIN):
+        if type(value).__module__.split(".")[0] in _NOT_USERS and not isinstance(value, _HOLDERS):
             self._waiting.append((path, getattr(value, "__wrapped__", None)))
             return
         if isinstance(getattr(value, "__dict__", None), dict):
@@ -272,6 +289,13 @@ def _restore_class(kind: type, saved: dict[str, Any]) -> None:
             type.__setattr__(kind, name, value)
 
 
+def _remove(names: Iterable[str], file: dict[str, Any]) -> None:
+    """Remove names from a file that it did not have; but a submodule that was imported stays imported."""
+    for name in names:
+        if not isinstance(file.get(name), types.ModuleType):
+            file.pop(name, None)
+
+
 def _refill(container: Any, saved: list[Any]) -> None:
     if [*map(id, container)] != [*map(id, saved)]:
         container.clear()
@@ -291,5 +315,6 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _is_foreign(module: types.ModuleType) -> bool:
-    return module.__name__.split(".")[0] in _NOT_USERS or "site-packages" in (getattr(module, "__file__", None) or "")
+def _is_foreign(module: types.ModuleType | None) -> bool:
+    name, file = getattr(module, "__name__", ""), getattr(module, "__file__", None) or ""
+    return name.split(".")[0] in _NOT_USERS or "site-packages" in file

@@ -1,0 +1,56 @@
+"""Values whose contents are saved and put back as a whole: arrays, random generators, texts in memory, context variables."""
+
+from __future__ import annotations
+
+import array
+import contextvars
+import functools
+import io
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+Saved = tuple[Any, Callable[[Any], object]]
+"""What a value holds, and the function that puts it back."""
+
+CACHE = type(functools.lru_cache(int))
+"""The class of functions that remember their results."""
+
+
+def saved_contents(value: Any) -> Saved | None:
+    """Return what a value holds and how to put it back; None if it is no such value."""
+    if isinstance(value, np.ndarray):
+        return (value.copy(), functools.partial(np.copyto, value)) if value.flags.writeable else (None, id)
+    if isinstance(value, random.Random):
+        return value.getstate(), value.setstate
+    if isinstance(value, np.random.RandomState):
+        return value.get_state(), value.set_state
+    if isinstance(value, np.random.Generator | np.random.BitGenerator):
+        bits = value.bit_generator if isinstance(value, np.random.Generator) else value
+        return bits.state, functools.partial(setattr, bits, "state")
+    if isinstance(value, torch.Generator):
+        return value.get_state(), value.set_state
+    if isinstance(value, bytearray | array.array):
+        return value[:], lambda saved: None if value == saved else value.__setitem__(slice(None), saved)
+    if isinstance(value, io.StringIO | io.BytesIO) and not value.closed:
+        state = value.__getstate__()
+        return state, lambda saved: None if value.__getstate__() == saved else value.__setstate__(saved)
+    if isinstance(value, contextvars.ContextVar):
+        return _value_of(value), lambda saved: None if _value_of(value) is saved else value.set(saved)
+    return None
+
+
+def _value_of(variable: contextvars.ContextVar[Any]) -> Any:
+    """Return the value of a variable or its default; None without either, for no variable can be made unset again."""
+    try:
+        return variable.get()
+    except LookupError:
+        return None
+
+
+def fresh_cache(function: Any) -> Any:
+    """Return a function that computes the same and remembers nothing yet."""
+    return functools.lru_cache(**function.cache_parameters())(function.__wrapped__)
