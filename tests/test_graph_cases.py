@@ -301,6 +301,7 @@ def uses_a_holder(self: Any, x: Tensor) -> Any:
 
 HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
     "class": (lambda: Tally, adds_one, reads_n),
+    "new in a class": (lambda: type("New", (), {}), adds_one, reads_n),
     "metaclass": (lambda: TallyKind, adds_one, reads_n),
     "function": (lambda: lambda: None, adds_one, reads_n),
     "thread": (threading.local, adds_one, reads_n),

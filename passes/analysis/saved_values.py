@@ -1,4 +1,4 @@
-"""Values whose contents are saved and put back as a whole: arrays, random generators, texts in memory, context variables."""
+"""How values are saved and put back: arrays, random generators, texts in memory, context variables, caches, containers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import contextvars
 import functools
 import io
 import random
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -54,3 +55,32 @@ def _value_of(variable: contextvars.ContextVar[Any]) -> Any:
 def fresh_cache(function: Any) -> Any:
     """Return a function that computes the same and remembers nothing yet."""
     return functools.lru_cache(**function.cache_parameters())(function.__wrapped__)
+
+
+def restore_class(kind: type, names: Collection[str], saved: dict[str, Any]) -> None:
+    """Give a class its attributes back, and take away those that it did not have under any of its names."""
+    for name in [name for name in vars(kind) if name not in names and not name.startswith("__")]:
+        type.__delattr__(kind, name)
+    for name, value in saved.items():
+        if vars(kind).get(name) is not value:
+            type.__setattr__(kind, name, value)
+
+
+def remove_names(names: Iterable[str], file: dict[str, Any]) -> None:
+    """Remove names from a file that it did not have; but a submodule that was imported stays imported."""
+    for name in names:
+        if not isinstance(file.get(name), types.ModuleType):
+            file.pop(name, None)
+
+
+def refill(container: Any, saved: list[Any]) -> None:
+    """Give a list or a deque its items back."""
+    if [*map(id, container)] != [*map(id, saved)]:
+        container.clear()
+        container.extend(saved)
+
+
+def refill_set(container: set[Any], saved: set[Any]) -> None:
+    """Give a set its items back."""
+    container.clear()
+    container.update(saved)

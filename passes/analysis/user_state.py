@@ -11,7 +11,7 @@ import threading
 import types
 import weakref
 from collections import ChainMap, UserDict, UserList, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,15 @@ from tdfx.passes.analysis.iterators import (
     parts_of,
     put_back,
 )
-from tdfx.passes.analysis.saved_values import CACHE, fresh_cache, saved_contents
+from tdfx.passes.analysis.saved_values import (
+    CACHE,
+    fresh_cache,
+    refill,
+    refill_set,
+    remove_names,
+    restore_class,
+    saved_contents,
+)
 
 _MOST_OBJECTS = 100_000
 """So many objects are looked at; a trainer or a data set behind an attribute may hold millions."""
@@ -172,7 +180,7 @@ class UserState:
             plain = {name: each for name, each in attributes.items() if not callable(each) or isinstance(each, CACHE)}
             for name, value in plain.items():
                 self._lend(value, functools.partial(type.__setattr__, base, name))
-            self._keep(base.__qualname__, plain, lambda saved, base=base: _restore_class(base, saved))  # type: ignore[misc]
+            self._keep(base.__qualname__, plain, functools.partial(restore_class, base, frozenset(vars(base))))
 
     def _visit_tensor(self, path: str, tensor: Tensor) -> None:
         if isinstance(tensor, UninitializedBuffer) or tensor.is_meta or is_traceable_wrapper_subclass(tensor):
@@ -204,9 +212,9 @@ class UserState:
                 self._lend(item, functools.partial(dict.__setitem__, value, key))
             self._waiting.extend((f"{path}[{key!r}]" if isinstance(key, _ATOMS) else path, item) for key, item in items)
         elif isinstance(value, set):
-            self._keep(path, set(value), lambda saved: _refill_set(value, saved))
+            self._keep(path, set(value), lambda saved: refill_set(value, saved))
         else:
-            self._keep(path, list(value), lambda saved: _refill(value, saved))
+            self._keep(path, list(value), lambda saved: refill(value, saved))
             for index, item in enumerate(value):
                 self._lend(item, functools.partial(value.__setitem__, index))
             self._waiting.extend(
@@ -229,7 +237,7 @@ class UserState:
         names = set(_names(function.__code__))
         found = {name: function.__globals__[name] for name in names if name in function.__globals__}
         self._keep_names(f"{function.__module__}", function.__globals__, found)
-        self._undo.append(lambda: _remove(names - found.keys(), function.__globals__))
+        self._undo.append(lambda: remove_names(names - found.keys(), function.__globals__))
         for name, value in found.items():
             if isinstance(value, types.ModuleType) and not _is_foreign(value):
                 self._keep_names(name, vars(value), {key: vars(value)[key] for key in names if key in vars(value)})
@@ -281,30 +289,6 @@ class UserState:
         for name, value in values.items():
             self._lend(value, functools.partial(holder.__setitem__, name))
         self._waiting.extend((f"{path}.{name}", value) for name, value in values.items())
-
-
-def _restore_class(kind: type, saved: dict[str, Any]) -> None:
-    for name, value in saved.items():
-        if vars(kind).get(name) is not value:
-            type.__setattr__(kind, name, value)
-
-
-def _remove(names: Iterable[str], file: dict[str, Any]) -> None:
-    """Remove names from a file that it did not have; but a submodule that was imported stays imported."""
-    for name in names:
-        if not isinstance(file.get(name), types.ModuleType):
-            file.pop(name, None)
-
-
-def _refill(container: Any, saved: list[Any]) -> None:
-    if [*map(id, container)] != [*map(id, saved)]:
-        container.clear()
-        container.extend(saved)
-
-
-def _refill_set(container: set[Any], saved: set[Any]) -> None:
-    container.clear()
-    container.update(saved)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
