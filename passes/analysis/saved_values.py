@@ -37,8 +37,8 @@ def saved_contents(value: Any) -> Saved | None:
     if isinstance(value, bytearray | array.array):
         return value[:], lambda saved: None if value == saved else value.__setitem__(slice(None), saved)
     if isinstance(value, io.StringIO | io.BytesIO) and not value.closed:
-        state = value.__getstate__()
-        return state, lambda saved: None if value.__getstate__() == saved else value.__setstate__(saved)
+        text: Any = value
+        return text.__getstate__(), lambda saved: None if text.__getstate__() == saved else text.__setstate__(saved)
     if isinstance(value, contextvars.ContextVar):
         return _value_of(value), lambda saved: None if _value_of(value) is saved else value.set(saved)
     return None

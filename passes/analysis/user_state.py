@@ -149,8 +149,9 @@ class UserState:
         elif is_iterator(value):
             self._waiting.extend((path, part) for part in parts_of(value))
         else:
-            if saved := saved_contents(value):
-                self._keep(path, *saved)
+            saved = saved_contents(value)
+            if saved is not None:
+                self._keep(path, saved[0], saved[1])
             self._visit_object(path, value)
 
     def _keep(self, path: str, saved: Any, restore: Callable[[Any], object]) -> None:
