@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import queue
 import re
@@ -171,7 +172,7 @@ class UserState:
         self._visit_class(type(module))
 
     def _visit_class(self, kind: type) -> None:
-        for base in (*kind.__mro__, *type(kind).__mro__):
+        for base in (*kind.__mro__, *inspect.getmro(type(kind))):
             if id(base) in self._seen or base.__module__.split(".")[0] in _NOT_USERS:
                 continue
             self._seen.add(id(base))
