@@ -394,7 +394,9 @@ class Reading(Pair):
 
 
 @pytest.mark.parametrize(
-    "way", [through_a_second_name, through_a_helper, by_a_library, in_a_global, "hook", "train"], ids=str
+    "way",
+    [through_a_second_name, through_a_helper, by_a_library, in_a_global, "hook", "train"],
+    ids=lambda way: getattr(way, "__name__", way),
 )
 def test_what_other_code_changes_is_read_when_the_model_runs(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "TOTAL", 0)
