@@ -88,6 +88,19 @@ def test_a_budgets_floor_holds_in_the_metric_whatever_the_error_is() -> None:
     assert (tdfx.plan(model, policy).sites[0].ranks or (64,)) < (13,)  # the same weight without a metric
 
 
+def test_the_floor_of_a_convolution_is_of_both_ranks_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 64, 3))
+    with tdfx.Moments(model) as moments:
+        for _ in range(4):
+            cast("Tensor", model(torch.randn(4, 32, 8, 8))).square().mean().backward()  # type: ignore[no-untyped-call]
+    budget = tdfx.Budget(parameters=0.05, strict=False, floor=0.25)
+    policy = tdfx.Policy(rank=budget, scheme="tucker2", min_gain=0, round_to=1, cost=tdfx.Modelled())
+    (site,) = tdfx.plan(model, policy, moments=moments).sites
+    assert site.ranks is not None
+    assert 0.25 <= site.ranks[0] / 32 * site.ranks[1] / 64 < 0.3
+
+
 def test_plan_and_rewrite_measure_errors_in_the_metric_of_the_loss() -> None:
     model, moments, optimizer = trained()
     before = {name: value.clone() for name, value in model.state_dict().items()}
