@@ -41,8 +41,6 @@ _LEADING = 5 / 16
 _SMALL_ERROR = 0.1
 """Squared error, relative to the weight's square, up to which ranks below the budget's floor are allowed. In the metric of
 the loss no error is that small: it says what a cut costs at once, and not what the layer can learn afterwards."""
-_ROUNDED = 1 - 1e-9
-"""Factor that makes up for rounding."""
 _LARGEST_SIDE = 1024
 """Longest side that is decomposed for the spatial scheme, which competes with others: more would take too long."""
 
@@ -159,11 +157,12 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
         shared |= {scheme.name: spectra, **scheme.partial_spectra(spectra)}
         signal = has_signal(spectra) if signal is None else signal
         floor = budget.floor if signal else max(budget.floor, budget.noise_floor)
+        least = tuple(math.ceil(floor * most) for most in full)
         is_fixed = not signal or site.metric is not None
-        grid = _grid(spectra, full, policy, site, scheme, floor if is_fixed else 0.0)
+        grid = _grid(spectra, full, policy, site, scheme, least if is_fixed else None)
         for ranks, error in zip(grid, scheme.errors(operation, w_dense, grid, spectra), strict=True):
-            kept = math.prod(rank / most for rank, most in zip(ranks, full, strict=True))
-            if kept >= floor * _ROUNDED or (not is_fixed and error**2 <= _SMALL_ERROR):
+            is_above = all(rank >= fewest for rank, fewest in zip(ranks, least, strict=True))
+            if is_above or (not is_fixed and error**2 <= _SMALL_ERROR):
                 errors[Candidate(scheme, ranks, policy.recompute)] = error
     return CandidateSet(errors, bool(signal))
 
@@ -184,9 +183,12 @@ def _grid(
     policy: Policy,
     site: Site,
     scheme: Scheme,
-    floor: float,
+    least: Sequence[int] | None,
 ) -> list[tuple[int, ...]]:
-    """Return ranks from high to low that lose about equally much in each mode, never all modes at full rank."""
+    """Return ranks from high to low that lose about equally much in each mode, never all modes at full rank.
+
+    With ``least`` no mode gets fewer ranks than that.
+    """
     energies = [spectrum.energy() for spectrum in spectra]
     grid = []
     for level in range(_LEVELS):
@@ -196,25 +198,9 @@ def _grid(
         loss = max(_tail(energy, rank) for energy, rank in zip(energies, shares, strict=True))
         even = tuple(_fewest_ranks(energy, loss) for energy in energies)
         for ranks in (shares, even):
-            grid.append(rounded(raise_to_floor(ranks, full, floor), full, policy, site, scheme))
+            raised = tuple(map(max, ranks, least)) if least else ranks
+            grid.append(rounded(raised, full, policy, site, scheme))
     return [ranks for ranks in dict.fromkeys(grid) if any(rank < most for rank, most in zip(ranks, full, strict=True))]
-
-
-def raise_to_floor(ranks: Sequence[int], full: Sequence[int], floor: float) -> tuple[int, ...]:
-    """Raise ranks in equal ratios until the product of their shares of the full ranks is at least ``floor``.
-
-    >>> raise_to_floor((8, 8), (64, 64), 0.25), raise_to_floor((8, 64), (64, 64), 0.25), raise_to_floor((48,), (64,), 0.25)
-    ((32, 32), (16, 64), (48,))
-    >>> raise_to_floor((2, 60), (64, 64), 0.5)
-    (32, 64)
-    """
-    shares = [rank / most for rank, most in zip(ranks, full, strict=True)]
-    for _ in full:  # a mode that is full leaves more for the others
-        kept, free = math.prod(shares), sum(share < 1 for share in shares)
-        if kept >= floor or not free:
-            break
-        shares = [min(1.0, share * (floor / kept) ** (1 / free)) for share in shares]
-    return tuple(math.ceil(share * most * _ROUNDED) for share, most in zip(shares, full, strict=True))
 
 
 def _tail(energy: Tensor, rank: int) -> float:

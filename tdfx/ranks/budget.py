@@ -57,8 +57,8 @@ class Budget(RankRule):
     strict: bool = True
     """True refuses a budget that cannot be kept and says what is possible, False goes nine tenths of the way to that."""
     floor: float = 0.0
-    """Least share of the full rank to keep, in [0, 1]; of several modes the product of their shares. By the weights alone it
-    holds where more than a tenth of the squared norm would be lost below it; in the metric of the loss it always holds."""
+    """Least share of the full rank to keep in each mode, in [0, 1]. By the weights alone it holds where more than a tenth of
+    the squared norm would be lost below it; in the metric of the loss it always holds."""
     noise_floor: float = 0.0
     """A floor, in [0, 1], for a weight whose spectrum is still that of noise by EVBMF; the higher of the two floors applies
     to it, and 1 keeps it as it is."""
