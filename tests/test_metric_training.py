@@ -94,11 +94,25 @@ def test_the_floor_of_a_convolution_holds_for_both_ranks() -> None:
     with tdfx.Moments(model) as moments:
         for _ in range(4):
             cast("Tensor", model(torch.randn(4, 32, 8, 8))).square().mean().backward()  # type: ignore[no-untyped-call]
-    budget = tdfx.Budget(parameters=0.05, strict=False, floor=0.25)
-    policy = tdfx.Policy(rank=budget, scheme="tucker2", min_gain=0, round_to=1, cost=tdfx.Modelled())
-    (site,) = tdfx.plan(model, policy, moments=moments).sites
-    assert site.ranks is not None
-    assert site.ranks == (8, 16)
+    without, floored = (
+        tdfx.plan(
+            model,
+            tdfx.Policy(
+                rank=tdfx.Budget(parameters=0.05, strict=False, floor=floor),
+                scheme="tucker2",
+                min_gain=0,
+                round_to=1,
+                cost=tdfx.Modelled(),
+            ),
+            moments=moments,
+        ).sites[0]
+        for floor in (0.0, 0.25)
+    )
+    shares = [
+        [rank / most for rank, most in zip(site.ranks or (), site.full_ranks or (), strict=True)]
+        for site in (without, floored)
+    ]
+    assert max(shares[0]) < 0.25 <= min(shares[1])
 
 
 def test_plan_and_rewrite_measure_errors_in_the_metric_of_the_loss() -> None:
