@@ -251,7 +251,7 @@ def task(_tools: None) -> Any:
 class Settings:
     """Settings of a policy, with a switch after the second step, however little it saves."""
 
-    name = "low"
+    name, tail = "low", None
 
     def __init__(self, policy: tdfx.Policy) -> None:
         self.policy = policy
@@ -365,7 +365,7 @@ def test_every_candidate_has_its_own_name() -> None:
         "flops=0.3 moment=0.02",
     ]
     assert study.settings_named((), ("collect=4",)) == [settings(collect=4)]
-    assert study.settings_named(("speedup=3",), ()) == [settings(speedup=3)]
+    assert study.settings_named(("speedup=4",), ()) == [settings(speedup=4)]
 
 
 def test_settings_become_a_policy_and_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:

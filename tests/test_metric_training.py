@@ -320,8 +320,8 @@ def test_a_switch_collects_nothing_if_nothing_is_wanted(switch: dict[str, Any]) 
 
 
 def test_a_switch_without_a_moment_takes_an_early_one() -> None:
-    assert tdfx.Switch(QUARTER, total_steps=10_000).when == tdfx.AtStep(300)
-    assert tdfx.Switch(QUARTER, total_steps=50).when == tdfx.AtStep(10)
+    assert tdfx.Switch(QUARTER, total_steps=10_000).when == tdfx.AtStep(300, latest=2000)
+    assert tdfx.Switch(QUARTER, total_steps=50).when == tdfx.AtStep(10, latest=10)
     with pytest.raises(tdfx.PolicyError, match=r"Neither when= nor total_steps= is given"):
         tdfx.Switch(QUARTER)
 

@@ -301,7 +301,7 @@ def test_the_table_is_the_plan(net: Net, plan: tdfx.Plan) -> None:
     sites = [button for button in page.all("button") if button.get("class") == "site"]
     assert [int(button["data-site"] or "") for button in sites] == list(range(len(plan)))
     heads = [head for head in page.all("th") if head.get("scope") == "col"]
-    assert len(heads) == 9
+    assert len(heads) == 10
     assert {head["aria-sort"] for head in heads} == {"none"}
     keys = [cell["data-key"] for cell in page.all("td") if cell["data-title"] == "parameters"]
     assert [float(key or "") for key in keys] == [site.parameters_before for site in plan]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -29,7 +30,7 @@ _RUNNING = {"forward", "<lambda>"}
 def stored_by_block(block: nn.Module) -> frozenset[str]:
     """Return the names of all attributes and globals that calls of a block may change, hooks included."""
     state = UserState(block)
-    return _stored(state.functions, leave=_NOT_IN_FORWARD)
+    return _stored(block, state.functions, leave=_NOT_IN_FORWARD)
 
 
 def stored_by_hooks(root: nn.Module) -> frozenset[str]:
@@ -39,7 +40,7 @@ def stored_by_hooks(root: nn.Module) -> frozenset[str]:
     switches = [each for kind in kinds for name in _MODES if (each := _own_method(kind, name)) is not None]
     switches += [called for kind in kinds for each in switches for called in _called_methods(kind, each)]
     functions = UserState(nn.Module(), *hooks, *switches).functions if hooks or switches else []
-    return _stored(functions) - {"training"}
+    return _stored(root, functions) - {"training"}
 
 
 def _values(hooks: Any) -> Iterable[Any]:
@@ -57,12 +58,16 @@ def _called_methods(kind: type, function: types.FunctionType) -> Iterator[types.
     return (method for name in names if (method := _own_method(kind, name)) is not None)
 
 
-def _stored(functions: list[tuple[str, types.FunctionType]], leave: Iterable[str] = ()) -> frozenset[str]:
+def _stored(
+    module: nn.Module, functions: list[tuple[str, types.FunctionType]], leave: Iterable[str] = ()
+) -> frozenset[str]:
     reached = [each for each in _reached(functions) if each.__name__ not in leave]
     results = [_stored_in(function) for function in reached if is_users_file(function.__code__.co_filename)]
     names = frozenset().union(*(result[0] for result in results))
     if any(result[2] for result in results):  # what one function is given, another has passed
-        names |= frozenset().union(*(result[1] for result in results))
+        # A module stays what it is; what is changed of it has a name of its own.
+        modules = {path.rpartition(".")[2] for path, _ in module.named_modules()}
+        names |= frozenset().union(*(result[1] for result in results)) - modules
     return names
 
 
@@ -153,15 +158,28 @@ def _is_pure(call: ast.Call, scope: Scope) -> bool:
 
 def _names_in(node: ast.AST, scope: Scope, seen: frozenset[str] = frozenset()) -> Iterator[str]:
     """Yield the names of attributes and of globals in an expression, and in what its variables are bound to."""
+    called = {id(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
     for part in ast.walk(node):
+        if _is_from_library(scope.value_of(part)):
+            continue
         if isinstance(part, ast.Attribute):
-            yield part.attr
+            if id(part) not in called or part.attr not in tensor_methods():
+                yield part.attr
         elif isinstance(part, ast.Name) and part.id in scope.bindings and part.id not in seen:
             for value in scope.bindings[part.id]:
                 if _may_be_alias(value):
                     yield from _names_in(value, scope, seen | {part.id})
         elif isinstance(part, ast.Name) and part.id not in scope.arguments | scope.bindings.keys():
             yield part.id
+
+
+def _is_from_library(value: Any) -> bool:
+    """Return True for a module, class or function that is not the user's."""
+    if not isinstance(value, types.ModuleType | type | types.FunctionType | types.BuiltinFunctionType):
+        return False
+    module = value if isinstance(value, types.ModuleType) else inspect.getmodule(value)
+    file = getattr(module, "__file__", None)
+    return not is_users_file(file) if file else getattr(module, "__name__", "") in sys.stdlib_module_names
 
 
 def _may_be_alias(value: ast.AST) -> bool:

@@ -84,8 +84,8 @@ def to_csv(sites: Sequence[SitePlan]) -> str:
 
     >>> site = SitePlan(name="fc", kind="Linear", shape=(4, 8), calls=1, scheme="svd", ranks=(2,), parameters_before=32,
     ...                 parameters_after=24)
-    >>> to_csv([site]).splitlines()[1][:32]
-    'fc,Linear,4x8,1,1,False,,svd,2,,'
+    >>> to_csv([site]).splitlines()[1][:36]
+    'fc,Linear,4x8,1,1,False,,svd,2,False'
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
