@@ -320,6 +320,11 @@ HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any]
 }
 
 
+def entered_autocasts() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
 @pytest.mark.parametrize("kind", HOLDERS)
 def test_planning_leaves_what_other_objects_hold_as_it_was(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, use, read = HOLDERS[kind]
@@ -327,13 +332,15 @@ def test_planning_leaves_what_other_objects_hold_as_it_was(kind: str, monkeypatc
         monkeypatch.setattr(holder, "n", 0)
     model: Any = model_of(uses_a_holder)
     model.holder, model.use = make(), use
-    before = read(model.holder)
+    before, entered = read(model.holder), entered_autocasts()
     tdfx.plan(model, FULL, example_inputs=(batch(),))
     assert read(model.holder) == before
+    assert entered_autocasts() == entered  # or else autocast keeps its narrow copies of weights for ever
     model(batch())
     assert read(model.holder) != before
     if kind == "context":
         model.holder.__exit__(None, None, None)
+    assert entered_autocasts() == entered
 
 
 TOTAL = 0
