@@ -286,6 +286,17 @@ class Dice(random.Random):
     n = 0
 
 
+class Slotted:
+    __slots__ = ("n",)
+
+
+NAMED_BY_A_TEXT = 0
+
+
+def adds_by_a_text(holder: Any) -> None:
+    globals()["NAMED_BY_A_TEXT"] += 1
+
+
 def adds_one(holder: Any) -> None:
     holder.n = getattr(holder, "n", 0) + 1
 
@@ -304,6 +315,8 @@ HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any]
     "new in a class": (lambda: type("New", (), {}), adds_one, reads_n),
     "metaclass": (lambda: TallyKind, adds_one, reads_n),
     "function": (lambda: lambda: None, adds_one, reads_n),
+    "empty slot": (Slotted, adds_one, reads_n),
+    "global by a text": (object, adds_by_a_text, lambda holder: NAMED_BY_A_TEXT),
     "thread": (threading.local, adds_one, reads_n),
     "random generator": (lambda: Dice(0), adds_one, reads_n),
     "mapping": (UserDict, lambda holder: holder.update(n=1), dict),
@@ -332,6 +345,7 @@ def test_planning_leaves_what_other_objects_hold_as_it_was(kind: str, monkeypatc
         monkeypatch.setattr(holder, "n", 0)
     model: Any = model_of(uses_a_holder)
     model.holder, model.use = make(), use
+    monkeypatch.setitem(globals(), "NAMED_BY_A_TEXT", 0)
     before, entered = read(model.holder), entered_autocasts()
     tdfx.plan(model, FULL, example_inputs=(batch(),))
     assert read(model.holder) == before

@@ -73,6 +73,12 @@ def remove_names(names: Iterable[str], file: dict[str, Any]) -> None:
             file.pop(name, None)
 
 
+def empty_slot(value: Any, name: str, slot: Any) -> None:
+    """Empty a slot that has been filled since."""
+    if hasattr(value, name):
+        slot.__delete__(value)
+
+
 def refill(container: Any, saved: list[Any]) -> None:
     """Give a list or a deque its items back."""
     if [*map(id, container)] != [*map(id, saved)]:

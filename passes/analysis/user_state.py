@@ -33,6 +33,7 @@ from tdfx.passes.analysis.iterators import (
 )
 from tdfx.passes.analysis.saved_values import (
     CACHE,
+    empty_slot,
     fresh_cache,
     refill,
     refill_set,
@@ -270,6 +271,8 @@ class UserState:
                 self._keep(f"{path}.{name}", held, lambda saved, slot=slot: slot.__set__(value, saved))  # type: ignore[misc]
                 self._lend(held, functools.partial(slot.__set__, value))
                 self._waiting.append((f"{path}.{name}", held))
+            else:
+                self._undo.append(functools.partial(empty_slot, value, name, slot))
         self._visit_class(type(value))
 
     def _keep_names(self, path: str, holder: dict[str, Any], values: dict[str, Any]) -> None:
@@ -296,6 +299,8 @@ class UserState:
 def _names(code: types.CodeType) -> Iterator[str]:
     """Yield the names of files and attributes that a function names, those of functions inside it included."""
     yield from code.co_names
+    if "globals" in code.co_names:  # what it names by a text
+        yield from (each for each in code.co_consts if isinstance(each, str) and each.isidentifier())
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
