@@ -18,7 +18,7 @@ from tdfx.layers.copying import HOOKS, structural_copy
 from tdfx.passes.analysis.user_state import UserState
 
 AUTOCAST_KINDS = ("cpu", "cuda", "xpu", "mps")
-"""The kinds of devices whose autocast is looked at."""
+"""The kinds of devices whose autocast a forward may switch."""
 
 
 @contextmanager

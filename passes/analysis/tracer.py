@@ -17,7 +17,7 @@ from tdfx.kinds.registry import find_kind
 from tdfx.layers.factorized import Factorized
 from tdfx.passes.analysis.code_reader import UnsafeCodeError, refuse_wrapped_forward
 from tdfx.passes.analysis.modes import Mode
-from tdfx.passes.analysis.sandbox import random_states
+from tdfx.passes.analysis.sandbox import AUTOCAST_KINDS, random_states
 
 
 class HiddenLayerError(RuntimeError):
@@ -180,6 +180,6 @@ def _has_own_call(kind: type[nn.Module]) -> bool:
 
 def _execution_context() -> tuple[object, ...]:
     """Return the global state by which an operation runs and is kept for backward: gradients, autocast, checkpoints."""
-    autocast = (torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda", "xpu", "mps"))
+    autocast = (torch.is_autocast_enabled(kind) for kind in AUTOCAST_KINDS)
     checkpoint = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, checkpoint
