@@ -84,6 +84,7 @@ def rewrite(
     emit: Emit = "graph",
     init: Init = "weight",
     moments: Moments | None = None,
+    carry_state: bool | None = None,
 ) -> nn.Module:
     """Return a model in which layers are replaced by chains of smaller layers, and which goes on training.
 
@@ -101,7 +102,7 @@ def rewrite(
             ``Policy()``.
         example_inputs: As for ``plan``; not needed with a plan.
         optimizer: The optimizer that trains the model, or a list of several. It is changed in place: afterwards it holds the
-            parameters of the returned model, in the same groups; momentum and step counts are carried over.
+            parameters of the returned model, in the same groups, and momentum is carried over; see ``carry_state``.
         averaged: An average of the model (EMA, SWA), or a list of several: a ``torch.optim.swa_utils.AveragedModel``, or any
             object that holds the averaged copy as ``module``. Afterwards it holds an average of the returned model, which
             can be updated further.
@@ -122,6 +123,9 @@ def rewrite(
         moments: As for ``plan``. The running statistics of batch norms are estimated again too, from the last batches that
             were collected, since the rewritten model computes other activations. A plan that was made with moments needs
             them here too; without them its ranks are split by the weights.
+        carry_state: Whether factors take over the state that the optimizer keeps of their weight, by the chain rule and by
+            estimates of squares. False lets them begin as in a new optimizer, at the same learning rate. None, the default,
+            does that for Adam, AdamW, NAdam and RAdam, where it is measured to be better, and carries all others.
 
     Returns:
         The rewritten model, on the same device, in the same mode, with the same dtypes, hooks and buffers.
@@ -145,7 +149,7 @@ def rewrite(
         moments.remove()  # hooks would be taken for the user's own
     unwrapped = unwrap(model)
     with unwrapped.processes.raise_on_all():
-        companions = Companions.of(unwrapped, optimizer, averaged, masters)
+        companions = Companions.of(unwrapped, optimizer, averaged, masters, carry_state=carry_state)
         check_init(init, policy, companions)
         check_same_arguments(unwrapped, policy, emit, init)
         if isinstance(policy, Plan):

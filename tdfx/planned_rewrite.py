@@ -56,11 +56,16 @@ class PlannedRewrite:
         return self.planned.plan
 
     def apply(
-        self, optimizer: Any = None, averaged: Any = None, masters: Any = None, init: Init = "weight"
+        self,
+        optimizer: Any = None,
+        averaged: Any = None,
+        masters: Any = None,
+        init: Init = "weight",
+        carry_state: bool | None = None,
     ) -> nn.Module:
         """Return the rewritten model; the arguments are those of ``rewrite``, and the model must not have changed since."""
         with self.unwrapped.processes.raise_on_all():
-            companions = Companions.of(self.unwrapped, optimizer, averaged, masters)
+            companions = Companions.of(self.unwrapped, optimizer, averaged, masters, carry_state=carry_state)
             commit = prepare_rewrite(self.planned, companions, init, self.moments)
         return commit()
 

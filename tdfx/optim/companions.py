@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tdfx.errors import TdfxWarning
+from tdfx.errors import OptimizerError, TdfxWarning
 from tdfx.layers.placement import full_precise, shard_like, user_attributes
 from tdfx.optim.averages import Average, as_average, as_holders
 from tdfx.optim.carriers import carry
@@ -31,24 +31,33 @@ class Companions:
     optimizers: tuple[Optimizer, ...]
     averages: tuple[Average, ...]
     masters: Masters
+    carry_state: bool | None = None
+    """As in ``rewrite``."""
 
     @classmethod
-    def of(cls, unwrapped: Unwrapped, optimizer: Any, averaged: Any, masters: Any) -> Companions:
+    def of(
+        cls, unwrapped: Unwrapped, optimizer: Any, averaged: Any, masters: Any, *, carry_state: bool | None = None
+    ) -> Companions:
         """Check that the arguments of ``rewrite`` or ``merge`` belong to the model, and return them together.
 
         Raises:
             ModelError: An average belongs to another model, or the processes pass different arguments.
             OptimizerError: An optimizer cannot be carried over, or the masters do not go with the model.
         """
+        if not (carry_state is None or isinstance(carry_state, bool)):
+            raise OptimizerError(
+                f"carry_state={carry_state!r} is none of True, False and None: it says whether factors take over the state "
+                f"that the optimizer keeps of their weight. Leave it out for what was measured to be best."
+            )
         optimizers, holders = with_inner(as_optimizers(optimizer)), as_holders(averaged)
         checked_masters = as_masters(masters, unwrapped.model, shards=unwrapped.shards)
         # Before the averages are unwrapped, which the processes may have to do together.
         unwrapped.processes.check_same(
-            (len(optimizers), [type(holder.module).__name__ for holder in holders], len(checked_masters.pairs)),
+            (len(optimizers), carry_state, [type(holder.module).__name__ for holder in holders], len(checked_masters.pairs)),
             "The processes pass different optimizers, averages or masters to tdfx. Pass as many, of the same, on each.",
         )
         averages = tuple(as_average(holder, unwrapped.model) for holder in holders)
-        return cls(unwrapped, optimizers, averages, checked_masters)
+        return cls(unwrapped, optimizers, averages, checked_masters, carry_state)
 
     def prepare(
         self, rewritten: nn.Module, exchanges: list[Exchange], *, values: bool = True, warn: bool = False
@@ -73,7 +82,7 @@ class Companions:
             warnings.warn(text, TdfxWarning, stacklevel=4)
         processes = self.unwrapped.processes
         processes.raise_pending()
-        surgery = prepare_surgery(self.optimizers, sides.optimizer)
+        surgery = prepare_surgery(self.optimizers, sides.optimizer, carry_state=self.carry_state)
         processes.broadcast_tensors(surgery.tensors())
         if values:
             _carry_gradients({id(exchange): exchange for exchange in sides.optimizer + sides.model}.values())

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from tdfx.errors import OptimizerError, TdfxWarning, nearest
 from tdfx.layers.placement import full_precise, is_sharded, shard_like
-from tdfx.optim.carriers import Carrier, carry
+from tdfx.optim.carriers import Carrier, ToFactors, carry
 
 Role = Literal["first", "second", "largest", "average", "iterate", "count"]
 """The meaning of an entry of an optimizer's state, which decides how it is carried.
@@ -48,6 +48,11 @@ class StateFormat:
     """The inverse of ``unfold``."""
     folded: frozenset[str] = frozenset()
     """Names of stored entries that ``unfold`` turns into others."""
+    begins: Mapping[str, float] | None = None
+    """The counts of a parameter that has taken no step, where the optimizer corrects its moments by them, so that factors
+    may begin with moments of zero. Measured with AdamW, that is better than moments that are carried: a second moment lasts
+    for a thousand steps, and the one that is carried is off by the correlations of the gradient (a factor of 0.2 to 5), and
+    high, as gradients are at the start of a training."""
 
 
 def register_optimizer(optimizer: type[Optimizer], **roles: Role) -> None:
@@ -119,9 +124,14 @@ def _warn_of_other_entries(optimizer: type[Optimizer], roles: Mapping[str, Role]
 
 
 def new_states(
-    optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter], carriers: Sequence[Carrier]
+    optimizer: Optimizer,
+    old: Sequence[nn.Parameter],
+    new: Sequence[nn.Parameter],
+    carriers: Sequence[Carrier],
+    *,
+    carry_state: bool | None = None,
 ) -> list[State]:
-    """Return the state of each new parameter.
+    """Return the state of each new parameter; ``carry_state`` is that of ``rewrite``, and holds for factors alone.
 
     Where the old parameters have no state yet, or one that cannot be carried, it is what a new optimizer would have: for
     most classes there is none before the first step, and the list is empty.
@@ -130,6 +140,11 @@ def new_states(
     state_format = _format_of(optimizer, old_states[0])
     if state_format is None or any(state.keys() != old_states[0].keys() for state in old_states):
         return _fresh_states(optimizer, new)
+    if isinstance(carriers[-1], ToFactors) and not carry_state:
+        if state_format.begins is not None:
+            return [_begin(old_states[0], parameter, state_format) for parameter in new]
+        if carry_state is False:
+            return _fresh_states(optimizer, new)
     unfolded = [state_format.unfold(tree_map(_in_working_dtype, state)) for state in old_states]
     carried = {
         key: _carry(role, [state[key] for state in unfolded], len(new), carriers)
@@ -184,6 +199,18 @@ def _stored_entry(value: Any, old: Any, parameter: nn.Parameter) -> Any:
         return value.to(old.device, old.dtype)
     placed = shard_like(value.to(old.dtype), parameter)
     return torch.empty_like(parameter, dtype=old.dtype, requires_grad=False).copy_(placed)
+
+
+def _begin(old: State, parameter: nn.Parameter, state_format: StateFormat) -> State:
+    """Return the state of a parameter that has taken no step, with the entries of another's state."""
+    counts = {key: copy.deepcopy(value) for key, value in old.items() if state_format.roles[key] == "count"}
+    for key, start in (state_format.begins or {}).items():
+        if key in counts:
+            counts[key] = counts[key] * 0 + start  # a tensor on any device, or a number
+    return {
+        key: counts[key] if key in counts else torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
+        for key, value in old.items()
+    }
 
 
 def _fresh_states(optimizer: Optimizer, new: Sequence[nn.Parameter]) -> list[State]:
@@ -274,10 +301,10 @@ _MOMENTS: dict[str, Role] = {"step": "count", "exp_avg": "first", "exp_avg_sq": 
 
 _FORMATS: dict[type[Optimizer], StateFormat] = {
     torch.optim.SGD: StateFormat({"momentum_buffer": "first"}),
-    torch.optim.Adam: StateFormat(_MOMENTS),
-    torch.optim.AdamW: StateFormat(_MOMENTS),
-    torch.optim.NAdam: StateFormat({**_MOMENTS, "mu_product": "count"}),
-    torch.optim.RAdam: StateFormat(_MOMENTS),
+    torch.optim.Adam: StateFormat(_MOMENTS, begins={"step": 0}),
+    torch.optim.AdamW: StateFormat(_MOMENTS, begins={"step": 0}),
+    torch.optim.NAdam: StateFormat({**_MOMENTS, "mu_product": "count"}, begins={"step": 0, "mu_product": 1}),
+    torch.optim.RAdam: StateFormat(_MOMENTS, begins={"step": 0}),
     torch.optim.Adamax: StateFormat({"step": "count", "exp_avg": "first", "exp_inf": "largest"}),
     torch.optim.Adagrad: StateFormat({"step": "count", "sum": "second"}),
     # A step is the gradient times the root of acc_delta / square_avg. Carried by one rule, both keep their ratio.

@@ -98,7 +98,9 @@ def _as_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> Surgery:
+def prepare_surgery(
+    optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange], *, carry_state: bool | None = None
+) -> Surgery:
     """Work out the new groups and states of optimizers that passed ``check_groups``, changing nothing.
 
     The new parameters of an exchange stand where its first old parameter stood, so groups keep their order and settings.
@@ -112,7 +114,7 @@ def prepare_surgery(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchang
         parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         held = [exchange for exchange in exchanges if id(exchange.old[0]) in parameters]
         for exchange in held:
-            states = new_states(optimizer, exchange.old, exchange.new, exchange.carriers)
+            states = new_states(optimizer, exchange.old, exchange.new, exchange.carriers, carry_state=carry_state)
             surgery.states.append((optimizer, exchange, states))
         warn_of_lost_state(optimizer, [exchange.old[0] for exchange in held])
     return surgery
