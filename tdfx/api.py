@@ -125,7 +125,8 @@ def rewrite(
             them here too; without them its ranks are split by the weights.
         carry_state: Whether factors take over the state that the optimizer keeps of their weight, by the chain rule and by
             estimates of squares. False lets them begin as in a new optimizer, at the same learning rate. None, the default,
-            does that for Adam, AdamW, NAdam and RAdam, where it is measured to be better, and carries all others.
+            does that to the factors of dense weights under Adam, AdamW, NAdam and RAdam, where it is measured to be
+            better, and carries all else.
 
     Returns:
         The rewritten model, on the same device, in the same mode, with the same dtypes, hooks and buffers.

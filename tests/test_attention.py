@@ -215,7 +215,7 @@ def test_optimizer_state_of_a_packed_projection_is_carried_both_ways() -> None:
     packed = dense.attention.in_proj_weight
     before = copy.deepcopy(optimizer.state[packed])
     names = [name for name, _ in dense.named_parameters()]
-    full = tdfx.rewrite(dense, FULL, example_inputs=x, optimizer=optimizer)
+    full = tdfx.rewrite(dense, FULL, example_inputs=x, optimizer=optimizer, carry_state=True)
     assert {id(each) for each in optimizer.param_groups[0]["params"]} == {id(each) for each in full.parameters()}
     merged: Any = tdfx.merge(full, optimizer=optimizer)
     assert [name for name, _ in merged.named_parameters()] == names

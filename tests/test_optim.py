@@ -162,7 +162,7 @@ def test_first_moments_are_carried_as_autograd_carries_gradients(build: Builder,
     model, optimizer = trained(build)
     key = first_key(optimizer)
     moments = states(optimizer, model, key)
-    small = tdfx.rewrite(model, policy(of), optimizer=optimizer)
+    small = tdfx.rewrite(model, policy(of), optimizer=optimizer, carry_state=True)
     for name in SITES:
         site = factorized(small, name)
         expected = torch.autograd.grad((site.weight * moments[name]).sum(), site.weights)
@@ -177,7 +177,7 @@ def test_second_moments_are_positive_and_steps_kept(name: str) -> None:
     model, optimizer = trained(BUILDERS[name])
     keys = {"exp_avg_sq", *(["max_exp_avg_sq"] if name == "amsgrad" else [])}
     steps = states(optimizer, model, "step")
-    small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
+    small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer, carry_state=True)
     for site in SITES:
         for weight in factorized(small, site).weights:
             state = optimizer.state[weight]
@@ -201,7 +201,7 @@ def test_uniform_second_moments_keep_their_scale() -> None:
     for site in SITES:
         optimizer.state[weight_of(model, site)]["exp_avg_sq"].fill_(0.25)
     values = torch.linalg.svdvals(weight_of(model, "fc").detach())
-    small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer)
+    small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer, carry_state=True)
     first, last = factorized(small, "fc").weights
     # first = diag(sqrt s) V', last = U diag(sqrt s): the columns and rows that they multiply have the squared norm s.
     expected = 0.25 * values[: first.shape[0]]
@@ -224,7 +224,7 @@ def test_merge_restores_the_first_moment(build: Builder) -> None:
     model, optimizer = trained(build)
     key = first_key(optimizer)
     moments = states(optimizer, model, key)
-    merged = tdfx.merge(tdfx.rewrite(model, policy(1.0), optimizer=optimizer), optimizer=optimizer)
+    merged = tdfx.merge(tdfx.rewrite(model, policy(1.0), optimizer=optimizer, carry_state=True), optimizer=optimizer)
     for name, moment in states(optimizer, merged, key).items():
         assert (moment - moments[name]).norm() <= rounding(weight_of(merged, name)) * moments[name].norm()
 
@@ -236,7 +236,7 @@ def test_merge_at_low_rank_projects_the_first_moment(build: Builder) -> None:
     key = first_key(optimizer)
     rounds = [states(optimizer, model, key)]
     for _ in range(2):
-        model = tdfx.merge(tdfx.rewrite(model, policy(0.5), optimizer=optimizer), optimizer=optimizer)
+        model = tdfx.merge(tdfx.rewrite(model, policy(0.5), optimizer=optimizer, carry_state=True), optimizer=optimizer)
         rounds.append(states(optimizer, model, key))
     for name in SITES:
         moment, once, twice = (moments[name] for moments in rounds)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 import tdfx
-from tdfx import OptimizerError, TdfxWarning
+from tdfx import Factorized, OptimizerError, TdfxWarning
 
 Builder = Callable[[Any], Optimizer]
 
@@ -73,7 +73,7 @@ def shapes(optimizer: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("of", [1.0, 0.5])
 def test_the_carried_state_has_the_form_that_the_optimizer_creates(build: Builder, of: float) -> None:
     model, optimizer = trained(build)
-    small = tdfx.rewrite(model, policy(of), optimizer=optimizer)
+    small = tdfx.rewrite(model, policy(of), optimizer=optimizer, carry_state=True)
     check_form(optimizer, small, build)
     losses = train(small, optimizer, 8)
     assert all(torch.isfinite(torch.tensor(losses)))
@@ -82,6 +82,46 @@ def test_the_carried_state_has_the_form_that_the_optimizer_creates(build: Builde
     check_form(optimizer, dense, build)
     losses = train(dense, optimizer, 8)
     assert losses[-1] <= losses[0] + 1e-6
+
+
+BEGIN_ANEW = ("adam foreach", "adam fused", "adamw fused amsgrad", "nadam", "radam")
+
+
+@pytest.mark.parametrize(
+    ("name", "carry_state"),
+    [*((name, None) for name in BEGIN_ANEW), ("nadam", False), ("sgd", False), ("adagrad", False), ("rprop", False)],
+)
+def test_factors_that_take_over_no_state_step_as_in_a_new_optimizer(name: str, carry_state: bool | None) -> None:
+    model, optimizer = trained(BUILDERS[name])
+    small = tdfx.rewrite(model, policy(0.5), optimizer=optimizer, carry_state=carry_state)
+    twin = copy.deepcopy(small)
+    fresh = BUILDERS[name](twin.parameters())
+    for _ in range(3):
+        train(small, optimizer, 1)
+        train(twin, fresh, 1)
+        for each, other in zip(small.modules(), twin.modules(), strict=True):
+            if isinstance(each, Factorized) and isinstance(other, Factorized):
+                assert all(map(torch.equal, each.weights, other.weights))
+        twin.load_state_dict(small.state_dict())  # what takes over its state went on otherwise
+    kept, new = (each.state[net.get_parameter("norm.weight")] for each, net in ((optimizer, small), (fresh, twin)))
+    assert any(not torch.equal(kept[key], new[key]) for key in kept if isinstance(kept[key], Tensor))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "adamax", "rmsprop", "adafactor"])
+def test_by_default_state_is_carried_where_no_count_corrects_it(name: str) -> None:
+    (one, by_default), (other, carried) = (trained(BUILDERS[name]) for _ in range(2))
+    small = tdfx.rewrite(one, policy(0.5), optimizer=by_default)
+    twin = tdfx.rewrite(other, policy(0.5), optimizer=carried, carry_state=True)
+    for mine, its in zip(small.parameters(), twin.parameters(), strict=True):
+        assert by_default.state[mine].keys() == carried.state[its].keys() != set()
+        assert repr(by_default.state[mine]) == repr(carried.state[its])
+
+
+def test_carry_state_that_is_no_answer_is_refused_before_anything_changes() -> None:
+    model, optimizer = trained(BUILDERS["adam foreach"])
+    with pytest.raises(OptimizerError, match=r"carry_state='yes' is none of True, False and None.*Leave it out"):
+        tdfx.rewrite(model, policy(0.5), optimizer=optimizer, carry_state="yes")  # type: ignore[arg-type]
+    check_holds_exactly(optimizer, model)
 
 
 def check_form(optimizer: Optimizer, model: nn.Module, build: Builder) -> None:

@@ -192,7 +192,7 @@ def test_moments_optimizers_copies_and_compiled_code(case: str) -> None:
     rows = x if groups == 3 else x.reshape(1, -1, 8)
     assert torch.allclose(site.inputs, rows.mT @ rows / rows.shape[1])  # type: ignore[arg-type]
     before = optimizer.state[dense.weight]["exp_avg"].clone()
-    full = tdfx.rewrite(dense, FULL, example_inputs=x, optimizer=optimizer, moments=moments)
+    full = tdfx.rewrite(dense, FULL, example_inputs=x, optimizer=optimizer, moments=moments, carry_state=True)
     for other in (copy.deepcopy(full), torch.compile(full, backend="eager", fullgraph=True)):
         assert torch.equal(other(x), full(x))
     merged: Any = tdfx.merge(full, optimizer=optimizer)

@@ -41,6 +41,7 @@ CANDIDATES = (
     *(f"collect={steps}" for steps in (2, 16)),
     "damping=0.1",
     "tail=0.9",
+    "carry_state=true",
 )
 """The names of the settings that are compared."""
 

@@ -44,6 +44,8 @@ class StudySettings:
     """What is added to the moments, relative to their mean diagonal."""
     tail: float | None = None
     """Share of the steps after which to merge and train on dense, in (0, 1)."""
+    carry_state: bool | None = None
+    """As in ``tdfx.rewrite``."""
 
     @classmethod
     def parse(cls, name: str) -> Self:
@@ -122,6 +124,9 @@ class StudyRun:
     """Why tdfx refused the policy; "" if it did not."""
 
 
+_DENSE = StudySettings()
+
+
 def control_of(run: StudyRun, full: StudyRun) -> tuple[str, int]:
     """Return name and steps of the dense run that takes as long as a run, or a little longer; the full run for a slow one.
 
@@ -147,14 +152,18 @@ def train_with(
     none_known, run = not times, StudyRun(task=task.name, policy=settings.name, seed=seed, steps=steps)
     with separate_times(times), settings.constants():
         try:
-            run = _train(run, task, settings.switch(steps, clock), clock, settings.tail)
+            run = _train(run, task, settings.switch(steps, clock), clock, settings)
         except tdfx.PolicyError as error:
             return replace(run, refused=str(error))
     return replace(run, cold=none_known and bool(times))
 
 
 def _train(
-    run: StudyRun, task: StudyTask, switch: tdfx.Switch | None, clock: Clock, tail: float | None = None
+    run: StudyRun,
+    task: StudyTask,
+    switch: tdfx.Switch | None,
+    clock: Clock,
+    settings: StudySettings = _DENSE,
 ) -> StudyRun:
     torch.manual_seed(run.seed)
     model = task.model().train()
@@ -164,11 +173,11 @@ def _train(
     for step in range(run.steps):
         task.take_step(model, optimizer, next(data), (step + 1) / run.steps)
         if switch is not None:
-            model = switch.step(model, optimizer=optimizer, example_inputs=(example,))
-            if tail is not None and step + 1 == round(tail * run.steps):
+            model = switch.step(model, optimizer=optimizer, example_inputs=(example,), carry_state=settings.carry_state)
+            if settings.tail is not None and step + 1 == round(settings.tail * run.steps):
                 model = tdfx.merge(model, optimizer=optimizer)
     plan = None if switch is None else switch.plan
-    if plan is not None and tail is None:
+    if plan is not None and settings.tail is None:
         model = tdfx.merge(model)
     run = replace(run, seconds=clock() - began)
     accuracy, loss = task.score(model)

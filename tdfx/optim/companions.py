@@ -53,7 +53,12 @@ class Companions:
         checked_masters = as_masters(masters, unwrapped.model, shards=unwrapped.shards)
         # Before the averages are unwrapped, which the processes may have to do together.
         unwrapped.processes.check_same(
-            (len(optimizers), carry_state, [type(holder.module).__name__ for holder in holders], len(checked_masters.pairs)),
+            (
+                len(optimizers),
+                carry_state,
+                [type(holder.module).__name__ for holder in holders],
+                len(checked_masters.pairs),
+            ),
             "The processes pass different optimizers, averages or masters to tdfx. Pass as many, of the same, on each.",
         )
         averages = tuple(as_average(holder, unwrapped.model) for holder in holders)

@@ -140,11 +140,10 @@ def new_states(
     state_format = _format_of(optimizer, old_states[0])
     if state_format is None or any(state.keys() != old_states[0].keys() for state in old_states):
         return _fresh_states(optimizer, new)
-    if isinstance(carriers[-1], ToFactors) and not carry_state:
-        if state_format.begins is not None:
-            return [_begin(old_states[0], parameter, state_format) for parameter in new]
-        if carry_state is False:
-            return _fresh_states(optimizer, new)
+    if state_format.begins is not None and _is_new(carriers, carry_state):
+        return [_begin(old_states[0], parameter, state_format) for parameter in new]
+    if carry_state is False and _is_new(carriers, carry_state):
+        return _fresh_states(optimizer, new)
     unfolded = [state_format.unfold(tree_map(_in_working_dtype, state)) for state in old_states]
     carried = {
         key: _carry(role, [state[key] for state in unfolded], len(new), carriers)
@@ -199,6 +198,14 @@ def _stored_entry(value: Any, old: Any, parameter: nn.Parameter) -> Any:
         return value.to(old.device, old.dtype)
     placed = shard_like(value.to(old.dtype), parameter)
     return torch.empty_like(parameter, dtype=old.dtype, requires_grad=False).copy_(placed)
+
+
+def _is_new(carriers: Sequence[Carrier], carry_state: bool | None) -> bool:
+    """Return True for factors that take over no state if the optimizer allows it: by default those of a dense weight.
+
+    Factors whose ranks are lowered take theirs over by default: it is of factors already.
+    """
+    return isinstance(carriers[0 if carry_state is None else -1], ToFactors) and not carry_state
 
 
 def _begin(old: State, parameter: nn.Parameter, state_format: StateFormat) -> State:
