@@ -391,3 +391,20 @@ def test_a_wrong_setting_of_the_study_is_named(added: str) -> None:
     assert result.exit_code == 2
     assert f"'{added}'" in result.output
     assert "Write for example 'speedup=3 moment=0.05'" in " ".join(result.output.replace("│", " ").split())
+
+
+# First factors side by side.
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 5, 12)])
+def test_first_factors_side_by_side_compute_what_each_computes(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(12, out, bias=out > 8) for out in (8, 12, 16)).double()
+    siblings = tool("bench_siblings")
+    factorized = siblings.factorized(layers, tdfx.Fixed(ranks={"0": 3, "*": 5}))
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    outputs = [siblings.project(x, list(factorized), joined) for joined in (False, True)]
+    weights = [x, *factorized.parameters()]
+    assert [tuple(layer.factors[0].weight.shape) for layer in factorized] == [(3, 12), (5, 12), (5, 12)]
+    alone, joined = ([*out, *torch.autograd.grad(sum(each.pow(2).sum() for each in out), weights)] for out in outputs)
+    torch.testing.assert_close(joined, alone)
