@@ -6,6 +6,7 @@ import doctest
 import importlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -48,7 +49,9 @@ def run(name: str, *arguments: str, code: int = 0) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("name", ["bench_common", "bench_cost", "bench_planning", "study_data", "study_runs"])
+@pytest.mark.parametrize(
+    "name", ["bench_common", "bench_cost", "bench_planning", "profile_step", "study_data", "study_runs"]
+)
 def test_the_examples_of_the_benchmarks_run(name: str) -> None:
     result = doctest.testmod(tool(name))
     assert (result.failed, result.attempted > 0) == (0, True)
@@ -393,7 +396,7 @@ def test_a_wrong_setting_of_the_study_is_named(added: str) -> None:
     assert "Write for example 'speedup=3 moment=0.05'" in " ".join(result.output.replace("│", " ").split())
 
 
-# First factors side by side.
+# First factors side by side, and the profile of a step.
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (2, 5, 12)])
@@ -408,3 +411,30 @@ def test_first_factors_side_by_side_compute_what_each_computes(shape: tuple[int,
     assert [tuple(layer.factors[0].weight.shape) for layer in factorized] == [(3, 12), (5, 12), (5, 12)]
     alone, joined = ([*out, *torch.autograd.grad(sum(each.pow(2).sum() for each in out), weights)] for out in outputs)
     torch.testing.assert_close(joined, alone)
+
+
+def test_a_profile_counts_the_products_of_a_step_forward_and_backward() -> None:
+    profile = tool("profile_step").profile_step(tiny(), torch.randn(2, 3, 8, 8), 1, time.process_time)
+    first, second, head = 2 * 2 * 64 * 3 * 9 * 64, 2 * 2 * 64 * 64 * 9 * 64, 2 * 2 * 4096 * 10
+    # Nobody asks for the gradient of the images.
+    counts = {"1x1 convolutions": 0, "other convolutions": 2 * first + 3 * second, "matrix products": 3 * head}
+    assert profile.flops == counts
+    assert profile.in_products > 0
+    assert profile.parts["optimizer"] > 0
+    assert profile.parts["batch norm"] == 0
+
+
+def test_the_limit_of_a_step_is_its_products_at_a_higher_rate() -> None:
+    profiles = tool("profile_step")
+    dense = profiles.Profile(whole=10.0)
+    factorized = profiles.Profile(whole=5.0, flops=dict.fromkeys(profiles.PRODUCTS, 4.0))
+    factorized.parts |= dict.fromkeys(profiles.PRODUCTS, 1.0)
+    assert profiles.limit(dense, factorized, 6.0) == 10 / (2 + 12 / 6)
+    assert profiles.limit(dense, factorized, 1.0) == 2.0  # faster already than the large matrices
+
+
+def test_the_profile_prints_a_table_for_each_network() -> None:
+    printed = run("profile_step", "--nets", "tiny", "--batch", "2", "--rounds", "1")
+    assert [line.split("  ")[0].strip() for line in printed.splitlines()[:2]] == ["tiny", "other convolutions"]
+    assert "whole step" in printed
+    assert re.search(r"batch 2: [\d.]+x faster; [\d.]+x with products as fast as the dense ones", printed)
