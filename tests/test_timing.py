@@ -19,7 +19,7 @@ import pytest
 
 import tdfx
 from tdfx.cost.store import _SCHEMA, Store, cache_folder
-from tdfx.cost.timing import Timing, take_turns
+from tdfx.cost.timing import Timing, _sample, take_turns
 
 
 class Clock:
@@ -182,3 +182,40 @@ def test_the_folder_is_the_users_or_a_named_one(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     if sys.platform == "linux":
         assert cache_folder() == tmp_path / "xdg" / "tdfx"
+
+
+class Processor:
+    """A simulated processor: every reading of a clock may come after another process had it for a second."""
+
+    def __init__(self, preempted: set[int]) -> None:
+        self.now = self.waited = 0.0
+        self.readings = 0
+        self.preempted = preempted
+        """The readings of either clock before which the second is lost, counted from 0."""
+
+    def clock(self) -> float:
+        self._read()
+        return self.now
+
+    def waiting(self) -> float:
+        self._read()
+        return self.waited
+
+    def work(self) -> None:
+        self.now += 0.5  # in which another process has it for 0.2
+        self.waited += 0.2
+
+    def _read(self) -> None:
+        if self.readings in self.preempted:
+            self.now += 1.0
+            self.waited += 1.0
+        self.readings += 1
+
+
+@pytest.mark.parametrize("preempted", range(4))
+def test_work_never_seems_shorter_than_it_is_on_a_busy_processor(preempted: int) -> None:
+    quiet, busy = Processor(set()), Processor({preempted})
+    samples = [_sample(lambda: None, cpu.clock, cpu.waiting, float, cpu.work, 1)[0] for cpu in (quiet, busy)]
+    assert busy.readings == 4
+    assert samples[0] == pytest.approx(0.3)
+    assert samples[1] >= 0.3 - 1e-9

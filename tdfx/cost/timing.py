@@ -118,13 +118,18 @@ def _sample(
     run: Callable[[], object],
     repeat: int,
 ) -> tuple[float, float]:
-    """Return the seconds that one call works, and those for which it waits for a processor."""
+    """Return the seconds that one call works, and those for which it waits for a processor.
+
+    The waiting time is read within the time on the clock: if another process gets the processor between two readings, the
+    wait counts as work. Else it would be taken off without having been counted, and the shortest sample is what counts.
+    """
     wait()
     start, waited_before = clock(), waited()
     for _ in range(repeat):
         run()
     wait()
-    took, lost = clock() - start, waited() - waited_before
+    lost = waited() - waited_before
+    took = clock() - start
     lost = min(lost, (1 - _LEAST_WORK) * took)
     return agree((took - lost) / repeat), lost / repeat
 
