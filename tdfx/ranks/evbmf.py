@@ -37,17 +37,37 @@ def evbmf_rank(values: Tensor, rows: int, cols: int, residual: float | Tensor = 
         residual: The sum of the squares of the min(m, n) - r missing values, spread evenly over them; a negative sum, which
             rounding can cause, counts as zero, and so does any sum where no value is missing.
     """
+    if (x_h := _normalized(values, rows, cols, residual)) is None:
+        return 0
+    alpha = min(rows, cols) / max(rows, cols)
+    threshold = _threshold(alpha)
+    return int((x_h > _noise_variance(x_h, min(rows, cols), alpha, threshold) * threshold).sum())
+
+
+def finds_signal(values: Tensor, rows: int, cols: int, residual: float | Tensor = 0.0) -> bool:
+    """Return whether EVBMF keeps any component; the arguments are those of ``evbmf_rank``.
+
+    The noise variance is at most the mean of all, so a value that stands above that needs no search for it.
+    """
+    if (x_h := _normalized(values, rows, cols, residual)) is None:
+        return False
+    short, long = sorted((rows, cols))
+    if x_h[0] > _threshold(short / long) * float(x_h.sum()) / short:
+        return True
+    return evbmf_rank(values, rows, cols, residual) > 0
+
+
+def _normalized(values: Tensor, rows: int, cols: int, residual: float | Tensor) -> Floats | None:
+    """Return the squares of all singular values, descending, relative to the largest and the longer side; None for zeros."""
     short, long = sorted((rows, cols))
     squares = np.sort(values.detach().double().cpu().numpy().astype(np.float64) ** 2)[::-1][:short]
     if squares.size == 0 or squares[0] <= 0:
-        return 0
+        return None
     missing = short - squares.size
     squared = np.append(squares, np.full(missing, float(residual) / max(missing, 1)))
     # A zero, exact or up to rounding, counts as the noise that rounding makes.
-    x_h = np.maximum(squared / squared[0], long * _ROUNDING) / long
-    alpha = short / long
-    threshold = _threshold(alpha)
-    return int((x_h > _noise_variance(x_h, short, alpha, threshold) * threshold).sum())
+    x_h: Floats = np.maximum(squared / squared[0], long * _ROUNDING) / long
+    return x_h
 
 
 @lru_cache(maxsize=1024)
