@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Self
 
 from torch import nn
@@ -43,11 +44,17 @@ class Candidate:
 
     def __call__(self, operation: Operation) -> Sequence[Operation]:
         """Return the operations of the factors."""
-        return self.scheme.chain(operation, self.ranks)
+        return _chain(self.scheme, operation, self.ranks)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Travel between processes by the scheme's name."""
         return Candidate.named, (self.scheme.name, self.ranks, self.recompute)
+
+
+@lru_cache(maxsize=2**15)
+def _chain(scheme: Scheme, operation: Operation, ranks: tuple[int, ...]) -> tuple[Operation, ...]:
+    """Return the operations of the factors, made once for all sites that compute the same: each is checked at birth."""
+    return tuple(scheme.chain(operation, ranks))
 
 
 def dense_chain(operation: Operation) -> Sequence[Operation]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from tdfx.cost.modelled import Case, Cost, MeasuringCost
@@ -32,35 +32,35 @@ class SiteTimes:
 
     def __init__(self, processes: Processes, spent: float = 0.0) -> None:
         self.processes = processes
-        self._times: dict[object, dict[Case, float]] = {}
-        self._measured: dict[tuple[object, str, Chain], float | None] = {}
-        self._estimates: dict[tuple[object, str, Chain], float] = {}
-        self._spent: dict[object, float] = defaultdict(lambda: spent)
+        self._spent_before = spent
+        self._known: dict[int, tuple[Cost, _CostTimes]] = {}
+        self._by_key: dict[object, _CostTimes] = {}
 
     def prepare(self, requests: Iterable[TimingRequest]) -> None:
         """Let the costs that measure time some sites: each as it is now first, then its chains."""
-        costs: dict[object, MeasuringCost] = {}
-        groups: dict[object, list[list[Case]]] = {}
+        costs: dict[int, tuple[MeasuringCost, _CostTimes]] = {}
+        groups: defaultdict[int, list[list[Case]]] = defaultdict(list)
         for request in requests:
             if isinstance(request.cost, MeasuringCost):
-                costs[_key(request.cost)] = request.cost
-                groups.setdefault(_key(request.cost), []).extend(_groups(request))
-        for key, cost in costs.items():
+                times = self._of(request.cost)
+                costs[id(times)] = request.cost, times
+                groups[id(times)].extend(_groups(request))
+        for key, (cost, times) in costs.items():
             began = time.perf_counter()
-            measured = self.processes.on_rank0(partial(cost.measure, groups[key], spent=self._spent[key]))
-            self._spent[key] += time.perf_counter() - began
-            self._times.setdefault(key, {}).update(measured)
-            self._measured.clear()
+            measured = self.processes.on_rank0(partial(cost.measure, groups[key], spent=times.spent))
+            times.spent += time.perf_counter() - began
+            times.seconds.update(measured)
+            times.measured.clear()
 
     def measured(self, cost: Cost, site: Site, chain: Chain) -> float | None:
         """Return the time of a training step of a site over all its calls, in seconds; None if it was not measured."""
-        key = (_key(cost), site.name, chain)
-        if key not in self._measured:
-            times = self._times.get(_key(cost), {})
-            calls = [times.get((tuple(steps), flow)) for steps, flow in calls_of(site, chain)]
+        times = self._of(cost)
+        key = (site.name, chain)
+        if key not in times.measured:
+            calls = [times.seconds.get(case) for case in times.cases_of(site, chain)]
             known = [seconds for seconds in calls if seconds is not None]
-            self._measured[key] = sum(known) if len(known) == len(calls) else None
-        return self._measured[key]
+            times.measured[key] = sum(known) if len(known) == len(calls) else None
+        return times.measured[key]
 
     def gain(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return how many times faster the site's step becomes: as measured, or estimated if it was not."""
@@ -69,20 +69,46 @@ class SiteTimes:
 
     def estimate(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return the time of a training step of a site in seconds, by arithmetic."""
-        key = (_key(cost), site.name, chain)
-        if key not in self._estimates:
-            model = cost.modelled if isinstance(cost, MeasuringCost) else cost
-            self._estimates[key] = sum(model.seconds(steps, flow) for steps, flow in calls_of(site, chain))
-        return self._estimates[key]
+        times = self._of(cost)
+        key = (site.name, chain)
+        if key not in times.estimates:
+            times.estimates[key] = sum(times.model.seconds(steps, flow) for steps, flow in times.cases_of(site, chain))
+        return times.estimates[key]
 
     def estimated_gain(self, cost: Cost, site: Site, chain: Chain) -> float:
         """Return how many times faster the site's step becomes, by arithmetic."""
         return self.estimate(cost, site, current_chain(site)) / self.estimate(cost, site, chain)
 
+    def _of(self, cost: Cost) -> _CostTimes:
+        """Return the times of a cost; equal costs share them."""
+        if id(cost) not in self._known:
+            key = cost if isinstance(cost, Hashable) else id(cost)
+            if key not in self._by_key:
+                model = cost.modelled if isinstance(cost, MeasuringCost) else cost
+                self._by_key[key] = _CostTimes(model, self._spent_before)
+            self._known[id(cost)] = cost, self._by_key[key]  # with the cost, whose address is not used again then
+        return self._known[id(cost)][1]
 
-def _key(cost: Cost) -> object:
-    """Return a key under which equal costs share their times and their measuring time."""
-    return cost if isinstance(cost, Hashable) else id(cost)
+
+@dataclass(slots=True)
+class _CostTimes:
+    """What is known by one cost; a plan asks for the same times of a thousand candidates again and again."""
+
+    model: Cost
+    """The cost that estimates."""
+    spent: float
+    """Seconds that measuring has taken."""
+    seconds: dict[Case, float] = field(default_factory=dict)
+    measured: dict[tuple[str, Chain], float | None] = field(default_factory=dict)
+    estimates: dict[tuple[str, Chain], float] = field(default_factory=dict)
+    cases: dict[tuple[str, Chain], tuple[Case, ...]] = field(default_factory=dict)
+
+    def cases_of(self, site: Site, chain: Chain) -> tuple[Case, ...]:
+        """Return what the calls of a site compute by a chain."""
+        key = (site.name, chain)
+        if key not in self.cases:
+            self.cases[key] = tuple((tuple(steps), flow) for steps, flow in calls_of(site, chain))
+        return self.cases[key]
 
 
 def _groups(request: TimingRequest) -> Iterable[list[Case]]:
