@@ -22,7 +22,7 @@ from tdfx.passes.planning.proposals import SiteWish, rounded
 from tdfx.passes.planning.site_cost import Candidate, keep
 from tdfx.passes.planning.spectra import Spectra, SpectrumCache
 from tdfx.passes.planning.times import SiteTimes
-from tdfx.passes.planning.weights import working_weight
+from tdfx.passes.planning.weights import rough_weight
 from tdfx.passes.program import Site
 from tdfx.plans.plan import Reason, SitePlan
 from tdfx.policies.policy import Policy
@@ -140,11 +140,12 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
     errors: dict[Candidate, float] = {}
     signal: bool | None = None
     schemes = list(schemes_for(operation, policy))
-    working: dict[bool, Tensor] = {}
+    working: dict[tuple[bool, bool], Tensor] = {}
     for scheme in schemes:
-        if scheme.mixes_outputs not in working:  # what the metric depends on
-            working[scheme.mixes_outputs] = working_weight(site, scheme, weight)
-        w_dense = working[scheme.mixes_outputs]
+        form = scheme.mixes_outputs, scheme.in_float32  # what the metric and the dtype depend on
+        if form not in working:
+            working[form] = rough_weight(site, scheme, weight)
+        w_dense = working[form]
         # The bases of the first scheme, and of those that share them, are kept for the split; others have no room.
         full = scheme.full_ranks(operation)
         spectra = shared.get(scheme.name) or (
@@ -189,23 +190,18 @@ def _grid(
 
     With ``least`` no mode gets fewer ranks than that.
     """
-    energies = [spectrum.energy() for spectrum in spectra]
+    energies = [spectrum.energy().numpy() for spectrum in spectra]
     grid = []
     for level in range(_LEVELS):
         # In equal ratios, down to rank 1.
         shares = tuple(max(1, round((_HIGHEST * most) ** (1 - level / (_LEVELS - 1)))) for most in full)
         # A mode whose values fall off faster gets fewer ranks than its share, at the same loss.
-        loss = max(_tail(energy, rank) for energy, rank in zip(energies, shares, strict=True))
-        even = tuple(_fewest_ranks(energy, loss) for energy in energies)
+        loss = max(1.0 - float(energy[min(rank, len(energy)) - 1]) for energy, rank in zip(energies, shares, strict=True))
+        even = tuple(min(int(energy.searchsorted(1.0 - loss - 1e-12)) + 1, len(energy)) for energy in energies)
         for ranks in (shares, even):
             raised = tuple(map(max, ranks, least)) if least else ranks
-            grid.append(rounded(raised, full, policy, site, scheme))
-    return [ranks for ranks in dict.fromkeys(grid) if any(rank < most for rank, most in zip(ranks, full, strict=True))]
-
-
-def _tail(energy: Tensor, rank: int) -> float:
-    return 1.0 - float(energy[min(rank, len(energy)) - 1])
-
-
-def _fewest_ranks(energy: Tensor, loss: float) -> int:
-    return min(int(torch.searchsorted(energy, 1.0 - loss - 1e-12)) + 1, len(energy))
+            grid.append(raised)
+    # Most levels come to the same ranks where there is a floor.
+    rounded_grid = (rounded(ranks, full, policy, site, scheme) for ranks in dict.fromkeys(grid))
+    below_full = (ranks for ranks in rounded_grid if any(rank < most for rank, most in zip(ranks, full, strict=True)))
+    return list(dict.fromkeys(below_full))

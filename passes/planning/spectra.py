@@ -25,7 +25,7 @@ class SpectrumCache:
 
     A basis costs an eigendecomposition, and the bases of all sites together take more memory than the weights of many
     models. So the bases of one site are held while the site is looked at. Once ranks are chosen they are cut to these
-    ranks, and kept until the split if there is room. A basis that found no room is computed again, with the same bits.
+    ranks, and kept until the split if there is room. A basis that found no room is computed again.
     """
 
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tdfx.devices import precise
+from tdfx.devices import has_float64, precise
 from tdfx.errors import WeightError
 from tdfx.factors.metric import Metric
 from tdfx.factors.scheme import Factors, Lowering, Scheme
@@ -19,15 +19,23 @@ from tdfx.ranks.rule import RankRule
 from tdfx.ranks.spectrum import Spectrum
 
 
-def working_weight(site: Site, scheme: Scheme, weight: Tensor | None = None) -> Tensor:
+def working_weight(
+    site: Site, scheme: Scheme, weight: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return a dense site's weight as a scheme decomposes it, detached.
 
-    It is in the layout of the site's operation, in float64, and in the site's metric. ``weight`` has the values of
-    the parameter, if they were read already.
+    It is in the layout of the site's operation, in float64 or another ``dtype``, and in the site's metric. ``weight`` has the
+    values of the parameter, if they were read already.
     """
     dense = site.as_dense(full(*site.weights) if weight is None else weight)
-    dense = precise(dense)
+    dense = precise(dense) if dtype is None else dense.to(dtype)
     return dense if site.metric is None else metric_for(site.metric, scheme).apply(site.known_operation, dense)
+
+
+def rough_weight(site: Site, scheme: Scheme, weight: Tensor) -> Tensor:
+    """Return a dense site's working weight for the choice of ranks: in float32, where that loses nothing of the parameter."""
+    takes = scheme.in_float32 and weight.dtype is not torch.float64 and has_float64(weight.device)
+    return working_weight(site, scheme, weight, torch.float32 if takes else None)
 
 
 def split_weight(

@@ -45,6 +45,9 @@ class Scheme(ABC):
     """The name in policies and plans, with the options that are set."""
     mixes_outputs: ClassVar[bool] = True
     """Whether the last factor can mix the output channels of a group, so that a metric may."""
+    in_float32: ClassVar[bool] = False
+    """Whether ``leading_spectra``, ``values`` and ``errors`` take a weight in float32 too, with bases in float64. A budget
+    passes weights of float32 or less so, because errors of candidates need no more digits, and splits need only a basis."""
     in_auto: ClassVar[bool] = False
     """Whether a budget considers it where the policy names no scheme."""
     options: ClassVar[tuple[str, ...]] = ()

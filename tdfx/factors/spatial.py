@@ -16,6 +16,7 @@ class Spatial(TwoFactors):
     """
 
     name = "spatial"
+    in_float32 = True
 
     def fits(self, operation: Operation) -> bool:
         """Return True for convolutions with more than one tap in at least two dimensions."""

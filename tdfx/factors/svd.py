@@ -14,6 +14,7 @@ class Svd(TwoFactors):
     """
 
     name = "svd"
+    in_float32 = True
 
     def fits(self, operation: Operation) -> bool:
         """Return True for linear maps, and for convolutions with one tap that are not depthwise."""

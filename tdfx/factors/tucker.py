@@ -29,6 +29,7 @@ class Tucker2(Scheme):
     """
 
     options = ("refine",)
+    in_float32 = True
 
     def __init__(self, refine: int = 0) -> None:
         self.refine = refine
@@ -120,12 +121,15 @@ class Tucker2(Scheme):
         # The inputs are last, so that both products are of whole matrices, and nothing is copied in between.
         w_goki = w_goik.flatten(3).transpose(2, 3) if operation.dims else w_goik[:, :, None]
         groups, outputs, taps, inputs = w_goki.shape
-        left, right = (spectrum.basis for spectrum in spectra)
+        # No more of the bases than the grid needs; the error of a rank is that of the split in float32 up to rounding.
+        left, right = (
+            spectrum.leading(max(ranks)).to(w_goki) for spectrum, ranks in zip(spectra, zip(*grid), strict=True)
+        )
         w_gpki = (left.mT @ w_goki.reshape(groups, outputs, -1)).reshape(groups, -1, inputs)
         core = (w_gpki @ right).reshape(groups, left.shape[2], taps, -1)
         # On the CPU, whose sums are in a fixed order, and where reading many values waits for no device.
-        kept_pq = core.square_().sum((0, 2)).cpu().cumsum(0).cumsum(1)
-        total = float(w_goik.square().sum())
+        kept_pq = core.square_().sum((0, 2), dtype=torch.float64).cpu().cumsum(0).cumsum(1)
+        total = float(w_goik.square().sum(dtype=torch.float64))
         lost = [total - float(kept_pq[p - 1, q - 1]) for p, q in grid]
         return [math.sqrt(max(0.0, square) / total) if total > 0 else 0.0 for square in lost]
 
@@ -159,7 +163,7 @@ class Tucker2(Scheme):
         self, w_goik: Tensor, ranks: Sequence[int], spectra: Sequence[Spectrum]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the core (g, p, q, k...) and the two truncated orthonormal bases (g, o, p) and (g, i, q)."""
-        left, right = (spectrum.leading(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
+        left, right = (spectrum.leading(rank).to(w_goik) for spectrum, rank in zip(spectra, ranks, strict=True))
         if self.refine:
             groups = zip(w_goik, left, right, strict=True)
             left, right = map(torch.stack, zip(*(iterate_tucker(*group, self.refine) for group in groups), strict=True))
@@ -174,6 +178,7 @@ class Tucker1Out(TwoFactors):
     """
 
     name = "tucker1_out"
+    in_float32 = True
 
     def first_axes(self, operation: Operation) -> tuple[int, ...]:
         """Return all dimensions."""
@@ -184,6 +189,7 @@ class Tucker1In(TwoFactors):
     """``w_oik = last_oqk @ first_qi``: down to fewer inputs, then the whole kernel."""
 
     name = "tucker1_in"
+    in_float32 = True
 
 
 def _spectra(w_goik: Tensor) -> tuple[Spectrum, ...]:

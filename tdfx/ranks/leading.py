@@ -34,13 +34,13 @@ def leading_spectrum(matrix: Tensor, rank: int) -> Spectrum:
     gram = gram_matrix(matrix.float(), rows <= cols)
     values, basis = _iterate(gram, count)
     squares = values[..., :rank].double().square()
-    total = matrix.double().square().sum((-2, -1))
+    total = matrix.square().sum((-2, -1), dtype=torch.float64)
     rest = (total - squares.sum(-1)).clamp_min(0)[..., None] / (short - rank)
     # Where the last direction is inaccurate, the values must not ascend; what is left then counts as lost in any case.
     tail = torch.minimum(rest, squares[..., -1:]).expand(*squares.shape[:-1], short - rank)
     combined = torch.cat([squares, tail], -1).flatten(0, -2).sum(0)
     residual = (total.sum() - combined.sum()).clamp_min(0)
-    return Spectrum(combined.sqrt().to(matrix.dtype), basis[..., :rank].contiguous(), rows, cols, residual)
+    return Spectrum(combined.sqrt(), basis[..., :rank].contiguous(), rows, cols, residual)
 
 
 def _iterate(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdfx.devices import has_float64
+
 _LARGE = 2048
 """Longest side that is decomposed by one thread."""
 _SMALL = 256
@@ -103,11 +105,14 @@ def spectrum(matrix: Tensor, *, rows_side: bool | None = None, with_basis: bool 
         with_basis: Whether to compute the basis; the values alone take about half the time.
 
     Returns:
-        The spectrum, in the matrix's dtype, its basis on the matrix's device; the sign of each vector is fixed.
+        The spectrum in float64, its basis on the matrix's device; the sign of each vector is fixed. Of a matrix in float32
+        the products are computed in float32: the basis is orthonormal to float64, and spans the leading directions of a
+        matrix that differs by rounding, so that values below about 1e-3 of the largest are noise.
     """
     rows, cols = matrix.shape[-2:]
     by_rows = rows <= cols if rows_side is None else rows_side
     gram = gram_matrix(matrix, by_rows)
+    gram = gram.double() if has_float64(gram.device) else gram
     if with_basis:
         values, basis = singular_side(gram, min(rows, cols))
     else:
