@@ -40,8 +40,12 @@ class ParameterGuard(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
         writes = args and (in_place or func == Tensor.data.__set__)  # type: ignore[attr-defined]
-        written = (args[0] if writes else None, (kwargs or {}).get("out"))
-        if tree_any_only(Tensor, lambda tensor: storage_address(tensor) in self.addresses, written):
+        out = (kwargs or {}).get("out")
+        written = (args[0] if writes else None, out)
+        # Few calls write anything.
+        if (writes or out is not None) and tree_any_only(
+            Tensor, lambda tensor: storage_address(tensor) in self.addresses, written
+        ):
             raise WritesParameterError(f"its forward changes a parameter ({name})")
         return func(*args, **(kwargs or {}))
 

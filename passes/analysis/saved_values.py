@@ -20,6 +20,21 @@ Saved = tuple[Any, Callable[[Any], object]]
 CACHE = type(functools.lru_cache(int))
 """The class of functions that remember their results."""
 
+_PLAIN = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device})
+
+
+def is_plain(value: Any) -> bool:
+    """Return True for numbers, texts and tuples of them, which hold nothing that could change: most attributes of layers."""
+    kind = type(value)
+    return kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value))
+
+
+def empty_again(containers: Iterable[dict[Any, Any]]) -> None:
+    """Empty what was empty before."""
+    for each in containers:
+        if each:
+            each.clear()
+
 
 def saved_contents(value: Any) -> Saved | None:
     """Return what a value holds and how to put it back; None if it is no such value."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import ChainMap, UserDict, UserList, deque
+from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,8 +33,10 @@ from tdfx.passes.analysis.iterators import (
 )
 from tdfx.passes.analysis.saved_values import (
     CACHE,
+    empty_again,
     empty_slot,
     fresh_cache,
+    is_plain,
     refill,
     refill_set,
     remove_names,
@@ -168,7 +170,11 @@ class UserState:
     def _visit_module(self, path: str, module: nn.Module) -> None:
         attributes = {name: value for name, value in module.__dict__.items() if name not in MODULE_STATE}
         self._keep_names(path, module.__dict__, attributes)
-        self._waiting.extend((f"{path}.{name}", module.__dict__[name]) for name in HOOKS)
+        hooks = [(name, module.__dict__[name]) for name in HOOKS]
+        empty = [each for _, each in hooks if type(each) in {dict, OrderedDict} and not each]
+        self._seen.update(map(id, empty))
+        self._undo.append(functools.partial(empty_again, empty))
+        self._waiting.extend((f"{path}.{name}", each) for name, each in hooks if id(each) not in self._seen)
         self._waiting.extend((f"{path}.{name}", buffer) for name, buffer in module._buffers.items())
         self._visit_class(type(module))
 
@@ -212,8 +218,9 @@ class UserState:
 
             self._keep(path, items, restore)
             for key, item in items:
-                self._lend(item, functools.partial(dict.__setitem__, value, key))
-            self._waiting.extend((f"{path}[{key!r}]" if isinstance(key, _ATOMS) else path, item) for key, item in items)
+                if not is_plain(item):
+                    self._lend(item, functools.partial(dict.__setitem__, value, key))
+                    self._waiting.append((f"{path}[{key!r}]" if isinstance(key, _ATOMS) else path, item))
         elif isinstance(value, set):
             self._keep(path, set(value), lambda saved: refill_set(value, saved))
         else:
@@ -292,8 +299,9 @@ class UserState:
         )
         self._undo.append(lambda: restore(values))
         for name, value in values.items():
-            self._lend(value, functools.partial(holder.__setitem__, name))
-        self._waiting.extend((f"{path}.{name}", value) for name, value in values.items())
+            if not is_plain(value):
+                self._lend(value, functools.partial(holder.__setitem__, name))
+                self._waiting.append((f"{path}.{name}", value))
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

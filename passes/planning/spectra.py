@@ -33,6 +33,8 @@ class SpectrumCache:
         self.room = _ROOM * max((torch.float64.itemsize * weight.numel() for weight in weights), default=0)
         """Bytes that the kept bases may take."""
         self._kept: dict[tuple[str, str], Spectra] = {}
+        self._bound = 0
+        """At least the bytes of all kept bases; what is forgotten, or kept for two schemes, may count in it still."""
         self._current: tuple[tuple[str, str], Spectra] | None = None
         self._current_lowering: tuple[str, Lowering] | None = None
 
@@ -65,8 +67,12 @@ class SpectrumCache:
     def hold(self, site: Site, scheme: Scheme, spectra: Spectra) -> None:
         """Keep the bases of a dense site, as far as there is room; the largest stay, as they take longest to compute."""
         self._kept[site.name, scheme.name] = spectra
-        while self._size > self.room:
+        self._bound += _size(spectra)
+        if self._bound <= self.room:
+            return
+        while (size := self._size) > self.room:
             del self._kept[min(self._kept, key=lambda key: _size(self._kept[key]))]
+        self._bound = size
 
     def keep(self, site: Site, scheme: Scheme, ranks: Sequence[int], spectra: Spectra) -> None:
         """Keep of a dense site's bases what a split at these ranks needs, if there is room; forget its other bases."""

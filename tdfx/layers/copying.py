@@ -52,6 +52,9 @@ MODULE_STATE = frozenset(nn.Module().__dict__)
 COMPILED = "_compiled_call_impl"
 """The attribute that ``module.compile()`` sets: code that works for the module it was called on, and for no copy."""
 
+_ATOMS = frozenset({bool, int, float, str, type(None), nn.Parameter, torch.Tensor})
+"""Classes whose instances are the same in a copy, most of what modules hold: looked up before anything else."""
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -92,9 +95,10 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
 def slots_of(kind: type) -> Iterator[tuple[str, types.MemberDescriptorType]]:
     """Yield the ``__slots__`` of a class, by name."""
     for base in kind.__mro__:
-        for name, value in vars(base).items():
-            if "__slots__" in vars(base) and isinstance(value, types.MemberDescriptorType):
-                yield name, value
+        if "__slots__" in vars(base):
+            for name, value in vars(base).items():
+                if isinstance(value, types.MemberDescriptorType):
+                    yield name, value
 
 
 def rebind(model: nn.Module, former: nn.Module) -> None:
@@ -177,6 +181,8 @@ class _Translator:
         """Container of the original, by id -> its copy."""
 
     def __call__(self, value: Any) -> Any:
+        if type(value) in _ATOMS:
+            return value
         if isinstance(value, nn.Module):
             return self.twins.get(id(value), value)
         if isinstance(value, types.MethodType) and id(value.__self__) in self.twins:
