@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from tdfx.distributed.processes import Processes, Task
@@ -196,7 +195,9 @@ def _grid(
         # In equal ratios, down to rank 1.
         shares = tuple(max(1, round((_HIGHEST * most) ** (1 - level / (_LEVELS - 1)))) for most in full)
         # A mode whose values fall off faster gets fewer ranks than its share, at the same loss.
-        loss = max(1.0 - float(energy[min(rank, len(energy)) - 1]) for energy, rank in zip(energies, shares, strict=True))
+        loss = max(
+            1.0 - float(energy[min(rank, len(energy)) - 1]) for energy, rank in zip(energies, shares, strict=True)
+        )
         even = tuple(min(int(energy.searchsorted(1.0 - loss - 1e-12)) + 1, len(energy)) for energy in energies)
         for ranks in (shares, even):
             raised = tuple(map(max, ranks, least)) if least else ranks

@@ -20,12 +20,12 @@ from tdfx.ranks.spectrum import Spectrum
 
 
 def working_weight(
-    site: Site, scheme: Scheme, weight: Tensor | None = None, dtype: torch.dtype | None = None
+    site: Site, scheme: Scheme, weight: Tensor | None = None, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Return a dense site's weight as a scheme decomposes it, detached.
 
-    It is in the layout of the site's operation, in float64 or another ``dtype``, and in the site's metric. ``weight`` has the
-    values of the parameter, if they were read already.
+    It is in the layout of the site's operation, in float64 or another ``dtype``, and in the site's metric. ``weight`` has
+    the values of the parameter, if they were read already.
     """
     dense = site.as_dense(full(*site.weights) if weight is None else weight)
     dense = precise(dense) if dtype is None else dense.to(dtype)
@@ -33,9 +33,9 @@ def working_weight(
 
 
 def rough_weight(site: Site, scheme: Scheme, weight: Tensor) -> Tensor:
-    """Return a dense site's working weight for the choice of ranks: in float32, where that loses nothing of the parameter."""
+    """Return a dense site's working weight for the choice of ranks: in float32 where the parameter has no more digits."""
     takes = scheme.in_float32 and weight.dtype is not torch.float64 and has_float64(weight.device)
-    return working_weight(site, scheme, weight, torch.float32 if takes else None)
+    return working_weight(site, scheme, weight, dtype=torch.float32 if takes else None)
 
 
 def split_weight(

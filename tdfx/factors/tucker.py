@@ -115,16 +115,15 @@ class Tucker2(Scheme):
         self, operation: Operation, weight: Tensor, grid: Sequence[Sequence[int]], spectra: Sequence[Spectrum]
     ) -> list[float]:
         """Return the error at each of several ranks, all of them from the squares of one core in the whole bases."""
-        if self.refine:
+        if self.refine or not grid:
             return super().errors(operation, weight, grid, spectra)
         w_goik = to_groups(operation, weight)
         # The inputs are last, so that both products are of whole matrices, and nothing is copied in between.
         w_goki = w_goik.flatten(3).transpose(2, 3) if operation.dims else w_goik[:, :, None]
         groups, outputs, taps, inputs = w_goki.shape
-        # No more of the bases than the grid needs; the error of a rank is that of the split in float32 up to rounding.
-        left, right = (
-            spectrum.leading(max(ranks)).to(w_goki) for spectrum, ranks in zip(spectra, zip(*grid), strict=True)
-        )
+        # No more of the bases than the grid needs.
+        most = [max(ranks) for ranks in zip(*grid, strict=True)]
+        left, right = (spectrum.leading(rank).to(w_goki) for spectrum, rank in zip(spectra, most, strict=True))
         w_gpki = (left.mT @ w_goki.reshape(groups, outputs, -1)).reshape(groups, -1, inputs)
         core = (w_gpki @ right).reshape(groups, left.shape[2], taps, -1)
         # On the CPU, whose sums are in a fixed order, and where reading many values waits for no device.
