@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -117,6 +117,19 @@ def test_the_estimate_before_a_plan_counts_what_policy_and_model_ask_for() -> No
     large = [nn.Parameter(torch.zeros(4096, 4096, device="meta"))]
     assert cannot_pay(tdfx.Policy(), large, 20, 0.1, 0.0, times=False) is not None
     assert cannot_pay(tdfx.Policy(), large, 20, -1.0, 0.0, times=True) is None
+
+
+def test_only_the_gain_that_is_sure_counts() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(8, 64)
+    policy = tdfx.Policy(rank=tdfx.Ratio(of=0.25), min_gain=0)
+    made = tdfx.plan(model, policy, example_inputs=(x,))
+    sites = tuple(replace(site, seconds_before=0.2, seconds_after=0.1) for site in made)
+    plan = replace(made, sites=sites, step_seconds=1.0)
+    assert plan.step_seconds_after == pytest.approx(0.8)
+    for uncertainty, saved in ((None, 0.2), (0.0, 0.2), (0.1, 0.12), (0.25, 0.0)):
+        pays, why = pays_off(replace(plan, uncertainty=uncertainty), {}, 100, 1.0, 10.0)
+        assert pays == (saved > 0.15)
+        assert float(why.split("saves ")[1].split(" s")[0]) == pytest.approx(100 * saved, abs=1e-9)
 
 
 def test_a_plan_without_times_is_weighed_by_modelled_ones() -> None:

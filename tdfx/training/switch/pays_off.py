@@ -74,7 +74,8 @@ def pays_off(
 ) -> tuple[bool, str]:
     """Return whether a switch pays off in the steps that are left, and the sum in words.
 
-    What the plan has taken is spent either way, so only what is still to be done counts: the rewrite, and compiling.
+    What the plan has taken is spent either way, so only what is still to be done counts: the rewrite, and compiling. Of the
+    steps that are left only that gain counts which is sure.
 
     Args:
         plan: What would be switched, at least one site.
@@ -93,9 +94,12 @@ def pays_off(
 
 
 def _saved(plan: Plan, seconds: Mapping[str, float], step_seconds: float) -> float:
-    """Return the seconds that each step would save: as the plan predicts, or else from the sites' modelled times."""
+    """Return the seconds that each step would save: at least, as the plan predicts, or else from the sites' modelled times.
+
+    The uncertainty of the prediction is taken off: what is lost by a switch that gains nothing is certain.
+    """
     if all(site.seconds_after is not None for site in plan.factorized):
-        return step_seconds - plan.predicted_seconds(step_seconds)
+        return step_seconds - plan.predicted_seconds(step_seconds) * (1 + (plan.uncertainty or 0.0))
     total = sum(seconds.values())
     saved = sum(seconds.get(site.name, 0.0) * (1 - 1 / (site.gain or 1.0)) for site in plan.factorized)
     return step_seconds * (saved / total if total > 0 else 0.0)
