@@ -50,7 +50,8 @@ def plan(
         policy: Which layers to factorize, and at which ranks. Default: ``Policy()``.
         example_inputs: Inputs that the model accepts: a tensor, a tuple of positional arguments, or a mapping of keyword
             arguments. The FLOPs and times of layers are those at their shapes; without them, at nominal shapes.
-        optimizer, masters: Not used; accepted so that calls written for earlier versions still work.
+        optimizer: The optimizer that trains the model, or several: where layers are timed, so is its step.
+        masters: Not used; accepted so that calls written for earlier versions still work.
         emit: The form of the model that ``rewrite`` will return; see there.
         moments: What ``Moments`` has collected in training steps of the model: errors are measured by it, as
             ``Policy.metric`` says. Its hooks are taken off first.
@@ -70,7 +71,7 @@ def plan(
         >>> plan.sites[0].scheme, plan.sites[0].ranks, plan.sites[0].parameters_after
         ('svd', (16,), 2048)
     """
-    return plan_rewrite(model, PlanRequest(policy, example_inputs, emit, moments)).plan
+    return plan_rewrite(model, PlanRequest(policy, example_inputs, emit, moments, optimizer=optimizer)).plan
 
 
 def rewrite(
@@ -158,7 +159,8 @@ def rewrite(
                 warn_of_metric(policy, companions)
             planned = use_plan(sites_of(unwrapped, policy.emit), policy, moments)
         else:
-            planned = plan_by_policy(unwrapped, PlanRequest(policy, example_inputs, emit, moments))
+            request = PlanRequest(policy, example_inputs, emit, moments, optimizer=optimizer)
+            planned = plan_by_policy(unwrapped, request)
         commit = prepare_rewrite(planned, companions, init, moments)
     return commit()
 

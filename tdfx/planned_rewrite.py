@@ -9,10 +9,12 @@ from typing import Any, get_args
 
 from torch import nn
 
+from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.errors import ModelError, OptimizerError, PolicyError, TdfxWarning
 from tdfx.optim.companions import Companions
 from tdfx.optim.exchanges import split_exchange
+from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.analysis.loop import LoopSettings
 from tdfx.passes.analysis.moments import Moments
 from tdfx.passes.analysis.observe import Inputs
@@ -22,7 +24,7 @@ from tdfx.passes.program import Program
 from tdfx.passes.transform.rewrite import Init
 from tdfx.passes.transform.statistics import renew_statistics
 from tdfx.plans.plan import Emit, Plan
-from tdfx.policies.policy import Policy
+from tdfx.policies.policy import Policy, map_costs
 from tdfx.text import without_addresses
 from tdfx.wrappers.unwrap import Unwrapped, unwrap
 
@@ -40,6 +42,8 @@ class PlanRequest:
     """Time of a step in the training loop, in seconds, if known."""
     loop: LoopSettings | None = None
     """What is in force in the loop, if known."""
+    optimizer: Any = None
+    """The optimizer of the loop, or several, whose step is timed; None if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +141,22 @@ def plan_by_policy(unwrapped: Unwrapped, request: PlanRequest) -> Planned:
             f"tdfx.Policy(rank=...), or a plan to rewrite."
         )
     program, inputs = sites_of(unwrapped, request.emit), request.inputs
+    if inputs is not None and request.optimizer is not None and policy.min_gain > 0:
+        policy = _with_optimizer(policy, request.optimizer)
     if unwrapped.compiled and inputs is not None and isinstance(policy.cost, MeasuringCost) and policy.min_gain > 0:
         note = "its layers are timed as they run eagerly; compiled, they may gain less or more"
         program = replace(program, notes=(*program.notes, note))
     seconds, loop = request.loop_seconds, request.loop
     return make_plan(program, policy, inputs, moments=request.moments, loop_seconds=seconds, loop=loop)
+
+
+def _with_optimizer(policy: Policy, optimizer: Any) -> Policy:
+    """Return a policy whose costs count the time of an optimizer's step; one that cannot be carried over is left out."""
+    try:
+        optimizers = as_optimizers(optimizer)
+    except OptimizerError:
+        return policy
+    return map_costs(policy, lambda cost: cost.with_optimizers(optimizers) if isinstance(cost, Measured) else cost)
 
 
 def sites_of(unwrapped: Unwrapped, emit: Emit) -> Program:

@@ -96,7 +96,8 @@ class TimeStep(Pass[Timed]):
             step = TrainingStep(program.module, self.inputs, self.cost.autocast)
             trained = sum(parameter.numel() for parameter in step.trained)
             processes = program.processes
-            update = processes.on_rank0(partial(self.cost.update_seconds, trained, step.device))
+            tensors = (len(step.trained),) if isinstance(self.cost, Measured) else ()
+            update = processes.on_rank0(partial(self.cost.update_seconds, trained, step.device, *tensors))
             if isinstance(self.cost, Measured):
                 loop_seconds = None if self.loop_seconds is None else self.loop_seconds - update
                 most_seconds = self._most_seconds

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.optim import Optimizer
 
 from tdfx.checks import is_count, is_number
 from tdfx.cost.accelerators import ModelledByDevice
@@ -18,6 +19,7 @@ from tdfx.cost.rates import stream_rate
 from tdfx.cost.setting import Setting
 from tdfx.cost.store import Store, cache_folder
 from tdfx.cost.timing import Timing, take_turns
+from tdfx.cost.update import UpdateTime, time_update
 from tdfx.cost.workload import Workload
 from tdfx.devices import free_memory, raise_if_broken
 from tdfx.errors import PolicyError
@@ -37,6 +39,7 @@ _provisional: set[str] = set()
 _BUSY, _QUIET = 1.5, 1.1
 """Loads of a machine on which few samples have to do, since there is never time for more, and of one where they need not:
 what was timed on the one is timed again on the other."""
+_UPDATE_BYTES = 28
 _load_now: list[float] = []
 """The load of the machine at each measurement of this process; the last one counts."""
 
@@ -59,9 +62,12 @@ class Measured:
     """The dtype in which the training loop's autocast computes; None for the autocast in force where the plan is made."""
     cache: bool = True
     """Whether times are read from disk and written to it."""
-    update_bytes: int = 28
+    update_bytes: int = _UPDATE_BYTES
     """Bytes that the optimizer reads and writes for each weight value in one step, not negative: in float32 28 for Adam, 20
-    for SGD with momentum."""
+    for SGD with momentum. As many as are by default stand for an optimizer that is not known; one that ``plan``, ``rewrite``
+    or ``Switch`` is given is timed."""
+    update: UpdateTime | None = field(default=None, repr=False)
+    """What the optimizer takes, in place of ``update_bytes``; None where it was not timed."""
     modelled: Modelled = field(default_factory=ModelledByDevice, repr=False)
     """The cost that estimates what was not measured."""
 
@@ -110,7 +116,7 @@ class Measured:
                 advance(len(missing))
         self._write(measured - _provisional)
         return {
-            case: _known[keys[case]] + self.update_seconds(parameters(case[0]), flow.setting.device)
+            case: _known[keys[case]] + self.update_seconds(parameters(case[0]), flow.setting.device, len(case[0]))
             for case, flow in flows
             if keys[case] in _known
         }
@@ -161,8 +167,19 @@ class Measured:
                 seen.update(missing)
         return work
 
-    def update_seconds(self, values: int, device: str) -> float:
-        """Return how long an optimizer takes to update so many weight values; only the memory traffic counts."""
+    def with_optimizers(self, optimizers: Sequence[Optimizer]) -> Measured:
+        """Return the cost with the time of these optimizers' steps, unless it has the bytes of an update by its user."""
+        if self.update_bytes != _UPDATE_BYTES or self.update is not None:
+            return self
+        return replace(self, update=time_update(optimizers))
+
+    def update_seconds(self, values: int, device: str, tensors: int = 1) -> float:
+        """Return how long an optimizer takes to update so many weight values, in so many tensors.
+
+        Of an optimizer that was not timed only the memory traffic counts.
+        """
+        if self.update is not None:
+            return self.update.seconds(values, tensors)
         return self.update_bytes * values / stream_rate(device, cache=self.cache) if self.update_bytes else 0.0
 
     def _key(self, chain: tuple[Operation, ...], flow: Flow) -> str:

@@ -122,7 +122,9 @@ class _Reader:
             example = '"measured" or "modelled", or a table such as {use = "measured", budget = 30}'
             raise self._error(path, f"{text} Write {example}.")
         cost = _COSTS[name]
-        self._check_keys(table, [setting.name for setting in fields(cost) if setting.name != "modelled"], path)
+        self._check_keys(
+            table, [setting.name for setting in fields(cost) if setting.name not in {"modelled", "update"}], path
+        )
         if "autocast" in table:
             table["autocast"] = self._dtype(table["autocast"], _join(path, "autocast"))
         return self._make(lambda: cost(**table), path)

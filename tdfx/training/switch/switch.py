@@ -230,7 +230,8 @@ class Switch(SwitchStatus):
                 return model
             policy = left.cap(self._state.policy_for_rest(self.policy))
             began = self._clock()
-            request = PlanRequest(policy, inputs, emit, moments, left.loop_seconds, self._loop.settings)
+            optimizer = arguments.get("optimizer")
+            request = PlanRequest(policy, inputs, emit, moments, left.loop_seconds, self._loop.settings, optimizer)
             planned = plan_rewrite(model, request)
             self._spend("planning", began)
             pays, verdict = left.pays_off(self.policy, planned.planned)
