@@ -213,8 +213,9 @@ class UserState:
                 if [*map(id, dict.values(value))] != [id(item) for _, item in saved] or list(value) != [
                     k for k, _ in saved
                 ]:
-                    dict.clear(value)
-                    dict.update(value, saved)
+                    base = OrderedDict if isinstance(value, OrderedDict) else dict  # which keeps an order of its own
+                    base.clear(value)
+                    base.update(value, saved)
 
             self._keep(path, items, restore)
             for key, item in items:
