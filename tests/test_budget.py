@@ -309,6 +309,31 @@ def test_candidates_have_the_errors_of_their_splits_and_survive_being_sent(dtype
         assert error**2 == pytest.approx(float(lost.square().sum() / dense.square().sum()), abs=bound)
 
 
+def test_bases_are_kept_as_far_as_there_is_room() -> None:
+    sites = find_sites(nn.Sequential(*(nn.Linear(size, size) for size in (8, 8, 4, 8)))).sites
+    scheme = get_scheme("svd")
+    cache = SpectrumCache()
+    cache.room = 2 * 8 * 8 * 8
+    for index, kept in ((0, {"0"}), (1, {"0", "1"}), (2, {"0", "1"})):  # the largest stay
+        weight = sites[index].weight
+        assert weight is not None
+        cache.hold(sites[index], scheme, scheme.spectra(sites[index].known_operation, weight.detach().double()))
+        assert cache.kept_sites == kept
+    cache.evict(sites[0])
+    last = sites[3].weight
+    assert last is not None
+    cache.hold(sites[3], scheme, scheme.spectra(sites[3].known_operation, last.detach().double()))
+    assert cache.kept_sites == {"1", "3"}
+
+
+def test_no_ranks_have_no_errors() -> None:
+    operation = Operation(in_channels=4, out_channels=6, kernel=(3, 3))
+    weight = torch.randn(operation.weight_shape, dtype=torch.float64)
+    for name in ("tucker2", "svd", "spatial"):
+        scheme = get_scheme(name)
+        assert scheme.errors(operation, weight, [], scheme.spectra(operation, weight)) == []
+
+
 @pytest.mark.parametrize("name", ["tucker2", "svd", "cp"])
 def test_errors_at_many_ranks_are_those_at_each(name: str) -> None:
     torch.manual_seed(0)

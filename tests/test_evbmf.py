@@ -11,7 +11,8 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from tdfx.ranks.evbmf import _threshold, evbmf_rank
+from tdfx.ranks import evbmf
+from tdfx.ranks.evbmf import _threshold, evbmf_rank, finds_signal
 from tdfx.ranks.spectrum import spectrum
 
 Floats = npt.NDArray[np.float64]
@@ -253,3 +254,32 @@ def test_large_shapes_are_quick_from_values_alone() -> None:
     start = time.process_time()
     assert evbmf_rank(values, 2000, 300) == 10
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.2, 0.5, 1.0, 5.0])
+@pytest.mark.parametrize("shape", [(24, 90), (40, 40), (1, 30)])
+def test_signal_is_found_where_the_rank_is_not_zero(shape: tuple[int, int], strength: float) -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(8):
+        direction = np.outer(generator.standard_normal(shape[0]), generator.standard_normal(shape[1]))
+        matrix = generator.standard_normal(shape) + strength * direction
+        values = torch.from_numpy(np.linalg.svd(matrix, compute_uv=False))
+        for residual in (0.0, 3.0):
+            assert finds_signal(values, *shape, residual) == (evbmf_rank(values, *shape, residual) > 0)
+    assert not finds_signal(torch.zeros(3, dtype=torch.float64), 3, 5)
+
+
+def test_what_stands_above_any_noise_needs_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[int] = []
+    search = evbmf._noise_variance
+
+    def record(x_h: evbmf.Floats, short: int, alpha: float, threshold: float) -> float:
+        searches.append(short)
+        return search(x_h, short, alpha, threshold)
+
+    monkeypatch.setattr(evbmf, "_noise_variance", record)
+    values = torch.tensor([9.0, *[0.1] * 23], dtype=torch.float64)
+    assert finds_signal(values, 24, 90)
+    assert not searches
+    assert evbmf_rank(values, 24, 90) == 1
+    assert searches
