@@ -56,10 +56,10 @@ class Switch(SwitchStatus):
         when: ``AtStep``, ``AtEpoch`` or ``Settled``. Left out, it is an early step of ``total_steps``: see ``early``.
         total_steps: Steps of the whole training. With it a plan is made only if the steps that are left can save more time
             than a plan and a rewrite are estimated to take, and the model is switched only if they are predicted to save
-            more than the rewrite and ``recompile_seconds``: what the plan took is spent by then. Step times are measured;
-            the share of a step that is saved comes from the plan's measurements, or else from the sites' modelled times, as
-            if nothing else took time. Measuring layers takes at most a fiftieth of the time left, or the time of ten
-            steps; the remaining layers are estimated.
+            more than the rewrite and ``recompile_seconds``, the uncertainty of the prediction taken off: what the plan took
+            is spent by then. Step times are measured; the share of a step that is saved comes from the plan's measurements,
+            or else from the sites' modelled times, as if nothing else took time. Measuring layers takes at most a fiftieth
+            of the time left, or the time of ten steps; the remaining layers are estimated.
         weigh: Whether the model is switched only if that pays; False switches in any case. Only with ``total_steps``.
         recompile_seconds: Time to compile or capture the rewritten model, in seconds; 0 for a compiled model means the
             time that ``torch.compile`` has taken in this process so far.
