@@ -22,7 +22,7 @@ from tdfx.cost import measured
 from tdfx.cost.count import Flow
 from tdfx.cost.store import Store
 from tdfx.cost.timing import Timing, take_turns
-from tdfx.cost.waiting import waiting_time
+from tdfx.cost.waiting import waiting_time, working_time
 from tdfx.cost.workload import Workload
 from tdfx.factors.operation import Operation
 from tdfx.passes.planning.knapsack import Item
@@ -351,3 +351,46 @@ def test_the_uncertainty_travels_with_the_plan(monkeypatch: pytest.MonkeyPatch) 
     assert plan.step_seconds is not None
     assert plan.step_seconds_after is not None
     assert plan.predicted_seconds(3 * plan.step_seconds) == pytest.approx(3 * plan.step_seconds_after)
+
+
+@pytest.mark.parametrize(("waits", "worked"), [(0.0, 3.0), (1.0, 2.0), (2.9, 1.0)])
+def test_a_limit_counts_work_and_at_least_a_third_of_the_time(
+    waits: float, worked: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = waited = 5.0
+
+    @contextmanager
+    def waiting() -> Iterator[Callable[[], float]]:
+        yield lambda: waited
+
+    monkeypatch.setattr("tdfx.cost.waiting.waiting_time", waiting)
+    monkeypatch.setattr("tdfx.cost.waiting.time", SimpleNamespace(perf_counter=lambda: now))
+    with working_time() as seconds:
+        assert seconds() == 0
+        now += 3.0
+        waited += waits
+        assert seconds() == pytest.approx(worked)
+
+
+def test_as_much_is_measured_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = waited = lost = 0.0
+
+    @contextmanager
+    def waiting() -> Iterator[Callable[[], float]]:
+        yield lambda: waited
+
+    def time_slowly(self: Measured, cases: Sequence[Any], most: float) -> dict[Any, Timing]:
+        nonlocal now, waited
+        now += 1.0 + lost
+        waited += lost
+        return {each: Timing((0.5, 0.5), 1 + lost) for each in cases}
+
+    monkeypatch.setattr("tdfx.cost.waiting.waiting_time", waiting)
+    monkeypatch.setattr("tdfx.cost.waiting.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(Measured, "_time", time_slowly)
+    counts = []
+    for lost in (0.0, 1.0, 2.0, 9.0):  # noqa: B007
+        monkeypatch.setattr(measured, "_known", {})
+        groups = [[case(8 * (index + 1))] for index in range(12)]
+        counts.append(len(Measured(budget=5.5, cache=False, update_bytes=0).measure(groups)))
+    assert counts == [6, 6, 6, 2]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 
 from tdfx.cost.measured import Measured
 from tdfx.cost.modelled import MeasuringCost
+from tdfx.cost.waiting import working_time
 from tdfx.errors import InputError, PolicyError, TdfxError
 from tdfx.passes.analysis.observe import Inputs
 from tdfx.passes.base import Pass, PassResult
@@ -72,10 +72,10 @@ class TimeStep(Pass[Timed]):
         """
         if program.shards:
             return Timed(_with_note(program, _not_timed("a model in shards runs on all processes together")))
-        began = time.perf_counter()
         try:
-            with program.processes.raise_on_all():
+            with working_time() as worked, program.processes.raise_on_all():
                 timed = program.processes.broadcast_object(self._timed(program))
+                spent = worked()
         except InputError as error:
             if self.strict:
                 raise
@@ -88,7 +88,7 @@ class TimeStep(Pass[Timed]):
             load=step.load,
             notes=(*program.notes, *notes),
         )
-        return Timed(program, spent=time.perf_counter() - began)
+        return Timed(program, spent=spent)
 
     def _timed(self, program: Program) -> tuple[StepTime, list[str]]:
         """Return the time of a step, not a number if there is no relying on it, and notes."""

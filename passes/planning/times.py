@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from tdfx.cost.modelled import Case, Cost, MeasuringCost
+from tdfx.cost.waiting import working_time
 from tdfx.distributed.processes import Processes
 from tdfx.passes.planning.site_cost import Chain, calls_of, current_chain
 from tdfx.passes.program import Site
@@ -46,9 +46,9 @@ class SiteTimes:
                 costs[id(times)] = request.cost, times
                 groups[id(times)].extend(_groups(request))
         for key, (cost, times) in costs.items():
-            began = time.perf_counter()
-            measured = self.processes.on_rank0(partial(cost.measure, groups[key], spent=times.spent))
-            times.spent += time.perf_counter() - began
+            with working_time() as worked:
+                measured = self.processes.on_rank0(partial(cost.measure, groups[key], spent=times.spent))
+                times.spent += worked()
             times.seconds.update(measured)
             times.measured.clear()
 

@@ -20,6 +20,7 @@ from tdfx.cost.setting import Setting
 from tdfx.cost.store import Store, cache_folder
 from tdfx.cost.timing import Timing, take_turns
 from tdfx.cost.update import UpdateTime, time_update
+from tdfx.cost.waiting import working_time
 from tdfx.cost.workload import Workload
 from tdfx.devices import free_memory, raise_if_broken
 from tdfx.errors import PolicyError
@@ -55,7 +56,8 @@ class Measured:
     """
 
     budget: float = 15.0
-    """Seconds that measuring for one plan may take, positive; times from the cache cost nothing."""
+    """Seconds that measuring for one plan may take, positive; times from the cache cost nothing. Time for which other
+    processes have the processor does not count, up to twice as much."""
     rounds: int = 3
     """Undisturbed samples of each computation, at least 1; two are enough where they agree closely."""
     autocast: torch.dtype | None = None
@@ -105,10 +107,10 @@ class Measured:
         # Each group may take its share of the time that is left, so that the last groups are measured too.
         weights = [sum(self.modelled.seconds(*case) for case in missing) for _, missing in work]
         measured: set[str] = set()
-        ends = time.perf_counter() + self.budget - spent
-        with progress("timing layers", sum(len(missing) for _, missing in work)) as advance:
+        count = sum(len(missing) for _, missing in work)
+        with working_time() as worked, progress("timing layers", count) as advance:
             for index, (first, missing) in enumerate(work):
-                if (left := ends - time.perf_counter()) > 0:
+                if (left := self.budget - spent - worked()) > 0:
                     share = left * weights[index] / sum(weights[index:])
                     times = self._time_beside(first, missing, keys, share)
                     _known.update(times)
