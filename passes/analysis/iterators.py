@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import io
 import types
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 from tdfx.passes.analysis.code_reader import UnsafeCodeError
+from tdfx.passes.analysis.libraries import is_of_library
 
 
 class RefusingIterator:
@@ -37,9 +40,8 @@ class RecordingIterator:
         return self.drawn[-1]
 
     def send(self, value: Any) -> Any:
-        """Do what a generator does."""
-        self.drawn.append(self.source.send(value))
-        return self.drawn[-1]
+        """Raise UnsafeCodeError: what a generator gives later depends on what it is sent, and it cannot be set back."""
+        raise UnsafeCodeError("its forward sends values to a generator that it keeps, which cannot be set back")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
@@ -59,8 +61,8 @@ class ReplayingIterator:
         return self.waiting.popleft() if self.waiting else next(self.source)
 
     def send(self, value: Any) -> Any:
-        """Do what a generator does; what it has given already does not depend on the value any more."""
-        return self.waiting.popleft() if self.waiting else self.source.send(value)
+        """Do what a generator does, which no one has sent anything while the model was looked at."""
+        return self.source.send(value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
@@ -71,8 +73,10 @@ class _NoCopyError(Exception):
 
 
 def is_iterator(value: Any) -> bool:
-    """Return True for an iterator of Python's own types, and for a generator: nothing that can be put back."""
-    is_own = type(value).__module__ in {"builtins", "itertools"} or isinstance(value, ReplayingIterator)
+    """Return True for an iterator of a library, and for a generator: nothing that can be put back."""
+    if type(value) in weakref.ProxyTypes or isinstance(value, io.IOBase):  # whose classes can iterate, too
+        return False
+    is_own = is_of_library(type(value).__module__) or isinstance(value, ReplayingIterator)
     return is_own and isinstance(value, Iterator)
 
 
@@ -101,13 +105,19 @@ def parts_of(iterator: Any) -> list[Any]:
         return []
 
 
+def _reduced(iterator: Any) -> tuple[Any, ...]:
+    """Return how an iterator is built again; only those of Python's own types share nothing with their copies."""
+    reduced = iterator.__reduce__() if type(iterator).__module__ in {"builtins", "itertools"} else None
+    if not isinstance(reduced, tuple):
+        raise _NoCopyError
+    return reduced
+
+
 def _arguments(iterator: Any) -> tuple[Any, ...]:
     if isinstance(iterator, types.GeneratorType):
         frame = iterator.gi_frame
         return tuple(frame.f_locals.values()) if frame is not None else ()
-    reduced = iterator.__reduce__()
-    if not isinstance(reduced, tuple):
-        raise _NoCopyError
+    reduced = _reduced(iterator)
     return (*reduced[1], *(reduced[2] if len(reduced) > 2 and isinstance(reduced[2], tuple) else ()))
 
 
@@ -121,10 +131,8 @@ def _copied(value: Any, copies: dict[int, Any]) -> Any:
 
 
 def _rebuilt(iterator: Any, copies: dict[int, Any]) -> Any:
-    if not is_iterator(iterator) or isinstance(iterator, ReplayingIterator):
-        raise _NoCopyError
-    reduced = iterator.__reduce__()
-    if not isinstance(reduced, tuple) or len(reduced) > 3:
+    reduced = _reduced(iterator)
+    if len(reduced) > 3:
         raise _NoCopyError
     build, arguments, *states = reduced
     copied = build(*(_copied(argument, copies) for argument in arguments))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, MutableMapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -116,6 +117,7 @@ def _run(scratch: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Ob
     with (
         isolated(scratch),
         nullcontext() if originals else ParameterGuard(scratch),
+        _watch_old_modules(scratch, recorder.record_old_module),
         recorder,
         watch_custom_functions(recorder.record_custom_function),
     ):
@@ -128,6 +130,22 @@ def _run(scratch: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Ob
         if clone in observed.multiplied:
             observed.multiplied[original] = observed.multiplied.pop(clone)
     return observed
+
+
+@contextmanager
+def _watch_old_modules(scratch: nn.Module, on_call: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call ``on_call`` with every module of the user's own model that the copy calls, reached through another object."""
+    copied, weights = set(map(id, scratch.modules())), set(map(id, scratch.parameters()))
+
+    def before(module: nn.Module, _: Any) -> None:
+        if id(module) not in copied and not weights.isdisjoint(map(id, module._parameters.values())):
+            on_call(module)
+
+    handle = register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -149,6 +167,8 @@ class _CallRecorder(TorchFunctionMode):
         self.depth_in_layers = 0
         self.paths: dict[int, str] = {}
         self.views = Views()
+        self.old: set[int] = set()
+        """Parameters, by identity, of modules that are not those of the copy."""
         self.parts: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
         """Tensor that was taken out of a parameter, or is another form of one -> the parameter, by identity."""
 
@@ -202,6 +222,8 @@ class _CallRecorder(TorchFunctionMode):
         if func in METADATA_FUNCTIONS:
             return
         call = self.views.call(func, args, named)
+        if call is not None and id(call.weight) in self.old:
+            return
         is_use = call is not None and isinstance(call.weight, nn.Parameter | FactorizedParameter)
         if (name := product_name(func)) is not None:
             operands = tree_leaves(call.rest if call is not None and is_use else (args, named))
@@ -224,6 +246,12 @@ class _CallRecorder(TorchFunctionMode):
         """Record that a user's autograd function reads its arguments; its inside is not looked at."""
         if not self.depth_in_layers:
             self._record_reads(arguments)
+
+    def record_old_module(self, module: nn.Module) -> None:
+        """Record that a module was called which a rewrite does not change: its weights have to stay."""
+        weights = set(map(id, module.parameters(recurse=False)))
+        self.old |= weights
+        self.observed.reads |= weights
 
     def record_output(self, output: Any) -> None:
         """Record that what the model returns is read by other code."""

@@ -40,13 +40,17 @@ def read_weights(program: Program) -> tuple[dict[int, str], dict[int, str]]:
     }
     listed: dict[int, str] = {}
     named: dict[int, str] = {}
+    own = set(map(id, program.module.modules()))
     for module in program.module.modules():
         is_proven = id(module) in proven
         if is_site_or_leaf(module) or is_transformer_block(module) or (is_proven and program.emit == "graph"):
             continue
         for owner, attribute in _reads(module):
             why = f"forward of {type(module).__name__} "
-            if attribute == "requires_grad_" and is_candidate(owner):
+            if attribute == "__call__":
+                if id(owner) not in own:  # a rewrite does not change what another object holds
+                    listed |= dict.fromkeys(map(id, owner.parameters()), f"{why}calls it through an object of its own")
+            elif attribute == "requires_grad_" and is_candidate(owner):
                 listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}freezes or trains its weight")
             elif attribute == "__class__" and is_candidate(owner):
                 listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}asks for its class")
@@ -103,7 +107,9 @@ def _reads(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 if last_name(node.func) in _ASKING and node.args:
                     yield from ((layer, "__class__") for layer in _modules_of(node.args[0], scope))
                 called = scope.value_of(node.func)
-                if called is not UNKNOWN:
+                if isinstance(called, nn.Module):
+                    yield called, "__call__"
+                elif called is not UNKNOWN:
                     waiting.append((called, getattr(called, "__self__", None)))
 
 

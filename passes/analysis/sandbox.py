@@ -15,15 +15,13 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from tdfx.devices import random_streams_kept
 from tdfx.layers.copying import HOOKS, structural_copy
+from tdfx.passes.analysis.process_settings import settings_kept
 from tdfx.passes.analysis.user_state import UserState
-
-AUTOCAST_KINDS = ("cpu", "cuda", "xpu", "mps")
-"""The kinds of devices whose autocast a forward may switch."""
 
 
 @contextmanager
 def isolated(module: nn.Module, *, traces: bool = False) -> Iterator[None]:
-    """Silence warnings, and restore what its code can change: random generators, all that it keeps, autocast, grad mode.
+    """Silence warnings, and restore what its code can change: random generators, all that it keeps, settings.
 
     With ``traces``, draws from iterators that it keeps raise UnsafeCodeError. Of torch's generators it restores that of the
     CPU and those of the devices that hold the module.
@@ -32,41 +30,13 @@ def isolated(module: nn.Module, *, traces: bool = False) -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     state = UserState(module)
     try:
-        with warnings.catch_warnings(action="ignore"), random_streams_kept(devices), _modes_kept():
+        with warnings.catch_warnings(action="ignore"), random_streams_kept(devices), settings_kept():
             state.lend_iterators(refuse=traces)
             yield
     finally:
         state.restore()
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-
-
-@contextmanager
-def _modes_kept() -> Iterator[None]:
-    """Restore gradient mode and autocast where a forward leaves a context that it has entered, or enters one it has left.
-
-    With a wrong count of entered contexts, autocast would never forget the narrow copies of weights that it keeps.
-    """
-    kinds = [kind for kind in AUTOCAST_KINDS if torch.amp.is_autocast_available(kind)]
-    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
-    gradients, cached, entered = torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), _entered_autocasts()
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(gradients)
-        for kind, enabled, dtype in autocast:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(cached)
-        if (left := _entered_autocasts()) != entered:
-            for _ in range(abs(left - entered)):
-                (torch.autocast_decrement_nesting if left > entered else torch.autocast_increment_nesting)()
-            torch.clear_autocast_cache()
-
-
-def _entered_autocasts() -> int:
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
 
 
 def random_states() -> tuple[object, ...]:

@@ -1,9 +1,10 @@
-"""How values are saved and put back: arrays, random generators, texts in memory, context variables, caches, containers."""
+"""How values are saved and put back: memory, random generators, files, context variables, caches, containers."""
 
 from __future__ import annotations
 
 import array
 import contextvars
+import ctypes
 import functools
 import io
 import random
@@ -19,6 +20,8 @@ Saved = tuple[Any, Callable[[Any], object]]
 
 CACHE = type(functools.lru_cache(int))
 """The class of functions that remember their results."""
+_CTYPES_NUMBER = ctypes.c_int.__mro__[1]
+"""The class of plain numbers in C's memory."""
 
 _PLAIN = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device})
 
@@ -54,9 +57,24 @@ def saved_contents(value: Any) -> Saved | None:
     if isinstance(value, io.StringIO | io.BytesIO) and not value.closed:
         text: Any = value
         return text.__getstate__(), lambda saved: None if text.__getstate__() == saved else text.__setstate__(saved)
+    if isinstance(value, memoryview) and not value.readonly and value.c_contiguous:
+        return value.tobytes(), lambda saved: value.cast("B").__setitem__(slice(None), saved)
+    if isinstance(value, ctypes.Structure | ctypes.Union | ctypes.Array | _CTYPES_NUMBER):
+        address = ctypes.addressof(value)
+        return ctypes.string_at(address, ctypes.sizeof(value)), lambda saved: ctypes.memmove(address, saved, len(saved))
+    if isinstance(value, io.IOBase) and not value.closed and value.readable() and not value.writable():
+        return _position_of(value), lambda saved: None if saved is None else value.seek(saved)
     if isinstance(value, contextvars.ContextVar):
         return _value_of(value), lambda saved: None if _value_of(value) is saved else value.set(saved)
     return None
+
+
+def _position_of(file: io.IOBase) -> int | None:
+    """Return where a file is read; None for one that cannot be set back, such as a pipe."""
+    try:
+        return file.tell() if file.seekable() else None
+    except OSError:  # a text that is read in a loop does not tell
+        return None
 
 
 def _value_of(variable: contextvars.ContextVar[Any]) -> Any:
@@ -99,6 +117,14 @@ def refill(container: Any, saved: list[Any]) -> None:
     if [*map(id, container)] != [*map(id, saved)]:
         container.clear()
         container.extend(saved)
+
+
+def refill_dict(base: Any, container: dict[Any, Any], saved: list[tuple[Any, Any]]) -> None:
+    """Give a dict its items back, in their order, by the methods of its base class."""
+    if [(id(key), id(item)) for key, item in base.items(container)] != [(id(key), id(item)) for key, item in saved]:
+        base.clear(container)
+        for key, item in saved:
+            base.__setitem__(container, key, item)
 
 
 def refill_set(container: set[Any], saved: set[Any]) -> None:

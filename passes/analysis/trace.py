@@ -31,6 +31,7 @@ from tdfx.passes.analysis.safe_code import ANY_ATTRIBUTE
 from tdfx.passes.analysis.sandbox import isolated, remove_hooks, scratch_copy
 from tdfx.passes.analysis.stores import stored_by_block, stored_by_hooks
 from tdfx.passes.analysis.tracer import HiddenLayerError, SiteTracer, is_site_or_leaf
+from tdfx.passes.analysis.uncopied import refuse_iterators_of_modules, warn_of_finalizers
 from tdfx.passes.analysis.user_state import UserState
 from tdfx.passes.base import Change, Pass, PassResult
 from tdfx.passes.program import Program, Traced
@@ -46,7 +47,10 @@ class Trace(Pass[PassResult]):
 
     def run(self, program: Program) -> PassResult:
         """Trace the root and, where that fails, its children, down to single layers."""
-        UserState(program.module).wrap_iterators()
+        warn_of_finalizers(program.module)
+        state = UserState(program.module)
+        refuse_iterators_of_modules(program.module, state.iterators)
+        state.wrap_iterators()
         module = structural_copy(program.module)
         tracer = ModuleTracer(_compiled_modules(program.module, module))
         traces = dict(_trace_tree(module, "", tracer))

@@ -17,7 +17,8 @@ from tdfx.kinds.registry import find_kind
 from tdfx.layers.factorized import Factorized
 from tdfx.passes.analysis.code_reader import UnsafeCodeError, refuse_wrapped_forward
 from tdfx.passes.analysis.modes import Mode
-from tdfx.passes.analysis.sandbox import AUTOCAST_KINDS, random_states
+from tdfx.passes.analysis.process_settings import AUTOCAST_KINDS
+from tdfx.passes.analysis.sandbox import random_states
 
 
 class HiddenLayerError(RuntimeError):

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
-import queue
 import re
 import sys
-import threading
 import types
 import weakref
-from collections import ChainMap, OrderedDict, UserDict, UserList, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
-from torch.utils._contextlib import _DecoratorContextManager
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tdfx.layers.copying import HOOKS, MODULE_STATE, slots_of
@@ -31,6 +28,7 @@ from tdfx.passes.analysis.iterators import (
     parts_of,
     put_back,
 )
+from tdfx.passes.analysis.libraries import is_foreign, is_of_library, keeps_state, referent
 from tdfx.passes.analysis.saved_values import (
     CACHE,
     empty_again,
@@ -38,6 +36,7 @@ from tdfx.passes.analysis.saved_values import (
     fresh_cache,
     is_plain,
     refill,
+    refill_dict,
     refill_set,
     remove_names,
     restore_class,
@@ -46,22 +45,6 @@ from tdfx.passes.analysis.saved_values import (
 
 _MOST_OBJECTS = 100_000
 """So many objects are looked at; a trainer or a data set behind an attribute may hold millions."""
-_NOT_USERS = frozenset({"torch", "numpy", "tdfx", "functorch"}) | sys.stdlib_module_names
-_HOLDERS = (
-    types.SimpleNamespace,
-    threading.local,
-    UserDict,
-    UserList,
-    ChainMap,
-    queue.Queue,
-    logging.Logger,
-    weakref.WeakKeyDictionary,
-    weakref.WeakValueDictionary,
-    weakref.WeakSet,
-    torch.autocast,
-    _DecoratorContextManager,
-)
-"""Classes of libraries whose attributes hold what a user puts there, or what a context has found."""
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, types.BuiltinFunctionType)
 
 Action = Callable[[], object]
@@ -83,7 +66,8 @@ class UserState:
         self._undo: list[Action] = []
         self._iterators: list[tuple[Any, Callable[[Any], object]]] = []
         self._lent: dict[int, Any] = {}
-        self._seen: set[int] = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        self._own = frozenset(id(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        self._seen: set[int] = set(self._own)
         self._alive: list[Any] = []
         self._waiting: deque[tuple[str, Any]] = deque()
         for path, submodule in module.named_modules():
@@ -91,6 +75,11 @@ class UserState:
         self._waiting.extend(("", each) for each in others)
         while self._waiting and len(self._seen) < _MOST_OBJECTS:
             self._visit(*self._waiting.popleft())
+
+    @property
+    def iterators(self) -> list[Any]:
+        """The iterators that the code can reach."""
+        return [iterator for iterator, _ in self._iterators if not isinstance(iterator, CACHE)]
 
     def lend_iterators(self, *, refuse: bool = False) -> None:
         """Let the code use copies of its iterators and caches until ``restore``, because they cannot be set back.
@@ -111,12 +100,9 @@ class UserState:
         """
         wrapped: dict[int, Any] = {}
         for iterator, store in self._iterators:
-            is_cache = isinstance(iterator, CACHE)
-            if (
-                not is_cache
-                and isinstance(copy_of(iterator), RecordingIterator)
-                and not isinstance(iterator, ReplayingIterator)
-            ):
+            if isinstance(iterator, CACHE | ReplayingIterator):
+                continue
+            if isinstance(copy_of(iterator), RecordingIterator):
                 store(wrapped.setdefault(id(iterator), ReplayingIterator(iterator)))
 
     def restore(self) -> None:
@@ -127,8 +113,10 @@ class UserState:
             put_back(iterator, self._lent.get(id(iterator)))
 
     def _visit(self, path: str, value: Any) -> None:
+        if isinstance(value, weakref.ref) or type(value) in weakref.ProxyTypes:
+            value = referent(value)
         if isinstance(value, type):
-            if not _is_foreign(sys.modules.get(value.__module__)):  # libraries have thousands that nobody changes
+            if not is_foreign(sys.modules.get(value.__module__)):  # libraries have thousands that nobody changes
                 self._visit_class(value)
             return
         if isinstance(value, _ATOMS) or id(value) in self._seen:
@@ -147,6 +135,8 @@ class UserState:
             self._visit_function(path, value)
         elif isinstance(value, types.MethodType):
             self._waiting += [(path, value.__self__), (path, value.__func__)]
+        elif isinstance(value, functools.partial):
+            self._waiting += [(path, part) for part in (value.func, value.args, value.keywords)]
         elif isinstance(value, staticmethod | classmethod | property):
             functions = (value.fget, value.fset) if isinstance(value, property) else (value.__func__,)
             self._waiting.extend((path, function) for function in functions)
@@ -180,7 +170,7 @@ class UserState:
 
     def _visit_class(self, kind: type) -> None:
         for base in (*kind.__mro__, *inspect.getmro(type(kind))):
-            if id(base) in self._seen or base.__module__.split(".")[0] in _NOT_USERS:
+            if id(base) in self._seen or is_of_library(base.__module__):
                 continue
             self._seen.add(id(base))
             functions = {name: value for name, value in vars(base).items() if isinstance(value, types.FunctionType)}
@@ -207,20 +197,12 @@ class UserState:
 
     def _visit_container(self, path: str, value: Any) -> None:
         if isinstance(value, dict):
-            items = list(dict.items(value))
-
-            def restore(saved: Any) -> None:
-                if [*map(id, dict.values(value))] != [id(item) for _, item in saved] or list(value) != [
-                    k for k, _ in saved
-                ]:
-                    base = OrderedDict if isinstance(value, OrderedDict) else dict  # which keeps an order of its own
-                    base.clear(value)
-                    base.update(value, saved)
-
-            self._keep(path, items, restore)
+            base: Any = OrderedDict if isinstance(value, OrderedDict) else dict  # a subclass may refuse changes
+            items = list(base.items(value))
+            self._keep(path, items, lambda saved: refill_dict(base, value, saved))
             for key, item in items:
                 if not is_plain(item):
-                    self._lend(item, functools.partial(dict.__setitem__, value, key))
+                    self._lend(item, functools.partial(base.__setitem__, value, key))
                     self._waiting.append((f"{path}[{key!r}]" if isinstance(key, _ATOMS) else path, item))
         elif isinstance(value, set):
             self._keep(path, set(value), lambda saved: refill_set(value, saved))
@@ -235,9 +217,9 @@ class UserState:
             self._keep_names(path, value.__dict__, dict(value.__dict__))
 
     def _visit_function(self, path: str, function: types.FunctionType) -> None:
-        if str(function.__globals__.get("__name__", "")).split(".")[0] in _NOT_USERS:
+        if is_of_library(str(function.__globals__.get("__name__", ""))):
             function = getattr(function, "__wrapped__", function)  # by a decorator of torch or functools
-            if str(function.__globals__.get("__name__", "")).split(".")[0] in _NOT_USERS:
+            if is_of_library(str(function.__globals__.get("__name__", ""))):
                 return
         self.functions.append((re.split(r"[.: ]", path.partition("[")[0])[-1], function))
         self._keep_names(path, function.__dict__, dict(function.__dict__))
@@ -246,12 +228,18 @@ class UserState:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
             self._visit_cell(f"{path}: {name}", cell)
         names = set(_names(function.__code__))
-        found = {name: function.__globals__[name] for name in names if name in function.__globals__}
-        self._keep_names(f"{function.__module__}", function.__globals__, found)
-        self._undo.append(lambda: remove_names(names - found.keys(), function.__globals__))
-        for name, value in found.items():
-            if isinstance(value, types.ModuleType) and not _is_foreign(value):
-                self._keep_names(name, vars(value), {key: vars(value)[key] for key in names if key in vars(value)})
+        self._keep_names_of_file(f"{function.__module__}", function.__globals__, names)
+        for name in names & function.__globals__.keys():
+            file = function.__globals__[name]
+            if isinstance(file, types.ModuleType):
+                self._keep_names_of_file(name, vars(file), names, visit=not is_foreign(file))
+
+    def _keep_names_of_file(self, path: str, file: dict[str, Any], names: set[str], *, visit: bool = True) -> None:
+        """Save what some names stand for in a file; of what a library has, only plain values are looked at."""
+        values = {name: file[name] for name in names & file.keys() if visit or isinstance(file[name], _ATOMS)}
+        self._keep_names(path, file, values)
+        missing = names - file.keys()
+        self._undo.append(lambda: remove_names(missing, file))
 
     def _visit_cell(self, path: str, cell: types.CellType) -> None:
         try:
@@ -268,8 +256,8 @@ class UserState:
         self._waiting.append((path, content))
 
     def _visit_object(self, path: str, value: Any) -> None:
-        if type(value).__module__.split(".")[0] in _NOT_USERS and not isinstance(value, _HOLDERS):
-            self._waiting.append((path, getattr(value, "__wrapped__", None)))
+        self._waiting.append((path, getattr(value, "__wrapped__", None)))
+        if not keeps_state(value) or (isinstance(value, Optimizer) and self._trains_model(value)):
             return
         if isinstance(getattr(value, "__dict__", None), dict):
             self._keep_names(path, value.__dict__, dict(value.__dict__))
@@ -282,6 +270,10 @@ class UserState:
             else:
                 self._undo.append(functools.partial(empty_slot, value, name, slot))
         self._visit_class(type(value))
+
+    def _trains_model(self, optimizer: Optimizer) -> bool:
+        """Return True for an optimizer of the model's own weights, which no forward may change anyway."""
+        return any(id(weight) in self._own for group in optimizer.param_groups for weight in group["params"])
 
     def _keep_names(self, path: str, holder: dict[str, Any], values: dict[str, Any]) -> None:
         """Save some names of a namespace, and visit what they stand for."""
@@ -308,13 +300,8 @@ class UserState:
 def _names(code: types.CodeType) -> Iterator[str]:
     """Yield the names of files and attributes that a function names, those of functions inside it included."""
     yield from code.co_names
-    if "globals" in code.co_names:  # what it names by a text
+    if {"globals", "setattr", "getattr"} & set(code.co_names):  # what it names by a text
         yield from (each for each in code.co_consts if isinstance(each, str) and each.isidentifier())
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
-
-
-def _is_foreign(module: types.ModuleType | None) -> bool:
-    name, file = getattr(module, "__name__", ""), getattr(module, "__file__", None) or ""
-    return name.split(".")[0] in _NOT_USERS or "site-packages" in file
