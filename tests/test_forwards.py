@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from checkout import needs, tool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -57,3 +58,13 @@ def test_what_code_leaves_behind_is_compared(statement: str, monkeypatch: pytest
 
     monkeypatch.setattr(checks.tdfx, "rewrite", rewrite)
     assert {outcome.kind for outcome in checks.examine(program)} == {"wrong"}
+
+
+def test_what_is_left_where_numbers_cancel_is_no_difference() -> None:
+    checks = tool("check_forwards")
+    facts = {"output": torch.full((2,), 1e-15), "weight": torch.full((2,), 3.0)}
+    rounding = checks.ROUNDING * checks._largest(facts)
+    checks._compare(facts | {"output": torch.zeros(2)}, facts, "here", rounding)
+    for name, value in (("output", 1e-11), ("weight", 3.0001)):
+        with pytest.raises(checks.DifferenceError, match=name):
+            checks._compare(facts | {name: torch.full((2,), value)}, facts, "here", rounding)

@@ -10,6 +10,7 @@ generators must be the same each time; and planning must leave everything as it 
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import sys
 import time
@@ -35,6 +36,8 @@ from tdfx.layers.copying import MODULE_STATE
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
 TOLERANCE = 1e-8
 """Relative difference in float64 that counts as none: six sums of six terms, which a program multiplies by itself."""
+ROUNDING = 1e-12
+"""Share of the largest number of a call that counts as zero: what is left where numbers of that size cancel out."""
 _ALONE = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, type, np.generic)
 
 
@@ -123,7 +126,7 @@ def _check(run: _Run, call: Any, want: Any, where: str) -> None:
         raise DifferenceError(f"{where}: raises {error!r} ({line.name}:{line.lineno})") from error
     if isinstance(want, Exception):
         raise DifferenceError(f"{where}: does not raise {want!r}")
-    _compare(got, want, where)
+    _compare(got, want, where, ROUNDING * _largest(want))
 
 
 def _calls(program: Program, training: bool) -> Iterator[tuple[tuple[Any, ...], Any, bool]]:
@@ -229,31 +232,43 @@ def _facts(value: Any, depth: int = 8) -> Any:
     return kind, _facts({**getattr(value, "__dict__", {}), **slots}, depth - 1)
 
 
-def _compare(got: Any, want: Any, where: str) -> None:
+def _largest(facts: Any) -> float:
+    """Return the largest size of a number in what was observed: of inputs' gradients, weights, outputs and all else."""
+    if isinstance(facts, Tensor):
+        finite = facts[facts.isfinite()] if facts.is_floating_point() else facts[:0].flatten()
+        return float(finite.abs().max()) if finite.numel() else 0.0
+    if isinstance(facts, float):
+        return abs(facts) if math.isfinite(facts) else 0.0
+    held = facts.values() if isinstance(facts, dict) else facts if isinstance(facts, list | tuple) else ()
+    return max(map(_largest, held), default=0.0)
+
+
+def _compare(got: Any, want: Any, where: str, rounding: float = 0.0) -> None:
+    """Raise DifferenceError where facts differ by more than ``TOLERANCE`` of themselves and by more than ``rounding``."""
     if isinstance(want, dict) and isinstance(got, dict):
         for key in want.keys() & got.keys() if where.endswith(("parameters", "gradients", "modes")) else want:
             if key not in got and not str(key).startswith("model "):
                 raise DifferenceError(f"{where}: {key} is missing")
             if key in got:
-                _compare(got[key], want[key], f"{where}: {key}")
+                _compare(got[key], want[key], f"{where}: {key}", rounding)
     elif isinstance(want, Tensor) and isinstance(got, Tensor):
-        if got.shape != want.shape or got.dtype != want.dtype or not _is_near(got, want):
+        if got.shape != want.shape or got.dtype != want.dtype or not _is_near(got, want, rounding):
             raise DifferenceError(f"{where}: {got} is not {want}")
     elif isinstance(want, list | tuple) and isinstance(got, list | tuple) and len(got) == len(want):
         for one, other in zip(got, want, strict=True):
-            _compare(one, other, where)
+            _compare(one, other, where, rounding)
     elif isinstance(want, float) and isinstance(got, float):
-        if not _is_near(torch.tensor(got), torch.tensor(want)):
+        if not _is_near(torch.tensor(got), torch.tensor(want), rounding):
             raise DifferenceError(f"{where}: {got} is not {want}")
     elif type(got) is not type(want) or got != want:
         raise DifferenceError(f"{where}: {str(got)[:200]} is not {str(want)[:200]}")
 
 
-def _is_near(got: Tensor, want: Tensor) -> bool:
+def _is_near(got: Tensor, want: Tensor, rounding: float) -> bool:
     if not want.is_floating_point():
         return torch.equal(got, want)
     scale = float(want.abs().nan_to_num(posinf=0.0).max()) if want.numel() else 0.0
-    return torch.allclose(got, want, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)
+    return torch.allclose(got, want, rtol=TOLERANCE, atol=max(TOLERANCE * scale, rounding), equal_nan=True)
 
 
 def _tensors(value: Any) -> list[Tensor]:

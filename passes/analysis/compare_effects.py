@@ -41,6 +41,7 @@ def difference(module: nn.Module, traced: Traced, inputs: Inputs) -> str:
     Both are called twice in each mode, with the same random numbers. Where the module itself cannot be called, as without
     targets in train mode, nothing can be compared.
     """
+    templates: dict[int, fx.GraphModule] = {}
     for training in (True, False):
         mode = "train" if training else "eval"
         try:
@@ -53,7 +54,7 @@ def difference(module: nn.Module, traced: Traced, inputs: Inputs) -> str:
         graph = traced.graphs[0 if training else -1]
         try:
             with ParameterGuard(module):
-                effects = _effects(_as_graph(module, graph, training), given)
+                effects = _effects(_as_graph(module, graph, training, templates), given)
         except Exception as error:  # whatever it raises, the module did not
             message = (str(error).splitlines() or [""])[0]
             return f"in {mode} mode a graph of it raises {type(error).__name__}: {message}"
@@ -73,15 +74,16 @@ def _effects_of_module(module: nn.Module, inputs: Inputs, training: bool) -> tup
         return _effects(scratch_copy(module, training=training), inputs), inputs
 
 
-def _as_graph(module: nn.Module, graph: fx.Graph, training: bool) -> nn.Module:
+def _as_graph(module: nn.Module, graph: fx.Graph, training: bool, templates: dict[int, fx.GraphModule]) -> nn.Module:
+    """Return a scratch copy of a module that runs a graph; the code of each graph is generated once."""
     scratch = scratch_copy(module, training=training)
-    graph_module = fx.GraphModule(scratch, copy.deepcopy(graph))
-    for held in ("_modules", "_parameters", "_buffers"):
+    if id(graph) not in templates:
+        templates[id(graph)] = fx.GraphModule(scratch, copy.deepcopy(graph))
+    template = templates[id(graph)]
+    graph_module: nn.Module = object.__new__(type(template))
+    graph_module.__dict__.update({**scratch.__dict__, **template.__dict__})
+    for held in ("_modules", "_parameters", "_buffers", "training"):
         graph_module.__dict__[held] = scratch.__dict__[held]
-    graph_module.__dict__.update(
-        {name: value for name, value in scratch.__dict__.items() if name not in graph_module.__dict__}
-    )
-    graph_module.training = training
     return graph_module
 
 
@@ -96,13 +98,14 @@ def _few(inputs: Inputs) -> Inputs:
 
 
 def _effects(module: nn.Module, inputs: Inputs) -> _Effects:
-    """Call a scratch copy twice, with gradients, and return all that this did."""
+    """Call a scratch copy twice and return all that this did, with the gradients of both calls, or in eval mode of one."""
     arguments, named = tree_map_only(Tensor, Tensor.clone, split_inputs(inputs))
     trained = list(_small_parameters(module))
     with isolated(module), torch.enable_grad():
         torch.manual_seed(0)
         outputs = [module(*arguments, **named) for _ in range(2)]
-        sums = [_sum(value) for value in tree_flatten(outputs)[0] if isinstance(value, Tensor) and value.requires_grad]
+        trained_on = _tensors(outputs if module.training else outputs[-1])
+        sums = [_sum(value) for value in trained_on if value.requires_grad]
         gradients = torch.autograd.grad(sums, trained, allow_unused=True) if sums and trained else []
         state = UserState(module).contents
     detached = tree_map_only(Tensor, Tensor.detach, outputs)

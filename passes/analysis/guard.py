@@ -40,12 +40,10 @@ class ParameterGuard(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
         writes = args and (in_place or func == Tensor.data.__set__)  # type: ignore[attr-defined]
-        out = (kwargs or {}).get("out")
-        written = (args[0] if writes else None, out)
-        # Few calls write anything.
-        if (writes or out is not None) and tree_any_only(
-            Tensor, lambda tensor: storage_address(tensor) in self.addresses, written
-        ):
+        written = [*args[:1]] if writes else []
+        if kwargs and "out" in kwargs:
+            written.append(kwargs["out"])
+        if written and tree_any_only(Tensor, lambda tensor: storage_address(tensor) in self.addresses, written):
             raise WritesParameterError(f"its forward changes a parameter ({name})")
         return func(*args, **(kwargs or {}))
 

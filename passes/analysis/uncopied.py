@@ -22,9 +22,9 @@ def refuse_iterators_of_modules(model: nn.Module, iterators: Iterable[Any]) -> N
         if held := next((part for part in _parts(iterator, set()) if id(part) in modules), None):
             name = getattr(iterator, "__qualname__", type(iterator).__name__)
             raise ModelError(
-                f"{type(model).__name__} keeps an iterator ({name}) that holds its {type(held).__name__}: it would go on using "
-                f"the old one after a rewrite, since an iterator cannot be copied. Let forward make it, or keep a number in its "
-                f"place, such as the index of the next layer."
+                f"{type(model).__name__} keeps an iterator ({name}) that holds its {type(held).__name__}: it would go on "
+                f"using the old one after a rewrite, since an iterator cannot be copied. Let forward make it, or keep a "
+                f"number in its place, such as the index of the next layer."
             )
 
 
