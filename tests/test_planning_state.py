@@ -8,7 +8,7 @@ import csv
 import ctypes
 import functools
 import itertools
-import multiprocessing
+import multiprocessing.sharedctypes
 import os
 import threading
 import weakref
@@ -56,6 +56,7 @@ class Counted:
 
 
 COUNTED = Counted()
+LOCK: Any = threading.RLock()  # one between processes would start another process
 
 
 def count_on_a_library(_: Any) -> None:
@@ -108,7 +109,7 @@ HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any]
         lambda stack: len(stack._exit_callbacks),
     ),
     "low-discrepancy sequence": (
-        lambda: torch.quasirandom.SobolEngine(2),
+        lambda: torch.quasirandom.SobolEngine(2),  # type: ignore[no-untyped-call]
         lambda engine: engine.draw(1).sum().item(),
         lambda engine: (engine.num_generated, engine.quasi.tolist()),
     ),
@@ -250,7 +251,7 @@ class Helper:
 class Helped(nn.Module):
     """Calls one of its layers through an object of its own."""
 
-    models: ClassVar[dict[str, nn.Module]] = {}
+    models: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, way: str) -> None:
         super().__init__()

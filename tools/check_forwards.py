@@ -235,8 +235,8 @@ def _facts(value: Any, depth: int = 8) -> Any:
 def _largest(facts: Any) -> float:
     """Return the largest size of a number in what was observed: of inputs' gradients, weights, outputs and all else."""
     if isinstance(facts, Tensor):
-        finite = facts[facts.isfinite()] if facts.is_floating_point() else facts[:0].flatten()
-        return float(finite.abs().max()) if finite.numel() else 0.0
+        sizes = facts.abs().nan_to_num(0.0, 0.0) if facts.is_floating_point() and facts.numel() else torch.zeros(1)
+        return float(sizes.max())
     if isinstance(facts, float):
         return abs(facts) if math.isfinite(facts) else 0.0
     held = facts.values() if isinstance(facts, dict) else facts if isinstance(facts, list | tuple) else ()

@@ -19,8 +19,8 @@ from tdfx.passes.program import Traced
 
 _SAMPLES = 2
 """So many samples of the example inputs are enough to see whether two computations are the same."""
-_MOST_GRADIENTS = 2**22
-"""So many gradients are compared, of the smallest parameters, because no memory may be left for all."""
+_MOST_GRADIENTS = 2**18
+"""So many gradients are compared, of the smallest parameters: all would take memory, and the time of a training step."""
 _ROUNDING = 1e3
 """So many roundings may two computations differ by that are the same but for their order."""
 
