@@ -26,7 +26,7 @@ _HOLDERS = (
     threading.local,
     threading.Event,
     threading.Semaphore,
-    multiprocessing.sharedctypes.SynchronizedBase,  # type: ignore[attr-defined]
+    multiprocessing.sharedctypes.SynchronizedBase,
     queue.Queue,
     logging.Logger,
     weakref.WeakKeyDictionary,
