@@ -90,7 +90,7 @@ def inner_state(optimizer: Any) -> Any:
 HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
     "number of C": (lambda: ctypes.c_int(0), add_one, lambda number: number.value),
     "shared number": (
-        lambda: multiprocessing.Value("i", 0, lock=threading.RLock()),
+        lambda: multiprocessing.sharedctypes.synchronized(ctypes.c_int(0), LOCK),
         add_one,
         lambda number: number.value,
     ),

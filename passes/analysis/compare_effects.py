@@ -98,14 +98,13 @@ def _few(inputs: Inputs) -> Inputs:
 
 
 def _effects(module: nn.Module, inputs: Inputs) -> _Effects:
-    """Call a scratch copy twice and return all that this did, with the gradients of both calls, or in eval mode of one."""
+    """Call a scratch copy twice and return all that this did, with the gradients of the second call."""
     arguments, named = tree_map_only(Tensor, Tensor.clone, split_inputs(inputs))
     trained = list(_small_parameters(module))
     with isolated(module), torch.enable_grad():
         torch.manual_seed(0)
         outputs = [module(*arguments, **named) for _ in range(2)]
-        trained_on = _tensors(outputs if module.training else outputs[-1])
-        sums = [_sum(value) for value in trained_on if value.requires_grad]
+        sums = [_sum(value) for value in _tensors(outputs[-1]) if value.requires_grad]
         gradients = torch.autograd.grad(sums, trained, allow_unused=True) if sums and trained else []
         state = UserState(module).contents
     detached = tree_map_only(Tensor, Tensor.detach, outputs)

@@ -62,7 +62,9 @@ def saved_contents(value: Any) -> Saved | None:
     if isinstance(value, ctypes.Structure | ctypes.Union | ctypes.Array | _CTYPES_NUMBER):
         memory: Any = value
         address = ctypes.addressof(memory)
-        return ctypes.string_at(address, ctypes.sizeof(memory)), lambda saved: ctypes.memmove(address, saved, len(saved))
+        return ctypes.string_at(address, ctypes.sizeof(memory)), lambda saved: ctypes.memmove(
+            address, saved, len(saved)
+        )
     if isinstance(value, io.IOBase) and not value.closed and value.readable() and not value.writable():
         return _position_of(value), lambda saved: None if saved is None else value.seek(saved)
     if isinstance(value, contextvars.ContextVar):
