@@ -51,8 +51,9 @@ def export(
     Args:
         model: any module; ``torch.compile`` and DistributedDataParallel around it are removed.
         path: the file to write.
-        example_inputs: a tensor, a tuple of positional arguments, or a mapping by argument name. Tensors may be in lists
-            and dicts, which become inputs such as ``batch_mask``; numbers, None and text are constants of the file.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping by argument name. Tensors may be in
+            lists, dicts and dataclasses, where they become inputs such as ``batch_mask``; numbers, None and text are
+            constants of the file.
         dynamic_axes: axes of variable size: argument -> axis -> name, as ``{"x": {0: "batch"}}``. All other axes keep the
             sizes of the example inputs.
         output_names: names for the outputs, in order; by default the exporter chooses names.

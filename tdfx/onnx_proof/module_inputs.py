@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdfx.errors import InputError, nearest
-from tdfx.onnx_proof.plain_forward import named_tensors
+from tdfx.onnx_proof.plain_forward import Record, as_records, named_tensors
 
 ExampleInputs = tuple[Any, ...] | dict[str, Any]
 """Example inputs after a check: positional arguments, or keyword arguments by name."""
@@ -26,21 +26,24 @@ Outputs = tuple[Tensor, ...]
 
 
 def as_example_inputs(inputs: object) -> ExampleInputs:
-    """Return example inputs as a tuple of arguments or a dict of named ones, or raise InputError."""
+    """Return example inputs as a tuple of arguments or a dict of named ones, or raise InputError.
+
+    Dataclasses in them become records.
+    """
     if isinstance(inputs, Tensor):
         return (inputs,)
     passed = f"a {type(inputs).__name__}"
     if isinstance(inputs, Mapping | tuple | list):
-        arguments = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
+        arguments = as_records(dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs))
         leaves = tree_leaves(arguments)
         odd = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_CONSTANTS))]
         if not odd and (not arguments or any(isinstance(leaf, Tensor) for leaf in leaves)):
-            return dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
-        passed = f"({', '.join(type(value).__name__ for value in odd or arguments)})"
+            return arguments  # type: ignore[no-any-return]
+        passed = f"({', '.join(type(value).__name__ for value in odd or leaves)})"
     raise InputError(
         f"example_inputs must be a tuple of tensors, not {passed}: pass example_inputs=(x,), or a dict of tensors by the "
-        f"names of forward's arguments. Tensors may be in lists and dicts, beside numbers and None; wrap a model that takes "
-        f"other objects in a module whose forward makes them from tensors."
+        f"names of forward's arguments. Tensors may be in lists, dicts and dataclasses, beside numbers and None; wrap a "
+        f"model that takes other objects in a module whose forward makes them from tensors."
     )
 
 
@@ -65,6 +68,9 @@ def describe_inputs(inputs: ExampleInputs) -> str:
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype)[6:]}{list(value.shape)}"
+    if isinstance(value, Record):
+        values = ", ".join(f"{name}={_describe(item)}" for name, item in value.values.items())
+        return f"{type(value.original).__name__}({values})"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key!r}: {_describe(item)}' for key, item in value.items())}}}"
     return f"[{', '.join(map(_describe, value))}]" if isinstance(value, list | tuple) else repr(value)

@@ -1,23 +1,70 @@
 """Modules whose inputs or outputs are more than tensors, exported as ones that take and give tensors only.
 
-A graph has tensors for inputs and outputs. Tensors inside of lists and dicts become inputs of their own, with names such as
-``batch_mask``; numbers, None and text that go in are constants of the graph. Numbers that come out become tensors, and None
-and text are left out.
+A graph has tensors for inputs and outputs. Tensors inside of lists, dicts and dataclasses become inputs of their own, with
+names such as ``batch_mask``; numbers, None and text that go in are constants of the graph. Numbers that come out become
+tensors, and None and text are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import (
+    GetAttrKey,
+    register_pytree_node,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_map,
+    tree_unflatten,
+)
 
 from tdfx.errors import ExportError
 
 Number = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What stands for a dataclass in a tree of arguments, since torch's trees do not look inside of dataclasses."""
+
+    original: Any
+    values: dict[str, Any]
+    """The fields that its constructor takes, which may hold records too."""
+
+
+register_pytree_node(
+    Record,
+    lambda record: (list(record.values.values()), (record.original, tuple(record.values))),
+    lambda values, context: Record(context[0], dict(zip(context[1], values, strict=True))),
+    flatten_with_keys_fn=lambda record: (
+        [(GetAttrKey(name), value) for name, value in record.values.items()],
+        (record.original, tuple(record.values)),
+    ),
+)
+
+
+def as_records(arguments: Any) -> Any:
+    """Return arguments with a record in the place of each dataclass."""
+
+    def as_record(leaf: Any) -> Any:
+        if not is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        return Record(leaf, {each.name: as_records(getattr(leaf, each.name)) for each in fields(leaf) if each.init})
+
+    return tree_map(as_record, arguments)
+
+
+def from_records(arguments: Any) -> Any:
+    """Return arguments with a new dataclass in the place of each record; its constructor derives what it derives."""
+
+    def from_record(leaf: Any) -> Any:
+        return replace(leaf.original, **from_records(leaf.values)) if isinstance(leaf, Record) else leaf
+
+    return tree_map(from_record, arguments, is_leaf=lambda value: isinstance(value, Record))
 
 
 def named_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -108,5 +155,5 @@ class PlainForward(nn.Module):
         leaves = list(self._leaves)
         for position, tensor in zip(self._positions, tensors, strict=True):
             leaves[position] = tensor
-        arguments, named = tree_unflatten(leaves, self._structure)
+        arguments, named = from_records(tree_unflatten(leaves, self._structure))
         return output_tensors(self.module(*arguments, **named))

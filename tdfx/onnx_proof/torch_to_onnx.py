@@ -30,7 +30,7 @@ from tdfx.onnx_proof.module_inputs import (
     graph_names,
     is_plain,
 )
-from tdfx.onnx_proof.plain_forward import PlainForward, gives_tensors_only, output_tensors
+from tdfx.onnx_proof.plain_forward import PlainForward, from_records, gives_tensors_only, output_tensors
 from tdfx.passes.analysis.sandbox import scratch_copy
 from tdfx.wrappers.compiled import is_wrapped
 
@@ -125,8 +125,8 @@ def run_module(module: nn.Module, inputs: ExampleInputs) -> Outputs:
 
 
 def _outputs_of(module: nn.Module, inputs: ExampleInputs) -> Any:
-    arguments, named = call_arguments(module, inputs)
     try:
+        arguments, named = from_records(call_arguments(module, inputs))
         with eval_mode(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
             return module(*arguments, **named)
     except Exception as error:  # whatever the model raises, these inputs cause it

@@ -47,8 +47,8 @@ def verify(
         model: a module, or the path of an ONNX file.
         reference: what the model should be equal to, likewise.
         example_inputs: inputs of both models: a tensor, a tuple of positional arguments, or a mapping by argument name, in
-            which tensors may be in lists and dicts, beside numbers and None. For two files they may be left out: the inputs
-            are then random, the same each time, with 2 for dynamic axes.
+            which tensors may be in lists, dicts and dataclasses, beside numbers and None. For two files they may be left
+            out: the inputs are then random, the same each time, with 2 for dynamic axes.
         tolerance: largest relative error to accept, at least 0. By default ``16 * eps * sqrt(depth)``, with the eps of
             the coarsest floating-point type in the model's graph and the number of nodes on its longest path.
         dynamic_axes: for modules, axes to export as dynamic: argument -> axis -> name, as ``{"x": {0: "batch"}}``. By
