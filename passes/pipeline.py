@@ -15,6 +15,7 @@ from torch import nn
 from tdfx.cost.modelled import MeasuringCost
 from tdfx.distributed.processes import Processes, Solo
 from tdfx.errors import PolicyError
+from tdfx.layers.holders import Surroundings
 from tdfx.passes.analysis.find import Find
 from tdfx.passes.analysis.loop import LoopSettings, warn_of_full_precision
 from tdfx.passes.analysis.moments import Moments
@@ -48,7 +49,12 @@ class Planned:
 
 
 def find_sites(
-    model: nn.Module, emit: Emit = "graph", processes: Processes | None = None, *, shards: bool = False
+    model: nn.Module,
+    emit: Emit = "graph",
+    processes: Processes | None = None,
+    *,
+    shards: bool = False,
+    surroundings: Surroundings | None = None,
 ) -> Program:
     """Trace a model, out of its wrappers, and find its sites.
 
@@ -56,6 +62,7 @@ def find_sites(
         model: Trained by ``processes``, or by this one alone.
         emit: How a rewritten model is to be given back.
         shards: Whether each process holds a part of every parameter.
+        surroundings: The model around this one, if this is a part of one.
 
     Raises:
         PolicyError: ``emit`` is none of the known words.
@@ -69,7 +76,9 @@ def find_sites(
         emit = "modules"
         kind = type(model).__name__
         notes = (f"given back as {kind}, not as a graph: fully_shard gathers parameters where modules are called",)
-    program = Program(module=model, emit=emit, notes=notes, processes=processes or Solo(), shards=shards)
+    program = Program(
+        module=model, emit=emit, notes=notes, surroundings=surroundings, processes=processes or Solo(), shards=shards
+    )
     program = Trace()(program).program
     return Find()(program).program
 

@@ -14,6 +14,7 @@ from tdfx.factors.operation import Operation
 from tdfx.kinds.layouts import Layout
 from tdfx.kinds.registry import find_kind, kind_of
 from tdfx.layers.factorized import Factorized
+from tdfx.layers.holders import Surroundings
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.plans.plan import Emit, Plan, Reason
 
@@ -173,6 +174,8 @@ class Program:
     """Relative error that is to be expected of that time."""
     load: float = 1.0
     """The load of the machine when it was measured, see ``Timing``."""
+    surroundings: Surroundings | None = None
+    """The model around the module, if that is a part of one that is rewritten by itself."""
     processes: Processes = field(default_factory=Solo)
     """The processes that train the model, all of which run the passes together."""
     shards: bool = False

@@ -161,7 +161,9 @@ def _with_optimizer(policy: Policy, optimizer: Any) -> Policy:
 
 def sites_of(unwrapped: Unwrapped, emit: Emit) -> Program:
     """Trace a model that was taken out of its wrappers, and find its sites."""
-    return find_sites(unwrapped.model, emit, unwrapped.processes, shards=unwrapped.shards)
+    return find_sites(
+        unwrapped.model, emit, unwrapped.processes, shards=unwrapped.shards, surroundings=unwrapped.surroundings
+    )
 
 
 def prepare_rewrite(

@@ -352,6 +352,18 @@ def own_state(model: nn.Module) -> Optimizer:
     return optimizer
 
 
+def own_entries(model: nn.Module) -> Optimizer:
+    optimizer = sgd(model)
+    optimizer.param_groups[0]["scales"] = [1.0] * len(list(model.parameters()))
+    return optimizer
+
+
+def schedule(model: nn.Module) -> Optimizer:
+    optimizer, weight = sgd(model), cast("Any", model)[0].weight.detach()
+    cast("Any", optimizer).schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: float(weight.norm()))
+    return optimizer
+
+
 HOLDING: dict[str, tuple[Callable[[nn.Module], Optimizer], str]] = {
     "list": (own_list, r"SGD holds the weight of site '0' in mine\['x'\]\[0\]\[0\] too"),
     "keys": (own_keys, "SGD holds the weight of site '0' in a key of scales too"),
@@ -365,6 +377,11 @@ HOLDING: dict[str, tuple[Callable[[nn.Module], Optimizer], str]] = {
     "module": (own_module_list, r"SGD refers to a ParameterList with the weight of site '0' in mine\[0\]"),
     "weak keys": (own_weak_keys, "SGD holds the weight of site '0' in a key of scales too"),
     "group": (own_group_entry, r"SGD holds a tensor of the shape of .*'0' in param_groups\[0\]\['slow'\]\[0\]"),
+    "entries": (
+        own_entries,
+        r"SGD keeps 4 entries beside as many parameters in param_groups\[0\]\['scales'\], and the weight",
+    ),
+    "schedule": (schedule, r"SGD holds the weight of site '0' in 'weight' in a function of schedule.lr_lambdas\[0\]"),
     "state": (own_state, r"SGD holds the weight of site '0' in state\['all'\]\['trained'\]\[0\] too"),
     "step hook": (
         step_hook,
@@ -474,6 +491,30 @@ def in_list(net: Any) -> None:
     net.decayed = [net.a.weight]
 
 
+def in_ids(net: Any) -> None:
+    net.skipped = {id(net.a.weight)}
+
+
+def in_other_module(net: Any) -> None:
+    other = nn.Linear(16, 32)
+    other.weight = net.a.weight
+    net.plain = [nn.Sequential(other)]
+
+
+def in_class(net: Any) -> None:
+    net.__class__ = type("Own", (Net,), {"decayed": (net.a.weight,)})
+
+
+def in_method(net: Any) -> None:
+    weight = net.a.weight
+
+    class Own(Net):
+        def penalty(self) -> Tensor:
+            return weight.square().sum()
+
+    net.__class__ = Own
+
+
 def in_closure(net: Any) -> None:
     weight = net.a.weight
     net.penalty = lambda: weight.square().sum()
@@ -495,6 +536,10 @@ def tied_by_memory(net: Any) -> None:
 READ, TIED = tdfx.Reason.READ_ELSEWHERE, tdfx.Reason.TIED
 HELD: dict[str, tuple[Callable[[Any], None], tdfx.Reason, str]] = {
     "list": (in_list, READ, "the model holds its weight in decayed[0] too"),
+    "ids": (in_ids, READ, "the model refers to its weight by its id, in skipped[0]"),
+    "other module": (in_other_module, READ, "the model holds its weight in plain[0].0.weight too"),
+    "class": (in_class, READ, "the model holds its weight in Own.decayed[0] too"),
+    "method": (in_method, READ, "the model holds its weight in 'weight' in a function of Own.penalty too"),
     "closure": (in_closure, READ, "the model holds its weight in 'weight' in a function of penalty too"),
     "object": (in_object, READ, "the model holds its weight in helper.shadow['first'][0] too"),
     "buffer": (in_buffer, TIED, "it shares its memory with 'transposed'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tdfx.kinds.registry import find_kind
 from tdfx.layers.copying import HOOKS, MODULE_STATE, STATE_DICT_HOOKS
 from tdfx.layers.factorized import Factorized
-from tdfx.layers.holders import memory_of, search, share_memory
+from tdfx.layers.holders import Held, Surroundings, is_of_framework, memory_of, search, share_memory
 from tdfx.plans.plan import Reason
 
 _REACHES_PARAMETERS = {
@@ -26,6 +26,10 @@ _REACHES_PARAMETERS = {
     "load_state_dict",
 }
 """Names by which code that is given a module gets at its parameters, whatever these are called."""
+
+
+_REGISTERED = set(MODULE_STATE) - {*HOOKS, *STATE_DICT_HOOKS}
+"""Attributes of a module that hold what is registered in it, and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +54,28 @@ class Owners:
         return None, ""
 
 
-def owners_of(root: nn.Module) -> Owners:
-    """Find who holds each parameter of a model."""
-    counts = Counter(id(tensor) for module in root.modules() for tensor in module._parameters.values())
+def owners_of(root: nn.Module, surroundings: Surroundings | None = None) -> Owners:
+    """Find who holds each parameter of a model, in the model itself and in the one around it."""
+    inside, outside = dict(root.named_modules()), {} if surroundings is None else surroundings.modules()
+    modules = [*inside.items(), *outside.items()]
+    counts = Counter(id(tensor) for _, module in modules for tensor in module._parameters.values())
     by_storage: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
-    for path, tensor in _tensors(root).values():
+    tensors = _tensors(modules)
+    for path, tensor in tensors.values():
         if (memory := memory_of(tensor)) is not None:
             by_storage[memory[0]].append((path, tensor))
-    return Owners(counts, dict(_sharing(by_storage)), {**dict(_hooked(root)), **dict(_in_attributes(root, by_storage))})
+    held = dict(_hooked([module for _, module in modules]))
+    # The part itself stays the object that it is, and the modules in it do not.
+    staying = set() if surroundings is None else {*outside.values(), surroundings.part}
+    held |= _in_attributes(inside, {*inside.values(), *staying}, tensors, by_storage)
+    held |= _in_attributes(outside, staying, tensors, by_storage)
+    return Owners(counts, dict(_sharing(by_storage)), held)
 
 
-def _tensors(root: nn.Module) -> dict[int, tuple[str, Tensor]]:
-    """Return the parameters and buffers of a model with their first paths, by identity."""
+def _tensors(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, tuple[str, Tensor]]:
+    """Return the parameters and buffers of modules with their first paths, by identity."""
     tensors: dict[int, tuple[str, Tensor]] = {}
-    for path, module in root.named_modules():
+    for path, module in modules:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 tensors.setdefault(id(tensor), (f"{path}.{name}" if path else name, tensor))
@@ -76,25 +88,64 @@ def _sharing(by_storage: Mapping[int, list[tuple[str, Tensor]]]) -> Iterator[tup
             yield from ((id(other), path) for _, other in listed if other is not tensor and share_memory(tensor, other))
 
 
-def _in_attributes(root: nn.Module, by_storage: Mapping[int, list[tuple[str, Tensor]]]) -> Iterator[tuple[int, str]]:
-    """Yield the parameters that an attribute holds, or a hook by its closure, and which."""
-    for path, module in root.named_modules():
+def _in_attributes(
+    modules: Mapping[str, nn.Module],
+    followed: Collection[nn.Module],
+    tensors: Mapping[int, tuple[str, Tensor]],
+    by_storage: Mapping[int, list[tuple[str, Tensor]]],
+) -> dict[int, str]:
+    """Return the parameters that an attribute of some modules holds, or a hook by its closure, and which.
+
+    Args:
+        modules: The modules, by path.
+        followed: The modules that an attribute may refer to: it will refer to what takes their place, or they stay.
+        tensors: All parameters and buffers with their paths, by identity.
+        by_storage: The same by the identity of their storages.
+    """
+    found: dict[int, str] = {}
+    for held in _attributes(modules, followed):
+        if isinstance(held.value, int) and held.value in tensors:
+            found[held.value] = f"the model refers to its weight by its id, in {held.path}"
+        elif isinstance(held.value, Tensor):
+            memory = memory_of(held.value)
+            sharing = by_storage.get(memory[0], ()) if memory is not None else ()
+            same = {id(tensor) for _, tensor in sharing if share_memory(held.value, tensor)} | {id(held.value)}
+            found |= dict.fromkeys(same & tensors.keys(), f"the model holds its weight in {held.path} too")
+    return found
+
+
+def _attributes(modules: Mapping[str, nn.Module], followed: Collection[nn.Module]) -> Iterator[Held]:
+    """Yield what the attributes of modules and of their classes hold, with the tensors of modules that are not followed."""
+    classes: set[type] = set()
+    for path, module in modules.items():
         if isinstance(module, Factorized):
             continue
-        for name, value in module.__dict__.items():
-            if name in MODULE_STATE and name not in {*HOOKS, *STATE_DICT_HOOKS}:
-                continue
-            where = f"{path}.{name}" if path else name
+        kept = {name: value for name, value in module.__dict__.items() if name not in _REGISTERED}
+        values = {f"{path}.{name}" if path else name: value for name, value in {**kept, **module._modules}.items()}
+        for cls in type(module).__mro__:
+            if cls not in classes and not is_of_framework(cls):
+                classes.add(cls)
+                values |= {f"{cls.__name__}.{name}": value for name, value in vars(cls).items()}
+        for where, value in values.items():
             for held in search(value, where):
-                memory = memory_of(held.value) if isinstance(held.value, Tensor) else None
-                for _, tensor in by_storage.get(memory[0], ()) if memory is not None else ():
-                    if share_memory(held.value, tensor):
-                        yield id(tensor), f"the model holds its weight in {held.path} too"
+                yield held
+                if isinstance(held.value, nn.Module):
+                    yield from _tensors_of_others(held, followed)
 
 
-def _hooked(root: nn.Module) -> Iterator[tuple[int, str]]:
+def _tensors_of_others(held: Held, followed: Collection[nn.Module]) -> Iterator[Held]:
+    """Yield the tensors of a module, and of the modules in it, as far as these are not followed."""
+    if held.value in followed:
+        return
+    for name, tensor in (*held.value._parameters.items(), *held.value._buffers.items()):
+        yield Held(f"{held.path}.{name}", tensor)
+    for name, child in held.value.named_children():
+        yield from _tensors_of_others(Held(f"{held.path}.{name}", child), followed)
+
+
+def _hooked(modules: Iterable[nn.Module]) -> Iterator[tuple[int, str]]:
     """Yield the parameters that a hook of their layer may read or write, or that a hook of a module around it may write."""
-    for module in root.modules():
+    for module in modules:
         if isinstance(module, Factorized):
             continue
         kind = find_kind(module)

@@ -107,7 +107,7 @@ def uses_of(program: Program) -> Uses:
         functional={key: tuple(listed) for key, listed in functional.items() if listed},
         reads=frozenset(reads),
         traced=frozenset(traced),
-        owners=owners_of(program.module),
+        owners=owners_of(program.module, program.surroundings),
         runs=runs,
         shards=program.shards,
     )

@@ -24,7 +24,7 @@ def planned_sites(plan: Plan, program: Program) -> dict[str, Site]:
     """Return the program's sites by name, with those that the plan knows from example inputs."""
     sites = {site.name: site for site in program.sites}
     parameters = dict(parameters_by_path(program.module))
-    owners = owners_of(program.module)
+    owners = owners_of(program.module, program.surroundings)
     for decision in plan.factorized:
         site = sites.get(decision.name)
         weight = parameters.get(decision.parameter or "")

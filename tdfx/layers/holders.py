@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -33,6 +34,20 @@ class Held:
     """As code would name it, such as ``decayed[0]``."""
     value: Any
     """A tensor, a module, an optimizer, or a whole number, which may be the ``id`` of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """The model around a part of it that is rewritten by itself."""
+
+    whole: nn.Module
+    part: nn.Module
+    """The part, as the whole holds it."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the modules outside of the part by their paths; a module in both belongs to the part."""
+        inside = set(self.part.modules())
+        return {path: module for path, module in self.whole.named_modules() if module not in inside}
 
 
 @dataclass(slots=True)
@@ -70,11 +85,11 @@ class _Search:
             yield from self._function_parts(value, path, depth)
         elif isinstance(value, weakref.ref):
             yield path, value(), depth
-        elif depth < self.objects and type(value).__module__.partition(".")[0] not in _FRAMEWORKS:
+        elif depth < self.objects and (isinstance(value, LRScheduler) or not is_of_framework(type(value))):
             yield from ((f"{path}.{name}", part, depth + 1) for name, part in attributes_of(value).items())
 
     def _function_parts(self, function: types.FunctionType, path: str, depth: int) -> Iterator[tuple[str, Any, int]]:
-        if (function.__module__ or "").partition(".")[0] in _FRAMEWORKS:
+        if is_of_framework(function):
             return
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
@@ -94,6 +109,11 @@ def search(value: Any, path: str, *, objects: int = 2) -> Iterator[Held]:
         objects: How many objects of a user's classes may lie inside one another.
     """
     return _Search(objects)(value, path)
+
+
+def is_of_framework(value: type | types.FunctionType) -> bool:
+    """Return True for a class or a function of a package whose objects are not searched."""
+    return (value.__module__ or "").partition(".")[0] in _FRAMEWORKS
 
 
 def attributes_of(value: Any) -> dict[str, Any]:

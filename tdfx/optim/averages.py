@@ -8,7 +8,7 @@ have other signs and rotated bases, and averaging them with the model's factors 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,6 +33,10 @@ class Average:
     """The object that has the averaged copy as its attribute ``module``."""
     unwrapped: Unwrapped
     """The averaged copy."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Return the parameters and buffers of the averaged copy."""
+        return _tensors(self.unwrapped.model).values()
 
     @torch.no_grad()
     def convert(

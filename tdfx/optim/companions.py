@@ -138,7 +138,10 @@ class Companions:
                 f"optimizer=..., or make a new optimizer from the returned model's parameters."
             )
         dense = {exchange.site: exchange.old[0] for exchange in exchanges if rewrites and len(exchange.old) == 1}
-        if copies := list(untrained_copies(self.unwrapped.model, dense, () if self.masters else self.optimizers)):
+        around = self.unwrapped.surroundings
+        model = self.unwrapped.model if around is None else around.whole
+        followed = {id(tensor) for average in self.averages for tensor in average.tensors()}
+        if copies := list(untrained_copies(model, dense, () if self.masters else self.optimizers, followed)):
             path, site = copies[0]
             yield (
                 f"The model holds {len(copies)} copies of weights that will be factorized, and does not train them, as a "

@@ -8,7 +8,7 @@ trained itself.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,10 @@ _SAMPLE = 4096
 
 
 def untrained_copies(
-    model: nn.Module, leaving: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer]
+    model: nn.Module,
+    leaving: Mapping[str, nn.Parameter],
+    optimizers: Sequence[Optimizer],
+    followed: Collection[int] = (),
 ) -> Iterator[tuple[str, str]]:
     """Yield the copies of weights that a model holds and no optimizer trains: the path of each, and the site of its weight.
 
@@ -36,12 +39,13 @@ def untrained_copies(
         model: The model before the rewrite.
         leaving: Site -> the weight that leaves.
         optimizers: Those that train the model; empty if they are not known.
+        followed: Tensors of copies that will follow, by identity.
     """
     by_shape = defaultdict(list)
     for site, weight in leaving.items():
         if _has_values(weight):
             by_shape[tuple(weight.shape)].append((site, weight))
-    ours = set(map(id, leaving.values()))
+    ours = {*map(id, leaving.values()), *followed}
     trained = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
     for path, tensor in _kept_tensors(model, trained):
         candidates = by_shape.get(tuple(tensor.shape), []) if _has_values(tensor) and id(tensor) not in ours else []

@@ -7,7 +7,7 @@ flat buffer) cannot be translated, so it is refused by its name before anything 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -54,7 +54,7 @@ def families(optimizers: Sequence[Optimizer]) -> list[tuple[Optimizer, ...]]:
 
 
 def check_holders(
-    optimizers: Iterable[Optimizer], leaving: Mapping[str, Sequence[Tensor]], staying: nn.Module | None = None
+    optimizers: Sequence[Optimizer], leaving: Mapping[str, Sequence[Tensor]], staying: nn.Module | None = None
 ) -> None:
     """Raise OptimizerError if an optimizer refers to parameters that leave in a way that cannot be translated.
 
@@ -65,8 +65,10 @@ def check_holders(
     """
     names = {id(tensor): name for name, tensors in leaving.items() for tensor in tensors}
     by_shape = {tuple(tensor.shape): tensor for tensors in leaving.values() for tensor in tensors if tensor.numel() > 1}
+    settings = {key for optimizer in optimizers for key in optimizer.defaults}
     for optimizer in optimizers if names else ():
         kind = type(optimizer).__name__
+        _check_entries_of_groups(optimizer, names, settings | _MOVED_OF_GROUP)
         count = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
         for held in _held_by(optimizer):
             value = held.value
@@ -93,6 +95,21 @@ def check_holders(
                 raise OptimizerError(
                     f"{kind} holds a tensor of the shape of {names[id(tensor)]} in {held.path}, such as a copy or an "
                     f"average of it, and it is not known what becomes of it. {_ADVICE}"
+                )
+
+
+def _check_entries_of_groups(optimizer: Optimizer, leaving: Mapping[int, str], known: Collection[str]) -> None:
+    """Raise OptimizerError if a group with parameters that leave has a list with an entry for each of its parameters."""
+    for index, group in enumerate(optimizer.param_groups):
+        count = len(group["params"])
+        name = next((leaving[id(each)] for each in group["params"] if id(each) in leaving), None)
+        for key, value in group.items() if name is not None and count > 1 else ():
+            is_list = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() == 1)
+            if is_list and len(value) == count and key not in known:
+                raise OptimizerError(
+                    f"{type(optimizer).__name__} keeps {count} entries beside as many parameters in "
+                    f"param_groups[{index}][{key!r}], and {name} will be replaced by others: it is not known what their "
+                    f"entries are. {_ADVICE}"
                 )
 
 

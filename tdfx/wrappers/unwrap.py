@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tdfx.distributed.processes import Processes, Solo
 from tdfx.errors import ModelError
+from tdfx.layers.holders import Surroundings
 from tdfx.wrappers.compiled import CompiledParts, compile_in_place, compile_settings_of, is_wrapped, wrap_compiled
 from tdfx.wrappers.in_place import InPlaceModule
 
@@ -33,6 +34,8 @@ class Unwrapped:
     """True if ``torch.compile`` has compiled the model or a part of it."""
     staying: nn.Module | None = None
     """The module that stays the same object, where another one will not take the model's place."""
+    surroundings: Surroundings | None = None
+    """The model around that module, if it is a part of one."""
 
 
 def unwrap(model: nn.Module) -> Unwrapped:
@@ -68,11 +71,12 @@ def _unwrap_target(part: InPlaceModule) -> Unwrapped:
     """Return the module that is rewritten in place, with the processes that train the model around it."""
     if part.is_sharded:
         return _unwrap_sharded_target(part)
-    inner = replace(unwrap(part.target), staying=part.target)
-    return (
-        inner
-        if part.ddp is None
-        else replace(unwrap(part.ddp), model=inner.model, wrap=inner.wrap, staying=inner.staying)
+    surroundings = Surroundings(part.model, part.target) if part.path else None
+    inner = replace(unwrap(part.target), staying=part.target, surroundings=surroundings)
+    if part.ddp is None:
+        return inner
+    return replace(
+        unwrap(part.ddp), model=inner.model, wrap=inner.wrap, staying=inner.staying, surroundings=surroundings
     )
 
 
@@ -90,7 +94,9 @@ def _unwrap_sharded_target(part: InPlaceModule) -> Unwrapped:
         sharded.check_paths(rewritten, part.path)
         return compiled.recompile(rewritten)
 
-    return Unwrapped(sharded.model.get_submodule(part.path), wrap, sharded.ranks, shards=True, staying=part.target)
+    target = sharded.model.get_submodule(part.path)
+    surroundings = Surroundings(sharded.model, target) if part.path else None
+    return Unwrapped(target, wrap, sharded.ranks, shards=True, staying=part.target, surroundings=surroundings)
 
 
 def _compiled_and_sharded(path: str) -> str:
