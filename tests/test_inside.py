@@ -18,6 +18,7 @@ from torch.optim import SGD, AdamW
 import tdfx
 from tdfx.integrations.adapter import TrainerAdapter
 from tdfx.integrations.follow import FollowCheckpoint, names_of, restore_order
+from tdfx.integrations.versions import check_version
 from tdfx.layers.factorized import Factorized
 from tdfx.wrappers.in_place import InPlaceModule, replace_in_place
 
@@ -208,6 +209,13 @@ def test_groups_of_other_parameters_are_refused() -> None:
     names = names_of([SGD([net[0].weight, net[0].bias], lr=0.1)], net)
     with pytest.raises(tdfx.OptimizerError, match=r"held 2 parameters when it was saved and holds 2 now, and 0.bias"):
         restore_order([SGD([net[0].weight, net[1].bias], lr=0.1)], names, net)
+
+
+def test_an_old_version_of_a_framework_is_refused() -> None:
+    check_version("transformers", "5.0.0", "4.57")
+    text = r"works with transformers 4.57 and newer, and 4.46.3 is installed. Upgrade it: .*'tdfx\[transformers\]'"
+    with pytest.raises(ImportError, match=text):
+        check_version("transformers", "4.46.3", "4.57")
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,9 @@ pytestmark = [
 ]
 
 
+IS_FOUR = transformers.__version__.startswith("4.")
+
+
 def lit_callback(**settings: Any) -> Any:
     return for_lightning.SwitchCallback(lit.POLICY, **{"epoch": 1, "merge": False, "total_steps": None, **settings})
 
@@ -109,16 +112,25 @@ COPIES: dict[str, Any] = {
         name: parameter.detach().clone() for name, parameter in model.named_parameters()
     },
     "Averages.kept holds tensors of the shapes": lambda model: [each.detach().clone() for each in model.parameters()],
-    "Averages.kept holds parameters of the model": lambda model: list(model.parameters())[:2],
+    "Trainer.kept.0 holds parameters of the model": lambda model: [list(model.parameters())[:2]],
 }
+
+
+def keeping(folder: Path, message: str) -> Any:
+    """Return a Trainer that keeps a copy itself, as one of a user's class, or whose callback does."""
+    if message.startswith("Averages"):
+        return hf_trainer(folder, [Averages(COPIES[message]), hf.make_callback()])
+    trainer = hf_trainer(folder, [hf.make_callback()])
+    trainer.kept = COPIES[message](trainer.model)
+    return trainer
 
 
 @pytest.mark.parametrize("message", COPIES)
 def test_other_copies_are_named_before_anything_changes(tmp_path: Path, message: str) -> None:
-    trainer = hf_trainer(tmp_path, [Averages(COPIES[message]), hf.make_callback()])
+    trainer = keeping(tmp_path, message)
     with pytest.warns(tdfx.TdfxWarning, match=message):
         trainer.train()
-    trainer = hf_trainer(tmp_path, [Averages(COPIES[message]), hf.make_callback()])
+    trainer = keeping(tmp_path, message)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", _raise)
         with pytest.raises(tdfx.TdfxWarning, match=message):
@@ -175,7 +187,9 @@ def test_the_best_model_is_loaded_whoever_made_the_model(tmp_path: Path) -> None
 def test_a_run_is_resumed_with_model_init_and_other_epochs(tmp_path: Path) -> None:
     first = hf_trainer(tmp_path, [hf.make_callback()], save_strategy="epoch")
     first.train()
-    changes: list[dict[str, Any]] = [{}, {"per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 2}]
+    changes: list[dict[str, Any]] = [{}, {"gradient_accumulation_steps": 2}]
+    if not IS_FOUR:  # which goes on with the batch size of the checkpoint
+        changes.append({"per_device_train_batch_size": 4})
     for changed in changes:
         callback = hf.make_callback()
         second = hf_trainer(tmp_path / "again", [callback], **changed)
@@ -186,6 +200,7 @@ def test_a_run_is_resumed_with_model_init_and_other_epochs(tmp_path: Path) -> No
         assert hf.same(second.model, first.model) == (not changed)
 
 
+@pytest.mark.skipif(IS_FOUR, reason="Transformers 4 goes on with the batch size of the checkpoint")
 def test_an_epoch_of_another_length_ends_later(tmp_path: Path) -> None:
     first = hf_trainer(tmp_path, [hf.make_callback(epoch=2)], save_strategy="epoch", num_train_epochs=1)
     first.train()

@@ -153,5 +153,10 @@ def _values(
     for name, value in items:
         yield (*path, name), holder, value
         is_function = isinstance(value, FunctionType | partial)
-        if depth > 1 and not _is_theirs(value) and (is_function or not callable(value)):
+        if (
+            depth > 1
+            and not isinstance(value, nn.Module)
+            and not _is_theirs(value)
+            and (is_function or not callable(value))
+        ):
             yield from _values(value, depth - 1, (*path, name))

@@ -90,6 +90,15 @@ class FactorizedLoader(HfQuantizer):  # type: ignore[misc]
         """Return True: the factors are parameters like others."""
         return True
 
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """Refuse weights without the factors; only Transformers 4 calls this, and it does not mark what it has loaded."""
+        for path, layer in model.named_modules():
+            if isinstance(layer, Factorized):
+                names = {f"{path}.{name}".removeprefix(".") for name, _ in layer.factors.named_parameters("factors")}
+                if names & set(missing_keys):
+                    raise _no_factors(path)
+        return missing_keys
+
     def _process_model_before_weight_loading(self, model: Any, *arguments: Any, **named: Any) -> Any:
         plan = Plan.from_json(json.dumps(self.quantization_config.plan))
         plan = replace(plan, sites=tuple(_sites_in(model, plan)))
@@ -117,11 +126,14 @@ def _check_loaded(model: nn.Module) -> None:
         if isinstance(layer, Factorized) and not all(
             hasattr(weight, _LOADED) or weight.is_meta for weight in layer.weights
         ):
-            raise CheckpointError(
-                f"The config.json says that {path!r} is factorized, and the weights beside it hold no such factors: they "
-                f"are of another model. Save the model again; or, if the weights are dense, delete {ENTRY!r} from the "
-                f"config.json."
-            )
+            raise _no_factors(path)
+
+
+def _no_factors(path: str) -> CheckpointError:
+    return CheckpointError(
+        f"The config.json says that {path!r} is factorized, and the weights beside it hold no such factors: they are of "
+        f"another model. Save the model again; or, if the weights are dense, delete {ENTRY!r} from the config.json."
+    )
 
 
 def _sites_in(model: Any, plan: Plan) -> Iterator[SitePlan]:

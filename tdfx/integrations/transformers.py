@@ -13,21 +13,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+
+from tdfx.integrations.moment import steps_per_epoch
+from tdfx.integrations.versions import check_version
 
 try:
-    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
+    import transformers
 except ImportError as error:
     raise ImportError(
         "tdfx.integrations.transformers is a callback for Transformers, which is not installed. Install it: "
         "pip install 'tdfx[transformers]'"
     ) from error
+else:
+    check_version("transformers", transformers.__version__, "4.57")
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from tdfx.checkpoint.sealed_file import read_sealed, write_sealed
 from tdfx.errors import CheckpointError
 from tdfx.integrations.adapter import TrainerAdapter, check_not_layer, refuse_engine
-from tdfx.integrations.moment import steps_per_epoch
 from tdfx.integrations.pretrained import FILE, load_pretrained
 from tdfx.optim.surgery import as_optimizers
 from tdfx.wrappers.in_place import InPlaceModule, is_sharded
@@ -184,14 +189,13 @@ class SwitchCallback(TrainerAdapter, TrainerCallback):  # type: ignore[misc]
         return InPlaceModule(self.replica or model)
 
     def _others(self) -> list[object]:
-        """Return the other callbacks, and the averages that a Trainer of the user's class keeps itself."""
+        """Return the Trainer, which may keep copies itself in attributes of a user's class, and the other callbacks."""
         trainer = self._trainer and self._trainer()
         if trainer is None:
             return []
-        averages = [value for value in vars(trainer).values() if isinstance(value, AveragedModel)]
         ours = (TrainerAdapter, _MergeAtStop)
         others = [each for each in trainer.callback_handler.callbacks if not isinstance(each, ours)]
-        return [averages, *others]
+        return [trainer, *others]
 
 
 class _MergeAtStop(TrainerCallback):  # type: ignore[misc]
