@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ import tdfx
 from tdfx.errors import ExportError, InputError
 from tdfx.onnx_proof.alias_groups import aliases_of
 from tdfx.onnx_proof.plain_forward import named_tensors, output_tensors
+from tdfx.onnx_proof.torch_to_onnx import export_module
 
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
 HALF = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1)
@@ -128,6 +129,90 @@ def test_a_padded_tensor_may_be_read_twice(setting: tuple[int, Any, str]) -> Non
     check_proved(lambda: Gate(*setting), SIGNAL, emits=("graph",))
 
 
+class Stack(nn.Module):
+    """Two sites, a difference and a constant, each of which may be another one."""
+
+    def __init__(
+        self, mode: Any = "reflect", stride: int = 3, bias: bool = True, swapped: bool = False, constant: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.Conv1d(16, 16, 2, stride=stride),
+            nn.Conv1d(16, 16, 3, padding=1, padding_mode=mode, bias=bias),
+        )
+        self.swapped, self.constant = swapped, constant
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.second(y)
+        difference: Tensor = y - z if self.swapped else z - y
+        return difference * self.constant
+
+
+def test_a_factorized_model_is_told_from_models_that_differ_in_one_thing(tmp_path: Any) -> None:
+    x, model = SIGNAL[..., :5], made(Stack)
+    paths = {"low": tmp_path / "low.onnx", "full": tmp_path / "full.onnx"}
+    for name, policy in {"low": HALF, "full": FULL}.items():
+        export_module(tdfx.rewrite(model, policy, example_inputs=(x,)), (x,), paths[name])
+    assert tdfx.verify(paths["low"], model, example_inputs=(x,)).graphs_match
+    changes: list[dict[str, Any]] = [
+        {"mode": "replicate"},
+        {"stride": 2},  # two positions as before
+        {"bias": False},
+        {"swapped": True},
+        {"constant": 0.501},
+    ]
+    for change in changes:
+        other = Stack(**change).eval()
+        other.load_state_dict(model.state_dict(), strict=False)
+        assert other(x).shape == model(x).shape
+        assert not tdfx.verify(paths["low"], other, example_inputs=(x,)).structure_matches, change
+    with torch.no_grad():
+        cast("Any", model).first.weight[3, 5, 1] += 1e-2
+    report = tdfx.verify(paths["full"], model, example_inputs=(x,))
+    assert report.graphs_match
+    assert not report.numbers_match
+
+
+class Products(nn.Module):
+    """Parameters in products of several kinds."""
+
+    def __init__(self, of_rows: str = "bni,io->bno", heads: str = "bnd,dhk->bhnk") -> None:
+        super().__init__()
+        self.of_rows, self.heads = of_rows, heads
+        for name, shape in {
+            "a": (8, 6),
+            "b": (6, 8),
+            "c": (8, 8),
+            "d": (3, 8, 6),
+            "e": (8, 4, 4),
+            "f": (8, 6, 3),
+        }.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape)))
+
+    def forward(self, x: Tensor) -> Any:
+        last = torch.einsum("bni,iog->bngo", x, self.f)
+        rows = torch.einsum(self.of_rows, x, self.c)
+        return x @ self.a, x @ self.b.T, rows, torch.bmm(x, self.d), torch.einsum(self.heads, x, self.e), last
+
+
+ROWS = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(4))
+
+
+def test_parameters_in_products_are_contracted_by_the_axes_that_meet() -> None:
+    model = made(Products)
+    low = tdfx.rewrite(model, HALF, example_inputs=(ROWS,))
+    assert sum(isinstance(module, tdfx.Factorized) for module in low.modules()) == 6
+    report = tdfx.verify(low, tdfx.merge(low), example_inputs=(ROWS,))
+    assert report.ok, str(report)
+    assert len(report.contracted) == 6
+    # The same shapes, and other axes: below full rank only the graphs can tell.
+    for other in (Products(of_rows="bni,oi->bno"), Products(heads="bnd,dkh->bhnk")):
+        report = tdfx.verify(low, other, example_inputs=(ROWS,))
+        assert not report.structure_matches
+        assert "terms" in str(report)
+
+
 class OfDict(Pair):
     """Takes a dict with a list, a number and None; gives a dict with None, a number and text."""
 
@@ -177,15 +262,86 @@ def test_a_number_that_differs_is_seen_and_a_dataclass_is_taken() -> None:
     assert not tdfx.verify(model, other, example_inputs=(X,)).ok
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What some models take: it holds another dataclass, and derives a value."""
+
+    rows: Tensor
+    inner: Result
+    scale: float = 2.0
+    total: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", self.rows.sum())
+
+
+class OfBatch(Pair):
+    def forward(self, batch: Batch, plain: Tensor) -> Any:  # type: ignore[override]
+        mask = batch.inner.extra["mask"]
+        return self.body(batch.rows * batch.scale) * mask * batch.total + batch.inner.logits + plain
+
+
+def batch_of(rows: Tensor) -> Batch:
+    return Batch(rows, Result(rows.cos(), {"mask": rows.sigmoid(), "count": 3}))
+
+
+def test_a_dataclass_is_taken_with_its_tensors_as_inputs(tmp_path: Any) -> None:
+    batch = batch_of(X)
+    check_proved(OfBatch, batch, X)
+    model = made(OfBatch)
+    names = ["batch_rows", "batch_inner_logits", "batch_inner_extra_mask", "plain"]
+    report = tdfx.export(
+        model,
+        tmp_path / "model.onnx",
+        example_inputs={"plain": X, "batch": batch},
+        dynamic_axes={name: {0: "batch"} for name in names},
+    )
+    assert report.inputs == tuple(f"{name}: float[batch, 16]" for name in names)
+    # Other values, of another length: what the dataclass derives is part of the graph.
+    rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(3))
+    other = batch_of(rows)
+    values = (rows, other.inner.logits, other.inner.extra["mask"], rows)
+    arrays = {name: value.numpy() for name, value in zip(names, values, strict=True)}
+    (output,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, arrays)
+    np.testing.assert_allclose(output, model(other, rows).detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        InputError, match=r"OfBatch does not accept.*Batch\(rows=float32\[4, 15\], inner=Result\(logits="
+    ):
+        tdfx.verify(model, model, example_inputs=(batch_of(X[:, 1:]), X))
+
+
+class Opaque:
+    """What no exporter can look into."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+
 def test_what_cannot_be_taken_is_said_with_what_to_do() -> None:
     class Odd(Pair):
         def forward(self, x: Any) -> Any:
-            return object()
+            return Opaque(self.body(x.rows))
 
-    with pytest.raises(ExportError, match=r"gives a object, in which no tensors can be found. Wrap it in a module"):
-        tdfx.verify(Odd(), Odd(), example_inputs=(X,))
-    with pytest.raises(InputError, match=r"not \(Result\).*wrap a model that takes other objects in a module"):
-        tdfx.verify(Odd(), Odd(), example_inputs=(Result(X),))
+    with pytest.raises(InputError, match=r"not \(Opaque\).*wrap a model that takes other objects in a module"):
+        tdfx.verify(Odd(), Odd(), example_inputs=(Opaque(X),))
+
+    class Wrapped(nn.Module):
+        """As both messages advise."""
+
+        def __init__(self, model: nn.Module, unwrap: bool = True) -> None:
+            super().__init__()
+            self.model, self.unwrap = model, unwrap
+
+        def forward(self, rows: Tensor) -> Any:
+            result = self.model(Opaque(rows))
+            return result.rows if self.unwrap else result
+
+    model = made(Odd)
+    with pytest.raises(ExportError, match=r"gives a Opaque, in which no tensors can be found. Wrap it in a module"):
+        tdfx.verify(Wrapped(model, False), Wrapped(model, False), example_inputs=(X,))
+    full = tdfx.rewrite(model, FULL, example_inputs=(Opaque(X),))
+    assert tdfx.verify(Wrapped(full), Wrapped(model), example_inputs=(X,)).ok
+    assert not tdfx.verify(Wrapped(full), Wrapped(made(Odd, 1)), example_inputs=(X,)).ok
 
 
 def test_verify_leaves_a_model_that_counts_its_calls_as_it_was() -> None:

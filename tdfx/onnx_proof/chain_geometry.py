@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tdfx.onnx_proof.graph import Graph, Node
 
 CONVOLUTIONS = {"Conv", "ConvTranspose"}
-PRODUCTS = {"Gemm", "MatMul"}
+PRODUCTS = {"Einsum", "Gemm", "MatMul"}
 
 
 def operator_of(nodes: Iterable[Node]) -> str:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 from tdfx.onnx_proof.chain_geometry import CONVOLUTIONS, PRODUCTS, geometry_of, operator_of, transposes_weight
 from tdfx.onnx_proof.graph import Graph, Initializer, Node, sources_of
+from tdfx.onnx_proof.product_terms import Axes, Terms, dense_axes, factor_axes, joined, permuted, terms_of
+from tdfx.onnx_proof.value_text import Attribute
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from tdfx.onnx_proof.factor_chains import Chain
 
@@ -26,7 +28,7 @@ _LAYOUT = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 _PASS_THROUGH = {"Identity", "Pad", "Squeeze", "Unsqueeze"}
 """Operators that the data may go through between factors."""
 
-_HELPERS = {*_LAYOUT, "CastLike", "Constant", "Expand", "Shape"}
+_HELPERS = {*_LAYOUT, "CastLike", "Concat", "Constant", "Expand", "Shape"}
 """Operators that provide a chain's weights, and the zeros for a missing bias."""
 
 _ZERO = re.compile(r"(^|of )-?0(\.0)?$")
@@ -48,6 +50,18 @@ Sizes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class _Product:
+    """How a node multiplies by a weight."""
+
+    transposed: bool
+    """True if the weight is transposed on its way."""
+    terms: Terms | None
+    """What a parameter is multiplied by, axis by axis; None for other sites."""
+    data: int
+    """The position of the argument that is multiplied."""
+
+
+@dataclass(frozen=True, slots=True)
 class _SiteTensors:
     """The names of one site's tensors in a graph, factorized or dense."""
 
@@ -56,6 +70,13 @@ class _SiteTensors:
     bias: str | None
     pads: bool
     """True if an operation of its own pads the input before the first product."""
+
+    def axes(self, position: int) -> Axes | None:
+        """Return the names of the axes of a weight that is multiplied as a parameter; None for other sites."""
+        roles = self.chain.roles
+        if roles is None:
+            return None
+        return factor_axes(roles)[position] if len(self.weights) > 1 else dense_axes(roles)
 
 
 def differing_chains(chains: Iterable[Chain], others: Iterable[Chain]) -> tuple[Chain, ...]:
@@ -106,27 +127,31 @@ class _Contraction:
         if site.bias is not None and site.chain.bias is not None:  # sites that share a bias still share it afterwards
             name = self.renamed.setdefault(site.bias, site.chain.bias)
             site = replace(site, chain=replace(site.chain, bias=name))
-        products = [self._products(site, name) for name in site.weights]
+        products = [self._products(site, name, site.axes(position)) for position, name in enumerate(site.weights)]
         regions = []
         for last in sorted(products[-1]):
             path = self._path(site, self._with_bias(site, last), products)
-            regions.append(self._region(site, path))
+            regions.append(self._region(site, path, products))
             self._replace(site, path, regions[-1], products)
         self.sizes[site.chain.site] = tuple(map(len, regions))
         self._rename(site)
 
-    def _products(self, site: _SiteTensors, name: str) -> dict[int, bool]:
-        """Return the nodes that multiply by a weight, in whatever layout, and whether they transpose it."""
-        products: dict[int, bool] = {}
-        waiting = [(name, False)]
+    def _products(self, site: _SiteTensors, name: str, axes: Axes | None) -> dict[int, _Product]:
+        """Return the nodes that multiply by a weight, in whatever layout."""
+        products: dict[int, _Product] = {}
+        waiting = [(name, False, axes)]
         while waiting:
-            value, transposed = waiting.pop()
+            value, transposed, axes = waiting.pop()
             for index in self.readers[value]:
                 node = self.graph.nodes[index]
-                if node.op in CONVOLUTIONS | PRODUCTS:
-                    products[index] = transposed ^ transposes_weight(node)
+                operand = node.inputs.index(value)
+                terms = None if axes is None else terms_of(node, axes, operand)
+                if node.op in CONVOLUTIONS | PRODUCTS and (terms is not None or (axes is None and node.op != "Einsum")):
+                    products[index] = _Product(transposed ^ transposes_weight(node), terms, 1 - operand if terms else 0)
                 elif node.op in _LAYOUT:
-                    waiting += [(output, transposed ^ (node.op == "Transpose")) for output in node.outputs if output]
+                    is_transpose = node.op == "Transpose"
+                    following = permuted(axes, node) if is_transpose and axes is not None else axes
+                    waiting += [(output, transposed ^ is_transpose, following) for output in node.outputs if output]
                 elif node.op != "Shape":
                     raise ContractionError(f"the weight {name!r} of the site {site.chain} is read by {node}", index)
         return products
@@ -142,19 +167,22 @@ class _Contraction:
             raise ContractionError(f"the bias {site.bias!r} of the site {site.chain} is not added to its result", last)
         return additions[0]
 
-    def _path(self, site: _SiteTensors, last: int, products: Sequence[Container[int]]) -> list[int]:
+    def _path(self, site: _SiteTensors, last: int, products: Sequence[Mapping[int, _Product]]) -> list[int]:
         """Return the nodes that the data goes through, from the first: one product for each weight, in their order."""
         path, remaining = [last], len(products)
         while True:
             index = path[-1]
             node = self.graph.nodes[index]
+            data = 0
             if node.op in CONVOLUTIONS | PRODUCTS and index in products[remaining - 1]:
                 self._check_addend(site, index)
                 remaining -= 1
+                data = products[remaining][index].data
             elif node.op not in _PASS_THROUGH and not (node.op == "Add" and index == last):
                 raise ContractionError(f"{node} stands inside the site {site.chain}", index)
-            bias_first = node.op == "Add" and node.inputs[0] == site.bias
-            producer = self.graph.producer(node.inputs[1 if bias_first else 0])
+            if node.op == "Add" and node.inputs[0] == site.bias:
+                data = 1
+            producer = self.graph.producer(node.inputs[data])
             if remaining == 0:
                 if site.pads and producer is not None and self.graph.nodes[producer].op == "Pad":
                     path.append(producer)
@@ -175,9 +203,14 @@ class _Contraction:
             if not is_zero and value not in self.graph.initializers:
                 raise ContractionError(f"the site {site.chain} adds {value!r}, which is not its bias", index)
 
-    def _region(self, site: _SiteTensors, path: Sequence[int]) -> set[int]:
+    def _data(self, path: Sequence[int], products: Sequence[Mapping[int, _Product]]) -> str:
+        """Return the value that enters a path."""
+        first = products[0].get(path[0])
+        return self.graph.nodes[path[0]].inputs[0 if first is None else first.data]
+
+    def _region(self, site: _SiteTensors, path: Sequence[int], products: Sequence[Mapping[int, _Product]]) -> set[int]:
         """Return the nodes of a path and those that provide its weights and zeros, without nodes that others read too."""
-        data = self.graph.nodes[path[0]].inputs[0]
+        data = self._data(path, products)
         region: set[int] = set()
         waiting = [path[-1]]
         while waiting:
@@ -198,19 +231,26 @@ class _Contraction:
         return region
 
     def _replace(
-        self, site: _SiteTensors, path: Sequence[int], region: set[int], products: Sequence[Mapping[int, bool]]
+        self, site: _SiteTensors, path: Sequence[int], region: set[int], products: Sequence[Mapping[int, _Product]]
     ) -> None:
         nodes = [self.graph.nodes[index] for index in path]
         own_tensors = {*site.weights, site.bias}
         read = (name for node in nodes for name in node.inputs if name in self.graph.initializers)
         extra = dict.fromkeys(name for name in read if name not in own_tensors)
-        transposed = {nodes_of[index] for index in path for nodes_of in products if index in nodes_of}
+        used = [nodes_of[index] for index in path for nodes_of in products if index in nodes_of]
+        transposed = {product.transposed for product in used}
+        attributes = geometry_of(nodes, self.graph, sorted(transposed) if site.chain.oriented else [])
+        if site.chain.roles is not None:
+            terms = joined([product.terms for product in used if product.terms is not None])
+            if terms is None:
+                raise ContractionError(f"the products of the site {site.chain} do not fit together", path[-1])
+            attributes = (*geometry_of(nodes, self.graph), Attribute("terms", "STRING", str(terms)))
         self.removed |= region
         self.contracted[path[-1]] = Node(
             name=site.chain.site or "the model itself",
             op=operator_of(nodes) + SUFFIX,
-            attributes=geometry_of(nodes, self.graph, sorted(transposed) if site.chain.oriented else []),
-            inputs=tuple(filter(None, (nodes[0].inputs[0], site.chain.weight, site.chain.bias, *extra))),
+            attributes=attributes,
+            inputs=tuple(filter(None, (self._data(path, products), site.chain.weight, site.chain.bias, *extra))),
             outputs=nodes[-1].outputs[:1],
         )
 

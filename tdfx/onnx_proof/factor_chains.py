@@ -11,6 +11,7 @@ from torch import nn
 from tdfx.checks import read_record
 from tdfx.errors import ExportError
 from tdfx.factors.operation import Operation
+from tdfx.kinds.layouts import Layout
 from tdfx.layers.factorized import Factorized, weight_of
 from tdfx.layers.parameter import FactorizedParameter
 
@@ -44,6 +45,8 @@ class Chain:
     """True at full rank, where the chain can represent any weight."""
     first_pads: bool | None = None
     """True if the first factor pads by a separate operation; None, from earlier versions, if ``pads`` says so."""
+    roles: str | None = None
+    """The roles of the axes of a parameter that is multiplied, as in ``tdfx.kinds.layouts``; None for other sites."""
 
     def __post_init__(self) -> None:
         if not self.factors:
@@ -77,6 +80,7 @@ def _chain(path: str, layer: Factorized) -> Chain:
         pads=_pads_separately(operation),
         first_pads=_pads_separately(layer.scheme.chain(operation, layer.origin.ranks)[0]),
         oriented=is_parameter or operation.dims > 0 or isinstance(layer.origin.layer, nn.Linear),
+        roles=kind.roles if isinstance(kind, Layout) else None,
         exact=all(rank >= full for rank, full in zip(layer.origin.ranks, full_ranks, strict=True)),
     )
 
