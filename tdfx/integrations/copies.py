@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from types import CellType, FunctionType, ModuleType
 from typing import Any
 
@@ -16,6 +17,8 @@ from tdfx.errors import TdfxWarning
 
 _DEPTH = 2
 """How many containers and objects deep a callback is searched."""
+_MOST_ITEMS = 10_000
+"""Items of a container that are looked at: a Trainer may hold its data in a list."""
 _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "transformers", "accelerate", "tdfx")
 
 
@@ -140,9 +143,9 @@ def _values(
 ) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     """Yield the values that an object keeps in attributes, containers and closures: path, owner of the last name, value."""
     if isinstance(holder, Mapping):
-        items = [(str(key), value) for key, value in holder.items()]
+        items = [(str(key), value) for key, value in islice(holder.items(), _MOST_ITEMS)]
     elif isinstance(holder, list | tuple | set):
-        items = [(str(index), value) for index, value in enumerate(holder)]
+        items = [(str(index), value) for index, value in islice(enumerate(holder), _MOST_ITEMS)]
     elif isinstance(holder, partial):
         items = [*((str(index), value) for index, value in enumerate(holder.args)), *holder.keywords.items()]
     elif isinstance(holder, FunctionType):
