@@ -510,7 +510,7 @@ def in_method(net: Any) -> None:
 
     class Own(Net):
         def penalty(self) -> Tensor:
-            return weight.square().sum()
+            return cast("Tensor", weight.square().sum())
 
     net.__class__ = Own
 

@@ -177,6 +177,10 @@ def test_a_factorized_model_is_told_from_models_that_differ_in_one_thing(tmp_pat
 class Products(nn.Module):
     """Parameters in products of several kinds."""
 
+    a: Tensor
+    b: Tensor
+    d: Tensor
+
     def __init__(self, of_rows: str = "bni,io->bno", heads: str = "bnd,dhk->bhnk") -> None:
         super().__init__()
         self.of_rows, self.heads = of_rows, heads
