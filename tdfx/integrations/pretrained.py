@@ -115,6 +115,10 @@ class FactorizedLoader(HfQuantizer):  # type: ignore[misc]
             vars(model).pop(name, None)
         model.is_quantized = False
         delattr(model.config, ENTRY)
+        for part in model.modules():
+            if isinstance(part, transformers.PreTrainedModel):
+                # Transformers 4 would write this dtype of a config without the entry, and no JSON can hold it.
+                vars(part.config).pop("_pre_quantization_dtype", None)
         return model
 
 
