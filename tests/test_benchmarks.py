@@ -254,7 +254,7 @@ def task(_tools: None) -> Any:
 class Settings:
     """Settings of a policy, with a switch after the second step, however little it saves."""
 
-    name, tail = "low", None
+    name, tail, carry_state = "low", None, None
 
     def __init__(self, policy: tdfx.Policy) -> None:
         self.policy = policy

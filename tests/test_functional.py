@@ -416,7 +416,7 @@ def test_optimizer_state_is_carried_as_for_a_layer_with_the_same_weight(
             train(model, optimizer)
         check_states()
         pair = [
-            tdfx.rewrite(model, policy, optimizer=optimizer, emit=emit)
+            tdfx.rewrite(model, policy, optimizer=optimizer, emit=emit, carry_state=True)
             for model, optimizer in zip(pair, optimizers, strict=True)
         ]
         assert len(factorized_parameters(pair[1])) == 2

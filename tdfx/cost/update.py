@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ def time_update(optimizers: Sequence[Optimizer], rounds: int = 3) -> UpdateTime 
     optimizers, which would see these steps.
     """
     pairs = [(each, group) for each in optimizers for group in getattr(each, "param_groups", ())]
-    if not pairs or optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks:
+    if not pairs or any(not getattr(hook, "__module__", "").startswith("tdfx.") for hook in _hooks_of_all()):
         return None
     chosen, group = max(pairs, key=lambda pair: _count(pair[1]["params"]))
     kind, like = type(chosen), max(group["params"], key=_values, default=None)
@@ -64,6 +64,12 @@ def _step(kind: type[Any], settings: dict[str, Any], like: Tensor, tensors: int,
         parameter.grad = torch.zeros_like(parameter)
     own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in settings.items()}
     return kind(parameters, **own)
+
+
+def _hooks_of_all() -> Iterator[Any]:
+    """Yield the hooks that see the steps of all optimizers, tdfx's own among them."""
+    for hooks in (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks):
+        yield from hooks.values()
 
 
 def _count(parameters: Sequence[Tensor]) -> int:

@@ -13,5 +13,5 @@ def check_version(framework: str, installed: str, oldest: str) -> None:
     if Version(installed) < Version(oldest):
         raise ImportError(
             f"tdfx.integrations.{framework} works with {framework} {oldest} and newer, and {installed} is installed. "
-            f"Upgrade it: pip install --upgrade 'tdfx[{framework}]'"
+            f"Upgrade it: the extra 'tdfx[{framework}]' asks pip for one that does."
         )
