@@ -5,8 +5,8 @@ first moment is a sum of gradients, so it is carried by the same product, exactl
 moment is a sum of squares, for which there is no exact rule. The estimate used here assumes that the entries of the
 gradient are uncorrelated: the same product, taken at the squared factors, is then the expected square. It is positive, and
 its scale is exact where the second moments are all equal and the factors orthogonal. It is never less than the square of
-the first moment. Step counts are kept. Where an optimizer corrects its moments by their
-counts, as Adam does, factors begin with none by default: see ``StateFormat.begins``.
+the first moment. Step counts are kept. Where an optimizer corrects its moments by their counts, as Adam does, factors
+begin with none by default: see ``StateFormat.begins``.
 
 At the merge, the first moment of W is the one of least norm that the rule above carries to the factors' moments: their
 projection on the tangent space of the low-rank weights. The second moment is a weighted average of the factors' second
