@@ -140,10 +140,11 @@ def new_states(
     state_format = _format_of(optimizer, old_states[0])
     if state_format is None or any(state.keys() != old_states[0].keys() for state in old_states):
         return _fresh_states(optimizer, new)
-    if state_format.begins is not None and _is_new(carriers, carry_state):
-        return [_begin(old_states[0], parameter, state_format) for parameter in new]
-    if carry_state is False and _is_new(carriers, carry_state):
-        return _fresh_states(optimizer, new)
+    if _is_new(carriers, carry_state):
+        if state_format.begins is not None:
+            return [_begin(old_states[0], parameter, state_format.begins) for parameter in new]
+        if carry_state is False:
+            return _fresh_states(optimizer, new)
     unfolded = [state_format.unfold(tree_map(_in_working_dtype, state)) for state in old_states]
     carried = {
         key: _carry(role, [state[key] for state in unfolded], len(new), carriers)
@@ -208,14 +209,13 @@ def _is_new(carriers: Sequence[Carrier], carry_state: bool | None) -> bool:
     return isinstance(carriers[0 if carry_state is None else -1], ToFactors) and not carry_state
 
 
-def _begin(old: State, parameter: nn.Parameter, state_format: StateFormat) -> State:
+def _begin(old: State, parameter: nn.Parameter, counts: Mapping[str, float]) -> State:
     """Return the state of a parameter that has taken no step, with the entries of another's state."""
-    counts = {key: copy.deepcopy(value) for key, value in old.items() if state_format.roles[key] == "count"}
-    for key, start in (state_format.begins or {}).items():
-        if key in counts:
-            counts[key] = counts[key] * 0 + start  # a tensor on any device, or a number
     return {
-        key: counts[key] if key in counts else torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
+        # A count may be a tensor, on any device, or a number.
+        key: value * 0 + counts[key]
+        if key in counts
+        else torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
         for key, value in old.items()
     }
 
