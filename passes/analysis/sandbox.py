@@ -20,15 +20,15 @@ from tdfx.passes.analysis.user_state import UserState
 
 
 @contextmanager
-def isolated(module: nn.Module, *, traces: bool = False) -> Iterator[None]:
+def isolated(module: nn.Module, *, traces: bool = False, base: UserState | None = None) -> Iterator[None]:
     """Silence warnings, and restore what its code can change: random generators, all that it keeps, settings.
 
     With ``traces``, draws from iterators that it keeps raise UnsafeCodeError. Of torch's generators it restores that of the
-    CPU and those of the devices that hold the module.
+    CPU and those of the devices that hold the module. A ``base`` that was saved before is put back, too.
     """
     devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    state = UserState(module)
+    state = UserState(module, base=base)
     try:
         with warnings.catch_warnings(action="ignore"), random_streams_kept(devices), settings_kept():
             state.lend_iterators(refuse=traces)

@@ -50,9 +50,11 @@ class Trace(Pass[PassResult]):
         warn_of_finalizers(program.module)
         state = UserState(program.module)
         refuse_iterators_of_modules(program.module, state.iterators)
-        state.wrap_iterators()
+        if state.iterators:
+            state.wrap_iterators()
+            state = UserState(program.module)
         module = structural_copy(program.module)
-        tracer = ModuleTracer(_compiled_modules(program.module, module))
+        tracer = ModuleTracer(_compiled_modules(program.module, module), state)
         traces = dict(_trace_tree(module, "", tracer))
         graphs = {path: traced for path, traced in traces.items() if traced.graphs}
         root = traces.get("") or Traced((), _why_not_looked_into(module))
@@ -105,9 +107,11 @@ def _tensors(module: nn.Module) -> list[tuple[str, int]]:
 class ModuleTracer:
     """Traces modules one after the other, and remembers which classes of blocks a graph has to call as they are."""
 
-    def __init__(self, compiled: Collection[int] = ()) -> None:
+    def __init__(self, compiled: Collection[int] = (), state: UserState | None = None) -> None:
         self.compiled = compiled
         """The modules, by identity, that are compiled by themselves."""
+        self.state = state
+        """What the code of all modules can change, if it was saved."""
         self.opaque_classes: dict[type[nn.Module], str] = {}
         """Class of a block -> why graphs call its modules as they are."""
 
@@ -120,7 +124,9 @@ class ModuleTracer:
         stored = _Stored(module)
         while True:
             tracers = [SiteTracer(self.opaque_classes, opaque_paths) for _ in range(2)]
-            train, evaluation = (_ModeTrace(module, mode, tracers[not mode], stored) for mode in (True, False))
+            train, evaluation = (
+                _ModeTrace(module, mode, tracers[not mode], stored, self.state) for mode in (True, False)
+            )
             block = train.opaque_block() or evaluation.opaque_block() or _block_with_two_forwards(train, evaluation)
             block = block or train.reader_of_stored() or evaluation.reader_of_stored()
             if block is None or not self._make_opaque(module, *block, opaque_paths):
@@ -188,7 +194,9 @@ class _Stored:
 
 
 class _ModeTrace:
-    def __init__(self, module: nn.Module, training: bool, tracer: SiteTracer, stored: _Stored) -> None:
+    def __init__(
+        self, module: nn.Module, training: bool, tracer: SiteTracer, stored: _Stored, state: UserState | None
+    ) -> None:
         self.tracer = tracer
         self.stored = stored
         self.mode_users = tracer.mode_users
@@ -200,7 +208,7 @@ class _ModeTrace:
         self.reader = CodeReader(lambda: tracer.running)
         mismatches: dict[str, str] = {}
         try:
-            with isolated(scratch, traces=True):
+            with isolated(scratch, traces=True, base=state):
                 monitor = ForwardMonitor(scratch)
                 with ParameterGuard(module), watch_custom_functions(refuse_custom_function), self.reader.watch():
                     refuse_wrapped_forward(scratch)

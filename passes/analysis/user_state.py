@@ -55,25 +55,29 @@ class UserState:
 
     These are the attributes of its modules and of their classes, containers, arrays, tensors, random generators and objects
     of a user's own classes, however deep; and the names of files and outer functions that the code of a forward names.
-    What its code calls besides, such as hooks, may be given as ``others``.
+    What its code calls besides, such as hooks, may be given as ``others``. What a ``base`` has saved is not saved again,
+    but put back with the rest; it must not have changed since.
     """
 
-    def __init__(self, module: nn.Module, *others: Any) -> None:
+    def __init__(self, module: nn.Module, *others: Any, base: UserState | None = None) -> None:
         self.contents: dict[str, Any] = {}
         """Where an object was found -> what it held, for a comparison."""
         self.functions: list[tuple[str, types.FunctionType]] = []
         """The user's functions that the code can reach, each with the name of what holds it."""
         self._undo: list[Action] = []
         self._iterators: list[tuple[Any, Callable[[Any], object]]] = []
-        self._lent: dict[int, Any] = {}
+        self._base = base
+        self._lent: dict[int, Any] = base._lent if base else {}
         self._own = frozenset(id(tensor) for tensor in (*module.parameters(), *module.buffers()))
-        self._seen: set[int] = set(self._own)
+        self._seen: set[int] = {*self._own, *(base._seen if base else ())}
         self._alive: list[Any] = []
+        self._names_of_files: dict[tuple[int, bool], set[str]] = {}
         self._waiting: deque[tuple[str, Any]] = deque()
         for path, submodule in module.named_modules():
             self._waiting.append((path, submodule))
         self._waiting.extend(("", each) for each in others)
-        while self._waiting and len(self._seen) < _MOST_OBJECTS:
+        most = len(self._seen) + _MOST_OBJECTS
+        while self._waiting and len(self._seen) < most:
             self._visit(*self._waiting.popleft())
 
     @property
@@ -86,6 +90,8 @@ class UserState:
 
         With ``refuse``, draws from them raise UnsafeCodeError.
         """
+        if self._base is not None:
+            self._base.lend_iterators(refuse=refuse)
         for iterator, store in self._iterators:
             if isinstance(iterator, CACHE):
                 self._lent.setdefault(id(iterator), fresh_cache(iterator))
@@ -111,6 +117,9 @@ class UserState:
             undo()
         for iterator, _ in self._iterators:
             put_back(iterator, self._lent.get(id(iterator)))
+        if self._base is not None:
+            self._base.restore()
+        self._lent.clear()
 
     def _visit(self, path: str, value: Any) -> None:
         if isinstance(value, weakref.ref) or type(value) in weakref.ProxyTypes:
@@ -236,10 +245,15 @@ class UserState:
 
     def _keep_names_of_file(self, path: str, file: dict[str, Any], names: set[str], *, visit: bool = True) -> None:
         """Save what some names stand for in a file; of what a library has, only plain values are looked at."""
-        values = {name: file[name] for name in names & file.keys() if visit or isinstance(file[name], _ATOMS)}
-        self._keep_names(path, file, values)
-        missing = names - file.keys()
-        self._undo.append(lambda: remove_names(missing, file))
+        known = self._names_of_files.setdefault((id(file), visit), set())
+        names = names - known
+        known |= names
+        present = names & file.keys()
+        values = {name: file[name] for name in present if visit or isinstance(file[name], _ATOMS)}
+        if values:
+            self._keep_names(path, file, values)
+        if missing := names - present:
+            self._undo.append(lambda: remove_names(missing, file))
 
     def _visit_cell(self, path: str, cell: types.CellType) -> None:
         try:
