@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tdfx.onnx_proof.chain_geometry import CONVOLUTIONS, PRODUCTS, geometry_of, operator_of, transposes_weight
 from tdfx.onnx_proof.graph import Graph, Initializer, Node, sources_of
-from tdfx.onnx_proof.product_terms import Axes, Terms, dense_axes, factor_axes, joined, permuted, terms_of
+from tdfx.onnx_proof.product_terms import Axes, Terms, dense_axes, factor_axes, joined, permuted, selected, terms_of
 from tdfx.onnx_proof.value_text import Attribute
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ _LAYOUT = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 _PASS_THROUGH = {"Identity", "Pad", "Squeeze", "Unsqueeze"}
 """Operators that the data may go through between factors."""
 
-_HELPERS = {*_LAYOUT, "CastLike", "Concat", "Constant", "Expand", "Shape"}
+_HELPERS = {*_LAYOUT, "CastLike", "Concat", "Constant", "Expand", "Gather", "Shape"}
 """Operators that provide a chain's weights, and the zeros for a missing bias."""
 
 _ZERO = re.compile(r"(^|of )-?0(\.0)?$")
+_INDEX = re.compile(r"(?:int64\[\] of )?(-?\d+)")
 
 SUFFIX = " site"
 """The end of a contracted node's operator name."""
@@ -152,9 +153,20 @@ class _Contraction:
                     is_transpose = node.op == "Transpose"
                     following = permuted(axes, node) if is_transpose and axes is not None else axes
                     waiting += [(output, transposed ^ is_transpose, following) for output in node.outputs if output]
+                elif node.op == "Gather" and axes and (slice_index := self._index(node.inputs[1])):
+                    waiting.append((node.outputs[0], transposed, selected(axes, node, slice_index)))
                 elif node.op != "Shape":
                     raise ContractionError(f"the weight {name!r} of the site {site.chain} is read by {node}", index)
         return products
+
+    def _index(self, name: str) -> str:
+        """Return the one index that a value holds as a text; "" for any other value."""
+        stored, producer = self.graph.initializers.get(name), self.graph.producer(name)
+        texts = [stored.value or ""] if stored else []
+        if producer is not None and self.graph.nodes[producer].op == "Constant":
+            texts = [attribute.text for attribute in self.graph.nodes[producer].attributes]
+        match = _INDEX.fullmatch(texts[0]) if texts else None
+        return match[1] if match else ""
 
     def _with_bias(self, site: _SiteTensors, last: int) -> int:
         """Return the node that adds the bias, if that is another node than the last one to multiply."""

@@ -86,6 +86,12 @@ def permuted(axes: Axes, node: Node) -> Axes:
     return tuple(axes[axis] for axis in order)
 
 
+def selected(axes: Axes, node: Node, index: str) -> Axes:
+    """Return the axes of a tensor after a Gather of one slice, each with the slice in its name: those of two do not fit."""
+    axis = int(node.attribute("axis", "0")) % len(axes)
+    return tuple(f"{name} at {axes[axis]}={index}" for name in (*axes[:axis], *axes[axis + 1 :]))
+
+
 def terms_of(node: Node, axes: Axes, operand: int) -> Terms | None:
     """Return the terms of a product, given the axes of a weight and which operand that is; None if it is another product."""
     if node.op == "Einsum":
