@@ -217,6 +217,35 @@ def test_parameters_in_products_are_contracted_by_the_axes_that_meet() -> None:
         assert "terms" in str(report)
 
 
+class Experts(nn.Module):
+    """Slices of one stacked weight, one after the other."""
+
+    def __init__(self, order: tuple[int, ...] = (0, 1, -1), transposed: bool = False) -> None:
+        super().__init__()
+        self.order, self.transposed = order, transposed
+        self.w = nn.Parameter(torch.randn(3, 16, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in self.order:
+            x = torch.tanh(x @ (self.w[index].t() if self.transposed else self.w[index]))
+        return x
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_slices_of_a_stacked_weight_are_contracted_each_by_its_number(transposed: bool) -> None:
+    model = made(lambda: Experts(transposed=transposed))
+    low = tdfx.rewrite(model, HALF, example_inputs=(X,))
+    assert any(isinstance(module, tdfx.Factorized) for module in low.modules())
+    merged = tdfx.merge(low)
+    report = tdfx.verify(low, merged, example_inputs=(X,))
+    assert report.ok, str(report)
+    assert len(report.contracted) == 1
+    other = Experts((1, 0, -1), transposed)  # the same shapes, and the slices in another order
+    other.load_state_dict(merged.state_dict())
+    assert not tdfx.verify(low, other, example_inputs=(X,)).structure_matches
+    assert not tdfx.verify(low, Experts(transposed=not transposed), example_inputs=(X,)).structure_matches
+
+
 class OfDict(Pair):
     """Takes a dict with a list, a number and None; gives a dict with None, a number and text."""
 
