@@ -222,22 +222,23 @@ def test_a_compiled_model_is_compiled_again(tmp_path: Path) -> None:
     assert all(moved)
 
 
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "left"])
 @pytest.mark.parametrize("best", [PER_EPOCH - 2, 3 * PER_EPOCH - 2])
-def test_the_best_checkpoint_is_loaded_at_the_end_whatever_its_form(tmp_path: Path, best: int) -> None:
-    """The best checkpoint is from before or after the switch; the trained model is merged and has its outputs."""
+def test_the_best_checkpoint_is_loaded_at_the_end_whatever_its_form(tmp_path: Path, best: int, merge: bool) -> None:
+    """The best checkpoint is from before or after the switch; the trained model has its outputs, merged if asked for."""
 
     def score(prediction: Any) -> dict[str, float]:
         return {"closeness": -abs(trainer.state.global_step - best)}
 
     torch.manual_seed(0)
-    model, callback = bert(), make_callback(merge=True)
+    model, callback = bert(), make_callback(merge=merge)
     settings = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
     trainer = make_trainer(
         tmp_path, model, callback, metric_for_best_model="closeness", load_best_model_at_end=True, **settings
     )
     trainer.compute_metrics = score
     trainer.train()
-    assert sites(model) == 0
+    assert (sites(model) > 3) == (best > PER_EPOCH and not merge)
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     expected = bert()
     other = make_callback()
