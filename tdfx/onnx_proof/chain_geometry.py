@@ -49,7 +49,9 @@ def geometry_of(nodes: Sequence[Node], graph: Graph, transposed: Sequence[bool] 
     else:
         kind = "FLOATS"
         values = {
-            "alpha": math.prod((float(node.attribute("alpha", "1.0")) for node in nodes if node.op == "Gemm"), start=1.0),
+            "alpha": math.prod(
+                (float(node.attribute("alpha", "1.0")) for node in nodes if node.op == "Gemm"), start=1.0
+            ),
             "beta": math.prod((float(node.attribute("beta", "1.0")) for node in nodes if node.op == "Gemm"), start=1.0),
             "transposed_inputs": sum(node.attribute("transA", "0") == "1" for node in nodes),
             "transposed_weights": [*map(int, transposed)],
