@@ -93,10 +93,43 @@ def branches_on_configuration(self: Any, x: Tensor) -> Any:
     return y
 
 
-@pytest.mark.parametrize("forward", [adds_to_a_second_name, adds_to_a_view, collects, branches_on_configuration])
-def test_a_graph_repeats_assignments_in_place_and_code_on_configuration(forward: Callable[..., Any]) -> None:
+def multiplies_a_transposed_view(self: Any, x: Tensor) -> Any:
+    y = self.a(x)
+    part = y.T
+    part *= 2
+    part = y.real.data
+    part += 1
+    return self.b(y)
+
+
+def asks_before_it_changes(self: Any, x: Tensor) -> Any:
+    y = self.a(x)
+    shape, axes, version = y.shape, y.ndim, y._version
+    y.unsqueeze_(0)
+    y += axes * shape[0] + version
+    z = y.detach().clone()
+    trained = z.requires_grad
+    z += y
+    return self.b(z) * (2.0 + trained)
+
+
+@pytest.mark.parametrize("inputs", [None, (batch(),)], ids=["without inputs", "with inputs"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        adds_to_a_second_name,
+        adds_to_a_view,
+        collects,
+        branches_on_configuration,
+        multiplies_a_transposed_view,
+        asks_before_it_changes,
+    ],
+)
+def test_a_graph_repeats_assignments_in_place_and_code_on_configuration(
+    forward: Callable[..., Any], inputs: Any
+) -> None:
     dense = model_of(forward)
-    rewritten = tdfx.rewrite(dense, FULL, example_inputs=(batch(),))
+    rewritten = tdfx.rewrite(dense, FULL, example_inputs=inputs)
     assert isinstance(rewritten, fx.GraphModule), tdfx.plan(dense, FULL).notes
     assert any(isinstance(module, tdfx.Factorized) for module in rewritten.modules())
     for _ in range(2):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_leaves
 
 from tdfx.kinds.attention import is_transformer_block
@@ -20,6 +21,11 @@ from tdfx.passes.analysis.modes import Mode
 from tdfx.passes.analysis.process_settings import AUTOCAST_KINDS
 from tdfx.passes.analysis.sandbox import random_states
 
+_TENSOR_ATTRIBUTES = frozenset(
+    name for name in dir(Tensor) if not name.startswith("__") and not callable(getattr(Tensor, name))
+)
+"""Names of the attributes of tensors that are no methods, such as ``shape`` and ``T``."""
+
 
 class HiddenLayerError(RuntimeError):
     """A forward calls a layer of the model through an object that was shared, not copied."""
@@ -28,10 +34,24 @@ class HiddenLayerError(RuntimeError):
 class RecordingProxy(fx.Proxy):
     """Stands for data in a trace; it records assignments in place, and refuses those to attributes."""
 
+    _own = frozenset({"node", "tracer"})
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in {"node", "tracer"}:
+        if name not in self._own:
             raise UnsafeCodeError(f"its forward assigns to {name!r} of a value that flows through it")
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> fx.Proxy:  # type: ignore[override]
+        """Return what stands for an attribute; that of a tensor is read at once, before an operation in place changes it."""
+        if name in _TENSOR_ATTRIBUTES:
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return RecordingAttribute(self, name)
+
+
+class RecordingAttribute(RecordingProxy, Attribute):
+    """Stands for a method that is to be called, or for an attribute of something that is no tensor."""
+
+    _own = frozenset({"root", "attr", "tracer", "_node"})
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
