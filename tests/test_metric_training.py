@@ -88,7 +88,7 @@ def test_a_budgets_floor_holds_in_the_metric_whatever_the_error_is() -> None:
     assert (tdfx.plan(model, policy).sites[0].ranks or (64,)) < (13,)  # the same weight without a metric
 
 
-def test_the_floor_of_a_convolution_holds_for_both_ranks() -> None:
+def test_the_floor_of_a_convolution_holds_for_the_product_of_both_ranks() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(32, 64, 3))
     with tdfx.Moments(model) as moments:
@@ -112,7 +112,8 @@ def test_the_floor_of_a_convolution_holds_for_both_ranks() -> None:
         [rank / most for rank, most in zip(site.ranks or (), site.full_ranks or (), strict=True)]
         for site in (without, floored)
     ]
-    assert max(shares[0]) < 0.25 <= min(shares[1])
+    assert max(shares[0]) < 0.25
+    assert min(shares[1]) >= 0.5  # of which a quarter is the product
 
 
 def test_plan_and_rewrite_measure_errors_in_the_metric_of_the_loss() -> None:

@@ -156,8 +156,7 @@ def candidates_of(site: Site, policy: Policy, cache: SpectrumCache, weight: Tens
             cache.hold(site, scheme, spectra)
         shared |= {scheme.name: spectra, **scheme.partial_spectra(spectra)}
         signal = has_signal(spectra) if signal is None else signal
-        floor = budget.floor if signal else max(budget.floor, budget.noise_floor)
-        least = tuple(math.ceil(floor * most) for most in full)
+        least = budget.least_ranks(full, signal)
         is_fixed = not signal or site.metric is not None
         grid = _grid(spectra, full, policy, site, scheme, least if is_fixed else None)
         for ranks, error in zip(grid, scheme.errors(operation, w_dense, grid, spectra), strict=True):

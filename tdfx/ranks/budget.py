@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -57,8 +58,9 @@ class Budget(RankRule):
     strict: bool = True
     """True refuses a budget that cannot be kept and says what is possible, False goes nine tenths of the way to that."""
     floor: float = 0.0
-    """Least share of the full rank to keep in each mode, in [0, 1]. By the weights alone it holds where more than a tenth of
-    the squared norm would be lost below it; in the metric of the loss it always holds."""
+    """Least share of the full rank to keep, in [0, 1]; where a scheme has several ranks, of their product, so that of two
+    each keeps the square root of it. By the weights alone it holds where more than a tenth of the squared norm would be lost
+    below it; in the metric of the loss it always holds."""
     noise_floor: float = 0.0
     """A floor, in [0, 1], for a weight whose spectrum is still that of noise by EVBMF; the higher of the two floors applies
     to it, and 1 keeps it as it is."""
@@ -107,6 +109,16 @@ class Budget(RankRule):
     def is_of_time(self) -> bool:
         """True if the time of the training step is limited."""
         return self.speedup is not None or self.seconds is not None
+
+    def least_ranks(self, full: Sequence[int], signal: bool) -> tuple[int, ...]:
+        """Return the fewest ranks that the floors allow for a weight with or without a signal.
+
+        >>> Budget(speedup=2, floor=0.25).least_ranks((64,), True), Budget(speedup=2, floor=0.25).least_ranks((64, 32), True)
+        ((16,), (32, 16))
+        """
+        floor = self.floor if signal else max(self.floor, self.noise_floor)
+        share = floor ** (1 / len(full))
+        return tuple(math.ceil(share * most - 1e-9) for most in full)
 
     def choose(self, site: str, spectra: Sequence[Spectrum]) -> Choice:
         """Raise: a budget is for all sites together, and cannot be kept by one of them.
