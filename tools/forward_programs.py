@@ -30,6 +30,18 @@ STATEMENTS = {
         {x} = {y}.clone(); {x}[{x} > 0] = 1 | {x}, {y} = {y}, {x} | {x} = torch.empty_like({y}).copy_({y})
         {x} = torch.Tensor.mul_({y}, 2) | torch.mul({y}, 2, out={x}) | {x} = {y} + self.tensor; self.tensor.add_(1)
     """,
+    "aliases": """
+        n = {x}.shape; {x}.unsqueeze_(0); {x} = {x}.squeeze(0) * n[0] | n = {x}.ndim; {x}.unsqueeze_(0); {x} = {x}[0] * n
+        n = {x}._version; {x} += 1; {x} = {x} * n | v = {x}.T; {x} *= 2; {x} = {x} + v.T | v = {x}.real; v += 1
+        v = {x}.data; v *= 2 | f = {x}.sum; {x} += 1; {x} = {x} * f() | d = {x}.detach(); {x} *= 2; {x} = {x} + d
+        p, q = {x}.chunk(2, 1); p += 1; q *= 2 | n = {x}.stride(); {x}.t_(); {x} = {x}.t() * n[0] | v = {x}; v -= {y}
+        n = {x}.shape[0]; {x} = torch.cat([{x}, {y}]); {x} = {x}[:n] | v = ({x}, {y}); {x} += 1; {x} = v[0] + v[1]
+        {x} @= torch.eye(6, dtype={x}.dtype) | {x} /= 3 | {x} **= 2 | {x}.T.mul_(2) | {x}.mT[0] = 1 | {x}.T.tag = 1
+        torch.add({x}, 1, out={x}) | v = {x}.expand(2, -1, -1)[0]; {x} = {x} + 1; {x} += v | v = {x}.is_leaf; {x} *= v + 1
+        n = {x}.size(); {x} = {x}.reshape(-1); {x} = {x}.view(n) | v = {x}[0]; {x}.zero_(); {x} = {x} + v
+        v = {x}.requires_grad; {x} = {x}.detach(); {x} = {x} * (v + 1) | v = {x}.T; v = v.T; v *= 2
+        v = {x}.mT.mT; v **= 2 | w = self.a.weight.T; {x} = {y} @ w | w = self.tensor.T; w += 1; {x} = {y} + self.tensor
+    """,
     "contexts": """
         torch.set_grad_enabled(False); {x} = self.a({y}); torch.set_grad_enabled(True)
         {x} = {y} * (2 if torch.is_grad_enabled() else 3) | {x} = {y} * (2 if torch.is_autocast_enabled("cpu") else 3)
