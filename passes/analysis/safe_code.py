@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -181,11 +182,11 @@ class SafeCode(Scope):
     def _check_name(self, node: ast.Name) -> str:
         if node.id not in self.arguments and node.id not in self.bindings:
             self.attributes.add(node.id)
-        return ""
+        return f"reads {node.id}" if self.value_of(node) is os.environ else ""
 
     def _check_attribute(self, node: ast.Attribute) -> str:
         self.attributes.add(node.attr)
-        if node.attr in {"grad", "grad_fn"}:
+        if node.attr in {"grad", "grad_fn", "_buffers", "_parameters"} or self.value_of(node) is os.environ:
             return f"reads {ast.unparse(node)}"
         is_private = node.attr.startswith("__") or node.attr in {"node", "tracer"}
         return f"reads {ast.unparse(node)}" if is_private and not self._is_config(node.value) else ""
@@ -238,6 +239,8 @@ class SafeCode(Scope):
             self.fresh_lines.add(node.lineno)
             keys = node.args[:1] if name in {"add", "setdefault", "pop", "get"} else []
             return next(filter(None, map(self._refusal_of_key, keys)), "")
+        if name in {"format", "format_map"} and not self._is_config(node) and node not in self._messages():
+            return "makes a text of what flows through it"
         if isinstance(owner, ast.Call) and last_name(owner.func) == "super":
             return ""  # it is read when it runs
         is_known = name in tensor_methods() or name in PURE_METHODS or name in {"forward", "named_children", "children"}

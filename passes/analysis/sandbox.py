@@ -20,11 +20,12 @@ from tdfx.passes.analysis.user_state import UserState
 
 
 @contextmanager
-def isolated(module: nn.Module, *, traces: bool = False, base: UserState | None = None) -> Iterator[None]:
+def isolated(module: nn.Module, *, traces: bool = False, base: UserState | None = None) -> Iterator[UserState]:
     """Silence warnings, and restore what its code can change: random generators, all that it keeps, settings.
 
     With ``traces``, draws from iterators that it keeps raise UnsafeCodeError. Of torch's generators it restores that of the
     CPU and those of the devices that hold the module. A ``base`` that was saved before is put back, too.
+    Yields what was saved.
     """
     devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -32,7 +33,7 @@ def isolated(module: nn.Module, *, traces: bool = False, base: UserState | None 
     try:
         with warnings.catch_warnings(action="ignore"), random_streams_kept(devices), settings_kept():
             state.lend_iterators(refuse=traces)
-            yield
+            yield state
     finally:
         state.restore()
         random.setstate(python_state)

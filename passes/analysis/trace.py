@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch import fx, nn
 
 from tdfx.errors import ModelError
 from tdfx.kinds.registry import is_candidate
-from tdfx.layers.copying import COMPILED, structural_copy
+from tdfx.layers.copying import COMPILED, HOOKS, MODULE_STATE, structural_copy
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.code_reader import CodeReader, UnsafeCodeError, refuse_wrapped_forward
@@ -29,6 +30,7 @@ from tdfx.passes.analysis.guard import (
 from tdfx.passes.analysis.modes import unify
 from tdfx.passes.analysis.safe_code import ANY_ATTRIBUTE
 from tdfx.passes.analysis.sandbox import isolated, remove_hooks, scratch_copy
+from tdfx.passes.analysis.saved_values import is_plain
 from tdfx.passes.analysis.stores import stored_by_block, stored_by_hooks
 from tdfx.passes.analysis.tracer import HiddenLayerError, SiteTracer, is_site_or_leaf
 from tdfx.passes.analysis.uncopied import refuse_iterators_of_modules, warn_of_finalizers
@@ -190,7 +192,22 @@ class _Stored:
             if path not in self.by_blocks:
                 self.by_blocks[path] = stored_by_block(block)
             changed |= dict.fromkeys(self.by_blocks[path], f"a {type(block).__name__} inside it")
-        return changed
+        aliases = [(name, names) for names in self.aliases for name in names & changed.keys()]
+        return {alias: changed[name] for name, names in aliases for alias in names} | changed
+
+    @cached_property
+    def aliases(self) -> list[set[str]]:
+        """The names of each object that attributes and hooks of the module know under several."""
+        names: defaultdict[int, set[str]] = defaultdict(set)
+        for module in self.module.modules():
+            for name, value in vars(module).items():
+                if name not in MODULE_STATE and not is_plain(value):
+                    names[id(value)].add(name)
+        for module in self.module.modules():
+            for hook in (each for name in HOOKS for each in vars(module)[name].values()):
+                for name, value in inspect.getclosurevars(hook).nonlocals.items() if inspect.isfunction(hook) else ():
+                    names[id(value)].add(name)
+        return [each for each in names.values() if len(each) > 1]
 
 
 class _ModeTrace:
@@ -208,14 +225,17 @@ class _ModeTrace:
         self.reader = CodeReader(lambda: tracer.running)
         mismatches: dict[str, str] = {}
         try:
-            with isolated(scratch, traces=True, base=state):
+            with isolated(scratch, traces=True, base=state) as saved:
                 monitor = ForwardMonitor(scratch)
                 with ParameterGuard(module), watch_custom_functions(refuse_custom_function), self.reader.watch():
                     refuse_wrapped_forward(scratch)
                     self.graph = self.tracer.trace_in_mode(scratch, training)
+                compile(self.graph.python_code("self").src, "<graph>", "exec")  # a path or a key may be no code
                 if self.reader.refusal:  # the forward has caught the error
                     raise UnsafeCodeError(self.reader.refusal)
                 mismatches = monitor.mismatches()
+                if not mismatches and (where := saved.changed()) is not None:
+                    mismatches[""] = f"its forward changes {where or 'what it holds'}"
                 if monitor.drew_random_numbers() and not self.tracer.mismatches:
                     mismatches.setdefault("", "its forward draws random numbers that a graph would freeze")
         except Exception as error:  # a user's forward may raise any class when it meets a Proxy

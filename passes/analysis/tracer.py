@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import operator
+import dis
+import inspect
+import types
 from collections import OrderedDict
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from enum import Enum
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from tdfx.kinds.attention import is_transformer_block
 from tdfx.kinds.registry import find_kind
+from tdfx.layers import assignments
+from tdfx.layers.assignments import unpacked
 from tdfx.layers.factorized import Factorized
 from tdfx.passes.analysis.code_reader import UnsafeCodeError, refuse_wrapped_forward
 from tdfx.passes.analysis.modes import Mode
@@ -27,6 +32,11 @@ _TENSOR_ATTRIBUTES = frozenset(
 """Names of the attributes of tensors that are no methods, such as ``shape`` and ``T``."""
 
 
+_NAMES_OF_CODE = frozenset({"inf", "nan", "NoneType", "torch", "device", "fx_pytree", "pytree"})
+"""Names that the code of a graph gives to what it needs."""
+_LITERALS = (bool, int, float, complex, str)
+
+
 class HiddenLayerError(RuntimeError):
     """A forward calls a layer of the model through an object that was shared, not copied."""
 
@@ -35,6 +45,26 @@ class RecordingProxy(fx.Proxy):
     """Stands for data in a trace; it records assignments in place, and refuses those to attributes."""
 
     _own = frozenset({"node", "tracer"})
+
+    def __hash__(self) -> int:
+        raise UnsafeCodeError("its forward looks up a value that flows through it")
+
+    def __str__(self) -> str:
+        raise UnsafeCodeError("its forward makes a text of a value that flows through it")
+
+    def __format__(self, spec: str) -> str:
+        """Return a text for the message of an assertion; of any other text the code is refused."""
+        return repr(self)
+
+    def __iter__(self) -> Iterator[Any]:
+        frame = cast("types.FrameType", inspect.currentframe()).f_back
+        assert frame is not None
+        code = next(each for each in dis.get_instructions(frame.f_code) if each.offset == frame.f_lasti)
+        if code.opname != "UNPACK_SEQUENCE":
+            return self.tracer.iter(self)  # which refuses it
+        is_shape = self.node.target == "size" or (self.node.target is getattr and self.node.args[1] == "shape")
+        parts: Any = self if is_shape else self.tracer.create_proxy("call_function", unpacked, (self, code.argval), {})
+        return iter([parts[index] for index in range(code.argval)])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._own:
@@ -61,10 +91,8 @@ def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return assign
 
 
-_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
-_BITWISE = ("and", "or", "xor", "lshift", "rshift")
-for _name in (*_ARITHMETIC, *_BITWISE):
-    setattr(RecordingProxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+for _function in assignments.BY_OPERATOR:
+    setattr(RecordingProxy, f"__{_function.__name__}__", _in_place(_function))
 
 
 class SiteTracer(fx.Tracer):
@@ -95,7 +123,9 @@ class SiteTracer(fx.Tracer):
         self.parameters = frozenset(map(id, scratch.parameters()))
         for path, module in scratch.named_modules():
             module.__dict__["training"] = Mode(training, path, self._record_mode_use)
-        return self.trace(scratch)
+        graph = self.trace(scratch)
+        keep_former_values(graph)
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Treat sites, factorized layers, torch.nn's own layers and opaque modules as one call."""
@@ -150,6 +180,8 @@ class SiteTracer(fx.Tracer):
         """Record a mismatch if the operation runs under a gradient mode, autocast or checkpoint of the forward's own."""
         if _execution_context() != self._context:
             self._record_mismatch("switches autocast, gradients or checkpointing on or off")
+        if args[0] == "placeholder" and args[1] in _NAMES_OF_CODE:
+            raise UnsafeCodeError(f"its argument {args[1]!r} has a name that the code of a graph uses itself")
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -158,6 +190,9 @@ class SiteTracer(fx.Tracer):
             return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
         if isinstance(a, dict | list) and type(a) not in {dict, list, immutable_dict, immutable_list}:
             raise TypeError(f"a {type(a).__name__} would become a plain {'dict' if isinstance(a, dict) else 'list'}")
+        values = a.keys() if isinstance(a, dict) else [a]
+        if foreign := next((each for each in values if _is_no_literal(each)), None):
+            raise UnsafeCodeError(f"its forward uses a {type(foreign).__name__}, which the code of a graph cannot hold")
         argument = super().create_arg(a)
         if isinstance(a, Tensor) and isinstance(argument, fx.Node) and "_tensor_constant" in str(argument.target):
             self._record_mismatch("makes tensors that a graph would freeze")
@@ -181,6 +216,24 @@ class SiteTracer(fx.Tracer):
         self.mismatches.setdefault(self._running[-1] if self._running else "", f"its forward {what}")
 
 
+def keep_former_values(graph: fx.Graph) -> None:
+    """Let assignments in place leave the value under its former name, where that is used again.
+
+    fx writes them as statements, ``a += b``, which give the name ``a`` another value where that cannot change in place,
+    such as a number.
+    """
+    done: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        function = assignments.BY_OPERATOR.get(node.target) if node.op == "call_function" else None
+        if (
+            function is not None
+            and isinstance(node.args[0], fx.Node)
+            and any(user in done for user in node.args[0].users)
+        ):
+            node.target = function
+        done.add(node)
+
+
 def is_site_or_leaf(module: nn.Module) -> bool:
     """Return True for modules that no graph looks into: single layers, factorized layers, and torch.nn's own."""
     if isinstance(module, Factorized):
@@ -192,6 +245,11 @@ def is_site_or_leaf(module: nn.Module) -> bool:
     if kind is not None:
         return kind.is_intact(module)
     return not is_transformer_block(module) and bool(fx.Tracer().is_leaf_module(module, ""))
+
+
+def _is_no_literal(value: Any) -> bool:
+    """Return True for a number or text of a class of its own, such as NumPy's, and for a member of an enumeration."""
+    return isinstance(value, (Enum, *_LITERALS)) and type(value) not in _LITERALS
 
 
 def _has_own_call(kind: type[nn.Module]) -> bool:

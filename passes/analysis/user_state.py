@@ -9,9 +9,10 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
@@ -45,7 +46,7 @@ from tdfx.passes.analysis.saved_values import (
 
 _MOST_OBJECTS = 100_000
 """So many objects are looked at; a trainer or a data set behind an attribute may hold millions."""
-_ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, types.BuiltinFunctionType)
+_ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
 
 Action = Callable[[], object]
 
@@ -65,6 +66,8 @@ class UserState:
         self.functions: list[tuple[str, types.FunctionType]] = []
         """The user's functions that the code can reach, each with the name of what holds it."""
         self._undo: list[Action] = []
+        self._now: list[tuple[str, Any, Callable[[], Any]]] = []
+        """Where an object was found, what it held, and a function that returns what it holds now."""
         self._iterators: list[tuple[Any, Callable[[Any], object]]] = []
         self._base = base
         self._lent: dict[int, Any] = base._lent if base else {}
@@ -111,6 +114,11 @@ class UserState:
             if isinstance(copy_of(iterator), RecordingIterator):
                 store(wrapped.setdefault(id(iterator), ReplayingIterator(iterator)))
 
+    def changed(self) -> str | None:
+        """Return where something was found that has changed since, iterators and caches aside; None if nothing has."""
+        found = (path for path, saved, now in self._now if not holds_same(saved, now()))
+        return next(found, None if self._base is None else self._base.changed())
+
     def restore(self) -> None:
         """Put everything back that has changed since."""
         for undo in self._undo:
@@ -142,6 +150,8 @@ class UserState:
             self._waiting.extend((f"{path}[{index}]", item) for index, item in enumerate(value))
         elif isinstance(value, types.FunctionType):
             self._visit_function(path, value)
+        elif isinstance(value, types.BuiltinFunctionType):
+            self._waiting.append((path, value.__self__))  # of a method; a function has its module there
         elif isinstance(value, types.MethodType):
             self._waiting += [(path, value.__self__), (path, value.__func__)]
         elif isinstance(value, functools.partial):
@@ -155,6 +165,7 @@ class UserState:
             saved = saved_contents(value)
             if saved is not None:
                 self._keep(path, saved[0], saved[1])
+                self._now.append((path, saved[0], lambda: (saved_contents(value) or saved)[0]))
             self._visit_object(path, value)
 
     def _keep(self, path: str, saved: Any, restore: Callable[[Any], object]) -> None:
@@ -189,6 +200,7 @@ class UserState:
             for name, value in plain.items():
                 self._lend(value, functools.partial(type.__setattr__, base, name))
             self._keep(base.__qualname__, plain, functools.partial(restore_class, base, frozenset(vars(base))))
+            self._compare_names(base.__qualname__, vars(base), plain)
 
     def _visit_tensor(self, path: str, tensor: Tensor) -> None:
         if isinstance(tensor, UninitializedBuffer) or tensor.is_meta or is_traceable_wrapper_subclass(tensor):
@@ -203,20 +215,24 @@ class UserState:
 
         if not tensor.is_inference():
             self._keep(path, saved, restore)
+            self._now.append((path, (version, data.data_ptr()), lambda: (tensor._version, tensor.data_ptr())))
 
     def _visit_container(self, path: str, value: Any) -> None:
         if isinstance(value, dict):
             base: Any = OrderedDict if isinstance(value, OrderedDict) else dict  # a subclass may refuse changes
             items = list(base.items(value))
             self._keep(path, items, lambda saved: refill_dict(base, value, saved))
+            self._compare_items(path, items, lambda: base.items(value))
             for key, item in items:
                 if not is_plain(item):
                     self._lend(item, functools.partial(base.__setitem__, value, key))
                     self._waiting.append((f"{path}[{key!r}]" if isinstance(key, _ATOMS) else path, item))
         elif isinstance(value, set):
             self._keep(path, set(value), lambda saved: refill_set(value, saved))
+            self._now.append((path, {*map(id, value)}, lambda: {*map(id, value)}))
         else:
             self._keep(path, list(value), lambda saved: refill(value, saved))
+            self._compare_items(path, list(enumerate(value)), lambda: enumerate(value))
             for index, item in enumerate(value):
                 self._lend(item, functools.partial(value.__setitem__, index))
             self._waiting.extend(
@@ -266,6 +282,7 @@ class UserState:
                 cell.cell_contents = saved
 
         self._keep(path, content, restore)
+        self._compare_items(path, [("", content)], lambda: [("", cell.cell_contents)])
         self._lend(content, functools.partial(setattr, cell, "cell_contents"))
         self._waiting.append((path, content))
 
@@ -279,6 +296,7 @@ class UserState:
             if hasattr(value, name):
                 held = getattr(value, name)
                 self._keep(f"{path}.{name}", held, lambda saved, slot=slot: slot.__set__(value, saved))  # type: ignore[misc]
+                self._compare_items(f"{path}.{name}", [("", held)], lambda slot=slot: [("", slot.__get__(value))])  # type: ignore[misc]
                 self._lend(held, functools.partial(slot.__set__, value))
                 self._waiting.append((f"{path}.{name}", held))
             else:
@@ -305,10 +323,42 @@ class UserState:
             self.contents.get(path, {}) | values if isinstance(self.contents.get(path), dict) else values
         )
         self._undo.append(lambda: restore(values))
+        self._compare_names(path, holder, values)
         for name, value in values.items():
             if not is_plain(value):
                 self._lend(value, functools.partial(holder.__setitem__, name))
                 self._waiting.append((f"{path}.{name}", value))
+
+    def _compare_names(self, path: str, holder: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        """Let ``changed`` compare what some names of a namespace stand for."""
+        self._compare_items(path, list(values.items()), lambda: [(name, holder.get(name)) for name in values])
+
+    def _compare_items(
+        self, path: str, items: list[tuple[Any, Any]], now: Callable[[], Iterable[tuple[Any, Any]]]
+    ) -> None:
+        """Let ``changed`` compare keys and items by identity; those that are lent are others meanwhile."""
+
+        def identities(items: Iterable[tuple[Any, Any]]) -> list[tuple[int | str, int]]:
+            return [
+                (key if isinstance(key, str | int) else id(key), 0 if index in lent else id(item))
+                for index, (key, item) in enumerate(items)
+            ]
+
+        lent = {index for index, (_, item) in enumerate(items) if is_iterator(item) or isinstance(item, CACHE)}
+        self._now.append((path, identities(items), lambda: identities(now())))
+
+
+def holds_same(saved: Any, now: Any) -> bool:
+    """Return whether two contents are the same, which may be arrays, tensors, or tuples and dicts of them."""
+    if isinstance(saved, Tensor):
+        return isinstance(now, Tensor) and torch.equal(saved, now)
+    if isinstance(saved, np.ndarray):
+        return isinstance(now, np.ndarray) and saved.tobytes() == now.tobytes()
+    if isinstance(saved, tuple | list) and isinstance(now, tuple | list):
+        return len(saved) == len(now) and all(map(holds_same, saved, now))
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return saved.keys() == now.keys() and all(holds_same(saved[key], now[key]) for key in saved)
+    return saved is now or bool(saved == now)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -16,8 +16,8 @@ import copy
 import functools
 import types
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -62,9 +62,9 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
     """Copy every module of a model and no tensor: parameters and buffers are the same objects in both.
 
     The copy has the same classes, attributes, hooks and names in the same order, and each module is in the same train or
-    eval mode. Containers that are attributes are copied; references to a module in them, in bound methods and in closures
-    become references to its twin. Code from ``compile()`` is left out. TorchScript modules cannot be taken apart and are
-    shared.
+    eval mode. Containers that are attributes are copied; references to a module or to such a container in them, in bound
+    methods and in closures become references to its twin. Code from ``compile()`` is left out. TorchScript modules cannot
+    be taken apart and are shared.
 
     Args:
         model: Any module; it is left as it was.
@@ -80,7 +80,7 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
     # Not by the class's constructor, which needs arguments and may draw random numbers or open files.
     twins |= {id(module): object.__new__(type(module)) for module in copied}
     # All twins exist before the first is filled, because modules may refer to one another in circles.
-    translate = _Translator(twins)
+    translate = _Translator(twins, copied)
     # The handles of hooks refer to these.
     translate.copies |= {id(old.__dict__[name]): new.__dict__[name] for old, new in replace.items() for name in HOOKS}
     for module in copied:
@@ -89,6 +89,9 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
         for name, slot in slots_of(type(module)):
             if hasattr(module, name):
                 slot.__set__(twins[id(module)], translate(getattr(module, name)))
+    for new in replace.values():
+        for name in HOOKS:
+            new.__dict__[name].update({key: translate(hook) for key, hook in new.__dict__[name].items()})
     return twins[id(model)]
 
 
@@ -160,7 +163,7 @@ def _modules_to_copy(model: nn.Module, replace: Mapping[nn.Module, nn.Module]) -
 
 def _translate_attributes(model: nn.Module, twins: Mapping[int, nn.Module], skip: Collection[str] = ()) -> None:
     """Translate the attributes of a model's modules in place, apart from those of given names."""
-    translate = _Translator(twins)
+    translate = _Translator(twins, model.modules())
     # This keeps the old values alive: the translator remembers them by id, and the handles of hooks refer to them weakly.
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     for module, values in attributes:
@@ -174,11 +177,23 @@ class _Translator:
     user's own classes are shared, unless they are containers.
     """
 
-    def __init__(self, twins: Mapping[int, nn.Module]) -> None:
+    def __init__(self, twins: Mapping[int, nn.Module], modules: Iterable[nn.Module] = ()) -> None:
         self.twins = twins
         """Module of the original, by id -> its twin."""
         self.copies: dict[int, Any] = {}
-        """Container of the original, by id -> its copy."""
+        """Container or function of the original, by id -> its copy."""
+        self.held: dict[int, Any] = {}
+        """The containers that are attributes of the modules, by id: whatever refers to one gets its copy."""
+        for module in modules:
+            self._hold(value for name, value in module.__dict__.items() if name not in MODULE_STATE)
+
+    def _hold(self, values: Iterable[Any]) -> None:
+        waiting = list(values)
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, dict | list | tuple | set | deque) and id(value) not in self.held:
+                self.held[id(value)] = value
+                waiting.extend(dict.values(value) if isinstance(value, dict) else value)
 
     def __call__(self, value: Any) -> Any:
         if type(value) in _ATOMS:
@@ -187,6 +202,8 @@ class _Translator:
             return self.twins.get(id(value), value)
         if isinstance(value, types.MethodType) and id(value.__self__) in self.twins:
             return types.MethodType(value.__func__, self.twins[id(value.__self__)])
+        if isinstance(value, types.BuiltinMethodType):
+            return getattr(self(value.__self__), value.__name__) if id(value.__self__) in self.held else value
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, RemovableHandle):
@@ -202,20 +219,28 @@ class _Translator:
         return self.copies[id(value)]
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        """Return a function that closes over the twin, where it closed over a module, as a lambda over ``self`` does."""
+        """Return a function that closes over a twin, where it closed over a module, as a lambda over ``self`` does.
+
+        The cells of other names stay the same, so that functions that share a name go on sharing it.
+        """
+        if id(function) not in self.copies:
+            self.copies[id(function)] = function  # which it may close over itself
+            cells = function.__closure__ or ()
+            closure = tuple(map(self._cell, cells))
+            if any(new is not old for new, old in zip(closure, cells, strict=True)):
+                self.copies[id(function)] = _with_closure(function, closure)
+        return self.copies[id(function)]  # type: ignore[no-any-return]
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
         try:
-            contents = [cell.cell_contents for cell in function.__closure__ or ()]
+            content = cell.cell_contents
         except ValueError:  # an empty cell: the name was never assigned
-            return function
-        if not any(isinstance(content, nn.Module) and id(content) in self.twins for content in contents):
-            return function
-        closure = tuple(types.CellType(self(content)) for content in contents)
-        bound = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
-        )
-        bound.__kwdefaults__ = function.__kwdefaults__
-        bound.__dict__.update(function.__dict__)
-        return bound
+            return cell
+        if id(cell) not in self.copies:
+            is_container = isinstance(content, dict | list | tuple | set | frozenset | deque)
+            new = content if is_container and id(content) not in self.held else self(content)
+            self.copies[id(cell)] = cell if new is content else types.CellType(new)
+        return self.copies[id(cell)]  # type: ignore[no-any-return]
 
     def _handle(self, handle: RemovableHandle) -> RemovableHandle:
         """Return a handle whose ``remove()`` takes the hook off the twin, and not off the original."""
@@ -242,14 +267,24 @@ class _Translator:
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, functools.partial):
-            named = {key: self(argument) for key, argument in value.keywords.items()}
-            return type(value)(self(value.func), *map(self, value.args), **named)
+            named = {key: self._argument(argument) for key, argument in value.keywords.items()}
+            return type(value)(self(value.func), *map(self._argument, value.args), **named)
         if isinstance(value, (tuple, frozenset)):
             items = [self(item) for item in value]
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return self._mutable(value)
+
+    def _argument(self, value: Any) -> Any:
+        """Translate an argument of a partial; a container that no module holds, and that holds none, is shared."""
+        held = _Translator({})
+        held._hold([value])
+        is_own = id(value) not in self.held and held.held
+        parts = (
+            part for each in held.held.values() for part in (dict.values(each) if isinstance(each, dict) else each)
+        )
+        return value if is_own and not any(id(part) in self.twins for part in parts) else self(value)
 
     def _mutable(self, value: Any) -> Any:
         """Copy a mutable container and translate its items; a subclass keeps its own attributes."""
@@ -262,6 +297,8 @@ class _Translator:
             base.clear(copied)
             for key, item in items:
                 base.__setitem__(copied, key, item)
+            if isinstance(value, defaultdict):
+                copied.default_factory = self(value.default_factory)
         elif isinstance(value, list):
             list.__setitem__(copied, slice(None), [self(item) for item in value])
         else:
@@ -269,6 +306,15 @@ class _Translator:
             copied.clear()
             (copied.update if isinstance(value, set) else copied.extend)(contents)
         return copied
+
+
+def _with_closure(function: types.FunctionType, closure: tuple[types.CellType, ...]) -> types.FunctionType:
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(function.__dict__)
+    return made
 
 
 def _shallow_copy(value: Any) -> Any:
