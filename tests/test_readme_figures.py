@@ -35,6 +35,7 @@ def rows_under(table: str, title: str) -> dict[str, list[str]]:
     [
         ("transformer, text, 15 epochs", "text, transformer, 15 epochs"),
         ("VGG-like, digits, 24 epochs", "digits, VGG-like, 24 epochs"),
+        ("ResNet-18-like, digits, 24 epochs", "digits, ResNet-18-like, 24 epochs"),
         ("VGG-like, rendered letters, 6 epochs", "glyphs, VGG-like, 6 epochs"),
         ("ResNet-18-like, rendered letters, 4 epochs", "glyphs, ResNet-18-like, 4 epochs"),
         ("ResNet-56, digits, 24 epochs", "digits, ResNet-56, 24 epochs"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 import sys
 import types
@@ -66,8 +67,8 @@ class UserState:
         self.functions: list[tuple[str, types.FunctionType]] = []
         """The user's functions that the code can reach, each with the name of what holds it."""
         self._undo: list[Action] = []
-        self._now: list[tuple[str, Any, Callable[[], Any]]] = []
-        """Where an object was found, what it held, and a function that returns what it holds now."""
+        self._changes: list[tuple[str, Callable[[], bool]]] = []
+        """Where an object was found, and whether it has changed since."""
         self._iterators: list[tuple[Any, Callable[[Any], object]]] = []
         self._base = base
         self._lent: dict[int, Any] = base._lent if base else {}
@@ -116,7 +117,7 @@ class UserState:
 
     def changed(self) -> str | None:
         """Return where something was found that has changed since, iterators and caches aside; None if nothing has."""
-        found = (path for path, saved, now in self._now if not holds_same(saved, now()))
+        found = (path for path, has_changed in self._changes if has_changed())
         return next(found, None if self._base is None else self._base.changed())
 
     def restore(self) -> None:
@@ -165,7 +166,7 @@ class UserState:
             saved = saved_contents(value)
             if saved is not None:
                 self._keep(path, saved[0], saved[1])
-                self._now.append((path, saved[0], lambda: (saved_contents(value) or saved)[0]))
+                self._compare_value(path, saved[0], lambda: (saved_contents(value) or saved)[0])
             self._visit_object(path, value)
 
     def _keep(self, path: str, saved: Any, restore: Callable[[Any], object]) -> None:
@@ -215,24 +216,24 @@ class UserState:
 
         if not tensor.is_inference():
             self._keep(path, saved, restore)
-            self._now.append((path, (version, data.data_ptr()), lambda: (tensor._version, tensor.data_ptr())))
+            self._compare_value(path, (version, data.data_ptr()), lambda: (tensor._version, tensor.data_ptr()))
 
     def _visit_container(self, path: str, value: Any) -> None:
         if isinstance(value, dict):
             base: Any = OrderedDict if isinstance(value, OrderedDict) else dict  # a subclass may refuse changes
             items = list(base.items(value))
             self._keep(path, items, lambda saved: refill_dict(base, value, saved))
-            self._compare_items(path, items, lambda: base.items(value))
+            self._compare_items(path, list(itertools.chain(*items)), lambda: itertools.chain(*base.items(value)))
             for key, item in items:
                 if not is_plain(item):
                     self._lend(item, functools.partial(base.__setitem__, value, key))
                     self._waiting.append((f"{path}[{key!r}]" if isinstance(key, _ATOMS) else path, item))
         elif isinstance(value, set):
             self._keep(path, set(value), lambda saved: refill_set(value, saved))
-            self._now.append((path, {*map(id, value)}, lambda: {*map(id, value)}))
+            self._compare_value(path, {*map(id, value)}, lambda: {*map(id, value)})
         else:
             self._keep(path, list(value), lambda saved: refill(value, saved))
-            self._compare_items(path, list(enumerate(value)), lambda: enumerate(value))
+            self._compare_items(path, list(value), lambda: value)
             for index, item in enumerate(value):
                 self._lend(item, functools.partial(value.__setitem__, index))
             self._waiting.extend(
@@ -282,7 +283,7 @@ class UserState:
                 cell.cell_contents = saved
 
         self._keep(path, content, restore)
-        self._compare_items(path, [("", content)], lambda: [("", cell.cell_contents)])
+        self._compare_items(path, [content], lambda: [cell.cell_contents])
         self._lend(content, functools.partial(setattr, cell, "cell_contents"))
         self._waiting.append((path, content))
 
@@ -296,7 +297,7 @@ class UserState:
             if hasattr(value, name):
                 held = getattr(value, name)
                 self._keep(f"{path}.{name}", held, lambda saved, slot=slot: slot.__set__(value, saved))  # type: ignore[misc]
-                self._compare_items(f"{path}.{name}", [("", held)], lambda slot=slot: [("", slot.__get__(value))])  # type: ignore[misc]
+                self._compare_items(f"{path}.{name}", [held], lambda slot=slot: [slot.__get__(value)])  # type: ignore[misc]
                 self._lend(held, functools.partial(slot.__set__, value))
                 self._waiting.append((f"{path}.{name}", held))
             else:
@@ -331,21 +332,25 @@ class UserState:
 
     def _compare_names(self, path: str, holder: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Let ``changed`` compare what some names of a namespace stand for."""
-        self._compare_items(path, list(values.items()), lambda: [(name, holder.get(name)) for name in values])
+        self._changes.append((path, lambda: any(_differ(value, holder.get(name)) for name, value in values.items())))
 
-    def _compare_items(
-        self, path: str, items: list[tuple[Any, Any]], now: Callable[[], Iterable[tuple[Any, Any]]]
-    ) -> None:
-        """Let ``changed`` compare keys and items by identity; those that are lent are others meanwhile."""
+    def _compare_items(self, path: str, items: list[Any], now: Callable[[], Iterable[Any]]) -> None:
+        """Let ``changed`` compare items by identity."""
 
-        def identities(items: Iterable[tuple[Any, Any]]) -> list[tuple[int | str, int]]:
-            return [
-                (key if isinstance(key, str | int) else id(key), 0 if index in lent else id(item))
-                for index, (key, item) in enumerate(items)
-            ]
+        def differ() -> bool:
+            others = list(now())
+            return len(others) != len(items) or any(map(_differ, items, others))
 
-        lent = {index for index, (_, item) in enumerate(items) if is_iterator(item) or isinstance(item, CACHE)}
-        self._now.append((path, identities(items), lambda: identities(now())))
+        self._changes.append((path, differ))
+
+    def _compare_value(self, path: str, saved: Any, now: Callable[[], Any]) -> None:
+        """Let ``changed`` compare what an object holds by its value."""
+        self._changes.append((path, lambda: not holds_same(saved, now())))
+
+
+def _differ(item: Any, other: Any) -> bool:
+    """Return whether two items are others; iterators and caches always are, since copies of them are lent."""
+    return item is not other and not is_iterator(item) and not isinstance(item, CACHE)
 
 
 def holds_same(saved: Any, now: Any) -> bool:
