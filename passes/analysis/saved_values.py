@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from tdfx.passes.analysis.iterators import is_iterator
 
 Saved = tuple[Any, Callable[[Any], object]]
 """What a value holds, and the function that puts it back."""
@@ -134,3 +137,21 @@ def refill_set(container: set[Any], saved: set[Any]) -> None:
     """Give a set its items back."""
     container.clear()
     container.update(saved)
+
+
+def differ(item: Any, other: Any) -> bool:
+    """Return whether two items are others; iterators and caches always are, since copies of them are lent."""
+    return item is not other and not is_iterator(item) and not isinstance(item, CACHE)
+
+
+def holds_same(saved: Any, now: Any) -> bool:
+    """Return whether two contents are the same, which may be arrays, tensors, or tuples and dicts of them."""
+    if isinstance(saved, Tensor):
+        return isinstance(now, Tensor) and torch.equal(saved, now)
+    if isinstance(saved, np.ndarray):
+        return isinstance(now, np.ndarray) and saved.tobytes() == now.tobytes()
+    if isinstance(saved, tuple | list) and isinstance(now, tuple | list):
+        return len(saved) == len(now) and all(map(holds_same, saved, now))
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return saved.keys() == now.keys() and all(holds_same(saved[key], now[key]) for key in saved)
+    return saved is now or bool(saved == now)

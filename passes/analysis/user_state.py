@@ -13,7 +13,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
@@ -33,9 +32,11 @@ from tdfx.passes.analysis.iterators import (
 from tdfx.passes.analysis.libraries import is_foreign, is_of_library, keeps_state, referent
 from tdfx.passes.analysis.saved_values import (
     CACHE,
+    differ,
     empty_again,
     empty_slot,
     fresh_cache,
+    holds_same,
     is_plain,
     refill,
     refill_dict,
@@ -332,38 +333,20 @@ class UserState:
 
     def _compare_names(self, path: str, holder: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Let ``changed`` compare what some names of a namespace stand for."""
-        self._changes.append((path, lambda: any(_differ(value, holder.get(name)) for name, value in values.items())))
+        self._changes.append((path, lambda: any(differ(value, holder.get(name)) for name, value in values.items())))
 
     def _compare_items(self, path: str, items: list[Any], now: Callable[[], Iterable[Any]]) -> None:
         """Let ``changed`` compare items by identity."""
 
-        def differ() -> bool:
+        def has_changed() -> bool:
             others = list(now())
-            return len(others) != len(items) or any(map(_differ, items, others))
+            return len(others) != len(items) or any(map(differ, items, others))
 
-        self._changes.append((path, differ))
+        self._changes.append((path, has_changed))
 
     def _compare_value(self, path: str, saved: Any, now: Callable[[], Any]) -> None:
         """Let ``changed`` compare what an object holds by its value."""
         self._changes.append((path, lambda: not holds_same(saved, now())))
-
-
-def _differ(item: Any, other: Any) -> bool:
-    """Return whether two items are others; iterators and caches always are, since copies of them are lent."""
-    return item is not other and not is_iterator(item) and not isinstance(item, CACHE)
-
-
-def holds_same(saved: Any, now: Any) -> bool:
-    """Return whether two contents are the same, which may be arrays, tensors, or tuples and dicts of them."""
-    if isinstance(saved, Tensor):
-        return isinstance(now, Tensor) and torch.equal(saved, now)
-    if isinstance(saved, np.ndarray):
-        return isinstance(now, np.ndarray) and saved.tobytes() == now.tobytes()
-    if isinstance(saved, tuple | list) and isinstance(now, tuple | list):
-        return len(saved) == len(now) and all(map(holds_same, saved, now))
-    if isinstance(saved, dict) and isinstance(now, dict):
-        return saved.keys() == now.keys() and all(holds_same(saved[key], now[key]) for key in saved)
-    return saved is now or bool(saved == now)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -182,18 +182,9 @@ class _Translator:
         """Module of the original, by id -> its twin."""
         self.copies: dict[int, Any] = {}
         """Container or function of the original, by id -> its copy."""
-        self.held: dict[int, Any] = {}
+        attributes = (module.__dict__[name] for module in modules for name in module.__dict__.keys() - MODULE_STATE)
+        self.held = {id(each): each for each in _containers(attributes)}
         """The containers that are attributes of the modules, by id: whatever refers to one gets its copy."""
-        for module in modules:
-            self._hold(value for name, value in module.__dict__.items() if name not in MODULE_STATE)
-
-    def _hold(self, values: Iterable[Any]) -> None:
-        waiting = list(values)
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, dict | list | tuple | set | deque) and id(value) not in self.held:
-                self.held[id(value)] = value
-                waiting.extend(dict.values(value) if isinstance(value, dict) else value)
 
     def __call__(self, value: Any) -> Any:
         if type(value) in _ATOMS:
@@ -278,13 +269,10 @@ class _Translator:
 
     def _argument(self, value: Any) -> Any:
         """Translate an argument of a partial; a container that no module holds, and that holds none, is shared."""
-        held = _Translator({})
-        held._hold([value])
-        is_own = id(value) not in self.held and held.held
-        parts = (
-            part for each in held.held.values() for part in (dict.values(each) if isinstance(each, dict) else each)
-        )
-        return value if is_own and not any(id(part) in self.twins for part in parts) else self(value)
+        if id(value) in self.held or not isinstance(value, dict | list | tuple | set | deque):
+            return self(value)
+        parts = (part for each in _containers([value]) for part in (each.values() if isinstance(each, dict) else each))
+        return self(value) if any(id(part) in self.twins for part in parts) else value
 
     def _mutable(self, value: Any) -> Any:
         """Copy a mutable container and translate its items; a subclass keeps its own attributes."""
@@ -306,6 +294,18 @@ class _Translator:
             copied.clear()
             (copied.update if isinstance(value, set) else copied.extend)(contents)
         return copied
+
+
+def _containers(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield the containers among some values, and those inside them."""
+    seen: set[int] = set()
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list | tuple | set | deque) and id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            waiting.extend(dict.values(value) if isinstance(value, dict) else value)
 
 
 def _with_closure(function: types.FunctionType, closure: tuple[types.CellType, ...]) -> types.FunctionType:
