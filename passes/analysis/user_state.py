@@ -153,7 +153,8 @@ class UserState:
         elif isinstance(value, types.FunctionType):
             self._visit_function(path, value)
         elif isinstance(value, types.BuiltinFunctionType):
-            self._waiting.append((path, value.__self__))  # of a method; a function has its module there
+            if not isinstance(value.__self__, types.ModuleType):  # of a function, which is no method
+                self._waiting.append((path, value.__self__))
         elif isinstance(value, types.MethodType):
             self._waiting += [(path, value.__self__), (path, value.__func__)]
         elif isinstance(value, functools.partial):
