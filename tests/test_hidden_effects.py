@@ -54,6 +54,7 @@ class Pair(nn.Module):
         self.sizes = {3: 5.0}
         self.form = "rows %s"
         self.factor = np.float64(0.5)
+        self.nothing = np.float64(0.0)
         self.register_buffer("n", torch.zeros(1))
 
     def of(self) -> Any:
@@ -165,6 +166,10 @@ def multiplies_by_a_number_of_numpy(self: Any, x: Tensor) -> Any:
     return self.b(self.a(x)) * self.factor
 
 
+def adds_nothing_of_numpy(self: Any, x: Tensor) -> Any:
+    return self.b(self.a(x)) + self.nothing
+
+
 def takes_an_argument_named_inf(self: Any, inf: Tensor) -> Any:
     return self.b(self.a(inf)).clamp(max=float("inf"))
 
@@ -188,6 +193,7 @@ HIDDEN = [
     asks_for_a_buffer_by_its_dict,
     asks_for_the_environment,
     multiplies_by_a_number_of_numpy,
+    adds_nothing_of_numpy,
     takes_an_argument_named_inf,
 ]
 
@@ -346,9 +352,23 @@ def with_a_factory(net: Any) -> None:
     net.a.register_forward_hook(lambda module, inputs, output: output * net.defaults["x"])
 
 
+def with_a_local_list_of_layers(net: Any) -> None:
+    net.features = {"a": 0.0}
+    layers = [net.b]
+    net.a.register_forward_hook(lambda module, inputs, output: layers[0](output) * layers[0].training)
+
+
 @pytest.mark.parametrize("emit", ["graph", "modules"])
 @pytest.mark.parametrize(
-    "prepare", [with_features, with_a_decorated_hook, with_a_partial, with_a_shared_number, with_a_factory]
+    "prepare",
+    [
+        with_a_local_list_of_layers,
+        with_features,
+        with_a_decorated_hook,
+        with_a_partial,
+        with_a_shared_number,
+        with_a_factory,
+    ],
 )
 def test_hooks_and_their_model_go_on_sharing_what_they_keep(prepare: Callable[[Any], None], emit: Any) -> None:
     models = [model_of(lambda self, x: self.b(self.a(x)) + self.features["a"]) for _ in range(2)]

@@ -190,9 +190,11 @@ class SiteTracer(fx.Tracer):
             return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
         if isinstance(a, dict | list) and type(a) not in {dict, list, immutable_dict, immutable_list}:
             raise TypeError(f"a {type(a).__name__} would become a plain {'dict' if isinstance(a, dict) else 'list'}")
-        values = a.keys() if isinstance(a, dict) else [a]
-        if foreign := next((each for each in values if _is_no_literal(each)), None):
-            raise UnsafeCodeError(f"its forward uses a {type(foreign).__name__}, which the code of a graph cannot hold")
+        for value in a.keys() if isinstance(a, dict) else [a]:
+            if _is_no_literal(value):
+                raise UnsafeCodeError(
+                    f"its forward uses a {type(value).__name__}, which the code of a graph cannot hold"
+                )
         argument = super().create_arg(a)
         if isinstance(a, Tensor) and isinstance(argument, fx.Node) and "_tensor_constant" in str(argument.target):
             self._record_mismatch("makes tensors that a graph would freeze")

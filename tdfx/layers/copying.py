@@ -228,8 +228,7 @@ class _Translator:
         except ValueError:  # an empty cell: the name was never assigned
             return cell
         if id(cell) not in self.copies:
-            is_container = isinstance(content, dict | list | tuple | set | frozenset | deque)
-            new = content if is_container and id(content) not in self.held else self(content)
+            new = self._bound(content)
             self.copies[id(cell)] = cell if new is content else types.CellType(new)
         return self.copies[id(cell)]  # type: ignore[no-any-return]
 
@@ -258,8 +257,8 @@ class _Translator:
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, functools.partial):
-            named = {key: self._argument(argument) for key, argument in value.keywords.items()}
-            return type(value)(self(value.func), *map(self._argument, value.args), **named)
+            named = {key: self._bound(argument) for key, argument in value.keywords.items()}
+            return type(value)(self(value.func), *map(self._bound, value.args), **named)
         if isinstance(value, (tuple, frozenset)):
             items = [self(item) for item in value]
             if all(new is old for new, old in zip(items, value, strict=True)):
@@ -267,8 +266,8 @@ class _Translator:
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return self._mutable(value)
 
-    def _argument(self, value: Any) -> Any:
-        """Translate an argument of a partial; a container that no module holds, and that holds none, is shared."""
+    def _bound(self, value: Any) -> Any:
+        """Translate what a function is bound to; a container that no module holds, and that holds none, is shared."""
         if id(value) in self.held or not isinstance(value, dict | list | tuple | set | deque):
             return self(value)
         parts = (part for each in _containers([value]) for part in (each.values() if isinstance(each, dict) else each))
