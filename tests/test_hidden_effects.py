@@ -380,3 +380,76 @@ def test_hooks_and_their_model_go_on_sharing_what_they_keep(prepare: Callable[[A
         torch.testing.assert_close(rewritten(batch(rows)), twin(batch(rows)), rtol=1e-9, atol=1e-9)
     merged = tdfx.merge(rewritten)
     torch.testing.assert_close(merged(batch()), twin(batch()), rtol=1e-9, atol=1e-9)
+
+
+class Chain(Pair):
+    """Calls its layers in a loop, and asks for their class somewhere else."""
+
+    def factor_of(self, layer: Any) -> float:
+        """Ask by a function."""
+        return 2.0 if isinstance(layer, nn.Linear) else 1.0
+
+    def matched(self, layer: Any) -> float:
+        """Ask by a pattern."""
+        match layer:
+            case nn.Linear():
+                return 2.0
+        return 1.0
+
+
+def asks_in_a_method(self: Any, x: Tensor) -> Any:
+    for layer in self.children():
+        x = layer(x) * self.factor_of(layer)
+    return x
+
+
+def asks_by_a_pattern(self: Any, x: Tensor) -> Any:
+    for layer in self.children():
+        x = layer(x) * self.matched(layer)
+    return x
+
+
+def goes_through_modules(self: Any, x: Tensor) -> Any:
+    y = self.b(self.a(x))
+    for module in self.modules():
+        if getattr(module, "bias", None) is not None:
+            y = y + module.bias.sum()
+    return y
+
+
+def clamps_a_weight_at_times(self: Any, x: Tensor) -> Any:
+    if x.mean() > 0:
+        self.a.weight.data.clamp_(-0.1, 0.1)
+    return self.b(self.a(x))
+
+
+def scales_a_view_of_a_weight_at_times(self: Any, x: Tensor) -> Any:
+    if x.mean() > 0:
+        self.a.weight.data.view(-1)[:8] *= 0.5
+    return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("emit", ["graph", "modules"])
+@pytest.mark.parametrize("inputs", [None, (-batch().abs(),)], ids=["without inputs", "with inputs"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        asks_in_a_method,
+        asks_by_a_pattern,
+        goes_through_modules,
+        clamps_a_weight_at_times,
+        scales_a_view_of_a_weight_at_times,
+    ],
+)
+def test_a_layer_whose_class_or_weight_the_code_uses_otherwise_is_kept(
+    forward: Callable[..., Any], inputs: Any, emit: Any
+) -> None:
+    models: list[Any] = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(type("Net", (Chain,), {"forward": forward})().double())
+    dense, twin = models
+    rewritten: Any = tdfx.rewrite(dense, FULL, example_inputs=inputs, emit=emit)
+    for sign in (1, -1, 1):
+        x = sign * batch().abs()
+        torch.testing.assert_close(rewritten(x), twin(x), rtol=1e-9, atol=1e-9)

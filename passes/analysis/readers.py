@@ -18,9 +18,14 @@ from tdfx.passes.analysis.tracer import is_site_or_leaf
 from tdfx.passes.analysis.uses import METADATA
 from tdfx.passes.program import Program
 
-_LISTING = {"parameters", "named_parameters", "state_dict", "_parameters", "get_parameter", "parameters_to_vector"}
+_LISTING = {"parameters", "named_parameters", "state_dict", "_parameters", "get_parameter", "parameters_to_vector"} | {
+    "modules",
+    "named_modules",
+}
 _ASKING = {"isinstance", "type"}
 _WEIGHTS = {"weight"}
+_WRITTEN = "written"
+"""Stands for an assignment in place to a weight."""
 
 MAY_READ = "may read its weight besides calling it; example_inputs would tell"
 
@@ -52,6 +57,8 @@ def read_weights(program: Program) -> tuple[dict[int, str], dict[int, str]]:
                     listed |= dict.fromkeys(map(id, owner.parameters()), f"{why}calls it through an object of its own")
             elif attribute == "requires_grad_" and is_candidate(owner):
                 listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}freezes or trains its weight")
+            elif attribute == _WRITTEN and is_candidate(owner):
+                listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}writes to its weight")
             elif attribute == "__class__" and is_candidate(owner):
                 listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}asks for its class")
             elif is_proven:
@@ -98,11 +105,14 @@ def _reads(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                     if name in _LISTING and not _is_first(node, parents) and not _is_signature(value, scope):
                         yield (owned if isinstance(owned, nn.Module) else module), name
                     elif isinstance(owned, nn.Module):
-                        parent = parents.get(id(node))
-                        is_switch = isinstance(parent, ast.Attribute) and parent.attr == "requires_grad_"
-                        yield owned, "requires_grad_" if is_switch and name in _WEIGHTS else name
+                        yield owned, (_change_of(node, parents) if name in _WEIGHTS else "") or name
                 case ast.Name(id="parameters_to_vector"):
                     yield module, "parameters_to_vector"
+                case ast.MatchClass(cls=kind) | ast.Call(func=ast.Name(id="isinstance"), args=[_, kind]):
+                    kinds = scope.value_of(kind)
+                    if isinstance(node, ast.MatchClass) or scope.value_of(node.args[0]) is UNKNOWN:
+                        # Which layer it is, only a run tells.
+                        yield from ((layer, "__class__") for layer in module.modules() if _is_one_of(layer, kinds))
             if isinstance(node, ast.Call):
                 if last_name(node.func) in _ASKING and node.args:
                     yield from ((layer, "__class__") for layer in _modules_of(node.args[0], scope))
@@ -111,6 +121,25 @@ def _reads(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                     yield called, "__call__"
                 elif called is not UNKNOWN:
                     waiting.append((called, getattr(called, "__self__", None)))
+
+
+def _change_of(node: ast.AST, parents: Mapping[int, ast.AST]) -> str:
+    """Return what code does to a weight, or to a view of it, beside reading it: "" for nothing."""
+    parent = parents.get(id(node))
+    while isinstance(parent, ast.Attribute | ast.Subscript | ast.Call) and getattr(parent, "func", node) is node:
+        is_method = isinstance(parent, ast.Attribute) and parent.attr.endswith("_") and not parent.attr.endswith("__")
+        if isinstance(parent, ast.Attribute) and is_method:
+            return "requires_grad_" if parent.attr == "requires_grad_" else _WRITTEN
+        if isinstance(getattr(parent, "ctx", None), ast.Store):
+            return _WRITTEN
+        node, parent = parent, parents.get(id(parent))
+    return _WRITTEN if isinstance(parent, ast.AugAssign) and parent.target is node else ""
+
+
+def _is_one_of(layer: nn.Module, kinds: Any) -> bool:
+    """Return True for a layer that may be rewritten and is of a class, or of one of several, which may not be known."""
+    known = [each for each in (kinds if isinstance(kinds, tuple) else (kinds,)) if isinstance(each, type)]
+    return any(isinstance(layer, each) for each in known if issubclass(each, nn.Module)) and is_candidate(layer)
 
 
 def _modules_of(node: ast.AST, scope: Scope) -> list[nn.Module]:
