@@ -26,6 +26,7 @@ from torch.nn.modules.module import _WrappedHook
 from torch.utils.hooks import RemovableHandle
 
 from tdfx.layers.placement import placeholder
+from tdfx.layers.reach import CONTAINERS, reach_of
 
 HOOKS = (
     "_forward_hooks",
@@ -80,15 +81,12 @@ def structural_copy(model: ModuleT, replace: Mapping[nn.Module, nn.Module] | Non
     # Not by the class's constructor, which needs arguments and may draw random numbers or open files.
     twins |= {id(module): object.__new__(type(module)) for module in copied}
     # All twins exist before the first is filled, because modules may refer to one another in circles.
-    translate = _Translator(twins, copied)
+    translate = _Translator(twins, copied, model)
     # The handles of hooks refer to these.
     translate.copies |= {id(old.__dict__[name]): new.__dict__[name] for old, new in replace.items() for name in HOOKS}
     for module in copied:
-        attributes = {key: translate(value) for key, value in module.__dict__.items() if key != COMPILED}
-        twins[id(module)].__dict__.update(attributes)
-        for name, slot in slots_of(type(module)):
-            if hasattr(module, name):
-                slot.__set__(twins[id(module)], translate(getattr(module, name)))
+        translate.fill(twins[id(module)], module)
+        twins[id(module)].__dict__.pop(COMPILED, None)
     for new in replace.values():
         for name in HOOKS:
             new.__dict__[name].update({key: translate(hook) for key, hook in new.__dict__[name].items()})
@@ -116,12 +114,12 @@ def rebind(model: nn.Module, former: nn.Module) -> None:
         for path, old in former.named_modules(remove_duplicate=False)
         if path in modules and modules[path] is not old
     }
-    _translate_attributes(model, twins, skip={"_parameters", "_buffers", "_modules"})
+    _translate_attributes(model, twins, former, skip={"_parameters", "_buffers", "_modules"})
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Replace modules inside a model, in place, also in the attributes that refer to them."""
-    _translate_attributes(model, {id(old): new for old, new in replacements.items()})
+    _translate_attributes(model, {id(old): new for old, new in replacements.items()}, model)
 
 
 def shell_of(module: ModuleT) -> ModuleT:
@@ -161,9 +159,11 @@ def _modules_to_copy(model: nn.Module, replace: Mapping[nn.Module, nn.Module]) -
             waiting.extend(() if module in replace else module._modules.values())
 
 
-def _translate_attributes(model: nn.Module, twins: Mapping[int, nn.Module], skip: Collection[str] = ()) -> None:
+def _translate_attributes(
+    model: nn.Module, twins: Mapping[int, nn.Module], root: nn.Module, skip: Collection[str] = ()
+) -> None:
     """Translate the attributes of a model's modules in place, apart from those of given names."""
-    translate = _Translator(twins, model.modules())
+    translate = _Translator(twins, model.modules(), root)
     # This keeps the old values alive: the translator remembers them by id, and the handles of hooks refer to them weakly.
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     for module, values in attributes:
@@ -173,28 +173,33 @@ def _translate_attributes(model: nn.Module, twins: Mapping[int, nn.Module], skip
 class _Translator:
     """Translates the value of an attribute: modules of the original become their twins, also deep inside the value.
 
-    Containers are copied, each once, so that two attributes which hold the same list still hold the same list. Objects of a
-    user's own classes are shared, unless they are containers.
+    Containers are copied, each once, so that two attributes which hold the same list still hold the same list; so are the
+    objects of a user's own classes that hold layers. What else an attribute refers to is shared (``Reach``).
     """
 
-    def __init__(self, twins: Mapping[int, nn.Module], modules: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self, twins: Mapping[int, nn.Module], modules: Iterable[nn.Module] = (), root: nn.Module | None = None
+    ) -> None:
         self.twins = twins
         """Module of the original, by id -> its twin."""
         self.copies: dict[int, Any] = {}
-        """Container or function of the original, by id -> its copy."""
-        attributes = (module.__dict__[name] for module in modules for name in module.__dict__.keys() - MODULE_STATE)
-        self.held = {id(each): each for each in _containers(attributes)}
-        """The containers that are attributes of the modules, by id: whatever refers to one gets its copy."""
+        """Container, function or object of the original, by id -> its copy."""
+        modules = list(modules)
+        attributes = [module.__dict__[name] for module in modules for name in module.__dict__.keys() - MODULE_STATE]
+        hooks = [module.__dict__[name] for module in modules for name in HOOKS]
+        self.reach = reach_of(attributes, hooks, twins, id(root), {type(module) for module in modules})
+        """What the model holds: whatever refers to a container or an object that is copied gets the copy."""
 
     def __call__(self, value: Any) -> Any:
         if type(value) in _ATOMS:
             return value
         if isinstance(value, nn.Module):
             return self.twins.get(id(value), value)
-        if isinstance(value, types.MethodType) and id(value.__self__) in self.twins:
-            return types.MethodType(value.__func__, self.twins[id(value.__self__)])
+        if isinstance(value, types.MethodType):
+            bound = self(value.__self__) if self._is_copied(value.__self__) else value.__self__
+            return value if bound is value.__self__ else types.MethodType(value.__func__, bound)
         if isinstance(value, types.BuiltinMethodType):
-            return getattr(self(value.__self__), value.__name__) if id(value.__self__) in self.held else value
+            return getattr(self(value.__self__), value.__name__) if self._is_copied(value.__self__) else value
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, RemovableHandle):
@@ -203,10 +208,32 @@ class _Translator:
             return self._weak_reference(value)
         if isinstance(value, _WrappedHook):
             return self._module_hook(value)
+        if id(value) in self.reach.owned:
+            return self._object(value)
         if not isinstance(value, (dict, list, tuple, set, frozenset, deque, functools.partial)):
+            return value
+        if id(value) in self.reach.shared:
             return value
         if id(value) not in self.copies:
             self.copies[id(value)] = self._container(value)
+        return self.copies[id(value)]
+
+    def fill(self, new: Any, old: Any) -> None:
+        """Give a new object the translated attributes of an old one."""
+        if hasattr(old, "__dict__"):
+            new.__dict__.update({key: self(value) for key, value in old.__dict__.items()})
+        for name, slot in slots_of(type(old)):
+            if hasattr(old, name):
+                slot.__set__(new, self(getattr(old, name)))
+
+    def _is_copied(self, value: Any) -> bool:
+        return id(value) in self.twins or id(value) in self.reach.held or id(value) in self.reach.owned
+
+    def _object(self, value: Any) -> Any:
+        if id(value) not in self.copies:
+            kind: Any = type(value)
+            self.copies[id(value)] = kind.__new__(kind)  # before it is filled: it may refer to itself
+            self.fill(self.copies[id(value)], value)
         return self.copies[id(value)]
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
@@ -268,10 +295,9 @@ class _Translator:
 
     def _bound(self, value: Any) -> Any:
         """Translate what a function is bound to; a container that no module holds, and that holds none, is shared."""
-        if id(value) in self.held or not isinstance(value, dict | list | tuple | set | deque):
+        if id(value) in self.reach.held or not isinstance(value, CONTAINERS):
             return self(value)
-        parts = (part for each in _containers([value]) for part in (each.values() if isinstance(each, dict) else each))
-        return self(value) if any(id(part) in self.twins for part in parts) else value
+        return self(value) if id(value) in self.reach.inside else value
 
     def _mutable(self, value: Any) -> Any:
         """Copy a mutable container and translate its items; a subclass keeps its own attributes."""
@@ -293,18 +319,6 @@ class _Translator:
             copied.clear()
             (copied.update if isinstance(value, set) else copied.extend)(contents)
         return copied
-
-
-def _containers(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield the containers among some values, and those inside them."""
-    seen: set[int] = set()
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict | list | tuple | set | deque) and id(value) not in seen:
-            seen.add(id(value))
-            yield value
-            waiting.extend(dict.values(value) if isinstance(value, dict) else value)
 
 
 def _with_closure(function: types.FunctionType, closure: tuple[types.CellType, ...]) -> types.FunctionType:
