@@ -23,6 +23,18 @@ PLAN_ATTRIBUTE = "_tdfx_plan"
 
 
 @dataclass(frozen=True, slots=True)
+class Reads:
+    """What the code that a trace has run reads, and a graph has for good."""
+
+    names: frozenset[str] = frozenset()
+    """The names of attributes."""
+    entered: frozenset[str] = frozenset({""})
+    """Path of each module whose forward has run, and which the graph therefore does not call."""
+    files: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Name of a file's module -> the names in it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Traced:
     """The graphs that torch.fx recorded of one module."""
 
@@ -32,6 +44,8 @@ class Traced:
     """Why the graphs cannot stand for the module; "" if they can."""
     opaque: Mapping[str, str] = field(default_factory=dict)
     """Path, inside the module, of each submodule that the graphs call as it is, without showing its inside -> why."""
+    reads: Reads = field(default_factory=Reads)
+    """What the graphs rely on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from tdfx.passes.analysis.source import STANDARD_LIBRARY, TORCH, definition_of, 
 
 _COMPREHENSIONS = {"<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>"}
 _CALLED_FROM_FORWARD = tuple(
-    f"{TORCH}/{name}"
+    f"{TORCH}{name}"
     for name in (
         "fx/",
         "_tensor.py",
@@ -42,6 +42,8 @@ class CodeReader:
         """Returns the path of the module whose forward is running."""
         self.attributes: defaultdict[str, set[str]] = defaultdict(set)
         """Path of a module -> the names of the attributes that its code reads, and of what it reads of its file."""
+        self.files: defaultdict[str, set[str]] = defaultdict(set)
+        """Name of a file's module -> the names that its code reads."""
         self.refusal = ""
         """Why the trace was stopped; "" if it was not."""
         self._fresh_lines: dict[types.CodeType, set[int]] = {}
@@ -118,6 +120,7 @@ class CodeReader:
             self._parts.add(part)
             self._fresh_lines[part] = reading.fresh_lines
         self.attributes[self.running()] |= reading.attributes
+        self.files[str(frame.f_globals.get("__name__", ""))] |= reading.attributes & frame.f_globals.keys()
 
     def _refuse(self, what: str, frame: types.FrameType | None = None) -> None:
         where = f" ({line_of(frame.f_code, frame.f_lineno)})" if frame is not None else ""

@@ -36,7 +36,7 @@ from tdfx.passes.analysis.tracer import HiddenLayerError, SiteTracer, is_site_or
 from tdfx.passes.analysis.uncopied import refuse_iterators_of_modules, warn_of_finalizers
 from tdfx.passes.analysis.user_state import UserState
 from tdfx.passes.base import Change, Pass, PassResult
-from tdfx.passes.program import Program, Traced
+from tdfx.passes.program import Program, Reads, Traced
 
 _TRACING_CODE = {Path(torch.__file__).parent, Path(__file__).parent}
 """Folders whose lines in a traceback are not the user's."""
@@ -165,11 +165,12 @@ class ModuleTracer:
         mismatch = next(iter([*train.mismatches.values(), *evaluation.mismatches.values()]), "")
         mismatch = mismatch or mismatch_of_root(module)
         mismatch = mismatch or _bypass(train.graph, called) or _bypass(evaluation.graph, called)
+        reads = _reads_of(train, evaluation)
         if graph := _graph_for_both_modes(train, evaluation):
-            return Traced((graph,), mismatch, opaque)
+            return Traced((graph,), mismatch, opaque, reads)
         if train.mode_users | evaluation.mode_users != {""}:
             mismatch = mismatch or "its forward differs between train and eval mode"
-        return Traced((train.graph, evaluation.graph), mismatch, opaque)
+        return Traced((train.graph, evaluation.graph), mismatch, opaque, reads)
 
 
 class _Stored:
@@ -272,6 +273,14 @@ def _block_with_two_forwards(train: _ModeTrace, evaluation: _ModeTrace) -> tuple
         return None
     inner = sorted((train.mode_users | evaluation.mode_users) - {""})
     return (inner[0], "its forward differs between train and eval mode") if inner else None
+
+
+def _reads_of(*traces: _ModeTrace) -> Reads:
+    """Return what the code of some traces reads; a helper may read what any module holds, so names have no path."""
+    names = frozenset[str]().union(*(each for trace in traces for each in trace.reader.attributes.values()))
+    files = {file for trace in traces for file in trace.reader.files}
+    by_file = {file: frozenset[str]().union(*(trace.reader.files[file] for trace in traces)) for file in files}
+    return Reads(names, frozenset().union(*(trace.tracer.entered for trace in traces)), by_file)
 
 
 def _graph_for_both_modes(train: _ModeTrace, evaluation: _ModeTrace) -> fx.Graph | None:

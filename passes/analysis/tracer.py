@@ -111,6 +111,8 @@ class SiteTracer(fx.Tracer):
         """Path of a module -> what its forward did that a graph would not do again."""
         self.mode_users: set[str] = set()
         """Paths of the modules whose own mode decided something."""
+        self.entered: set[str] = {""}
+        """Paths of the modules whose forward has run."""
         self.failed_at: str | None = None
         """Path of the innermost module whose forward raised an error; None for the root."""
         self.parameters: frozenset[int] = frozenset()
@@ -144,6 +146,7 @@ class SiteTracer(fx.Tracer):
         if self.is_leaf_module(m, path):  # its forward does not run
             return super().call_module(m, forward, args, kwargs)
         self._running.append(path)
+        self.entered.add(path)
         mismatches_before, states_before = len(self.mismatches), random_states()
         try:
             refuse_wrapped_forward(m)

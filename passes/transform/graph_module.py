@@ -14,6 +14,8 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from tdfx.layers.copying import COMPILED, MODULE_STATE
+from tdfx.passes.program import Reads
+from tdfx.passes.transform.premises import Premises
 
 
 class FactorizedGraphModule(fx.GraphModule):
@@ -23,6 +25,9 @@ class FactorizedGraphModule(fx.GraphModule):
     swapped. Each instance is also an instance of the original's class, so that its methods, properties and operators work.
     A model that computes something else in train than in eval mode has a graph for each, over the same parameters;
     ``graph`` and ``code`` are those of the present mode.
+
+    Where a premise of the graph has gone, as after ``model.scale = 2``, a call runs the original's ``forward``, and a copy
+    has the original's class. A graph that was changed by hand always runs.
     """
 
     __jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, "code"]  # noqa: RUF012 - as in torch
@@ -33,6 +38,7 @@ class FactorizedGraphModule(fx.GraphModule):
         super().__init__(body, train, class_name=type(body).__name__)
         self.__dict__["_eval_graph"] = None
         self.__dict__["_shares_class"] = False
+        self.__dict__["_premises"] = None
         self.__dict__["_graph_state"] = frozenset(self.__dict__) - MODULE_STATE
         self.__dict__["_body_class"] = type(body)
         self.__dict__.update(body.__dict__)
@@ -45,6 +51,29 @@ class FactorizedGraphModule(fx.GraphModule):
             (self.__dict__["_eval_graph"],) = others
             self.recompile()
         self._share_class()
+
+    def rely_on(self, reads: Reads) -> None:
+        """From now on run the graph only as long as what it relies on is as it is now."""
+        self.__dict__["_premises"] = Premises.of(self, reads)
+
+    def relied_on(self) -> Reads | None:
+        """What the graph relies on; None if it runs in any case."""
+        premises: Premises | None = self.__dict__["_premises"]
+        return None if premises is None else premises.reads
+
+    def does_hold(self) -> bool:
+        """Return True if the graph still stands for the model."""
+        premises: Premises | None = self.__dict__["_premises"]
+        return premises is None or premises.hold(self)
+
+    def _call_impl(self, *args: Any, **named: Any) -> Any:
+        if "forward" in self.__dict__ or self.does_hold():
+            return super()._call_impl(*args, **named)  # type: ignore[no-untyped-call]
+        self.__dict__["forward"] = functools.partial(self.__dict__["_body_class"].forward, self)
+        try:
+            return super()._call_impl(*args, **named)  # type: ignore[no-untyped-call]
+        finally:
+            self.__dict__.pop("forward", None)
 
     def _share_class(self) -> None:
         """Take the class of a module with the same code, because torch.func stacks only modules of one class."""
@@ -80,6 +109,7 @@ class FactorizedGraphModule(fx.GraphModule):
         """Generate the code of ``forward`` again, after a graph was changed."""
         if self.__dict__.get("_shares_class"):
             self._leave_class()
+            self.__dict__["_premises"] = None
         full_class = type(self)
         if "_body_class" in self.__dict__:
             # GraphModule wraps __call__ of the instance's class once; if it wrapped a second class, the two would call each
@@ -117,18 +147,22 @@ class FactorizedGraphModule(fx.GraphModule):
         body.__dict__.update({name: value for name, value in self.__dict__.items() if name not in left_out})
         return body
 
-    def __copy__(self) -> FactorizedGraphModule:
-        return FactorizedGraphModule(self._tdfx_body(), copy.deepcopy(self._tdfx_graphs()))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FactorizedGraphModule:
+    def __copy__(self) -> Any:
         body = self._tdfx_body()
-        copied = FactorizedGraphModule(body, copy.deepcopy(self._tdfx_graphs()))
+        if not self.does_hold():
+            return body
+        return _relying(FactorizedGraphModule(body, copy.deepcopy(self._tdfx_graphs())), self.relied_on())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        body, holds = self._tdfx_body(), self.does_hold()
+        copied = FactorizedGraphModule(body, copy.deepcopy(self._tdfx_graphs())) if holds else copy.copy(body)
         memo[id(self)] = copied  # before its attributes are copied, because one of them may refer to it
         copied.__dict__.update(copy.deepcopy(body.__dict__, memo))
-        return copied
+        return _relying(copied, self.relied_on()) if isinstance(copied, FactorizedGraphModule) else copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._tdfx_body(), [_pack(graph) for graph in self._tdfx_graphs()])
+        graphs = [_pack(graph) for graph in self._tdfx_graphs()] if self.does_hold() else None
+        return _restore, (self._tdfx_body(), graphs, self.relied_on())
 
 
 _CLASSES: WeakValueDictionary[Any, type] = WeakValueDictionary()
@@ -181,8 +215,19 @@ def _pack(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return [(node.op, node.target, *arguments[node], node.name, node.type) for node in graph.nodes]
 
 
-def _restore(body: nn.Module, packed_graphs: list[list[tuple[Any, ...]]]) -> FactorizedGraphModule:
-    return FactorizedGraphModule(body, [_unpack(packed) for packed in packed_graphs])
+def _restore(
+    body: nn.Module, packed_graphs: list[list[tuple[Any, ...]]] | None, reads: Reads | None = None
+) -> nn.Module:
+    """Build a pickled model again; pickles of earlier versions do not say what a graph relies on."""
+    if packed_graphs is None:
+        return body
+    return _relying(FactorizedGraphModule(body, [_unpack(packed) for packed in packed_graphs]), reads)
+
+
+def _relying(module: FactorizedGraphModule, reads: Reads | None) -> FactorizedGraphModule:
+    if reads is not None:
+        module.rely_on(reads)
+    return module
 
 
 def _unpack(packed: list[tuple[Any, ...]]) -> fx.Graph:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -157,13 +157,18 @@ def _emit(program: Program, swaps: Sequence[Swap]) -> nn.Module:
     mark_encoders(body)
     if isinstance(body, FactorizedGraphModule):
         graphs: Sequence[fx.Graph] = body._tdfx_graphs()
+        reads, holds = body.relied_on(), cast("FactorizedGraphModule", program.module).does_hold()
         body = body._tdfx_body()
+        if not holds:
+            return body
     elif program.emit == "modules" or isinstance(body, fx.GraphModule):
         return body
     else:
-        graphs = program.graphs[""].graphs
+        graphs, reads = program.graphs[""].graphs, program.graphs[""].reads
     rewritten = FactorizedGraphModule(body, [_with_calls(copy.deepcopy(graph), slots) for graph in graphs])
     rebind(rewritten, body)
+    if reads is not None:
+        rewritten.rely_on(reads)
     return rewritten
 
 
