@@ -17,9 +17,9 @@ from torch.utils._contextlib import _DecoratorContextManager
 LIBRARIES = frozenset({"torch", "numpy", "tdfx", "functorch"}) | sys.stdlib_module_names
 """Packages whose classes and functions hold nothing of the user's."""
 _MACHINERY = (
-    *("torch._", "torch.fx", "torch.distributed", "torch.export", "torch.jit", "torch.utils.data", "tdfx"),
-    *("asyncio", "concurrent", "multiprocessing", "queue", "selectors", "socket", "ssl", "subprocess", "threading"),
-    *("ast", "importlib", "inspect", "typing", "unittest"),
+    *("torch._", "torch.fx.", "torch.distributed.", "torch.export.", "torch.jit.", "torch.utils.data.", "tdfx."),
+    *("asyncio.", "concurrent.", "multiprocessing.", "queue.", "selectors.", "socket.", "ssl.", "subprocess."),
+    *("threading.", "ast.", "importlib.", "inspect.", "typing.", "unittest."),
 )
 """Packages whose objects refer to half of a program, or to threads and processes that run on meanwhile."""
 _HOLDERS = (
@@ -47,7 +47,7 @@ def keeps_state(value: Any) -> bool:
     """Return True for an object whose attributes a user's forward may change."""
     if isinstance(value, _HOLDERS):
         return True
-    return not isinstance(value, types.ModuleType) and not type(value).__module__.startswith(_MACHINERY)
+    return not isinstance(value, types.ModuleType) and not f"{type(value).__module__}.".startswith(_MACHINERY)
 
 
 def is_foreign(module: types.ModuleType | None) -> bool:

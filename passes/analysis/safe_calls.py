@@ -134,6 +134,8 @@ def refusal_of_callable(function: Any) -> str:
     Functions that are written in Python, outside of torch, may be called: their own code is read before it runs.
     """
     function = _unwrapped(function)
+    if function is None:
+        return ""  # an optional layer that this block does not have: calling it raises an error
     if isinstance(function, nn.Module):
         return ""  # the tracer decides what becomes of a module
     if isinstance(function, functools.partial):
@@ -141,11 +143,11 @@ def refusal_of_callable(function: Any) -> str:
     if _is_listed(function):
         return ""
     if isinstance(function, types.MethodType):
-        if isinstance(function.__self__, nn.Module) and _is_of_torch(function.__func__):
+        if isinstance(function.__self__, nn.Module) and is_of_torch(function.__func__):
             return "" if function.__name__ in _MODULE_METHODS else f"calls {function.__name__}() of a module"
         return refusal_of_callable(function.__func__)
     if isinstance(function, types.FunctionType):
-        if not _is_of_torch(function):
+        if not is_of_torch(function):
             return ""
         return f"calls {_name(function)}(), which leaves no trace in a graph"
     if isinstance(function, type):
@@ -156,7 +158,7 @@ def refusal_of_callable(function: Any) -> str:
     if isinstance(function, types.BuiltinMethodType | types.MethodDescriptorType):
         return _refusal_of_builtin(function)
     own_call = inspect.getattr_static(type(function), "__call__", None)
-    if isinstance(own_call, types.FunctionType) and not _is_of_torch(own_call):
+    if isinstance(own_call, types.FunctionType) and not is_of_torch(own_call):
         return ""
     return f"calls {_name(function)}(), which leaves no trace in a graph"
 
@@ -171,7 +173,7 @@ def _refusal_of_builtin(function: Any) -> str:
 def _unwrapped(function: Any) -> Any:
     """Return the function behind the wrapper by which torch.fx records calls of it."""
     code = getattr(function, "__code__", None)
-    while code is not None and code.co_filename.startswith(f"{TORCH}/fx/") and hasattr(function, "__wrapped__"):
+    while code is not None and code.co_filename.startswith(f"{TORCH}fx/") and hasattr(function, "__wrapped__"):
         function = function.__wrapped__
         code = getattr(function, "__code__", None)
     return function
@@ -184,7 +186,8 @@ def _is_listed(function: Any) -> bool:
         return False
 
 
-def _is_of_torch(function: Any) -> bool:
+def is_of_torch(function: Any) -> bool:
+    """Return True for a function that is written in Python in torch, and is no forward of a layer."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_filename.startswith(TORCH) and not is_users_file(code.co_filename)
 

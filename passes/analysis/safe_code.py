@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.utils._pytree import tree_any
 
 from tdfx.passes.analysis.modes import Mode
@@ -22,6 +22,7 @@ from tdfx.passes.analysis.safe_calls import (
     LOOKING,
     MUTATING_METHODS,
     PURE_METHODS,
+    is_of_torch,
     refusal_of_callable,
     tensor_methods,
 )
@@ -276,7 +277,8 @@ class SafeCode(Scope):
     def _computes_config(self, function: ast.expr) -> bool:
         """Return True for a function that makes configuration of configuration."""
         value = self.value_of(function)
-        if value is not UNKNOWN:
+        of_module = isinstance(function, ast.Attribute) and isinstance(self.value_of(function.value), nn.Module)
+        if value is not UNKNOWN and not (of_module and is_of_torch(getattr(value, "__func__", value))):
             return isinstance(value, type) or getattr(builtins, getattr(value, "__name__", ""), None) is value
         is_listing = isinstance(function, ast.Attribute) and function.attr in PURE_METHODS | {
             "children",

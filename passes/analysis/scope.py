@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_any
 
@@ -38,14 +39,30 @@ class Scope:
         """Arguments and names of outer functions -> their values."""
         self.globals = global_names
         self.body = definition.body if isinstance(definition.body, list) else [definition.body]
-        self.nodes = [node for part in self.body for node in _walk(part)]
         self.arguments = {node.arg for node in ast.walk(definition.args) if isinstance(node, ast.arg)}
+        self.bindings: dict[str, list[ast.AST]] = {}
+        self.nodes = [node for part in self.body for node in self._walk(part)]
         self.bindings = _bindings(self.nodes)
         """Names that the function binds -> the expressions that they are bound to."""
 
     def all_nodes(self) -> list[ast.AST]:
         """Return all of its code, that of functions inside it included."""
         return [node for part in self.body for node in ast.walk(part)]
+
+    def _walk(self, node: ast.AST) -> Iterator[ast.AST]:
+        """Yield a function's own code, but what is for TorchScript; functions inside it are read when they run."""
+        yield node
+        if isinstance(node, _SCOPES):
+            return
+        is_for_script = isinstance(node, ast.If) and self._is_of_script(node.test)
+        for child in node.orelse if is_for_script else ast.iter_child_nodes(node):  # type: ignore[attr-defined]
+            yield from self._walk(child)
+
+    def _is_of_script(self, test: ast.expr) -> bool:
+        """Return True for a test that only TorchScript passes."""
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+            return any(map(self._is_of_script, test.values))
+        return isinstance(test, ast.Call) and self.value_of(test.func) is torch.jit.is_scripting  # type: ignore[attr-defined]
 
     def value_of(self, node: ast.AST) -> Any:
         """Return what an expression stands for, as far as that can be told without running anything."""
@@ -69,15 +86,6 @@ class Scope:
                 owner, index = self.value_of(base), self.value_of(key)
                 return UNKNOWN if UNKNOWN in (owner, index) else _item(owner, index)
         return UNKNOWN
-
-
-def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield all of a function's own code; functions inside it are read when they run."""
-    yield node
-    if isinstance(node, _SCOPES):
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from _walk(child)
 
 
 def _bindings(nodes: list[ast.AST]) -> dict[str, list[ast.AST]]:

@@ -15,11 +15,17 @@ import torch
 
 from tdfx.errors import TdfxError
 
-TORCH = str(Path(torch.__file__).parent)
+
+def _folder(path: Path) -> str:
+    """Return a folder with a slash at its end: without it, torchvision would be in the folder of torch."""
+    return f"{path}/"
+
+
+TORCH = _folder(Path(torch.__file__).parent)
 """The folder of PyTorch."""
-_OWN = (str(Path(inspect.getfile(TdfxError)).parent), str(Path(__file__).resolve().parents[1]))
-STANDARD_LIBRARY = sysconfig.get_path("stdlib")
-_MODULES_OF_TORCH = f"{TORCH}/nn/modules/"
+_OWN = (_folder(Path(inspect.getfile(TdfxError)).parent), _folder(Path(__file__).resolve().parents[1]))
+STANDARD_LIBRARY = _folder(Path(sysconfig.get_path("stdlib")))
+_MODULES_OF_TORCH = f"{TORCH}nn/modules/"
 _GENERATED = ("<eval_with_key>", "<frozen ")
 """How the names begin of files that have no source of the user's: the code of graphs, and Python's own."""
 
