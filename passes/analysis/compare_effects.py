@@ -154,6 +154,7 @@ def _are_all_same(values: Sequence[Any], others: Sequence[Any]) -> bool:
 
 
 def _are_same(value: Any, other: Any) -> bool:
+    value, other = (each.to_dense() if isinstance(each, Tensor) and each.is_sparse else each for each in (value, other))
     if not isinstance(value, Tensor) or not isinstance(other, Tensor):
         return type(value) is type(other) and (
             not isinstance(value, int | float | str) or value == other or value != value

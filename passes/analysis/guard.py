@@ -33,19 +33,25 @@ class ParameterGuard(TorchFunctionMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.addresses = {storage_address(parameter) for parameter in module.parameters()} - {0}
+        self.written = ""
+        """The function that would have written; "" if there was none."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-        writes = args and (in_place or func == Tensor.data.__set__)  # type: ignore[attr-defined]
-        written = [*args[:1]] if writes else []
-        if kwargs and "out" in kwargs:
-            written.append(kwargs["out"])
-        if written and tree_any_only(Tensor, lambda tensor: storage_address(tensor) in self.addresses, written):
+        name, named = getattr(func, "__name__", ""), kwargs or {}
+        in_place = (
+            (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or bool(named.get("inplace"))
+        )
+        written: list[Any] = [named.get("out")]
+        if in_place or func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            written += [*args[:1], *(named.get(first) for first in ("input", "tensor", "self"))]
+        if named.get("max_norm") is not None:  # an embedding scales the rows that it looks up
+            written += [*args[:2], named.get("weight")]
+        if tree_any_only(Tensor, lambda tensor: storage_address(tensor) in self.addresses, written):
+            self.written = name
             raise WritesParameterError(f"its forward changes a parameter ({name})")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **named)
 
 
 class GatherShards(TorchFunctionMode):

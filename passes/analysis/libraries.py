@@ -54,13 +54,3 @@ def is_foreign(module: types.ModuleType | None) -> bool:
     """Return True for a module that is not the user's."""
     name, file = getattr(module, "__name__", ""), getattr(module, "__file__", None) or ""
     return is_of_library(name) or "site-packages" in file
-
-
-def referent(value: Any) -> Any:
-    """Return what a weak reference or a proxy stands for; None if that is gone."""
-    if type(value) not in weakref.ProxyTypes:
-        return value()
-    try:
-        return value.__repr__.__self__
-    except ReferenceError:
-        return None

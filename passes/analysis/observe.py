@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
@@ -86,12 +87,22 @@ class Observed:
     """Parameters, by identity, that were read for anything else, outside of the layers that hold them."""
 
 
-@torch.no_grad()
 def observe(module: nn.Module, inputs: Inputs, *, training: bool, gather: Processes | None = None) -> Observed:
     """Run a scratch copy of a module once, and return what it did; the module and the random generators stay as they are.
 
     ``gather`` are the processes that hold shards of its parameters, all of which must call this; None without shards.
     """
+    try:
+        with torch.no_grad():
+            return _observe(module, inputs, training, gather)
+    except RuntimeError:
+        if gather is not None:
+            raise
+        with torch.enable_grad():  # which a forward needs that takes gradients itself
+            return _observe(module, inputs, training, gather)
+
+
+def _observe(module: nn.Module, inputs: Inputs, training: bool, gather: Processes | None) -> Observed:
     scratch = scratch_copy(module, training=training)
     with nullcontext() if gather is None else GatherShards(gather):
         try:
@@ -114,14 +125,23 @@ def _run(scratch: nn.Module, inputs: Inputs, originals: Mapping[int, int]) -> Ob
     for path, layer in scratch.named_modules():
         if is_candidate(layer) or isinstance(layer, Factorized):
             recorder.attach(path, layer)
+    guard = ParameterGuard(scratch)
     with (
         isolated(scratch),
-        nullcontext() if originals else ParameterGuard(scratch),
+        nullcontext() if originals else guard,
         _watch_old_modules(scratch, recorder.record_old_module),
         recorder,
         watch_custom_functions(recorder.record_custom_function),
     ):
-        recorder.record_output(scratch(*arguments, **named))
+        try:
+            output = scratch(*arguments, **named)
+            recorder.record_output(list(output) if inspect.isgenerator(output) else output)
+        except Exception as error:
+            if guard.written and not isinstance(
+                error, WritesParameterError
+            ):  # load_state_dict() makes another error of it
+                raise WritesParameterError(str(error)) from error
+            raise
     for clone, original in originals.items():
         if clone in observed.functional:
             observed.functional[original] = observed.functional.pop(clone)

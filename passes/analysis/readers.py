@@ -25,7 +25,9 @@ _LISTING = {"parameters", "named_parameters", "state_dict", "_parameters", "get_
 _ASKING = {"isinstance", "type"}
 _WEIGHTS = {"weight"}
 _WRITTEN = "written"
-"""Stands for an assignment in place to a weight."""
+"""Stands for an assignment in place to a weight, or to an attribute that its layer computes with."""
+_WRITING = {"load_state_dict", "reset_parameters"}
+"""Methods of a layer that write to its weight."""
 
 MAY_READ = "may read its weight besides calling it; example_inputs would tell"
 
@@ -58,7 +60,7 @@ def read_weights(program: Program) -> tuple[dict[int, str], dict[int, str]]:
             elif attribute == "requires_grad_" and is_candidate(owner):
                 listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}freezes or trains its weight")
             elif attribute == _WRITTEN and is_candidate(owner):
-                listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}writes to its weight")
+                listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}changes its layer or weight")
             elif attribute == "__class__" and is_candidate(owner):
                 listed |= dict.fromkeys(map(id, owner.parameters(recurse=False)), f"{why}asks for its class")
             elif is_proven:
@@ -105,7 +107,7 @@ def _reads(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                     if name in _LISTING and not _is_first(node, parents) and not _is_signature(value, scope):
                         yield (owned if isinstance(owned, nn.Module) else module), name
                     elif isinstance(owned, nn.Module):
-                        yield owned, (_change_of(node, parents) if name in _WEIGHTS else "") or name
+                        yield owned, _change_of(node, parents, owned) or name
                 case ast.Name(id="parameters_to_vector"):
                     yield module, "parameters_to_vector"
                 case ast.MatchClass(cls=kind) | ast.Call(func=ast.Name(id="isinstance"), args=[_, kind]):
@@ -123,8 +125,15 @@ def _reads(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                     waiting.append((called, getattr(called, "__self__", None)))
 
 
-def _change_of(node: ast.AST, parents: Mapping[int, ast.AST]) -> str:
-    """Return what code does to a weight, or to a view of it, beside reading it: "" for nothing."""
+def _change_of(node: ast.Attribute, parents: Mapping[int, ast.AST], owner: nn.Module) -> str:
+    """Return what code does to a layer or its weight, or to a view of that, by an attribute: "" for nothing."""
+    is_set = isinstance(node.ctx, ast.Store) and is_candidate(owner) and kind_of(owner).declares(owner, node.attr)
+    if is_set or node.attr in _WRITING:
+        return _WRITTEN
+    return _change_of_weight(node, parents) if node.attr in _WEIGHTS else ""
+
+
+def _change_of_weight(node: ast.AST, parents: Mapping[int, ast.AST]) -> str:
     parent = parents.get(id(node))
     while isinstance(parent, ast.Attribute | ast.Subscript | ast.Call) and getattr(parent, "func", node) is node:
         is_method = isinstance(parent, ast.Attribute) and parent.attr.endswith("_") and not parent.attr.endswith("__")

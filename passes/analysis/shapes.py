@@ -13,12 +13,13 @@ from torch import Tensor, fx, nn
 
 from tdfx.cost.count import Flow
 from tdfx.distributed.processes import Processes
-from tdfx.errors import InputError, TdfxError
+from tdfx.errors import InputError, ModelError, TdfxError
 from tdfx.factors.operation import Operation
 from tdfx.kinds.products import PackedCall, common_use
 from tdfx.kinds.registry import is_candidate, kind_of
 from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.blockers import USED_TWICE, blocker_of_weight, layers_inside_leaves
+from tdfx.passes.analysis.code_reader import UnsafeCodeError
 from tdfx.passes.analysis.compare_effects import difference
 from tdfx.passes.analysis.loop import LoopSettings
 from tdfx.passes.analysis.observe import Entered, Inputs, Observed, is_channels_last, observe, split_inputs
@@ -52,6 +53,11 @@ class ObserveInputs(Pass[PassResult]):
             in_eval = observe(program.module, self.inputs, training=False, gather=gather)
         except TdfxError:  # another process has failed
             raise
+        except UnsafeCodeError as error:
+            raise ModelError(
+                f"{type(program.module).__name__} cannot be run without a trace: {error}. Let forward make what "
+                f"it draws from, or keep a number in its place."
+            ) from error
         except Exception as error:  # whatever the model raises, it is about these inputs
             raise InputError(
                 f"{type(program.module).__name__} does not accept the example inputs {_describe(self.inputs)}: "

@@ -241,7 +241,7 @@ def keep_former_values(graph: fx.Graph) -> None:
 
 def is_site_or_leaf(module: nn.Module) -> bool:
     """Return True for modules that no graph looks into: single layers, factorized layers, and torch.nn's own."""
-    if isinstance(module, Factorized):
+    if isinstance(module, Factorized | torch.jit.ScriptModule):
         return True
     if type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
         # A list or a dictionary of modules computes nothing; other modules call what it holds.

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tdfx.layers.copying import HOOKS, MODULE_STATE, slots_of
+from tdfx.layers.holders import referent
 from tdfx.passes.analysis.iterators import (
     RecordingIterator,
     RefusingIterator,
@@ -29,7 +30,7 @@ from tdfx.passes.analysis.iterators import (
     parts_of,
     put_back,
 )
-from tdfx.passes.analysis.libraries import is_foreign, is_of_library, keeps_state, referent
+from tdfx.passes.analysis.libraries import is_foreign, is_of_library, keeps_state
 from tdfx.passes.analysis.saved_values import (
     CACHE,
     differ,
@@ -138,7 +139,7 @@ class UserState:
             if not is_foreign(sys.modules.get(value.__module__)):  # libraries have thousands that nobody changes
                 self._visit_class(value)
             return
-        if isinstance(value, _ATOMS) or id(value) in self._seen:
+        if isinstance(value, (*_ATOMS, torch.jit.ScriptModule)) or id(value) in self._seen:
             return
         self._seen.add(id(value))
         self._alive.append(value)  # so that no other object gets its id
@@ -246,7 +247,11 @@ class UserState:
 
     def _visit_function(self, path: str, function: types.FunctionType) -> None:
         if is_of_library(str(function.__globals__.get("__name__", ""))):
-            function = getattr(function, "__wrapped__", function)  # by a decorator of torch or functools
+            wrapped = getattr(function, "__wrapped__", function)  # by a decorator of torch or functools
+            if not isinstance(wrapped, types.FunctionType):  # such as a module in torch.vmap
+                self._waiting.append((path, wrapped))
+                return
+            function = wrapped
             if is_of_library(str(function.__globals__.get("__name__", ""))):
                 return
         self.functions.append((re.split(r"[.: ]", path.partition("[")[0])[-1], function))

@@ -106,7 +106,7 @@ def _modules_read(module: nn.Module, reads: Reads) -> Iterator[tuple[str, nn.Mod
     waiting = [("", module)]
     while waiting:
         path, part = waiting.pop()
-        if isinstance(part, Factorized):
+        if isinstance(part, Factorized | torch.jit.ScriptModule):
             continue
         yield path, part
         if path in reads.entered:

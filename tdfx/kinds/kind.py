@@ -80,6 +80,16 @@ class LayerKind(ABC):
         """Return the class of this kind that a class is or derives from; None if there is none."""
         return next((kind for kind in layer.__mro__ if kind is self.layer or _dotted(kind) == self.layer), None)
 
+    def declares(self, layer: nn.Module, name: str) -> bool:
+        """Return True for an attribute that a layer computes with: what its class declares, or all, in a user's class."""
+        if name in (self.weight, self.bias):
+            return True
+        base = self.base(type(layer))
+        if base is None or not base.__module__.startswith("torch."):
+            return name in layer.__dict__
+        declaring = (each for each in base.__mro__ if each is not nn.Module)
+        return any(name in vars(each).get("__annotations__", {}) for each in declaring)
+
     def is_intact(self, layer: nn.Module) -> bool:
         """Return True if a call of the layer does what its kind does, so that another module can replace it."""
         base = self.base(type(layer))

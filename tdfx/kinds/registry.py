@@ -6,6 +6,7 @@ import inspect
 from functools import lru_cache
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from tdfx.errors import KindError, nearest
@@ -114,7 +115,7 @@ def operation_of(layer: nn.Module) -> Operation | None:
             f"layer that no scheme can stand for."
         )
     weight = layer._parameters.get(kind.weight)
-    if operation is None or weight is None:
+    if operation is None or weight is None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return operation
     dense = kind.to_dense(weight)
     if tuple(dense.shape) != operation.weight_shape or kind.from_dense(dense).shape != weight.shape:

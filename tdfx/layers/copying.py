@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.modules.module import _WrappedHook
 from torch.utils.hooks import RemovableHandle
 
+from tdfx.layers.holders import referent
 from tdfx.layers.placement import placeholder
 from tdfx.layers.reach import CONTAINERS, reach_of
 
@@ -193,6 +194,9 @@ class _Translator:
     def __call__(self, value: Any) -> Any:
         if type(value) in _ATOMS:
             return value
+        if type(value) in weakref.ProxyTypes:
+            target = referent(value)
+            return weakref.proxy(self.twins[id(target)]) if id(target) in self.twins else value
         if isinstance(value, nn.Module):
             return self.twins.get(id(value), value)
         if isinstance(value, types.MethodType):
@@ -237,7 +241,7 @@ class _Translator:
         return self.copies[id(value)]
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        """Return a function that closes over a twin, where it closed over a module, as a lambda over ``self`` does.
+        """Return a function that closes over a twin, or has it as a default, where that was a module.
 
         The cells of other names stay the same, so that functions that share a name go on sharing it.
         """
@@ -245,9 +249,21 @@ class _Translator:
             self.copies[id(function)] = function  # which it may close over itself
             cells = function.__closure__ or ()
             closure = tuple(map(self._cell, cells))
-            if any(new is not old for new, old in zip(closure, cells, strict=True)):
-                self.copies[id(function)] = _with_closure(function, closure)
+            defaults, named = map(self._bound_parts, (function.__defaults__, function.__kwdefaults__))
+            is_same = all(new is old for new, old in zip(closure, cells, strict=True))  # equal cells may be two
+            if not is_same or defaults is not function.__defaults__ or named is not function.__kwdefaults__:
+                self.copies[id(function)] = _with_parts(function, closure, defaults, named)
         return self.copies[id(function)]  # type: ignore[no-any-return]
+
+    def _bound_parts(self, values: Any) -> Any:
+        """Translate the default arguments of a function: a tuple, a dict, or None; the same object if none changes."""
+        if values is None:
+            return None
+        old = list(values.values() if isinstance(values, dict) else values)
+        new = list(map(self._bound, old))
+        if all(now is before for now, before in zip(new, old, strict=True)):
+            return values
+        return dict(zip(values, new, strict=True)) if isinstance(values, dict) else tuple(new)
 
     def _cell(self, cell: types.CellType) -> types.CellType:
         try:
@@ -321,11 +337,11 @@ class _Translator:
         return copied
 
 
-def _with_closure(function: types.FunctionType, closure: tuple[types.CellType, ...]) -> types.FunctionType:
-    made = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
+def _with_parts(
+    function: types.FunctionType, closure: tuple[types.CellType, ...], defaults: Any, keyword_defaults: Any
+) -> types.FunctionType:
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults, closure)
+    made.__kwdefaults__ = keyword_defaults
     made.__dict__.update(function.__dict__)
     return made
 

@@ -20,7 +20,7 @@ from tdfx.factors.scheme import Scheme
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import kind_of, operation_of
 from tdfx.kinds.stock import build_factor
-from tdfx.layers.copying import copy_hooks, shell_of, structural_copy
+from tdfx.layers.copying import MODULE_STATE, copy_hooks, shell_of, structural_copy
 from tdfx.layers.frozen import FROZEN_FACTORS, frozen_indices
 from tdfx.layers.joined import read_only
 from tdfx.layers.placement import full_precise, is_sharded, shard_like
@@ -186,6 +186,9 @@ class Factorized(nn.Module):
         if self.kind.bias:
             layer._parameters[self.kind.bias] = self.bias
         copy_hooks(self, layer)
+        for name, value in self.__dict__.items():
+            if name not in _OWN and not name.startswith("_"):
+                layer.__dict__[name] = value
         return layer.train(self.training)
 
     def at_ranks(self, ranks: Sequence[int], weights: Sequence[Tensor]) -> Factorized:
@@ -219,17 +222,20 @@ class Factorized(nn.Module):
         return f"{text}, recompute=True" if self.recompute else text
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_") and name != "training" and self._is_of_original(name):
+        if not name.startswith("_") and name != "training" and self._computes_with(name):
             raise ModelError(
                 f"{name!r} is an attribute of the {self.kind.name} that these factors replace; the factors would go on as "
                 f"before if it were set here. Set it before the rewrite, or keep the layer: Policy(exclude=...)."
             )
         super().__setattr__(name, value)
 
-    def _is_of_original(self, name: str) -> bool:
-        """Return True for the name of an attribute that belongs to the original, and is only read here."""
+    def _computes_with(self, name: str) -> bool:
+        """Return True for an attribute that decides what the original computes.
+
+        What code has put on a layer besides, such as a counter or what a hook keeps, is set here, and merged back.
+        """
         origin = self.__dict__.get("origin")
-        return origin is not None and (name in origin.layer.__dict__ or name in (self.kind.weight, self.kind.bias))
+        return origin is not None and self.kind.declares(origin.layer, name)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -246,6 +252,10 @@ class Factorized(nn.Module):
 
     __jit_unused_properties__ = tuple(name for name, value in vars().items() if isinstance(value, property))
     """The properties that torch.jit.script leaves out: all."""
+
+
+_OWN = MODULE_STATE | {"origin", "recompute", "siblings", "shape", "layout", FROZEN_FACTORS}
+"""The attributes that are the factors' own."""
 
 
 class FactorizedByName(Factorized):

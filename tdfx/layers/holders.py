@@ -57,6 +57,8 @@ class _Search:
     seen: set[int] = field(default_factory=set)
 
     def __call__(self, value: Any, path: str, depth: int = 0) -> Iterator[Held]:
+        if type(value) in weakref.ProxyTypes:
+            value = referent(value)
         if isinstance(value, Tensor | nn.Module | Optimizer | int):
             yield Held(path, value)
             return
@@ -125,6 +127,16 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 def _names(slots: Any) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def referent(value: Any) -> Any:
+    """Return what a weak reference or a proxy stands for; None if that is gone."""
+    if type(value) not in weakref.ProxyTypes:
+        return value()
+    try:
+        return value.__repr__.__self__
+    except ReferenceError:
+        return None
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int, int] | None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from tdfx.errors import ModelError
 from tdfx.factors.functions import apply_factor, apply_operation
 from tdfx.factors.operation import Operation
 from tdfx.factors.recomputed import recomputed
@@ -44,6 +45,13 @@ class FactorizedParameter(Factorized):
         shape, layout = weight_of(origin.layer).shape, (self.operation.groups, self.operation.transposed)
         # Set in __dict__, because code that sets an attribute of a tensor here means the parameter, and gets an error.
         self.__dict__.update(siblings=tuple(siblings), shape=shape, layout=layout)
+
+    def __prepare_scriptable__(self) -> FactorizedParameter:
+        """Raise: torch.jit.script calls this before it compiles the code that reads the parameter."""
+        raise ModelError(
+            f"torch.jit.script cannot compile code that passes {self.origin.layer} as a parameter, since factors take its "
+            f"place. Use torch.jit.trace or torch.export, or script what tdfx.merge returns."
+        )
 
     def forward(self, input: Tensor, bias: Tensor | None = None, **geometry: Any) -> Tensor:  # type: ignore[override]
         """Compute what the function computes with the dense weight.
@@ -132,8 +140,8 @@ class FactorizedParameter(Factorized):
 
     __jit_unused_properties__ = (*Factorized.__jit_unused_properties__, "dtype", "device", "_roles")
 
-    def _is_of_original(self, name: str) -> bool:
-        return hasattr(Tensor, name) or super()._is_of_original(name)
+    def _computes_with(self, name: str) -> bool:
+        return hasattr(Tensor, name) or super()._computes_with(name)
 
     def as_view(self) -> View:
         """Return the parameter with its dimensions as they are."""

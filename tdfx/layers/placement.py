@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tdfx.devices import precise
 
-_TORCH_PREFIXES = ("_is_param", "_ddp_", "_dynamo_", "_fsdp_")
-"""How the names of the attributes begin that torch itself gives to parameters."""
+_TORCH_PREFIXES = ("_is_param", "_is_hf_initialized", "_ddp_", "_dynamo_", "_fsdp_")
+"""How the names of the attributes begin that torch and Transformers themselves give to parameters."""
 
 
 def is_sharded(tensor: object) -> bool:

@@ -137,7 +137,8 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, types.BuiltinMethodType):
         parts = (value.__self__,)
     elif isinstance(value, types.FunctionType) and not is_of_framework(value):
-        parts = (cell.cell_contents for cell in value.__closure__ or () if is_full(cell))
+        cells = [cell.cell_contents for cell in value.__closure__ or () if is_full(cell)]
+        parts = (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
     elif is_plain(value):
         parts = attributes_of(value).values()
     return (part for part in parts if not isinstance(part, (bool, int, float, str, bytes, Tensor, type(None))))

@@ -136,6 +136,8 @@ def measure(outputs: Sequence[Array], others: Sequence[Array], names: Sequence[s
         if problem is not None:
             return Numbers(math.nan, f"output {name!r} {problem}")
         largest = max(largest, _relative_error(output, other))
+    if outputs and not any(output.size for output in outputs):
+        return Numbers(math.nan, "the outputs are empty, so nothing was compared: give inputs with at least one sample")
     return Numbers(largest)
 
 

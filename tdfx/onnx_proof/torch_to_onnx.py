@@ -14,7 +14,7 @@ from onnxscript.function_libs.torch_lib.ops.core import aten_conv3d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.onnx import ONNXProgram
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdfx.errors import ExportError, InputError, first_line
 from tdfx.onnx_proof import alias_groups
@@ -61,7 +61,7 @@ def build_program(
         ExportError: The exporter cannot export it.
     """
     module = without_wrappers(module)
-    arguments, named = call_arguments(module, inputs)
+    arguments, named = _distinct(call_arguments(module, inputs))
     shapes: Any = dynamic_shapes(module, inputs, dynamic_axes)
     exported, input_names = module, None
     if not is_plain(inputs) or not _gives_tensors_only(module, inputs):
@@ -100,6 +100,18 @@ def build_program(
     if chains := chains_of(module):
         program.model.metadata_props[METADATA_KEY] = to_metadata(chains)
     return program
+
+
+def _distinct(arguments: Any) -> Any:
+    """Copy tensors that occur more than once: torch.export would make one input of them."""
+    seen: set[int] = set()
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        again = id(tensor) in seen
+        seen.add(id(tensor))
+        return tensor.clone() if again else tensor
+
+    return tree_map_only(torch.Tensor, copied, arguments)
 
 
 def _gives_tensors_only(module: nn.Module, inputs: ExampleInputs) -> bool:

@@ -61,12 +61,15 @@ def _kept_tensors(model: nn.Module, trained: set[int]) -> Iterator[tuple[str, Te
         if not parameter.requires_grad or (trained and id(parameter) not in trained):
             yield path, parameter
     yield from model.named_buffers()
+    modules = set(model.modules())
     for path, module in model.named_modules():
         for name, value in module.__dict__.items():
             if name not in MODULE_STATE:
                 for held in search(value, f"{path}.{name}" if path else name):
                     if isinstance(held.value, Tensor):
                         yield held.path, held.value
+                    elif isinstance(held.value, nn.Module) and held.value not in modules:
+                        yield from ((f"{held.path}.{inner}", each) for inner, each in held.value.state_dict().items())
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -104,7 +104,9 @@ def _check_entries_of_groups(optimizer: Optimizer, leaving: Mapping[int, str], k
         count = len(group["params"])
         name = next((leaving[id(each)] for each in group["params"] if id(each) in leaving), None)
         for key, value in group.items() if name is not None and count > 1 else ():
-            is_list = isinstance(value, list) and not any(isinstance(each, Tensor) and each.dim() for each in value)
+            is_list = isinstance(value, list | tuple) and not any(
+                isinstance(each, Tensor) and each.dim() for each in value
+            )
             is_list |= isinstance(value, Tensor) and value.dim() == 1
             if is_list and len(value) == count and key not in known:
                 raise OptimizerError(
