@@ -624,3 +624,37 @@ def test_the_search_ends_where_it_should() -> None:
     assert not share_memory(weight, torch.ones(2))
     assert share_memory(weight, weight[1:])
     assert not list(search(range(5), "held")), re.escape("a range holds nothing of its own")
+
+
+def test_another_model_of_the_same_optimizer_that_shares_a_layer_is_warned_of() -> None:
+    shared = nn.Linear(16, 16)
+    first, second = (nn.Sequential(shared, nn.ReLU(), nn.Linear(16, size)) for size in (16, 4))
+    optimizer = SGD({*first.parameters(), *second.parameters()}, lr=0.1)
+    with pytest.warns(
+        tdfx.TdfxWarning, match=r"Another model, a Sequential, holds the weight of site '0' too .* exclude="
+    ):
+        tdfx.rewrite(first, HALF, optimizer=optimizer)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_model_around_a_part_is_no_other_model() -> None:
+    whole = nn.ModuleDict({"part": nn.Sequential(nn.Linear(16, 16)), "head": nn.Linear(16, 4)})
+    optimizer = SGD(whole.parameters(), lr=0.1)
+    unrelated = nn.Sequential(nn.Linear(16, 16))
+    optimizer.add_param_group({"params": list(unrelated.parameters())})
+    whole["part"] = tdfx.rewrite(whole["part"], HALF, optimizer=optimizer)
+
+
+def test_a_copy_of_the_model_in_a_list_is_warned_of() -> None:
+    model: Any = mlp()
+    model.teacher = [copy.deepcopy(mlp())]
+    with pytest.warns(tdfx.TdfxWarning, match=r"holds 2 copies of weights .*'teacher\[0\].0.weight'"):
+        tdfx.rewrite(model, HALF, optimizer=SGD([*model[0].parameters(), *model[2].parameters()], lr=0.1))
+
+
+def test_entries_for_each_parameter_in_a_tuple_are_refused() -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["scales"] = (1.0, 2.0, 1.0, 2.0)
+    with pytest.raises(tdfx.OptimizerError, match=r"keeps 4 entries beside as many parameters in param_groups\[0\]"):
+        tdfx.rewrite(model, HALF, optimizer=optimizer)

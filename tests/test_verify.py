@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+import tdfx
 from tdfx.errors import ExportError, InputError, ModelError
 from tdfx.onnx_proof.compare_outputs import measure
 from tdfx.onnx_proof.report import VerifyReport
@@ -370,3 +371,46 @@ def test_a_report_cannot_contradict_itself() -> None:
     )
     assert not report.ok
     assert not bool(report)
+
+
+class Difference(nn.Module):
+    """Takes two inputs, and may take them the other way round."""
+
+    def __init__(self, swapped: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.swapped = nn.Linear(4, 4), nn.Linear(4, 4), swapped
+
+    def forward(self, p: Tensor, q: Tensor) -> Tensor:
+        first, second = (q, p) if self.swapped else (p, q)
+        return self.a(first) - self.b(second)  # type: ignore[no-any-return]
+
+
+def test_one_tensor_given_for_two_inputs_makes_two_inputs(tmp_path: Path) -> None:
+    h, other = torch.rand(2, 4), torch.rand(2, 4)
+    model = Difference(swapped=False)
+    assert verify(model, Difference(swapped=False), (h, h)).ok
+    assert not verify(model, Difference(swapped=True), (h, h)).ok
+    export_module(model, (h, h), tmp_path / "model.onnx")
+    assert verify(model, tmp_path / "model.onnx", (h, other)).ok
+
+
+def test_empty_outputs_prove_nothing() -> None:
+    report = verify(nn.Linear(4, 3), nn.Linear(4, 3), (torch.rand(0, 4),))
+    assert not report.ok
+    assert "the outputs are empty, so nothing was compared: give inputs with at least one sample" in str(report)
+
+
+class GivesItsBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.b(self.a(x)), self.a.bias
+
+
+def test_a_bias_that_is_an_output_has_the_dense_name() -> None:
+    model, x = GivesItsBias().double(), torch.rand(2, 8, dtype=torch.float64)
+    low = tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1), example_inputs=(x,))
+    assert verify(low, model, (x,)).ok

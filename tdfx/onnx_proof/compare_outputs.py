@@ -85,6 +85,8 @@ def compare_numbers(paths: tuple[Path, Path], graphs: tuple[Graph, Graph], input
         except Exception as error:  # the errors of onnxruntime have no other common base class
             reason = str(error).replace(str(path), path.name)
             return Numbers(math.nan, f"ONNX Runtime cannot run the {role}: {reason}")
+    if results[0] and not any(np.size(output) for output in results[0]):
+        return Numbers(math.nan, "the outputs are empty, so nothing was compared: give inputs with at least one sample")
     return measure(results[0], results[1], [port.name for port in model.outputs])
 
 
@@ -136,8 +138,6 @@ def measure(outputs: Sequence[Array], others: Sequence[Array], names: Sequence[s
         if problem is not None:
             return Numbers(math.nan, f"output {name!r} {problem}")
         largest = max(largest, _relative_error(output, other))
-    if outputs and not any(output.size for output in outputs):
-        return Numbers(math.nan, "the outputs are empty, so nothing was compared: give inputs with at least one sample")
     return Numbers(largest)
 
 

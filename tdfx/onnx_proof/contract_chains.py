@@ -284,10 +284,11 @@ class _Contraction:
         kept = (index for index in range(len(self.graph.nodes)) if index in self.contracted or index not in removed)
         nodes = tuple(self._renamed(self.contracted.get(index, self.graph.nodes[index])) for index in kept)
         # Whether tensors that nothing reads are exported depends on whether the model is a graph already.
-        read = {name for node in nodes for name in node.inputs} | self.outputs
+        outputs = tuple(replace(port, name=self.renamed.get(port.name, port.name)) for port in self.graph.outputs)
+        read = {name for node in nodes for name in node.inputs} | {port.name for port in outputs}
         initializers = {name: tensor for name, tensor in self.initializers.items() if name in read}
-        sources = sources_of(self.graph.inputs, initializers, nodes, self.graph.outputs)
-        graph = replace(self.graph, nodes=nodes, initializers=initializers, sources=sources, chains=())
+        sources = sources_of(self.graph.inputs, initializers, nodes, outputs)
+        graph = replace(self.graph, nodes=nodes, initializers=initializers, outputs=outputs, sources=sources, chains=())
         return graph, self.sizes
 
     def _renamed(self, node: Node) -> Node:

@@ -19,6 +19,7 @@ from tdfx.optim.copies import untrained_copies
 from tdfx.optim.inner import check_holders, with_inner
 from tdfx.optim.left_behind import LeftBehind, watch_steps
 from tdfx.optim.masters import Masters, as_masters
+from tdfx.optim.strangers import models_that_share
 from tdfx.optim.surgery import Exchange, as_optimizers, check_groups, check_states, prepare_surgery
 from tdfx.wrappers.unwrap import Unwrapped
 
@@ -140,6 +141,14 @@ class Companions:
         dense = {exchange.site: exchange.old[0] for exchange in exchanges if rewrites and len(exchange.old) == 1}
         around = self.unwrapped.surroundings
         model = self.unwrapped.model if around is None else around.whole
+        weights = {id(weight): site for site, weight in dense.items()}
+        other, shared = next(models_that_share(model, weights, self.optimizers), (None, ""))
+        if other is not None:
+            yield (
+                f"Another model, a {type(other).__name__}, holds the weight of site {shared!r} too and is trained by the "
+                f"same optimizer. It would keep the old weight, which nothing trains any more. Rewrite both in one module, "
+                f"such as nn.ModuleList([first, second]), or keep the site: exclude=({shared!r}, ...)."
+            )
         followed = {id(tensor) for average in self.averages for tensor in average.tensors()}
         if copies := list(untrained_copies(model, dense, () if self.masters else self.optimizers, followed)):
             path, site = copies[0]

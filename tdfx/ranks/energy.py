@@ -11,7 +11,7 @@ from tdfx.ranks.signal import NO_SIGNAL, has_signal
 from tdfx.ranks.spectrum import Spectrum
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Energy(RankRule):
     """Keep the fewest singular values that hold a given share of the energy, in every mode of the weight.
 

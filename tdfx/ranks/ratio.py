@@ -10,7 +10,7 @@ from tdfx.ranks.rule import Choice, RankRule
 from tdfx.ranks.spectrum import Spectrum
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Ratio(RankRule):
     """Keep a share of the site's full rank in each mode, whatever the values of the weight are."""
 
