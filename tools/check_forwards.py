@@ -3,7 +3,8 @@
 Each program is a small model out of what the forwards of users do beside computing: assignments in place, contexts, state
 kept anywhere, random generators, code that looks at what flows through it, modules made in forward and more
 (tools/forward_programs.py). It is rewritten at full rank in float64, with and without example inputs, and called three times
-in each mode beside a twin that tdfx never saw. Outputs and their types, gradients, all that is left behind, and the random
+in each mode beside a twin that tdfx never saw. Before the third call something is changed in both, as a training loop may do
+it: a number, a layer, a hook. Outputs and their types, gradients, all that is left behind, and the random
 generators must be the same each time; and planning must leave everything as it was. The exit code is 1 if any program fails.
 """
 
@@ -129,8 +130,8 @@ def _check(run: _Run, call: Any, want: Any, where: str) -> None:
     _compare(got, want, where, ROUNDING * _largest(want))
 
 
-def _calls(program: Program, training: bool) -> Iterator[tuple[tuple[Any, ...], Any, bool]]:
-    """Yield the arguments, the context and the mode of three calls, of which the second has more rows."""
+def _calls(program: Program, training: bool) -> Iterator[tuple[tuple[Any, ...], Any, bool, str]]:
+    """Yield arguments, context, mode, and what to change before it, of three calls, of which the second has more rows."""
     numbers = torch.Generator().manual_seed(1)
     for index, rows in enumerate((3, 5, 3)):
         x, other = (torch.randn(rows, 6, dtype=torch.float64, generator=numbers) for _ in range(2))
@@ -140,8 +141,9 @@ def _calls(program: Program, training: bool) -> Iterator[tuple[tuple[Any, ...], 
             "rest": (x, other) if index else (x,),
             "either": (({"h": x}, [x], x)[index],),
         }[program.arguments]
+        change = program.change if training and index == 2 else "pass"
         under = torch.autocast("cpu") if index == 2 else contextlib.nullcontext() if training else torch.no_grad()
-        yield arguments, under if index else contextlib.nullcontext(), training
+        yield arguments, under if index else contextlib.nullcontext(), training, change
 
 
 class _Run:
@@ -154,8 +156,10 @@ class _Run:
         self.hidden: Set[str] = set()
         """The names of what tdfx keeps in a rewritten model."""
 
-    def observe(self, arguments: tuple[Any, ...], context: Any, training: bool) -> dict[str, Any]:
-        """Call the model forward and backward, and return what it gave, and what there is afterwards."""
+    def observe(self, arguments: tuple[Any, ...], context: Any, training: bool, change: str) -> dict[str, Any]:
+        """Change the model, call it forward and backward, and return what it gave, and what there is afterwards."""
+        _seed()
+        exec(change, self.names, {"model": self.model})
         self.model.train(training)
         self.model.zero_grad()
         leaves: list[Tensor] = []

@@ -144,6 +144,19 @@ WRAPPERS = """
 """
 """What may stand around statements."""
 
+CHANGES = """
+    pass | pass | model.count += 3 | model.tune = not model.tune | model.rate = 0.75 | model.act = nn.Tanh()
+    model.layers.append(nn.Linear(6, 6).double()) | del model.layers[-1] | model.kept["n"] = 3 | model.slots.append(5)
+    model.block.count += 3 | model.block.tune = not model.block.tune | model.block.act = nn.Tanh() | STATE["calls"] += 3
+    model.block.register_forward_hook(lambda m, i, o: first_of(o) * 2) | model.drop.p = 0.9 | model.dims.rows = 7
+    model.a.register_forward_hook(lambda m, i, o: o * 2) | model.layers.register_forward_pre_hook(lambda m, i: None)
+    Base.total += 3 | type(model).last = 4 | model.flag = True | model.b.register_forward_pre_hook(lambda m, i: (i[0] * 2,))
+    model.step = torch.sin | model.nested["in"][0] += 5 | model.act.register_forward_hook(lambda m, i, o: o * 2)
+    model.block = nn.Identity() | model.norm = nn.Identity() | model.register_forward_hook(lambda m, i, o: None)
+    model.layers[0].register_forward_hook(lambda m, i, o: o * 2) | model.names.add("w") | model.tensor.add_(1)
+"""
+"""What a training loop may do to a model between two calls."""
+
 RETURNS = """
     {x} | {x}, {y} | [{x}, {y}] | {{"x": {x}, "y": {y}}} | Point({x}, {y}) | Result({x}) | Output(logits={x})
     {x}, None | {x}, 3.0 | {x}, {x}.shape[0] | OrderedDict(x={x}) | {x}, self.count | {x}, [None, ({y},)]
@@ -183,7 +196,7 @@ def _choices(text: str) -> tuple[str, ...]:
 
 _STATEMENTS = {kind: _choices(text) for kind, text in STATEMENTS.items()}
 _KINDS = [*_STATEMENTS, *["layers", "in place"] * 2]
-_WRAPPERS, _RETURNS = _choices(WRAPPERS), _choices(RETURNS)
+_WRAPPERS, _RETURNS, _CHANGES = _choices(WRAPPERS), _choices(RETURNS), _choices(CHANGES)
 
 
 class Program:
@@ -200,6 +213,8 @@ class Program:
         """How the model is called."""
         block = self._class("Block", "self, h", "plain", (*_RETURNS[:1] * 4, *_RETURNS[:2]))
         net = self._class("Net", signature, self.arguments, (*_RETURNS[:1] * len(_RETURNS), *_RETURNS))
+        self.change = dice.choice(_CHANGES)
+        """What is done to the model, by the name ``model``, before its third call."""
         self.text = f"{PRELUDE}\n\n{block}\n\n{net}"
 
     def _class(self, name: str, signature: str, arguments: str, returns: tuple[str, ...]) -> str:
