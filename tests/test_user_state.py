@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tdfx.layers.copying import HOOKS, structural_copy
+from tdfx.layers.copying import structural_copy
+from tdfx.layers.module_state import HOOKS
 from tdfx.passes.analysis.user_state import UserState
 
 

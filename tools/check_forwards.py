@@ -32,7 +32,7 @@ from forward_programs import Program
 from torch import Tensor, fx, nn
 
 import tdfx
-from tdfx.layers.copying import MODULE_STATE
+from tdfx.layers.module_state import MODULE_STATE
 
 FULL = tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1)
 TOLERANCE = 1e-8

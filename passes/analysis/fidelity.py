@@ -7,7 +7,7 @@ import inspect
 from torch import fx, nn
 from torch.nn.parameter import UninitializedBuffer
 
-from tdfx.layers.copying import HOOKS, MODULE_STATE
+from tdfx.layers.module_state import HOOKS, MODULE_STATE
 from tdfx.passes.analysis.sandbox import random_states
 
 _CALL_METHODS = frozenset({"__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "_compiled_call_impl"})

@@ -17,7 +17,7 @@ from tdfx.cost.count import Flow
 from tdfx.cost.setting import autocast_now, computing_in
 from tdfx.devices import has_tf32
 from tdfx.errors import TdfxWarning
-from tdfx.layers.copying import COMPILED
+from tdfx.layers.module_state import COMPILED
 
 
 @dataclass(frozen=True, slots=True)

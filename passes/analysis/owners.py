@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdfx.kinds.registry import find_kind
-from tdfx.layers.copying import HOOKS, MODULE_STATE, STATE_DICT_HOOKS
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.holders import Held, Surroundings, is_of_framework, memory_of, search, share_memory
+from tdfx.layers.module_state import HOOKS, MODULE_STATE, STATE_DICT_HOOKS
 from tdfx.plans.plan import Reason
 
 _REACHES_PARAMETERS = {

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from tdfx.devices import random_streams_kept
-from tdfx.layers.copying import HOOKS, structural_copy
+from tdfx.layers.copying import structural_copy
+from tdfx.layers.module_state import HOOKS
 from tdfx.passes.analysis.process_settings import settings_kept
 from tdfx.passes.analysis.user_state import UserState
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tdfx.layers.copying import HOOKS
+from tdfx.layers.module_state import HOOKS
 from tdfx.passes.analysis.safe_calls import MUTATING_METHODS, PURE_METHODS, refusal_of_callable, tensor_methods
 from tdfx.passes.analysis.scope import UNKNOWN, Scope, last_name
 from tdfx.passes.analysis.source import definition_of, is_users_file

@@ -15,8 +15,9 @@ from torch import fx, nn
 
 from tdfx.errors import ModelError
 from tdfx.kinds.registry import is_candidate
-from tdfx.layers.copying import COMPILED, HOOKS, MODULE_STATE, structural_copy
+from tdfx.layers.copying import structural_copy
 from tdfx.layers.factorized import Factorized
+from tdfx.layers.module_state import COMPILED, HOOKS, MODULE_STATE
 from tdfx.layers.paths import parameters_by_path
 from tdfx.passes.analysis.code_reader import CodeReader, UnsafeCodeError, refuse_wrapped_forward
 from tdfx.passes.analysis.fidelity import ForwardMonitor, mismatch_of_block, mismatch_of_root

@@ -17,7 +17,7 @@ from tdfx.factors.operation import Operation
 from tdfx.kinds.attention import attend
 from tdfx.kinds.parse_products import Views
 from tdfx.kinds.products import ProductCall
-from tdfx.layers.copying import COMPILED
+from tdfx.layers.module_state import COMPILED
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.passes.analysis.guard import storage_address
 from tdfx.passes.analysis.watched_weights import (

@@ -19,8 +19,8 @@ from torch.nn.parameter import UninitializedBuffer
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tdfx.layers.copying import HOOKS, MODULE_STATE, slots_of
 from tdfx.layers.holders import referent
+from tdfx.layers.module_state import HOOKS, MODULE_STATE, slots_of
 from tdfx.passes.analysis.iterators import (
     RecordingIterator,
     RefusingIterator,

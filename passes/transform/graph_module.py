@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from tdfx.layers.copying import COMPILED, MODULE_STATE
+from tdfx.layers.module_state import COMPILED, MODULE_STATE
 from tdfx.passes.program import Reads
 from tdfx.passes.transform.premises import Premises
 

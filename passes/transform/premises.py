@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdfx.layers.copying import HOOKS, MODULE_STATE
 from tdfx.layers.factorized import Factorized
+from tdfx.layers.module_state import HOOKS, MODULE_STATE
 from tdfx.layers.reach import is_full, is_plain
 from tdfx.passes.program import Reads
 

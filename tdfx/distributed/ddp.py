@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.distributed.ranks import Ranks
 from tdfx.errors import ModelError
-from tdfx.layers.copying import COMPILED, HOOKS, STATE_DICT_HOOKS
+from tdfx.layers.module_state import COMPILED, HOOKS, STATE_DICT_HOOKS
 
 _NOT_COPIED = ("reducer", "logger", "process_group", "device_mesh", COMPILED)
 """Attributes that a new wrapper makes for itself, or that cannot be copied."""

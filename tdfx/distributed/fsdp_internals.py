@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, OffloadPolicy
 from torch.distributed.tensor import Shard
 
 from tdfx.errors import ModelError
-from tdfx.layers.copying import HOOKS, STATE_DICT_HOOKS
+from tdfx.layers.module_state import HOOKS, STATE_DICT_HOOKS
 
 _STATE_ATTRIBUTES = ("_auto_reshard_after_forward", "_modules", "_mp_policy", "_post_forward_hook_handle", "_state_ctx")
 _GROUP_ATTRIBUTES = (

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tdfx.factors.operation import Operation
 from tdfx.kinds.registry import find_kind, operation_of
 from tdfx.kinds.stock import build_factor, build_layer
-from tdfx.layers.copying import HOOKS
 from tdfx.layers.factorized import Factorized, FactorizedByName
+from tdfx.layers.module_state import HOOKS
 from tdfx.layers.parameter import FactorizedParameter
 from tdfx.layers.placement import is_sharded
 

@@ -20,9 +20,10 @@ from tdfx.factors.scheme import Scheme
 from tdfx.kinds.kind import LayerKind
 from tdfx.kinds.registry import kind_of, operation_of
 from tdfx.kinds.stock import build_factor
-from tdfx.layers.copying import MODULE_STATE, copy_hooks, shell_of, structural_copy
+from tdfx.layers.copying import copy_hooks, shell_of, structural_copy
 from tdfx.layers.frozen import FROZEN_FACTORS, frozen_indices
 from tdfx.layers.joined import read_only
+from tdfx.layers.module_state import MODULE_STATE
 from tdfx.layers.placement import full_precise, is_sharded, shard_like
 from tdfx.layers.recompute import recompute_chain
 

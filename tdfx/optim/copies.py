@@ -16,8 +16,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tdfx.layers.copying import MODULE_STATE
 from tdfx.layers.holders import search, share_memory
+from tdfx.layers.module_state import MODULE_STATE
 from tdfx.layers.paths import parameters_by_path
 
 _LEAST_COSINE = 0.5

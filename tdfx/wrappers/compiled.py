@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from tdfx.errors import TdfxWarning
-from tdfx.layers.copying import COMPILED, copy_hooks, replace_modules, structural_copy
+from tdfx.layers.copying import copy_hooks, replace_modules, structural_copy
+from tdfx.layers.module_state import COMPILED
 from tdfx.wrappers.compile_limit import allow_variants
 
 Recompile = Callable[[Any], Any]

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tdfx.errors import ModelError
-from tdfx.layers.copying import COMPILED, rebind
+from tdfx.layers.copying import rebind
+from tdfx.layers.module_state import COMPILED
 from tdfx.wrappers.compiled import compile_in_place, compile_settings_of, inner_module, is_wrapped
 
 
