@@ -60,6 +60,18 @@ def check_builtin_hooks_stay() -> None:
     assert before == after != DDP(net())._get_ddp_logging_data().get("comm_hook")
 
 
+def check_one_process_saves_by_itself() -> None:
+    model = DDP(net())
+    optimizer = sgd(model.parameters())
+    small: Any = tdfx.rewrite(model, HALF, optimizer=optimizer)
+    compiled: Any = torch.compile(small, backend="eager")
+    for wrapped in (small, compiled):
+        if dist.get_rank() == 0:  # a collective would wait for the other process
+            saved = tdfx.state(wrapped, optimizer=optimizer)
+            assert saved["tensors"].keys() == small.module.state_dict().keys()
+        dist.barrier()
+
+
 def check_ignored_parameters_stay_ignored_or_are_refused() -> None:
     model = net()
     DDP._set_params_and_buffers_to_ignore_for_model(model, ["5.weight"])

@@ -658,3 +658,13 @@ def test_entries_for_each_parameter_in_a_tuple_are_refused() -> None:
     optimizer.param_groups[0]["scales"] = (1.0, 2.0, 1.0, 2.0)
     with pytest.raises(tdfx.OptimizerError, match=r"keeps 4 entries beside as many parameters in param_groups\[0\]"):
         tdfx.rewrite(model, HALF, optimizer=optimizer)
+
+
+def test_an_optimizer_without_state_is_refused() -> None:
+    class Outer(Optimizer):
+        def __init__(self, inner: Optimizer) -> None:
+            self.inner, self.param_groups = inner, inner.param_groups
+
+    model = mlp()
+    with pytest.raises(tdfx.OptimizerError, match=r"Outer has no attribute 'state', .* self.state = inner.state"):
+        tdfx.rewrite(model, HALF, optimizer=Outer(SGD(model.parameters(), lr=0.1)))

@@ -489,3 +489,15 @@ def test_the_average_of_a_callback_is_rewritten(tmp_path: Path) -> None:
     torch.manual_seed(0)
     fitted(tmp_path, plain)
     assert not same(uninterrupted, plain)
+
+
+def test_a_callback_that_holds_layers_which_leave_is_warned_of(tmp_path: Path) -> None:
+    class Prunes(pl.Callback):  # type: ignore[misc, name-defined]
+        """Holds layers as ``ModelPruning`` does, from before the training on."""
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            layers = (module for module in pl_module.modules() if isinstance(module, nn.Linear | nn.Conv2d))
+            self._parameters_to_prune = [(module, "weight") for module in layers]
+
+    with pytest.warns(tdfx.TdfxWarning, match=r"Prunes holds \d layers .*, _parameters_to_prune\[\d\]"):
+        fitted(tmp_path, Classifier(), others=[Prunes()])

@@ -154,6 +154,15 @@ def test_parts_and_wholes_are_loaded_for_one_another(tmp_path: Path) -> None:
     )
 
 
+def test_a_head_for_other_classes_is_new(tmp_path: Path) -> None:
+    model = factorized(hf.bert())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    assert tuple(loaded.classifier.weight.shape) == (7, model.classifier.weight.shape[1])
+    assert hf.sites(loaded.bert) == hf.sites(model.bert) > 3
+    assert hf.same(loaded.bert, model.bert)
+
+
 def test_without_this_package_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.quantizers import auto
 

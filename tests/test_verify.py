@@ -414,3 +414,17 @@ def test_a_bias_that_is_an_output_has_the_dense_name() -> None:
     model, x = GivesItsBias().double(), torch.rand(2, 8, dtype=torch.float64)
     low = tdfx.rewrite(model, tdfx.Policy(rank=tdfx.Ratio(of=1.0), min_gain=0, round_to=1), example_inputs=(x,))
     assert verify(low, model, (x,)).ok
+
+
+def test_an_approximation_explains_no_difference_of_kept_layers() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), torch.rand(4, 16)
+    half = tdfx.Policy(rank=tdfx.Ratio(of=0.5), min_gain=0, round_to=1, exclude=("2",))
+    low, other = tdfx.rewrite(model, half), copy.deepcopy(model)
+    assert verify(low, model, (x,)).ok
+    with torch.no_grad():
+        other.get_parameter("2.weight").mul_(-3)
+    report = verify(low, other, (x,))
+    assert report.graphs_match
+    assert not report.ok
+    assert "the first stored tensor that differs is '2.weight': 256 of its 256 values" in str(report)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from tdfx.checkpoint.plain import as_plain
@@ -25,6 +26,7 @@ from tdfx.optim.surgery import as_optimizers
 from tdfx.passes.program import PLAN_ATTRIBUTE
 from tdfx.passes.transform.graph_module import FactorizedGraphModule
 from tdfx.plans.plan import Plan
+from tdfx.wrappers.compiled import inner_module, is_wrapped
 from tdfx.wrappers.unwrap import unwrap
 
 FORMAT = 1
@@ -93,7 +95,7 @@ def state(
         >>> sorted(tdfx.state(torch.nn.Linear(2, 2))["tensors"])
         ['bias', 'weight']
     """
-    wrapped = unwrap(model)
+    wrapped = unwrap(_replica(model))
     inner = wrapped.model
     named_masters = as_masters(masters, inner, shards=wrapped.shards).by_name(inner)
     tensors = inner.state_dict()
@@ -182,6 +184,12 @@ def _version() -> str:
         return metadata.version("tdfx")
     except metadata.PackageNotFoundError:  # a checkout that is not installed
         return "unknown"
+
+
+def _replica(model: nn.Module) -> nn.Module:
+    """Return what DistributedDataParallel wraps: one process may save by itself, and must not wait for the others."""
+    inner = inner_module(model) if is_wrapped(model) else model
+    return inner.module if isinstance(inner, DistributedDataParallel) else model
 
 
 def _rewrites(model: nn.Module) -> list[dict[str, Any]]:

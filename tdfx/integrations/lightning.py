@@ -14,7 +14,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from tdfx.integrations.adapter import TrainerAdapter, check_not_layer, refuse_engine
+from tdfx.integrations.held import held_layers, warn_of_held
 from tdfx.integrations.moment import steps_per_epoch
+from tdfx.layers.holders import Held
 from tdfx.policies.policy import Policy
 from tdfx.wrappers.in_place import InPlaceModule
 
@@ -72,6 +74,8 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         self.attribute = attribute
         self.key = attribute or ""
         self._counted = 0
+        self._held: list[tuple[object, Held]] = []
+        """Layers of the module that other callbacks hold."""
         self._eager = ExitStack()
 
     @property
@@ -124,6 +128,7 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
             length=_steps_left(trainer),
         )
         self._counted = trainer.global_step
+        self._held = list(held_layers(_others(trainer), pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         """Run the steps of a compiled ``LightningModule`` eagerly while moments are collected: it calls no hooks."""
@@ -140,6 +145,7 @@ class SwitchCallback(TrainerAdapter, Callback):  # type: ignore[misc]
         part, holders = self._trained_part(trainer, pl_module), _others(trainer)
         if self.step(part, trainer.optimizers, holders=holders, autocast=autocast):
             _rename_in_finetuning(trainer, pl_module)
+            warn_of_held(self._held, pl_module)
         self.merge_before_saving(trainer, pl_module)
 
     def merge_before_saving(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -23,6 +23,7 @@ from tdfx.api import merge
 from tdfx.checkpoint.sealed_file import read_sealed
 from tdfx.errors import CheckpointError
 from tdfx.integrations.follow import factorize_like, sites_of
+from tdfx.kinds.registry import is_candidate, operation_of
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.pretrained import ENTRY, entry_of, is_entry
 from tdfx.plans.plan import Plan, SitePlan
@@ -144,14 +145,20 @@ def _sites_in(model: Any, plan: Plan) -> Iterator[SitePlan]:
     """Yield the factorized sites of a plan that a model has, under its own names.
 
     A head may be loaded without its base model, or a base model with another head: Transformers then adds or removes the
-    base model's name, and leaves out what only the saved model has.
+    base model's name, and leaves out what only the saved model has. A layer of another size, such as a head for other
+    classes, stays dense, and Transformers initializes it and says so.
     """
     base = f"{model.base_model_prefix}."
-    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    modules = dict(model.named_modules())
+    names = modules.keys() | {name for name, _ in model.named_parameters()}
     for site in plan.factorized:
         path = site.parameter or site.name
         for rename in (str, lambda name: name.removeprefix(base), lambda name: base + name):
             if rename(path) in names:
+                layer = modules.get(rename(path))
+                operation = operation_of(layer) if layer is not None and is_candidate(layer) else None
+                if operation is not None and operation.weight_shape != site.shape:
+                    break
                 yield replace(site, name=rename(site.name), parameter=site.parameter and rename(site.parameter))
                 break
 

@@ -132,7 +132,7 @@ def _compare(paths: tuple[Path, Path], inputs: ExampleInputs | None, tolerance: 
     structure, interface, first = result.comparison.structure, result.comparison.interface, result.comparison.first
     numbers = compare_numbers(paths, (graph, reference_graph), inputs)
     accepted = default_tolerance(graph) if tolerance is None else tolerance
-    explain = numbers.problem is None and not numbers.max_error <= accepted and not result.chains
+    explain = numbers.problem is None and not numbers.max_error <= accepted
     return VerifyReport(
         structure=None if structure is None else structure.text,
         interface=None if interface is None else interface.text,

@@ -84,6 +84,12 @@ def _as_optimizer(optimizer: Any) -> Optimizer:
             f"optimizer={optimizer!r} is a {type(optimizer).__name__}, not a torch.optim.Optimizer: its parameters and "
             f"state could not be moved. Pass the optimizer that trains the model, or a list of them."
         )
+    if not hasattr(optimizer, "state"):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} has no attribute 'state', in which torch.optim.Optimizer keeps what belongs to "
+            f"parameters. Call super().__init__(params, defaults) in it, or set self.state = inner.state where it "
+            f"wraps another."
+        )
     if isinstance(optimizer, LBFGS):
         raise OptimizerError(
             "LBFGS keeps one flat history for all parameters together, which cannot be carried over. Make a new one "
