@@ -150,7 +150,7 @@ CHANGES = """
     model.block.count += 3 | model.block.tune = not model.block.tune | model.block.act = nn.Tanh() | STATE["calls"] += 3
     model.block.register_forward_hook(lambda m, i, o: first_of(o) * 2) | model.drop.p = 0.9 | model.dims.rows = 7
     model.a.register_forward_hook(lambda m, i, o: o * 2) | model.layers.register_forward_pre_hook(lambda m, i: None)
-    Base.total += 3 | type(model).last = 4 | model.flag = True | model.b.register_forward_pre_hook(lambda m, i: (i[0] * 2,))
+    Base.total += 3 | Net.last = 4 | model.flag = True | model.b.register_forward_pre_hook(lambda m, i: (i[0] * 2,))
     model.step = torch.sin | model.nested["in"][0] += 5 | model.act.register_forward_hook(lambda m, i, o: o * 2)
     model.block = nn.Identity() | model.norm = nn.Identity() | model.register_forward_hook(lambda m, i, o: None)
     model.layers[0].register_forward_hook(lambda m, i, o: o * 2) | model.names.add("w") | model.tensor.add_(1)
