@@ -142,7 +142,7 @@ class Companions:
         around = self.unwrapped.surroundings
         model = self.unwrapped.model if around is None else around.whole
         weights = {id(weight): site for site, weight in dense.items()}
-        other, shared = next(models_that_share(model, weights, self.optimizers), (None, ""))
+        other, shared = next(models_that_share(model, weights, () if self.masters else self.optimizers), (None, ""))
         if other is not None:
             yield (
                 f"Another model, a {type(other).__name__}, holds the weight of site {shared!r} too and is trained by the "
