@@ -156,6 +156,17 @@ def test_hooks_on_the_model_itself_run_once_in_both_forms(pair: Any) -> None:
     assert agree(low, dense, x)
 
 
+def test_hooks_on_all_modules_see_the_blocks(pair: Any) -> None:
+    _, low, x = pair
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+    try:
+        low(x)
+    finally:
+        handle.remove()
+    assert {low, low.a, low.b, low.tail} <= set(seen)
+
+
 def test_a_graph_that_was_changed_by_hand_runs_in_any_case(pair: Any) -> None:
     _, low, x = pair
     last = next(node for node in reversed(low.graph.nodes) if node.op == "call_function")

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_code
 
 from tdfx.layers.factorized import Factorized
 from tdfx.layers.module_state import HOOKS, MODULE_STATE
@@ -27,6 +28,13 @@ from tdfx.passes.program import Reads
 
 _BY_VALUE = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
 _BY_IDENTITY = (type, types.BuiltinFunctionType)
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+"""Where torch keeps hooks of all modules, as profilers set them: a graph would not call them for its blocks."""
 _MOST_ITEMS = 100
 """Of a longer container only the length is compared."""
 _DEEPEST = 4
@@ -96,6 +104,8 @@ class Premises:
 
     def hold(self, module: nn.Module) -> bool:
         """Return True if the graph still does what the module's own code would do."""
+        if any(getattr(module_code, name) for name in _GLOBAL_HOOKS):
+            return False
         if any(not _is_same(_in_file(file, name), taken) for file, name, taken in self.files):
             return False
         return all(part.holds(module) for part in self.modules)
