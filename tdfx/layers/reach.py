@@ -35,7 +35,7 @@ _MAKERS: tuple[Any, ...] = (object.__new__, types.SimpleNamespace.__new__)
 """What makes an object that has no more than attributes."""
 _OF_TRAINERS = (Optimizer, LRScheduler, DataLoader)
 """Objects that whoever trains a model holds, and no part of it."""
-_TDFX = str(Path(__file__).parents[1])
+_TDFX = f"{Path(__file__).parents[1]}/"
 _MOST_PARTS = 1000
 """Parts of one object of a caller that are looked at."""
 
