@@ -187,6 +187,36 @@ def test_compiled_code_follows(pair: Any) -> None:
     assert torch.allclose(compiled(x), dense(x))
 
 
+class HasSuchNames(nn.Module):
+    """Uses names that a graph might use for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self._premises, self.reads = 2.0, 3.0
+
+    def rely_on(self, x: Tensor) -> Any:
+        return x * self._premises
+
+    def does_hold(self, x: Tensor) -> Any:
+        return x + self.reads
+
+    def forward(self, x: Tensor) -> Any:
+        return self.does_hold(self.rely_on(self.layer(x)))
+
+
+def test_names_of_the_users_are_not_taken() -> None:
+    torch.manual_seed(0)
+    dense: Any = HasSuchNames().double()
+    x = torch.rand(4, 16, dtype=torch.float64)
+    low: Any = tdfx.rewrite(dense, FULL, example_inputs=(x,))
+    assert agree(low, dense, x)
+    assert torch.equal(low.does_hold(x), dense.does_hold(x))
+    assert torch.equal(low.rely_on(x), dense.rely_on(x))
+    assert low._premises == 2.0
+    assert isinstance(low, fx.GraphModule)
+
+
 def test_pickles_of_earlier_versions_have_no_premises(pair: Any) -> None:
     dense, low, x = pair
     restore, (body, graphs, _) = low.__reduce__()

@@ -38,7 +38,7 @@ class FactorizedGraphModule(fx.GraphModule):
         super().__init__(body, train, class_name=type(body).__name__)
         self.__dict__["_eval_graph"] = None
         self.__dict__["_shares_class"] = False
-        self.__dict__["_premises"] = None
+        self.__dict__["_tdfx_premises"] = None
         self.__dict__["_graph_state"] = frozenset(self.__dict__) - MODULE_STATE
         self.__dict__["_body_class"] = type(body)
         self.__dict__.update(body.__dict__)
@@ -52,22 +52,22 @@ class FactorizedGraphModule(fx.GraphModule):
             self.recompile()
         self._share_class()
 
-    def rely_on(self, reads: Reads) -> None:
+    def _tdfx_rely_on(self, reads: Reads) -> None:
         """From now on run the graph only as long as what it relies on is as it is now."""
-        self.__dict__["_premises"] = Premises.of(self, reads)
+        self.__dict__["_tdfx_premises"] = Premises.of(self, reads)
 
-    def relied_on(self) -> Reads | None:
+    def _tdfx_relied_on(self) -> Reads | None:
         """What the graph relies on; None if it runs in any case."""
-        premises: Premises | None = self.__dict__["_premises"]
+        premises: Premises | None = self.__dict__["_tdfx_premises"]
         return None if premises is None else premises.reads
 
-    def does_hold(self) -> bool:
+    def _tdfx_holds(self) -> bool:
         """Return True if the graph still stands for the model."""
-        premises: Premises | None = self.__dict__["_premises"]
+        premises: Premises | None = self.__dict__["_tdfx_premises"]
         return premises is None or premises.hold(self)
 
     def _call_impl(self, *args: Any, **named: Any) -> Any:
-        if "forward" in self.__dict__ or self.does_hold():
+        if "forward" in self.__dict__ or self._tdfx_holds():
             return super()._call_impl(*args, **named)  # type: ignore[no-untyped-call]
         self.__dict__["forward"] = functools.partial(self.__dict__["_body_class"].forward, self)
         try:
@@ -109,7 +109,7 @@ class FactorizedGraphModule(fx.GraphModule):
         """Generate the code of ``forward`` again, after a graph was changed."""
         if self.__dict__.get("_shares_class"):
             self._leave_class()
-            self.__dict__["_premises"] = None
+            self.__dict__["_tdfx_premises"] = None
         full_class = type(self)
         if "_body_class" in self.__dict__:
             # GraphModule wraps __call__ of the instance's class once; if it wrapped a second class, the two would call each
@@ -149,20 +149,20 @@ class FactorizedGraphModule(fx.GraphModule):
 
     def __copy__(self) -> Any:
         body = self._tdfx_body()
-        if not self.does_hold():
+        if not self._tdfx_holds():
             return body
-        return _relying(FactorizedGraphModule(body, copy.deepcopy(self._tdfx_graphs())), self.relied_on())
+        return _relying(FactorizedGraphModule(body, copy.deepcopy(self._tdfx_graphs())), self._tdfx_relied_on())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        body, holds = self._tdfx_body(), self.does_hold()
+        body, holds = self._tdfx_body(), self._tdfx_holds()
         copied = FactorizedGraphModule(body, copy.deepcopy(self._tdfx_graphs())) if holds else copy.copy(body)
         memo[id(self)] = copied  # before its attributes are copied, because one of them may refer to it
         copied.__dict__.update(copy.deepcopy(body.__dict__, memo))
-        return _relying(copied, self.relied_on()) if isinstance(copied, FactorizedGraphModule) else copied
+        return _relying(copied, self._tdfx_relied_on()) if isinstance(copied, FactorizedGraphModule) else copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        graphs = [_pack(graph) for graph in self._tdfx_graphs()] if self.does_hold() else None
-        return _restore, (self._tdfx_body(), graphs, self.relied_on())
+        graphs = [_pack(graph) for graph in self._tdfx_graphs()] if self._tdfx_holds() else None
+        return _restore, (self._tdfx_body(), graphs, self._tdfx_relied_on())
 
 
 _CLASSES: WeakValueDictionary[Any, type] = WeakValueDictionary()
@@ -226,7 +226,7 @@ def _restore(
 
 def _relying(module: FactorizedGraphModule, reads: Reads | None) -> FactorizedGraphModule:
     if reads is not None:
-        module.rely_on(reads)
+        module._tdfx_rely_on(reads)
     return module
 
 

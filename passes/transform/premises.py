@@ -2,8 +2,8 @@
 
 A trace records what an attribute is, and calls layers past the blocks that hold them. So a graph computes something else
 than the model's own code once a loop sets ``model.temperature``, puts a hook on a block, or appends a layer. These premises
-are checked at each call, which takes about a microsecond for each block, and where one has gone the module's own ``forward``
-runs instead.
+are checked at each call, a microsecond or two for each block, and where one has gone the module's own ``forward`` runs
+instead.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def _emit(program: Program, swaps: Sequence[Swap]) -> nn.Module:
     mark_encoders(body)
     if isinstance(body, FactorizedGraphModule):
         graphs: Sequence[fx.Graph] = body._tdfx_graphs()
-        reads, holds = body.relied_on(), cast("FactorizedGraphModule", program.module).does_hold()
+        reads, holds = body._tdfx_relied_on(), cast("FactorizedGraphModule", program.module)._tdfx_holds()
         body = body._tdfx_body()
         if not holds:
             return body
@@ -168,7 +168,7 @@ def _emit(program: Program, swaps: Sequence[Swap]) -> nn.Module:
     rewritten = FactorizedGraphModule(body, [_with_calls(copy.deepcopy(graph), slots) for graph in graphs])
     rebind(rewritten, body)
     if reads is not None:
-        rewritten.rely_on(reads)
+        rewritten._tdfx_rely_on(reads)
     return rewritten
 
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tdfx.layers.holders import referent
 from tdfx.layers.module_state import HOOKS, MODULE_STATE, slots_of
-from tdfx.layers.reach import CONTAINERS, reach_of
+from tdfx.layers.reach import CONTAINERS, is_full, reach_of
 
 _ATOMS = frozenset({bool, int, float, str, type(None), nn.Parameter, torch.Tensor})
 """Classes whose instances are the same in a copy, most of what modules hold: looked up before anything else."""
@@ -119,13 +119,11 @@ class Translator:
         return dict(zip(values, new, strict=True)) if isinstance(values, dict) else tuple(new)
 
     def _cell(self, cell: types.CellType) -> types.CellType:
-        try:
-            content = cell.cell_contents
-        except ValueError:  # an empty cell: the name was never assigned
+        if not is_full(cell):
             return cell
         if id(cell) not in self.copies:
-            new = self._bound(content)
-            self.copies[id(cell)] = cell if new is content else types.CellType(new)
+            new = self._bound(cell.cell_contents)
+            self.copies[id(cell)] = cell if new is cell.cell_contents else types.CellType(new)
         return self.copies[id(cell)]  # type: ignore[no-any-return]
 
     def _handle(self, handle: RemovableHandle) -> RemovableHandle:
